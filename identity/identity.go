@@ -1,0 +1,315 @@
+// Package identity is the one decision of Pod Identity: which Azure identity, if any, a pod may use.
+//
+// NMI asks it for every token request, MIC asks it for every assignment and the command line asks it to explain a
+// refusal. It is a pure function over plain values: no I/O, no clock, no log. The same question gets the same answer
+// everywhere, and the answer carries a [Reason] that is spelled the same in the HTTP error, the log and the metrics.
+//
+// What it protects against: a pod that gets an identity nobody bound to it. Whatever is doubtful (two bindings that
+// disagree, a binding whose identity is gone, an identity that cannot work) is a refusal that names the objects, never
+// a pick. Client-chosen text only ever narrows the set of identities that the cluster's objects allow.
+package identity
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
+)
+
+// Mode is the operation mode of the installation.
+type Mode int
+
+const (
+	// Managed mode: identities are attached to the machines beforehand; pod, binding and identity share a namespace.
+	Managed Mode = iota
+	// Standard mode: MIC attaches identities and records it in assignments; bindings match across namespaces unless
+	// the identity or the installation says otherwise.
+	Standard
+)
+
+// Kind is AzureIdentity's spec.type.
+type Kind int
+
+const (
+	UserAssigned                Kind = 0 // a managed identity attached to the machine
+	ServicePrincipalSecret      Kind = 1 // a service principal with a client secret
+	ServicePrincipalCertificate Kind = 2 // a service principal with a certificate
+	Federated                   Kind = 3 // an app or managed identity that trusts the cluster's issuer
+)
+
+// Rules are the settings of the installation that take part in the decision.
+type Rules struct {
+	Mode Mode
+	// ForceNamespaced keeps bindings to their own namespace in standard mode too.
+	ForceNamespaced bool
+}
+
+// Pod is the caller.
+type Pod struct {
+	Namespace, Name string
+	Labels          map[string]string
+}
+
+// Selector is what the caller asked for. At most one field is set; the parser of the request sees to that.
+type Selector struct {
+	ClientID, ObjectID, ResourceID string
+}
+
+// IsZero reports whether the caller left the choice to us.
+func (s Selector) IsZero() bool { return s == Selector{} }
+
+func (s Selector) String() string {
+	switch {
+	case s.ClientID != "":
+		return fmt.Sprintf("client_id %q", s.ClientID)
+	case s.ObjectID != "":
+		return fmt.Sprintf("object_id %q", s.ObjectID)
+	case s.ResourceID != "":
+		return fmt.Sprintf("msi_res_id %q", s.ResourceID)
+	}
+	return "no identity in particular"
+}
+
+// Identity is an AzureIdentity.
+type Identity struct {
+	Namespace, Name string
+	Kind            Kind
+	ClientID        string
+	ResourceID      string
+	TenantID        string
+	// ObjectID is not part of the AzureIdentity; callers that have seen a token of this identity fill it in from its
+	// oid claim. Only a request by object_id needs it.
+	ObjectID string
+	// Namespaced is the annotation that confines this identity to pods of its own namespace.
+	Namespaced bool
+}
+
+// Key names the object.
+func (i Identity) Key() string { return i.Namespace + "/" + i.Name }
+
+// sameCredential reports whether two objects describe the very same principal, so that either answers for both.
+func (i Identity) sameCredential(o Identity) bool {
+	return i.Kind == UserAssigned && o.Kind == UserAssigned &&
+		strings.EqualFold(i.ClientID, o.ClientID) && strings.EqualFold(i.ResourceID, o.ResourceID)
+}
+
+// Binding is an AzureIdentityBinding.
+type Binding struct {
+	Namespace, Name string
+	AzureIdentity   string // name of an AzureIdentity in the binding's namespace
+	Selector        string // compared for equality with the pod's label
+}
+
+// Exception is an AzurePodIdentityException.
+type Exception struct {
+	Namespace, Name string
+	PodLabels       map[string]string
+}
+
+// State is how far the assignment of an identity to the pod's machine has come.
+type State string
+
+const (
+	StateLegacy     State = "" // written before states existed; usable
+	StateCreated    State = "Created"
+	StateAssigned   State = "Assigned"
+	StateUnassigned State = "Unassigned"
+)
+
+// Assignment is an AzureAssignedIdentity, as far as it matters here.
+type Assignment struct {
+	IdentityNamespace, IdentityName string
+	PodNamespace, PodName           string
+	State                           State
+}
+
+// Facts are the objects around the pod. A caller may pass more than concerns the pod: what does not match is ignored.
+type Facts struct {
+	Exceptions  []Exception
+	Bindings    []Binding
+	Identities  []Identity
+	Assignments []Assignment // read in standard mode only
+}
+
+// Outcome is what to do with the request.
+type Outcome int
+
+const (
+	Refused Outcome = iota // for good, as long as the objects stay as they are
+	Pending                // not yet; worth waiting for
+	Granted
+)
+
+// Decision is the answer.
+type Decision struct {
+	Outcome Outcome
+	Reason  Reason
+	// Identity is what the pod may use. Nil unless granted, or pending on that identity. Nil as well for an excepted
+	// pod (Reason Excepted): that one is served by the machine's own identities.
+	Identity *Identity
+	// Detail is one sentence for an operator; empty when granted.
+	Detail string
+}
+
+// Decide answers whether the pod may have the identity it asks for.
+func Decide(rules Rules, pod Pod, want Selector, facts Facts) Decision {
+	if excepted(pod, facts.Exceptions) {
+		return Decision{Outcome: Granted, Reason: Excepted}
+	}
+	bound, refusal := Bound(rules, pod, facts)
+	if refusal != nil {
+		return *refusal
+	}
+	chosen, refusal := choose(pod, want, bound)
+	if refusal != nil {
+		return *refusal
+	}
+	if problem := chosen.Problem(); problem != "" {
+		return refuse(IdentityInvalid, "AzureIdentity %s cannot work: %s", chosen.Key(), problem)
+	}
+	if rules.Mode == Standard {
+		return assigned(pod, chosen, facts.Assignments)
+	}
+	return Decision{Outcome: Granted, Reason: Allowed, Identity: chosen}
+}
+
+func refuse(r Reason, format string, args ...any) Decision {
+	return Decision{Outcome: Refused, Reason: r, Detail: fmt.Sprintf(format, args...)}
+}
+
+// excepted follows the predecessor's rule: one matching label of one exception in the pod's namespace is enough, and
+// values compare without case.
+func excepted(pod Pod, exceptions []Exception) bool {
+	for _, e := range exceptions {
+		if e.Namespace != pod.Namespace {
+			continue
+		}
+		for k, v := range e.PodLabels {
+			if have, ok := pod.Labels[k]; ok && strings.EqualFold(have, v) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// Bound returns the identities that bindings give to the pod, each once, sorted by namespace and name; or the refusal
+// if there is none. It ignores exceptions and what the request asks for.
+func Bound(rules Rules, pod Pod, facts Facts) ([]Identity, *Decision) {
+	label := pod.Labels[v1.BindingLabel]
+	if label == "" {
+		d := refuse(PodNotLabelled, "pod %s/%s has no label %s, so no AzureIdentityBinding can select it; label the pod with the selector of its binding", pod.Namespace, pod.Name, v1.BindingLabel)
+		return nil, &d
+	}
+	var bound []Identity
+	var missing []string
+	matched := 0
+	for _, b := range facts.Bindings {
+		sameNamespace := b.Namespace == pod.Namespace
+		if b.Selector != label || (!sameNamespace && (rules.Mode == Managed || rules.ForceNamespaced)) {
+			continue
+		}
+		i := slices.IndexFunc(facts.Identities, func(i Identity) bool {
+			return i.Namespace == b.Namespace && i.Name == b.AzureIdentity
+		})
+		if i < 0 {
+			matched++
+			missing = append(missing, fmt.Sprintf("%s/%s (named by AzureIdentityBinding %s)", b.Namespace, b.AzureIdentity, b.Name))
+			continue
+		}
+		if facts.Identities[i].Namespaced && !sameNamespace {
+			continue
+		}
+		matched++
+		bound = append(bound, facts.Identities[i])
+	}
+	if matched == 0 {
+		d := refuse(NoMatchingBinding, "no AzureIdentityBinding %swith selector %q matches pod %s/%s (label %s)", where(rules, pod), label, pod.Namespace, pod.Name, v1.BindingLabel)
+		return nil, &d
+	}
+	if len(bound) == 0 {
+		slices.Sort(missing)
+		d := refuse(IdentityMissing, "AzureIdentity %s does not exist", strings.Join(missing, ", "))
+		return nil, &d
+	}
+	if len(bound) == 1 {
+		return bound, nil
+	}
+	slices.SortFunc(bound, func(a, b Identity) int {
+		return cmp.Or(strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name))
+	})
+	return slices.CompactFunc(bound, func(a, b Identity) bool { return a.Namespace == b.Namespace && a.Name == b.Name }), nil
+}
+
+func where(rules Rules, pod Pod) string {
+	if rules.Mode == Managed || rules.ForceNamespaced {
+		return fmt.Sprintf("in namespace %s ", pod.Namespace)
+	}
+	return ""
+}
+
+// choose picks the one identity the request means. Several objects count as one only if they are the same principal.
+func choose(pod Pod, want Selector, bound []Identity) (*Identity, *Decision) {
+	candidates := bound
+	if !want.IsZero() {
+		candidates = nil
+		for _, i := range bound {
+			if want.matches(i) {
+				candidates = append(candidates, i)
+			}
+		}
+	}
+	if len(candidates) == 0 {
+		d := refuse(IdentityNotBound, "pod %s/%s asked for %s, which is not among the identities bound to it: %s", pod.Namespace, pod.Name, want, names(bound))
+		return nil, &d
+	}
+	first := candidates[0]
+	for _, other := range candidates[1:] {
+		if first.sameCredential(other) {
+			continue
+		}
+		if want.IsZero() {
+			d := refuse(MultipleIdentities, "several identities are bound to pod %s/%s (%s) and the request names none; give client_id, object_id or msi_res_id", pod.Namespace, pod.Name, names(candidates))
+			return nil, &d
+		}
+		d := refuse(IdentityAmbiguous, "%s means several AzureIdentity objects that differ: %s; remove all but one, or their bindings", want, names(candidates))
+		return nil, &d
+	}
+	return &first, nil
+}
+
+func (s Selector) matches(i Identity) bool {
+	switch {
+	case s.ClientID != "":
+		return strings.EqualFold(s.ClientID, i.ClientID)
+	case s.ObjectID != "":
+		return strings.EqualFold(s.ObjectID, i.ObjectID)
+	default:
+		return strings.EqualFold(strings.TrimSuffix(s.ResourceID, "/"), strings.TrimSuffix(i.ResourceID, "/"))
+	}
+}
+
+func names(ids []Identity) string {
+	keys := make([]string, len(ids))
+	for i, id := range ids {
+		keys[i] = id.Key()
+	}
+	return strings.Join(keys, ", ")
+}
+
+// assigned looks the chosen identity up among the pod's assignments.
+func assigned(pod Pod, chosen *Identity, assignments []Assignment) Decision {
+	for _, a := range assignments {
+		if a.PodNamespace != pod.Namespace || a.PodName != pod.Name ||
+			a.IdentityNamespace != chosen.Namespace || a.IdentityName != chosen.Name {
+			continue
+		}
+		if a.State == StateAssigned || a.State == StateLegacy {
+			return Decision{Outcome: Granted, Reason: Allowed, Identity: chosen}
+		}
+	}
+	return Decision{Outcome: Pending, Reason: AssignmentPending, Identity: chosen,
+		Detail: fmt.Sprintf("AzureIdentity %s is not assigned to the machine of pod %s/%s yet", chosen.Key(), pod.Namespace, pod.Name)}
+}

@@ -1,0 +1,166 @@
+package identity
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
+)
+
+const (
+	clientA = "AAAAAAAA-0000-0000-0000-00000000000a"
+	clientB = "bbbbbbbb-0000-0000-0000-00000000000b"
+	objectA = "aaaaaaaa-1111-1111-1111-00000000000a"
+)
+
+func resource(name string) string {
+	return "/subscriptions/s/resourcegroups/rg/providers/Microsoft.ManagedIdentity/userAssignedIdentities/" + name
+}
+
+func id(ns, name, client string) Identity {
+	return Identity{Namespace: ns, Name: name, ClientID: client, ResourceID: resource(name)}
+}
+
+func bind(ns, identity, selector string) Binding {
+	return Binding{Namespace: ns, Name: identity + "-binding", AzureIdentity: identity, Selector: selector}
+}
+
+func labelled(ns, name, label string) Pod {
+	return Pod{Namespace: ns, Name: name, Labels: map[string]string{v1.BindingLabel: label}}
+}
+
+func TestTheDecision(t *testing.T) {
+	managed, standard := Rules{Mode: Managed}, Rules{Mode: Standard}
+	one := Facts{Bindings: []Binding{bind("a", "x", "app")}, Identities: []Identity{id("a", "x", clientA)}}
+	two := Facts{
+		Bindings:   []Binding{bind("a", "x", "app"), bind("a", "y", "app")},
+		Identities: []Identity{id("a", "x", clientA), id("a", "y", clientB)},
+	}
+	withObjectID := two
+	withObjectID.Identities = []Identity{two.Identities[0], two.Identities[1]}
+	withObjectID.Identities[0].ObjectID = objectA
+	elsewhere := Facts{Bindings: []Binding{bind("b", "x", "app")}, Identities: []Identity{id("b", "x", clientA)}}
+	confined := Facts{Bindings: elsewhere.Bindings, Identities: []Identity{{Namespace: "b", Name: "x", ClientID: clientA, ResourceID: resource("x"), Namespaced: true}}}
+	twins := Facts{
+		Bindings:   []Binding{bind("a", "x", "app"), bind("a", "x2", "app")},
+		Identities: []Identity{id("a", "x", clientA), {Namespace: "a", Name: "x2", ClientID: strings.ToLower(clientA), ResourceID: strings.ToUpper(resource("x"))}},
+	}
+	rivals := Facts{
+		Bindings:   []Binding{bind("a", "x", "app"), bind("a", "sp", "app")},
+		Identities: []Identity{id("a", "x", clientA), {Namespace: "a", Name: "sp", Kind: ServicePrincipalSecret, ClientID: clientA, TenantID: "t"}},
+	}
+	assignment := func(state State) Facts {
+		f := one
+		f.Assignments = []Assignment{{IdentityNamespace: "a", IdentityName: "x", PodNamespace: "a", PodName: "p", State: state}}
+		return f
+	}
+	otherPods := one
+	otherPods.Assignments = []Assignment{
+		{IdentityNamespace: "a", IdentityName: "x", PodNamespace: "b", PodName: "p", State: StateAssigned},
+		{IdentityNamespace: "a", IdentityName: "x", PodNamespace: "a", PodName: "p-2", State: StateAssigned},
+		{IdentityNamespace: "a", IdentityName: "y", PodNamespace: "a", PodName: "p", State: StateAssigned},
+	}
+	excepted := two
+	excepted.Exceptions = []Exception{{Namespace: "a", Name: "e", PodLabels: map[string]string{"none": "x", v1.BindingLabel: "APP"}}}
+	exceptionElsewhere := one
+	exceptionElsewhere.Exceptions = []Exception{{Namespace: "b", Name: "e", PodLabels: map[string]string{v1.BindingLabel: "app"}}}
+
+	pod := labelled("a", "p", "app")
+	cases := []struct {
+		name    string
+		rules   Rules
+		pod     Pod
+		want    Selector
+		facts   Facts
+		outcome Outcome
+		reason  Reason
+		chosen  string
+	}{
+		{"the only bound identity is the default", managed, pod, Selector{}, one, Granted, Allowed, "a/x"},
+		{"a pod without the label gets nothing", managed, Pod{Namespace: "a", Name: "p"}, Selector{}, one, Refused, PodNotLabelled, ""},
+		{"an empty label is no label", managed, labelled("a", "p", ""), Selector{}, Facts{Bindings: []Binding{bind("a", "x", "")}, Identities: one.Identities}, Refused, PodNotLabelled, ""},
+		{"the selector compares with case", managed, labelled("a", "p", "App"), Selector{}, one, Refused, NoMatchingBinding, ""},
+		{"a binding whose identity is gone", managed, pod, Selector{}, Facts{Bindings: one.Bindings}, Refused, IdentityMissing, ""},
+		{"a missing identity does not spoil the other", managed, pod, Selector{}, Facts{Bindings: two.Bindings, Identities: one.Identities}, Granted, Allowed, "a/x"},
+		{"an identity of the same name in another namespace does not stand in", managed, pod, Selector{}, Facts{Bindings: one.Bindings, Identities: []Identity{id("b", "x", clientA)}}, Refused, IdentityMissing, ""},
+		{"two identities and no wish", managed, pod, Selector{}, two, Refused, MultipleIdentities, ""},
+		{"two identities, by client id without case", managed, pod, Selector{ClientID: strings.ToUpper(clientB)}, two, Granted, Allowed, "a/y"},
+		{"two identities, by resource id without case", managed, pod, Selector{ResourceID: strings.ToUpper(resource("x"))}, two, Granted, Allowed, "a/x"},
+		{"two identities, by object id", managed, pod, Selector{ObjectID: strings.ToUpper(objectA)}, withObjectID, Granted, Allowed, "a/x"},
+		{"an unknown object id", managed, pod, Selector{ObjectID: clientB}, withObjectID, Refused, IdentityNotBound, ""},
+		{"a client id of nobody", managed, pod, Selector{ClientID: "cccccccc-0000-0000-0000-00000000000c"}, two, Refused, IdentityNotBound, ""},
+		{"one identity is no excuse to ignore the wish", managed, pod, Selector{ClientID: clientB}, one, Refused, IdentityNotBound, ""},
+		{"managed mode does not look across namespaces", managed, pod, Selector{}, elsewhere, Refused, NoMatchingBinding, ""},
+		{"two objects of one principal are one", managed, pod, Selector{}, twins, Granted, Allowed, "a/x"},
+		{"one client id, two kinds of credential", managed, pod, Selector{ClientID: clientA}, rivals, Refused, IdentityAmbiguous, ""},
+		{"two bindings to one identity", managed, pod, Selector{}, Facts{Bindings: append([]Binding{{Namespace: "a", Name: "again", AzureIdentity: "x", Selector: "app"}}, one.Bindings...), Identities: one.Identities}, Granted, Allowed, "a/x"},
+		{"an identity that cannot work", managed, pod, Selector{}, Facts{Bindings: one.Bindings, Identities: []Identity{{Namespace: "a", Name: "x", ClientID: "me", ResourceID: resource("x")}}}, Refused, IdentityInvalid, ""},
+		{"an identity of a kind nobody knows", managed, pod, Selector{}, Facts{Bindings: one.Bindings, Identities: []Identity{{Namespace: "a", Name: "x", Kind: 7, ClientID: clientA}}}, Refused, IdentityInvalid, ""},
+		{"an excepted pod", managed, pod, Selector{}, excepted, Granted, Excepted, ""},
+		{"an exception of another namespace", managed, pod, Selector{}, exceptionElsewhere, Granted, Allowed, "a/x"},
+
+		{"standard mode looks across namespaces, but waits for the assignment", standard, pod, Selector{}, elsewhere, Pending, AssignmentPending, "b/x"},
+		{"standard mode with forced namespaces", Rules{Mode: Standard, ForceNamespaced: true}, pod, Selector{}, elsewhere, Refused, NoMatchingBinding, ""},
+		{"an identity confined to its namespace", standard, pod, Selector{}, confined, Refused, NoMatchingBinding, ""},
+		{"assigned", standard, pod, Selector{}, assignment(StateAssigned), Granted, Allowed, "a/x"},
+		{"assigned by the oldest predecessor", standard, pod, Selector{}, assignment(StateLegacy), Granted, Allowed, "a/x"},
+		{"created only", standard, pod, Selector{}, assignment(StateCreated), Pending, AssignmentPending, "a/x"},
+		{"unassigned", standard, pod, Selector{}, assignment(StateUnassigned), Pending, AssignmentPending, "a/x"},
+		{"assignments of others do not count", standard, pod, Selector{}, otherPods, Pending, AssignmentPending, "a/x"},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			d := Decide(c.rules, c.pod, c.want, c.facts)
+			chosen := ""
+			if d.Identity != nil {
+				chosen = d.Identity.Key()
+			}
+			if d.Outcome != c.outcome || d.Reason != c.reason || chosen != c.chosen {
+				t.Errorf("got outcome %d, reason %s, identity %q; want %d, %s, %q\n%s", d.Outcome, d.Reason, chosen, c.outcome, c.reason, c.chosen, d.Detail)
+			}
+			if (d.Outcome == Granted) != (d.Detail == "") {
+				t.Errorf("outcome %d with detail %q: a refusal explains itself, a grant does not", d.Outcome, d.Detail)
+			}
+		})
+	}
+}
+
+// Whatever the order in which the caches list the objects, the answer is the same.
+func TestTheAnswerDoesNotDependOnTheOrderOfObjects(t *testing.T) {
+	a := Facts{
+		Bindings:   []Binding{bind("a", "x", "app"), bind("b", "y", "app"), bind("a", "z", "app")},
+		Identities: []Identity{id("a", "x", clientA), id("b", "y", clientB), id("a", "z", clientB)},
+	}
+	b := Facts{Bindings: []Binding{a.Bindings[2], a.Bindings[0], a.Bindings[1]}, Identities: []Identity{a.Identities[1], a.Identities[2], a.Identities[0]}}
+	for _, want := range []Selector{{}, {ClientID: clientA}, {ClientID: clientB}} {
+		pod := labelled("a", "p", "app")
+		x, y := Decide(Rules{Mode: Standard}, pod, want, a), Decide(Rules{Mode: Standard}, pod, want, b)
+		if fmt.Sprint(x.Outcome, x.Reason, x.Detail) != fmt.Sprint(y.Outcome, y.Reason, y.Detail) {
+			t.Errorf("%s: %+v and %+v", want, x, y)
+		}
+	}
+}
+
+// No input whatsoever makes the decision hand out an identity that is not bound to the pod by an equal selector in an
+// allowed namespace.
+func FuzzDecide(f *testing.F) {
+	f.Add("a", "app", "a", "x", "app", clientA, clientA, false)
+	f.Add("a", "app", "b", "x", "app", clientA, "", true)
+	f.Add("a", "", "a", "x", "", clientA, "", false)
+	f.Fuzz(func(t *testing.T, podNS, label, bindNS, name, selector, client, wish string, standard bool) {
+		rules := Rules{}
+		facts := Facts{Bindings: []Binding{{Namespace: bindNS, Name: "b", AzureIdentity: name, Selector: selector}}, Identities: []Identity{{Namespace: bindNS, Name: name, ClientID: client, ResourceID: resource("x")}}}
+		if standard {
+			rules.Mode = Standard
+			facts.Assignments = []Assignment{{IdentityNamespace: bindNS, IdentityName: name, PodNamespace: podNS, PodName: "p", State: StateAssigned}}
+		}
+		d := Decide(rules, labelled(podNS, "p", label), Selector{ClientID: wish}, facts)
+		if d.Outcome != Granted {
+			return
+		}
+		if label == "" || label != selector || (!standard && podNS != bindNS) || (wish != "" && !strings.EqualFold(wish, client)) {
+			t.Errorf("granted %+v", d)
+		}
+	})
+}

@@ -1,0 +1,47 @@
+package identity
+
+// Reason says why a request ended as it did. It stands in the error that the pod gets, in the log, in the metrics and
+// in explanations, spelled the same. The set is closed: a reason is fit to be a metric label.
+type Reason string
+
+// Reasons of the decision.
+const (
+	Allowed            Reason = "allowed"
+	Excepted           Reason = "excepted"
+	PodNotLabelled     Reason = "pod_not_labelled"
+	NoMatchingBinding  Reason = "no_matching_binding"
+	IdentityMissing    Reason = "identity_missing"
+	IdentityNotBound   Reason = "identity_not_bound"
+	IdentityInvalid    Reason = "identity_invalid"
+	IdentityAmbiguous  Reason = "identity_ambiguous"
+	MultipleIdentities Reason = "multiple_identities"
+	AssignmentPending  Reason = "assignment_pending"
+)
+
+// Reasons from before the decision: the request itself, and who sent it.
+const (
+	HeaderMissing    Reason = "metadata_header_missing"
+	Forwarded        Reason = "forwarded_request"
+	MethodNotAllowed Reason = "method_not_allowed"
+	PathRefused      Reason = "path_refused"
+	PathUnknown      Reason = "path_unknown"
+	RouteBlocked     Reason = "route_blocked"
+	RequestMalformed Reason = "request_malformed"
+	APIVersion       Reason = "api_version"
+	ResourceMissing  Reason = "resource_missing"
+	PodUnknown       Reason = "pod_unknown"
+	PodAmbiguous     Reason = "pod_ambiguous"
+	NotReady         Reason = "not_ready"
+	Overloaded       Reason = "overloaded"
+	ClientGone       Reason = "client_gone"
+)
+
+// Reasons from after the decision: where the token comes from.
+const (
+	TypeNotServed       Reason = "identity_type_not_served"
+	UpstreamThrottled   Reason = "upstream_throttled"
+	UpstreamUnavailable Reason = "upstream_unavailable"
+	UpstreamRefused     Reason = "upstream_refused"
+	PodThrottled        Reason = "pod_throttled"
+	Forwarding          Reason = "passed_through"
+)
