@@ -1,0 +1,152 @@
+package iptables
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// conntrack forgets connections to the metadata service, so that the kernel decides about their next packet anew. The
+// table can hold a million connections; it is read as a stream, and only what is to be forgotten is kept.
+type conntrack struct {
+	metadata netip.AddrPort
+	listen   netip.AddrPort
+}
+
+// flow is one tracked TCP connection: who opened it to whom, and who answers. The latter two differ if it was redirected.
+type flow struct {
+	source, destination, answers netip.AddrPort
+}
+
+// forgetUncaptured forgets what pods opened past us, or while we led elsewhere. Connections of the node itself stay.
+func (c conntrack) forgetUncaptured(ctx context.Context) (int, error) {
+	addresses, err := again(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
+	if err != nil {
+		return 0, fmt.Errorf("listing the addresses of the node: %w", err)
+	}
+	node := map[netip.Addr]bool{}
+	for _, a := range addresses {
+		ip, _ := netip.AddrFromSlice(a.IP.To4())
+		node[ip] = true
+	}
+	return forget(ctx, func(f flow) bool {
+		return f.destination == c.metadata && f.answers != c.listen && !node[f.source.Addr()]
+	})
+}
+
+// forgetCaptured forgets what was redirected.
+func (c conntrack) forgetCaptured(ctx context.Context) (int, error) {
+	return forget(ctx, func(f flow) bool { return f.destination == c.metadata && f.answers != c.metadata })
+}
+
+func forget(ctx context.Context, match func(flow) bool) (forgotten int, err error) {
+	var keys [][]byte
+	for range dumpAttempts {
+		keys = keys[:0]
+		err = request(nl.IPCTNL_MSG_CT_GET, unix.NLM_F_DUMP, nil, func(message []byte) bool {
+			if f, key, ok := parseFlow(message); ok && match(f) {
+				keys = append(keys, key)
+			}
+			return ctx.Err() == nil
+		})
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	// What an interrupted reading did find is forgotten all the same.
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return 0, fmt.Errorf("reading tracked connections: %w", err)
+	}
+	failed := []error{err, ctx.Err()}
+	for _, key := range keys {
+		switch err := request(nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK, key, nil); {
+		case err == nil:
+			forgotten++
+		case !errors.Is(err, unix.ENOENT): // It ended by itself in the meantime.
+			failed = append(failed, fmt.Errorf("forgetting a tracked connection: %w", err))
+		}
+	}
+	return forgotten, errors.Join(failed...)
+}
+
+func request(operation, flags int, payload []byte, each func([]byte) bool) error {
+	r := nl.NewNetlinkRequest(netlink.ConntrackTable<<8|operation, flags)
+	r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_INET, Version: nl.NFNETLINK_V0})
+	if payload != nil {
+		r.AddRawData(payload)
+	}
+	if each == nil {
+		each = func([]byte) bool { return true }
+	}
+	return r.ExecuteIter(unix.NETLINK_NETFILTER, 0, each)
+}
+
+// attributeType is without the flags that the kernel puts beside it.
+const attributeType = 0x3fff
+
+// parseFlow reads one message of the kernel. ok is false for what is not TCP over IPv4. key is what names the connection
+// for deletion: its original tuple, its zone, and its number, without which a connection that has since taken its place
+// would be meant.
+func parseFlow(message []byte) (f flow, key []byte, ok bool) {
+	if len(message) < nl.SizeofNfgenmsg {
+		return flow{}, nil, false
+	}
+	attributes, err := nl.ParseRouteAttr(message[nl.SizeofNfgenmsg:])
+	if err != nil {
+		return flow{}, nil, false
+	}
+	var original, reply bool
+	for _, a := range attributes {
+		switch a.Attr.Type & attributeType {
+		case nl.CTA_TUPLE_ORIG:
+			f.source, f.destination, original = parseTuple(a.Value)
+		case nl.CTA_TUPLE_REPLY:
+			f.answers, _, reply = parseTuple(a.Value)
+			continue
+		case nl.CTA_ZONE, nl.CTA_ID:
+		default:
+			continue
+		}
+		key = append(key, (&nl.RtAttr{RtAttr: unix.RtAttr{Type: a.Attr.Type}, Data: a.Value}).Serialize()...)
+	}
+	return f, key, original && reply
+}
+
+func parseTuple(tuple []byte) (source, destination netip.AddrPort, ok bool) {
+	var ips [2]netip.Addr
+	var ports [2]uint16
+	var tcp bool
+	parts, err := nl.ParseRouteAttr(tuple)
+	if err != nil {
+		return source, destination, false
+	}
+	for _, part := range parts {
+		values, err := nl.ParseRouteAttr(part.Value)
+		if err != nil {
+			return source, destination, false
+		}
+		for _, v := range values {
+			kind := v.Attr.Type & attributeType
+			switch part.Attr.Type & attributeType {
+			case nl.CTA_TUPLE_IP:
+				if ip, isIP := netip.AddrFromSlice(v.Value); isIP && (kind == nl.CTA_IP_V4_SRC || kind == nl.CTA_IP_V4_DST) {
+					ips[kind-nl.CTA_IP_V4_SRC] = ip
+				}
+			case nl.CTA_TUPLE_PROTO:
+				switch {
+				case kind == nl.CTA_PROTO_NUM && len(v.Value) == 1:
+					tcp = v.Value[0] == unix.IPPROTO_TCP
+				case (kind == nl.CTA_PROTO_SRC_PORT || kind == nl.CTA_PROTO_DST_PORT) && len(v.Value) == 2:
+					ports[kind-nl.CTA_PROTO_SRC_PORT] = binary.BigEndian.Uint16(v.Value)
+				}
+			}
+		}
+	}
+	return netip.AddrPortFrom(ips[0], ports[0]), netip.AddrPortFrom(ips[1], ports[1]), tcp && ips[0].Is4() && ips[1].Is4()
+}

@@ -1,0 +1,439 @@
+package iptables
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+)
+
+// sendEverything sends from the pod what is not a TCP connection to the metadata port.
+func (w *world) sendEverything() {
+	w.t.Helper()
+	w.wantNoAnswer("pod", "169.254.169.254:443")
+	inNS(w.t, "pod", func() {
+		for network, address := range map[string]string{"udp4": "169.254.169.254:80", "ip4:icmp": "169.254.169.254", "ip4:132": "169.254.169.254"} {
+			conn, err := net.Dial(network, address)
+			if err != nil {
+				w.t.Error(err)
+				return
+			}
+			// An ICMP echo request; for the others it is just bytes.
+			if _, err := conn.Write([]byte{8, 0, 0xf7, 0xff, 0, 0, 0, 0}); err != nil {
+				w.t.Errorf("%s: %v", network, err)
+			}
+			conn.Close()
+		}
+	})
+}
+
+func TestPodsAreCapturedAndTheNodeIsNot(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *world) {
+		// The network works, so that what is not seen later was stopped by us.
+		w.wantAnswer("pod", "169.254.169.254:80", "azure "+podIP)
+		w.wantAnswer("", "169.254.169.254:80", "azure "+nodeIP)
+		before := w.podPackets()
+		w.sendEverything()
+		if sent := w.podPackets() - before; sent < 4 {
+			t.Fatalf("only %d packets of the pod arrived before installation; this test would prove nothing", sent)
+		}
+
+		w.install()
+		before = w.podPackets()
+		w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
+		w.sendEverything()
+		w.wantAnswer("", "169.254.169.254:80", "azure "+nodeIP)
+		w.wantAnswer("", testListen.String(), "nmi "+testListen.Addr().String())
+		if leaked := w.podPackets() - before; leaked != 0 {
+			t.Errorf("%d packets of the pod reached Azure", leaked)
+		}
+	})
+}
+
+func TestOnlyCapturedConnectionsReachTheListener(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *world) {
+		if err := w.capture.EnsureLink(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		listener := serve(t, "nmi", testListen.String())
+		w.wantAnswer("outside", testListen.String(), "nmi "+outsideIP) // Without rules the address is open to neighbours.
+		w.wantAnswer("pod", testListen.String(), "nmi "+podIP)
+		listener.listener.Close()
+
+		w.install()
+		w.wantNoAnswer("outside", testListen.String())
+		w.wantNoAnswer("pod", testListen.String())
+		if accepted, _ := w.nmi.counts(); accepted != 0 {
+			t.Errorf("the listener accepted %d connections", accepted)
+		}
+		// What remains: a neighbour that takes the node for the metadata service is seen for what it is.
+		w.wantAnswer("outside", "169.254.169.254:80", "nmi "+outsideIP)
+	})
+}
+
+func TestAConnectionOpenedBeforeInstallationIsCutOff(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *world) {
+		// Connections are tracked only once some rule wants that, as kube-proxy's do on a node.
+		w.iptables("-t", "nat", "-A", "POSTROUTING", "-s", "192.0.2.0/24", "-j", "MASQUERADE")
+		var fromPod, fromNode net.Conn
+		dial := func() net.Conn {
+			conn, err := net.DialTimeout("tcp4", "169.254.169.254:80", generosity)
+			if err != nil {
+				t.Error(err)
+				return nil
+			}
+			conn.SetDeadline(time.Now().Add(generosity))
+			bufio.NewReader(conn).ReadString('\n')
+			return conn
+		}
+		inNS(t, "pod", func() { fromPod = dial() })
+		fromNode = dial()
+		if fromPod == nil || fromNode == nil {
+			t.FailNow()
+		}
+		defer fromPod.Close()
+		defer fromNode.Close()
+		direct := func(source string) int {
+			return tracked(t, func(f *netlink.ConntrackFlow) bool {
+				return f.Forward.SrcIP.String() == source && f.Reverse.SrcIP.String() == testMetadata.Addr().String()
+			})
+		}
+		if direct(podIP) != 1 || direct(nodeIP) != 1 {
+			t.Fatal("the connections are not tracked; this test would prove nothing")
+		}
+
+		w.install()
+		if direct(podIP) != 0 || direct(nodeIP) != 1 {
+			t.Errorf("tracked are %d connections of the pod and %d of the node, want 0 and 1", direct(podIP), direct(nodeIP))
+		}
+		before := w.podPackets()
+		_, received := w.azure.counts()
+		if _, err := fromPod.Write([]byte("token please\n")); err != nil {
+			t.Fatal(err)
+		}
+		// A quick end, rather than a timeout.
+		if _, err := fromPod.Read(make([]byte, 100)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("reading on the old connection: %v, want a reset", err)
+		}
+		if _, now := w.azure.counts(); now != received || w.podPackets() != before {
+			t.Errorf("the old connection still reaches Azure: %d bytes, %d packets", now-received, w.podPackets()-before)
+		}
+		if _, err := fromNode.Write([]byte("hello\n")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := fromNode.Read(make([]byte, 100)); err != nil {
+			t.Errorf("the node's own connection: %v", err)
+		}
+		w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
+	})
+}
+
+func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *world) {
+		w.install()
+		before := w.podPackets()
+		ctx, cancel := context.WithCancel(context.Background())
+		var answered, failed atomic.Int64
+		var group sync.WaitGroup
+		for range 3 {
+			group.Go(func() {
+				inNS(t, "pod", func() {
+					// Paced, so that the repairs get their share of a small machine.
+					for pace := time.NewTicker(2 * time.Millisecond); ctx.Err() == nil; <-pace.C {
+						conn, err := net.DialTimeout("tcp4", "169.254.169.254:80", generosity)
+						if err != nil {
+							failed.Add(1)
+							t.Errorf("connecting during a repair: %v", err)
+							return
+						}
+						conn.SetDeadline(time.Now().Add(generosity))
+						answer, err := bufio.NewReader(conn).ReadString('\n')
+						if err != nil || answer != "nmi "+podIP+"\n" {
+							failed.Add(1)
+							t.Errorf("asking during a repair: %q, %v", answer, err)
+						}
+						answered.Add(1)
+						// Without lingering, so that the load does not use up the ports.
+						conn.(*net.TCPConn).SetLinger(0)
+						conn.Close()
+					}
+				})
+			})
+		}
+		// Each takes another path through the repair; none opens a way by itself.
+		tamper := [][]string{
+			{"-t", "nat", "-I", "PREROUTING", "1", "-s", "192.0.2.1", "-j", "RETURN"},
+			{"-I", "FORWARD", "1", "-s", "192.0.2.1", "-j", "RETURN"},
+			{"-I", "INPUT", "1", "-s", "192.0.2.1", "-j", "RETURN"},
+			{"-t", "nat", "-A", "PODIDENTITY-NAT-?", "-s", "192.0.2.1", "-j", "RETURN"},
+			{"-A", "PODIDENTITY-FWD-?", "-s", "192.0.2.1", "-j", "RETURN"},
+			{"-I", "PODIDENTITY-IN-?", "1", "-s", "192.0.2.1", "-j", "RETURN"},
+		}
+		// Two node servers, as during an upgrade, find the same damage at the same time.
+		second := w.newCapture(testListen)
+		deadline := time.Now().Add(3 * time.Second)
+		repairs := 0
+		for ; repairs < 30 || time.Now().Before(deadline); repairs++ {
+			command := slices.Clone(tamper[repairs%len(tamper)])
+			for i, word := range command {
+				if prefix, ok := strings.CutSuffix(word, "?"); ok {
+					command[i] = w.current(prefix)
+				}
+			}
+			w.iptables(command...)
+			var others []string
+			var both sync.WaitGroup
+			both.Go(func() {
+				var err error
+				if others, err = second.Sync(context.Background()); err != nil {
+					t.Error(err)
+				}
+			})
+			repaired := w.sync()
+			both.Wait()
+			if len(repaired)+len(others) != 1 {
+				t.Errorf("after %v Sync repaired %v, and another one %v", command, repaired, others)
+			}
+		}
+		cancel()
+		group.Wait()
+		w.verify()
+		t.Logf("%d repairs, %d connections answered, %d failed", repairs, answered.Load(), failed.Load())
+		if answered.Load() < int64(repairs) {
+			t.Error("there was not enough load for this test to mean anything")
+		}
+		if leaked := w.podPackets() - before; leaked != 0 {
+			t.Errorf("%d packets of the pod reached Azure", leaked)
+		}
+		if accepted, _ := w.azure.counts(); accepted != 0 {
+			t.Errorf("Azure accepted %d connections", accepted)
+		}
+	})
+}
+
+// current is the chain in force among the generations with a prefix.
+func (w *world) current(prefix string) string {
+	w.t.Helper()
+	for _, generation := range generations {
+		if strings.Contains(w.dump(), ":"+prefix+generation+" ") {
+			return prefix + generation
+		}
+	}
+	w.t.Fatalf("there is no chain %s*", prefix)
+	return ""
+}
+
+func TestDamageByHandIsFoundAndRepaired(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *world) {
+		w.install()
+		for _, damage := range []struct {
+			name     string
+			commands string
+			repaired []string
+		}{
+			{"all of nat flushed", "-t nat -F", []string{"nat jump", "nat chain"}},
+			{"all of filter flushed", "-F", []string{"forward jump", "forward chain", "input jump", "input chain"}},
+			{"all of nat flushed and its chains deleted", "-t nat -F\n-t nat -X", []string{"nat jump", "nat chain"}},
+			{"jump deleted", "-t nat -D PREROUTING 1", []string{"nat jump"}},
+			{"earlier accept in forward", "-I FORWARD 1 -j ACCEPT", []string{"forward jump"}},
+			{"earlier accept in input", "-I INPUT 1 -j ACCEPT", []string{"input jump"}},
+			{"earlier foreign redirection", "-t nat -I PREROUTING 1 -d 169.254.169.254 -p tcp --dport 80 -j DNAT --to-destination 10.88.0.1", []string{"nat jump"}},
+			{"drop deleted from our chain", "-D PODIDENTITY-FWD-? 1", []string{"forward chain"}},
+			{"rule added to our chain", "-A PODIDENTITY-IN-? -j ACCEPT", []string{"input chain"}},
+			{"redirection led elsewhere", "-t nat -R PODIDENTITY-NAT-? 1 -d 169.254.169.254 -p tcp -j DNAT --to-destination 10.88.0.1", []string{"nat chain"}},
+			{"another chain leads to ours", "-I FORWARD 1 -j ACCEPT\n-A OUTPUT -j PODIDENTITY-FWD-?", []string{"forward jump"}},
+		} {
+			t.Run(damage.name, func(t *testing.T) {
+				for line := range strings.Lines(damage.commands) {
+					words := strings.Fields(line)
+					for i, word := range words {
+						if prefix, ok := strings.CutSuffix(word, "?"); ok {
+							words[i] = w.current(prefix)
+						}
+					}
+					w.iptables(words...)
+				}
+				if err := w.capture.Verify(context.Background()); !errors.Is(err, ErrDrift) {
+					t.Errorf("Verify: %v", err)
+				}
+				if repaired := w.sync(); !slices.Equal(repaired, damage.repaired) {
+					t.Errorf("Sync repaired %q, want %q", repaired, damage.repaired)
+				}
+				w.verify()
+				if again := w.sync(); len(again) != 0 {
+					t.Errorf("a second Sync repaired %q", again)
+				}
+				before := w.podPackets()
+				w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
+				w.wantNoAnswer("pod", "169.254.169.254:443")
+				w.wantNoAnswer("outside", testListen.String())
+				if leaked := w.podPackets() - before; leaked != 0 {
+					t.Errorf("%d packets of the pod reached Azure", leaked)
+				}
+			})
+		}
+	})
+}
+
+func TestWithoutAListenerPodsGetNothing(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *world) {
+		w.install()
+		w.nmi.listener.Close()
+		before := w.podPackets()
+		if _, err := w.ask("pod", "169.254.169.254:80", generosity); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("got %v, want the connection refused at once", err)
+		}
+		// Nor if the link is gone, too: then the packet has nowhere to go.
+		run(t, "ip", "link", "del", LinkName)
+		run(t, "ip", "route", "add", "169.254.25.79/32", "via", "10.88.0.1")
+		w.wantNoAnswer("pod", "169.254.169.254:80")
+		if leaked := w.podPackets() - before; leaked != 0 {
+			t.Errorf("%d packets of the pod left the node", leaked)
+		}
+	})
+}
+
+func TestAnotherListenAddressTakesOverWithoutAGap(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *world) {
+		w.install()
+		w.nmi.listener.Close()
+		next := testListen.Addr().Next().String() + ":2580"
+		w.capture = w.newCapture(netip.MustParseAddrPort(next))
+		before := w.podPackets()
+		if err := w.capture.EnsureLink(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		serve(t, "next", next)
+		if err := w.capture.Install(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		w.verify()
+		w.wantAnswer("pod", "169.254.169.254:80", "next "+podIP)
+		if leaked := w.podPackets() - before; leaked != 0 {
+			t.Errorf("%d packets of the pod reached Azure", leaked)
+		}
+		if addresses := run(t, "ip", "-o", "-4", "addr", "show", "dev", LinkName); strings.Contains(addresses, testListen.Addr().String()+"/") {
+			t.Errorf("the former address is still there: %s", addresses)
+		}
+	})
+}
+
+func TestUninstallRestoresTheNode(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *world) {
+		for _, rule := range []string{
+			"-t nat -N KUBE-SERVICES", "-t nat -A PREROUTING -m comment --comment portals -j KUBE-SERVICES",
+			"-t nat -A POSTROUTING -s 10.77.0.0/16 -d 192.0.2.0/24 -j MASQUERADE",
+			"-N KUBE-FORWARD", "-A FORWARD -j KUBE-FORWARD", "-A INPUT -p tcp --dport 22 -j ACCEPT", "-t mangle -N KUBE-IPTABLES-HINT",
+		} {
+			w.iptables(strings.Fields(rule)...)
+		}
+		links := func() string { return run(t, "ip", "-br", "addr") }
+		rulesBefore, linksBefore := w.dump(), links()
+
+		w.install()
+		w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
+		var kept net.Conn
+		inNS(t, "pod", func() {
+			var err error
+			if kept, err = net.DialTimeout("tcp4", "169.254.169.254:80", generosity); err != nil {
+				t.Error(err)
+			}
+		})
+		if kept != nil {
+			defer kept.Close()
+		}
+		redirected := func(f *netlink.ConntrackFlow) bool { return f.Reverse.SrcIP.String() == testListen.Addr().String() }
+		if tracked(t, redirected) == 0 {
+			t.Fatal("no captured connection is tracked; this test would prove nothing")
+		}
+		if w.dump() == rulesBefore || links() == linksBefore {
+			t.Fatal("installation changed nothing; this test would prove nothing")
+		}
+		for range 2 {
+			if err := w.capture.Uninstall(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			if got := w.dump(); got != rulesBefore {
+				t.Errorf("rules are now\n%s\nwere\n%s", got, rulesBefore)
+			}
+			if got := links(); got != linksBefore {
+				t.Errorf("links are now\n%s\nwere\n%s", got, linksBefore)
+			}
+		}
+		if left := tracked(t, redirected); left != 0 {
+			t.Errorf("%d captured connections are still tracked", left)
+		}
+		w.wantAnswer("pod", "169.254.169.254:80", "azure "+podIP)
+		// And it can be installed again.
+		w.nmi.listener.Close()
+		w.install()
+		w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
+	})
+}
+
+// tracked is the number of connections that conntrack has and that match.
+func tracked(t *testing.T, match func(*netlink.ConntrackFlow) bool) (n int) {
+	t.Helper()
+	all, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.FAMILY_V4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range all {
+		if match(f) {
+			n++
+		}
+	}
+	return n
+}
+
+func TestAForeignChainIsLeftAlone(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *world) {
+		w.iptables("-N", "PODIDENTITY-FWD-B")
+		w.iptables("-A", "PODIDENTITY-FWD-B", "-s", "192.0.2.1", "-j", "ACCEPT")
+		w.iptables("-t", "nat", "-S") // Makes the table in the legacy back end, as looking for our chains there does.
+		before := w.dump()
+		for doing, err := range map[string]error{
+			"Install":   w.capture.Install(context.Background()),
+			"Uninstall": w.capture.Uninstall(context.Background()),
+		} {
+			if !errors.Is(err, ErrForeignChain) {
+				t.Errorf("%s: %v", doing, err)
+			}
+		}
+		if got := w.dump(); got != before {
+			t.Errorf("rules are now\n%s\nwere\n%s", got, before)
+		}
+		// An empty chain of that name is a leftover of ours.
+		w.iptables("-F", "PODIDENTITY-FWD-B")
+		w.install()
+	})
+}
+
+func TestHowLongVerifyAndSyncTake(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *world) {
+		took := func(what string, times int, do func()) {
+			start := time.Now()
+			for range times {
+				do()
+			}
+			t.Logf("%s %s: %v", w.backend, what, (time.Since(start) / time.Duration(times)).Round(100*time.Microsecond))
+		}
+		took("first installation", 1, w.install)
+		took("Verify", 20, w.verify)
+		took("Sync without anything to repair", 20, func() { w.sync() })
+		took("Sync with one repair", 10, func() {
+			w.iptables("-t", "nat", "-D", "PREROUTING", "1")
+			w.sync()
+		})
+	})
+}

@@ -1,0 +1,97 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestALostLinkIsFoundAndRepairedUnderTheListener(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *world) {
+		w.install()
+		for _, damage := range []string{
+			"ip link del " + LinkName,
+			"ip addr del 169.254.25.79/32 dev " + LinkName,
+			"ip link set " + LinkName + " down",
+			"ip addr add 169.254.25.99/32 dev " + LinkName,
+		} {
+			run(t, "sh", "-c", damage)
+			if err := w.capture.Verify(context.Background()); !errors.Is(err, ErrDrift) || !strings.Contains(err.Error(), "link: ") {
+				t.Errorf("%s: Verify: %v", damage, err)
+			}
+			if repaired := w.sync(); !slices.Equal(repaired, []string{"link"}) {
+				t.Errorf("%s: Sync repaired %v", damage, repaired)
+			}
+			w.verify()
+			// The listener was bound before all this, and was not touched.
+			w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
+		}
+	})
+}
+
+func TestTheListenAddressIsNotTheSourceOfOtherTraffic(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *world) {
+		w.install()
+		// A link-local destination on another link, where the scope matters most.
+		run(t, "ip", "route", "add", "169.254.77.1/32", "dev", "out0", "scope", "link")
+		if route := run(t, "ip", "route", "get", "169.254.77.1"); !strings.Contains(route, "src "+nodeIP) {
+			t.Errorf("route: %s", route)
+		}
+	})
+}
+
+func TestAForeignLinkOrAddressIsRefused(t *testing.T) {
+	inNamespaces(t, func(t *testing.T) {
+		buildNetwork(t)
+		c, err := New(testConfig(BackendNFT))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, tt := range []struct{ name, make, undo string }{
+			{"another kind", "ip link add podidentity0 type veth peer name x0", "ip link del podidentity0"},
+			{"a bridge with ports", "ip link add podidentity0 type bridge; ip link add x0 type veth peer name x1; ip link set x0 master podidentity0", "ip link del podidentity0; ip link del x0"},
+		} {
+			run(t, "sh", "-e", "-c", tt.make)
+			before := run(t, "ip", "addr")
+			_, syncErr := c.Sync(context.Background())
+			for doing, err := range map[string]error{"EnsureLink": c.EnsureLink(context.Background()), "Sync": syncErr, "Verify": c.Verify(context.Background()), "Uninstall": c.Uninstall(context.Background())} {
+				if !errors.Is(err, ErrForeignLink) {
+					t.Errorf("%s: %s: %v", tt.name, doing, err)
+				}
+			}
+			if after := run(t, "ip", "addr"); after != before {
+				t.Errorf("%s: links are now\n%s\nwere\n%s", tt.name, after, before)
+			}
+			run(t, "sh", "-e", "-c", tt.undo)
+		}
+		run(t, "ip", "addr", "add", "169.254.25.79/32", "dev", "out0")
+		if err := c.EnsureLink(context.Background()); !errors.Is(err, ErrForeignLink) {
+			t.Errorf("the address of another link: %v", err)
+		}
+	})
+}
+
+func TestEnsureLinkIsIdempotentAndHasOneAddress(t *testing.T) {
+	inNamespaces(t, func(t *testing.T) {
+		buildNetwork(t)
+		c, err := New(testConfig(BackendNFT))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var first string
+		for i := range 3 {
+			if err := c.EnsureLink(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			now := run(t, "ip", "-o", "-4", "addr", "show", "dev", LinkName)
+			if i == 0 {
+				first = now
+			}
+			if now != first || strings.Count(now, "inet ") != 1 || !strings.Contains(now, "169.254.25.79/32") || !strings.Contains(now, "scope link") {
+				t.Errorf("addresses: %s", now)
+			}
+		}
+	})
+}

@@ -1,0 +1,333 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// slotState is what is found in one slot.
+type slotState struct {
+	slot
+	hookRules   []listed
+	generations [2]generationState
+}
+
+type generationState struct {
+	exists bool
+	rules  []listed
+	good   bool     // The rules are exactly ours, in our order.
+	jumps  []listed // The rules of the hook that lead here, in order.
+}
+
+// difference is one way in which a slot is not as it should be.
+type difference struct {
+	what string // Of a bounded vocabulary, see Sync.
+	text string // For people.
+}
+
+func readSlot(t tables, s slot) (slotState, error) {
+	state := slotState{slot: s}
+	var err error
+	if state.hookRules, err = t.list(s.table, s.hook); err != nil && !errors.Is(err, errNoChain) {
+		return state, err
+	}
+	for g := range generations {
+		rules, err := t.list(s.table, s.chain(g))
+		if errors.Is(err, errNoChain) {
+			continue
+		}
+		if err != nil {
+			return state, err
+		}
+		found := generationState{exists: true, rules: rules, good: slices.EqualFunc(rules, s.rules, listed.is)}
+		for _, rule := range state.hookRules {
+			if rule.target() == s.chain(g) {
+				found.jumps = append(found.jumps, rule)
+			}
+		}
+		state.generations[g] = found
+	}
+	return state, nil
+}
+
+// foreign refuses a chain that has one of our names, but rules of which none is ours and no jump of ours leading to it.
+// An empty one is what a crash leaves; one that mixes ours with others is ours, and was tampered with.
+func (st slotState) foreign() error {
+	for g, found := range st.generations {
+		if isForeign(found.rules, found.jumps) {
+			return foreignChain(st.table, st.chain(g))
+		}
+	}
+	return nil
+}
+
+func isForeign(rules, jumps []listed) bool {
+	return len(rules) > 0 && !slices.ContainsFunc(rules, listed.ours) && !slices.ContainsFunc(jumps, listed.ours)
+}
+
+func foreignChain(table, chain string) error {
+	return fmt.Errorf("%w: chain %s of table %s holds rules without the comment %q; nothing was changed there: find out who made it, then rename or delete it",
+		ErrForeignChain, chain, table, strings.TrimSpace(marker)+" ...")
+}
+
+// inForce is the generation whose jump is the first rule of the hook, exactly as we write it, or -1.
+func (st slotState) inForce() int {
+	for g := range generations {
+		if len(st.hookRules) > 0 && st.hookRules[0].is(st.jump(g)) {
+			return g
+		}
+	}
+	return -1
+}
+
+func (st slotState) find(match func(generationState) bool) int {
+	return slices.IndexFunc(st.generations[:], match)
+}
+
+// differences is empty when the slot is as it should be: one generation, complete, with a single jump at position 1.
+func (st slotState) differences() []difference {
+	var ds []difference
+	report := func(what, format string, args ...any) {
+		ds = append(ds, difference{what: st.name + " " + what, text: fmt.Sprintf(format, args...)})
+	}
+	current := st.inForce()
+	switch {
+	case current >= 0 && len(st.generations[current].jumps) > 1:
+		report("jump", "%s jumps to %s %d times", st.hook, st.chain(current), len(st.generations[current].jumps))
+	case current < 0:
+		if current = st.find(func(g generationState) bool { return len(g.jumps) > 0 }); current >= 0 {
+			report("jump", "the jump from %s to %s is altered or not the first rule; the first is: %s", st.hook, st.chain(current), st.hookRules[0])
+			break
+		}
+		report("jump", "%s has no jump to us", st.hook)
+		if current = st.find(func(g generationState) bool { return g.good }); current < 0 {
+			current = st.find(func(g generationState) bool { return g.exists })
+		}
+	}
+	if current < 0 {
+		report("chain", "there is none")
+		return ds
+	}
+	if found := st.generations[current]; !found.good {
+		report("chain", "%s", st.compare(current))
+	}
+	if st.generations[1-current].exists {
+		report("leftover", "chain %s is not needed", st.chain(1-current))
+	}
+	return ds
+}
+
+func (st slotState) compare(g int) string {
+	var parts []string
+	rules := st.generations[g].rules
+	for _, want := range st.rules {
+		if !slices.ContainsFunc(rules, func(r listed) bool { return r.is(want) }) {
+			parts = append(parts, "missing: "+strings.Join(want, " "))
+		}
+	}
+	for _, rule := range rules {
+		if !slices.ContainsFunc(st.rules, rule.is) {
+			parts = append(parts, "unexpected: "+rule.String())
+		}
+	}
+	if parts == nil {
+		parts = []string{"the rules are repeated or in another order"}
+	}
+	return fmt.Sprintf("%s: %s", st.chain(g), strings.Join(parts, ", "))
+}
+
+// settle brings one slot to how it should be. At each instant between its commands the slot protects at least as much as
+// before: a chain is edited only while no rule leads to it, and a jump is taken away only behind one that stands.
+func settle(ctx context.Context, t tables, st slotState) error {
+	var err error
+	if st, err = freeOne(ctx, t, st); err != nil {
+		return err
+	}
+	if g := st.inForce(); g >= 0 && st.generations[g].good && len(st.generations[g].jumps) == 1 {
+		return discard(ctx, t, st, 1-g)
+	}
+	// The shortest way, when someone took away no more than the jump.
+	target := st.find(func(g generationState) bool { return g.good && len(g.jumps) == 0 })
+	if target < 0 {
+		target = st.pickForBuilding()
+		if err := build(ctx, t, st, target); err != nil {
+			return err
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := t.insertFirst(st.table, st.hook, st.jump(target)); err != nil {
+		return err
+	}
+	now, err := readSlot(t, st.slot)
+	if err != nil {
+		return err
+	}
+	if now.inForce() != target || !now.generations[target].good {
+		// The other generation stays, so nothing is lost. The next Sync starts from what it finds.
+		return fmt.Errorf("the jump to %s is no longer first, or the chain not as it was just written: something else changes rules at the same time, or this iptables lists rules in an unknown form",
+			st.chain(target))
+	}
+	return discard(ctx, t, now, 1-target)
+}
+
+// freeOne takes one generation out of service if both are in it and one of them is complete. That is how a repair looks
+// that was cut short; if someone tampered with the result as well, the complete one may stand behind other rules, so it
+// is put first before the other goes.
+func freeOne(ctx context.Context, t tables, st slotState) (slotState, error) {
+	if len(st.generations[0].jumps) == 0 || len(st.generations[1].jumps) == 0 {
+		return st, nil
+	}
+	complete := st.inForce()
+	if complete < 0 || !st.generations[complete].good {
+		if complete = st.find(func(g generationState) bool { return g.good }); complete < 0 {
+			return st, nil
+		}
+		if err := t.insertFirst(st.table, st.hook, st.jump(complete)); err != nil {
+			return st, err
+		}
+	}
+	if err := discard(ctx, t, st, 1-complete); err != nil {
+		return st, err
+	}
+	return readSlot(t, st.slot)
+}
+
+// pickForBuilding chooses the generation that can be taken out of service: one that nothing leads to, if there is one.
+// Both are in use only when a repair was cut short and neither is what is wanted, as after an upgrade with another
+// configuration. Then the one stays that is not empty, and of equals the one that packets meet first.
+func (st slotState) pickForBuilding() int {
+	if free := st.find(func(g generationState) bool { return len(g.jumps) == 0 }); free >= 0 {
+		return free
+	}
+	if empty := st.find(func(g generationState) bool { return len(g.rules) == 0 }); empty >= 0 {
+		return empty
+	}
+	for _, rule := range st.hookRules {
+		switch rule.target() {
+		case st.chain(0):
+			return 1
+		case st.chain(1):
+			return 0
+		}
+	}
+	return 0
+}
+
+// build fills a generation that is out of service, after taking it out.
+func build(ctx context.Context, t tables, st slotState, g int) error {
+	if err := retire(ctx, t, st, g); err != nil {
+		return err
+	}
+	// Also makes the chain, if there was none.
+	if err := t.empty(st.table, st.chain(g)); err != nil {
+		return err
+	}
+	for _, rule := range st.rules {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := t.add(st.table, st.chain(g), rule); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// retire empties a generation and removes the jumps to it. In this order, because a crash in between may leave an empty
+// chain, but not one with rules and without a jump: had someone replaced the rules, that could not be told from a foreign
+// one. Jumps are removed by their text and never by their number, which may by now be that of a foreign rule.
+func retire(ctx context.Context, t tables, st slotState, g int) error {
+	if !st.generations[g].exists {
+		return nil
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := t.empty(st.table, st.chain(g)); err != nil {
+		return err
+	}
+	for _, jump := range st.generations[g].jumps {
+		if err := t.remove(st.table, st.hook, jump.args); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// discard removes a generation that is no longer needed, and the jumps to it.
+func discard(ctx context.Context, t tables, st slotState, g int) error {
+	if !st.generations[g].exists {
+		return nil
+	}
+	if err := retire(ctx, t, st, g); err != nil {
+		return err
+	}
+	first := t.drop(st.table, st.chain(g))
+	if first == nil {
+		return nil
+	}
+	// Someone made another chain lead here. Reading everything is slow on a large node, so it is done only now.
+	d, err := t.dump(ctx)
+	if err != nil {
+		return errors.Join(first, err)
+	}
+	if err := removeReferences(t, d, st.table, st.chain(g)); err != nil {
+		return errors.Join(first, err)
+	}
+	return t.drop(st.table, st.chain(g))
+}
+
+func removeReferences(t tables, d dump, table, chain string) error {
+	for _, rule := range d.rules[table] {
+		if rule.target() != chain {
+			continue
+		}
+		if err := t.remove(table, rule.chain, rule.args); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// purge removes a slot from one back end: jumps, then chains. What is not there is no error, since being gone is the
+// aim. It works on a dump, which unlike a listing never creates a table that the node does not have.
+func purge(ctx context.Context, t tables, d dump, s slot) error {
+	var foreign error
+	for g := range generations {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		chain := s.chain(g)
+		if !slices.Contains(d.chains[s.table], chain) {
+			continue
+		}
+		var rules, jumps []listed
+		for _, rule := range d.rules[s.table] {
+			if rule.chain == chain {
+				rules = append(rules, rule)
+			}
+			if rule.target() == chain {
+				jumps = append(jumps, rule)
+			}
+		}
+		if isForeign(rules, jumps) {
+			foreign = foreignChain(s.table, chain)
+			continue
+		}
+		if err := t.empty(s.table, chain); err != nil { // Before the jumps, for the reason given at retire.
+			return err
+		}
+		if err := removeReferences(t, d, s.table, chain); err != nil {
+			return err
+		}
+		if err := t.drop(s.table, chain); err != nil {
+			return err
+		}
+	}
+	return foreign
+}

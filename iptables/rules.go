@@ -1,0 +1,198 @@
+package iptables
+
+import (
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// marker opens the comment of every rule and jump of ours. It is what tells ours from another's.
+const marker = "podidentity: "
+
+const metadataProtocol = "tcp"
+
+// generations of a chain. One is in force, the other is where its successor is built.
+var generations = [2]string{"A", "B"}
+
+// slot is one place where we hang into netfilter: a hook, and the chain, in one of two generations, it jumps to.
+// Its name is part of what Sync returns.
+type slot struct {
+	name   string
+	table  string
+	hook   string
+	prefix string
+	why    string
+	rules  [][]string
+}
+
+func (s slot) chain(generation int) string { return s.prefix + generations[generation] }
+
+func (s slot) jump(generation int) []string {
+	return []string{"-m", "comment", "--comment", marker + s.why, "-j", s.chain(generation)}
+}
+
+// slots returns the three slots in the order of installation: the drop first, for it alone already keeps the promise,
+// and the redirection last, when the address it leads to is guarded.
+func slots(metadata, listen netip.AddrPort) []slot {
+	metadataNet, listenNet := metadata.Addr().String()+"/32", listen.Addr().String()+"/32"
+	metadataPort := strconv.Itoa(int(metadata.Port()))
+	rule := func(why, target string, match ...string) []string {
+		r := slices.Clone(match)
+		r = append(r, "-m", "comment", "--comment", marker+why)
+		return append(r, strings.Fields(target)...)
+	}
+	return []slot{
+		{
+			name: "forward", table: "filter", hook: "FORWARD", prefix: "PODIDENTITY-FWD-",
+			why: "pods never reach the metadata service itself",
+			rules: [][]string{
+				rule("no packet of a pod leaves for the metadata service", "-j DROP", "-d", metadataNet),
+				// Also cuts what is still on its way to a connection opened before we came, and keeps neighbours from
+				// posing as the metadata service towards pods.
+				rule("no packet from the metadata address reaches a pod", "-j DROP", "-s", metadataNet),
+				// Without its link the listen address is no longer local, and a redirected request would be routed to
+				// whoever claims that address outside.
+				rule("no captured packet leaves the node", "-j DROP", "-d", listenNet),
+			},
+		},
+		{
+			name: "input", table: "filter", hook: "INPUT", prefix: "PODIDENTITY-IN-",
+			why: "only captured connections reach the node server",
+			rules: [][]string{
+				rule("the node itself may ask", "-j RETURN", "-d", listenNet, "-i", "lo"),
+				// The tuple of the connection is matched, not the packet, so that ICMP errors about it pass as well.
+				rule("captured from a pod", "-j RETURN", "-d", listenNet,
+					"-m", "conntrack", "--ctstate", "DNAT", "--ctproto", metadataProtocol,
+					"--ctorigdst", metadata.Addr().String(), "--ctorigdstport", metadataPort),
+				rule("not captured, so not for the node server", "-j DROP", "-d", listenNet),
+			},
+		},
+		{
+			name: "nat", table: "nat", hook: "PREROUTING", prefix: "PODIDENTITY-NAT-",
+			why: "pods' metadata requests are answered on this node",
+			rules: [][]string{
+				rule("to the node server", "-j DNAT --to-destination "+listen.String(),
+					"-d", metadataNet, "-p", metadataProtocol, "-m", metadataProtocol, "--dport", metadataPort),
+			},
+		},
+	}
+}
+
+// listed is one rule as iptables lists it: "-A CHAIN ...", with the arguments taken apart.
+type listed struct {
+	chain string
+	args  []string
+}
+
+// parseListed reads one line of a listing or of a dump. ok is false for lines that are no rule.
+func parseListed(line string) (listed, bool) {
+	words, ok := splitWords(line)
+	if !ok || len(words) < 2 || words[0] != "-A" {
+		return listed{}, false
+	}
+	return listed{chain: words[1], args: words[2:]}, true
+}
+
+// splitWords undoes the quoting of iptables: double quotes around a word that needs them, backslashes within.
+func splitWords(line string) ([]string, bool) {
+	var words []string
+	var word strings.Builder
+	var inWord, quoted, escaped bool
+	for _, r := range line {
+		switch {
+		case escaped:
+			word.WriteRune(r)
+			escaped = false
+		case quoted && r == '\\':
+			escaped = true
+		case r == '"':
+			quoted, inWord = !quoted, true
+		case !quoted && (r == ' ' || r == '\t'):
+			if inWord {
+				words = append(words, word.String())
+				word.Reset()
+			}
+			inWord = false
+		default:
+			word.WriteRune(r)
+			inWord = true
+		}
+	}
+	if inWord {
+		words = append(words, word.String())
+	}
+	return words, !quoted && !escaped
+}
+
+// canonical brings a rule into a form that is equal for equal rules, whichever back end and version listed them: they
+// differ in the order of matches, in naming the module of a match, and in numbers for protocols. Anything it does not
+// know stays in and makes the rule a different one.
+func canonical(args []string) string {
+	var parts []string
+	for i := 0; i < len(args); {
+		var part []string
+		if args[i] == "!" {
+			part, i = append(part, "!"), i+1
+		}
+		if i == len(args) {
+			return strings.Join(args, "\x00") // Cut off after "!": equal to nothing we write.
+		}
+		flag := args[i]
+		part, i = append(part, flag), i+1
+		for first := true; i < len(args); first = false {
+			// The value of a comment may look like a flag; all others end where the next flag begins.
+			isValue := first && flag == "--comment"
+			if !isValue && (args[i] == "!" || strings.HasPrefix(args[i], "-")) {
+				break
+			}
+			part, i = append(part, normalValue(flag, args[i])), i+1
+			if flag == "--comment" {
+				break
+			}
+		}
+		if part[0] == "-m" {
+			continue
+		}
+		parts = append(parts, strings.Join(part, "\x00"))
+	}
+	slices.Sort(parts)
+	return strings.Join(parts, "\x01")
+}
+
+func normalValue(flag, value string) string {
+	switch flag {
+	case "-p", "--ctproto":
+		if value == "6" {
+			return metadataProtocol
+		}
+	case "-s", "-d", "--ctorigdst":
+		return strings.TrimSuffix(value, "/32")
+	}
+	return value
+}
+
+func valueOf(args []string, flags ...string) string {
+	for i := 0; i+1 < len(args); i++ {
+		if args[i] == "--comment" {
+			if slices.Contains(flags, args[i]) {
+				return args[i+1]
+			}
+			i++ // The text of a comment is no flag, whatever it says.
+			continue
+		}
+		if slices.Contains(flags, args[i]) {
+			return args[i+1]
+		}
+	}
+	return ""
+}
+
+func (l listed) ours() bool { return strings.HasPrefix(valueOf(l.args, "--comment"), marker) }
+
+// target is where the rule sends a packet: a chain or a verdict.
+func (l listed) target() string { return valueOf(l.args, "-j", "-g", "--jump", "--goto") }
+
+func (l listed) is(args []string) bool { return canonical(l.args) == canonical(args) }
+
+func (l listed) String() string { return strings.Join(l.args, " ") }

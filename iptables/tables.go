@@ -1,0 +1,193 @@
+package iptables
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	coreos "github.com/coreos/go-iptables/iptables"
+)
+
+// lockSeconds bounds how long one command waits for the lock that all users of legacy iptables on the node share.
+const lockSeconds = 5
+
+// errNoChain is what tables.list returns for a chain that does not exist.
+var errNoChain = errors.New("no such chain")
+
+// tables is what capture needs of one back end. Each method is a single command, atomic in the kernel and bounded by
+// lockSeconds, so a context is looked at between them; what happens when we die there is the caller's concern.
+type tables interface {
+	// list returns the rules of a chain in order. errNoChain if there is none.
+	list(table, chain string) ([]listed, error)
+	// empty makes the chain exist and have no rules. Idempotent.
+	empty(table, chain string) error
+	// add appends a rule. Not idempotent.
+	add(table, chain string, rule []string) error
+	// insertFirst puts a rule at position 1. Not idempotent.
+	insertFirst(table, chain string, rule []string) error
+	// remove deletes the first rule that equals rule. An error if there is none.
+	remove(table, chain string, rule []string) error
+	// drop deletes an empty chain nothing refers to. An error if there is none.
+	drop(table, chain string) error
+	// dump returns everything there is, without bringing a table into being by looking at it.
+	dump(ctx context.Context) (dump, error)
+}
+
+// dump is the content of one back end: tables, their chains, their rules.
+type dump struct {
+	chains map[string][]string
+	rules  map[string][]listed
+}
+
+func (d dump) ruleCount() (n int) {
+	for _, rules := range d.rules {
+		n += len(rules)
+	}
+	return n
+}
+
+func parseDump(text string) dump {
+	d := dump{chains: map[string][]string{}, rules: map[string][]listed{}}
+	table := ""
+	for line := range strings.Lines(text) {
+		line = strings.TrimSpace(line)
+		switch {
+		case strings.HasPrefix(line, "*"):
+			table = line[1:]
+			d.chains[table] = nil
+		case strings.HasPrefix(line, ":"):
+			name, _, _ := strings.Cut(line[1:], " ")
+			d.chains[table] = append(d.chains[table], name)
+		default:
+			if rule, ok := parseListed(line); ok {
+				d.rules[table] = append(d.rules[table], rule)
+			}
+		}
+	}
+	return d
+}
+
+// program is one back end on this machine. It implements tables.
+type program struct {
+	backend Backend
+	path    string
+	save    string
+	ipt     *coreos.IPTables
+}
+
+// findProgram looks for the commands of one back end, the unambiguous names first. "iptables" alone is either back end,
+// depending on the image; it says which in its version.
+func findProgram(backend Backend) (*program, error) {
+	mode := map[Backend]string{BackendNFT: "(nf_tables)", BackendLegacy: "(legacy)"}[backend]
+	for _, name := range []string{"iptables-" + string(backend), "iptables"} {
+		path, save := findCommand(name), findCommand(name+"-save")
+		if path == "" || save == "" {
+			continue
+		}
+		if version, err := exec.Command(path, "--version").Output(); err != nil || !bytes.Contains(version, []byte(mode)) {
+			continue
+		}
+		ipt, err := coreos.New(coreos.Path(path), coreos.Timeout(lockSeconds))
+		if err != nil {
+			return nil, fmt.Errorf("starting %s: %w", path, err)
+		}
+		return &program{backend: backend, path: path, save: save, ipt: ipt}, nil
+	}
+	return nil, fmt.Errorf("%w: neither iptables-%s and iptables-%s-save nor a matching iptables is in PATH, /usr/sbin or /sbin; install the iptables package in the image",
+		ErrMissingBinary, backend, backend)
+}
+
+func findCommand(name string) string {
+	if path, err := exec.LookPath(name); err == nil {
+		return path
+	}
+	for _, dir := range []string{"/usr/sbin", "/sbin"} {
+		if path, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
+			return path
+		}
+	}
+	return ""
+}
+
+func (p *program) list(table, chain string) ([]listed, error) {
+	lines, err := p.ipt.List(table, chain)
+	if err != nil {
+		// Both back ends report a chain that is not there with status 1 and different words; the words are not for us.
+		var exit *coreos.Error
+		if errors.As(err, &exit) && exit.ExitStatus() == 1 {
+			return nil, errNoChain
+		}
+		return nil, fmt.Errorf("listing chain %s of table %s: %w", chain, table, err)
+	}
+	var rules []listed
+	for _, line := range lines {
+		if rule, ok := parseListed(line); ok {
+			rules = append(rules, rule)
+		}
+	}
+	return rules, nil
+}
+
+func (p *program) empty(table, chain string) error {
+	return wrap(p.ipt.ClearChain(table, chain), "emptying chain", table, chain)
+}
+
+func (p *program) add(table, chain string, rule []string) error {
+	return wrap(p.ipt.Append(table, chain, rule...), "adding a rule to chain", table, chain)
+}
+
+func (p *program) insertFirst(table, chain string, rule []string) error {
+	return wrap(p.ipt.Insert(table, chain, 1, rule...), "putting a jump first in chain", table, chain)
+}
+
+func (p *program) remove(table, chain string, rule []string) error {
+	return wrap(p.ipt.Delete(table, chain, rule...), "removing a rule from chain", table, chain)
+}
+
+func (p *program) drop(table, chain string) error {
+	return wrap(p.ipt.DeleteChain(table, chain), "deleting chain", table, chain)
+}
+
+func wrap(err error, doing, table, chain string) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s %s of table %s: %w", doing, chain, table, err)
+}
+
+// legacyTables names the legacy tables of this network namespace. It is absent where the legacy back end was never used.
+const legacyTables = "/proc/thread-self/net/ip_tables_names"
+
+// legacyInUse says whether there is anything in the legacy back end. Asking its own programs would create the tables.
+func legacyInUse() (bool, error) {
+	names, err := os.ReadFile(legacyTables)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("reading which legacy iptables tables exist: %w", err)
+	}
+	return len(bytes.TrimSpace(names)) > 0, nil
+}
+
+func (p *program) dump(ctx context.Context) (dump, error) {
+	if p.backend == BackendLegacy {
+		if used, err := legacyInUse(); err != nil || !used {
+			return dump{}, err
+		}
+	}
+	out, err := exec.CommandContext(ctx, p.save).Output()
+	if err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			return dump{}, fmt.Errorf("running %s: %w: %s", p.save, err, bytes.TrimSpace(exit.Stderr))
+		}
+		return dump{}, fmt.Errorf("running %s: %w", p.save, err)
+	}
+	return parseDump(string(out)), nil
+}

@@ -1,0 +1,200 @@
+package iptables
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// patience bounds waiting for a packet that must not arrive; generosity for one that must.
+const (
+	patience   = 300 * time.Millisecond
+	generosity = 5 * time.Second
+)
+
+// world is the network with servers in it, seen from the node.
+type world struct {
+	t       *testing.T
+	backend Backend
+	azure   *server
+	nmi     *server
+	capture *Capture
+}
+
+// onBothBackends runs body for each back end, each in a new world in which nothing is installed yet.
+func onBothBackends(t *testing.T, body func(t *testing.T, w *world)) {
+	for _, backend := range []Backend{BackendNFT, BackendLegacy} {
+		t.Run(string(backend), func(t *testing.T) {
+			inNamespaces(t, func(t *testing.T) {
+				buildNetwork(t)
+				w := &world{t: t, backend: backend}
+				inNS(t, "azure", func() { w.azure = serve(t, "azure", testMetadata.String()) })
+				w.capture = w.newCapture(testListen)
+				body(t, w)
+			})
+		})
+	}
+}
+
+func (w *world) newCapture(listen netip.AddrPort) *Capture {
+	w.t.Helper()
+	c, err := New(Config{MetadataIP: testMetadata.Addr(), MetadataPort: testMetadata.Port(), Listen: listen, Backend: w.backend})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return c
+}
+
+// install does what the node server does: link, listener, rules.
+func (w *world) install() {
+	w.t.Helper()
+	if err := w.capture.EnsureLink(context.Background()); err != nil {
+		w.t.Fatal(err)
+	}
+	w.nmi = serve(w.t, "nmi", testListen.String())
+	if err := w.capture.Install(context.Background()); err != nil {
+		w.t.Fatal(err)
+	}
+	w.verify()
+}
+
+func (w *world) verify() {
+	w.t.Helper()
+	if err := w.capture.Verify(context.Background()); err != nil {
+		w.t.Error(err)
+	}
+}
+
+func (w *world) sync() []string {
+	w.t.Helper()
+	repaired, err := w.capture.Sync(context.Background())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return repaired
+}
+
+func (w *world) iptables(args ...string) string {
+	w.t.Helper()
+	return run(w.t, "iptables-"+string(w.backend), args...)
+}
+
+var (
+	dumpComment  = regexp.MustCompile(`(?m)^#.*\n`)
+	dumpCounters = regexp.MustCompile(`\[\d+:\d+\]`)
+)
+
+// dump is what iptables-save prints, without times and counters.
+func (w *world) dump() string {
+	w.t.Helper()
+	text := run(w.t, "iptables-"+string(w.backend)+"-save")
+	return dumpCounters.ReplaceAllString(dumpComment.ReplaceAllString(text, ""), "[0:0]")
+}
+
+// podPackets is the number of packets of pods, or of anyone but the node, that have arrived at Azure.
+func (w *world) podPackets() (total int) {
+	w.t.Helper()
+	inNS(w.t, "azure", func() {
+		for line := range strings.Lines(run(w.t, "iptables-nft", "-t", "raw", "-L", "PREROUTING", "-v", "-x", "-n")) {
+			fields := strings.Fields(line)
+			if n, err := strconv.Atoi(fields[0]); err == nil {
+				total += n
+			}
+		}
+	})
+	return total
+}
+
+// ask connects from a namespace ("" is the node) and returns what the server there says: its name and who it sees.
+func (w *world) ask(from, to string, timeout time.Duration) (answer string, err error) {
+	w.t.Helper()
+	dial := func() {
+		var conn net.Conn
+		if conn, err = net.DialTimeout("tcp4", to, timeout); err != nil {
+			return
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(timeout))
+		answer, err = bufio.NewReader(conn).ReadString('\n')
+	}
+	if from == "" {
+		dial()
+	} else {
+		inNS(w.t, from, dial)
+	}
+	return strings.TrimSpace(answer), err
+}
+
+func (w *world) wantAnswer(from, to, want string) {
+	w.t.Helper()
+	if got, err := w.ask(from, to, generosity); err != nil || got != want {
+		w.t.Errorf("from %q to %s: got %q, %v; want %q", from, to, got, err, want)
+	}
+}
+
+func (w *world) wantNoAnswer(from, to string) {
+	w.t.Helper()
+	if got, err := w.ask(from, to, patience); err == nil {
+		w.t.Errorf("from %q to %s: got %q; want no answer", from, to, got)
+	}
+}
+
+// server greets each connection with its own name and the address it sees, and then repeats what it is told.
+type server struct {
+	listener net.Listener
+	mu       sync.Mutex
+	accepted int
+	received int
+}
+
+func serve(t *testing.T, name, address string) *server {
+	t.Helper()
+	listener, err := net.Listen("tcp4", address)
+	if err != nil {
+		t.Errorf("starting %s: %v", name, err)
+		return &server{}
+	}
+	t.Cleanup(func() { listener.Close() })
+	s := &server{listener: listener}
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			s.mu.Lock()
+			s.accepted++
+			s.mu.Unlock()
+			go func() {
+				defer conn.Close()
+				host, _, _ := net.SplitHostPort(conn.RemoteAddr().String())
+				fmt.Fprintf(conn, "%s %s\n", name, host)
+				io.Copy(io.MultiWriter(conn, s), conn)
+			}()
+		}
+	}()
+	return s
+}
+
+// Write counts what clients say.
+func (s *server) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.received += len(p)
+	return len(p), nil
+}
+
+func (s *server) counts() (accepted, received int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.accepted, s.received
+}
