@@ -1,0 +1,90 @@
+package main
+
+import (
+	"os"
+	"strconv"
+
+	"github.com/spf13/pflag"
+
+	"github.com/podidentity/podidentity/nmi"
+)
+
+// options are the flags. Names are the predecessor's where they mean the same.
+type options struct {
+	cfg       nmi.Config
+	logLevel  string
+	logFormat string
+}
+
+func newOptions() *options {
+	o := &options{cfg: nmi.DefaultConfig(), logLevel: "info", logFormat: "json"}
+	o.cfg.Node = os.Getenv("NODE_NAME")
+	o.cfg.Kubeconfig = os.Getenv("KUBECONFIG")
+	o.cfg.ForceNamespaced, _ = strconv.ParseBool(os.Getenv("FORCENAMESPACED"))
+	return o
+}
+
+// addCaptureTo adds the flags that say what is captured and how, which removing it needs too.
+func (o *options) addCaptureTo(f *pflag.FlagSet) {
+	c := &o.cfg
+	f.StringVar(&c.ListenAddress, "nmi-listen-address", c.ListenAddress, "link-local `address` that NMI listens on; it gets a link of its own for it")
+	f.IntVar(&c.ListenPort, "nmi-port", c.ListenPort, "`port` that NMI listens on")
+	f.StringVar(&c.MetadataIP, "metadata-ip", c.MetadataIP, "`address` of the metadata service")
+	f.IntVar(&c.MetadataPort, "metadata-port", c.MetadataPort, "`port` of the metadata service")
+	f.StringVar(&c.Backend, "iptables-backend", c.Backend, "`back end` of iptables: auto (the one that the node uses), nft or legacy")
+	f.StringVar(&o.logLevel, "log-level", o.logLevel, "least important `level` that is logged: debug, info, warn or error")
+	f.StringVar(&o.logFormat, "log-format", o.logFormat, "`format` of the log: json or text")
+}
+
+func (o *options) addTo(f *pflag.FlagSet) {
+	c := &o.cfg
+	o.addCaptureTo(f)
+	f.StringVar(&c.Node, "node", c.Node, "`name` of this machine's Node; default from NODE_NAME")
+	f.StringVar(&c.Kubeconfig, "kubeconfig", c.Kubeconfig, "`file` that says how to reach the API server; default the pod's own account")
+	f.StringVar(&c.OperationMode, "operation-mode", c.OperationMode, "`mode` of the installation: managed")
+	f.BoolVar(&c.ForceNamespaced, "force-namespaced", c.ForceNamespaced, "match pods, bindings and identities of one namespace only; managed mode always does")
+	f.DurationVar(&c.SyncInterval, "iptables-sync-interval", c.SyncInterval, "`time` between two looks at the rules on the node")
+	f.DurationVar(&c.PodLookup, "pod-lookup-timeout", c.PodLookup, "how `long` a request waits until the pod behind its address is known")
+	f.DurationVar(&c.Shutdown, "shutdown-timeout", c.Shutdown, "how `long` requests under way have to end when NMI stops")
+	f.IntVar(&c.ProbePort, "http-probe-port", c.ProbePort, "`port` of /healthz and /readyz, on loopback")
+	f.IntVar(&c.PrometheusPort, "prometheus-port", c.PrometheusPort, "`port` of /metrics")
+	f.BoolVar(&c.BlockInstanceMetadata, "block-instance-metadata", false, "refuse /metadata/instance to pods")
+	f.BoolVar(&c.MetadataHeaderRequired, "metadata-header-required", c.MetadataHeaderRequired, "refuse requests without the header \"Metadata: true\"")
+	f.BoolVar(&c.AllowKubenet, "allow-network-plugin-kubenet", false, "run on nodes with kubenet, where pods with NET_RAW can take each other's addresses")
+	f.StringVar(&c.KubeletConfig, "kubelet-config", c.KubeletConfig, "`file` with the kubelet's flags, in which kubenet is looked for")
+	f.StringVar(&c.TenantID, "tenant-id", "", "`tenant` that /metadata/identity/info tells; default what the machine's service says")
+	f.StringVar(&c.UserAgent, "custom-user-agent", "", "`text` that starts the User-Agent of requests to Azure")
+	f.BoolVar(&c.Profile, "enable-profile", false, "serve pprof on 127.0.0.1:6060")
+
+	// Spellings of the predecessor that manifests of today use.
+	f.BoolVar(&c.ForceNamespaced, "forceNamespaced", c.ForceNamespaced, "")
+	f.BoolVar(&c.Profile, "enableProfile", false, "")
+	for old, now := range map[string]string{"forceNamespaced": "force-namespaced", "enableProfile": "enable-profile"} {
+		_ = f.MarkDeprecated(old, "use --"+now)
+	}
+	// Settings of the predecessor that nothing is left to set; accepted, so that its arguments start NMI.
+	for _, gone := range []struct{ name, why string }{
+		{"MICNamespace", "pods of MIC need no exception any more"},
+		{"ipt-update-interval-sec", "use --iptables-sync-interval"},
+		{"retry-attempts-for-created", "requests are held until the objects change"},
+		{"retry-attempts-for-assigned", "requests are held until the objects change"},
+		{"find-identity-retry-interval", "requests are held until the objects change"},
+		{"enableScaleFeatures", "it is always on"},
+		{"set-retry-after-header", "it is always set where a client should come again"},
+		{"enable-conntrack-deletion", "it is always done"},
+	} {
+		f.String(gone.name, "", "")
+		_ = f.MarkDeprecated(gone.name, gone.why)
+	}
+	for _, flag := range []string{"enableScaleFeatures", "set-retry-after-header", "enable-conntrack-deletion"} {
+		f.Lookup(flag).NoOptDefVal = "true"
+	}
+}
+
+func (o *options) config(version string) nmi.Config {
+	c := o.cfg
+	if c.UserAgent == "" {
+		c.UserAgent = "podidentity-nmi/" + version
+	}
+	return c
+}

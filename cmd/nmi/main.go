@@ -1,0 +1,102 @@
+// Command nmi runs the Node Managed Identity server on a node, and removes what it made there.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/go-logr/zapr"
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"k8s.io/klog/v2"
+
+	"github.com/podidentity/podidentity/nmi"
+)
+
+// version is set when a release is built.
+var version = "dev"
+
+func main() {
+	// A node agent's memory is paid on every node, and this one's heap is small: collecting it earlier costs little.
+	// GOGC overrides.
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := command().ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "nmi:", err)
+		os.Exit(1)
+	}
+}
+
+func command() *cobra.Command {
+	o := newOptions()
+	run := &cobra.Command{
+		Use:   "nmi",
+		Short: "Give the pods of this node the Azure identities that are bound to them",
+		Long: `NMI answers the requests that pods of this node send to the Azure Instance Metadata Service.
+
+It captures them with iptables, finds the pod by its address, checks AzureIdentity and AzureIdentityBinding,
+gets the token and answers as the service would. When it ends the rules stay, so that no pod reaches the real
+token endpoint; "nmi uninstall" removes them.`,
+		Args:          cobra.NoArgs,
+		Version:       version,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.withLogger(func(log *zap.Logger) error {
+				log.Info("starting", zap.String("version", version))
+				return nmi.Run(cmd.Context(), o.config(version), log)
+			})
+		},
+	}
+	o.addTo(run.Flags())
+	run.AddCommand(uninstall(o))
+	return run
+}
+
+func uninstall(o *options) *cobra.Command {
+	var hold bool
+	c := &cobra.Command{
+		Use:   "uninstall",
+		Short: "Remove from this node everything that NMI put there",
+		Long: `Removes NMI's rules, chains and link from this node, whichever back end of iptables they are in.
+From then on pods reach the machine's own metadata service. It may be run again at any time.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.withLogger(func(log *zap.Logger) error {
+				if err := nmi.Uninstall(cmd.Context(), o.config(version), log); err != nil {
+					return err
+				}
+				log.Info("uninstalled")
+				if hold {
+					<-cmd.Context().Done()
+				}
+				return nil
+			})
+		},
+	}
+	o.addCaptureTo(c.Flags())
+	c.Flags().BoolVar(&hold, "hold", false, "stay when done, until a signal; for a DaemonSet that removes NMI from all nodes")
+	return c
+}
+
+func (o *options) withLogger(do func(*zap.Logger) error) error {
+	level, err := zapcore.ParseLevel(o.logLevel)
+	if err != nil {
+		return fmt.Errorf("--log-level %q is unknown; give debug, info, warn or error", o.logLevel)
+	}
+	if o.logFormat != "json" && o.logFormat != "text" {
+		return fmt.Errorf("--log-format %q is unknown; give json or text", o.logFormat)
+	}
+	log, stop := nmi.NewLogger(zapcore.Lock(os.Stderr), level, o.logFormat == "text")
+	defer stop()
+	klog.SetLogger(zapr.NewLogger(log))
+	return do(log)
+}

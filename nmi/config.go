@@ -1,0 +1,153 @@
+package nmi
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/podidentity/podidentity/iptables"
+)
+
+// Config is everything NMI can be told. DefaultConfig has the defaults; cmd/nmi makes flags of the fields.
+type Config struct {
+	Node       string // name of the Node object of this machine
+	Kubeconfig string // empty: the account of the pod
+
+	OperationMode   string // "managed"
+	ForceNamespaced bool   // implied by managed mode
+
+	ListenAddress  string // link-local, not used by anything else on the node
+	ListenPort     int
+	MetadataIP     string
+	MetadataPort   int
+	Backend        string        // iptables.Backend
+	SyncInterval   time.Duration // between two looks at the rules
+	ProbePort      int           // health, on loopback
+	PrometheusPort int           // metrics, on all addresses
+	PodLookup      time.Duration // how long a request waits for its pod to become known
+	Shutdown       time.Duration // how long requests under way have to end
+
+	BlockInstanceMetadata  bool
+	MetadataHeaderRequired bool
+	AllowKubenet           bool
+	KubeletConfig          string
+	TenantID               string
+	UserAgent              string
+	Profile                bool // pprof, on loopback
+}
+
+// DefaultConfig returns the defaults. Where a setting means what it meant in the predecessor, its default is kept.
+func DefaultConfig() Config {
+	return Config{
+		OperationMode:          ModeManaged,
+		ListenAddress:          "169.254.25.79",
+		ListenPort:             2579,
+		MetadataIP:             "169.254.169.254",
+		MetadataPort:           80,
+		Backend:                string(iptables.BackendAuto),
+		SyncInterval:           10 * time.Second,
+		ProbePort:              8085,
+		PrometheusPort:         9090,
+		PodLookup:              5 * time.Second,
+		Shutdown:               20 * time.Second,
+		MetadataHeaderRequired: true,
+		KubeletConfig:          "/etc/default/kubelet",
+	}
+}
+
+// Operation modes.
+const (
+	ModeManaged  = "managed"
+	ModeStandard = "standard"
+)
+
+// profilePort serves pprof, on loopback only, where it is switched on.
+const profilePort = 6060
+
+// Validate reports all that is wrong with the configuration, one sentence each.
+func (c Config) Validate() error {
+	var problems []error
+	bad := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
+	port := func(flag string, p int) {
+		if p < 1 || p > 65535 {
+			bad("--%s %d is not a port; give one from 1 to 65535", flag, p)
+		}
+	}
+	within := func(flag string, d, least, most time.Duration) {
+		if d < least || d > most {
+			bad("--%s %s is out of range; give a time from %s to %s", flag, d, least, most)
+		}
+	}
+	if c.Node == "" {
+		bad("the name of this node is missing; give --node, or set NODE_NAME from the pod's spec.nodeName")
+	}
+	switch strings.ToLower(c.OperationMode) {
+	case ModeManaged:
+	case ModeStandard:
+		bad("--operation-mode standard needs MIC, which this version does not have; attach the identities to the machines yourself and give --operation-mode managed")
+	default:
+		bad("--operation-mode %q is unknown; give %s", c.OperationMode, ModeManaged)
+	}
+	if ip, err := netip.ParseAddr(c.ListenAddress); err != nil || !ip.Is4() || !ip.IsLinkLocalUnicast() {
+		bad("--nmi-listen-address %q is not a link-local IPv4 address; give one of 169.254.0.0/16 that nothing else on the node uses, such as 169.254.25.79", c.ListenAddress)
+	}
+	if ip, err := netip.ParseAddr(c.MetadataIP); err != nil || !ip.Is4() {
+		bad("--metadata-ip %q is not an IPv4 address; on Azure it is 169.254.169.254", c.MetadataIP)
+	} else if c.MetadataIP == c.ListenAddress {
+		bad("--nmi-listen-address and --metadata-ip are both %s; NMI needs an address of its own", c.MetadataIP)
+	}
+	if _, err := iptables.ParseBackend(c.Backend); err != nil {
+		bad("--iptables-backend: %w", err)
+	}
+	port("nmi-port", c.ListenPort)
+	port("metadata-port", c.MetadataPort)
+	port("http-probe-port", c.ProbePort)
+	port("prometheus-port", c.PrometheusPort)
+	if c.ProbePort == c.PrometheusPort || c.Profile && (c.ProbePort == profilePort || c.PrometheusPort == profilePort) {
+		bad("--http-probe-port, --prometheus-port and the profiler's %d must differ", profilePort)
+	}
+	within("iptables-sync-interval", c.SyncInterval, time.Second, 10*time.Minute)
+	within("pod-lookup-timeout", c.PodLookup, 100*time.Millisecond, 20*time.Second)
+	within("shutdown-timeout", c.Shutdown, time.Second, 5*time.Minute)
+	return errors.Join(problems...)
+}
+
+// checkKubenet refuses a node whose pods are plugged by kubenet: there a pod with NET_RAW can take another pod's
+// address by ARP, and the address is what NMI knows a pod by.
+func (c Config) checkKubenet() error {
+	if c.AllowKubenet || c.KubeletConfig == "" {
+		return nil
+	}
+	text, err := os.ReadFile(c.KubeletConfig)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("reading --kubelet-config to find out whether the node uses kubenet: %w", err)
+	}
+	if strings.Contains(string(text), "--network-plugin=kubenet") {
+		return fmt.Errorf("%s says that this node uses kubenet, where a pod can take the address of another by ARP; use another network plugin, or drop NET_RAW from all pods and give --allow-network-plugin-kubenet", c.KubeletConfig)
+	}
+	return nil
+}
+
+func (c Config) listen() netip.AddrPort {
+	return netip.AddrPortFrom(netip.MustParseAddr(c.ListenAddress), uint16(c.ListenPort))
+}
+
+func (c Config) imds() netip.AddrPort {
+	return netip.AddrPortFrom(netip.MustParseAddr(c.MetadataIP), uint16(c.MetadataPort))
+}
+
+// Capture returns what the configuration says about rules on the node.
+func (c Config) Capture() iptables.Config {
+	return iptables.Config{
+		MetadataIP:   netip.MustParseAddr(c.MetadataIP),
+		MetadataPort: uint16(c.MetadataPort),
+		Listen:       c.listen(),
+		Backend:      iptables.Backend(c.Backend),
+	}
+}

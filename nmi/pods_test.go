@@ -1,0 +1,197 @@
+package nmi
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/time/rate"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/cache"
+)
+
+func pod(name, uid string, ips ...string) *corev1.Pod {
+	p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, UID: types.UID(uid)}, Status: corev1.PodStatus{Phase: corev1.PodRunning}}
+	for _, ip := range ips {
+		p.Status.PodIPs = append(p.Status.PodIPs, corev1.PodIP{IP: ip})
+	}
+	return p
+}
+
+func with(p *corev1.Pod, change func(*corev1.Pod)) *corev1.Pod {
+	change(p)
+	return p
+}
+
+// node1 is a podFinder over an index that the test fills.
+type node1 struct {
+	*podFinder
+	indexer cache.Indexer
+	changes broadcast
+	asked   atomic.Int32
+	answer  func() ([]*corev1.Pod, error)
+}
+
+func newNode1(pods ...*corev1.Pod) *node1 {
+	n := &node1{indexer: cache.NewIndexer(cache.MetaNamespaceKeyFunc, cache.Indexers{byIP: podIPs, byUID: podUID})}
+	n.answer = func() ([]*corev1.Pod, error) { return nil, nil }
+	n.podFinder = &podFinder{
+		lookup:  func(ip string) ([]any, error) { return n.indexer.ByIndex(byIP, ip) },
+		changed: &n.changes,
+		live: func(context.Context) ([]*corev1.Pod, error) {
+			n.asked.Add(1)
+			return n.answer()
+		},
+		timeout: 5 * time.Second,
+		limiter: rate.NewLimiter(liveRate, 1),
+	}
+	for _, p := range pods {
+		n.add(p)
+	}
+	return n
+}
+
+func (n *node1) add(p *corev1.Pod)    { _ = n.indexer.Add(p); n.changes.send() }
+func (n *node1) remove(p *corev1.Pod) { _ = n.indexer.Delete(p); n.changes.send() }
+
+func (n *node1) name(ctx context.Context, ip string) (string, error) {
+	p, err := n.find(ctx, netip.MustParseAddr(ip))
+	if err != nil {
+		return "", err
+	}
+	return p.Name, nil
+}
+
+func TestAPodIsKnownByEachOfItsOwnAddressesWhileItLives(t *testing.T) {
+	hostNetwork := with(pod("host", "2", "10.0.0.2"), func(p *corev1.Pod) { p.Spec.HostNetwork = true })
+	done := with(pod("done", "3", "10.0.0.3"), func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded })
+	failed := with(pod("failed", "4", "10.0.0.4"), func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })
+	pending := with(pod("pending", "5", "10.0.0.5"), func(p *corev1.Pod) { p.Status.Phase = corev1.PodPending })
+	terminating := with(pod("terminating", "6", "10.0.0.6"), func(p *corev1.Pod) { p.DeletionTimestamp = &metav1.Time{} })
+	old := with(pod("old", "7"), func(p *corev1.Pod) { p.Status.PodIP = "10.0.0.7" })
+	successor := pod("successor", "8", "10.0.0.3") // of a finished pod's address
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode1(pod("two", "1", "10.0.0.1", "fd00::1"), hostNetwork, done, failed, pending, terminating, old, successor)
+		for ip, want := range map[string]string{
+			"10.0.0.1": "two", "fd00::1": "two", "::ffff:10.0.0.1": "two", "10.0.0.5": "pending", "10.0.0.6": "terminating", "10.0.0.7": "old", "10.0.0.3": "successor",
+		} {
+			if got, err := n.name(t.Context(), ip); got != want {
+				t.Errorf("%s: %q, %v; want %q", ip, got, err, want)
+			}
+		}
+		for _, ip := range []string{"10.0.0.2", "10.0.0.4", "10.0.0.9"} {
+			if got, err := n.name(t.Context(), ip); !errors.Is(err, errPodUnknown) {
+				t.Errorf("%s: %q, %v; want nobody", ip, got, err)
+			}
+		}
+	})
+}
+
+func TestAPodThatAsksBeforeTheWatchKnowsItWaitsNoLongerThanNeeded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n, start := newNode1(), time.Now()
+		time.AfterFunc(time.Second, func() { n.add(pod("other", "1", "10.0.0.2")) })
+		time.AfterFunc(1200*time.Millisecond, func() { n.add(pod("new", "2", "10.0.0.1")) })
+		if got, err := n.name(t.Context(), "10.0.0.1"); got != "new" || time.Since(start) != 1200*time.Millisecond {
+			t.Errorf("%q, %v after %s", got, err, time.Since(start))
+		}
+		if n.asked.Load() != 0 {
+			t.Error("the API server was asked although the watch was in time")
+		}
+	})
+}
+
+func TestAnAddressThatTwoPodsHaveIsNobodysUntilOneIsGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		old := pod("old", "1", "10.0.0.1")
+		n := newNode1(old, pod("new", "2", "10.0.0.1"))
+		n.answer = func() ([]*corev1.Pod, error) { return nil, errors.New("away") }
+		if got, err := n.name(t.Context(), "10.0.0.1"); !errors.Is(err, errPodAmbiguous) {
+			t.Errorf("%q, %v", got, err)
+		}
+		time.AfterFunc(time.Second, func() { n.remove(old) })
+		if got, err := n.name(t.Context(), "10.0.0.1"); got != "new" {
+			t.Errorf("%q, %v", got, err)
+		}
+	})
+}
+
+func TestTheAPIServerIsAskedOnceForAllWhoWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode1()
+		n.answer = func() ([]*corev1.Pod, error) {
+			time.Sleep(100 * time.Millisecond)
+			return []*corev1.Pod{pod("a", "1", "10.0.0.1"), pod("b", "2", "10.0.0.2"), pod("b2", "3", "10.0.0.2")}, nil
+		}
+		var wg sync.WaitGroup
+		for range 50 {
+			wg.Go(func() {
+				if got, err := n.name(t.Context(), "10.0.0.1"); got != "a" {
+					t.Errorf("%q, %v", got, err)
+				}
+			})
+		}
+		wg.Wait()
+		if n.asked.Load() != 1 {
+			t.Errorf("it was asked %d times", n.asked.Load())
+		}
+		if got, err := n.name(t.Context(), "10.0.0.2"); err == nil {
+			t.Errorf("an address of two pods is %q", got)
+		}
+	})
+}
+
+func TestStrangersDoNotMakeTheAPIServerBusy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode1()
+		var wg sync.WaitGroup
+		for i := range 1000 {
+			wg.Go(func() {
+				time.Sleep(time.Duration(i) * 10 * time.Millisecond)
+				_, _ = n.name(t.Context(), "10.9.9.9")
+			})
+		}
+		start := time.Now()
+		wg.Wait()
+		if most := int32(time.Since(start)/time.Second) + 2; n.asked.Load() > most {
+			t.Errorf("1000 requests of strangers asked it %d times in %s", n.asked.Load(), time.Since(start))
+		}
+	})
+}
+
+func TestACallerThatLeavesStopsWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode1()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := n.name(ctx, "10.0.0.1"); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+func TestWhatIsKeptOfAPodIsWhatIsRead(t *testing.T) {
+	p := pod("p", "1", "10.0.0.1")
+	p.Labels = map[string]string{"aadpodidbinding": "app"}
+	p.Annotations = map[string]string{"a": "b"}
+	p.ManagedFields = []metav1.ManagedFieldsEntry{{Manager: "m"}}
+	p.ResourceVersion = "7"
+	p.Spec = corev1.PodSpec{NodeName: "n", HostNetwork: true, ServiceAccountName: "sa", Containers: []corev1.Container{{Env: []corev1.EnvVar{{Name: "PASSWORD", Value: "secret"}}}}}
+	p.Status.Conditions = []corev1.PodCondition{{Type: "Ready"}}
+	if _, err := trim(p); err != nil {
+		t.Fatal(err)
+	}
+	want := pod("p", "1", "10.0.0.1")
+	want.Labels, want.ResourceVersion = p.Labels, "7"
+	want.Spec = corev1.PodSpec{NodeName: "n", HostNetwork: true, ServiceAccountName: "sa"}
+	if p.String() != want.String() {
+		t.Errorf("kept %v, want %v", p, want)
+	}
+}

@@ -1,0 +1,54 @@
+package nmi
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
+)
+
+// preflightTimeout bounds a question to the API server before the rules are in. Without an answer NMI goes on: a node
+// that starts while the API server is away has to be closed all the same.
+const preflightTimeout = 5 * time.Second
+
+// checkNode refuses a node name that the cluster does not have: with it no pod would ever be found.
+func (w *watch) checkNode(ctx context.Context, log *zap.Logger) error {
+	ctx, cancel := context.WithTimeout(ctx, preflightTimeout)
+	defer cancel()
+	err := w.core.Get().Resource("nodes").Name(w.node).Do(ctx).Into(&corev1.Node{})
+	switch {
+	case err == nil:
+	case apierrors.IsNotFound(err):
+		return fmt.Errorf("--node %s: the cluster has no node of this name; give the name that kubectl get nodes shows for this machine", w.node)
+	default:
+		log.Warn("could not check that the cluster has this node", zap.String(keyNode, w.node), zap.Error(err))
+	}
+	return nil
+}
+
+// checkCRDs asks, by discovery, whether the API server serves the resources that NMI watches.
+func (w *watch) checkCRDs(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, preflightTimeout)
+	defer cancel()
+	var list metav1.APIResourceList
+	err := w.crds.Get().AbsPath("/apis/" + v1.GroupVersion.String()).Do(ctx).Into(&list)
+	if err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("asking the API server for its resources: %w", err)
+	}
+	served := map[string]bool{}
+	for _, r := range list.APIResources {
+		served[r.Name] = true
+	}
+	for _, r := range []string{v1.AzureIdentities, v1.AzureIdentityBindings, v1.AzurePodIdentityExceptions} {
+		if !served[r] {
+			return fmt.Errorf("the cluster does not have %s.%s; install the custom resource definitions of the chart", r, v1.GroupName)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,319 @@
+package nmi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/iptables"
+	"github.com/podidentity/podidentity/metadata"
+	"github.com/podidentity/podidentity/nmi/token"
+)
+
+// node is one NMI at work.
+type node struct {
+	cfg     Config
+	log     *zap.Logger
+	metrics *metrics
+	health  *health
+	capture *iptables.Capture
+	watch   *watch
+	cache   *token.Cache
+	filled  chan struct{} // closed once all caches have been filled
+}
+
+// Run serves the pods of this node until ctx ends. The rules that capture their traffic stay in place when it returns:
+// removing them is Uninstall's. An error that comes before the rules were touched has changed nothing on the node.
+func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
+	if err := cfg.Validate(); err != nil {
+		return err
+	}
+	if err := cfg.checkKubenet(); err != nil {
+		return err
+	}
+	captureConfig := cfg.Capture()
+	captureConfig.Logger = log
+	capture, err := iptables.New(captureConfig)
+	if err != nil {
+		return err
+	}
+	n := &node{cfg: cfg, log: log, metrics: newMetrics(), health: newHealth(), capture: capture, filled: make(chan struct{})}
+	kube, err := kubeConfig(cfg)
+	if err != nil {
+		return err
+	}
+	if n.watch, err = newWatch(kube, cfg.Node, func(uid string) { n.cache.Release(uid) }); err != nil {
+		return fmt.Errorf("preparing to watch the cluster: %w", err)
+	}
+	for _, informer := range n.watch.all() {
+		if err := informer.SetWatchErrorHandlerWithContext(n.watchFailed); err != nil {
+			return err
+		}
+	}
+	managed, err := token.NewManagedIdentities(cfg.imds(), cfg.UserAgent)
+	if err != nil {
+		return err
+	}
+	if n.cache, err = token.NewCache(managed, token.DefaultSize, n.watch.podAlive, n.metrics); err != nil {
+		return err
+	}
+	defer n.cache.Close()
+	n.metrics.cacheSize(n.cache.Len)
+	if err := n.watch.checkNode(ctx, log); err != nil {
+		return err
+	}
+	return n.run(ctx)
+}
+
+func kubeConfig(cfg Config) (*rest.Config, error) {
+	// With an empty path this is the account of the pod.
+	config, err := clientcmd.BuildConfigFromFlags("", cfg.Kubeconfig)
+	if err != nil {
+		return nil, fmt.Errorf("finding the API server: %w; run NMI in a pod, or give --kubeconfig", err)
+	}
+	config.UserAgent = "podidentity-nmi"
+	return config, nil
+}
+
+// run brings everything up in the order that keeps the node closed: the ports that only NMI uses, the listener, the
+// rules, and then the caches, for which requests wait.
+func (n *node) run(ctx context.Context) error {
+	probes, err := listen("127.0.0.1:"+strconv.Itoa(n.cfg.ProbePort), "--http-probe-port")
+	if err != nil {
+		return err
+	}
+	defer probes.Close()
+	numbers, err := listen(":"+strconv.Itoa(n.cfg.PrometheusPort), "--prometheus-port")
+	if err != nil {
+		return err
+	}
+	defer numbers.Close()
+	pods, err := n.listenForPods(ctx)
+	if err != nil {
+		return err
+	}
+	defer pods.Close()
+
+	failed := make(chan error, 4)
+	serve := func(what string, s *http.Server, l net.Listener) {
+		go func() {
+			if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				failed <- fmt.Errorf("serving %s: %w", what, err)
+			}
+		}()
+	}
+	main := newHTTPServer(n.newServer())
+	defer main.Close()
+	serve("pods", main, newFairListener(pods, n.metrics.connections))
+	n.health.set(needListener, nil)
+	serve("probes", newHTTPServer(n.health.handler()), probes)
+	serve("metrics", newHTTPServer(n.metricsHandler()), numbers)
+	if n.cfg.Profile {
+		profile, err := listen("127.0.0.1:"+strconv.Itoa(profilePort), "--enable-profile")
+		if err != nil {
+			return err
+		}
+		defer profile.Close()
+		s := newHTTPServer(profiler())
+		s.WriteTimeout = 5 * time.Minute // a profile takes the time it was asked to take
+		serve("profiles", s, profile)
+	}
+	if err := n.capture.Install(ctx); err != nil {
+		return fmt.Errorf("capturing metadata requests of pods: %w", err)
+	}
+	n.log.Info("metadata requests of pods are captured", zap.Stringer(keyBackend, n.capture.Backend()), zap.String(keyNode, n.cfg.Node))
+	go n.keepRules(ctx)
+	go n.load(ctx)
+
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	n.health.shutDown()
+	n.log.Info("stopping; the rules stay, so that pods cannot reach the real token endpoint")
+	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), n.cfg.Shutdown)
+	defer cancel()
+	if err := main.Shutdown(ending); err != nil {
+		return fmt.Errorf("requests were still under way after --shutdown-timeout: %w", err)
+	}
+	return nil
+}
+
+func listen(address, flag string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, inUse(flag, err)
+	}
+	return l, nil
+}
+
+func inUse(flag string, err error) error {
+	return fmt.Errorf("%s: %w; is another NMI running on this node, or something else on that port?", flag, err)
+}
+
+// listenForPods listens on the listen address, and then makes the link that has it. In this order a port that is in use
+// is found out while nothing has been changed on the node.
+func (n *node) listenForPods(ctx context.Context) (net.Listener, error) {
+	early := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var failed error
+		err := c.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1) })
+		return errors.Join(err, failed)
+	}}
+	l, err := early.Listen(ctx, "tcp4", n.cfg.listen().String())
+	if err != nil {
+		return nil, inUse("--nmi-port", err)
+	}
+	if err := n.capture.EnsureLink(ctx); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+func (n *node) newServer() *server {
+	return &server{
+		rules:         metadata.Rules{HeaderOptional: !n.cfg.MetadataHeaderRequired},
+		upstream:      metadata.NewUpstream(n.cfg.imds()),
+		tenantID:      n.cfg.TenantID,
+		blockInstance: n.cfg.BlockInstanceMetadata,
+		slots:         make(chan struct{}, maxInFlight),
+		metrics:       n.metrics,
+		log:           n.log,
+		tokens: &tokens{
+			pods:    newPodFinder(n.watch, n.cfg.PodLookup),
+			facts:   n.watch.facts,
+			ready:   n.waitFilled,
+			rules:   identity.Rules{Mode: identity.Managed, ForceNamespaced: true},
+			cache:   n.cache,
+			metrics: n.metrics,
+		},
+	}
+}
+
+func (n *node) metricsHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("/metrics", promhttp.HandlerFor(n.metrics.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
+	return mux
+}
+
+func profiler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/debug/pprof/", pprof.Index)
+	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	return mux
+}
+
+// waitFilled waits for the first fill of the caches. Before that, "not bound" might only mean "not loaded".
+func (n *node) waitFilled(ctx context.Context) error {
+	select {
+	case <-n.filled:
+		return nil
+	default:
+	}
+	select {
+	case <-n.filled:
+		return nil
+	case <-ctx.Done():
+		return n.health.ready()
+	}
+}
+
+// load fills the caches: pods at once, identities as soon as their definitions are in the cluster.
+func (n *node) load(ctx context.Context) {
+	n.watch.runPods(ctx)
+	if !n.waitForCRDs(ctx) {
+		return
+	}
+	n.health.set(needCRDs, nil)
+	n.watch.runIdentities(ctx)
+	var synced []cache.InformerSynced
+	for _, informer := range n.watch.all() {
+		synced = append(synced, informer.HasSynced)
+	}
+	if !cache.WaitForCacheSync(ctx.Done(), synced...) {
+		return
+	}
+	close(n.filled)
+	n.health.set(needCaches, nil)
+	n.log.Info("caches are filled")
+}
+
+// crdPoll is how often missing definitions are looked for.
+const crdPoll = 5 * time.Second
+
+// waitForCRDs waits until the cluster has our resources. It reports false when ctx ended first.
+func (n *node) waitForCRDs(ctx context.Context) bool {
+	for {
+		err := n.watch.checkCRDs(ctx)
+		if err == nil {
+			return true
+		}
+		n.health.set(needCRDs, err)
+		n.log.Warn("waiting for the custom resource definitions", zap.Error(err))
+		select {
+		case <-time.After(crdPoll):
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// keepRules looks after the rules until ctx ends.
+func (n *node) keepRules(ctx context.Context) {
+	ticker := time.NewTicker(n.cfg.SyncInterval)
+	defer ticker.Stop()
+	n.health.set(needRules, nil) // they have just been installed
+	for {
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+		repaired, err := n.capture.Sync(ctx)
+		for _, what := range repaired {
+			n.metrics.repairs.WithLabelValues(what).Inc()
+		}
+		if len(repaired) > 0 {
+			n.log.Warn("something had changed the rules of this node; they are as they should be again", zap.Strings(keyRepaired, repaired))
+		}
+		if err != nil && ctx.Err() == nil {
+			n.metrics.syncErrors.Inc()
+			n.log.Error("looking after the rules", zap.Error(err))
+		}
+		if ctx.Err() == nil {
+			n.health.set(needRules, err)
+		}
+	}
+}
+
+// watchFailed counts what client-go logs itself.
+func (n *node) watchFailed(ctx context.Context, r *cache.Reflector, err error) {
+	n.metrics.apiErrors.WithLabelValues("watch").Inc()
+	cache.DefaultWatchErrorHandler(ctx, r, err)
+}
+
+// Uninstall removes from this node all that NMI put there. It is idempotent.
+func Uninstall(ctx context.Context, cfg Config, log *zap.Logger) error {
+	captureConfig := cfg.Capture()
+	captureConfig.Logger = log
+	capture, err := iptables.New(captureConfig)
+	if err != nil {
+		return err
+	}
+	return capture.Uninstall(ctx)
+}

@@ -1,0 +1,204 @@
+package token
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"time"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
+	lru "github.com/hashicorp/golang-lru/v2"
+)
+
+// maxAnswer bounds what is read of an answer. A token has 2 KiB, one with very many groups 10.
+const maxAnswer = 64 << 10
+
+// managedCredentials bounds the credentials that are kept. One is some hundred bytes, and making one costs nothing but
+// memory, so the bound only has to be larger than what a node needs at a time.
+const managedCredentials = 1024
+
+// ManagedIdentities gets tokens of the machine's managed identities from IMDS, through azidentity.
+type ManagedIdentities struct {
+	transport   *http.Client
+	userAgent   string
+	credentials *lru.Cache[Key, azcore.TokenCredential]
+}
+
+// NewManagedIdentities returns the source. IMDS is reached at addr, whatever azidentity believes its address to be.
+func NewManagedIdentities(addr netip.AddrPort, userAgent string) (*ManagedIdentities, error) {
+	dialer := &net.Dialer{Timeout: 2 * time.Second}
+	credentials, err := lru.New[Key, azcore.TokenCredential](managedCredentials)
+	if err != nil {
+		return nil, err
+	}
+	return &ManagedIdentities{
+		userAgent:   userAgent,
+		credentials: credentials,
+		transport: &http.Client{
+			Transport: newGate(&http.Transport{
+				Proxy: nil, // IMDS must never be reached through a proxy
+				DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+					return dialer.DialContext(ctx, network, addr.String())
+				},
+				MaxIdleConnsPerHost:    imdsConcurrent,
+				IdleConnTimeout:        30 * time.Second,
+				ResponseHeaderTimeout:  10 * time.Second,
+				MaxResponseHeaderBytes: 16 << 10,
+			}),
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+	}, nil
+}
+
+// Fetch implements [Fetcher]. Its error is an *Error.
+func (m *ManagedIdentities) Fetch(ctx context.Context, key Key, fresh bool) (Token, error) {
+	credential, err := m.credential(key)
+	if err != nil {
+		return Token{}, &Error{Class: Denied, Err: err}
+	}
+	seen := &answer{}
+	ctx = context.WithValue(ctx, answerKey{}, seen)
+	ctx = context.WithValue(ctx, wordingKey{}, wording{key.Resource, fresh})
+	got, err := credential.GetToken(ctx, policy.TokenRequestOptions{
+		Scopes: []string{key.Resource}, // see wording
+		// The library keeps a cache of its own, for the whole process, and passes it by when claims are given. IMDS
+		// itself is sent none. With two caches a refresh ahead of time would get the old token.
+		Claims: "{}",
+	})
+	if err != nil {
+		return Token{}, seen.failure(err)
+	}
+	return describe(got.Token, got.ExpiresOn, time.Now()), nil
+}
+
+func (m *ManagedIdentities) credential(key Key) (azcore.TokenCredential, error) {
+	key.Resource = "" // one credential serves all resources
+	if c, ok := m.credentials.Get(key); ok {
+		return c, nil
+	}
+	options := &azidentity.ManagedIdentityCredentialOptions{ClientOptions: policy.ClientOptions{
+		Transport:       transporter{m.transport},
+		PerCallPolicies: []policy.Policy{wording{}},
+		Telemetry:       policy.TelemetryOptions{ApplicationID: m.userAgent},
+		// Short: callers wait. A client that still finds IMDS failing is told to come again, and does.
+		Retry: policy.RetryOptions{
+			MaxRetries: 2, RetryDelay: 250 * time.Millisecond, MaxRetryDelay: time.Second,
+			StatusCodes: []int{http.StatusNotFound, http.StatusGone, http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout},
+		},
+	}}
+	switch {
+	case key.ClientID != "":
+		options.ID = azidentity.ClientID(key.ClientID)
+	case key.ObjectID != "":
+		options.ID = azidentity.ObjectID(key.ObjectID)
+	case key.ResourceID != "":
+		options.ID = azidentity.ResourceID(key.ResourceID)
+	}
+	c, err := azidentity.NewManagedIdentityCredential(options)
+	if err != nil {
+		return nil, err
+	}
+	m.credentials.Add(key, c)
+	return c, nil
+}
+
+// wording is what the request to IMDS is to say beyond what the library writes.
+type wording struct {
+	resource string
+	fresh    bool
+}
+
+type wordingKey struct{}
+
+// Do sets the resource to the client's own words, of which the library takes a "/.default" at the end for its own, and
+// asks IMDS for a token that is not from its cache, where the fetch says so.
+func (wording) Do(r *policy.Request) (*http.Response, error) {
+	w, _ := r.Raw().Context().Value(wordingKey{}).(wording)
+	q := r.Raw().URL.Query()
+	q.Set("resource", w.resource)
+	if w.fresh {
+		q.Set("bypass_cache", "true")
+	}
+	r.Raw().URL.RawQuery = q.Encode()
+	return r.Next()
+}
+
+// transporter reads each answer whole, bounded, and remembers the last one for the fetch it belongs to: the library's
+// errors do not all tell the status they come from, and their texts are not to be relied on.
+type transporter struct{ client *http.Client }
+
+func (t transporter) Do(r *http.Request) (*http.Response, error) {
+	seen, _ := r.Context().Value(answerKey{}).(*answer)
+	resp, err := t.client.Do(r)
+	if err != nil {
+		if seen != nil {
+			*seen = answer{err: err}
+		}
+		return nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	if err == nil && len(body) > maxAnswer {
+		err = errors.New("the answer is larger than any token")
+	}
+	if seen != nil {
+		*seen = answer{status: resp.StatusCode, header: resp.Header, body: body, err: err}
+	}
+	if err != nil {
+		return nil, err
+	}
+	resp.Body = io.NopCloser(bytes.NewReader(body))
+	return resp, nil
+}
+
+type answerKey struct{}
+
+// answer is the last thing that the wire gave to one fetch. Attempts of a fetch follow one another, so it needs no lock.
+type answer struct {
+	status int
+	header http.Header
+	body   []byte
+	err    error
+}
+
+// failure sorts the failure by what was on the wire.
+func (a *answer) failure(err error) *Error {
+	var own *Error
+	if errors.As(a.err, &own) { // the gate's
+		return own
+	}
+	if a.err != nil || a.status == 0 || a.status == http.StatusOK {
+		return &Error{Class: Unavailable, Err: err}
+	}
+	e := &Error{Class: Denied, Status: a.status, Err: err}
+	var body struct {
+		Error       string `json:"error"`
+		Description string `json:"error_description"`
+	}
+	if json.Unmarshal(a.body, &body) == nil {
+		e.Code, e.Description = clip(body.Error), clip(body.Description)
+	}
+	switch {
+	case a.status == http.StatusTooManyRequests:
+		e.Class, e.RetryAfter = Throttled, retryAfter(a.header)
+	case a.status >= 500 || a.status == http.StatusNotFound || a.status == http.StatusGone || a.status == http.StatusRequestTimeout:
+		e.Class = Unavailable
+	}
+	return e
+}
+
+// clip bounds a text from outside before it goes into logs and answers.
+func clip(s string) string {
+	const most = 512
+	if len(s) > most {
+		return s[:most]
+	}
+	return s
+}

@@ -1,0 +1,228 @@
+package nmi
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/identity"
+)
+
+// Names of the indexes: pods by each of their addresses and by UID, bindings by what they select.
+const (
+	byIP       = "ip"
+	byUID      = "uid"
+	bySelector = "selector"
+)
+
+// watch holds what this node has to know of the cluster: the pods of the node, and all identities, bindings and
+// exceptions, each cut down to what is read. Objects in its caches are shared: they must not be changed.
+//
+// It stands on client-go's informers with a scheme of two groups instead of a client for all of Kubernetes, because the
+// memory of a node agent is paid on every node.
+type watch struct {
+	core, crds                             rest.Interface
+	node                                   string
+	pods, identities, bindings, exceptions cache.SharedIndexInformer
+	changed                                broadcast // after each event about a pod
+}
+
+// newWatch prepares the caches; run fills them. podGone is called with the UID of each pod that leaves this node's
+// cache, after it has left.
+func newWatch(config *rest.Config, node string, podGone func(uid string)) (*watch, error) {
+	scheme := runtime.NewScheme()
+	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
+	scheme.AddKnownTypes(corev1.SchemeGroupVersion, &corev1.Pod{}, &corev1.PodList{}, &corev1.Node{})
+	if err := v1.AddToScheme(scheme); err != nil {
+		return nil, err
+	}
+	w := &watch{node: node}
+	var err error
+	if w.core, err = restClient(config, scheme, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf); err != nil {
+		return nil, err
+	}
+	if w.crds, err = restClient(config, scheme, v1.GroupVersion, "/apis", runtime.ContentTypeJSON); err != nil {
+		return nil, err
+	}
+
+	mine := fields.OneTermEqualSelector("spec.nodeName", node)
+	w.pods = cache.NewSharedIndexInformer(cache.NewListWatchFromClient(w.core, "pods", metav1.NamespaceAll, mine), &corev1.Pod{}, 0,
+		cache.Indexers{byIP: podIPs, byUID: podUID})
+	w.identities = cache.NewSharedIndexInformer(cache.NewListWatchFromClient(w.crds, v1.AzureIdentities, metav1.NamespaceAll, fields.Everything()), &v1.AzureIdentity{}, 0, cache.Indexers{})
+	w.bindings = cache.NewSharedIndexInformer(cache.NewListWatchFromClient(w.crds, v1.AzureIdentityBindings, metav1.NamespaceAll, fields.Everything()), &v1.AzureIdentityBinding{}, 0,
+		cache.Indexers{bySelector: bindingSelector})
+	w.exceptions = cache.NewSharedIndexInformer(cache.NewListWatchFromClient(w.crds, v1.AzurePodIdentityExceptions, metav1.NamespaceAll, fields.Everything()), &v1.AzurePodIdentityException{}, 0,
+		cache.Indexers{cache.NamespaceIndex: cache.MetaNamespaceIndexFunc})
+	for _, informer := range w.all() {
+		if err := informer.SetTransform(trim); err != nil {
+			return nil, err
+		}
+	}
+	_, err = w.pods.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc:    func(any) { w.changed.send() },
+		UpdateFunc: func(any, any) { w.changed.send() },
+		DeleteFunc: func(o any) {
+			// A deletion that the watch missed comes as a tombstone with the last state that was known.
+			if tombstone, ok := o.(cache.DeletedFinalStateUnknown); ok {
+				o = tombstone.Obj
+			}
+			if pod, ok := o.(*corev1.Pod); ok {
+				podGone(string(pod.UID))
+			}
+			w.changed.send()
+		},
+	})
+	return w, err
+}
+
+func restClient(config *rest.Config, scheme *runtime.Scheme, gv schema.GroupVersion, path, contentType string) (rest.Interface, error) {
+	c := rest.CopyConfig(config)
+	c.GroupVersion, c.APIPath = &gv, path
+	c.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	c.ContentType, c.AcceptContentTypes = contentType, contentType+","+runtime.ContentTypeJSON
+	return rest.RESTClientFor(c)
+}
+
+func (w *watch) all() []cache.SharedIndexInformer {
+	return []cache.SharedIndexInformer{w.pods, w.identities, w.bindings, w.exceptions}
+}
+
+// runPods and runIdentities fill the caches until ctx ends. They are apart because the custom resources may be missing
+// from the cluster for a while; see waitForCRDs.
+func (w *watch) runPods(ctx context.Context) { go w.pods.RunWithContext(ctx) }
+
+func (w *watch) runIdentities(ctx context.Context) {
+	for _, informer := range w.all()[1:] {
+		go informer.RunWithContext(ctx)
+	}
+}
+
+// podAlive reports whether the cache has a pod of this UID that is not finished.
+func (w *watch) podAlive(uid string) bool {
+	found, err := w.pods.GetIndexer().ByIndex(byUID, uid)
+	return err == nil && len(found) == 1 && !finished(found[0].(*corev1.Pod))
+}
+
+// facts collects what the decision needs to know about the pod in managed mode, where everything that counts is in the
+// pod's namespace.
+func (w *watch) facts(pod *corev1.Pod) (identity.Facts, error) {
+	var facts identity.Facts
+	exceptions, err := w.exceptions.GetIndexer().ByIndex(cache.NamespaceIndex, pod.Namespace)
+	if err != nil {
+		return facts, err
+	}
+	for _, o := range exceptions {
+		facts.Exceptions = append(facts.Exceptions, identity.FromAzurePodIdentityException(o.(*v1.AzurePodIdentityException)))
+	}
+	bindings, err := w.bindings.GetIndexer().ByIndex(bySelector, pod.Namespace+"/"+pod.Labels[v1.BindingLabel])
+	if err != nil {
+		return facts, err
+	}
+	for _, o := range bindings {
+		b := identity.FromAzureIdentityBinding(o.(*v1.AzureIdentityBinding))
+		facts.Bindings = append(facts.Bindings, b)
+		found, ok, err := w.identities.GetIndexer().GetByKey(b.Namespace + "/" + b.AzureIdentity)
+		if err != nil {
+			return facts, err
+		}
+		if ok {
+			facts.Identities = append(facts.Identities, identity.FromAzureIdentity(found.(*v1.AzureIdentity)))
+		}
+	}
+	return facts, nil
+}
+
+// livePods asks the API server itself for the pods of this node.
+func (w *watch) livePods(ctx context.Context) ([]*corev1.Pod, error) {
+	var list corev1.PodList
+	err := w.core.Get().Resource("pods").Param("fieldSelector", fields.OneTermEqualSelector("spec.nodeName", w.node).String()).Do(ctx).Into(&list)
+	if err != nil {
+		return nil, fmt.Errorf("listing the pods of node %s: %w", w.node, err)
+	}
+	pods := make([]*corev1.Pod, len(list.Items))
+	for i := range list.Items {
+		pods[i] = &list.Items[i]
+	}
+	return pods, nil
+}
+
+// finished reports whether all of the pod's containers are done for good. Its address may be another pod's already.
+func finished(pod *corev1.Pod) bool {
+	return pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
+}
+
+// podIPs indexes a pod by the addresses that are its own: not those of a pod in the host's network, which are the
+// node's, nor those of a finished one.
+func podIPs(o any) ([]string, error) {
+	pod, ok := o.(*corev1.Pod)
+	if !ok || pod.Spec.HostNetwork || finished(pod) {
+		return nil, nil
+	}
+	var ips []string
+	add := func(text string) {
+		if ip, err := netip.ParseAddr(text); err == nil {
+			ips = append(ips, ip.Unmap().String())
+		}
+	}
+	for _, ip := range pod.Status.PodIPs {
+		add(ip.IP)
+	}
+	if len(pod.Status.PodIPs) == 0 {
+		add(pod.Status.PodIP)
+	}
+	return ips, nil
+}
+
+func podUID(o any) ([]string, error) {
+	pod, ok := o.(*corev1.Pod)
+	if !ok {
+		return nil, nil
+	}
+	return []string{string(pod.UID)}, nil
+}
+
+func bindingSelector(o any) ([]string, error) {
+	b, ok := o.(*v1.AzureIdentityBinding)
+	if !ok {
+		return nil, nil
+	}
+	return []string{b.Namespace + "/" + b.Spec.Selector}, nil
+}
+
+// trim cuts an object down to what is read here, before it is kept.
+func trim(o any) (any, error) {
+	switch o := o.(type) {
+	case *corev1.Pod:
+		o.ObjectMeta = trimMeta(o.ObjectMeta, o.Labels, nil)
+		o.Spec = corev1.PodSpec{NodeName: o.Spec.NodeName, HostNetwork: o.Spec.HostNetwork, ServiceAccountName: o.Spec.ServiceAccountName}
+		o.Status = corev1.PodStatus{Phase: o.Status.Phase, PodIP: o.Status.PodIP, PodIPs: o.Status.PodIPs}
+	case *v1.AzureIdentity:
+		var annotations map[string]string
+		if behavior, ok := o.Annotations[v1.BehaviorAnnotation]; ok {
+			annotations = map[string]string{v1.BehaviorAnnotation: behavior}
+		}
+		o.ObjectMeta = trimMeta(o.ObjectMeta, nil, annotations)
+		o.Spec.Metadata, o.Status = nil, v1.AzureIdentityStatus{}
+	case *v1.AzureIdentityBinding:
+		o.ObjectMeta = trimMeta(o.ObjectMeta, nil, nil)
+		o.Spec.Metadata, o.Status = nil, v1.AzureIdentityBindingStatus{}
+	case *v1.AzurePodIdentityException:
+		o.ObjectMeta = trimMeta(o.ObjectMeta, nil, nil)
+	}
+	return o, nil
+}
+
+// trimMeta keeps what names the object and its version, which the informer itself needs.
+func trimMeta(m metav1.ObjectMeta, labels, annotations map[string]string) metav1.ObjectMeta {
+	return metav1.ObjectMeta{Namespace: m.Namespace, Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion, Labels: labels, Annotations: annotations}
+}
