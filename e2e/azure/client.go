@@ -1,0 +1,217 @@
+package azure
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// Client controls a stand-in over its unix socket. It is safe for concurrent
+// use.
+type Client struct {
+	socket string
+	http   *http.Client
+
+	mu   sync.Mutex
+	keys Keys // for Verify; fetched once
+}
+
+// Dial returns a client for the socket. It does not connect yet.
+func Dial(socket string) *Client {
+	return &Client{socket: socket, http: &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		},
+	}}}
+}
+
+// Ready returns nil once the stand-in answers. It does not wait.
+func (c *Client) Ready(ctx context.Context) error {
+	_, err := c.Addresses(ctx)
+	return err
+}
+
+// WaitReady asks until the stand-in answers or the context ends.
+func (c *Client) WaitReady(ctx context.Context) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := c.Ready(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the stand-in Azure: %w", err)
+		}
+	}
+}
+
+// Addresses says where IMDS and Entra ID listen.
+func (c *Client) Addresses(ctx context.Context) (Addresses, error) {
+	var a Addresses
+	return a, c.call(ctx, "GET", "/ready", nil, &a)
+}
+
+// AddIdentity creates or replaces a user-assigned identity and attaches it to
+// the nodes; none, or "", means all. It stays attached where it was.
+func (c *Client) AddIdentity(ctx context.Context, id Identity, nodes ...string) error {
+	return c.call(ctx, "PUT", "/identities", identityRequest{id, nodes}, nil)
+}
+
+// Detach takes a user-assigned identity, given by client, object or resource
+// ID, off the nodes; none, or "", means all.
+func (c *Client) Detach(ctx context.Context, id string, nodes ...string) error {
+	return c.call(ctx, "POST", "/identities/detach", detachRequest{id, nodes}, nil)
+}
+
+// RemoveIdentity deletes a user-assigned identity. An unknown one is no error.
+func (c *Client) RemoveIdentity(ctx context.Context, id string) error {
+	return c.call(ctx, "DELETE", "/identities", detachRequest{ID: id}, nil)
+}
+
+// Identities lists the user-assigned identities and where they are attached.
+func (c *Client) Identities(ctx context.Context) ([]AttachedIdentity, error) {
+	var out []AttachedIdentity
+	return out, c.call(ctx, "GET", "/identities", nil, &out)
+}
+
+// AddApp creates or replaces an application.
+func (c *Client) AddApp(ctx context.Context, a App) error {
+	return c.call(ctx, "PUT", "/apps", a, nil)
+}
+
+// RemoveApp deletes an application. An unknown one is no error.
+func (c *Client) RemoveApp(ctx context.Context, clientID string) error {
+	return c.call(ctx, "DELETE", "/apps", detachRequest{ID: clientID}, nil)
+}
+
+// AddFederated lets tokens of another issuer stand for an application or a
+// user-assigned identity. It replaces a record of the same issuer and subject.
+func (c *Client) AddFederated(ctx context.Context, clientID string, f FederatedCredential) error {
+	return c.call(ctx, "PUT", "/federated", federatedRequest{clientID, f}, nil)
+}
+
+// RemoveFederated takes that back. An absent record is no error.
+func (c *Client) RemoveFederated(ctx context.Context, clientID, issuer, subject string) error {
+	return c.call(ctx, "DELETE", "/federated", federatedRequest{clientID,
+		FederatedCredential{Issuer: issuer, Subject: subject, JWKS: json.RawMessage("null")}}, nil)
+}
+
+// Set throws switches: all of them or, if one is wrong, none. "reset": "all"
+// restores every default before the others are applied.
+func (c *Client) Set(ctx context.Context, changes map[string]string) error {
+	return c.call(ctx, "PATCH", "/switches", changes, nil)
+}
+
+// Switches returns every switch and its value; counted ones count down.
+func (c *Client) Switches(ctx context.Context) (map[string]string, error) {
+	var out map[string]string
+	return out, c.call(ctx, "GET", "/switches", nil, &out)
+}
+
+// Log returns the entries with a sequence number greater than since.
+func (c *Client) Log(ctx context.Context, since int) ([]Entry, error) {
+	body, err := c.do(ctx, "GET", "/log?since="+strconv.Itoa(since), nil)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	var out []Entry
+	dec := json.NewDecoder(body)
+	for {
+		var e Entry
+		if err := dec.Decode(&e); errors.Is(err, io.EOF) {
+			return out, nil
+		} else if err != nil {
+			return nil, fmt.Errorf("stand-in Azure: read the log: %w", err)
+		}
+		out = append(out, e)
+	}
+}
+
+// ResetLog empties the log and sets all counts to 0. Sequence numbers go on.
+func (c *Client) ResetLog(ctx context.Context) error {
+	return c.call(ctx, "DELETE", "/log", nil, nil)
+}
+
+// Stats returns the counts.
+func (c *Client) Stats(ctx context.Context) (Stats, error) {
+	var s Stats
+	return s, c.call(ctx, "GET", "/stats", nil, &s)
+}
+
+// Keys returns what verifies tokens and TLS connections.
+func (c *Client) Keys(ctx context.Context) (Keys, error) {
+	var k Keys
+	return k, c.call(ctx, "GET", "/keys", nil, &k)
+}
+
+// Verify checks a token's signature and times and returns its claims. The key
+// is fetched once.
+func (c *Client) Verify(token string) (Claims, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.keys.JWKS == nil {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		keys, err := c.Keys(ctx)
+		if err != nil {
+			return Claims{}, err
+		}
+		c.keys = keys
+	}
+	return c.keys.Verify(token)
+}
+
+func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
+	body, err := c.do(ctx, method, path, in)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if out == nil {
+		return nil
+	}
+	if err := json.NewDecoder(body).Decode(out); err != nil {
+		return fmt.Errorf("stand-in Azure: read the answer to %s %s: %w", method, path, err)
+	}
+	return nil
+}
+
+func (c *Client) do(ctx context.Context, method, path string, in any) (io.ReadCloser, error) {
+	var payload io.Reader
+	if in != nil {
+		data, err := json.Marshal(in)
+		if err != nil {
+			return nil, fmt.Errorf("stand-in Azure: encode %T: %w", in, err)
+		}
+		payload = bytes.NewReader(data)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://stand-in"+path, payload)
+	if err != nil {
+		return nil, fmt.Errorf("stand-in Azure: %w", err)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("stand-in Azure at %s does not answer: %w", c.socket, err)
+	}
+	if resp.StatusCode < 300 {
+		return resp.Body, nil
+	}
+	defer resp.Body.Close()
+	var refused controlError
+	if err := json.NewDecoder(resp.Body).Decode(&refused); err != nil || refused.Error == "" {
+		return nil, fmt.Errorf("stand-in Azure answered %s to %s %s", resp.Status, method, path)
+	}
+	return nil, fmt.Errorf("stand-in Azure: %s", refused.Error)
+}

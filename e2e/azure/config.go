@@ -1,0 +1,184 @@
+package azure
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"regexp"
+	"strings"
+)
+
+// Config says where the stand-in listens and which machines exist. It can be
+// marshalled as JSON, so that one process can write it for another.
+type Config struct {
+	IMDSAddr      string   `json:"imdsAddr"`      // host:port, plain HTTP
+	EntraAddr     string   `json:"entraAddr"`     // host:port, TLS
+	ControlSocket string   `json:"controlSocket"` // path of the unix socket a Client dials
+	StateDir      string   `json:"stateDir"`      // holds the keys and ca.crt
+	EntraHosts    []string `json:"entraHosts,omitempty"`
+	Tenant        string   `json:"tenant"` // GUID of the home tenant
+	Nodes         []Node   `json:"nodes"`
+}
+
+// Node is one virtual machine. A source that is a single address (/32, /128)
+// is the node's own; any wider prefix is a range of pod addresses.
+type Node struct {
+	Name           string         `json:"name"`
+	Sources        []netip.Prefix `json:"sources"`
+	SystemAssigned *Identity      `json:"systemAssigned,omitempty"`
+	// ProviderID is the node's spec.providerID; it names subscription,
+	// resource group and scale set in the instance document. Optional.
+	ProviderID string `json:"providerID,omitempty"`
+}
+
+// Identity is a managed identity. An empty TenantID means the home tenant.
+type Identity struct {
+	ClientID   string `json:"clientID"`
+	ObjectID   string `json:"objectID"`
+	ResourceID string `json:"resourceID,omitempty"`
+	TenantID   string `json:"tenantID,omitempty"`
+}
+
+// LoadConfig reads a Config from a JSON file. Unknown fields are an error.
+func LoadConfig(file string) (Config, error) {
+	var cfg Config
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return cfg, fmt.Errorf("read the stand-in's configuration: %w", err)
+	}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&cfg); err != nil {
+		return cfg, fmt.Errorf("read the stand-in's configuration %s: %w", file, err)
+	}
+	return cfg, cfg.Validate()
+}
+
+// Validate reports everything that is wrong with the configuration at once.
+func (c Config) Validate() error {
+	var errs []error
+	for _, a := range []struct{ name, addr string }{{"imdsAddr", c.IMDSAddr}, {"entraAddr", c.EntraAddr}} {
+		if _, _, err := net.SplitHostPort(a.addr); err != nil {
+			errs = append(errs, fmt.Errorf("%s %q is not host:port", a.name, a.addr))
+		}
+	}
+	if c.ControlSocket == "" {
+		errs = append(errs, errors.New("controlSocket is empty"))
+	}
+	if c.StateDir == "" {
+		errs = append(errs, errors.New("stateDir is empty"))
+	}
+	if !isGUID(c.Tenant) {
+		errs = append(errs, fmt.Errorf("tenant %q is not a GUID", c.Tenant))
+	}
+	return errors.Join(append(errs, validateNodes(c.Nodes))...)
+}
+
+func validateNodes(nodes []Node) error {
+	var errs []error
+	if len(nodes) == 0 {
+		errs = append(errs, errors.New("nodes is empty"))
+	}
+	names := map[string]bool{}
+	for i, n := range nodes {
+		switch {
+		case n.Name == "":
+			errs = append(errs, fmt.Errorf("node %d has no name", i))
+		case names[n.Name]:
+			errs = append(errs, fmt.Errorf("node %q is given twice", n.Name))
+		case len(n.Sources) == 0:
+			errs = append(errs, fmt.Errorf("node %q has no sources", n.Name))
+		}
+		names[n.Name] = true
+		if n.SystemAssigned != nil {
+			if err := validateIDs(*n.SystemAssigned); err != nil {
+				errs = append(errs, fmt.Errorf("system-assigned identity of node %q: %w", n.Name, err))
+			}
+		}
+		for _, other := range nodes[:i] {
+			if p, q, ok := overlap(n.Sources, other.Sources); ok {
+				errs = append(errs, fmt.Errorf("source %s of node %q overlaps %s of node %q", p, n.Name, q, other.Name))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func overlap(a, b []netip.Prefix) (netip.Prefix, netip.Prefix, bool) {
+	for _, p := range a {
+		for _, q := range b {
+			if p.Overlaps(q) {
+				return p, q, true
+			}
+		}
+	}
+	return netip.Prefix{}, netip.Prefix{}, false
+}
+
+var guidForm = regexp.MustCompile(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
+
+func isGUID(s string) bool { return guidForm.MatchString(s) }
+
+func validateIDs(id Identity) error {
+	if !isGUID(id.ClientID) {
+		return fmt.Errorf("clientID %q is not a GUID", id.ClientID)
+	}
+	if !isGUID(id.ObjectID) {
+		return fmt.Errorf("objectID %q is not a GUID", id.ObjectID)
+	}
+	if id.TenantID != "" && !isGUID(id.TenantID) {
+		return fmt.Errorf("tenantID %q is not a GUID", id.TenantID)
+	}
+	return nil
+}
+
+var userAssignedForm = regexp.MustCompile(
+	`(?i)^/subscriptions/[^/]+/resourceGroups/[^/]+/providers/Microsoft\.ManagedIdentity/userAssignedIdentities/[^/]+$`)
+
+func validateUserAssigned(id Identity) error {
+	if err := validateIDs(id); err != nil {
+		return err
+	}
+	if !userAssignedForm.MatchString(id.ResourceID) {
+		return fmt.Errorf("resourceID %q is not that of a user-assigned identity"+
+			" (/subscriptions/S/resourceGroups/G/providers/Microsoft.ManagedIdentity/userAssignedIdentities/NAME)", id.ResourceID)
+	}
+	return nil
+}
+
+// machine is the ARM resource beneath a node.
+type machine struct {
+	subscription, resourceGroup, scaleSet, name, resourceID string
+}
+
+// machine reads the provider ID; without one, the node is instance 0 of a
+// scale set of its own.
+func (n Node) machine() machine {
+	id := strings.TrimPrefix(n.ProviderID, "azure://")
+	if id == "" {
+		id = "/subscriptions/00000000-0000-0000-0000-000000000001/resourceGroups/stand-in/providers/" +
+			"Microsoft.Compute/virtualMachineScaleSets/" + n.Name + "/virtualMachines/0"
+	}
+	m := machine{name: n.Name, resourceID: id}
+	segments := strings.Split(strings.Trim(id, "/"), "/")
+	for i := 0; i+1 < len(segments); i += 2 {
+		switch value := segments[i+1]; strings.ToLower(segments[i]) {
+		case "subscriptions":
+			m.subscription = value
+		case "resourcegroups":
+			m.resourceGroup = value
+		case "virtualmachinescalesets":
+			m.scaleSet = value
+		case "virtualmachines":
+			m.name = value
+		}
+	}
+	if m.scaleSet != "" {
+		m.name = m.scaleSet + "_" + m.name
+	}
+	return m
+}

@@ -1,0 +1,128 @@
+package azure
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+)
+
+// Addresses are where the services really listen (a port of 0 was chosen).
+type Addresses struct {
+	IMDS  string `json:"imds"`
+	Entra string `json:"entra"`
+}
+
+type identityRequest struct {
+	Identity Identity `json:"identity"`
+	Nodes    []string `json:"nodes,omitempty"`
+}
+
+type detachRequest struct {
+	ID    string   `json:"id"` // client, object or resource ID
+	Nodes []string `json:"nodes,omitempty"`
+}
+
+type federatedRequest struct {
+	ClientID   string              `json:"clientID"`
+	Credential FederatedCredential `json:"credential"`
+}
+
+type controlError struct {
+	Error string `json:"error"`
+}
+
+// control is the API behind the unix socket. Whoever may open the socket may
+// do everything; its mode keeps it to the user that runs the stand-in.
+type control struct {
+	dir       *directory
+	switches  *switches
+	rec       *recorder
+	keys      Keys
+	addresses Addresses
+}
+
+func (c *control) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /ready", show(func() any { return c.addresses }))
+	mux.HandleFunc("GET /keys", show(func() any { return c.keys }))
+	mux.HandleFunc("GET /stats", show(func() any { return c.rec.stats() }))
+	mux.HandleFunc("GET /log", c.log)
+	mux.HandleFunc("DELETE /log", func(w http.ResponseWriter, _ *http.Request) {
+		c.rec.reset()
+		respond(w, nil)
+	})
+	mux.HandleFunc("GET /switches", show(func() any { return c.switches.all() }))
+	mux.HandleFunc("PATCH /switches", take(c.switches.set))
+	mux.HandleFunc("GET /identities", show(func() any { return c.dir.list() }))
+	mux.HandleFunc("PUT /identities", take(func(q identityRequest) error { return c.dir.addIdentity(q.Identity, q.Nodes) }))
+	mux.HandleFunc("POST /identities/detach", take(func(q detachRequest) error { return c.dir.detach(q.ID, q.Nodes) }))
+	mux.HandleFunc("DELETE /identities", take(func(q detachRequest) error {
+		c.dir.removeIdentity(q.ID)
+		return nil
+	}))
+	mux.HandleFunc("PUT /apps", take(c.dir.addApp))
+	mux.HandleFunc("DELETE /apps", take(func(q detachRequest) error {
+		c.dir.removeApp(q.ID)
+		return nil
+	}))
+	mux.HandleFunc("PUT /federated", take(func(q federatedRequest) error { return c.dir.addFederated(q.ClientID, q.Credential) }))
+	mux.HandleFunc("DELETE /federated", take(func(q federatedRequest) error {
+		c.dir.removeFederated(q.ClientID, q.Credential.Issuer, q.Credential.Subject)
+		return nil
+	}))
+	return mux
+}
+
+func show(value func() any) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write(append(encode(value()), '\n'))
+	}
+}
+
+// take decodes a body strictly, applies it, and answers 204 or 400.
+func take[T any](apply func(T) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var q T
+		dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, largestBody))
+		dec.DisallowUnknownFields()
+		if err := dec.Decode(&q); err != nil {
+			respond(w, fmt.Errorf("decode the body: %w", err))
+			return
+		}
+		respond(w, apply(q))
+	}
+}
+
+func respond(w http.ResponseWriter, err error) {
+	if err == nil {
+		w.WriteHeader(http.StatusNoContent)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusBadRequest)
+	_, _ = w.Write(append(encode(controlError{err.Error()}), '\n'))
+}
+
+// log answers JSON lines.
+func (c *control) log(w http.ResponseWriter, r *http.Request) {
+	since := 0
+	if text := r.URL.Query().Get("since"); text != "" {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 0 {
+			respond(w, errors.New("since is not a sequence number"))
+			return
+		}
+		since = n
+	}
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	for _, e := range c.rec.entries(since) {
+		if enc.Encode(e) != nil {
+			return // the client has left
+		}
+	}
+}

@@ -1,0 +1,138 @@
+package azure
+
+import (
+	"crypto/rsa"
+	"crypto/sha1" // the x5t header is defined as SHA-1
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/golang-jwt/jwt/v5"
+)
+
+// proveByAssertion tells a certificate from a federated token by the issuer:
+// who signs with its own certificate names itself.
+func (s *entra) proveByAssertion(x *exchange, p principal, tenant, assertion string) error {
+	var claims jwt.RegisteredClaims
+	token, _, err := jwt.NewParser().ParseUnverified(assertion, &claims)
+	if err != nil {
+		return &entraError{401, "invalid_client", 50027, "JWT token is invalid or malformed."}
+	}
+	if strings.EqualFold(claims.Issuer, p.ClientID) {
+		return s.proveByCertificate(x, p, tenant, token, claims, assertion)
+	}
+	return s.proveByFederation(p, claims, assertion)
+}
+
+func (s *entra) proveByCertificate(x *exchange, p principal, tenant string, token *jwt.Token, claims jwt.RegisteredClaims, assertion string) error {
+	if !strings.EqualFold(claims.Subject, p.ClientID) {
+		return &entraError{401, "invalid_client", 700021, "Client assertion application identifier doesn't match 'client_id' parameter."}
+	}
+	i := slices.IndexFunc(p.certificates, func(c *x509.Certificate) bool { return hasThumbprint(c, token.Header) })
+	if i < 0 {
+		return badCertificate(p, "The certificate with identifier used to sign the client assertion is not registered on application.")
+	}
+	cert := p.certificates[i]
+	if now := s.now(); now.Before(cert.NotBefore) || now.After(cert.NotAfter) {
+		return &entraError{401, "invalid_client", 1000502, "The provided certificate is not within its specified validity window."}
+	}
+	key, ok := cert.PublicKey.(*rsa.PublicKey)
+	if !ok {
+		return badCertificate(p, "The key of the certificate is not an RSA key.")
+	}
+	if err := s.verify(assertion, func(*jwt.Token) (any, error) { return key, nil }, "RS256", "PS256"); err != nil {
+		if timeError(err) {
+			return outsideValidity()
+		}
+		return badCertificate(p, "Client assertion contains an invalid signature.")
+	}
+	base := "https://" + x.Host + "/" + tenant
+	if !slices.ContainsFunc(claims.Audience, func(aud string) bool {
+		return slices.Contains([]string{base + "/oauth2/v2.0/token", base + "/oauth2/token", base + "/v2.0", base + "/"}, aud)
+	}) {
+		return &entraError{401, "invalid_client", 700023, "Client assertion audience claim does not match Realm issuer."}
+	}
+	return nil
+}
+
+// hasThumbprint matches the header's x5t#S256, else its x5t. The standard wants
+// base64url; clients also send plain base64, padded or not, and hexadecimal.
+func hasThumbprint(c *x509.Certificate, header map[string]any) bool {
+	sum256, sum1 := sha256.Sum256(c.Raw), sha1.Sum(c.Raw)
+	if v, ok := header["x5t#S256"].(string); ok {
+		return spells(v, sum256[:])
+	}
+	v, ok := header["x5t"].(string)
+	return ok && spells(v, sum1[:])
+}
+
+func spells(text string, sum []byte) bool {
+	urlForm := strings.NewReplacer("+", "-", "/", "_", "=", "").Replace(text)
+	return urlForm == base64.RawURLEncoding.EncodeToString(sum) || strings.EqualFold(text, hex.EncodeToString(sum))
+}
+
+func badCertificate(p principal, why string) error {
+	return &entraError{401, "invalid_client", 700027, fmt.Sprintf("%s Client ID: %s.", why, p.ClientID)}
+}
+
+func outsideValidity() error {
+	return &entraError{401, "invalid_client", 700024, "Client assertion is not within its valid time range."}
+}
+
+func timeError(err error) bool {
+	return errors.Is(err, jwt.ErrTokenExpired) || errors.Is(err, jwt.ErrTokenNotValidYet) ||
+		errors.Is(err, jwt.ErrTokenRequiredClaimMissing)
+}
+
+// verify checks signature and times, with the five minutes of clock skew that
+// Entra ID allows.
+func (s *entra) verify(assertion string, key jwt.Keyfunc, algorithms ...string) error {
+	_, err := jwt.ParseWithClaims(assertion, &jwt.RegisteredClaims{}, key, jwt.WithValidMethods(algorithms),
+		jwt.WithTimeFunc(s.now), jwt.WithLeeway(5*time.Minute), jwt.WithExpirationRequired())
+	return err
+}
+
+// proveByFederation compares issuer, then subject, then audience, each exactly
+// as written, and names the first that fails.
+func (s *entra) proveByFederation(p principal, claims jwt.RegisteredClaims, assertion string) error {
+	if len(p.federated) == 0 {
+		return &entraError{401, "invalid_client", 70025, fmt.Sprintf(
+			"The client '%s' has no configured federated identity credentials.", p.ClientID)}
+	}
+	left := p.federated
+	for _, step := range []struct {
+		code  int
+		what  string
+		value string
+		match func(FederatedCredential) bool
+	}{
+		{700211, "issuer", claims.Issuer, func(f FederatedCredential) bool { return f.Issuer == claims.Issuer }},
+		{700213, "subject", claims.Subject, func(f FederatedCredential) bool { return f.Subject == claims.Subject }},
+		{700212, "audience", strings.Join(claims.Audience, " "), func(f FederatedCredential) bool { return slices.Contains(claims.Audience, f.Audience) }},
+	} {
+		left = slices.DeleteFunc(slices.Clone(left), func(f FederatedCredential) bool { return !step.match(f) })
+		if len(left) == 0 {
+			return &entraError{401, "invalid_client", step.code, fmt.Sprintf(
+				"No matching federated identity record found for presented assertion %s '%s'. "+
+					"Please check your federated identity credential Subject, Audience and Issuer against the presented assertion.",
+				step.what, step.value)}
+		}
+	}
+	keys, err := parseJWKS(left[0].JWKS)
+	if err != nil {
+		return err
+	}
+	if err := s.verify(assertion, keyByID(keys), "RS256"); err != nil {
+		if timeError(err) {
+			return outsideValidity()
+		}
+		return &entraError{401, "invalid_client", 50013, "Assertion failed signature validation."}
+	}
+	return nil
+}

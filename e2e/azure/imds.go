@@ -1,0 +1,221 @@
+package azure
+
+import (
+	"net/http"
+	"path"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+)
+
+// DangerMark is part of every answer of IMDS that a pod must never see
+// (credentials of the machine, attested documents, approved maintenance).
+const DangerMark = "stand-in-danger"
+
+const imdsServer = "IMDS/150.870.65.1103"
+
+const (
+	pathToken        = "/metadata/identity/oauth2/token"
+	pathInfo         = "/metadata/identity/info"
+	pathPlatform     = "/metadata/identity/getplatformmetadata"
+	pathIssue        = "/metadata/identity/issuecredential"
+	pathVersions     = "/metadata/versions"
+	pathInstance     = "/metadata/instance"
+	pathLoadBalancer = "/metadata/loadbalancer"
+	pathAttested     = "/metadata/attested/document"
+	pathEvents       = "/metadata/scheduledevents"
+)
+
+// imdsClasses name the paths in log and stats.
+var imdsClasses = map[string]string{
+	pathToken: classToken, pathInfo: "info", pathPlatform: "getplatformmetadata", pathIssue: "issuecredential",
+	pathVersions: "versions", pathInstance: "instance", pathLoadBalancer: "loadbalancer",
+	pathAttested: "attested", pathEvents: "scheduledevents",
+}
+
+// imds is the Instance Metadata Service of every node.
+type imds struct {
+	dir     *directory
+	issuer  *issuer
+	now     func() time.Time
+	mu      sync.Mutex
+	cache   map[cacheKey]minted
+	maxKeys int
+}
+
+// cacheKey holds the whole identity: when any of it changes, the cached token
+// is no longer found.
+type cacheKey struct {
+	node     string
+	identity Identity
+	resource string
+}
+
+func newIMDS(dir *directory, issuer *issuer, now func() time.Time) *imds {
+	return &imds{dir: dir, issuer: issuer, now: now, cache: map[cacheKey]minted{}, maxKeys: 10_000}
+}
+
+// imdsPath reads a path the way the real service does, or more loosely where
+// it is not known: whatever might reach the token endpoint, does.
+func imdsPath(r *http.Request) string {
+	p := path.Clean("/" + strings.ReplaceAll(r.URL.Path, `\`, "/"))
+	first, rest, deeper := strings.Cut(p[1:], "/")
+	if !strings.EqualFold(first, "metadata") || !deeper {
+		return p
+	}
+	return "/metadata/" + rest
+}
+
+func imdsClass(r *http.Request) string {
+	p := imdsPath(r)
+	if strings.HasPrefix(p, pathInstance+"/") {
+		p = pathInstance
+	}
+	if class, ok := imdsClasses[p]; ok {
+		return class
+	}
+	return "other"
+}
+
+type imdsError struct {
+	Error       string `json:"error"`
+	Description string `json:"error_description"`
+}
+
+// refuse answers with IMDS's flat error.
+func refuse(x *exchange, status int, code, description string) reply {
+	x.entry.Error = description
+	return stamped(jsonReply(status, imdsError{code, description}))
+}
+
+func stamped(out reply) reply {
+	if out.header == nil {
+		out.header = map[string]string{}
+	}
+	out.header["Server"] = imdsServer
+	return out
+}
+
+func (m *imds) fail(x *exchange, status int) reply {
+	code := "server_error"
+	switch {
+	case status == http.StatusTooManyRequests:
+		code = "too_many_requests"
+	case status == http.StatusNotFound || status == http.StatusGone:
+		code = "not_found"
+	case status == http.StatusForbidden:
+		code = "forbidden"
+	case status == http.StatusServiceUnavailable:
+		code = "service_unavailable"
+	case status < 500:
+		code = "invalid_request"
+	}
+	return stamped(jsonReply(status, imdsError{code, http.StatusText(status)}))
+}
+
+// badInstanceRequest is the form of errors outside of /metadata/identity.
+func badInstanceRequest(x *exchange, text string) reply {
+	x.entry.Error = text
+	return stamped(jsonReply(http.StatusBadRequest, map[string]string{"error": "Bad request. " + text}))
+}
+
+func (m *imds) answer(x *exchange) reply {
+	p := imdsPath(x.Request)
+	identityPath := strings.HasPrefix(p, "/metadata/identity/")
+	bad := badInstanceRequest
+	if identityPath {
+		bad = func(x *exchange, text string) reply { return refuse(x, 400, "invalid_request", text) }
+	}
+	if !strings.EqualFold(x.Header.Get("Metadata"), "true") {
+		return bad(x, "Required metadata header not specified")
+	}
+	if _, ok := x.Header["X-Forwarded-For"]; ok {
+		return bad(x, "X-Forwarded-For header is not allowed")
+	}
+	if x.caller.node == "" {
+		return refuse(x, http.StatusUnauthorized, "unknown_source", "Unknown Source "+x.caller.source.String())
+	}
+	q, err := parseQuery(x.URL.RawQuery)
+	if err != nil {
+		return bad(x, err.Error())
+	}
+	if !allowedMethod(p, x.Method) {
+		return refuse(x, http.StatusMethodNotAllowed, "method_not_allowed", "Method not allowed")
+	}
+	if v := q["api-version"]; x.class != "other" && p != pathVersions && !(p == pathPlatform || p == pathIssue) && !knownVersion(v) {
+		return m.badVersion(x)
+	}
+	return m.route(x, p, q)
+}
+
+func allowedMethod(p, method string) bool {
+	switch p {
+	case pathEvents:
+		return method == http.MethodGet || method == http.MethodPost
+	case pathIssue:
+		return method == http.MethodPost
+	}
+	return method == http.MethodGet
+}
+
+func (m *imds) route(x *exchange, p string, q map[string]string) reply {
+	n, _ := m.dir.node(x.caller.node)
+	switch x.class {
+	case classToken:
+		return m.token(x, q)
+	case "info":
+		return stamped(jsonReply(200, map[string]string{"tenantId": m.dir.tenant}))
+	case "instance":
+		return m.instance(x, n, strings.TrimPrefix(p, pathInstance), q["format"])
+	case "versions":
+		return stamped(jsonReply(200, map[string][]string{"apiVersions": apiVersions}))
+	case "loadbalancer":
+		return stamped(jsonReply(200, loadBalancer))
+	case "scheduledevents":
+		if x.Method == http.MethodPost {
+			x.entry.Error = DangerMark
+			return stamped(reply{status: 200, contentType: "text/plain", body: []byte(DangerMark + ": maintenance approved")})
+		}
+		return stamped(jsonReply(200, map[string]any{"DocumentIncarnation": 1, "Events": []any{}}))
+	case "attested", "getplatformmetadata", "issuecredential":
+		return m.dangerous(x, n)
+	}
+	return refuse(x, http.StatusNotFound, "not_found", "Not found")
+}
+
+// dangerous answers what no pod may get, recognisably.
+func (m *imds) dangerous(x *exchange, n Node) reply {
+	x.entry.Error = DangerMark
+	switch x.class {
+	case "attested":
+		return stamped(jsonReply(200, map[string]string{"encoding": "pkcs7", "signature": DangerMark + "-" + n.Name}))
+	case "getplatformmetadata":
+		return stamped(jsonReply(200, map[string]any{
+			"cuId": map[string]string{"vmId": DangerMark}, "clientId": DangerMark,
+			"tenantId": m.dir.tenant, "attestationEndpoint": "https://" + DangerMark + ".invalid",
+		}))
+	}
+	return stamped(jsonReply(200, map[string]string{
+		"client_id": DangerMark, "tenant_id": m.dir.tenant, "certificate": DangerMark,
+		"identity_type": "SystemAssigned", "mtls_authentication_endpoint": "https://" + DangerMark + ".invalid",
+	}))
+}
+
+var versionForm = regexp.MustCompile(`^\d{4}-\d{2}-\d{2}$`)
+
+const firstVersion = "2018-02-01" // the first with /metadata/identity
+
+// knownVersion compares dates as text.
+func knownVersion(v string) bool { return versionForm.MatchString(v) && v >= firstVersion }
+
+func (m *imds) badVersion(x *exchange) reply {
+	x.entry.Error = "api-version is invalid or was not specified"
+	return stamped(jsonReply(http.StatusBadRequest, struct {
+		Error    string   `json:"error"`
+		Versions []string `json:"newest-versions"`
+	}{
+		"Bad request. api-version is invalid or was not specified in the request. For more information refer to aka.ms/azureimds",
+		apiVersions[len(apiVersions)-3:],
+	}))
+}

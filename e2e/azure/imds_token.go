@@ -1,0 +1,138 @@
+package azure
+
+import (
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// tokenAnswer has IMDS's order of fields, and its strings in place of numbers.
+type tokenAnswer struct {
+	AccessToken  string `json:"access_token"`
+	ClientID     string `json:"client_id"`
+	ExpiresIn    string `json:"expires_in"`
+	ExpiresOn    string `json:"expires_on"`
+	ExtExpiresIn string `json:"ext_expires_in"`
+	NotBefore    string `json:"not_before"`
+	Resource     string `json:"resource"`
+	TokenType    string `json:"token_type"`
+}
+
+// parseQuery reads names without case, separates at & only, and refuses a name
+// given twice.
+func parseQuery(raw string) (map[string]string, error) {
+	q := map[string]string{}
+	for _, pair := range strings.Split(raw, "&") {
+		if pair == "" {
+			continue
+		}
+		name, value, _ := strings.Cut(pair, "=")
+		name, errName := url.QueryUnescape(name)
+		value, errValue := url.QueryUnescape(value)
+		if errName != nil || errValue != nil {
+			return nil, refusal("Invalid query string")
+		}
+		name = strings.ToLower(name)
+		if _, twice := q[name]; twice {
+			return nil, refusal(fmt.Sprintf("Query parameter '%s' is specified more than once", name))
+		}
+		q[name] = value
+	}
+	return q, nil
+}
+
+func selectorOf(q map[string]string) (selector, error) {
+	sel := selector{clientID: q["client_id"], objectID: q["object_id"], resourceID: q["msi_res_id"]}
+	given := 0
+	for _, name := range []string{"client_id", "object_id", "msi_res_id", "mi_res_id"} {
+		if q[name] != "" {
+			given++
+		}
+	}
+	if given > 1 {
+		return sel, refusal("Only one of client_id, object_id and msi_res_id may be specified")
+	}
+	if sel.resourceID == "" {
+		sel.resourceID = q["mi_res_id"]
+	}
+	return sel, nil
+}
+
+func (m *imds) token(x *exchange, q map[string]string) reply {
+	resource := q["resource"]
+	x.entry.Resource = clip(resource)
+	if resource == "" {
+		return refuse(x, http.StatusBadRequest, "invalid_request", "Required audience parameter not specified")
+	}
+	sel, err := selectorOf(q)
+	if err != nil {
+		return refuse(x, http.StatusBadRequest, "invalid_request", err.Error())
+	}
+	id, err := m.dir.resolve(x.caller.node, sel)
+	if err != nil {
+		return refuse(x, http.StatusBadRequest, "invalid_request", err.Error())
+	}
+	x.entry.ClientID = id.ClientID
+	if !knownResource(resource) {
+		e := unknownResource(resource, id.TenantID)
+		return refuse(x, http.StatusBadRequest, e.oauth, e.describe(newTrace(""), m.now()))
+	}
+	t, cached, err := m.fetch(x, cacheKey{x.caller.node, id, resource}, q["bypass_cache"] == "true")
+	if err != nil {
+		return refuse(x, http.StatusInternalServerError, "unknown", err.Error())
+	}
+	x.entry.TokenID, x.entry.Cached = t.claims.TokenID, cached
+	return stamped(jsonReply(http.StatusOK, tokenAnswer{
+		AccessToken: t.raw, ClientID: id.ClientID,
+		ExpiresIn:    seconds(t.expires().Sub(m.now())),
+		ExpiresOn:    strconv.FormatInt(t.expires().Unix(), 10),
+		ExtExpiresIn: seconds(t.lifetime() - time.Second),
+		NotBefore:    strconv.FormatInt(t.claims.NotBefore.Unix(), 10),
+		Resource:     resource, TokenType: "Bearer",
+	}))
+}
+
+func seconds(d time.Duration) string { return strconv.FormatInt(int64(max(d, 0)/time.Second), 10) }
+
+// fetch answers from the service's own cache, as the real one does for most of
+// a token's lifetime, or has a new token minted. The last five minutes, or
+// twelfth of a short lifetime, are never handed out.
+func (m *imds) fetch(x *exchange, key cacheKey, bypass bool) (minted, bool, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !x.faults.cache {
+		clear(m.cache) // switching the cache off also empties it
+	} else if t, ok := m.cache[key]; ok && !bypass && t.lifetime() == x.faults.tokenLifetime.Truncate(time.Second) {
+		if t.expires().Sub(m.now()) > min(5*time.Minute, t.lifetime()/12) {
+			return t, true, nil
+		}
+	}
+	t, err := m.issuer.mint(key.identity, key.resource, provedByKey, x.faults.tokenLifetime)
+	if err != nil {
+		return minted{}, false, err
+	}
+	if x.faults.cache {
+		if len(m.cache) >= m.maxKeys {
+			clear(m.cache)
+		}
+		m.cache[key] = t
+	}
+	return t, false, nil
+}
+
+// knownResource is what the tenant has a service principal for: any GUID or
+// absolute URI, except under .invalid, which is never registered.
+func knownResource(resource string) bool {
+	if isGUID(strings.TrimSuffix(resource, "/")) {
+		return true
+	}
+	u, err := url.Parse(resource)
+	if err != nil || u.Scheme == "" || u.Host == "" && u.Opaque == "" && u.Path == "" {
+		return false
+	}
+	host := u.Hostname()
+	return host != "invalid" && !strings.HasSuffix(host, ".invalid")
+}

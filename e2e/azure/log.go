@@ -1,0 +1,103 @@
+package azure
+
+import (
+	"net/http"
+	"strings"
+	"time"
+)
+
+// Kinds of log entries.
+const (
+	// KindRequest is a request that was read whole.
+	KindRequest = "request"
+	// KindConnection is a TCP connection to IMDS that did not come from a
+	// node's own address: something that must not happen, even without a
+	// request. Connections from nodes are only counted, in Stats.
+	KindConnection = "connection"
+)
+
+// Entry is one line of the request log. A request is logged before its answer
+// is written: who has the answer can read the entry.
+type Entry struct {
+	Seq        int               `json:"seq"` // never reset, so that "since" stays valid
+	Time       time.Time         `json:"time"`
+	Kind       string            `json:"kind"`
+	Service    string            `json:"service"`
+	Node       string            `json:"node"` // empty: the source is no node's
+	Source     string            `json:"source"`
+	FromPod    bool              `json:"from_pod"`
+	Class      string            `json:"class,omitempty"`
+	Method     string            `json:"method,omitempty"`
+	Path       string            `json:"path,omitempty"` // raw request URI
+	Headers    map[string]string `json:"headers,omitempty"`
+	Status     int               `json:"status"` // 0: no answer (dropped, or the client left)
+	Error      string            `json:"error,omitempty"`
+	ClientID   string            `json:"client_id,omitempty"`
+	Resource   string            `json:"resource,omitempty"`
+	TokenID    string            `json:"token_id,omitempty"` // the uti claim of the token answered
+	Cached     bool              `json:"cached,omitempty"`   // out of IMDS's own cache
+	DurationMS float64           `json:"duration_ms"`
+}
+
+const (
+	logCapacity   = 100_000
+	longestLogged = 4 << 10 // of a path or a header value
+)
+
+// requestLog is a ring: it keeps the newest entries and counts what it lost.
+// The recorder owns it and holds the lock.
+type requestLog struct {
+	capacity int
+	entries  []Entry
+	oldest   int // index of the oldest entry once the ring is full
+	seq      int
+	dropped  int
+}
+
+func (l *requestLog) add(e Entry) {
+	l.seq++
+	e.Seq = l.seq
+	if len(l.entries) < l.capacity {
+		l.entries = append(l.entries, e)
+		return
+	}
+	l.entries[l.oldest] = e
+	l.oldest = (l.oldest + 1) % l.capacity
+	l.dropped++
+}
+
+// since returns the entries with a greater sequence number, oldest first.
+func (l *requestLog) since(seq int) []Entry {
+	n := len(l.entries)
+	skip := min(max(0, n-(l.seq-seq)), n)
+	out := make([]Entry, 0, n-skip)
+	for i := skip; i < n; i++ {
+		out = append(out, l.entries[(l.oldest+i)%n])
+	}
+	return out
+}
+
+func (l *requestLog) reset() {
+	l.entries, l.oldest, l.dropped = nil, 0, 0
+}
+
+// loggedHeaders are those that tell attacks and clients apart. An empty value
+// is recorded too: its presence counts.
+var loggedHeaders = []string{"Metadata", "User-Agent", "X-Forwarded-For"}
+
+func headersOf(r *http.Request) map[string]string {
+	out := map[string]string{}
+	for _, name := range loggedHeaders {
+		if values, ok := r.Header[name]; ok {
+			out[name] = clip(strings.Join(values, ", "))
+		}
+	}
+	return out
+}
+
+func clip(s string) string {
+	if len(s) > longestLogged {
+		return s[:longestLogged] + "…"
+	}
+	return s
+}

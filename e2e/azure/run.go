@@ -1,0 +1,179 @@
+package azure
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+// longestSocketPath is what the kernel allows (sun_path, with its closing 0).
+const longestSocketPath = 107
+
+// Run serves until the context ends, then returns nil. It opens everything
+// before it serves anything: an error means that nothing was started.
+func Run(ctx context.Context, cfg Config) error {
+	return run(ctx, cfg, time.Now)
+}
+
+// run takes the clock, so that tests need not wait for tokens to grow old.
+func run(ctx context.Context, cfg Config, now func() time.Time) error {
+	if err := cfg.Validate(); err != nil {
+		return fmt.Errorf("stand-in Azure: configuration: %w", err)
+	}
+	st, err := openState(cfg.StateDir, certificateHosts(cfg))
+	if err != nil {
+		return fmt.Errorf("stand-in Azure: %w", err)
+	}
+	ls, err := listen(cfg)
+	if err != nil {
+		return fmt.Errorf("stand-in Azure: %w", err)
+	}
+	defer ls.close()
+	return serve(ctx, ls, servers(ctx, cfg, st, ls, now))
+}
+
+// listeners are owned by run; closing twice is harmless.
+type listeners struct{ imds, entra, control net.Listener }
+
+func (l *listeners) close() {
+	for _, one := range []net.Listener{l.imds, l.entra, l.control} {
+		if one != nil {
+			_ = one.Close()
+		}
+	}
+}
+
+func listen(cfg Config) (_ *listeners, err error) {
+	l := &listeners{}
+	defer func() {
+		if err != nil {
+			l.close()
+		}
+	}()
+	if l.imds, err = net.Listen("tcp", cfg.IMDSAddr); err != nil {
+		return nil, fmt.Errorf("cannot listen on %s for IMDS: %w", cfg.IMDSAddr, err)
+	}
+	if l.entra, err = net.Listen("tcp", cfg.EntraAddr); err != nil {
+		return nil, fmt.Errorf("cannot listen on %s for Entra ID: %w", cfg.EntraAddr, err)
+	}
+	if l.control, err = listenUnix(cfg.ControlSocket); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// listenUnix takes over the socket of a stand-in that is gone, never that of
+// one that runs.
+func listenUnix(path string) (net.Listener, error) {
+	if len(path) > longestSocketPath {
+		return nil, fmt.Errorf("control socket %s: the path is %d bytes long, the kernel allows %d", path, len(path), longestSocketPath)
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	conn, err := net.Dial("unix", path)
+	switch {
+	case err == nil:
+		_ = conn.Close()
+		return nil, fmt.Errorf("control socket %s is in use by a running stand-in", path)
+	case errors.Is(err, syscall.ECONNREFUSED):
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("remove the stale control socket: %w", err)
+		}
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		_ = l.Close()
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	return l, nil
+}
+
+// servers wires the parts. The order matches that of listeners.
+func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func() time.Time) []*http.Server {
+	dir, sw, rec := newDirectory(cfg), newSwitches(), newRecorder(now)
+	iss := newIssuer(st.signing, now)
+	metadata := newIMDS(dir, iss, now)
+	login := &entra{dir: dir, issuer: iss, now: now}
+	keys, err := iss.keys(st.caPEM)
+	if err != nil {
+		panic(err) // an RSA key always encodes
+	}
+	imdsService := &service{
+		name: serviceIMDS, dir: dir, switches: sw, rec: rec, now: now,
+		classify: imdsClass, admit: newLimiter(now).admit, answer: metadata.answer, fail: metadata.fail,
+	}
+	entraService := &service{
+		name: serviceEntra, dir: dir, switches: sw, rec: rec, now: now, classify: entraClass,
+		admit:  func(string, string, bool) (func(), bool) { return func() {}, true },
+		answer: login.answer, fail: login.fail,
+	}
+	api := &control{dir: dir, switches: sw, rec: rec, keys: keys,
+		addresses: Addresses{IMDS: ls.imds.Addr().String(), Entra: ls.entra.Addr().String()}}
+	out := []*http.Server{
+		{Handler: imdsService, ConnState: imdsService.connState},
+		{Handler: entraService, ConnState: entraService.connState, TLSConfig: &tls.Config{
+			MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{st.tls},
+		}},
+		{Handler: api.handler()},
+	}
+	for _, s := range out {
+		// Hung requests end with the context. Garbage on the wire is counted
+		// as a connection; the server's own notes about it would be noise.
+		s.BaseContext = func(net.Listener) context.Context { return ctx }
+		s.ErrorLog = log.New(io.Discard, "", 0)
+		s.ReadHeaderTimeout = 30 * time.Second
+		s.IdleTimeout = 5 * time.Minute
+	}
+	return out
+}
+
+// serve owns the servers until all have ended.
+func serve(ctx context.Context, ls *listeners, servers []*http.Server) error {
+	ended := make(chan error, len(servers))
+	for i, start := range []func() error{
+		func() error { return servers[0].Serve(ls.imds) },
+		func() error { return servers[1].ServeTLS(ls.entra, "", "") },
+		func() error { return servers[2].Serve(ls.control) },
+	} {
+		go func() {
+			if err := start(); !errors.Is(err, http.ErrServerClosed) {
+				ended <- fmt.Errorf("stand-in Azure: server %d: %w", i, err)
+				return
+			}
+			ended <- nil
+		}()
+	}
+	var first error
+	running := len(servers)
+	select {
+	case <-ctx.Done():
+	case first = <-ended:
+		running--
+	}
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	for _, s := range servers {
+		if s.Shutdown(grace) != nil {
+			_ = s.Close()
+		}
+	}
+	for range running {
+		if err := <-ended; first == nil {
+			first = err
+		}
+	}
+	return first
+}

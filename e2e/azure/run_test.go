@@ -1,0 +1,146 @@
+package azure
+
+import (
+	"context"
+	"encoding/json"
+	"net"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+)
+
+func TestAnAddressInUseIsSaidPlainly(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	s := start(t)
+	for says, change := range map[string]func(*Config){
+		"cannot listen on " + taken.Addr().String() + " for IMDS":     func(c *Config) { c.IMDSAddr = taken.Addr().String() },
+		"cannot listen on " + taken.Addr().String() + " for Entra ID": func(c *Config) { c.EntraAddr = taken.Addr().String() },
+		"is in use by a running stand-in":                             func(c *Config) { c.ControlSocket = s.socket },
+		"the kernel allows 107":                                       func(c *Config) { c.ControlSocket = "/" + strings.Repeat("x", 120) },
+		`tenant "nobody" is not a GUID`:                               func(c *Config) { c.Tenant = "nobody" },
+		"overlaps":                                                    func(c *Config) { c.Nodes[1].Sources = c.Nodes[0].Sources },
+		`node "a" is given twice`:                                     func(c *Config) { c.Nodes[1].Name = "a" },
+	} {
+		cfg := testConfig(t.TempDir())
+		change(&cfg)
+		if err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("want %q, got %v", says, err)
+		}
+	}
+	s.must(s.Ready(t.Context()))
+}
+
+func TestARestartTakesOverAStaleSocketAndKeepsTheKeys(t *testing.T) {
+	dir, err := os.MkdirTemp("", "azure")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	socket := filepath.Join(dir, "stale")
+	stale, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stale.SetUnlinkOnClose(false) // as if its process had been killed
+	stale.Close()
+	first := start(t)
+	first.add(red)
+	token := first.get(nodeA, tokenQuery).token(t).AccessToken
+	second := start(t, func(c *Config) { c.ControlSocket = socket })
+	if _, err := second.Verify(token); err != nil {
+		t.Errorf("the token of before: %v", err)
+	}
+	if info, err := os.Stat(socket); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("socket: %v, %v", info, err)
+	}
+}
+
+func TestAConfigurationSurvivesAFile(t *testing.T) {
+	cfg := testConfig(t.TempDir())
+	cfg.Nodes[0].SystemAssigned = &system
+	file := filepath.Join(t.TempDir(), "config.json")
+	data, err := json.Marshal(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got, err := LoadConfig(file)
+	if err != nil || !reflect.DeepEqual(got, cfg) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if err := os.WriteFile(file, []byte(`{"imdsAdr":""}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadConfig(file); err == nil || !strings.Contains(err.Error(), "imdsAdr") {
+		t.Errorf("an unknown field: %v", err)
+	}
+}
+
+func TestNewHostsGetANewCertificateOfTheSameCA(t *testing.T) {
+	dir := t.TempDir()
+	before, err := openState(dir, []string{"127.0.0.1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	after, err := openState(dir, []string{"127.0.0.1", "login.test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := openState(dir, []string{"login.test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(before.caPEM) != string(after.caPEM) || !before.signing.Equal(after.signing) {
+		t.Error("CA or signing key changed")
+	}
+	if after.tls.Leaf.VerifyHostname("login.test") != nil || before.tls.Leaf.Equal(after.tls.Leaf) || !after.tls.Leaf.Equal(again.tls.Leaf) {
+		t.Error("the certificate was not replaced exactly when it had to be")
+	}
+	for file, mode := range map[string]os.FileMode{CAFile: 0o644, caKeyFile: 0o600, signingKeyFile: 0o600, tlsKeyFile: 0o600} {
+		if info, err := os.Stat(filepath.Join(dir, file)); err != nil || info.Mode().Perm() != mode {
+			t.Errorf("%s: %v, %v", file, info, err)
+		}
+	}
+}
+
+func TestWrongRegistrationsAreRefusedByName(t *testing.T) {
+	s := start(t)
+	ctx := t.Context()
+	s.add(red)
+	bad := red
+	bad.ClientID = "red"
+	elsewhere := red
+	elsewhere.ResourceID = "/subscriptions/s/red"
+	twin := blue
+	twin.ClientID = red.ClientID
+	for says, err := range map[string]error{
+		`clientID "red" is not a GUID`:            s.AddIdentity(ctx, bad),
+		"is not that of a user-assigned identity": s.AddIdentity(ctx, elsewhere),
+		"already belongs to " + red.ResourceID:    s.AddIdentity(ctx, twin),
+		`no node "c"; the nodes are a, b`:         s.AddIdentity(ctx, blue, "c"),
+		"no user-assigned identity":               s.Detach(ctx, guid(77)),
+		"is not PEM":                              s.AddApp(ctx, App{ClientID: guid(1), ObjectID: guid(2), Certificates: []string{"x"}}),
+		"no application or user-assigned":         s.AddFederated(ctx, guid(78), newCluster(t).trusted()),
+	} {
+		if err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("want %q, got %v", says, err)
+		}
+	}
+	list, err := s.Identities(ctx)
+	s.must(err)
+	if len(list) != 1 || list[0].ClientID != red.ClientID || len(list[0].Nodes) != 2 {
+		t.Errorf("identities: %+v", list)
+	}
+	s.must(s.RemoveIdentity(ctx, guid(79)))
+	if err := Dial(filepath.Join(t.TempDir(), "none")).Ready(context.Background()); err == nil || !strings.Contains(err.Error(), "does not answer") {
+		t.Errorf("nobody there: %v", err)
+	}
+}

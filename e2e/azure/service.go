@@ -1,0 +1,192 @@
+package azure
+
+import (
+	"context"
+	"crypto/tls"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"time"
+)
+
+const (
+	serviceIMDS  = "imds"
+	serviceEntra = "entra"
+)
+
+var services = []string{serviceIMDS, serviceEntra}
+
+// classToken is the class of requests for a token, in either service.
+const classToken = "token"
+
+const largestBody = 1 << 20
+
+// service is what IMDS and Entra ID have in common: the source of each
+// request, the faults, the log. The protocol is behind the three functions.
+type service struct {
+	name     string
+	dir      *directory
+	switches *switches
+	rec      *recorder
+	now      func() time.Time
+
+	classify func(*http.Request) string
+	admit    func(node, class string, enforce bool) (release func(), ok bool)
+	answer   func(*exchange) reply
+	fail     func(x *exchange, status int) reply // the service's own form of that status
+}
+
+// exchange is one request and what becomes known of it.
+type exchange struct {
+	*http.Request
+	caller caller
+	class  string
+	body   []byte
+	faults faults
+	entry  *Entry
+}
+
+// reply is a whole answer. Status 0 is none: the connection is cut.
+type reply struct {
+	status      int
+	contentType string
+	header      map[string]string
+	body        []byte
+}
+
+func jsonReply(status int, v any) reply {
+	return reply{status: status, contentType: "application/json; charset=utf-8", body: encode(v)}
+}
+
+func textReply(status int, text string) reply {
+	return reply{status: status, contentType: "text/plain; charset=utf-8", body: []byte(text)}
+}
+
+func (s *service) callerOf(remote string) caller {
+	addr, err := netip.ParseAddrPort(remote)
+	if err != nil {
+		return caller{}
+	}
+	return s.dir.callerOf(addr.Addr())
+}
+
+// connState counts connections; it is the server's ConnState hook.
+func (s *service) connState(conn net.Conn, state http.ConnState) {
+	if state == http.StateNew {
+		s.rec.connection(s.name, s.callerOf(conn.RemoteAddr().String()))
+	}
+}
+
+func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	start := s.now()
+	x := &exchange{Request: r, caller: s.callerOf(r.RemoteAddr), class: s.classify(r)}
+	x.faults = s.switches.take(s.name, x.class == classToken)
+	x.entry = &Entry{
+		Time: start, Kind: KindRequest, Service: s.name, Class: x.class,
+		Node: x.caller.node, Source: x.caller.source.String(), FromPod: x.caller.fromPod,
+		Method: r.Method, Path: clip(r.RequestURI), Headers: headersOf(r),
+	}
+	end := s.rec.begin(s.name, x.class, x.caller)
+	defer end()
+	out := s.handle(x, w, r)
+	x.entry.Status = out.status
+	x.entry.DurationMS = float64(s.now().Sub(start).Microseconds()) / 1000
+	s.rec.finish(*x.entry)
+	write(w, out)
+}
+
+// handle reads the body first: only then does the server notice that a client
+// has left a hung request.
+func (s *service) handle(x *exchange, w http.ResponseWriter, r *http.Request) reply {
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, largestBody))
+	if err != nil {
+		x.entry.Error = "body not read: " + err.Error()
+		return s.fail(x, http.StatusRequestEntityTooLarge)
+	}
+	x.body = body
+	release, admitted := s.admit(x.caller.node, x.class, x.faults.limits)
+	defer release()
+	switch {
+	case x.faults.drop:
+		x.entry.Error = "dropped"
+		return reply{}
+	case x.faults.hang:
+		<-r.Context().Done()
+		x.entry.Error = "hung until the client left"
+		return reply{}
+	case !wait(r.Context(), x.faults.latency):
+		x.entry.Error = "the client left"
+		return reply{}
+	case x.faults.status != 0:
+		x.entry.Error = "switched"
+		return s.forced(x, x.faults.status)
+	case !admitted:
+		x.entry.Error = "over the limits"
+		return s.forced(x, http.StatusTooManyRequests)
+	}
+	return s.answer(x)
+}
+
+// forced is an error that a switch or a limit asks for.
+func (s *service) forced(x *exchange, status int) reply {
+	out := s.fail(x, status)
+	if x.faults.plainErrors {
+		out = textReply(status, http.StatusText(status)+"\r\n")
+	}
+	if x.faults.retryAfter > 0 {
+		if out.header == nil {
+			out.header = map[string]string{}
+		}
+		out.header["Retry-After"] = strconv.Itoa(x.faults.retryAfter)
+	}
+	return out
+}
+
+// wait is false if the client left first.
+func wait(ctx context.Context, d time.Duration) bool {
+	if d <= 0 {
+		return true
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func write(w http.ResponseWriter, out reply) {
+	if out.status == 0 {
+		cut(w)
+		return
+	}
+	for name, value := range out.header {
+		w.Header().Set(name, value)
+	}
+	w.Header().Set("Content-Type", out.contentType)
+	w.Header().Set("Content-Length", strconv.Itoa(len(out.body)))
+	w.WriteHeader(out.status)
+	_, _ = w.Write(out.body) // a client that has left is not our concern
+}
+
+// cut resets the connection, so that the client sees neither an answer nor an
+// orderly end. HTTP/2 connections cannot be taken over: aborting resets the
+// stream.
+func cut(w http.ResponseWriter) {
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		panic(http.ErrAbortHandler)
+	}
+	raw := conn
+	if t, ok := conn.(*tls.Conn); ok {
+		raw = t.NetConn()
+	}
+	if t, ok := raw.(*net.TCPConn); ok {
+		_ = t.SetLinger(0)
+	}
+	_ = raw.Close()
+}

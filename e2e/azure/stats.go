@@ -1,0 +1,238 @@
+package azure
+
+import (
+	"maps"
+	"sync"
+	"time"
+)
+
+// Load is how much came at once.
+type Load struct {
+	Requests       int `json:"requests"`
+	InFlight       int `json:"in_flight"`
+	MaxConcurrency int `json:"max_concurrency"`
+	MaxPerSecond   int `json:"max_per_second"` // most arrivals within any one second
+}
+
+// Source is what came from one address.
+type Source struct {
+	Node        string `json:"node"`
+	FromPod     bool   `json:"from_pod"`
+	Connections int    `json:"connections"`
+	Requests    int    `json:"requests"`
+}
+
+// ServiceStats are the counts of one service since the log was reset.
+type ServiceStats struct {
+	All                 Load              `json:"all"`
+	Token               Load              `json:"token"`         // token requests
+	TokenByNode         map[string]Load   `json:"token_by_node"` // "" is no node
+	ByClass             map[string]int    `json:"by_class"`
+	ByStatus            map[int]int       `json:"by_status"` // 0: no answer
+	Connections         int               `json:"connections"`
+	ConnectionsFromPods int               `json:"connections_from_pods"`
+	RequestsFromPods    int               `json:"requests_from_pods"`
+	Sources             map[string]Source `json:"sources"` // "other" once there are too many
+}
+
+// TokenStats count the tokens of one client ID.
+type TokenStats struct {
+	Answered int `json:"answered"` // answers that held a token
+	Minted   int `json:"minted"`   // of those, the ones not out of IMDS's cache
+}
+
+// Stats are all counts. IMDS.RequestsFromPods and IMDS.ConnectionsFromPods
+// must stay 0 wherever NMI does its work.
+type Stats struct {
+	Since      time.Time             `json:"since"`
+	LogDropped int                   `json:"log_dropped"` // entries the bounded log has lost
+	IMDS       ServiceStats          `json:"imds"`
+	Entra      ServiceStats          `json:"entra"`
+	Tokens     map[string]TokenStats `json:"tokens"`
+}
+
+const mostSources = 10_000
+
+// window holds the arrivals of the last second.
+type window struct{ arrivals []time.Time }
+
+func (w *window) count(now time.Time) int {
+	i := 0
+	for i < len(w.arrivals) && now.Sub(w.arrivals[i]) >= time.Second {
+		i++
+	}
+	w.arrivals = w.arrivals[i:]
+	return len(w.arrivals)
+}
+
+func (w *window) add(now time.Time) int {
+	n := w.count(now)
+	w.arrivals = append(w.arrivals, now)
+	return n + 1
+}
+
+// meter measures a Load.
+type meter struct {
+	Load
+	window window
+}
+
+func (m *meter) begin(now time.Time) {
+	m.Requests++
+	m.InFlight++
+	m.MaxConcurrency = max(m.MaxConcurrency, m.InFlight)
+	m.MaxPerSecond = max(m.MaxPerSecond, m.window.add(now))
+}
+
+func (m *meter) reset() {
+	m.Load = Load{InFlight: m.InFlight, MaxConcurrency: m.InFlight}
+	m.window = window{}
+}
+
+// serviceMeters measure one service.
+type serviceMeters struct {
+	all, token meter
+	byNode     map[string]*meter
+	stats      ServiceStats // the plain counters
+}
+
+// recorder writes the log and the counts. One lock holds both, so that a
+// reset never leaves one without the other.
+type recorder struct {
+	now func() time.Time
+
+	mu     sync.Mutex
+	log    requestLog
+	since  time.Time
+	meters map[string]*serviceMeters
+	tokens map[string]TokenStats
+}
+
+func newRecorder(now func() time.Time) *recorder {
+	r := &recorder{now: now, log: requestLog{capacity: logCapacity}, meters: map[string]*serviceMeters{}}
+	for _, s := range services {
+		r.meters[s] = &serviceMeters{byNode: map[string]*meter{}}
+	}
+	r.reset()
+	return r
+}
+
+// reset empties log and counts; what is in flight stays in flight.
+func (r *recorder) reset() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.log.reset()
+	r.since = r.now()
+	r.tokens = map[string]TokenStats{}
+	for _, m := range r.meters {
+		m.all.reset()
+		m.token.reset()
+		for _, n := range m.byNode {
+			n.reset()
+		}
+		m.stats = ServiceStats{ByClass: map[string]int{}, ByStatus: map[int]int{}, Sources: map[string]Source{}}
+	}
+}
+
+func (m *serviceMeters) source(c caller, change func(*Source)) {
+	key := c.source.String()
+	s, ok := m.stats.Sources[key]
+	if !ok && len(m.stats.Sources) >= mostSources {
+		key, c = "other", caller{}
+		s = m.stats.Sources[key]
+	}
+	s.Node, s.FromPod = c.node, c.fromPod
+	change(&s)
+	m.stats.Sources[key] = s
+}
+
+// connection counts an accepted TCP connection.
+func (r *recorder) connection(service string, c caller) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	m := r.meters[service]
+	m.stats.Connections++
+	m.source(c, func(s *Source) { s.Connections++ })
+	if c.fromPod {
+		m.stats.ConnectionsFromPods++
+	}
+	if service == serviceIMDS && (c.fromPod || c.node == "") {
+		r.log.add(Entry{
+			Time: r.now(), Kind: KindConnection, Service: service,
+			Node: c.node, Source: c.source.String(), FromPod: c.fromPod,
+		})
+	}
+}
+
+// begin counts a request's arrival; the function it returns counts its end.
+func (r *recorder) begin(service, class string, c caller) (end func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now, m := r.now(), r.meters[service]
+	m.stats.ByClass[class]++
+	m.source(c, func(s *Source) { s.Requests++ })
+	if c.fromPod {
+		m.stats.RequestsFromPods++
+	}
+	running := []*meter{&m.all}
+	if class == classToken {
+		node, ok := m.byNode[c.node]
+		if !ok {
+			node = &meter{}
+			m.byNode[c.node] = node
+		}
+		running = append(running, &m.token, node)
+	}
+	for _, one := range running {
+		one.begin(now)
+	}
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		for _, one := range running {
+			one.InFlight--
+		}
+	}
+}
+
+// finish logs a request and counts its outcome.
+func (r *recorder) finish(e Entry) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.log.add(e)
+	r.meters[e.Service].stats.ByStatus[e.Status]++
+	if e.TokenID != "" {
+		t := r.tokens[e.ClientID]
+		t.Answered++
+		if !e.Cached {
+			t.Minted++
+		}
+		r.tokens[e.ClientID] = t
+	}
+}
+
+func (r *recorder) entries(since int) []Entry {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.log.since(since)
+}
+
+func (r *recorder) stats() Stats {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return Stats{
+		Since: r.since, LogDropped: r.log.dropped, Tokens: maps.Clone(r.tokens),
+		IMDS: r.meters[serviceIMDS].snapshot(), Entra: r.meters[serviceEntra].snapshot(),
+	}
+}
+
+func (m *serviceMeters) snapshot() ServiceStats {
+	s := m.stats
+	s.All, s.Token = m.all.Load, m.token.Load
+	s.TokenByNode = map[string]Load{}
+	for node, one := range m.byNode {
+		s.TokenByNode[node] = one.Load
+	}
+	s.ByClass, s.ByStatus, s.Sources = maps.Clone(s.ByClass), maps.Clone(s.ByStatus), maps.Clone(s.Sources)
+	return s
+}

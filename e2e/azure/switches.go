@@ -1,0 +1,247 @@
+package azure
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// faults are the switches of one service. The zero value is not the default;
+// see defaultFaults.
+type faults struct {
+	latency       time.Duration
+	throttle      int // token requests still to be throttled; -1: all
+	retryAfter    int // seconds; 0: no header
+	status        int // 0: off
+	statusCount   int // requests still to get the status; 0: all
+	hang, drop    bool
+	everything    bool // faults hit every request, not only token requests
+	plainErrors   bool
+	tokenLifetime time.Duration
+	limits        bool // IMDS only
+	cache         bool // IMDS only
+}
+
+func defaultFaults(service string) faults {
+	f := faults{everything: true, cache: true, tokenLifetime: time.Hour}
+	if service == serviceIMDS {
+		f.tokenLifetime = 24 * time.Hour
+	}
+	return f
+}
+
+// switchKind is one switch: how it is spelled, read and set.
+type switchKind struct {
+	name     string
+	imdsOnly bool
+	values   string // what is valid, for the error
+	get      func(*faults) string
+	set      func(*faults, string) error
+}
+
+var switchKinds = []switchKind{
+	durationSwitch("latency", 0, func(f *faults) *time.Duration { return &f.latency }),
+	intSwitch("throttle", "-1 (all), 0 (off) or a number of token requests", -1, 1<<30, func(f *faults) *int { return &f.throttle }),
+	intSwitch("retry-after", "seconds, 0 to 3600 (0: no header)", 0, 3600, func(f *faults) *int { return &f.retryAfter }),
+	{
+		name: "status", values: "0 (off) or an HTTP status from 400 to 599",
+		get: func(f *faults) string { return strconv.Itoa(f.status) },
+		set: func(f *faults, v string) error {
+			n, err := strconv.Atoi(v)
+			if err != nil || n != 0 && (n < 400 || n > 599) {
+				return errBadSwitchValue
+			}
+			f.status = n
+			return nil
+		},
+	},
+	intSwitch("status-count", "0 (all) or a number of requests", 0, 1<<30, func(f *faults) *int { return &f.statusCount }),
+	boolSwitch("hang", func(f *faults) *bool { return &f.hang }),
+	boolSwitch("drop", func(f *faults) *bool { return &f.drop }),
+	choiceSwitch("faults-on", "all", "token", func(f *faults) *bool { return &f.everything }),
+	choiceSwitch("error-body", "text", "json", func(f *faults) *bool { return &f.plainErrors }),
+	durationSwitch("token-lifetime", time.Second, func(f *faults) *time.Duration { return &f.tokenLifetime }),
+	onlyIMDS(boolSwitch("limits", func(f *faults) *bool { return &f.limits })),
+	onlyIMDS(boolSwitch("cache", func(f *faults) *bool { return &f.cache })),
+}
+
+const errBadSwitchValue refusal = "bad value"
+
+func onlyIMDS(k switchKind) switchKind {
+	k.imdsOnly = true
+	return k
+}
+
+func durationSwitch(name string, least time.Duration, field func(*faults) *time.Duration) switchKind {
+	return switchKind{
+		name: name, values: "a duration such as 200ms or 24h, at least " + least.String(),
+		get: func(f *faults) string { return field(f).String() },
+		set: func(f *faults, v string) error {
+			d, err := time.ParseDuration(v)
+			if err != nil || d < least {
+				return errBadSwitchValue
+			}
+			*field(f) = d
+			return nil
+		},
+	}
+}
+
+func intSwitch(name, values string, low, high int, field func(*faults) *int) switchKind {
+	return switchKind{
+		name: name, values: values,
+		get: func(f *faults) string { return strconv.Itoa(*field(f)) },
+		set: func(f *faults, v string) error {
+			n, err := strconv.Atoi(v)
+			if err != nil || n < low || n > high {
+				return errBadSwitchValue
+			}
+			*field(f) = n
+			return nil
+		},
+	}
+}
+
+func boolSwitch(name string, field func(*faults) *bool) switchKind {
+	return choiceSwitch(name, "true", "false", field)
+}
+
+func choiceSwitch(name, yes, no string, field func(*faults) *bool) switchKind {
+	return switchKind{
+		name: name, values: yes + " or " + no,
+		get: func(f *faults) string {
+			if *field(f) {
+				return yes
+			}
+			return no
+		},
+		set: func(f *faults, v string) error {
+			if v != yes && v != no {
+				return errBadSwitchValue
+			}
+			*field(f) = v == yes
+			return nil
+		},
+	}
+}
+
+// switches holds the faults of both services.
+type switches struct {
+	mu sync.Mutex
+	of map[string]*faults // by service
+}
+
+func newSwitches() *switches {
+	s := &switches{of: map[string]*faults{}}
+	for _, service := range services {
+		f := defaultFaults(service)
+		s.of[service] = &f
+	}
+	return s
+}
+
+// set applies all of the changes or, if one is wrong, none. "reset=all"
+// comes before the others.
+func (s *switches) set(changes map[string]string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	next := map[string]faults{}
+	for service, f := range s.of {
+		next[service] = *f
+	}
+	if v, ok := changes["reset"]; ok {
+		if v != "all" {
+			return fmt.Errorf("switch reset=%s: the only value is all", v)
+		}
+		for _, service := range services {
+			next[service] = defaultFaults(service)
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(changes)) {
+		if key == "reset" {
+			continue
+		}
+		service, kind, ok := findSwitch(key)
+		if !ok {
+			return fmt.Errorf("unknown switch %q; the switches are: %s", key, strings.Join(switchNames(), ", "))
+		}
+		f := next[service]
+		if err := kind.set(&f, changes[key]); err != nil {
+			return fmt.Errorf("switch %s=%s: %w; valid: %s", key, changes[key], err, kind.values)
+		}
+		next[service] = f
+	}
+	for service, f := range next {
+		*s.of[service] = f
+	}
+	return nil
+}
+
+func findSwitch(key string) (string, switchKind, bool) {
+	service, name, _ := strings.Cut(key, ".")
+	for _, k := range switchKinds {
+		if k.name == name && slices.Contains(services, service) && (service == serviceIMDS || !k.imdsOnly) {
+			return service, k, true
+		}
+	}
+	return "", switchKind{}, false
+}
+
+func switchNames() []string {
+	names := []string{"reset"}
+	for _, service := range services {
+		for _, k := range switchKinds {
+			if service == serviceIMDS || !k.imdsOnly {
+				names = append(names, service+"."+k.name)
+			}
+		}
+	}
+	return names
+}
+
+// all returns every switch with its value.
+func (s *switches) all() map[string]string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := map[string]string{}
+	for service, f := range s.of {
+		for _, k := range switchKinds {
+			if service == serviceIMDS || !k.imdsOnly {
+				out[service+"."+k.name] = k.get(f)
+			}
+		}
+	}
+	return out
+}
+
+// take snapshots the switches for one request and uses up the counted ones.
+// In the result, status is what the request must be answered with, if any.
+func (s *switches) take(service string, isToken bool) faults {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	live := s.of[service]
+	f := *live
+	if !isToken && !f.everything {
+		f.latency, f.hang, f.drop, f.status = 0, false, false, 0
+	}
+	if f.hang || f.drop {
+		return f
+	}
+	if isToken && f.throttle != 0 {
+		if live.throttle > 0 {
+			live.throttle--
+		}
+		f.status = 429
+		return f
+	}
+	if f.status != 0 && live.statusCount > 0 {
+		if live.statusCount--; live.statusCount == 0 {
+			live.status = 0
+		}
+	}
+	return f
+}
