@@ -1,0 +1,82 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"path/filepath"
+
+	"github.com/podidentity/podidentity/e2e/azure"
+)
+
+// The Azure that the cluster believes to run in.
+const (
+	TenantID       = "72f988bf-0000-4000-8000-000000000001"
+	SubscriptionID = "5ab51e11-0000-4000-8000-000000000002"
+	ResourceGroup  = "podidentity-e2e"
+	ScaleSet       = "nodes"
+)
+
+// entraHosts are the names under which Entra ID is asked for tokens. Nodes resolve them to the stand-in.
+var entraHosts = []string{"login.microsoftonline.com"}
+
+// azureConfigJSON describes the stand-in: where it listens, inside its own namespace, and which source addresses are
+// which machine, as the real IMDS knows a machine by where its packets come from.
+func azureConfigJSON(providerIDs map[string]string) (json.RawMessage, error) {
+	cfg := azure.Config{
+		IMDSAddr:      net.JoinHostPort(imdsIP, "80"),
+		EntraAddr:     net.JoinHostPort(azureIP, "443"),
+		ControlSocket: azureSocket,
+		StateDir:      azureDir,
+		EntraHosts:    entraHosts,
+		Tenant:        TenantID,
+	}
+	for i, n := range nodeSpecs {
+		cfg.Nodes = append(cfg.Nodes, azure.Node{
+			Name:           n.Name,
+			Sources:        []netip.Prefix{netip.MustParsePrefix(n.IP + "/32"), netip.MustParsePrefix(n.PodCIDR)},
+			ProviderID:     providerIDs[n.Name],
+			SystemAssigned: systemAssigned(i),
+		})
+	}
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("configuring the stand-in Azure: %w", err)
+	}
+	return json.Marshal(cfg)
+}
+
+// systemAssigned is the scale set's own identity. A pod that gets a token of it got past NMI.
+func systemAssigned(index int) *azure.Identity {
+	return &azure.Identity{
+		ClientID: fmt.Sprintf("5e1f0000-0000-4000-8000-%012d", index+1),
+		ObjectID: fmt.Sprintf("5e1f0001-0000-4000-8000-%012d", index+1),
+		TenantID: TenantID,
+	}
+}
+
+func azureHosts() string {
+	lines := ""
+	for _, host := range entraHosts {
+		lines += azureIP + " " + host + "\n"
+	}
+	return lines
+}
+
+func azureReady(ctx context.Context) error { return azure.Dial(azureSocket).Ready(ctx) }
+
+// Azure controls the stand-in Azure.
+func (c *Cluster) Azure() *azure.Client { return azure.Dial(azureSocket) }
+
+// EntraCA is the path of the certificate that the stand-in's Entra ID is trusted by.
+func (c *Cluster) EntraCA() string { return filepath.Join(azureDir, "ca.crt") }
+
+// ServeAzure runs the stand-in as the configuration file says, until the context ends.
+func ServeAzure(ctx context.Context, file string) error {
+	cfg, err := azure.LoadConfig(file)
+	if err != nil {
+		return err
+	}
+	return azure.Run(ctx, cfg)
+}

@@ -1,0 +1,122 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"sync"
+)
+
+// Images that every cluster has. Their names are fixed, so that manifests can name them.
+const (
+	// PauseImage holds the sandboxes.
+	PauseImage = "local/pause:1"
+	// TestImage holds the program podclient, which see: it idles by default, and `token` asks for a token at once.
+	TestImage = "local/e2e:1"
+
+	nmiImage = "local/nmi"
+)
+
+// BuildBaseImages builds the images that every cluster has.
+func BuildBaseImages(ctx context.Context) ([]Image, error) {
+	e2e, err := e2eDir()
+	if err != nil {
+		return nil, err
+	}
+	cache, err := cacheDir()
+	if err != nil {
+		return nil, err
+	}
+	program, err := buildProgram(ctx, e2e, "./podclient", "podclient")
+	if err != nil {
+		return nil, err
+	}
+	var images []Image
+	for _, name := range []string{"local/pause", "local/e2e"} {
+		image, err := imageSpec{name: name, tag: "1", program: program, target: "/podclient"}.pack(cache)
+		if err != nil {
+			return nil, err
+		}
+		images = append(images, image)
+	}
+	return images, nil
+}
+
+// BuildNMIImage builds the image of NMI as the product's Dockerfile does: the static program in the root file system
+// with iptables that deploy/image/rootfs.sh assembles. The tag says what is in it.
+func BuildNMIImage(ctx context.Context, say func(string)) (Image, error) {
+	if say == nil {
+		say = func(string) {}
+	}
+	repo, err := RepoDir()
+	if err != nil {
+		return Image{}, err
+	}
+	cache, err := cacheDir()
+	if err != nil {
+		return Image{}, err
+	}
+	rootfs, err := ensureRootfs(ctx, say, repo, cache)
+	if err != nil {
+		return Image{}, err
+	}
+	program, err := buildProgram(ctx, repo, "./cmd/nmi", "nmi")
+	if err != nil {
+		return Image{}, err
+	}
+	return imageSpec{name: nmiImage, program: program, target: "/nmi", rootfs: rootfs}.pack(cache)
+}
+
+// ensureRootfs runs the script once for each version of it.
+func ensureRootfs(ctx context.Context, say func(string), repo, cache string) (string, error) {
+	script := filepath.Join(repo, "deploy", "image", "rootfs.sh")
+	text, err := os.ReadFile(script)
+	if err != nil {
+		return "", fmt.Errorf("building the NMI image: %w", err)
+	}
+	release, err := osRelease()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(cache, "nmi-rootfs-"+keyOf(string(text), release, runtime.GOARCH))
+	return dir, buildOnce(dir, func(dest string) error {
+		say("assembling the NMI image's root file system (deploy/image/rootfs.sh)")
+		cmd := exec.CommandContext(ctx, "bash", script, dest)
+		cmd.Dir = repo
+		_, err := run(cmd)
+		return err
+	})
+}
+
+// ImportImages loads images into all nodes. One that a node has already is left alone: its tag says what is in it.
+func (c *Cluster) ImportImages(ctx context.Context, images ...Image) error {
+	var wait sync.WaitGroup
+	errs := make(chan error, len(nodeSpecs))
+	for _, n := range nodeSpecs {
+		wait.Go(func() {
+			var archives []string
+			for _, image := range images {
+				have, err := runCtr(ctx, c.bin, n.Name, "images", "list", "--quiet", "name==docker.io/"+image.Ref())
+				if err != nil {
+					errs <- err
+					return
+				}
+				if have == "" {
+					archives = append(archives, image.Archive)
+				}
+			}
+			errs <- importImages(ctx, c.bin, n.Name, archives)
+		})
+	}
+	wait.Wait()
+	close(errs)
+	for err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

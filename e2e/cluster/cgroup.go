@@ -1,0 +1,168 @@
+package cluster
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// cgroupMount is one mounted cgroup hierarchy.
+type cgroupMount struct {
+	path string
+	v2   bool
+}
+
+// cgroupMounts lists the machine's cgroup hierarchies: one on a machine with cgroup v2 only, one for each controller
+// (and perhaps a v2 one without controllers) on older ones.
+func cgroupMounts() ([]cgroupMount, error) {
+	mounts, err := readMounts()
+	if err != nil {
+		return nil, err
+	}
+	var found []cgroupMount
+	for _, m := range mounts {
+		// A hierarchy may be mounted again below our own run folder for a moment, while a node starts.
+		if strings.HasPrefix(m.point, "/sys/fs/cgroup") && (m.fstype == "cgroup" || m.fstype == "cgroup2") {
+			found = append(found, cgroupMount{path: m.point, v2: m.fstype == "cgroup2"})
+		}
+	}
+	if len(found) == 0 {
+		return nil, errors.New("no cgroup hierarchy is mounted below /sys/fs/cgroup")
+	}
+	return found, nil
+}
+
+type mountEntry struct{ point, fstype string }
+
+func readMounts() ([]mountEntry, error) {
+	data, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("listing mounts: %w", err)
+	}
+	var mounts []mountEntry
+	for lines := bufio.NewScanner(bytes.NewReader(data)); lines.Scan(); {
+		// ID, parent, device, root, mount point, options, optional fields, "-", type, …
+		before, after, ok := strings.Cut(lines.Text(), " - ")
+		fields := strings.Fields(before)
+		if ok && len(fields) > 4 {
+			fstype, _, _ := strings.Cut(after, " ")
+			mounts = append(mounts, mountEntry{point: fields[4], fstype: fstype})
+		}
+	}
+	return mounts, nil
+}
+
+// createCgroups makes the cgroup below which a node's kubelet keeps its pods, in each hierarchy.
+func createCgroups(name string) error {
+	mounts, err := cgroupMounts()
+	if err != nil {
+		return err
+	}
+	for _, m := range mounts {
+		dir := filepath.Join(m.path, name)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return fmt.Errorf("making cgroup %s: %w", dir, err)
+		}
+		if m.v2 {
+			// Children get no controller that their parent does not pass on.
+			for _, d := range []string{m.path, dir} {
+				delegateControllers(d)
+			}
+			continue
+		}
+		// A new v1 cpuset is empty, and no process can live in an empty one.
+		for _, file := range []string{"cpuset.cpus", "cpuset.mems"} {
+			value, err := os.ReadFile(filepath.Join(m.path, file))
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			if err == nil {
+				err = os.WriteFile(filepath.Join(dir, file), value, 0o644)
+			}
+			if err != nil {
+				return fmt.Errorf("filling %s of cgroup %s: %w", file, dir, err)
+			}
+		}
+	}
+	return nil
+}
+
+// delegateControllers passes on each controller on its own: one that is taken elsewhere must not stop the others, and
+// the kubelet itself says clearly which one it misses.
+func delegateControllers(dir string) {
+	controllers, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
+	if err != nil {
+		return
+	}
+	for _, c := range strings.Fields(string(controllers)) {
+		_ = os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+c), 0o644)
+	}
+}
+
+// removeCgroups removes the cgroups of a node, or of all with the name podid-*, and first ends what still runs in them:
+// only pods of the cluster ever live there. A cgroup can be removed only a moment after its last process is gone, hence the retries.
+func removeCgroups(name string) error {
+	mounts, err := cgroupMounts()
+	if err != nil {
+		return err
+	}
+	var last error
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		last = nil
+		for _, m := range mounts {
+			tops, err := filepath.Glob(filepath.Join(m.path, name))
+			if err != nil {
+				return err
+			}
+			for _, top := range tops {
+				if err := removeCgroup(top); err != nil {
+					last = err
+				}
+			}
+		}
+		if last == nil {
+			return nil
+		}
+	}
+	return last
+}
+
+func removeCgroup(top string) error {
+	var dirs []string
+	err := filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			return err
+		}
+		if d.IsDir() {
+			dirs = append(dirs, path)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for i := len(dirs) - 1; i >= 0; i-- { // children first
+		procs, _ := os.ReadFile(filepath.Join(dirs[i], "cgroup.procs"))
+		for _, field := range strings.Fields(string(procs)) {
+			if pid, err := strconv.Atoi(field); err == nil && pid > 1 {
+				_ = unix.Kill(pid, unix.SIGKILL)
+			}
+		}
+		if err := unix.Rmdir(dirs[i]); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("removing cgroup %s: %w", dirs[i], err)
+		}
+	}
+	return nil
+}

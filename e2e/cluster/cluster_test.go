@@ -1,0 +1,197 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+)
+
+const twoPods = `
+apiVersion: v1
+kind: List
+items:
+- apiVersion: v1
+  kind: Pod
+  metadata: {name: on-node1}
+  spec: &spec
+    nodeName: node1
+    terminationGracePeriodSeconds: 1
+    containers: [{name: client, image: local/e2e:1, imagePullPolicy: Never, args: [token]}]
+- apiVersion: v1
+  kind: Pod
+  metadata: {name: on-node2}
+  spec: {<<: *spec, nodeName: node2}
+- apiVersion: v1
+  kind: Pod
+  metadata: {name: host}
+  spec: {<<: *spec, hostNetwork: true}
+`
+
+func start(t *testing.T) *Cluster {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Minute) // Kubernetes may have to be built
+	defer cancel()
+	began := time.Now()
+	c, err := Start(ctx, Options{LogDir: t.TempDir(), Wait: 20 * time.Minute, Progress: func(line string) { t.Log(line) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("the cluster is up after %s", time.Since(began).Round(time.Millisecond))
+	return c
+}
+
+func TestAClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
+	before := machineFolders()
+	c := start(t)
+	defer c.Stop()
+
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	if err := c.Apply(ctx, twoPods); err != nil {
+		t.Fatal(err)
+	}
+	mustKubectl(t, ctx, c, "wait", "--for=condition=Ready", "pod", "--all", "--timeout=60s")
+
+	t.Run("each pod has its own network", func(t *testing.T) {
+		for _, pod := range []string{"on-node1", "on-node2"} {
+			ip := podIP(t, ctx, c, pod)
+			out, err := c.InPod(ctx, "default", pod, "ip", "-brief", "-4", "address", "show", "dev", "eth0")
+			if err != nil || !strings.Contains(out, ip+"/24") {
+				t.Errorf("inside %s, which has the address %s: %q, %v", pod, ip, out, err)
+			}
+		}
+	})
+	t.Run("programs are run only where they belong", func(t *testing.T) {
+		for pod, want := range map[string]string{"host": "hostNetwork", "absent": "not found"} {
+			if _, err := c.InPod(ctx, "default", pod, "true"); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("in pod %s: %v", pod, err)
+			}
+		}
+		if _, err := c.InNode(ctx, "node3", "true"); err == nil {
+			t.Error("a program was run on a node that does not exist")
+		}
+	})
+	t.Run("the stand-in IMDS sees who asks", func(t *testing.T) { checkSources(t, ctx, c) })
+	t.Run("in-cluster clients reach the API server", func(t *testing.T) {
+		out, err := c.InPod(ctx, "default", "on-node2", "curl", "-sk", "--max-time", "5", "https://"+serviceIP+"/version")
+		if err != nil || !strings.Contains(out, kubernetesVersion) {
+			t.Errorf("%q, %v", out, err)
+		}
+	})
+	t.Run("there is no way out", func(t *testing.T) {
+		for _, node := range c.Nodes() {
+			if out, err := c.InNode(ctx, node, "ip", "route", "get", "192.0.2.1"); err == nil {
+				t.Errorf("%s has a route to anywhere: %s", node, out)
+			}
+		}
+	})
+	t.Run("a second cluster is refused", func(t *testing.T) {
+		if _, err := Start(ctx, Options{}); !errors.Is(err, ErrRunning) {
+			t.Error(err)
+		}
+	})
+	t.Run("the API server can be away for a while", func(t *testing.T) {
+		if err := c.StopAPIServer(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Kubectl(ctx, "get", "nodes"); err == nil {
+			t.Error("the API server answers although it was stopped")
+		}
+		if err := c.StartAPIServer(ctx); err != nil {
+			t.Fatal(err)
+		}
+		mustKubectl(t, ctx, c, "get", "nodes")
+	})
+	t.Run("a node comes back with its pods", func(t *testing.T) {
+		if err := c.RestartNode(ctx, "node2"); err != nil {
+			t.Fatal(err)
+		}
+		err := await(ctx, "the pod on node2", time.Minute, nil, func() error {
+			out, err := c.Kubectl(ctx, "get", "pod", "on-node2", "-o", "jsonpath={.status.containerStatuses[0].restartCount} {.status.containerStatuses[0].ready}")
+			if err == nil && out != "1 true" {
+				err = fmt.Errorf("restarts and readiness: %s", out)
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	})
+
+	ids := recorded(t)
+	began := time.Now()
+	if err := c.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("the cluster is down after %s", time.Since(began).Round(time.Millisecond))
+	checkNothingLeft(t, ids)
+	if after := machineFolders(); after != before {
+		t.Errorf("folders of the machine, before: %s; after: %s", before, after)
+	}
+}
+
+// checkSources looks into the stand-in's log: pods arrive with their own addresses, hostNetwork with the node's.
+func checkSources(t *testing.T, ctx context.Context, c *Cluster) {
+	seen := map[string]string{}
+	err := await(ctx, "three requests at the stand-in", 20*time.Second, nil, func() error {
+		entries, err := c.Azure().Log(ctx, 0)
+		for _, e := range entries {
+			if e.Kind == "request" && e.Class == "token" {
+				seen[e.Source] = e.Node
+			}
+		}
+		if err == nil && len(seen) < 3 {
+			err = fmt.Errorf("only %v", seen)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []struct{ source, node string }{
+		{podIP(t, ctx, c, "on-node1"), "node1"}, {podIP(t, ctx, c, "on-node2"), "node2"}, {nodeSpecs[0].IP, "node1"},
+	} {
+		if seen[want.source] != want.node {
+			t.Errorf("no request of %s from %s: %v", want.node, want.source, seen)
+		}
+	}
+	logs := mustKubectl(t, ctx, c, "logs", "on-node1")
+	var outcome struct {
+		Status int
+		Error  string
+	}
+	if err := json.Unmarshal([]byte(logs), &outcome); err != nil || outcome.Status != 200 {
+		t.Errorf("the pod's own account: %s (%v)", logs, err)
+	}
+}
+
+func podIP(t *testing.T, ctx context.Context, c *Cluster, pod string) string {
+	t.Helper()
+	return mustKubectl(t, ctx, c, "get", "pod", pod, "--output", "jsonpath={.status.podIP}")
+}
+
+func mustKubectl(t *testing.T, ctx context.Context, c *Cluster, args ...string) string {
+	t.Helper()
+	out, err := c.Kubectl(ctx, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// machineFolders says which folders of the machine exist that a node or the control plane would make on a real one.
+func machineFolders() string {
+	var found []string
+	for _, dir := range []string{"/var/lib/kubelet", "/var/lib/containerd", "/var/lib/cni", "/etc/cni", "/run/containerd",
+		"/var/log/pods", "/var/log/containers", "/usr/libexec/kubernetes", "/run/kubernetes", "/opt/cni"} {
+		if _, err := os.Stat(dir); err == nil {
+			found = append(found, dir)
+		}
+	}
+	return fmt.Sprint(found)
+}

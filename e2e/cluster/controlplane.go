@@ -1,0 +1,224 @@
+package cluster
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+)
+
+// controlPlane is etcd, the API server, the controller-manager and the scheduler in their namespace.
+type controlPlane struct {
+	bin    Binaries
+	logDir string
+	spawn  spawner
+	api    *apiClient
+
+	onStart func(name string, p *process) error
+
+	etcd, apiserver, manager, scheduler *process
+}
+
+func (c *controlPlane) startProcess(ctx context.Context, name, program string, args ...string) (*process, error) {
+	cmd, err := inNetns(context.WithoutCancel(ctx), controlPlaneNetns, program, args...)
+	if err != nil {
+		return nil, fmt.Errorf("starting %s: %w", name, err)
+	}
+	p, err := c.spawn.start(name, filepath.Join(c.logDir, name+".log"), cmd)
+	if err != nil {
+		return nil, err
+	}
+	return p, c.onStart(name, p)
+}
+
+// start returns when pods can be created: the API server is ready and the namespace default has its ServiceAccount.
+// onAPI is called as soon as the API server answers, for what can go on from there.
+func (c *controlPlane) start(ctx context.Context, onAPI func()) error {
+	if err := c.startEtcd(ctx); err != nil {
+		return err
+	}
+	if err := c.startAPIServer(ctx); err != nil {
+		return err
+	}
+	onAPI()
+	var err error
+	c.manager, err = c.startProcess(ctx, "kube-controller-manager", c.bin.kube("kube-controller-manager"),
+		"--kubeconfig="+filepath.Join(pkiDir, "kcm.kubeconfig"),
+		"--service-account-private-key-file="+filepath.Join(pkiDir, "sa.key"),
+		"--root-ca-file="+filepath.Join(pkiDir, "ca.crt"),
+		"--use-service-account-credentials=true",
+		"--leader-elect=false",
+		// With the default limit of requests it takes four seconds until its controllers run.
+		"--kube-api-qps=500", "--kube-api-burst=1000",
+		// It makes this folder, by default in /usr.
+		"--flex-volume-plugin-dir="+filepath.Join(runDir, "volume-plugins"),
+		"--bind-address=127.0.0.1")
+	if err != nil {
+		return err
+	}
+	c.scheduler, err = c.startProcess(ctx, "kube-scheduler", c.bin.kube("kube-scheduler"),
+		"--kubeconfig="+filepath.Join(pkiDir, "scheduler.kubeconfig"),
+		"--leader-elect=false",
+		"--bind-address=127.0.0.1")
+	if err != nil {
+		return err
+	}
+	return await(ctx, "the ServiceAccount of the namespace default", time.Minute, []*process{c.manager, c.apiserver}, func() error {
+		_, err := c.api.get(ctx, "/api/v1/namespaces/default/serviceaccounts/default")
+		return err
+	})
+}
+
+// startEtcd runs etcd with its data in memory: syncing each write to a disk would take most of the start, and the data
+// is thrown away anyway. The tmpfs is in a mount namespace of etcd's own, so that it ends with it.
+func (c *controlPlane) startEtcd(ctx context.Context) error {
+	dir := filepath.Join(runDir, "etcd")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	const client, peer = "http://127.0.0.1:2379", "http://127.0.0.1:2380"
+	var err error
+	c.etcd, err = c.startProcess(ctx, "etcd",
+		"unshare", "--mount", "--propagation=private", "--",
+		"sh", "-c", `mount -t tmpfs -o mode=0700 podid-etcd "$1" && shift && exec "$@"`, "sh", dir,
+		c.bin.debian("etcd"), "--name=default", "--data-dir="+filepath.Join(dir, "data"), "--log-level=warn", "--logger=zap",
+		"--listen-client-urls="+client, "--advertise-client-urls="+client,
+		"--listen-peer-urls="+peer, "--initial-advertise-peer-urls="+peer, "--initial-cluster=default="+peer)
+	if err != nil {
+		return err
+	}
+	probe := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DialContext: DialFrom(netnsPath(controlPlaneNetns), nil), DisableKeepAlives: true}}
+	return await(ctx, "etcd", 30*time.Second, []*process{c.etcd}, func() error {
+		_, err := get(ctx, probe, client+"/health")
+		return err
+	})
+}
+
+func (c *controlPlane) startAPIServer(ctx context.Context) error {
+	in := func(file string) string { return filepath.Join(pkiDir, file) }
+	var err error
+	c.apiserver, err = c.startProcess(ctx, "kube-apiserver", c.bin.kube("kube-apiserver"),
+		"--etcd-servers=http://127.0.0.1:2379",
+		"--bind-address=0.0.0.0", "--secure-port="+apiPort, "--advertise-address="+controlPlaneIP,
+		"--tls-cert-file="+in("apiserver.crt"), "--tls-private-key-file="+in("apiserver.key"),
+		"--client-ca-file="+in("ca.crt"),
+		"--kubelet-client-certificate="+in("kubelet-client.crt"), "--kubelet-client-key="+in("kubelet-client.key"),
+		"--kubelet-certificate-authority="+in("ca.crt"), "--kubelet-preferred-address-types=InternalIP",
+		"--service-account-issuer=https://kubernetes.default.svc.cluster.local",
+		"--service-account-key-file="+in("sa.pub"), "--service-account-signing-key-file="+in("sa.key"),
+		"--service-cluster-ip-range="+serviceCIDR,
+		"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
+		"--allow-privileged=true")
+	if err != nil {
+		return err
+	}
+	return await(ctx, "the API server", time.Minute, []*process{c.apiserver, c.etcd}, func() error {
+		_, err := c.api.get(ctx, "/readyz")
+		return err
+	})
+}
+
+func (c *controlPlane) stop() error {
+	var errs []error
+	for _, p := range []*process{c.scheduler, c.manager, c.apiserver, c.etcd} {
+		errs = append(errs, p.stop())
+	}
+	return errors.Join(errs...)
+}
+
+// apiClient asks the API server as admin, from inside its namespace.
+type apiClient struct{ http *http.Client }
+
+func newAPIClient() (*apiClient, error) {
+	cert, err := tls.LoadX509KeyPair(filepath.Join(pkiDir, "admin.crt"), filepath.Join(pkiDir, "admin.key"))
+	if err != nil {
+		return nil, fmt.Errorf("loading the admin certificate: %w", err)
+	}
+	ca, err := os.ReadFile(filepath.Join(pkiDir, "ca.crt"))
+	if err != nil {
+		return nil, fmt.Errorf("loading the cluster's CA: %w", err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(ca)
+	return &apiClient{http: &http.Client{
+		Timeout: 5 * time.Second,
+		Transport: &http.Transport{
+			DialContext:       DialFrom(netnsPath(controlPlaneNetns), nil),
+			TLSClientConfig:   &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: roots},
+			ForceAttemptHTTP2: true,
+		},
+	}}, nil
+}
+
+func (a *apiClient) get(ctx context.Context, path string) ([]byte, error) {
+	return get(ctx, a.http, "https://"+net.JoinHostPort(controlPlaneIP, apiPort)+path)
+}
+
+func get(ctx context.Context, client *http.Client, url string) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, 4<<20))
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("GET %s: %s: %.300s", url, resp.Status, body)
+	}
+	return body, nil
+}
+
+// nodeReady returns nil once the node's kubelet has reported it ready, at or after the moment since: what a kubelet
+// reported before its node was switched off stands for another while.
+func (a *apiClient) nodeReady(ctx context.Context, name string, since time.Time) error {
+	body, err := a.get(ctx, "/api/v1/nodes/"+name)
+	if err != nil {
+		return err
+	}
+	var node struct {
+		Status struct {
+			Conditions []struct {
+				Type, Status, Message string
+				LastHeartbeatTime     time.Time // in whole seconds
+			}
+		}
+	}
+	if err := json.Unmarshal(body, &node); err != nil {
+		return fmt.Errorf("reading node %s: %w", name, err)
+	}
+	for _, c := range node.Status.Conditions {
+		switch {
+		case c.Type != "Ready" || c.LastHeartbeatTime.Before(since.Truncate(time.Second)):
+		case c.Status == "True":
+			return nil
+		default:
+			return fmt.Errorf("node %s is not ready: %s", name, c.Message)
+		}
+	}
+	return fmt.Errorf("node %s has not reported yet", name)
+}
+
+// runCtr runs containerd's own client on a node's socket.
+func runCtr(ctx context.Context, bin Binaries, node string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, bin.debian("ctr"), append([]string{"--address", containerdSocket(node), "--namespace", "k8s.io"}, args...)...)
+	out, err := run(cmd)
+	if err != nil {
+		return out, fmt.Errorf("on %s: %w", node, err)
+	}
+	return out, nil
+}

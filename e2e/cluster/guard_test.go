@@ -1,0 +1,75 @@
+package cluster
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+)
+
+func TestTheMachinesOwnNetworkNamespaceIsNeverEntered(t *testing.T) {
+	// Namespaces entered before must not have moved the program's first thread, which /proc/self is.
+	for range 200 {
+		if err := insideNewNetns(func() error { return nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if inode := netnsInode("/proc/self/ns/net"); inode != ownNetns {
+		t.Fatalf("the program's first thread is in namespace %d, was started in %d", inode, ownNetns)
+	}
+	entered := false
+	err := insideNetns("/proc/self/ns/net", func() error { entered = true; return nil })
+	if !errors.Is(err, ErrMachineNetns) || entered {
+		t.Errorf("entering the own namespace: error %v, entered %v", err, entered)
+	}
+	if err := refuseMachineNetns("/proc/self/ns/mnt"); err == nil {
+		t.Error("a mount namespace is taken for a network namespace that may be entered")
+	}
+	file := filepath.Join(t.TempDir(), "plain")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := refuseMachineNetns(file); err == nil {
+		t.Error("a plain file is taken for a network namespace")
+	}
+	if err := refuseMachineNetns(file + "-absent"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("an absent namespace: %v", err)
+	}
+}
+
+func TestAProcessWithARecycledPIDIsNotKilled(t *testing.T) {
+	cmd := exec.Command("sleep", "60")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
+	now, err := identify(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := processID{PID: now.PID, Start: now.Start - 1} // who had the PID before
+	if err := before.kill(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if before.alive() || !now.alive() {
+		t.Fatalf("the process before is alive: %v; the process now: %v", before.alive(), now.alive())
+	}
+	if err := now.kill(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if err := now.waitGone(5 * time.Second); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAddressesOnlyAreDialledInsideANamespace(t *testing.T) {
+	if _, err := DialFrom(netnsPath("absent"), nil)(t.Context(), "tcp", "localhost:80"); err == nil {
+		t.Error("a host name was accepted: it would be resolved outside of the namespace")
+	}
+	if _, err := DialFrom(netnsPath("absent"), nil)(t.Context(), "tcp", "10.10.0.1:80"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("dialling in an absent namespace: %v", err)
+	}
+}

@@ -1,0 +1,89 @@
+package cluster
+
+import (
+	"archive/tar"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestAnImagesTagFollowsItsContent(t *testing.T) {
+	dir := t.TempDir()
+	program, rootfs := filepath.Join(dir, "program"), filepath.Join(dir, "rootfs")
+	write := func(path, text string) {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(program, "one")
+	write(filepath.Join(rootfs, "usr/sbin/tool"), "tool")
+	if err := os.Symlink("usr/sbin", filepath.Join(rootfs, "sbin")); err != nil {
+		t.Fatal(err)
+	}
+	pack := func() Image {
+		t.Helper()
+		image, err := imageSpec{name: "local/x", program: program, target: "/x", rootfs: rootfs}.pack(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return image
+	}
+	first := pack()
+	if err := os.Chtimes(program, time.Time{}, time.Now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	if again := pack(); again != first {
+		t.Errorf("the same content gave %v, then %v", first, again)
+	}
+	write(program, "two")
+	second := pack()
+	if second.Tag == first.Tag {
+		t.Error("other content has the same tag")
+	}
+	names := layerNames(t, second.Archive)
+	for _, want := range []string{"x", "sbin", "usr/sbin/tool"} {
+		if !strings.Contains(names, "\n"+want+"\n") {
+			t.Errorf("%s is not in the layer:%s", want, names)
+		}
+	}
+}
+
+func layerNames(t *testing.T, archive string) string {
+	t.Helper()
+	file, err := os.Open(archive)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	names := "\n"
+	for outer := tar.NewReader(file); ; {
+		header, err := outer.Next()
+		if errors.Is(err, io.EOF) {
+			return names
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if header.Name != "layer.tar" {
+			continue
+		}
+		for inner := tar.NewReader(outer); ; {
+			entry, err := inner.Next()
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			names += entry.Name + "\n"
+		}
+	}
+}

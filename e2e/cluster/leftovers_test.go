@@ -1,0 +1,157 @@
+package cluster
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// ownerVariable turns the test program into the owner of a cluster, to be killed.
+const ownerVariable = "PODIDENTITY_TEST_OWNS_CLUSTER"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(ownerVariable) == "" {
+		os.Exit(m.Run())
+	}
+	_, err := Start(context.Background(), Options{Progress: func(line string) { fmt.Println(line) }})
+	fmt.Println("started:", err)
+	select {}
+}
+
+func TestAKilledOwnerLeavesNothing(t *testing.T) {
+	for _, when := range []struct{ name, line string }{
+		{"while the cluster starts", "the API server is ready"},
+		{"while the cluster runs", "started: <nil>"},
+	} {
+		t.Run(when.name, func(t *testing.T) {
+			owner, said := startOwner(t)
+			waitForLine(t, said, when.line)
+			ids := recorded(t)
+			if err := owner.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			began := time.Now()
+			for _, p := range ids {
+				if err := p.waitGone(20 * time.Second); err != nil {
+					t.Fatal(err)
+				}
+			}
+			t.Logf("gone %s after the owner was killed", time.Since(began).Round(time.Millisecond))
+			checkNothingLeft(t, ids)
+		})
+	}
+}
+
+func TestAKilledSupervisorsLeftoversAreRemoved(t *testing.T) {
+	owner, said := startOwner(t)
+	defer owner.Process.Kill()
+	waitForLine(t, said, "started: <nil>")
+	ids := recorded(t)
+	if err := ids["supervisor"].kill(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	for name, p := range ids {
+		if err := p.waitGone(10 * time.Second); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for range 2 { // the second time there is nothing to do
+		if err := Down(); err != nil {
+			t.Fatal(err)
+		}
+		checkNothingLeft(t, ids)
+	}
+}
+
+func startOwner(t *testing.T) (*exec.Cmd, *bufio.Scanner) {
+	t.Helper()
+	owner := exec.Command(os.Args[0])
+	owner.Env = append(os.Environ(), ownerVariable+"=1")
+	owner.Stderr = os.Stderr
+	out, err := owner.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := owner.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = owner.Process.Kill(); _ = owner.Wait() })
+	return owner, bufio.NewScanner(out)
+}
+
+func waitForLine(t *testing.T, lines *bufio.Scanner, want string) {
+	t.Helper()
+	for lines.Scan() {
+		if strings.Contains(lines.Text(), want) {
+			return
+		}
+		if strings.HasPrefix(lines.Text(), "started:") {
+			break
+		}
+	}
+	t.Fatalf("the owner said %q instead of %q", lines.Text(), want)
+}
+
+// recorded are the processes of the running cluster, its supervisor among them.
+func recorded(t *testing.T) map[string]processID {
+	t.Helper()
+	s, err := running()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Processes["supervisor"] = s.Supervisor
+	return s.Processes
+}
+
+func checkNothingLeft(t *testing.T, ids map[string]processID) {
+	t.Helper()
+	for name, p := range ids {
+		if p.alive() {
+			t.Errorf("process %d (%s) is left", p.PID, name)
+		}
+	}
+	if len(ids) < 5 {
+		t.Errorf("only %d processes were recorded: %v", len(ids), ids)
+	}
+	if _, err := os.Stat(runDir); err == nil {
+		t.Errorf("%s is left", runDir)
+	}
+	for _, pattern := range []string{netnsPath(namePrefix + "*"), "/sys/fs/cgroup/" + namePrefix + "*", "/sys/fs/cgroup/*/" + namePrefix + "*"} {
+		if left, _ := filepath.Glob(pattern); len(left) > 0 {
+			t.Errorf("%v is left", left)
+		}
+	}
+	all, err := readMounts()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range all {
+		if strings.HasPrefix(m.point, runDir) || strings.Contains(m.point, "/"+namePrefix) {
+			t.Errorf("mount %s is left", m.point)
+		}
+	}
+	checkNoPrograms(t)
+}
+
+// checkNoPrograms looks for processes that run the cluster's programs, recorded or not: shims and containers too.
+func checkNoPrograms(t *testing.T) {
+	t.Helper()
+	cache, err := cacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, _ := filepath.Glob("/proc/[0-9]*/exe")
+	for _, file := range files {
+		exe, err := os.Readlink(file)
+		if err == nil && (strings.HasPrefix(exe, cache+"/") || exe == "/podclient") {
+			t.Errorf("a process runs %s: %s", exe, file)
+		}
+	}
+}

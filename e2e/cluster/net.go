@@ -1,0 +1,285 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// Addresses. Fixed, because they exist only inside namespaces that reach nothing else.
+const (
+	controlPlaneIP = "10.10.0.1"
+	azureIP        = "10.10.0.254"
+	imdsIP         = "169.254.169.254"
+	hostBits       = 24
+
+	serviceCIDR = "10.96.0.0/16"
+	serviceIP   = "10.96.0.1" // the service kubernetes.default, first of serviceCIDR
+	apiPort     = "443"
+
+	controlPlaneNetns = namePrefix + "cp"
+	azureNetns        = namePrefix + "azure"
+	bridgeName        = namePrefix + "br0"
+)
+
+// nodeSpec is what is fixed about a node.
+type nodeSpec struct {
+	Name    string
+	IP      string
+	PodCIDR string
+}
+
+var nodeSpecs = []nodeSpec{
+	{Name: "node1", IP: "10.10.0.11", PodCIDR: "10.244.1.0/24"},
+	{Name: "node2", IP: "10.10.0.12", PodCIDR: "10.244.2.0/24"},
+}
+
+func (n nodeSpec) netns() string { return namePrefix + n.Name }
+
+func netnsPath(name string) string { return filepath.Join(netnsDir, name) }
+
+// makeNetwork builds the four namespaces, the bridge between them and their routes:
+//
+//	podid-cp     10.10.0.1    holds the bridge; also 10.96.0.1
+//	podid-nodeN  10.10.0.1N   pods in 10.244.N.0/24
+//	podid-azure  10.10.0.254  and 169.254.169.254 behind it
+//
+// Every node routes the metadata address to podid-azure, as on Azure: a pod's packet that nothing captures on the node
+// is forwarded, and arrives there with the pod's own address.
+//
+// The API server listens on port 443 of podid-cp, where the address of the service kubernetes.default lives too, and
+// nodes route the service range there. That takes the place of kube-proxy for the one service that in-cluster clients
+// need, with no NAT that could get in the way of the rules under test.
+func makeNetwork() error {
+	names := []string{controlPlaneNetns, azureNetns}
+	for _, n := range nodeSpecs {
+		names = append(names, n.netns())
+	}
+	for _, name := range names {
+		if err := createNetns(name); err != nil {
+			return err
+		}
+	}
+
+	cp, err := openNetns(controlPlaneNetns)
+	if err != nil {
+		return err
+	}
+	defer cp.close()
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridgeName}}
+	if err := cp.LinkAdd(bridge); err != nil {
+		return fmt.Errorf("adding bridge %s in %s: %w", bridgeName, cp.name, err)
+	}
+	if err := cp.configure(bridgeName, controlPlaneIP, hostBits); err != nil {
+		return err
+	}
+	if err := cp.configure("lo", serviceIP, 32); err != nil {
+		return err
+	}
+	if err := cp.join(azureNetns, azureIP, bridge); err != nil {
+		return err
+	}
+	for _, n := range nodeSpecs {
+		if err := cp.join(n.netns(), n.IP, bridge); err != nil {
+			return err
+		}
+	}
+
+	azure, err := openNetns(azureNetns)
+	if err != nil {
+		return err
+	}
+	defer azure.close()
+	if err := azure.configure("lo", imdsIP, 32); err != nil {
+		return err
+	}
+	for _, n := range nodeSpecs {
+		if err := errors.Join(cp.route(n.PodCIDR, n.IP), azure.route(n.PodCIDR, n.IP)); err != nil {
+			return err
+		}
+		if err := n.routes(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (n nodeSpec) routes() error {
+	ns, err := openNetns(n.netns())
+	if err != nil {
+		return err
+	}
+	defer ns.close()
+	if err := errors.Join(ns.route(imdsIP+"/32", azureIP), ns.route(serviceCIDR, controlPlaneIP)); err != nil {
+		return err
+	}
+	for _, other := range nodeSpecs {
+		if other.Name != n.Name {
+			if err := ns.route(other.PodCIDR, other.IP); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// removeNetwork removes every namespace of the cluster that is there. Its links go with it once its last process is gone.
+func removeNetwork() error {
+	paths, err := filepath.Glob(netnsPath(namePrefix + "*"))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, path := range paths {
+		// EINVAL: a file without a mount, from a start that was cut off in between.
+		if err := unix.Unmount(path, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+			errs = append(errs, fmt.Errorf("unmounting %s: %w", path, err))
+			continue
+		}
+		errs = append(errs, os.Remove(path))
+	}
+	os.Remove(netnsDir) // only if it is empty, so that a folder made for us goes too
+	return errors.Join(errs...)
+}
+
+// insideNewNetns runs f in a network namespace of its own, which is gone afterwards unless f keeps it.
+func insideNewNetns(f func() error) error {
+	return onThrowawayThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("making a network namespace (needs CAP_SYS_ADMIN): %w", err)
+		}
+		return f()
+	})
+}
+
+func createNetns(name string) error {
+	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
+		return err
+	}
+	path := netnsPath(name)
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o444)
+	if err != nil {
+		return fmt.Errorf("making network namespace %s: %w", name, err)
+	}
+	file.Close()
+	return insideNewNetns(func() error {
+		if err := unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("making network namespace %s: binding it to %s: %w", name, path, err)
+		}
+		if err := refuseMachineNetns(path); err != nil {
+			return err
+		}
+		// /proc/sys/net shows the namespace of the thread that opens it.
+		if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644); err != nil {
+			return fmt.Errorf("letting %s forward: %w", name, err)
+		}
+		lo, err := netlink.LinkByName("lo")
+		if err == nil {
+			err = netlink.LinkSetUp(lo)
+		}
+		if err != nil {
+			return fmt.Errorf("setting lo up in %s: %w", name, err)
+		}
+		return nil
+	})
+}
+
+// netnsHandle configures one namespace over netlink.
+type netnsHandle struct {
+	*netlink.Handle
+	name string
+	ns   netns.NsHandle
+}
+
+func openNetns(name string) (*netnsHandle, error) {
+	if err := refuseMachineNetns(netnsPath(name)); err != nil {
+		return nil, err
+	}
+	ns, err := netns.GetFromPath(netnsPath(name))
+	if err != nil {
+		return nil, fmt.Errorf("opening network namespace %s: %w", name, err)
+	}
+	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	if err != nil {
+		ns.Close()
+		return nil, fmt.Errorf("opening netlink in %s: %w", name, err)
+	}
+	return &netnsHandle{Handle: h, name: name, ns: ns}, nil
+}
+
+func (h *netnsHandle) close() {
+	h.Close()
+	h.ns.Close()
+}
+
+// join connects another namespace to the bridge in h by a pair of links, eth0 on the far side.
+func (h *netnsHandle) join(name, ip string, bridge netlink.Link) error {
+	far, err := openNetns(name)
+	if err != nil {
+		return err
+	}
+	defer far.close()
+	port := &netlink.Veth{
+		LinkAttrs:     netlink.LinkAttrs{Name: name},
+		PeerName:      "eth0",
+		PeerNamespace: netlink.NsFd(far.ns),
+	}
+	if err := h.LinkAdd(port); err != nil {
+		return fmt.Errorf("linking %s with %s: %w", h.name, name, err)
+	}
+	if err := errors.Join(h.LinkSetMaster(port, bridge), h.LinkSetUp(port)); err != nil {
+		return fmt.Errorf("linking %s with %s: %w", h.name, name, err)
+	}
+	return far.configure("eth0", ip, hostBits)
+}
+
+func (h *netnsHandle) configure(link, ip string, bits int) error {
+	l, err := h.LinkByName(link)
+	if err != nil {
+		return fmt.Errorf("finding %s in %s: %w", link, h.name, err)
+	}
+	addr := &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP(ip).To4(), Mask: net.CIDRMask(bits, 32)}}
+	if err := errors.Join(h.AddrAdd(l, addr), h.LinkSetUp(l)); err != nil {
+		return fmt.Errorf("giving %s in %s the address %s: %w", link, h.name, ip, err)
+	}
+	return nil
+}
+
+func (h *netnsHandle) route(cidr, via string) error {
+	prefix := netip.MustParsePrefix(cidr)
+	dst := &net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), 32)}
+	if err := h.RouteAdd(&netlink.Route{Dst: dst, Gw: net.ParseIP(via).To4()}); err != nil {
+		return fmt.Errorf("routing %s via %s in %s: %w", cidr, via, h.name, err)
+	}
+	return nil
+}
+
+// DialFrom returns a function that connects from within the network namespace at path, and from the address local
+// unless that is nil. A socket stays in the namespace it was made in.
+func DialFrom(path string, local net.Addr) func(ctx context.Context, network, address string) (net.Conn, error) {
+	return func(ctx context.Context, network, address string) (conn net.Conn, err error) {
+		if host, _, splitErr := net.SplitHostPort(address); splitErr != nil || !isAddress(host) {
+			// A host name would be looked up by other goroutines, outside of the namespace.
+			return nil, fmt.Errorf("connecting to %q inside %s: only IP addresses are reached that way", address, path)
+		}
+		err = insideNetns(path, func() error {
+			conn, err = (&net.Dialer{LocalAddr: local}).DialContext(ctx, network, address)
+			return err
+		})
+		return conn, err
+	}
+}
+
+func isAddress(host string) bool {
+	_, err := netip.ParseAddr(strings.Trim(host, "[]"))
+	return err == nil
+}

@@ -1,0 +1,184 @@
+package cluster
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// debianPackages are unpacked into the cache folder and run from there. They are not installed: an installed etcd or
+// containerd would start a service on the machine.
+var debianPackages = []string{"etcd-server", "containerd", "runc", "containernetworking-plugins"}
+
+// hostTools are programs that the commands run on the machine itself, and the packages to install where they are
+// missing: the demo's client, and the tools with which a node's rules are shown.
+var hostTools = []struct{ program, pkg string }{
+	{"curl", "curl"},
+	{"ip", "iproute2"},
+	{"iptables-save", "iptables"},
+}
+
+// ensurePackages returns the folder with the unpacked packages, fetching them the first time.
+func ensurePackages(ctx context.Context, say func(string)) (string, error) {
+	cache, err := cacheDir()
+	if err != nil {
+		return "", err
+	}
+	release, err := osRelease()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(cache, "debian-"+keyOf(release, runtime.GOARCH, strings.Join(debianPackages, " ")))
+	return dir, buildOnce(dir, func(dest string) error {
+		say("fetching " + strings.Join(debianPackages, ", ") + " from Debian (unpacked into " + cache + ", not installed)")
+		debs, err := os.MkdirTemp(cache, "debs-")
+		if err != nil {
+			return err
+		}
+		defer os.RemoveAll(debs)
+		if err := apt(ctx, say, debs, append([]string{"download"}, debianPackages...)...); err != nil {
+			return err
+		}
+		files, err := filepath.Glob(filepath.Join(debs, "*.deb"))
+		if err != nil {
+			return err
+		}
+		for _, file := range files {
+			if _, err := run(exec.CommandContext(ctx, "dpkg-deb", "-x", file, dest)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// ensureHostTools installs what the machine itself lacks.
+func ensureHostTools(ctx context.Context, say func(string)) error {
+	var missing []string
+	for _, tool := range hostTools {
+		if _, err := lookHostTool(tool.program); err != nil {
+			missing = append(missing, tool.pkg)
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	say("installing Debian packages that this machine lacks: " + strings.Join(missing, ", "))
+	return apt(ctx, say, "/", append([]string{"install", "-y", "--no-install-recommends"}, missing...)...)
+}
+
+// lookHostTool also looks where root's tools are: a PATH without the sbin folders is common.
+func lookHostTool(program string) (string, error) {
+	if path, err := exec.LookPath(program); err == nil {
+		return path, nil
+	}
+	for _, dir := range []string{"/usr/local/sbin", "/usr/sbin", "/sbin"} {
+		if path, err := exec.LookPath(filepath.Join(dir, program)); err == nil {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("%s: %w", program, exec.ErrNotFound)
+}
+
+// apt runs apt-get. A fresh machine has no package lists, or old ones: one failure is answered with an update and a
+// second try.
+func apt(ctx context.Context, say func(string), dir string, args ...string) error {
+	try := func(args ...string) error {
+		// The unprivileged user that apt-get fetches as could not write below a private cache folder.
+		cmd := exec.CommandContext(ctx, "apt-get", append([]string{"-q", "-o", "APT::Sandbox::User=root"}, args...)...)
+		cmd.Dir = dir
+		cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
+		_, err := run(cmd)
+		return err
+	}
+	if err := try(args...); err == nil || errors.Is(err, exec.ErrNotFound) || ctx.Err() != nil {
+		return err
+	}
+	say("updating Debian's package lists (apt-get update)")
+	// A source that this build does not need may be unreachable: the second try decides.
+	updateErr := try("update")
+	if err := try(args...); err != nil {
+		return errors.Join(err, updateErr)
+	}
+	return nil
+}
+
+// run runs a program that prints little and returns its standard output; its error carries what the program printed.
+func run(cmd *exec.Cmd) (string, error) {
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return stdout.String(), fmt.Errorf("running %s: %w%s", shortCommand(cmd), err, indented(lastLines(stderr.String()+stdout.String(), 12)))
+	}
+	return stdout.String(), nil
+}
+
+func shortCommand(cmd *exec.Cmd) string {
+	text := filepath.Base(cmd.Path)
+	if len(cmd.Args) > 1 {
+		text += " " + strings.Join(cmd.Args[1:], " ")
+	}
+	if len(text) > 200 {
+		text = text[:200] + "…"
+	}
+	return text
+}
+
+func osRelease() (string, error) {
+	data, err := os.ReadFile("/etc/os-release")
+	if err != nil {
+		return "", fmt.Errorf("finding out the Debian release: %w", err)
+	}
+	values := map[string]string{}
+	for _, line := range strings.Split(string(data), "\n") {
+		if key, value, ok := strings.Cut(line, "="); ok {
+			values[key] = strings.Trim(value, `"`)
+		}
+	}
+	return values["ID"] + values["VERSION_ID"], nil
+}
+
+func keyOf(parts ...string) string {
+	sum := sha256.Sum256([]byte(strings.Join(parts, "\x00")))
+	return hex.EncodeToString(sum[:6])
+}
+
+// buildOnce fills the folder dir by build unless it is there already. A build that was cut off leaves nothing under
+// the final name, and of two programs that want the same folder one waits for the other.
+func buildOnce(dir string, build func(dest string) error) error {
+	if _, err := os.Stat(dir); err == nil {
+		return nil
+	}
+	lock, err := os.OpenFile(filepath.Join(filepath.Dir(dir), ".lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("waiting for another build in %s: %w", filepath.Dir(dir), err)
+	}
+	if _, err := os.Stat(dir); err == nil {
+		return nil
+	}
+	partial := dir + ".partial"
+	if err := os.RemoveAll(partial); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(partial, 0o755); err != nil {
+		return err
+	}
+	if err := build(partial); err != nil {
+		return errors.Join(err, os.RemoveAll(partial))
+	}
+	return os.Rename(partial, dir)
+}

@@ -1,0 +1,87 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+const (
+	// namePrefix is on every network namespace, cgroup and link that is visible outside of the cluster, so that
+	// leftovers are found by name and nothing of somebody else is ever taken for ours.
+	namePrefix = "podid-"
+
+	// runDir holds all state of the running cluster, and is its lock. Not in /run: that is often a small tmpfs, and
+	// the nodes' image stores live here. Short, because socket paths may have 107 bytes at most.
+	runDir = "/var/lib/podidentity-e2e"
+
+	// netnsDir is where iproute2 looks, so that `ip netns exec podid-node1 …` works too.
+	netnsDir = "/run/netns"
+
+	rootModule = "github.com/podidentity/podidentity"
+)
+
+var (
+	pkiDir        = filepath.Join(runDir, "pki")
+	stateFile     = filepath.Join(runDir, "state.json")
+	controlSocket = filepath.Join(runDir, "control.sock")
+	azureSocket   = filepath.Join(runDir, "azure.sock")
+	azureDir      = filepath.Join(runDir, "azure")
+	azureConfig   = filepath.Join(runDir, "azure.json")
+	defaultLogDir = filepath.Join(runDir, "logs")
+	adminConfig   = filepath.Join(pkiDir, "admin.kubeconfig")
+)
+
+// adminEnv lets kubectl and helm work on the cluster, and on nothing else: the caches and settings of whoever runs them
+// are neither used nor changed.
+func adminEnv() []string {
+	return []string{
+		"KUBECONFIG=" + adminConfig,
+		"KUBECACHEDIR=" + filepath.Join(runDir, "kube-cache"),
+		"KUBERC=off",
+		"HELM_CACHE_HOME=" + filepath.Join(runDir, "helm"),
+		"HELM_CONFIG_HOME=" + filepath.Join(runDir, "helm"),
+		"HELM_DATA_HOME=" + filepath.Join(runDir, "helm"),
+	}
+}
+
+// cacheDir holds what is built or fetched once. Everything in it is keyed by version and may be deleted at any time.
+func cacheDir() (string, error) {
+	base, err := os.UserCacheDir()
+	if err != nil {
+		return "", fmt.Errorf("finding the cache folder: %w", err)
+	}
+	dir := filepath.Join(base, "podidentity")
+	return dir, os.MkdirAll(dir, 0o755)
+}
+
+// RepoDir is the root of the checkout that the program works on: the first folder with the product's go.mod, upwards
+// from the working directory, then from the program's own place (bin/cluster).
+func RepoDir() (string, error) {
+	var starts []string
+	if wd, err := os.Getwd(); err == nil {
+		starts = append(starts, wd)
+	}
+	if exe, err := os.Executable(); err == nil {
+		starts = append(starts, filepath.Dir(exe))
+	}
+	for _, start := range starts {
+		for dir := start; ; dir = filepath.Dir(dir) {
+			mod, err := os.ReadFile(filepath.Join(dir, "go.mod"))
+			if err == nil && strings.HasPrefix(string(mod), "module "+rootModule+"\n") {
+				return dir, nil
+			}
+			if dir == filepath.Dir(dir) {
+				break
+			}
+		}
+	}
+	return "", errors.New("the Pod Identity checkout was not found: run this from inside it (no go.mod of module " + rootModule + " in " + strings.Join(starts, " or ") + " or above)")
+}
+
+func e2eDir() (string, error) {
+	repo, err := RepoDir()
+	return filepath.Join(repo, "e2e"), err
+}

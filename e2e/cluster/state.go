@@ -1,0 +1,146 @@
+package cluster
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// state is what the supervisor writes down for other programs: for those that use the cluster, and for the one that
+// cleans up after a supervisor that was killed.
+type state struct {
+	BootID     string               `json:"bootID"` // PIDs mean nothing after a reboot
+	Supervisor processID            `json:"supervisor"`
+	Started    time.Time            `json:"started"`
+	Processes  map[string]processID `json:"processes"`
+	Binaries   Binaries             `json:"binaries"`
+	LogDir     string               `json:"logDir"`
+	Ready      bool                 `json:"ready"`
+}
+
+func bootID() string {
+	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(id))
+}
+
+// readState returns nil without an error when no cluster has left a state, or the machine was booted since.
+func readState() (*state, error) {
+	data, err := os.ReadFile(stateFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading the cluster's state: %w", err)
+	}
+	var s state
+	if err := json.Unmarshal(data, &s); err != nil {
+		return nil, fmt.Errorf("reading the cluster's state from %s: %w", stateFile, err)
+	}
+	if s.BootID != bootID() {
+		return nil, nil
+	}
+	return &s, nil
+}
+
+// write replaces the file in one step: a reader never sees half of it.
+func (s *state) write() error {
+	data, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(stateFile+".new", data, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(stateFile+".new", stateFile)
+}
+
+// ErrRunning is returned when a cluster is there already: two would share names, addresses and cgroups.
+var ErrRunning = errors.New("a cluster is already running on this machine")
+
+func errRunning(s *state) error {
+	since := ""
+	if s != nil {
+		since = fmt.Sprintf(" since %s (supervisor %d)", s.Started.Format(time.TimeOnly), s.Supervisor.PID)
+	}
+	return fmt.Errorf("%w%s; stop it with `bin/cluster down`", ErrRunning, since)
+}
+
+// ErrNotRunning is returned by what needs a running cluster.
+var ErrNotRunning = errors.New("no cluster is running: start one with `bin/cluster up`")
+
+// lockRun takes the machine-wide lock, which is the run folder itself. The kernel gives it back when the holder ends,
+// however it ends.
+func lockRun() (*os.File, error) {
+	for {
+		if err := os.MkdirAll(runDir, 0o755); err != nil {
+			return nil, fmt.Errorf("making the run folder: %w", err)
+		}
+		dir, err := os.Open(runDir)
+		if err != nil {
+			return nil, fmt.Errorf("opening the run folder: %w", err)
+		}
+		if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			dir.Close()
+			s, _ := readState() // not there yet, if the holder has just begun
+			return nil, errRunning(s)
+		}
+		// The previous holder may have removed the folder between our open and our lock.
+		held, errHeld := dir.Stat()
+		there, errThere := os.Stat(runDir)
+		if errHeld == nil && errThere == nil && os.SameFile(held, there) {
+			return dir, nil
+		}
+		dir.Close()
+	}
+}
+
+// cleanUp removes whatever a cluster may have left, and all that a stopping one has: it does not matter who made it or
+// how far it came. The caller holds the lock, which keeps out every other cluster. Doing it twice does no harm.
+func cleanUp() error {
+	var errs []error
+	s, err := readState()
+	errs = append(errs, err)
+	if s != nil {
+		for name, p := range s.Processes {
+			if err := p.kill(syscall.SIGKILL); err != nil {
+				errs = append(errs, fmt.Errorf("ending %s: %w", name, err))
+			}
+		}
+		for _, p := range s.Processes {
+			errs = append(errs, p.waitGone(10*time.Second))
+		}
+	}
+	errs = append(errs, removeCgroups(namePrefix+"*"), removeNetwork(), unmountBelow(runDir))
+	if errors.Join(errs...) != nil {
+		return fmt.Errorf("cleaning up after the cluster: %w", errors.Join(errs...))
+	}
+	// Last, as the state is needed for another try.
+	if err := os.RemoveAll(runDir); err != nil {
+		return fmt.Errorf("cleaning up after the cluster: %w", err)
+	}
+	return nil
+}
+
+func unmountBelow(dir string) error {
+	all, err := readMounts()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for i := len(all) - 1; i >= 0; i-- { // the youngest first
+		if strings.HasPrefix(all[i].point, dir+string(filepath.Separator)) {
+			if err := unix.Unmount(all[i].point, unix.MNT_DETACH); err != nil {
+				errs = append(errs, fmt.Errorf("unmounting %s: %w", all[i].point, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,192 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/podidentity/podidentity/e2e/azure"
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+func azureCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "azure",
+		Short: "Show and switch the stand-in Azure",
+		Long: `Shows what the stand-in Azure (the Instance Metadata Service and Entra ID) was asked, and switches its behaviour:
+latency, throttling, errors, hangs.`,
+	}
+	cmd.AddCommand(azureLogCommand(), azureSetCommand(), azureStatsCommand(), azureIdentityCommand(), azureServeCommand())
+	return cmd
+}
+
+// stand is the stand-in of the running cluster.
+func stand() (*azure.Client, error) {
+	c, err := cluster.Open()
+	if err != nil {
+		return nil, err
+	}
+	return c.Azure(), nil
+}
+
+func azureLogCommand() *cobra.Command {
+	var since int
+	var follow bool
+	cmd := &cobra.Command{
+		Use:   "log",
+		Short: "Print the request log, one JSON object a line",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			client, err := stand()
+			if err != nil {
+				return err
+			}
+			return printLog(cmd.Context(), client, since, follow)
+		},
+	}
+	cmd.Flags().IntVar(&since, "since", 0, "only entries with a sequence number (seq) greater than `N`")
+	cmd.Flags().BoolVar(&follow, "follow", false, "go on with new entries until interrupted")
+	return cmd
+}
+
+func printLog(ctx context.Context, client *azure.Client, since int, follow bool) error {
+	out := json.NewEncoder(os.Stdout)
+	for {
+		entries, err := client.Log(ctx, since)
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			if err := out.Encode(e); err != nil {
+				return err
+			}
+			since = e.Seq
+		}
+		if !follow {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(300 * time.Millisecond):
+		}
+	}
+}
+
+func azureSetCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "set [KEY=VALUE…]",
+		Short: "Throw switches; without any, show them",
+		Long: `Throws switches of the stand-in: all that are given or, if one of them is wrong, none. Without arguments all
+switches and their values are shown. reset=all restores the defaults before the others are applied.`,
+		Example: `  cluster azure set
+  cluster azure set imds.latency=2s imds.throttle=5
+  cluster azure set reset=all`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			changes := map[string]string{}
+			for _, arg := range args {
+				key, value, ok := strings.Cut(arg, "=")
+				if !ok || key == "" {
+					return fmt.Errorf("%q is not KEY=VALUE", arg)
+				}
+				if _, twice := changes[key]; twice {
+					return fmt.Errorf("%s is given twice", key)
+				}
+				changes[key] = value
+			}
+			client, err := stand()
+			if err != nil {
+				return err
+			}
+			if len(changes) > 0 {
+				return client.Set(cmd.Context(), changes)
+			}
+			switches, err := client.Switches(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return printJSON(switches)
+		},
+	}
+}
+
+func azureStatsCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "stats",
+		Short: "Print the counts of requests",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			client, err := stand()
+			if err != nil {
+				return err
+			}
+			stats, err := client.Stats(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return printJSON(stats)
+		},
+	}
+}
+
+func azureIdentityCommand() *cobra.Command {
+	var id azure.Identity
+	var nodes []string
+	cmd := &cobra.Command{
+		Use:   "identity",
+		Short: "Create a user-assigned identity and attach it to nodes; without flags, list them",
+		Example: `  cluster azure identity --client-id 11111111-0000-4000-8000-000000000001 --object-id 22222222-0000-4000-8000-000000000001 \
+      --resource-id /subscriptions/` + cluster.SubscriptionID + `/resourceGroups/demo/providers/Microsoft.ManagedIdentity/userAssignedIdentities/demo`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			client, err := stand()
+			if err != nil {
+				return err
+			}
+			if cmd.Flags().NFlag() > 0 {
+				return client.AddIdentity(cmd.Context(), id, nodes...)
+			}
+			identities, err := client.Identities(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return printJSON(identities)
+		},
+	}
+	cmd.Flags().StringVar(&id.ClientID, "client-id", "", "client ID (`GUID`)")
+	cmd.Flags().StringVar(&id.ObjectID, "object-id", "", "object ID (`GUID`)")
+	cmd.Flags().StringVar(&id.ResourceID, "resource-id", "", "resource `ID`")
+	cmd.Flags().StringVar(&id.TenantID, "tenant-id", "", "tenant (`GUID`; default: the home tenant)")
+	cmd.Flags().StringSliceVar(&nodes, "node", nil, "attach it to this `NODE` only; may be repeated")
+	return cmd
+}
+
+func azureServeCommand() *cobra.Command {
+	var config string
+	cmd := &cobra.Command{
+		Use:    "serve",
+		Short:  "Run the stand-in in the current network namespace",
+		Hidden: true,
+		Args:   cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if config == "" {
+				return errors.New("--config is required")
+			}
+			return cluster.ServeAzure(cmd.Context(), config)
+		},
+	}
+	cmd.Flags().StringVar(&config, "config", "", "configuration `FILE`")
+	return cmd
+}
+
+func printJSON(value any) error {
+	out := json.NewEncoder(os.Stdout)
+	out.SetIndent("", "  ")
+	return out.Encode(value)
+}

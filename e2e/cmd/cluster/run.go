@@ -1,0 +1,130 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+func kubectlCommand() *cobra.Command {
+	return passThrough(&cobra.Command{
+		Use:     "kubectl ARGS…",
+		Short:   "Run kubectl on the cluster, as admin",
+		Long:    `Runs the cluster's own kubectl as admin, inside the control plane's network namespace: the API server is reached from nowhere else. Its exit status is passed on.`,
+		Example: `  cluster kubectl get pods -A -o wide`,
+	}, func(c *cluster.Cluster, args []string) error { return c.ExecKubectl(args) })
+}
+
+func helmCommand() *cobra.Command {
+	return passThrough(&cobra.Command{
+		Use:     "helm ARGS…",
+		Short:   "Run helm on the cluster, as admin",
+		Long:    `Runs helm as admin, inside the control plane's network namespace. Its exit status is passed on.`,
+		Example: `  cluster helm --namespace podidentity-system get values podidentity`,
+	}, func(c *cluster.Cluster, args []string) error { return c.ExecHelm(args) })
+}
+
+// passThrough leaves all arguments to the other program; only a lone --help is answered here.
+func passThrough(cmd *cobra.Command, run func(*cluster.Cluster, []string) error) *cobra.Command {
+	cmd.DisableFlagParsing = true
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 1 && (args[0] == "--help" || args[0] == "-h") {
+			return cmd.Help()
+		}
+		c, err := cluster.Open()
+		if err != nil {
+			return err
+		}
+		return run(c, args)
+	}
+	return cmd
+}
+
+func inPodCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "in-pod NAMESPACE/POD -- PROGRAM ARGS…",
+		Short: "Run a program of this machine inside a pod's network",
+		Long: `Runs a program of this machine inside the network namespace of a running pod: to everything on the network it is
+that pod. Files, environment and user stay the machine's; so does /etc/resolv.conf, and the cluster has no name server.
+The program's exit status is passed on.`,
+		Example: `  cluster in-pod default/try -- curl -s -H Metadata:true "http://169.254.169.254/metadata/instance?api-version=2021-02-01"`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			target, program, err := targetAndProgram(cmd, args)
+			if err != nil {
+				return err
+			}
+			namespace, pod, ok := strings.Cut(target, "/")
+			if !ok || namespace == "" || pod == "" || strings.Contains(pod, "/") {
+				return fmt.Errorf("%q is not NAMESPACE/POD", target)
+			}
+			c, err := cluster.Open()
+			if err != nil {
+				return err
+			}
+			return c.ExecInPod(cmd.Context(), namespace, pod, program[0], program[1:])
+		},
+	}
+}
+
+func inNodeCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "in-node NODE -- PROGRAM ARGS…",
+		Short: "Run a program of this machine inside a node's network",
+		Long: `Runs a program of this machine inside the network namespace of a node (node1 or node2): to show its rules, routes
+and sockets. The program's exit status is passed on.`,
+		Example: `  cluster in-node node1 -- iptables-save -t nat`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			node, program, err := targetAndProgram(cmd, args)
+			if err != nil {
+				return err
+			}
+			if _, err := cluster.NodeNetns(node); err != nil {
+				return err
+			}
+			c, err := cluster.Open()
+			if err != nil {
+				return err
+			}
+			return c.ExecInNode(node, program[0], program[1:])
+		},
+	}
+}
+
+// targetAndProgram insists on the "--": what follows belongs to the program, flags too.
+func targetAndProgram(cmd *cobra.Command, args []string) (target string, program []string, err error) {
+	if cmd.ArgsLenAtDash() != 1 || len(args) < 2 {
+		return "", nil, fmt.Errorf("write it as: cluster %s", cmd.Use)
+	}
+	return args[0], args[1:], nil
+}
+
+func superviseCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:    "supervise",
+		Short:  "Run the cluster for the process that holds the other ends of descriptors 3 and 4",
+		Hidden: true,
+		Args:   cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			owner, events := os.NewFile(3, "owner"), os.NewFile(4, "events")
+			if owner == nil || events == nil {
+				return errors.New("the supervisor is only run by the cluster itself")
+			}
+			return cluster.Supervise(owner, events)
+		},
+	}
+}
+
+func nodeInitCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:    "node-init PLAN",
+		Short:  "Be the first process of a node",
+		Hidden: true,
+		Args:   cobra.ExactArgs(1),
+		RunE:   func(_ *cobra.Command, args []string) error { return cluster.NodeInit(args[0]) },
+	}
+}

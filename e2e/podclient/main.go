@@ -1,0 +1,82 @@
+// Podclient is the program in the test cluster's own images: the process that holds a pod's sandbox, and a client that
+// asks for a token the way the most impatient application would.
+//
+// It protects the end-to-end tests against a kind client: it sends one request, as early as a process can, and never
+// tries again, so that what it reports is what the first try of any application would have met.
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+)
+
+const usage = `usage:
+  podclient pause                     wait for a signal
+  podclient sleep DURATION            wait that long, then exit 0 (for example 30s)
+  podclient token [FLAGS]             ask once for a token, print the outcome as one JSON line, then wait for a signal
+flags of token:
+  --resource URI      audience of the token (default https://management.azure.com/)
+  --query K=V[&…]     further parameters, for example client_id=…
+  --url URL           the whole URL, instead of the above
+  --exit              exit after the request: 0 if a token came, else 1
+`
+
+func main() {
+	// main starts here within a millisecond of the exec; whatever is not needed for a subcommand comes after it.
+	args := os.Args[1:]
+	if len(args) == 0 {
+		args = []string{"pause"}
+	}
+	switch args[0] {
+	case "pause":
+		waitForSignal()
+	case "sleep":
+		sleep(args[1:])
+	case "token":
+		os.Exit(token(args[1:]))
+	case "help", "-h", "--help":
+		fmt.Print(usage)
+	default:
+		fail(fmt.Sprintf("unknown subcommand %q", args[0]))
+	}
+}
+
+// waitForSignal also buries orphans: in a sandbox this process is PID 1 of a pod that shares its PID namespace.
+func waitForSignal() {
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGCHLD)
+	for s := range signals {
+		if s != syscall.SIGCHLD {
+			return
+		}
+		for {
+			if pid, err := syscall.Wait4(-1, nil, syscall.WNOHANG, nil); pid <= 0 && err != syscall.EINTR {
+				break
+			}
+		}
+	}
+}
+
+func sleep(args []string) {
+	if len(args) != 1 {
+		fail("sleep takes one duration")
+	}
+	d, err := time.ParseDuration(args[0])
+	if err != nil {
+		fail(err.Error())
+	}
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	select {
+	case <-time.After(d):
+	case <-signals:
+	}
+}
+
+func fail(message string) {
+	fmt.Fprintf(os.Stderr, "podclient: %s\n%s", message, usage)
+	os.Exit(2)
+}
