@@ -1,0 +1,149 @@
+package e2e
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/podidentity/podidentity/e2e/azure"
+)
+
+// A pod without a binding tries whatever is known to have brought tokens out of systems of this kind. The stand-in
+// falls for each of these if they reach it, as the real service does.
+func TestNoPathAndNoHeaderGetsAPodPastTheDecision(t *testing.T) {
+	s, id := newSpace(t), newIdentity(t)
+	s.pod("attacker", "none", "node1")
+	must(t, cloud.ResetLog(t.Context()))
+	const query = "?api-version=2018-02-01&resource=https://vault.azure.net"
+	named := query + "&client_id=" + id.ClientID
+	paths := []string{
+		"/metadata/identity/oauth2/token" + named,
+		"/metadata/identity/oauth2/token/" + named,
+		`/metadata/identity\oauth2\token/` + named,
+		`/metadata\identity\oauth2\token` + named,
+		`\metadata\identity\oauth2\token` + named,
+		"//metadata//identity//oauth2//token" + named,
+		"/Metadata/Identity/OAuth2/Token" + named,
+		"/metadata/identity%2foauth2%2ftoken" + named,
+		"/metadata/identity%5coauth2%5ctoken" + named,
+		"/metadata/identity%252foauth2%252ftoken" + named,
+		"/metadata/./identity/oauth2/token" + named,
+		"/metadata/instance/../identity/oauth2/token" + named,
+		`/metadata/instance/..\identity/oauth2/token` + named,
+		"/metadata/instance/%2e%2e/identity/oauth2/token" + named,
+		"/metadata/versions/../identity/oauth2/token" + named,
+		"/metadata/identity/oauth2/token%00" + named,
+		"/metadata/identity/oauth2/token;x" + named,
+		"/metadata/identity/oauth2/token%3fx" + named,
+		"/metadata/instance?api-version=2021-02-01&format=text/../../identity/oauth2/token",
+		"/metadata/identity/getplatformmetadata?cred-api-version=2.0",
+		"/metadata/identity/issuecredential?cred-api-version=2.0",
+		"/metadata/identity/credential",
+		"/metadata/attested/document?api-version=2020-09-01",
+		"/metadata/scheduledevents?api-version=2020-07-01",
+		"/host/token" + named,
+		"/machine/?comp=goalstate",
+		"/",
+	}
+	headers := [][]string{
+		{"-H", "Metadata: true"},
+		{"-H", "Metadata:true", "-X", "POST", "-d", "x"},
+		{"-H", "Metadata: true", "-H", "X-Forwarded-For: 10.10.0.11"},
+		{"-H", "Metadata: true", "-H", "X-Original-URL: /metadata/identity/oauth2/token", "-H", "X-Rewrite-URL: /metadata/identity/oauth2/token"},
+		{"-H", "Metadata: true", "-H", "Host: 169.254.169.254:80", "-H", "podns: kube-system", "-H", "podname: x"},
+		{"-H", "Metadata: true", "-H", "Transfer-Encoding: chunked", "-X", "GET", "-d", "GET /metadata/identity/oauth2/token" + named + " HTTP/1.1\r\n\r\n"},
+		{},
+	}
+	for _, path := range paths {
+		for _, h := range headers {
+			target := "http://169.254.169.254/" + strings.TrimPrefix(path, "/")
+			args := append([]string{"-g"}, h...)
+			if strings.HasPrefix(path, `\`) {
+				args = append(args, "--request-target", path, "http://169.254.169.254/")
+			} else {
+				args = append(args, target)
+			}
+			a := s.curl("attacker", args...)
+			if a.token() != "" || strings.Contains(a.raw, "eyJ") || strings.Contains(a.raw, azure.DangerMark) {
+				t.Errorf("%s with %q brought %s", path, h, a.raw)
+			}
+			if a.status < 400 && !strings.HasPrefix(path, "/metadata/instance?") {
+				t.Errorf("%s with %q: status %d %s", path, h, a.status, a.raw)
+			}
+		}
+	}
+	nothingFromPods(t)
+	entries, err := cloud.Log(t.Context(), 0)
+	must(t, err)
+	for _, e := range entries {
+		if e.Class != "instance" && e.Kind == "request" {
+			t.Errorf("this reached the metadata service: %s %s", e.Method, e.Path)
+		}
+	}
+}
+
+// Each request of a connection is parsed anew: a good first one opens nothing for the second.
+func TestASecondRequestOnAConnectionIsJudgedByItself(t *testing.T) {
+	s, id, others := newSpace(t), newIdentity(t), newIdentity(t)
+	s.bind("app", "app", id)
+	s.pod("p", "app", "node1")
+	target := "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net"
+	cmd, err := world.InPodCommand(t.Context(), s.name, "p", "curl", "-s", "-H", "Metadata: true", "-w", "\n%{http_code} %{num_connects}\n",
+		target, target+"&client_id="+others.ClientID, "http://169.254.169.254/metadata/identity/issuecredential", target)
+	must(t, err)
+	out, err := cmd.Output()
+	must(t, err)
+	var codes []string
+	for line := range strings.SplitSeq(string(out), "\n") {
+		var code, connects int
+		if n, _ := fmt.Sscan(line, &code, &connects); n == 2 {
+			codes = append(codes, fmt.Sprint(code, " ", connects))
+		}
+	}
+	if got, want := fmt.Sprint(codes), "[200 1 400 0 404 0 200 0]"; got != want {
+		t.Errorf("statuses and new connections are %s, want %s", got, want)
+	}
+}
+
+func TestOtherWaysToTheMetadataAddressAreShut(t *testing.T) {
+	s := newSpace(t)
+	s.pod("p", "none", "node1")
+	must(t, cloud.ResetLog(t.Context()))
+	for _, attempt := range [][]string{
+		{"curl", "-s", "--max-time", "2", "http://169.254.169.254:8080/"},
+		{"curl", "-s", "--max-time", "2", "-k", "https://169.254.169.254/"},
+		{"ping", "-c", "1", "-W", "1", "169.254.169.254"},
+		// NMI's own address, past the capture.
+		{"curl", "-s", "--max-time", "2", "-H", "Metadata: true", "http://169.254.25.79:2579/metadata/versions"},
+	} {
+		if out, err := world.InPod(t.Context(), s.name, "p", attempt[0], attempt[1:]...); err == nil {
+			t.Errorf("%v worked: %s", attempt, out)
+		}
+	}
+	// From another node, routed here.
+	if _, err := world.InNode(t.Context(), "node2", "sh", "-c", "ip route add 169.254.25.79/32 via 10.10.0.11; curl -s --max-time 2 --interface eth0 http://169.254.25.79:2579/; code=$?; ip route del 169.254.25.79/32 via 10.10.0.11; exit $code"); err == nil {
+		t.Error("another node reaches NMI")
+	}
+	nothingFromPods(t)
+}
+
+func TestDescriptionsOfTheMachineArePassedOn(t *testing.T) {
+	s := newSpace(t)
+	s.pod("p", "none", "node2")
+	a := s.curl("p", "-H", "Metadata: true", "http://169.254.169.254/metadata/instance?api-version=2018-02-01")
+	if a.status != 200 || !strings.Contains(a.raw, "vmScaleSetName") {
+		t.Errorf("instance: %d %s", a.status, a.raw)
+	}
+	a = s.curl("p", "-H", "Metadata: true", "http://169.254.169.254/metadata/instance/compute/vmScaleSetName?api-version=2021-02-01&format=text")
+	if a.status != 200 || a.raw != "nodes" {
+		t.Errorf("a field of it: %d %s", a.status, a.raw)
+	}
+	a = s.curl("p", "-H", "Metadata: true", "http://169.254.169.254/metadata/versions")
+	if a.status != 200 {
+		t.Errorf("versions: %d %s", a.status, a.raw)
+	}
+	a = s.curl("p", "-H", "Metadata: true", "http://169.254.169.254/metadata/identity/info?api-version=2018-02-01")
+	if a.status != 200 || a.body["tenantId"] == "" {
+		t.Errorf("info: %d %s", a.status, a.raw)
+	}
+}

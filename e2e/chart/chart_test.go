@@ -1,0 +1,402 @@
+package chart_test
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+)
+
+// flags are those of the nmi program.
+var flags = []string{
+	"allow-network-plugin-kubenet", "block-instance-metadata", "custom-user-agent", "enable-profile",
+	"force-namespaced", "http-probe-port", "iptables-backend", "iptables-sync-interval", "kubelet-config", "log-format",
+	"log-level", "metadata-header-required", "metadata-ip", "metadata-port", "nmi-listen-address", "nmi-port", "node",
+	"operation-mode", "pod-lookup-timeout", "prometheus-port", "shutdown-timeout", "tenant-id",
+}
+
+func TestLintIsClean(t *testing.T) {
+	if stdout, stderr, err := helm(t, "lint", "--strict", chart); err != nil {
+		t.Errorf("helm lint: %v\n%s%s", err, stdout, stderr)
+	}
+}
+
+func TestTheContainerMayDoWhatItNeedsAndNoMore(t *testing.T) {
+	_, container := render(t, "").nmi(t)
+	want := &corev1.SecurityContext{
+		RunAsUser:                new(int64(0)),
+		RunAsGroup:               new(int64(0)),
+		ReadOnlyRootFilesystem:   new(true),
+		AllowPrivilegeEscalation: new(false),
+		Capabilities: &corev1.Capabilities{
+			Drop: []corev1.Capability{"ALL"},
+			Add:  []corev1.Capability{"NET_ADMIN", "NET_RAW"},
+		},
+		SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+	}
+	if diff := cmp.Diff(want, container.SecurityContext); diff != "" {
+		t.Errorf("security context (-want +got):\n%s", diff)
+	}
+}
+
+func TestNMIMayReadPodsItsNodeAndItsOwnResources(t *testing.T) {
+	objects := render(t, "")
+	if len(objects.clusterRoles) != 1 || objects.clusterRoles["podidentity-nmi"] == nil {
+		t.Fatalf("cluster roles are %v, want podidentity-nmi alone", objects.clusterRoles)
+	}
+	read := []string{"get", "list", "watch"}
+	want := []rbacv1.PolicyRule{
+		{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: read},
+		{APIGroups: []string{""}, Resources: []string{"nodes"}, Verbs: []string{"get"}},
+		{
+			APIGroups: []string{group},
+			Resources: []string{"azureidentities", "azureidentitybindings", "azurepodidentityexceptions"},
+			Verbs:     read,
+		},
+	}
+	if diff := cmp.Diff(want, objects.clusterRoles["podidentity-nmi"].Rules); diff != "" {
+		t.Errorf("rules (-want +got):\n%s", diff)
+	}
+	daemonSet, _ := objects.nmi(t)
+	subject := rbacv1.Subject{Kind: "ServiceAccount", Name: "podidentity-nmi", Namespace: "kube-system"}
+	if len(objects.bindings) != 1 || objects.bindings[0].RoleRef.Name != "podidentity-nmi" ||
+		!slices.Equal(objects.bindings[0].Subjects, []rbacv1.Subject{subject}) {
+		t.Errorf("the role is bound thus: %+v", objects.bindings)
+	}
+	if len(objects.serviceAccounts) != 1 || objects.serviceAccounts[0].Name != subject.Name ||
+		objects.serviceAccounts[0].Namespace != subject.Namespace ||
+		daemonSet.Spec.Template.Spec.ServiceAccountName != subject.Name {
+		t.Errorf("the pods do not run under the account that the role is bound to")
+	}
+}
+
+func TestUserRolesAreAskedForAndLeaveExceptionsToAdministratorsOfTheCluster(t *testing.T) {
+	roles := render(t, "rbac: {enabled: false, createUserFacingClusterRoles: true}").clusterRoles
+	view, edit := roles["podidentity-view"], roles["podidentity-edit"]
+	if len(roles) != 2 || view == nil || edit == nil {
+		t.Fatalf("cluster roles are %v", roles)
+	}
+	if view.Labels["rbac.authorization.k8s.io/aggregate-to-view"] != "true" ||
+		edit.Labels["rbac.authorization.k8s.io/aggregate-to-edit"] != "true" {
+		t.Error("the roles are not aggregated")
+	}
+	for _, rule := range edit.Rules {
+		if slices.Contains(rule.Resources, "azurepodidentityexceptions") ||
+			slices.Contains(rule.Resources, "azureassignedidentities") {
+			t.Errorf("editors may write %v", rule.Resources)
+		}
+	}
+}
+
+func TestThePodIsOnEveryLinuxNodeInItsNetwork(t *testing.T) {
+	daemonSet, container := render(t, "").nmi(t)
+	pod := daemonSet.Spec.Template.Spec
+	if !pod.HostNetwork || pod.DNSPolicy != corev1.DNSClusterFirstWithHostNet {
+		t.Errorf("host network %v, DNS policy %s", pod.HostNetwork, pod.DNSPolicy)
+	}
+	if !cmp.Equal(pod.Tolerations, []corev1.Toleration{{Operator: corev1.TolerationOpExists}}) {
+		t.Errorf("tolerations %v", pod.Tolerations)
+	}
+	if !cmp.Equal(pod.NodeSelector, map[string]string{"kubernetes.io/os": "linux"}) {
+		t.Errorf("node selector %v", pod.NodeSelector)
+	}
+	if pod.PriorityClassName != "system-node-critical" {
+		t.Errorf("priority class %s", pod.PriorityClassName)
+	}
+	if container.Image != "podidentity/nmi:0.1.0" || container.ImagePullPolicy != corev1.PullIfNotPresent {
+		t.Errorf("image %s, %s", container.Image, container.ImagePullPolicy)
+	}
+	if len(container.Ports) != 0 {
+		t.Errorf("ports %v are reserved on the node", container.Ports)
+	}
+	want := appsv1.DaemonSetUpdateStrategy{
+		Type: appsv1.RollingUpdateDaemonSetStrategyType,
+		RollingUpdate: &appsv1.RollingUpdateDaemonSet{
+			MaxUnavailable: new(intstr.FromInt32(1)),
+			MaxSurge:       new(intstr.FromInt32(0)),
+		},
+	}
+	if diff := cmp.Diff(want, daemonSet.Spec.UpdateStrategy); diff != "" {
+		t.Errorf("update strategy (-want +got):\n%s", diff)
+	}
+	if labels := daemonSet.Spec.Template.Labels; !maps.Equal(labels, daemonSet.Spec.Selector.MatchLabels) {
+		t.Errorf("pods carry labels that change with the chart, and would restart for it: %v", labels)
+	}
+}
+
+func TestEveryValueReachesItsFlag(t *testing.T) {
+	_, container := render(t, "").nmi(t)
+	defaults := arguments(t, container.Args)
+	wantDefaults := map[string]string{
+		"node": "$(NODE_NAME)", "operation-mode": "managed", "force-namespaced": "false",
+		"nmi-listen-address": "169.254.25.79", "nmi-port": "2579", "metadata-ip": "169.254.169.254", "metadata-port": "80",
+		"http-probe-port": "8085", "prometheus-port": "9090", "iptables-backend": "auto", "iptables-sync-interval": "10s",
+		"pod-lookup-timeout": "5s", "block-instance-metadata": "false", "metadata-header-required": "true",
+		"allow-network-plugin-kubenet": "false", "kubelet-config": "/etc/default/kubelet", "log-level": "info",
+		"log-format": "json", "enable-profile": "false", "shutdown-timeout": "20s",
+	}
+	if diff := cmp.Diff(wantDefaults, defaults); diff != "" {
+		t.Errorf("defaults (-want +got):\n%s", diff)
+	}
+
+	_, container = render(t, `
+forceNamespaced: "true"
+customUserAgent: "team a/1.0: #1"
+nmi:
+  listenAddress: 169.254.25.80
+  port: 2580
+  metadataIP: 169.254.169.253
+  metadataPort: 81
+  probePort: 8086
+  prometheusPort: 9091
+  iptablesBackend: legacy
+  iptablesSyncInterval: 1m30s
+  podLookupTimeout: 500ms
+  blockInstanceMetadata: true
+  metadataHeaderRequired: false
+  kubeletConfig: /var/lib/kubelet/flags
+  tenantID: contoso.onmicrosoft.com
+  logLevel: debug
+  loggingFormat: text
+  enableProfile: true
+  shutdownTimeout: 5s
+`).nmi(t)
+	wantOthers := map[string]string{
+		"node": "$(NODE_NAME)", "operation-mode": "managed", "force-namespaced": "true",
+		"custom-user-agent":  "team a/1.0: #1",
+		"nmi-listen-address": "169.254.25.80", "nmi-port": "2580", "metadata-ip": "169.254.169.253", "metadata-port": "81",
+		"http-probe-port": "8086", "prometheus-port": "9091", "iptables-backend": "legacy",
+		"iptables-sync-interval": "1m30s", "pod-lookup-timeout": "500ms", "block-instance-metadata": "true",
+		"metadata-header-required": "false", "allow-network-plugin-kubenet": "false",
+		"kubelet-config": "/var/lib/kubelet/flags", "tenant-id": "contoso.onmicrosoft.com", "log-level": "debug",
+		"log-format": "text", "enable-profile": "true", "shutdown-timeout": "5s",
+	}
+	if diff := cmp.Diff(wantOthers, arguments(t, container.Args)); diff != "" {
+		t.Errorf("other values (-want +got):\n%s", diff)
+	}
+}
+
+// arguments returns flags and their values, and fails on a flag that nmi does not have.
+func arguments(t *testing.T, args []string) map[string]string {
+	t.Helper()
+	parsed := map[string]string{}
+	for _, arg := range args {
+		name, value, found := strings.Cut(strings.TrimPrefix(arg, "--"), "=")
+		if !found || !strings.HasPrefix(arg, "--") || !slices.Contains(flags, name) {
+			t.Errorf("nmi has no flag like %s", arg)
+		}
+		if _, twice := parsed[name]; twice {
+			t.Errorf("--%s is given twice", name)
+		}
+		parsed[name] = value
+	}
+	return parsed
+}
+
+func TestProbesAskOnLoopback(t *testing.T) {
+	_, container := render(t, "nmi: {probePort: 8086}").nmi(t)
+	for path, probe := range map[string]*corev1.Probe{
+		"/healthz": container.LivenessProbe, "/healthz ": container.StartupProbe, "/readyz": container.ReadinessProbe,
+	} {
+		want := &corev1.HTTPGetAction{Host: "127.0.0.1", Port: intstr.FromInt32(8086), Path: strings.TrimSpace(path)}
+		if probe == nil || !cmp.Equal(probe.HTTPGet, want) {
+			t.Errorf("probe of %s is %+v", path, probe)
+		}
+	}
+}
+
+func TestTheNodeNameComesFromThePodAndTheMemoryLimitFromTheResources(t *testing.T) {
+	for limit, want := range map[string]string{"256Mi": "209715KiB", "1Gi": "838860KiB", "400000Ki": "320000KiB", "300M": ""} {
+		_, container := render(t, "nmi: {resources: {limits: {memory: "+limit+"}}}").nmi(t)
+		got := ""
+		for _, variable := range container.Env {
+			switch variable.Name {
+			case "NODE_NAME":
+				if variable.ValueFrom == nil || variable.ValueFrom.FieldRef.FieldPath != "spec.nodeName" {
+					t.Errorf("NODE_NAME is %+v", variable)
+				}
+			case "GOMEMLIMIT":
+				got = variable.Value
+			}
+		}
+		if got != want {
+			t.Errorf("with limit %s GOMEMLIMIT is %q, want %q", limit, got, want)
+		}
+	}
+	_, container := render(t, "").nmi(t)
+	if _, limited := container.Resources.Limits[corev1.ResourceCPU]; limited {
+		t.Error("the CPU is limited")
+	}
+	if got := container.Resources.Limits.Memory().String(); got != "256Mi" {
+		t.Errorf("memory limit is %s", got)
+	}
+}
+
+func TestNothingIsCreatedOnTheNodeButTheLock(t *testing.T) {
+	file, folder := corev1.HostPathFile, corev1.HostPathDirectory
+	for _, test := range []struct {
+		values, path string
+		kind         *corev1.HostPathType
+	}{
+		{"", "/etc/default", &folder},
+		{"nmi: {kubeletConfigMustExist: true}", "/etc/default/kubelet", &file},
+		{"nmi: {kubeletConfig: ''}", "", nil},
+		{"nmi: {allowNetworkPluginKubenet: true}", "", nil},
+		{"nmi: {uninstall: true}", "", nil},
+	} {
+		daemonSet, container := render(t, test.values).nmi(t)
+		want := map[string]corev1.HostPathVolumeSource{
+			"xtables-lock": {Path: "/run/xtables.lock", Type: new(corev1.HostPathFileOrCreate)},
+		}
+		wantMounts := []corev1.VolumeMount{{Name: "xtables-lock", MountPath: "/run/xtables.lock"}}
+		if test.path != "" {
+			want["kubelet-config"] = corev1.HostPathVolumeSource{Path: test.path, Type: test.kind}
+			wantMounts = append(wantMounts, corev1.VolumeMount{Name: "kubelet-config", MountPath: test.path, ReadOnly: true})
+		}
+		got := map[string]corev1.HostPathVolumeSource{}
+		for _, volume := range daemonSet.Spec.Template.Spec.Volumes {
+			got[volume.Name] = *volume.HostPath
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%q: volumes (-want +got):\n%s", test.values, diff)
+		}
+		if diff := cmp.Diff(wantMounts, container.VolumeMounts); diff != "" {
+			t.Errorf("%q: mounts (-want +got):\n%s", test.values, diff)
+		}
+	}
+}
+
+func TestUninstallRemovesEverywhereAtOnceAndIsNotProbed(t *testing.T) {
+	daemonSet, container := render(t, "nmi: {uninstall: true, listenAddress: 169.254.25.80, iptablesBackend: nft}").nmi(t)
+	want := []string{
+		"uninstall", "--hold", "--nmi-listen-address=169.254.25.80", "--nmi-port=2579", "--metadata-ip=169.254.169.254",
+		"--metadata-port=80", "--iptables-backend=nft", "--log-level=info", "--log-format=json",
+	}
+	if diff := cmp.Diff(want, container.Args); diff != "" {
+		t.Errorf("arguments (-want +got):\n%s", diff)
+	}
+	if container.LivenessProbe != nil || container.ReadinessProbe != nil || container.StartupProbe != nil {
+		t.Error("there are probes, which nobody answers")
+	}
+	if got := daemonSet.Spec.UpdateStrategy.RollingUpdate.MaxUnavailable.String(); got != "100%" {
+		t.Errorf("maxUnavailable is %s", got)
+	}
+	serving, _ := render(t, "").nmi(t)
+	if diff := cmp.Diff(serving.Spec.Selector, daemonSet.Spec.Selector); diff != "" {
+		t.Errorf("the selector differs from that of the DaemonSet that serves:\n%s", diff)
+	}
+}
+
+func TestIdentitiesAreMadeFromValues(t *testing.T) {
+	got := render(t, `
+azureIdentities:
+  shop:
+    namespace: shop
+    type: 0
+    resourceID: /subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/i
+    clientID: 01234567-89ab-cdef-0123-456789abcdef
+    binding:
+      selector: "1"
+  robot:
+    name: robot-1
+    type: 1
+    clientID: 01234567-89ab-cdef-0123-456789abcdef
+    tenantID: contoso.onmicrosoft.com
+    clientPassword: {name: secret, namespace: kube-system}
+    auxiliaryTenantIDs: [fabrikam.onmicrosoft.com]
+    binding: {name: robots, selector: robot}
+`).custom
+	for _, object := range got {
+		delete(object["metadata"].(map[string]any), "labels")
+	}
+	want := []map[string]any{
+		object("AzureIdentity", "kube-system", "robot-1", map[string]any{
+			"type": 1.0, "clientID": "01234567-89ab-cdef-0123-456789abcdef", "tenantID": "contoso.onmicrosoft.com",
+			"clientPassword":     map[string]any{"name": "secret", "namespace": "kube-system"},
+			"auxiliaryTenantIDs": []any{"fabrikam.onmicrosoft.com"},
+		}),
+		object("AzureIdentity", "shop", "shop", map[string]any{
+			"type":       0.0,
+			"resourceID": "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/i",
+			"clientID":   "01234567-89ab-cdef-0123-456789abcdef",
+		}),
+		object("AzureIdentityBinding", "kube-system", "robots", map[string]any{
+			"azureIdentity": "robot-1", "selector": "robot",
+		}),
+		object("AzureIdentityBinding", "shop", "shop-binding", map[string]any{"azureIdentity": "shop", "selector": "1"}),
+	}
+	if diff := cmp.Diff(want, got, inAnyOrder); diff != "" {
+		t.Errorf("objects (-want +got):\n%s", diff)
+	}
+}
+
+func object(kind, namespace, name string, spec map[string]any) map[string]any {
+	return map[string]any{
+		"apiVersion": group + "/v1",
+		"kind":       kind,
+		"metadata":   map[string]any{"name": name, "namespace": namespace},
+		"spec":       spec,
+	}
+}
+
+var inAnyOrder = cmpopts.SortSlices(func(a, b map[string]any) bool {
+	key := func(o map[string]any) string { return fmt.Sprint(o["kind"], o["metadata"]) }
+	return key(a) < key(b)
+})
+
+func TestBadValuesAreRefusedWithAReason(t *testing.T) {
+	for values, want := range map[string]string{
+		"colour: green":                              "additional properties 'colour' not allowed",
+		"nmi: {micNamespace: default}":               "additional properties 'micNamespace' not allowed",
+		"nmi: {iptablesBackend: ebtables}":           "at '/nmi/iptablesBackend': value must be one of 'auto', 'nft', 'legacy'",
+		"nmi: {port: 0}":                             "at '/nmi/port'",
+		"nmi: {port: many}":                          "at '/nmi/port': got string, want integer",
+		"nmi: {iptablesSyncInterval: 10}":            "at '/nmi/iptablesSyncInterval': got number, want string",
+		"nmi: {podLookupTimeout: soon}":              "at '/nmi/podLookupTimeout'",
+		"nmi: {listenAddress: 127.0.0.300}":          "at '/nmi/listenAddress'",
+		"nmi: {kubeletConfig: relative/path}":        "at '/nmi/kubeletConfig'",
+		"nmi: {port: 8085}":                          "nmi.port, nmi.probePort and nmi.prometheusPort must differ",
+		"nmi: {serviceAccount: {create: false}}":     "nmi.serviceAccount.name is needed",
+		"operationMode: both":                        "at '/operationMode'",
+		"operationMode: standard":                    "operationMode: write managed. In standard mode MIC attaches identities",
+		"azureIdentities: {a: {resourceId: x}}":      "additional properties 'resourceId' not allowed",
+		"azureIdentities: {a: {type: 9}}":            "at '/azureIdentities/a/type': value must be one of 0, 1, 2, 3",
+		"azureIdentities: {a: {binding: {name: b}}}": "missing property 'selector'",
+	} {
+		if got := refusal(t, values); !strings.Contains(got, want) {
+			t.Errorf("%s: Helm says\n%s\nwhich lacks %q", values, got, want)
+		}
+	}
+}
+
+// Definitions that were part of a release could be deleted with it, and every object in the cluster with them. In the
+// folder crds they belong to no release.
+func TestNoReleaseOwnsTheDefinitions(t *testing.T) {
+	files, err := filepath.Glob(filepath.Join(chart, "crds", "*.yaml"))
+	if err != nil || len(files) != 4 {
+		t.Errorf("crds holds %v: %v", files, err)
+	}
+	templates, err := filepath.Glob(filepath.Join(chart, "templates", "*"))
+	if err != nil || len(templates) == 0 {
+		t.Fatal(err)
+	}
+	for _, file := range templates {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(data), "kind: CustomResourceDefinition") {
+			t.Errorf("%s holds a definition", file)
+		}
+	}
+}

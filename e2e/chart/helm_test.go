@@ -1,0 +1,145 @@
+// Package chart_test renders the Helm chart as users do and looks at what comes out.
+package chart_test
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"sigs.k8s.io/yaml"
+)
+
+const (
+	chart = "../../deploy/podidentity"
+	group = "aadpodidentity.k8s.io"
+)
+
+// helmBinary is the Helm of this module's go.mod.
+var helmBinary string
+
+func TestMain(m *testing.M) {
+	path, err := exec.Command("go", "tool", "-n", "helm").CombinedOutput()
+	if err != nil {
+		os.Stderr.WriteString("go tool -n helm: " + err.Error() + "\n" + string(path))
+		os.Exit(1)
+	}
+	lines := strings.Split(strings.TrimSpace(string(path)), "\n")
+	helmBinary = lines[len(lines)-1]
+	os.Exit(m.Run())
+}
+
+// helm runs Helm without anything of the user's, and without a cluster.
+func helm(t *testing.T, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
+	home := t.TempDir()
+	command := exec.CommandContext(t.Context(), helmBinary, args...)
+	command.Env = []string{
+		"HOME=" + home,
+		"HELM_CACHE_HOME=" + home, "HELM_CONFIG_HOME=" + home, "HELM_DATA_HOME=" + home,
+		"KUBECONFIG=" + filepath.Join(home, "none"),
+	}
+	var out, errs bytes.Buffer
+	command.Stdout, command.Stderr = &out, &errs
+	err = command.Run()
+	return out.String(), errs.String(), err
+}
+
+// rendered is what the chart makes of some values, by kind.
+type rendered struct {
+	daemonSets      []*appsv1.DaemonSet
+	serviceAccounts []*corev1.ServiceAccount
+	clusterRoles    map[string]*rbacv1.ClusterRole
+	bindings        []*rbacv1.ClusterRoleBinding
+	// Our own kinds as plain values: what the API server thinks of such is tested elsewhere.
+	custom []map[string]any
+}
+
+// render renders the chart as release "podidentity" in namespace "kube-system". Values are YAML.
+func render(t *testing.T, values string) rendered {
+	t.Helper()
+	stdout, stderr, err := helm(t, "template", "podidentity", chart, "--namespace", "kube-system", "--values",
+		valuesFile(t, values))
+	if err != nil {
+		t.Fatalf("helm template: %v\n%s", err, stderr)
+	}
+	return parse(t, stdout)
+}
+
+// refusal returns what Helm says to values that the chart refuses.
+func refusal(t *testing.T, values string) string {
+	t.Helper()
+	_, stderr, err := helm(t, "template", "podidentity", chart, "--values", valuesFile(t, values))
+	if err == nil {
+		t.Fatalf("accepted:\n%s", values)
+	}
+	return stderr
+}
+
+func valuesFile(t *testing.T, values string) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "values.yaml")
+	if err := os.WriteFile(file, []byte(values), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// parse decodes strictly: a misspelt field in a template is an error here, not a field that the API server drops.
+func parse(t *testing.T, manifests string) rendered {
+	t.Helper()
+	scheme := runtime.NewScheme()
+	for _, add := range []func(*runtime.Scheme) error{appsv1.AddToScheme, corev1.AddToScheme, rbacv1.AddToScheme} {
+		if err := add(scheme); err != nil {
+			t.Fatal(err)
+		}
+	}
+	decoder := serializer.NewCodecFactory(scheme, serializer.EnableStrict).UniversalDeserializer()
+	result := rendered{clusterRoles: map[string]*rbacv1.ClusterRole{}}
+	for _, manifest := range strings.Split("\n"+manifests, "\n---") {
+		var content map[string]any
+		if err := yaml.Unmarshal([]byte(manifest), &content); err != nil {
+			t.Fatalf("%v:\n%s", err, manifest)
+		}
+		if content == nil {
+			continue
+		}
+		if content["apiVersion"] == group+"/v1" {
+			result.custom = append(result.custom, content)
+			continue
+		}
+		object, _, err := decoder.Decode([]byte(manifest), nil, nil)
+		if err != nil {
+			t.Fatalf("%v:\n%s", err, manifest)
+		}
+		switch object := object.(type) {
+		case *appsv1.DaemonSet:
+			result.daemonSets = append(result.daemonSets, object)
+		case *corev1.ServiceAccount:
+			result.serviceAccounts = append(result.serviceAccounts, object)
+		case *rbacv1.ClusterRole:
+			result.clusterRoles[object.Name] = object
+		case *rbacv1.ClusterRoleBinding:
+			result.bindings = append(result.bindings, object)
+		default:
+			t.Fatalf("the chart renders a %T, which nobody expects", object)
+		}
+	}
+	return result
+}
+
+// nmi returns the one DaemonSet and its one container.
+func (r rendered) nmi(t *testing.T) (*appsv1.DaemonSet, *corev1.Container) {
+	t.Helper()
+	if len(r.daemonSets) != 1 || len(r.daemonSets[0].Spec.Template.Spec.Containers) != 1 {
+		t.Fatalf("want one DaemonSet with one container: %+v", r.daemonSets)
+	}
+	return r.daemonSets[0], &r.daemonSets[0].Spec.Template.Spec.Containers[0]
+}

@@ -1,0 +1,195 @@
+package crds_test
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"sigs.k8s.io/yaml"
+)
+
+func TestTheAPIServerTakesTheDefinitions(t *testing.T) {
+	resources := loadResources(t)
+	if len(resources) != len(kinds) {
+		t.Errorf("%s holds %d CRDs, want %d", crdFolder, len(resources), len(kinds))
+	}
+	for _, kind := range kinds {
+		resource := resources[kind]
+		if resource == nil {
+			t.Errorf("%s holds no CRD of %s", crdFolder, kind)
+			continue
+		}
+		for _, err := range resource.checkDefinition(t) {
+			t.Errorf("%s: %v", kind, err)
+		}
+		// Groups under k8s.io are protected: without it the API server refuses the CRD.
+		if got := resource.crd.Annotations["api-approved.kubernetes.io"]; got != "unapproved" {
+			t.Errorf("%s: annotation api-approved.kubernetes.io is %q", kind, got)
+		}
+		if got := resource.crd.Spec.Scope; got != "Namespaced" {
+			t.Errorf("%s: scope is %s", kind, got)
+		}
+	}
+}
+
+// Only the controller writes a status, and only that of assignments; on the other kinds a status subresource would
+// make stored manifests behave differently.
+func TestOnlyAssignmentsHaveAStatusSubresource(t *testing.T) {
+	for kind, resource := range loadResources(t) {
+		has := resource.crd.Spec.Subresources != nil && resource.crd.Spec.Subresources.Status != nil
+		if want := kind == "AzureAssignedIdentity"; has != want {
+			t.Errorf("%s: status subresource is %v, want %v", kind, has, want)
+		}
+	}
+}
+
+func TestPrinterColumns(t *testing.T) {
+	want := map[string][]string{
+		"AzureIdentity":             {"Type", "ClientID", "ResourceID", "TenantID", "Age"},
+		"AzureIdentityBinding":      {"AzureIdentity", "Selector", "Age"},
+		"AzureAssignedIdentity":     {"Pod", "PodNamespace", "AzureIdentity", "Node", "Status", "Age"},
+		"AzurePodIdentityException": {"PodLabels", "Age"},
+	}
+	for kind, resource := range loadResources(t) {
+		var got []string
+		for _, column := range resource.crd.Spec.AdditionalPrinterColumns {
+			got = append(got, column.Name)
+		}
+		if !slices.Equal(got, want[kind]) {
+			t.Errorf("%s: columns are %v, want %v", kind, got, want[kind])
+		}
+	}
+}
+
+func TestManifestsThatWorkedAreAccepted(t *testing.T) {
+	resources := loadResources(t)
+	for _, file := range manifests(t, "accepted") {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			resource, object, unknown := load(t, resources, file)
+			if err := resource.create(t, object); err != nil {
+				t.Errorf("refused: %v", err)
+			}
+			if strings.HasPrefix(filepath.Base(file), "every-field-") && len(unknown) > 0 {
+				t.Errorf("fields that the predecessor kept are dropped: %v", unknown)
+			}
+		})
+	}
+}
+
+func TestManifestsThatNeverWorkedAreRefusedWithAWayOut(t *testing.T) {
+	resources := loadResources(t)
+	for _, file := range manifests(t, "refused") {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			resource, object, _ := load(t, resources, file)
+			err := resource.create(t, object)
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			if want := wanted(t, file); !strings.Contains(err.Error(), want) {
+				t.Errorf("the message lacks %q: %v", want, err)
+			}
+		})
+	}
+}
+
+// Each refused manifest may be stored in a cluster that comes from the predecessor, but for those whose JSON types its
+// schema refused as well.
+func TestStoredObjectsThatWouldBeRefusedNowCanStillBeRelabelledAndFreed(t *testing.T) {
+	resources := loadResources(t)
+	for _, file := range manifests(t, "refused") {
+		if strings.HasPrefix(filepath.Base(file), "json-type-") {
+			continue
+		}
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			resource, stored, _ := load(t, resources, file)
+			stored.SetResourceVersion("1")
+			stored.SetFinalizers([]string{"example.com/hold"})
+
+			relabelled := stored.DeepCopy()
+			relabelled.SetLabels(map[string]string{"team": "a"})
+			if err := resource.update(t, stored, relabelled); err != nil {
+				t.Errorf("its labels cannot be changed: %v", err)
+			}
+			freed := stored.DeepCopy()
+			freed.SetFinalizers(nil)
+			if err := resource.update(t, stored, freed); err != nil {
+				t.Errorf("its finalizer cannot be removed: %v", err)
+			}
+		})
+	}
+}
+
+func TestAStoredObjectCanBeChangedOnlyIntoOneThatCanWork(t *testing.T) {
+	resources := loadResources(t)
+	resource, stored, _ := load(t, resources, "testdata/refused/identity-type0-resourceid-missing.yaml")
+	stored.SetResourceVersion("1")
+
+	worse := stored.DeepCopy()
+	set(t, worse, "11111111-2222-3333-4444-555555555555", "spec", "clientID")
+	if err := resource.update(t, stored, worse); err == nil {
+		t.Error("a change that leaves resourceID missing is accepted")
+	}
+	emptied := stored.DeepCopy()
+	unstructured.RemoveNestedField(emptied.Object, "spec")
+	if err := resource.update(t, stored, emptied); err == nil {
+		t.Error("removing the whole spec is accepted")
+	}
+	fixed := stored.DeepCopy()
+	set(t, fixed, "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/i",
+		"spec", "resourceID")
+	if err := resource.update(t, stored, fixed); err != nil {
+		t.Errorf("the correction is refused: %v", err)
+	}
+}
+
+func manifests(t *testing.T, folder string) []string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join("testdata", folder, "*.yaml"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no manifests in %s: %v", folder, err)
+	}
+	return files
+}
+
+func load(t *testing.T, resources map[string]*resource, file string) (*resource, *unstructured.Unstructured, []string) {
+	t.Helper()
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var head struct{ APIVersion, Kind string }
+	if err := yaml.Unmarshal(data, &head); err != nil {
+		t.Fatalf("%s: %v", file, err)
+	}
+	resource := resources[head.Kind]
+	if resource == nil || head.APIVersion != group+"/v1" {
+		t.Fatalf("%s is a %s of %s, not of ours", file, head.Kind, head.APIVersion)
+	}
+	object, unknown := resource.decode(t, data)
+	return resource, object, unknown
+}
+
+// wanted returns the text that the answer to a refused manifest must hold: its first line says so.
+func wanted(t *testing.T, file string) string {
+	t.Helper()
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, _, _ := strings.Cut(string(data), "\n")
+	want, found := strings.CutPrefix(first, "# want: ")
+	if !found || want == "" {
+		t.Fatalf("%s does not begin with a line '# want: TEXT'", file)
+	}
+	return want
+}
+
+func set(t *testing.T, object *unstructured.Unstructured, value string, path ...string) {
+	t.Helper()
+	if err := unstructured.SetNestedField(object.Object, value, path...); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,15 @@
+#!/bin/sh
+# gotest.sh GO FOLDER ARGS...: runs `GO test ARGS...` in FOLDER and fails if a test fails or is skipped. A test that
+# cannot run here has shown nothing, so it must not look as if it had.
+set -u
+go=$1 folder=$2
+shift 2
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+{ "$go" -C "$folder" test -v "$@" 2>&1; echo "exit status $?"; } | tee "$log" | grep -vE '^ *(=== |--- PASS)'
+if grep -q '^ *--- SKIP' "$log"; then
+	echo "tests were skipped:" >&2
+	grep '^ *--- SKIP' "$log" >&2
+	exit 1
+fi
+grep -q '^exit status 0$' "$log"

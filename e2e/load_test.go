@@ -1,0 +1,103 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+// load asks for a token again and again from a pod's network, on new connections, until stop.
+type load struct {
+	mu       sync.Mutex
+	statuses map[int]int // 0: no answer
+	tokens   map[string]int
+	lastGood time.Time
+	longest  time.Duration // without a token
+	stop     context.CancelFunc
+	done     sync.WaitGroup
+}
+
+// startLoad runs with some workers for at most two minutes.
+func (s *space) startLoad(pod string, workers int, resource string) *load {
+	s.t.Helper()
+	netns, err := world.PodNetns(s.t.Context(), s.name, pod)
+	must(s.t, err)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	l := &load{statuses: map[int]int{}, tokens: map[string]int{}, lastGood: time.Now(), stop: cancel}
+	for range workers {
+		client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: cluster.DialFrom(fmt.Sprintf("/proc/self/fd/%d", netns.Fd()), nil), DisableKeepAlives: true}}
+		l.done.Go(func() {
+			for ctx.Err() == nil {
+				status, body := get(ctx, client, "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource="+resource)
+				if ctx.Err() != nil {
+					return
+				}
+				l.note(status, body)
+				if status == 0 {
+					time.Sleep(5 * time.Millisecond) // no spinning while nobody listens
+				}
+			}
+		})
+	}
+	s.t.Cleanup(func() { l.end(); netns.Close() })
+	return l
+}
+
+func get(ctx context.Context, client *http.Client, url string) (int, string) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return 0, err.Error()
+	}
+	req.Header.Set("Metadata", "true")
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	return resp.StatusCode, string(body)
+}
+
+func (l *load) note(status int, body string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.statuses[status]++
+	if status == http.StatusOK {
+		l.tokens[body]++
+		l.longest = max(l.longest, time.Since(l.lastGood))
+		l.lastGood = time.Now()
+	}
+}
+
+func (l *load) end() {
+	l.stop()
+	l.done.Wait()
+}
+
+// good waits until the load has had n more tokens.
+func (l *load) good(t *testing.T, n int, within time.Duration) {
+	t.Helper()
+	l.mu.Lock()
+	from := l.statuses[200]
+	l.mu.Unlock()
+	eventually(t, within, func() error {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if got := l.statuses[200] - from; got < n {
+			return fmt.Errorf("%d of %d tokens; statuses so far %v", got, n, l.statuses)
+		}
+		return nil
+	})
+}
+
+func (l *load) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return fmt.Sprintf("statuses %v, longest time without a token %.2f s", l.statuses, l.longest.Seconds())
+}

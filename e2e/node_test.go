@@ -1,0 +1,183 @@
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+func TestUninstallLeavesTheNodesAsTheyWere(t *testing.T) {
+	must(t, world.InstallChart(t.Context(), "--set", "nmi.uninstall=true"))
+	for _, node := range world.Nodes() {
+		now, err := stateOf(t.Context(), node)
+		must(t, err)
+		was := before[node]
+		for _, part := range []struct{ what, was, now string }{
+			{"rules", was.rules, now.rules}, {"links", was.links, now.links}, {"addresses", was.addresses, now.addresses}, {"sysctls", was.sysctls, now.sysctls},
+		} {
+			if part.what == "rules" {
+				// The network plugin's own rules for pods come and go; ours carry our name.
+				if strings.Contains(strings.ToLower(part.now), "podidentity") || strings.Contains(part.now, "169.254") {
+					t.Errorf("%s: rules are left:\n%s", node, part.now)
+				}
+				continue
+			}
+			if removed := strings.ReplaceAll(part.now, "cni0", ""); strings.Contains(removed, "podidentity") || strings.Contains(removed, "169.254.25.79") {
+				t.Errorf("%s: %s are left:\n%s", node, part.what, part.now)
+			}
+		}
+		if was.sysctls != withoutCNI(now.sysctls) {
+			t.Errorf("%s: sysctls were\n%s\nand are\n%s", node, was.sysctls, now.sysctls)
+		}
+	}
+	must(t, world.InstallChart(t.Context()))
+	for _, node := range world.Nodes() {
+		must(t, nmiReady(t.Context(), node))
+	}
+}
+
+// withoutCNI leaves out what belongs to the bridge of the network plugin, which comes with the first pod.
+func withoutCNI(s string) string {
+	var kept strings.Builder
+	for line := range strings.Lines(s) {
+		if !strings.Contains(line, "cni0") {
+			kept.WriteString(line)
+		}
+	}
+	return kept.String()
+}
+
+func TestLogAndMetricsSayWhatThePodIsTold(t *testing.T) {
+	s, id := newSpace(t), newIdentity(t)
+	s.bind("app", "app", id)
+	s.pod("good", "app", "node1")
+	s.pod("bad", "none", "node1")
+	refusals := metric(t, "node1", "podidentity_nmi_decisions_total", `reason="no_matching_binding"`)
+	token := s.ask("good", vault)
+	s.mustHaveTokenOf(token, id, vault)
+	s.mustBeRefused(s.ask("bad", vault), 400, "no_matching_binding")
+	if now := metric(t, "node1", "podidentity_nmi_decisions_total", `reason="no_matching_binding"`); now != refusals+1 {
+		t.Errorf("the refusals went from %v to %v", refusals, now)
+	}
+	if n := metric(t, "node1", "aadpodidentity_nmi_operations_duration_seconds_count", `operation_type="token"`, `status_code="200"`); n == 0 {
+		t.Error("no request is in the predecessor's histogram")
+	}
+	eventually(t, 10*time.Second, func() error {
+		logs, err := world.Kubectl(t.Context(), "logs", "-n", cluster.ChartNamespace, nmiPod(t, "node1"), "--tail", "200")
+		if err != nil {
+			return err
+		}
+		if strings.Contains(logs, token.token()) || strings.Contains(logs, "eyJ") {
+			t.Fatal("a token is in the log")
+		}
+		if strings.Contains(logs, id.ClientID) {
+			t.Fatal("a whole client ID is in the log")
+		}
+		for _, want := range []string{
+			`"reason":"allowed"`, `"reason":"no_matching_binding"`, `"pod_namespace":"` + s.name + `"`, `"pod":"good"`, `"pod":"bad"`, `"identity":"` + s.name + `/app"`, `"request_id":"`, `"duration_ms":`,
+		} {
+			if !strings.Contains(logs, want) {
+				return fmt.Errorf("the log lacks %s:\n%s", want, logs)
+			}
+		}
+		return nil
+	})
+}
+
+// nmiBinary builds NMI for the tests that run it by hand.
+func nmiBinary(t *testing.T) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "nmi")
+	cmd := exec.Command("go", "build", "-o", file, "./cmd/nmi")
+	cmd.Dir = ".."
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("building NMI: %v\n%s", err, out)
+	}
+	return file
+}
+
+func TestWhatCannotWorkIsRefusedWithOneSentenceAndNothingChanged(t *testing.T) {
+	nmi := nmiBinary(t)
+	kubelet := filepath.Join(t.TempDir(), "kubelet")
+	must(t, os.WriteFile(kubelet, []byte("KUBELET_FLAGS=--network-plugin=kubenet"), 0o600))
+	account := "--kubeconfig=" + world.Kubeconfig()
+	cases := []struct {
+		name string
+		args []string
+		want string
+	}{
+		{"unknown flag", []string{nmi, "--nope"}, "unknown flag: --nope"},
+		{"value out of range", []string{nmi, "--node=node1", "--pod-lookup-timeout=1h"}, "--pod-lookup-timeout 1h0m0s is out of range"},
+		{"no such node", []string{nmi, "--node=nowhere", account}, "no node of this name"},
+		{"kubenet", []string{nmi, "--node=node1", account, "--kubelet-config=" + kubelet}, "--allow-network-plugin-kubenet"},
+		{"no NET_ADMIN", []string{"setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", nmi, "--node=node1", account}, "NET_ADMIN"},
+		{"no iptables", []string{"unshare", "--mount", "sh", "-c", "mount -t tmpfs x /usr/sbin && mount -t tmpfs x /sbin && PATH=/nowhere exec " + nmi + " --node=node1 " + account}, "iptables"},
+		{"probe port in use", []string{nmi, "--node=node1", account, "--prometheus-port=9191"}, "--http-probe-port"},
+		{"port in use", []string{nmi, "--node=node1", account, "--http-probe-port=8185", "--prometheus-port=9191"}, "--nmi-port"},
+		{"no such back end", []string{nmi, "--node=node1", "--iptables-backend=ebtables"}, "--iptables-backend"},
+		{"standard mode", []string{nmi, "--node=node1", "--operation-mode=standard"}, "MIC"},
+	}
+	was, err := stateOf(t.Context(), "node1")
+	must(t, err)
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			cmd, err := world.InNodeCommand(t.Context(), "node1", c.args[0], c.args[1:]...)
+			must(t, err)
+			var stderr bytes.Buffer
+			cmd.Stderr = &stderr
+			if err := cmd.Run(); err == nil {
+				t.Error("its exit status is 0")
+			}
+			var sentences []string
+			for line := range strings.Lines(stderr.String()) {
+				if !strings.HasPrefix(line, "{") { // the log
+					sentences = append(sentences, line)
+				}
+			}
+			if len(sentences) != 1 || !strings.Contains(sentences[0], c.want) {
+				t.Errorf("it says %q; want one line about %q\n%s", sentences, c.want, stderr.String())
+			}
+			if now, err := stateOf(t.Context(), "node1"); err != nil || now != was {
+				t.Errorf("the node was\n%+v\nand is\n%+v (%v)", was, now, err)
+			}
+		})
+	}
+}
+
+func TestManifestsAreAcceptedAndRefusedByTheAPIServerAsByTheSchema(t *testing.T) {
+	s := newSpace(t)
+	for _, kind := range []string{"accepted", "refused"} {
+		files, err := filepath.Glob("crds/testdata/" + kind + "/*.yaml")
+		must(t, err)
+		if len(files) < 3 {
+			t.Fatalf("%d files of manifests that are %s", len(files), kind)
+		}
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			must(t, err)
+			_, err = world.Kubectl(t.Context(), "apply", "--dry-run=server", "--validate=warn", "-n", s.name, "-f", file)
+			if kind == "accepted" {
+				if err != nil {
+					t.Errorf("%s: %v", file, err)
+				}
+				continue
+			}
+			first, _, _ := strings.Cut(string(text), "\n")
+			want := strings.TrimSpace(strings.TrimPrefix(first, "# want:"))
+			if want == "" || want == first {
+				t.Fatalf("%s does not say what is wanted", file)
+			}
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v; want %q", file, err, want)
+			}
+		}
+	}
+}
