@@ -1,0 +1,145 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/podidentity/podidentity/e2e/azure"
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+const (
+	nodeName  = "bench"
+	namespace = "bench"
+	pods      = 250
+	spread    = 50 // namespaces that the other identities are in
+)
+
+// shared is the identity that all pods are bound to.
+var shared = azure.Identity{
+	ClientID:   "be9c4000-0000-4000-8000-000000000001",
+	ObjectID:   "be9c4001-0000-4000-8000-000000000001",
+	ResourceID: "/subscriptions/" + cluster.SubscriptionID + "/resourcegroups/bench/providers/Microsoft.ManagedIdentity/userAssignedIdentities/shared",
+	TenantID:   cluster.TenantID,
+}
+
+// podIP is the address of the i-th pod.
+func podIP(subnet, i int) string { return fmt.Sprintf("10.245.%d.%d", subnet, i+2) }
+
+// makeObjects fills the cluster: a node that no kubelet runs, its pods as a kubelet would report them, and identities.
+func makeObjects(ctx context.Context, c *cluster.Cluster, identities int) error {
+	config, err := clientcmd.BuildConfigFromFlags("", c.Kubeconfig())
+	if err != nil {
+		return err
+	}
+	config.Dial, config.QPS = c.DialContext, -1
+	kube, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		return err
+	}
+	custom, err := dynamic.NewForConfig(config)
+	if err != nil {
+		return err
+	}
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: nodeName}, Spec: corev1.NodeSpec{Unschedulable: true}}
+	if _, err := kube.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{}); err != nil {
+		return err
+	}
+	for i := range spread + 1 {
+		name := namespace
+		if i > 0 {
+			name = fmt.Sprintf("%s-%d", namespace, i)
+		}
+		if _, err := kube.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
+			return err
+		}
+	}
+	if err := inParallel(pods, func(i int) error { return makePod(ctx, kube, i) }); err != nil {
+		return err
+	}
+	if err := makeIdentity(ctx, custom, namespace, "shared", "app", shared); err != nil {
+		return err
+	}
+	return inParallel(identities-1, func(i int) error {
+		id := azure.Identity{
+			ClientID:   fmt.Sprintf("be9c4000-0000-4000-8000-%012d", i+2),
+			ResourceID: fmt.Sprintf("/subscriptions/%s/resourcegroups/bench/providers/Microsoft.ManagedIdentity/userAssignedIdentities/identity-%d", cluster.SubscriptionID, i),
+		}
+		name := fmt.Sprintf("identity-%d", i)
+		return makeIdentity(ctx, custom, fmt.Sprintf("%s-%d", namespace, i%spread+1), name, name, id)
+	})
+}
+
+func makePod(ctx context.Context, kube kubernetes.Interface, i int) error {
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("pod-%d", i), Namespace: namespace, Labels: map[string]string{
+			"aadpodidbinding": "app", "app.kubernetes.io/name": "shop", "app.kubernetes.io/instance": "shop", "pod-template-hash": "6f7d9c5b8"}},
+		Spec: corev1.PodSpec{NodeName: nodeName, ServiceAccountName: "default", Containers: []corev1.Container{{Name: "c", Image: "none"}}},
+	}
+	var made *corev1.Pod
+	var err error
+	// The ServiceAccount of a new namespace comes a moment later.
+	for range 100 {
+		made, err = kube.CoreV1().Pods(namespace).Create(ctx, pod, metav1.CreateOptions{})
+		if err == nil || !apierrors.IsForbidden(err) {
+			break
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	if err != nil {
+		return err
+	}
+	ip := podIP(nmiSubnet, i)
+	made.Status = corev1.PodStatus{Phase: corev1.PodRunning, PodIP: ip, PodIPs: []corev1.PodIP{{IP: ip}}}
+	_, err = kube.CoreV1().Pods(namespace).UpdateStatus(ctx, made, metav1.UpdateOptions{})
+	return err
+}
+
+func makeIdentity(ctx context.Context, custom dynamic.Interface, namespace, name, selector string, id azure.Identity) error {
+	make := func(kind, resource, name string, spec map[string]any) error {
+		o := &unstructured.Unstructured{Object: map[string]any{
+			"apiVersion": "aadpodidentity.k8s.io/v1", "kind": kind, "metadata": map[string]any{"name": name, "namespace": namespace}, "spec": spec}}
+		gvr := schema.GroupVersionResource{Group: "aadpodidentity.k8s.io", Version: "v1", Resource: resource}
+		_, err := custom.Resource(gvr).Namespace(namespace).Create(ctx, o, metav1.CreateOptions{})
+		return err
+	}
+	if err := make("AzureIdentity", "azureidentities", name, map[string]any{"type": int64(0), "clientID": id.ClientID, "resourceID": id.ResourceID}); err != nil {
+		return err
+	}
+	return make("AzureIdentityBinding", "azureidentitybindings", name+"-binding", map[string]any{"azureIdentity": name, "selector": selector})
+}
+
+// inParallel does n things, some at a time, and stops at the first error.
+func inParallel(n int, do func(i int) error) error {
+	const atOnce = 16
+	var wg sync.WaitGroup
+	var once sync.Once
+	var failed error
+	next := make(chan int)
+	for range atOnce {
+		wg.Go(func() {
+			for i := range next {
+				if err := do(i); err != nil {
+					once.Do(func() { failed = err })
+				}
+			}
+		})
+	}
+	for i := range n {
+		next <- i
+	}
+	close(next)
+	wg.Wait()
+	return failed
+}

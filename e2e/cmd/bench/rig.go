@@ -1,0 +1,309 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/podidentity/podidentity/e2e/azure"
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+// Two nodes, each with a namespace for the addresses of its pods, on the cluster's bridge; and IMDS behind the first.
+const (
+	nmiSubnet, bareSubnet = 1, 2
+	// The cluster removes all namespaces with this prefix when it is taken down, whatever becomes of us.
+	prefix     = "podid-bench-"
+	imdsNetns  = prefix + "imds"
+	bridge     = "podid-br0"
+	apiService = "10.10.0.1"
+)
+
+// rig is what is measured.
+type rig struct {
+	cluster   *cluster.Cluster
+	dir       string
+	nmi, bare *station
+	azure     *azure.Client
+	nmiLog    *os.File
+	processes []*exec.Cmd
+}
+
+// station is a node and the namespace its pods' addresses are in.
+type station struct {
+	node, podsNetns string
+	subnet          int
+}
+
+func newStation(name string, subnet int) *station {
+	return &station{node: prefix + name, podsNetns: prefix + name + "-pods", subnet: subnet}
+}
+
+func repo() string {
+	dir, err := cluster.RepoDir()
+	if err != nil {
+		return ".."
+	}
+	return dir
+}
+
+func newRig(ctx context.Context, c *cluster.Cluster) (*rig, error) {
+	dir, err := os.MkdirTemp("", "podidentity-bench-")
+	if err != nil {
+		return nil, err
+	}
+	r := &rig{cluster: c, dir: dir, nmi: newStation("nmi", nmiSubnet), bare: newStation("bare", bareSubnet)}
+	if err := errors.Join(r.nmi.wire(ctx), r.bare.wire(ctx), r.wireIMDS(ctx)); err != nil {
+		return nil, errors.Join(err, r.close())
+	}
+	if err := r.startIMDS(ctx); err != nil {
+		return nil, errors.Join(err, r.close())
+	}
+	return r, nil
+}
+
+// close ends what was started here. The namespaces go with the cluster.
+func (r *rig) close() error {
+	for _, p := range r.processes {
+		_ = p.Process.Signal(syscall.SIGTERM)
+		_ = p.Wait() // it was told to end
+	}
+	if r.nmiLog != nil {
+		r.nmiLog.Close()
+	}
+	return os.RemoveAll(r.dir)
+}
+
+// wire makes the two namespaces of a station. All of it is below the cluster's own, which have no way out.
+func (s *station) wire(ctx context.Context) error {
+	node, pods := s.node, s.podsNetns
+	gateway := fmt.Sprintf("10.245.%d.1", s.subnet)
+	commands := [][]string{
+		{"netns", "add", node}, {"netns", "add", pods},
+		{"-n", node, "link", "set", "lo", "up"}, {"-n", pods, "link", "set", "lo", "up"},
+		// to the control plane
+		{"-n", "podid-cp", "link", "add", "pb" + strconv.Itoa(s.subnet), "type", "veth", "peer", "name", "eth0", "netns", node},
+		{"-n", "podid-cp", "link", "set", "pb" + strconv.Itoa(s.subnet), "master", bridge, "up"},
+		{"-n", node, "addr", "add", fmt.Sprintf("10.10.0.%d/24", 20+s.subnet), "dev", "eth0"}, {"-n", node, "link", "set", "eth0", "up"},
+		{"-n", node, "route", "add", "10.96.0.0/16", "via", apiService},
+		// to the pods
+		{"-n", node, "link", "add", "pods", "type", "veth", "peer", "name", "eth0", "netns", pods},
+		{"-n", node, "addr", "add", gateway + "/24", "dev", "pods"}, {"-n", node, "link", "set", "pods", "up"},
+		{"-n", pods, "link", "set", "eth0", "up"},
+	}
+	for i := range podsOnANode {
+		commands = append(commands, []string{"-n", pods, "addr", "add", podIP(s.subnet, i) + "/24", "dev", "eth0"})
+	}
+	commands = append(commands, []string{"-n", pods, "route", "add", "default", "via", gateway})
+	if err := ip(ctx, commands...); err != nil {
+		return err
+	}
+	return inNetns(ctx, node, "sysctl", "-qw", "net.ipv4.ip_forward=1").Run()
+}
+
+const podsOnANode = pods
+
+// wireIMDS puts the metadata service behind the node of NMI, over a route, as on Azure.
+func (r *rig) wireIMDS(ctx context.Context) error {
+	return ip(ctx,
+		[]string{"netns", "add", imdsNetns}, []string{"-n", imdsNetns, "link", "set", "lo", "up"},
+		[]string{"-n", imdsNetns, "addr", "add", "169.254.169.254/32", "dev", "lo"},
+		[]string{"-n", r.nmi.node, "link", "add", "imds", "type", "veth", "peer", "name", "eth0", "netns", imdsNetns},
+		[]string{"-n", r.nmi.node, "addr", "add", "10.246.0.1/24", "dev", "imds"}, []string{"-n", r.nmi.node, "link", "set", "imds", "up"},
+		[]string{"-n", imdsNetns, "addr", "add", "10.246.0.2/24", "dev", "eth0"}, []string{"-n", imdsNetns, "link", "set", "eth0", "up"},
+		[]string{"-n", imdsNetns, "route", "add", "default", "via", "10.246.0.1"},
+		[]string{"-n", r.nmi.node, "route", "add", "169.254.169.254/32", "via", "10.246.0.2"},
+	)
+}
+
+func ip(ctx context.Context, commands ...[]string) error {
+	for _, args := range commands {
+		if out, err := exec.CommandContext(ctx, "ip", args...).CombinedOutput(); err != nil {
+			return fmt.Errorf("ip %s: %w: %s", strings.Join(args, " "), err, out)
+		}
+	}
+	return nil
+}
+
+func inNetns(ctx context.Context, netns string, program string, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, "nsenter", append([]string{"--net=/run/netns/" + netns, "--", program}, args...)...)
+}
+
+// start runs a process until close, and ends it with this program whatever happens to that. The thread that starts it
+// must live as long as we do, so it is that of main.
+func (r *rig) start(cmd *exec.Cmd) error {
+	runtime.LockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	r.processes = append(r.processes, cmd)
+	return nil
+}
+
+func (r *rig) startIMDS(ctx context.Context) error {
+	config := azure.Config{
+		IMDSAddr: "169.254.169.254:80", EntraAddr: "10.246.0.2:443", ControlSocket: filepath.Join(r.dir, "azure.sock"), StateDir: filepath.Join(r.dir, "azure"),
+		EntraHosts: []string{"login.microsoftonline.com"}, Tenant: cluster.TenantID,
+		Nodes: []azure.Node{{Name: nodeName, Sources: []netip.Prefix{netip.MustParsePrefix("10.246.0.1/32"), netip.MustParsePrefix("10.245.1.0/24")}}},
+	}
+	text, err := json.Marshal(config)
+	if err != nil {
+		return err
+	}
+	file := filepath.Join(r.dir, "azure.json")
+	if err := os.WriteFile(file, text, 0o600); err != nil {
+		return err
+	}
+	cmd := inNetns(context.WithoutCancel(ctx), imdsNetns, filepath.Join(repo(), "bin", "cluster"), "azure", "serve", "--config", file)
+	cmd.Stderr = os.Stderr
+	if err := r.start(cmd); err != nil {
+		return fmt.Errorf("starting the stand-in for IMDS: %w", err)
+	}
+	r.azure = azure.Dial(config.ControlSocket)
+	waiting, cancel := context.WithTimeout(ctx, 15*time.Second)
+	defer cancel()
+	if err := r.azure.WaitReady(waiting); err != nil {
+		return err
+	}
+	return r.azure.AddIdentity(ctx, shared)
+}
+
+// startNMI runs NMI with its defaults on its node, as the DaemonSet would.
+func (r *rig) startNMI(ctx context.Context) error {
+	binary := filepath.Join(r.dir, "nmi")
+	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", binary, "./cmd/nmi")
+	build.Dir, build.Env = repo(), append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("building NMI: %w\n%s", err, out)
+	}
+	var err error
+	if r.nmiLog, err = os.Create(filepath.Join(r.dir, "nmi.log")); err != nil {
+		return err
+	}
+	cmd := inNetns(context.WithoutCancel(ctx), r.nmi.node, binary, "--node="+nodeName, "--kubeconfig="+r.cluster.Kubeconfig())
+	cmd.Stderr = r.nmiLog
+	cmd.Env = append(os.Environ(), "GOMEMLIMIT=204MiB") // the chart's
+	if err := r.start(cmd); err != nil {
+		return fmt.Errorf("starting NMI: %w", err)
+	}
+	return r.waitReady(ctx, r.nmi.node, "http://127.0.0.1:8085/readyz")
+}
+
+func (r *rig) waitReady(ctx context.Context, netns, url string) error {
+	for range 600 {
+		if inNetns(ctx, netns, "curl", "-sf", "--max-time", "2", url).Run() == nil {
+			return nil
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	var why []byte
+	if r.nmiLog != nil {
+		why, _ = os.ReadFile(r.nmiLog.Name())
+	}
+	return fmt.Errorf("%s in %s is not ready after a minute\n%s", url, netns, why[max(0, len(why)-4000):])
+}
+
+// startBare runs the handler to compare with, with the very bytes that NMI answers.
+func (r *rig) startBare(ctx context.Context) error {
+	answer, err := r.nmi.client(0).once(ctx)
+	if err != nil {
+		return err
+	}
+	file := filepath.Join(r.dir, "answer.json")
+	if err := os.WriteFile(file, answer, 0o600); err != nil {
+		return err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	cmd := inNetns(context.WithoutCancel(ctx), r.bare.node, self, "bare", file)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := r.start(cmd); err != nil {
+		return fmt.Errorf("starting the bare handler: %w", err)
+	}
+	client := r.bare.client(0)
+	for range 100 {
+		if got, err := client.once(ctx); err == nil && bytes.Equal(got, answer) {
+			return nil
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	return fmt.Errorf("the bare handler does not answer: %s", stderr.String())
+}
+
+// burst lets all pods ask at once and returns what that cost IMDS.
+func (r *rig) burst(ctx context.Context) (calls int, slowest time.Duration, err error) {
+	if err := r.azure.ResetLog(ctx); err != nil {
+		return 0, 0, err
+	}
+	start := make(chan struct{})
+	results := make(chan error, pods)
+	var began time.Time
+	for i := range pods {
+		client := r.nmi.client(i)
+		go func() {
+			<-start
+			_, err := client.once(ctx)
+			results <- err
+		}()
+	}
+	began = time.Now()
+	close(start)
+	for range pods {
+		err = errors.Join(err, <-results)
+	}
+	slowest = time.Since(began)
+	stats, statsErr := r.azure.Stats(ctx)
+	if stats.IMDS.RequestsFromPods != 0 || stats.IMDS.ConnectionsFromPods != 0 {
+		err = errors.Join(err, errors.New("pods reached IMDS itself"))
+	}
+	return stats.IMDS.Token.Requests, slowest, errors.Join(err, statsErr)
+}
+
+// nmiMemory returns NMI's resident memory now and at its peak, in MiB.
+func (r *rig) nmiMemory() (now, peak float64, err error) {
+	// nsenter has become NMI: it is the process that was started second.
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", r.processes[1].Process.Pid))
+	if err != nil {
+		return 0, 0, err
+	}
+	for line := range strings.Lines(string(status)) {
+		var kib float64
+		if n, _ := fmt.Sscanf(line, "VmRSS: %f kB", &kib); n == 1 {
+			now = kib / 1024
+		}
+		if n, _ := fmt.Sscanf(line, "VmHWM: %f kB", &kib); n == 1 {
+			peak = kib / 1024
+		}
+	}
+	if now == 0 {
+		return 0, 0, errors.New("the memory of NMI is unreadable")
+	}
+	return now, peak, nil
+}
+
+// readAll reads a whole answer; less than a token is none.
+func readAll(resp *http.Response) ([]byte, error) {
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("status %d: %s", resp.StatusCode, body)
+	}
+	return body, err
+}

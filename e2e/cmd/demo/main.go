@@ -1,0 +1,261 @@
+// Command demo shows Pod Identity at work: on a real cluster on this machine, with a stand-in for Azure, installed with
+// the chart that users install. It explains each step, checks what it shows, exits 0 only if all of it is so, and takes
+// everything down again.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/podidentity/podidentity/e2e/azure"
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+const vault = "https://vault.azure.net"
+
+var shop = azure.Identity{
+	ClientID:   "0d46a1b2-0000-4000-8000-00000000cafe",
+	ObjectID:   "77777777-0000-4000-8000-00000000cafe",
+	ResourceID: "/subscriptions/" + cluster.SubscriptionID + "/resourcegroups/shop/providers/Microsoft.ManagedIdentity/userAssignedIdentities/shop",
+	TenantID:   cluster.TenantID,
+}
+
+const objects = `apiVersion: aadpodidentity.k8s.io/v1
+kind: AzureIdentity
+metadata: {name: shop}
+spec:
+  type: 0
+  clientID: %s
+  resourceID: %s
+---
+apiVersion: aadpodidentity.k8s.io/v1
+kind: AzureIdentityBinding
+metadata: {name: shop}
+spec: {azureIdentity: shop, selector: shop}
+`
+
+const pods = `apiVersion: v1
+kind: Pod
+metadata: {name: web, labels: {aadpodidbinding: shop}}
+spec:
+  nodeName: node1
+  terminationGracePeriodSeconds: 0
+  containers: [{name: web, image: %[1]s, imagePullPolicy: Never}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: stranger}
+spec:
+  nodeName: node1
+  terminationGracePeriodSeconds: 0
+  containers: [{name: stranger, image: %[1]s, imagePullPolicy: Never}]
+`
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	start := time.Now()
+	err := run(ctx)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "\ndemo failed:", err)
+		os.Exit(1)
+	}
+	fmt.Printf("\nAll of it is so. The demo took %.0f s.\n", time.Since(start).Seconds())
+}
+
+// demo is the cluster and what has gone wrong so far.
+type demo struct {
+	*cluster.Cluster
+	ctx context.Context
+}
+
+func run(ctx context.Context) (err error) {
+	title("A cluster of two nodes, and a stand-in for Azure")
+	say("etcd, API server, controllers, two kubelets with containerd, and an Azure that has Entra ID and the metadata\nservice, all in network namespaces of this machine without a way out. The first time Kubernetes is built from source.")
+	c, err := cluster.Start(ctx, cluster.Options{Progress: step})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		title("Taking everything down again")
+		err = errors.Join(err, c.Stop())
+	}()
+	d := &demo{c, ctx}
+
+	title("Installing the chart")
+	if err := c.InstallChart(ctx); err != nil {
+		return err
+	}
+	if err := d.show("kubectl get pods -n "+cluster.ChartNamespace+" -o wide", d.kubectl("get", "pods", "-n", cluster.ChartNamespace, "-o", "wide"), "Running"); err != nil {
+		return err
+	}
+	for _, chapter := range []func() error{d.rules, d.binding, d.token, d.refusal, d.whatIsLeft} {
+		if err := errors.Join(ctx.Err(), chapter()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *demo) rules() error {
+	title("The rules on a node")
+	say("Requests of pods to the metadata address are redirected to NMI (nat). Behind that stands a drop for whatever would\nbe forwarded there all the same (filter FORWARD), and a guard before NMI's own address (filter INPUT).")
+	return d.show("node1# iptables-save | grep -i podidentity", func() (string, error) {
+		out, err := d.InNode(d.ctx, "node1", "iptables-save")
+		return grep(out, "podidentity"), err
+	}, "DNAT --to-destination", "DROP")
+}
+
+func (d *demo) binding() error {
+	title("An identity, its binding, and two pods")
+	say("Azure has a managed identity \"shop\", attached to the machines. The binding gives it to pods labelled\naadpodidbinding: shop. Pod web has that label; pod stranger has none.")
+	if err := d.Azure().AddIdentity(d.ctx, shop); err != nil {
+		return err
+	}
+	text := fmt.Sprintf(objects, shop.ClientID, shop.ResourceID)
+	fmt.Print(indent(text))
+	if err := d.Apply(d.ctx, text); err != nil {
+		return err
+	}
+	if err := d.Apply(d.ctx, fmt.Sprintf(pods, cluster.TestImage)); err != nil {
+		return err
+	}
+	if _, err := d.Kubectl(d.ctx, "wait", "--for=condition=Ready", "pod/web", "pod/stranger", "--timeout=60s"); err != nil {
+		return err
+	}
+	return d.show("kubectl get pods,azureidentities,azureidentitybindings", d.kubectl("get", "pods,azureidentities,azureidentitybindings"), "web", "stranger", shop.ClientID)
+}
+
+const ask = "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource=" + vault
+
+func (d *demo) curl(pod string) func() (string, error) {
+	return func() (string, error) {
+		return d.InPod(d.ctx, "default", pod, "curl", "-s", "-H", "Metadata: true", ask)
+	}
+}
+
+func (d *demo) token() error {
+	title("Pod web asks for a token")
+	say("With an unmodified curl, at the address where every Azure SDK asks.")
+	out, err := d.curl("web")()
+	if err != nil {
+		return err
+	}
+	var answer map[string]string
+	if err := json.Unmarshal([]byte(out), &answer); err != nil {
+		return fmt.Errorf("the answer is not JSON: %w\n%s", err, out)
+	}
+	token := answer["access_token"]
+	if token == "" {
+		return fmt.Errorf("no token came: %s", out)
+	}
+	fmt.Printf("  web$ curl -s -H 'Metadata: true' '%s'\n%s\n", ask, indent(strings.Replace(out, token, token[:24]+"…", 1)))
+	claims, err := d.Azure().Verify(token)
+	if err != nil {
+		return fmt.Errorf("the token does not verify: %w", err)
+	}
+	if claims.AppID != shop.ClientID || claims.Audience != vault {
+		return fmt.Errorf("the token is for %s and %s", claims.AppID, claims.Audience)
+	}
+	say("The token is signed by the stand-in's Entra ID and says: appid %s, aud %s.", claims.AppID, claims.Audience)
+	return nil
+}
+
+func (d *demo) refusal() error {
+	title("Pod stranger asks, too")
+	say("It has no binding. It gets the error that IMDS gives for an identity that does not exist, with the reason beside it.")
+	return d.show("stranger$ curl -s -H 'Metadata: true' '"+ask+"'", d.curl("stranger"), `"error":"invalid_request"`, `"error_description":"Identity not found"`, `"reason":"pod_not_labelled"`)
+}
+
+func (d *demo) whatIsLeft() error {
+	title("What the operator sees")
+	say("One line of NMI's log for each request:")
+	pod, err := d.Kubectl(d.ctx, "get", "pods", "-n", cluster.ChartNamespace, "--field-selector", "spec.nodeName=node1", "-o", "name")
+	if err != nil {
+		return err
+	}
+	pod = strings.TrimSpace(pod)
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		err := d.show("kubectl logs -n "+cluster.ChartNamespace+" "+pod+" | grep pod_namespace", func() (string, error) {
+			out, err := d.Kubectl(d.ctx, "logs", "-n", cluster.ChartNamespace, pod)
+			return grep(out, "pod_namespace"), err
+		}, `"pod":"web"`, `"reason":"allowed"`, `"pod":"stranger"`, `"reason":"pod_not_labelled"`)
+		if err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			return err
+		}
+		time.Sleep(200 * time.Millisecond) // lines are written in batches
+	}
+	say("And in the metrics:")
+	if err := d.show("node1$ curl -s http://127.0.0.1:9090/metrics | grep -E 'decisions|cache_requests|upstream_requests'", func() (string, error) {
+		out, err := d.InNode(d.ctx, "node1", "curl", "-s", "http://127.0.0.1:9090/metrics")
+		return grep(out, "nmi_decisions_total{", "nmi_token_cache_requests_total{", "nmi_upstream_requests_total{"), err
+	}, `podidentity_nmi_decisions_total{reason="allowed"} 1`, `podidentity_nmi_decisions_total{reason="pod_not_labelled"} 1`); err != nil {
+		return err
+	}
+	stats, err := d.Azure().Stats(d.ctx)
+	if err != nil {
+		return err
+	}
+	say("The metadata service was asked for %d token; %d connections came to it from pods.", stats.IMDS.Token.Requests, stats.IMDS.ConnectionsFromPods)
+	if stats.IMDS.Token.Requests != 1 || stats.IMDS.ConnectionsFromPods != 0 {
+		return errors.New("it should have been asked for one token, by NMI alone")
+	}
+	return nil
+}
+
+func (d *demo) kubectl(args ...string) func() (string, error) {
+	return func() (string, error) { return d.Kubectl(d.ctx, args...) }
+}
+
+// show prints a command and what it says, and fails if that lacks something.
+func (d *demo) show(command string, do func() (string, error), wants ...string) error {
+	out, err := do()
+	if err != nil {
+		return fmt.Errorf("%s: %w", command, err)
+	}
+	for _, want := range wants {
+		if !strings.Contains(out, want) {
+			return fmt.Errorf("%s: lacks %s:\n%s", command, want, out)
+		}
+	}
+	fmt.Printf("  %s\n%s\n", command, indent(out))
+	return nil
+}
+
+func title(s string) { fmt.Printf("\n== %s\n\n", s) }
+
+func say(format string, args ...any) { fmt.Printf(format+"\n\n", args...) }
+
+func step(line string) { fmt.Println("  ", line) }
+
+func grep(text string, any ...string) string {
+	var kept strings.Builder
+	for line := range strings.Lines(text) {
+		for _, a := range any {
+			if strings.Contains(strings.ToLower(line), a) {
+				kept.WriteString(line)
+				break
+			}
+		}
+	}
+	return kept.String()
+}
+
+func indent(text string) string {
+	var out strings.Builder
+	for line := range strings.Lines(text) {
+		out.WriteString("    " + line)
+	}
+	return strings.TrimRight(out.String(), "\n") + "\n"
+}
