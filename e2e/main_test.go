@@ -20,6 +20,9 @@ var (
 	world  *cluster.Cluster
 	cloud  *azure.Client
 	before map[string]nodeState // of the nodes, before NMI was ever there
+
+	nmiBinary   string    // for tests that run it by hand
+	withoutCRDs lonelyNMI // how NMI fared before the chart was installed
 )
 
 func TestMain(m *testing.M) { os.Exit(runTests(m)) }
@@ -34,6 +37,7 @@ func runTests(m *testing.M) int {
 		return 1
 	}
 	defer func() {
+		_ = os.Remove(nmiBinary)
 		if err := world.Stop(); err != nil {
 			fmt.Fprintln(os.Stderr, "e2e: stopping the cluster:", err)
 		}
@@ -61,7 +65,12 @@ func prepare(ctx context.Context) error {
 		}
 		before[node] = state
 	}
-	return nil
+	var err error
+	if nmiBinary, err = buildNMI(ctx); err != nil {
+		return err
+	}
+	withoutCRDs, err = runWithoutCRDs(ctx)
+	return err
 }
 
 // nodeState is what NMI could leave behind on a node.

@@ -2,11 +2,13 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -91,21 +93,94 @@ func TestLogAndMetricsSayWhatThePodIsTold(t *testing.T) {
 	})
 }
 
-// nmiBinary builds NMI for the tests that run it by hand.
-func nmiBinary(t *testing.T) string {
-	t.Helper()
-	file := filepath.Join(t.TempDir(), "nmi")
-	cmd := exec.Command("go", "build", "-o", file, "./cmd/nmi")
+func buildNMI(ctx context.Context) (string, error) {
+	file := filepath.Join(os.TempDir(), fmt.Sprintf("podidentity-e2e-nmi-%d", os.Getpid()))
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", file, "./cmd/nmi")
 	cmd.Dir = ".."
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("building NMI: %v\n%s", err, out)
+		return "", fmt.Errorf("building NMI: %w\n%s", err, out)
 	}
-	return file
+	return file, nil
+}
+
+// lonelyNMI is an NMI run by hand on a cluster that has no definitions of our resources.
+type lonelyNMI struct {
+	readiness, log string
+	exit           error
+	rulesAfterExit string
+	afterUninstall nodeState
+}
+
+func runWithoutCRDs(ctx context.Context) (l lonelyNMI, err error) {
+	const node = "node1"
+	cmd, err := world.InNodeCommand(ctx, node, nmiBinary, "--node="+node, "--kubeconfig="+world.Kubeconfig())
+	if err != nil {
+		return l, err
+	}
+	var log bytes.Buffer
+	cmd.Stderr = &log
+	if err := cmd.Start(); err != nil {
+		return l, err
+	}
+	ask := "curl -s --max-time 2 http://127.0.0.1:8085/readyz"
+	// Long enough for it to look, and to look again.
+	for end := time.Now().Add(7 * time.Second); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
+		l.readiness, _ = world.InNode(ctx, node, "sh", "-c", ask)
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		return l, fmt.Errorf("NMI did not live on without definitions: %w\n%s", err, log.String())
+	}
+	l.exit = cmd.Wait()
+	l.log = log.String()
+	state, err := stateOf(ctx, node)
+	if err != nil {
+		return l, err
+	}
+	l.rulesAfterExit = state.rules
+	for range 2 { // the second time there is nothing to do
+		if _, err := world.InNode(ctx, node, nmiBinary, "uninstall"); err != nil {
+			return l, err
+		}
+	}
+	l.afterUninstall, err = stateOf(ctx, node)
+	return l, err
+}
+
+func TestWithoutDefinitionsNMIWaitsAndSaysSoWithItsRulesInPlace(t *testing.T) {
+	l := withoutCRDs
+	if !strings.Contains(l.readiness, "the cluster does not have azureidentities.aadpodidentity.k8s.io") {
+		t.Errorf("/readyz said %q", l.readiness)
+	}
+	if n := strings.Count(l.log, "waiting for the custom resource definitions"); n < 2 || n > 3 {
+		t.Errorf("it said so %d times in 7 s:\n%s", n, l.log)
+	}
+	if l.exit != nil {
+		t.Errorf("on SIGTERM: %v", l.exit)
+	}
+	if !strings.Contains(l.rulesAfterExit, "DNAT --to-destination 169.254.25.79:2579") || !strings.Contains(l.rulesAfterExit, "-d 169.254.169.254/32") {
+		t.Errorf("its rules did not stay:\n%s", l.rulesAfterExit)
+	}
+	if was := before["node1"]; withoutTables(l.afterUninstall) != withoutTables(was) {
+		t.Errorf("after uninstall the node was not as before:\n%+v\nand\n%+v", was, l.afterUninstall)
+	}
+}
+
+// withoutTables leaves out tables and built-in chains without rules: iptables makes them at first use, and has no way to
+// remove them.
+func withoutTables(s nodeState) nodeState {
+	var kept strings.Builder
+	for line := range strings.Lines(s.rules) {
+		if strings.HasPrefix(line, "-A") || strings.HasPrefix(line, ":") && !strings.Contains(line, "ACCEPT") {
+			kept.WriteString(line)
+		}
+	}
+	s.rules = kept.String()
+	return s
 }
 
 func TestWhatCannotWorkIsRefusedWithOneSentenceAndNothingChanged(t *testing.T) {
-	nmi := nmiBinary(t)
+	nmi := nmiBinary
 	kubelet := filepath.Join(t.TempDir(), "kubelet")
 	must(t, os.WriteFile(kubelet, []byte("KUBELET_FLAGS=--network-plugin=kubenet"), 0o600))
 	account := "--kubeconfig=" + world.Kubeconfig()
@@ -153,7 +228,6 @@ func TestWhatCannotWorkIsRefusedWithOneSentenceAndNothingChanged(t *testing.T) {
 }
 
 func TestManifestsAreAcceptedAndRefusedByTheAPIServerAsByTheSchema(t *testing.T) {
-	s := newSpace(t)
 	for _, kind := range []string{"accepted", "refused"} {
 		files, err := filepath.Glob("crds/testdata/" + kind + "/*.yaml")
 		must(t, err)
@@ -163,7 +237,7 @@ func TestManifestsAreAcceptedAndRefusedByTheAPIServerAsByTheSchema(t *testing.T)
 		for _, file := range files {
 			text, err := os.ReadFile(file)
 			must(t, err)
-			_, err = world.Kubectl(t.Context(), "apply", "--dry-run=server", "--validate=warn", "-n", s.name, "-f", file)
+			_, err = world.Kubectl(t.Context(), "apply", "--dry-run=server", "--validate=warn", "-f", file)
 			if kind == "accepted" {
 				if err != nil {
 					t.Errorf("%s: %v", file, err)

@@ -126,6 +126,26 @@ func TestTheDecision(t *testing.T) {
 	}
 }
 
+func TestResourceIDsOfUserAssignedIdentitiesAreToldFromOthers(t *testing.T) {
+	for id, want := range map[string]bool{
+		resource("x"): true, strings.ToUpper(resource("x")): true, resource("x") + "/": true,
+		"": false, "/": false, resource(""): false, resource("x") + "/y": false, resource("x") + "//": false, "x" + resource("x"): false, resource("x")[1:]: false,
+		strings.Replace(resource("x"), "/s/", "//", 1):                                        false,
+		"/subscriptions/s/resourcegroups/rg/providers/Microsoft.Compute/virtualMachines/x":    false,
+		"/subscriptions/s/providers/Microsoft.ManagedIdentity/userAssignedIdentities/x":       false,
+		"/subscriptions/s/resourcegroups/rg/providers/Microsoft.ManagedIdentity/identities/x": false,
+	} {
+		if got := isUserAssignedID(id); got != want {
+			t.Errorf("%q: %v", id, got)
+		}
+	}
+	for id, want := range map[string]bool{clientA: true, strings.ToLower(clientA): true, "": false, clientA[1:]: false, clientA + "0": false, strings.Replace(clientA, "-", "0", 1): false, strings.Replace(clientA, "A", "g", 1): false} {
+		if got := isGUID(id); got != want {
+			t.Errorf("%q: %v", id, got)
+		}
+	}
+}
+
 // Whatever the order in which the caches list the objects, the answer is the same.
 func TestTheAnswerDoesNotDependOnTheOrderOfObjects(t *testing.T) {
 	a := Facts{

@@ -2,24 +2,19 @@ package identity
 
 import (
 	"fmt"
-	"regexp"
-)
-
-var (
-	guid = regexp.MustCompile(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
-	// An ARM id of a user-assigned managed identity. Azure compares ids without case.
-	userAssignedID = regexp.MustCompile(`(?i)^/subscriptions/[^/]+/resourcegroups/[^/]+/providers/microsoft\.managedidentity/userassignedidentities/[^/]+/?$`)
+	"strings"
 )
 
 // Problem says why the identity can never yield a token, or "" if nothing speaks against it. New objects of this form
-// are refused by the CRD's own rules; objects stored by the predecessor never met those.
+// are refused by the CRD's own rules; objects stored by the predecessor never met those. It is asked for every request,
+// so it looks at the text by hand.
 func (i Identity) Problem() string {
 	switch i.Kind {
 	case UserAssigned:
-		if !guid.MatchString(i.ClientID) {
+		if !isGUID(i.ClientID) {
 			return fmt.Sprintf("spec.clientID %q is not a GUID; write the client ID of the managed identity", i.ClientID)
 		}
-		if !userAssignedID.MatchString(i.ResourceID) {
+		if !isUserAssignedID(i.ResourceID) {
 			return fmt.Sprintf("spec.resourceID %q is not the resource ID of a user-assigned managed identity; write /subscriptions/<subscription>/resourcegroups/<group>/providers/Microsoft.ManagedIdentity/userAssignedIdentities/<name>", i.ResourceID)
 		}
 	case ServicePrincipalSecret, ServicePrincipalCertificate, Federated:
@@ -30,4 +25,43 @@ func (i Identity) Problem() string {
 		return fmt.Sprintf("spec.type %d is unknown; write 0, 1, 2 or 3", i.Kind)
 	}
 	return ""
+}
+
+// isGUID wants 8-4-4-4-12 hexadecimal digits.
+func isGUID(s string) bool {
+	if len(s) != 36 {
+		return false
+	}
+	for i := range len(s) {
+		c := s[i]
+		switch {
+		case i == 8 || i == 13 || i == 18 || i == 23:
+			if c != '-' {
+				return false
+			}
+		case '0' <= c && c <= '9', 'a' <= c && c <= 'f', 'A' <= c && c <= 'F':
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// userAssignedForm is the resource ID of a user-assigned managed identity, with "" for what is free. Azure compares IDs
+// without case.
+var userAssignedForm = [...]string{"subscriptions", "", "resourcegroups", "", "providers", "Microsoft.ManagedIdentity", "userAssignedIdentities", ""}
+
+func isUserAssignedID(id string) bool {
+	rest, ok := strings.CutPrefix(strings.TrimSuffix(id, "/"), "/")
+	if !ok {
+		return false
+	}
+	for i, want := range userAssignedForm {
+		part, after, more := strings.Cut(rest, "/")
+		if part == "" || want != "" && !strings.EqualFold(part, want) || more != (i < len(userAssignedForm)-1) {
+			return false
+		}
+		rest = after
+	}
+	return true
 }

@@ -2,7 +2,6 @@ package iptables
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -86,20 +85,18 @@ type backends map[Backend]tables
 // both are.
 func openBackends(want Backend, capabilities uint64) (backends, error) {
 	found := backends{}
-	var missing []error
 	for _, b := range [...]Backend{BackendNFT, BackendLegacy} {
 		p, err := findProgram(b)
 		if err != nil {
 			if want == b {
 				return nil, err
 			}
-			missing = append(missing, err)
 			continue
 		}
 		found[b] = p
 	}
 	if len(found) == 0 {
-		return nil, errors.Join(missing...)
+		return nil, fmt.Errorf("%w: there is neither iptables-nft nor iptables-legacy, with its -save program, that runs from PATH, /usr/sbin or /sbin; install the iptables package in the image", ErrMissingBinary)
 	}
 	if want == BackendLegacy {
 		if err := requireRaw(capabilities); err != nil {

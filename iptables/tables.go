@@ -98,8 +98,8 @@ func findProgram(backend Backend) (*program, error) {
 		}
 		return &program{backend: backend, path: path, save: save, ipt: ipt}, nil
 	}
-	return nil, fmt.Errorf("%w: neither iptables-%s and iptables-%s-save nor a matching iptables is in PATH, /usr/sbin or /sbin; install the iptables package in the image",
-		ErrMissingBinary, backend, backend)
+	return nil, fmt.Errorf("%w: there is no iptables-%s, with its -save program, that runs from PATH, /usr/sbin or /sbin; install the iptables package in the image",
+		ErrMissingBinary, backend)
 }
 
 func findCommand(name string) string {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -85,7 +86,7 @@ func Parse(r *http.Request, rules Rules) (Request, *Error) {
 	if problem != "" {
 		return req, malformed(problem)
 	}
-	req.APIVersion, req.Format = values["api-version"], values["format"]
+	req.APIVersion, req.Format = values.get("api-version"), values.get("format")
 	if req.Route == RouteToken {
 		return parseToken(req, values)
 	}
@@ -126,13 +127,32 @@ func hasMetadataHeader(h http.Header) bool {
 	return len(values) > 0
 }
 
+// parameter is one of a query, its name in lower case.
+type parameter struct{ name, value string }
+
+type parameterList []parameter
+
+// get returns the value, or "" if there is none.
+func (l parameterList) get(name string) string {
+	for _, p := range l {
+		if p.name == name {
+			return p.value
+		}
+	}
+	return ""
+}
+
+func (l parameterList) has(name string) bool {
+	return slices.ContainsFunc(l, func(p parameter) bool { return p.name == name })
+}
+
 // parameters decodes a query. Names compare without case, as the real service's do, and none may come twice: two
 // readers could pick two different values.
-func parameters(raw string) (map[string]string, string) {
+func parameters(raw string) (parameterList, string) {
 	if len(raw) > maxQuery {
 		return nil, fmt.Sprintf("the query is longer than %d bytes", maxQuery)
 	}
-	values := make(map[string]string, 8)
+	values := make(parameterList, 0, 6)
 	for pair := range strings.SplitSeq(raw, "&") {
 		if pair == "" {
 			continue
@@ -153,10 +173,10 @@ func parameters(raw string) (map[string]string, string) {
 			return nil, fmt.Sprintf("the value of a parameter is longer than %d bytes", maxValue)
 		}
 		name = strings.ToLower(name)
-		if _, twice := values[name]; twice {
+		if values.has(name) {
 			return nil, "a parameter is given more than once"
 		}
-		values[name] = value
+		values = append(values, parameter{name, value})
 	}
 	return values, ""
 }
@@ -171,32 +191,39 @@ func printable(s string) bool {
 	return utf8.ValidString(s)
 }
 
-func parseToken(req Request, values map[string]string) (Request, *Error) {
+func parseToken(req Request, values parameterList) (Request, *Error) {
 	if !isDate(req.APIVersion) || req.APIVersion < oldestVersion {
 		return req, &Error{Status: http.StatusBadRequest, Code: codeInvalid, Reason: identity.APIVersion,
 			Description: "api-version is invalid or was not specified in the request; write api-version=" + oldestVersion}
 	}
-	req.Resource = values["resource"]
+	req.Resource = values.get("resource")
 	if req.Resource == "" {
 		return req, &Error{Status: http.StatusBadRequest, Code: codeInvalid, Description: textNoResource, Reason: identity.ResourceMissing}
 	}
 	// The documentation has msi_res_id; some clients send mi_res_id. An empty selector is none: old clients send one.
 	given := 0
-	for name, field := range map[string]*string{
-		"client_id": &req.Selector.ClientID, "object_id": &req.Selector.ObjectID,
-		"msi_res_id": &req.Selector.ResourceID, "mi_res_id": &req.Selector.ResourceID,
-	} {
-		if v := values[name]; v != "" {
-			*field = v
-			given++
+	for _, p := range values {
+		if p.value == "" {
+			continue
 		}
+		switch p.name {
+		case "client_id":
+			req.Selector.ClientID = p.value
+		case "object_id":
+			req.Selector.ObjectID = p.value
+		case "msi_res_id", "mi_res_id":
+			req.Selector.ResourceID = p.value
+		default:
+			continue
+		}
+		given++
 	}
 	if given > 1 {
 		req.Selector = identity.Selector{}
 		return req, malformed("client_id, object_id and msi_res_id exclude each other")
 	}
-	req.Bypass = strings.EqualFold(values["bypass_cache"], "true")
-	req.Rejected = values["token_sha256_to_refresh"]
+	req.Bypass = strings.EqualFold(values.get("bypass_cache"), "true")
+	req.Rejected = values.get("token_sha256_to_refresh")
 	return req, nil
 }
 

@@ -34,50 +34,60 @@ type TokenAnswer struct {
 	Lifetime time.Duration
 }
 
-// tokenBody has the fields of the real answer, in its order (alphabetical: one client library takes the last of
-// expires_in and expires_on) and all as strings (numbers and empty strings break others).
-type tokenBody struct {
-	AccessToken  string `json:"access_token"`
-	ClientID     string `json:"client_id,omitempty"`
-	ExpiresIn    string `json:"expires_in"`
-	ExpiresOn    string `json:"expires_on"`
-	ExtExpiresIn string `json:"ext_expires_in"`
-	NotBefore    string `json:"not_before"`
-	Resource     string `json:"resource"`
-	TokenType    string `json:"token_type"`
-}
-
-var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+var buffers = sync.Pool{New: func() any { return new([]byte) }}
 
 // Write sends the token. expires_in is what is left of its life at now.
+//
+// The fields are those of the real answer, in its order (alphabetical: one client library takes the last of expires_in
+// and expires_on) and all as strings (numbers and empty strings break others).
 func (a TokenAnswer) Write(w http.ResponseWriter, now time.Time) {
-	buf := buffers.Get().(*bytes.Buffer)
-	defer buffers.Put(buf)
-	buf.Reset()
-	enc := json.NewEncoder(buf)
-	enc.SetEscapeHTML(false) // "&" of a resource stays "&": byte for byte
-	err := enc.Encode(tokenBody{
-		AccessToken:  a.AccessToken,
-		ClientID:     a.ClientID,
-		ExpiresIn:    seconds(a.ExpiresOn.Sub(now)),
-		ExpiresOn:    strconv.FormatInt(a.ExpiresOn.Unix(), 10),
-		ExtExpiresIn: seconds(a.Lifetime),
-		NotBefore:    strconv.FormatInt(a.NotBefore.Unix(), 10),
-		Resource:     a.Resource,
-		TokenType:    "Bearer",
-	})
-	if err != nil { // strings always encode
-		panic(err)
+	pooled := buffers.Get().(*[]byte)
+	defer buffers.Put(pooled)
+	b := append((*pooled)[:0], `{"access_token":`...)
+	b = appendJSON(b, a.AccessToken)
+	if a.ClientID != "" {
+		b = appendJSON(append(b, `,"client_id":`...), a.ClientID)
 	}
+	b = appendSeconds(append(b, `,"expires_in":`...), a.ExpiresOn.Sub(now))
+	b = appendNumber(append(b, `,"expires_on":`...), a.ExpiresOn.Unix())
+	b = appendSeconds(append(b, `,"ext_expires_in":`...), a.Lifetime)
+	b = appendNumber(append(b, `,"not_before":`...), a.NotBefore.Unix())
+	b = appendJSON(append(b, `,"resource":`...), a.Resource)
+	b = append(b, `,"token_type":"Bearer"}`...)
+	*pooled = b
 	w.Header()["Cache-Control"] = noStore
-	writeJSON(w, http.StatusOK, bytes.TrimSuffix(buf.Bytes(), []byte("\n")))
+	writeJSON(w, http.StatusOK, b)
+}
+
+// appendJSON appends a string of JSON. Tokens and most resources need no escaping, and a token is long.
+func appendJSON(b []byte, s string) []byte {
+	for i := range len(s) {
+		if c := s[i]; c < 0x20 || c >= 0x7f || c == '"' || c == '\\' {
+			return appendEscaped(b, s)
+		}
+	}
+	return append(append(append(b, '"'), s...), '"')
+}
+
+func appendEscaped(b []byte, s string) []byte {
+	var escaped bytes.Buffer
+	enc := json.NewEncoder(&escaped)
+	enc.SetEscapeHTML(false) // "&" of a resource stays "&": byte for byte
+	if err := enc.Encode(s); err != nil {
+		panic(err) // strings always encode
+	}
+	return append(b, bytes.TrimSuffix(escaped.Bytes(), []byte("\n"))...)
+}
+
+func appendSeconds(b []byte, d time.Duration) []byte {
+	return appendNumber(b, int64(max(d, 0)/time.Second))
+}
+
+func appendNumber(b []byte, n int64) []byte {
+	return append(strconv.AppendInt(append(b, '"'), n, 10), '"')
 }
 
 var noStore = []string{"no-store"}
-
-func seconds(d time.Duration) string {
-	return strconv.FormatInt(int64(max(d, 0)/time.Second), 10)
-}
 
 // WriteInfo answers /metadata/identity/info.
 func WriteInfo(w http.ResponseWriter, tenantID string) {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"runtime/debug"
 	"strconv"
 	"syscall"
 	"time"
@@ -80,8 +81,11 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 }
 
 func kubeConfig(cfg Config) (*rest.Config, error) {
-	// With an empty path this is the account of the pod.
-	config, err := clientcmd.BuildConfigFromFlags("", cfg.Kubeconfig)
+	find := rest.InClusterConfig
+	if cfg.Kubeconfig != "" {
+		find = func() (*rest.Config, error) { return clientcmd.BuildConfigFromFlags("", cfg.Kubeconfig) }
+	}
+	config, err := find()
 	if err != nil {
 		return nil, fmt.Errorf("finding the API server: %w; run NMI in a pod, or give --kubeconfig", err)
 	}
@@ -219,12 +223,14 @@ func profiler() http.Handler {
 }
 
 // waitFilled waits for the first fill of the caches. Before that, "not bound" might only mean "not loaded".
-func (n *node) waitFilled(ctx context.Context) error {
+func (n *node) waitFilled(ctx context.Context, timeout time.Duration) error {
 	select {
 	case <-n.filled:
 		return nil
 	default:
 	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
 	select {
 	case <-n.filled:
 		return nil
@@ -250,6 +256,8 @@ func (n *node) load(ctx context.Context) {
 	}
 	close(n.filled)
 	n.health.set(needCaches, nil)
+	// Loading needs several times the memory of what is kept; give the rest back now.
+	debug.FreeOSMemory()
 	n.log.Info("caches are filled")
 }
 

@@ -1,13 +1,13 @@
 package nmi
 
 import (
-	"context"
 	"encoding/hex"
 	"io"
 	"log"
 	"math/rand/v2"
 	"net/http"
 	"net/netip"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -20,9 +20,10 @@ import (
 const (
 	readHeaderTimeout = 5 * time.Second
 	readTimeout       = 10 * time.Second
-	// writeTimeout is longer than any request is held: pod lookup, then the wait for a token.
-	writeTimeout   = 60 * time.Second
-	idleTimeout    = 2 * time.Minute
+	// writeTimeout is longer than any request is held: for the caches, for the pod, and for a token.
+	writeTimeout = 75 * time.Second
+	// Clients ask once in hours; a connection kept for the next time would only take memory.
+	idleTimeout    = 20 * time.Second
 	maxHeaderBytes = 16 << 10
 	// maxInFlight bounds requests that are held at the same time, over all pods.
 	maxInFlight = 1024
@@ -52,7 +53,11 @@ type exchange struct {
 	caller // filled in by the token route
 	reason identity.Reason
 	detail string
+	fields []zap.Field // of the log line
 }
+
+// Exchanges are used again: they are the largest thing that a cached token costs.
+var exchanges = sync.Pool{New: func() any { return &exchange{fields: make([]zap.Field, 0, 16)} }}
 
 // WriteHeader remembers the status.
 func (x *exchange) WriteHeader(status int) {
@@ -73,7 +78,9 @@ func (x *exchange) refuse(e *metadata.Error) {
 
 // ServeHTTP answers one request and writes its line in the log.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	x := &exchange{ResponseWriter: w, id: requestID(), start: time.Now()}
+	x := exchanges.Get().(*exchange)
+	defer exchanges.Put(x)
+	*x = exchange{ResponseWriter: w, id: requestID(), start: time.Now(), fields: x.fields[:0]}
 	w.Header()["X-Ms-Request-Id"] = []string{x.id}
 	select {
 	case s.slots <- struct{}{}:
@@ -122,9 +129,7 @@ func (s *server) answer(x *exchange, r *http.Request) {
 
 // answerToken is the way of a token request: who calls, what it may have, the token, the answer.
 func (s *server) answerToken(x *exchange, r *http.Request) {
-	ctx, cancel := context.WithTimeout(r.Context(), tokenTimeout)
-	defer cancel()
-	answer, refusal := s.tokens.get(ctx, &x.caller, x.source, x.req)
+	answer, refusal := s.tokens.get(r.Context(), &x.caller, x.source, x.req)
 	if r.Context().Err() != nil {
 		// Nobody is left to answer.
 		x.reason, x.status = identity.ClientGone, statusClientGone
@@ -149,8 +154,7 @@ func (s *server) logLine(x *exchange, took time.Duration) {
 	if entry == nil {
 		return
 	}
-	fields := make([]zap.Field, 0, 16)
-	fields = append(fields, zap.String(keyRequest, x.id), zap.String(keyRoute, string(x.req.Route)), zap.Int(keyStatus, x.status),
+	fields := append(x.fields, zap.String(keyRequest, x.id), zap.String(keyRoute, string(x.req.Route)), zap.Int(keyStatus, x.status),
 		zap.String(keyReason, string(x.reason)), zap.Stringer(keySource, x.source))
 	if x.detail != "" {
 		fields = append(fields, zap.String(keyDetail, x.detail))
@@ -169,7 +173,8 @@ func (s *server) logLine(x *exchange, took time.Duration) {
 	if x.origin != "" {
 		fields = append(fields, zap.String(keyCache, string(x.origin)))
 	}
-	entry.Write(append(fields, zap.Float64(keyDurationMS, float64(took.Microseconds())/1000))...)
+	x.fields = append(fields, zap.Float64(keyDurationMS, float64(took.Microseconds())/1000))
+	entry.Write(x.fields...)
 }
 
 // requestID makes an ID to find a request by. It guards nothing, so it need not be hard to guess.

@@ -89,7 +89,7 @@ func newBench(t *testing.T) *bench {
 		tokens: &tokens{
 			pods:  n.podFinder,
 			facts: func(*corev1.Pod) (identity.Facts, error) { return copyOf(facts), nil },
-			ready: func(context.Context) error { return nil },
+			ready: func(context.Context, time.Duration) error { return nil },
 			rules: identity.Rules{Mode: identity.Managed}, cache: c, metrics: m,
 		},
 	}
@@ -283,7 +283,7 @@ func TestMoreRequestsThanAreHeldAreSentAway(t *testing.T) {
 
 func TestBeforeTheCachesAreFilledNobodyIsRefusedForGood(t *testing.T) {
 	b := newBench(t)
-	b.tokens.ready = func(ctx context.Context) error { <-ctx.Done(); return errors.New("caches: not filled yet") }
+	b.tokens.ready = func(context.Context, time.Duration) error { return errors.New("caches: not filled yet") }
 	if status, body := b.ask("10.0.0.3", getPath); status != 503 || body["reason"] != "not_ready" {
 		t.Errorf("got %d %v", status, body)
 	}

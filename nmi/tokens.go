@@ -15,15 +15,11 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// tokenTimeout bounds how long a request for a token is held, from end to end. Go's SDK waits 60 s for an answer,
-// others 100 s.
-const tokenTimeout = 25 * time.Second
-
 // tokens answers the question of a pod for a token.
 type tokens struct {
 	pods    *podFinder
 	facts   func(*corev1.Pod) (identity.Facts, error)
-	ready   func(context.Context) error // nil once all caches have been filled
+	ready   func(context.Context, time.Duration) error // nil once all caches have been filled; waits that long
 	rules   identity.Rules
 	cache   *token.Cache
 	metrics *metrics
@@ -81,9 +77,7 @@ func (t *tokens) get(ctx context.Context, who *caller, source netip.Addr, req me
 func (t *tokens) findPod(ctx context.Context, source netip.Addr) (*corev1.Pod, *metadata.Error) {
 	start := time.Now()
 	defer func() { t.metrics.lookups.Observe(time.Since(start).Seconds()) }()
-	waiting, cancel := context.WithTimeout(ctx, t.pods.timeout)
-	defer cancel()
-	if err := t.ready(waiting); err != nil {
+	if err := t.ready(ctx, t.pods.timeout); err != nil {
 		return nil, metadata.Unavailable(identity.NotReady, "NMI has not loaded the cluster's objects yet: "+err.Error(), 2*time.Second)
 	}
 	pod, err := t.pods.find(ctx, source)

@@ -122,21 +122,21 @@ func (w *watch) facts(pod *corev1.Pod) (identity.Facts, error) {
 		return facts, err
 	}
 	for _, o := range exceptions {
-		facts.Exceptions = append(facts.Exceptions, identity.FromAzurePodIdentityException(o.(*v1.AzurePodIdentityException)))
+		facts.Exceptions = append(facts.Exceptions, o.(*kept[identity.Exception]).value)
 	}
 	bindings, err := w.bindings.GetIndexer().ByIndex(bySelector, pod.Namespace+"/"+pod.Labels[v1.BindingLabel])
 	if err != nil {
 		return facts, err
 	}
 	for _, o := range bindings {
-		b := identity.FromAzureIdentityBinding(o.(*v1.AzureIdentityBinding))
+		b := o.(*kept[identity.Binding]).value
 		facts.Bindings = append(facts.Bindings, b)
 		found, ok, err := w.identities.GetIndexer().GetByKey(b.Namespace + "/" + b.AzureIdentity)
 		if err != nil {
 			return facts, err
 		}
 		if ok {
-			facts.Identities = append(facts.Identities, identity.FromAzureIdentity(found.(*v1.AzureIdentity)))
+			facts.Identities = append(facts.Identities, found.(*kept[identity.Identity]).value)
 		}
 	}
 	return facts, nil
@@ -192,37 +192,42 @@ func podUID(o any) ([]string, error) {
 }
 
 func bindingSelector(o any) ([]string, error) {
-	b, ok := o.(*v1.AzureIdentityBinding)
+	b, ok := o.(*kept[identity.Binding])
 	if !ok {
 		return nil, nil
 	}
-	return []string{b.Namespace + "/" + b.Spec.Selector}, nil
+	return []string{b.value.Namespace + "/" + b.value.Selector}, nil
 }
 
-// trim cuts an object down to what is read here, before it is kept.
+// kept is what the caches hold of a custom resource: what the decision reads, and what the informer needs to know the
+// object by. The whole object would take four times the memory, and a cluster may have many thousands.
+type kept[T any] struct {
+	value                    T
+	namespace, name, version string
+}
+
+// GetObjectMeta makes kept an object for the informer.
+func (k *kept[T]) GetObjectMeta() metav1.Object {
+	return &metav1.ObjectMeta{Namespace: k.namespace, Name: k.name, ResourceVersion: k.version}
+}
+
+func keep[T any](o metav1.Object, value T) *kept[T] {
+	return &kept[T]{value, o.GetNamespace(), o.GetName(), o.GetResourceVersion()}
+}
+
+// trim cuts an object down to what is read here, before it is kept. It leaves alone what it has cut already.
 func trim(o any) (any, error) {
 	switch o := o.(type) {
 	case *corev1.Pod:
-		o.ObjectMeta = trimMeta(o.ObjectMeta, o.Labels, nil)
+		o.ObjectMeta = metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name, UID: o.UID, ResourceVersion: o.ResourceVersion, Labels: o.Labels}
 		o.Spec = corev1.PodSpec{NodeName: o.Spec.NodeName, HostNetwork: o.Spec.HostNetwork, ServiceAccountName: o.Spec.ServiceAccountName}
 		o.Status = corev1.PodStatus{Phase: o.Status.Phase, PodIP: o.Status.PodIP, PodIPs: o.Status.PodIPs}
 	case *v1.AzureIdentity:
-		var annotations map[string]string
-		if behavior, ok := o.Annotations[v1.BehaviorAnnotation]; ok {
-			annotations = map[string]string{v1.BehaviorAnnotation: behavior}
-		}
-		o.ObjectMeta = trimMeta(o.ObjectMeta, nil, annotations)
-		o.Spec.Metadata, o.Status = nil, v1.AzureIdentityStatus{}
+		return keep(o, identity.FromAzureIdentity(o)), nil
 	case *v1.AzureIdentityBinding:
-		o.ObjectMeta = trimMeta(o.ObjectMeta, nil, nil)
-		o.Spec.Metadata, o.Status = nil, v1.AzureIdentityBindingStatus{}
+		return keep(o, identity.FromAzureIdentityBinding(o)), nil
 	case *v1.AzurePodIdentityException:
-		o.ObjectMeta = trimMeta(o.ObjectMeta, nil, nil)
+		return keep(o, identity.FromAzurePodIdentityException(o)), nil
 	}
 	return o, nil
-}
-
-// trimMeta keeps what names the object and its version, which the informer itself needs.
-func trimMeta(m metav1.ObjectMeta, labels, annotations map[string]string) metav1.ObjectMeta {
-	return metav1.ObjectMeta{Namespace: m.Namespace, Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion, Labels: labels, Annotations: annotations}
 }

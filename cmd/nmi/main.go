@@ -25,7 +25,7 @@ func main() {
 	// A node agent's memory is paid on every node, and this one's heap is small: collecting it earlier costs little.
 	// GOGC overrides.
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50)
+		debug.SetGCPercent(60)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()

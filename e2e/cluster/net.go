@@ -60,6 +60,9 @@ func netnsPath(name string) string { return filepath.Join(netnsDir, name) }
 // nodes route the service range there. That takes the place of kube-proxy for the one service that in-cluster clients
 // need, with no NAT that could get in the way of the rules under test.
 func makeNetwork() error {
+	if err := prepareNetnsDir(); err != nil {
+		return err
+	}
 	names := []string{controlPlaneNetns, azureNetns}
 	for _, n := range nodeSpecs {
 		names = append(names, n.netns())
@@ -147,8 +150,31 @@ func removeNetwork() error {
 		}
 		errs = append(errs, os.Remove(path))
 	}
-	os.Remove(netnsDir) // only if it is empty, so that a folder made for us goes too
+	// Only if it is empty, so that a folder, and a mount on it, that was made for us goes too.
+	if left, err := os.ReadDir(netnsDir); err == nil && len(left) == 0 {
+		unix.Unmount(netnsDir, unix.MNT_DETACH)
+		os.Remove(netnsDir)
+	}
 	return errors.Join(errs...)
+}
+
+// prepareNetnsDir makes the folder of named namespaces a shared mount, as `ip netns add` does at its first use: were that
+// to do it later, our names would be below its mount, and out of reach.
+func prepareNetnsDir() error {
+	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
+		return err
+	}
+	const shared = unix.MS_SHARED | unix.MS_REC
+	err := unix.Mount("", netnsDir, "none", shared, "")
+	if errors.Is(err, unix.EINVAL) { // no mount yet
+		if err = unix.Mount(netnsDir, netnsDir, "none", unix.MS_BIND|unix.MS_REC, ""); err == nil {
+			err = unix.Mount("", netnsDir, "none", shared, "")
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("making %s a shared mount: %w", netnsDir, err)
+	}
+	return nil
 }
 
 // insideNewNetns runs f in a network namespace of its own, which is gone afterwards unless f keeps it.
@@ -161,10 +187,13 @@ func insideNewNetns(f func() error) error {
 	})
 }
 
+// AddNetns makes one more network namespace, for what a test or a benchmark puts beside the nodes. Its name gets the
+// prefix of the cluster, and it goes when the cluster does. It returns the whole name.
+func (c *Cluster) AddNetns(name string) (string, error) {
+	return namePrefix + name, createNetns(namePrefix + name)
+}
+
 func createNetns(name string) error {
-	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
-		return err
-	}
 	path := netnsPath(name)
 	file, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o444)
 	if err != nil {

@@ -26,7 +26,7 @@ type superviseConfig struct {
 	Images      []string          // archives to import into each node
 	ProviderIDs map[string]string // by node
 	Hosts       string            // for each node's /etc/hosts
-	Azure       json.RawMessage   // configuration of the stand-in; none without it
+	Azure       json.RawMessage   `json:",omitempty"` // configuration of the stand-in; none without it
 }
 
 // event is one line that the supervisor sends to its owner while it starts.

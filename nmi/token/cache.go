@@ -22,8 +22,9 @@ const (
 )
 
 const (
-	// fetchTimeout bounds one fetch with its retries. It is longer than callers wait: the token is wanted anyway.
-	fetchTimeout = 30 * time.Second
+	// fetchTimeout bounds one fetch with its retries and the wait for its turn, and so how long callers wait for it.
+	// Go's SDK waits 60 s for an answer, others 100 s.
+	fetchTimeout = 20 * time.Second
 
 	// Clients that refresh do so when half of what they were told is left. A refresh here comes before that, at a
 	// point drawn from this part of the rest of the life, so that a client's refresh finds a newer token.

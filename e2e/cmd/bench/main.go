@@ -31,10 +31,11 @@ func main() {
 	seconds := flag.Float64("seconds", 3, "length of one round")
 	rounds := flag.Int("rounds", 7, "rounds for each of the two")
 	identities := flag.Int("identities", 5000, "AzureIdentities in the cluster")
+	profiles := flag.String("profiles", "", "`folder` for a CPU and a heap profile of NMI under load")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	figures, err := run(ctx, time.Duration(*seconds*float64(time.Second)), *rounds, *identities)
+	figures, err := run(ctx, time.Duration(*seconds*float64(time.Second)), *rounds, *identities, *profiles)
 	if err == nil {
 		err = write(*out, figures)
 	}
@@ -59,7 +60,7 @@ func write(file string, figures map[string]float64) error {
 
 func say(format string, args ...any) { fmt.Printf(format+"\n", args...) }
 
-func run(ctx context.Context, round time.Duration, rounds, identities int) (figures map[string]float64, err error) {
+func run(ctx context.Context, round time.Duration, rounds, identities int, profiles string) (figures map[string]float64, err error) {
 	c, err := cluster.Start(ctx, cluster.Options{WithoutAzure: true, Progress: func(line string) { say("   %s", line) }})
 	if err != nil {
 		return nil, err
@@ -93,7 +94,10 @@ func run(ctx context.Context, round time.Duration, rounds, identities int) (figu
 	if err := rig.startBare(ctx); err != nil {
 		return nil, err
 	}
-	return figures, rig.compare(ctx, figures, round, rounds)
+	if err := rig.compare(ctx, figures, round, rounds); err != nil || profiles == "" {
+		return figures, err
+	}
+	return figures, rig.profile(ctx, profiles, 5*time.Second)
 }
 
 // compare measures the two in turn and notes the medians of the ratios.

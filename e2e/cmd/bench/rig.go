@@ -25,17 +25,15 @@ import (
 // Two nodes, each with a namespace for the addresses of its pods, on the cluster's bridge; and IMDS behind the first.
 const (
 	nmiSubnet, bareSubnet = 1, 2
-	// The cluster removes all namespaces with this prefix when it is taken down, whatever becomes of us.
-	prefix     = "podid-bench-"
-	imdsNetns  = prefix + "imds"
-	bridge     = "podid-br0"
-	apiService = "10.10.0.1"
+	bridge                = "podid-br0"
+	apiService            = "10.10.0.1"
 )
 
 // rig is what is measured.
 type rig struct {
 	cluster   *cluster.Cluster
 	dir       string
+	imdsNetns string
 	nmi, bare *station
 	azure     *azure.Client
 	nmiLog    *os.File
@@ -48,8 +46,13 @@ type station struct {
 	subnet          int
 }
 
-func newStation(name string, subnet int) *station {
-	return &station{node: prefix + name, podsNetns: prefix + name + "-pods", subnet: subnet}
+func (r *rig) newStation(name string, subnet int) (*station, error) {
+	node, err := r.cluster.AddNetns("bench-" + name)
+	if err != nil {
+		return nil, err
+	}
+	pods, err := r.cluster.AddNetns("bench-" + name + "-pods")
+	return &station{node: node, podsNetns: pods, subnet: subnet}, err
 }
 
 func repo() string {
@@ -65,14 +68,27 @@ func newRig(ctx context.Context, c *cluster.Cluster) (*rig, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &rig{cluster: c, dir: dir, nmi: newStation("nmi", nmiSubnet), bare: newStation("bare", bareSubnet)}
-	if err := errors.Join(r.nmi.wire(ctx), r.bare.wire(ctx), r.wireIMDS(ctx)); err != nil {
-		return nil, errors.Join(err, r.close())
-	}
-	if err := r.startIMDS(ctx); err != nil {
+	r := &rig{cluster: c, dir: dir}
+	if err := r.build(ctx); err != nil {
 		return nil, errors.Join(err, r.close())
 	}
 	return r, nil
+}
+
+func (r *rig) build(ctx context.Context) (err error) {
+	if r.nmi, err = r.newStation("nmi", nmiSubnet); err != nil {
+		return err
+	}
+	if r.bare, err = r.newStation("bare", bareSubnet); err != nil {
+		return err
+	}
+	if r.imdsNetns, err = r.cluster.AddNetns("bench-imds"); err != nil {
+		return err
+	}
+	if err := errors.Join(r.nmi.wire(ctx), r.bare.wire(ctx), r.wireIMDS(ctx)); err != nil {
+		return err
+	}
+	return r.startIMDS(ctx)
 }
 
 // close ends what was started here. The namespaces go with the cluster.
@@ -92,8 +108,6 @@ func (s *station) wire(ctx context.Context) error {
 	node, pods := s.node, s.podsNetns
 	gateway := fmt.Sprintf("10.245.%d.1", s.subnet)
 	commands := [][]string{
-		{"netns", "add", node}, {"netns", "add", pods},
-		{"-n", node, "link", "set", "lo", "up"}, {"-n", pods, "link", "set", "lo", "up"},
 		// to the control plane
 		{"-n", "podid-cp", "link", "add", "pb" + strconv.Itoa(s.subnet), "type", "veth", "peer", "name", "eth0", "netns", node},
 		{"-n", "podid-cp", "link", "set", "pb" + strconv.Itoa(s.subnet), "master", bridge, "up"},
@@ -108,10 +122,7 @@ func (s *station) wire(ctx context.Context) error {
 		commands = append(commands, []string{"-n", pods, "addr", "add", podIP(s.subnet, i) + "/24", "dev", "eth0"})
 	}
 	commands = append(commands, []string{"-n", pods, "route", "add", "default", "via", gateway})
-	if err := ip(ctx, commands...); err != nil {
-		return err
-	}
-	return inNetns(ctx, node, "sysctl", "-qw", "net.ipv4.ip_forward=1").Run()
+	return ip(ctx, commands...)
 }
 
 const podsOnANode = pods
@@ -119,12 +130,11 @@ const podsOnANode = pods
 // wireIMDS puts the metadata service behind the node of NMI, over a route, as on Azure.
 func (r *rig) wireIMDS(ctx context.Context) error {
 	return ip(ctx,
-		[]string{"netns", "add", imdsNetns}, []string{"-n", imdsNetns, "link", "set", "lo", "up"},
-		[]string{"-n", imdsNetns, "addr", "add", "169.254.169.254/32", "dev", "lo"},
-		[]string{"-n", r.nmi.node, "link", "add", "imds", "type", "veth", "peer", "name", "eth0", "netns", imdsNetns},
+		[]string{"-n", r.imdsNetns, "addr", "add", "169.254.169.254/32", "dev", "lo"},
+		[]string{"-n", r.nmi.node, "link", "add", "imds", "type", "veth", "peer", "name", "eth0", "netns", r.imdsNetns},
 		[]string{"-n", r.nmi.node, "addr", "add", "10.246.0.1/24", "dev", "imds"}, []string{"-n", r.nmi.node, "link", "set", "imds", "up"},
-		[]string{"-n", imdsNetns, "addr", "add", "10.246.0.2/24", "dev", "eth0"}, []string{"-n", imdsNetns, "link", "set", "eth0", "up"},
-		[]string{"-n", imdsNetns, "route", "add", "default", "via", "10.246.0.1"},
+		[]string{"-n", r.imdsNetns, "addr", "add", "10.246.0.2/24", "dev", "eth0"}, []string{"-n", r.imdsNetns, "link", "set", "eth0", "up"},
+		[]string{"-n", r.imdsNetns, "route", "add", "default", "via", "10.246.0.1"},
 		[]string{"-n", r.nmi.node, "route", "add", "169.254.169.254/32", "via", "10.246.0.2"},
 	)
 }
@@ -168,7 +178,7 @@ func (r *rig) startIMDS(ctx context.Context) error {
 	if err := os.WriteFile(file, text, 0o600); err != nil {
 		return err
 	}
-	cmd := inNetns(context.WithoutCancel(ctx), imdsNetns, filepath.Join(repo(), "bin", "cluster"), "azure", "serve", "--config", file)
+	cmd := inNetns(context.WithoutCancel(ctx), r.imdsNetns, filepath.Join(repo(), "bin", "cluster"), "azure", "serve", "--config", file)
 	cmd.Stderr = os.Stderr
 	if err := r.start(cmd); err != nil {
 		return fmt.Errorf("starting the stand-in for IMDS: %w", err)
@@ -194,7 +204,7 @@ func (r *rig) startNMI(ctx context.Context) error {
 	if r.nmiLog, err = os.Create(filepath.Join(r.dir, "nmi.log")); err != nil {
 		return err
 	}
-	cmd := inNetns(context.WithoutCancel(ctx), r.nmi.node, binary, "--node="+nodeName, "--kubeconfig="+r.cluster.Kubeconfig())
+	cmd := inNetns(context.WithoutCancel(ctx), r.nmi.node, binary, "--node="+nodeName, "--kubeconfig="+r.cluster.Kubeconfig(), "--enable-profile")
 	cmd.Stderr = r.nmiLog
 	cmd.Env = append(os.Environ(), "GOMEMLIMIT=204MiB") // the chart's
 	if err := r.start(cmd); err != nil {
@@ -288,6 +298,9 @@ func (r *rig) nmiMemory() (now, peak float64, err error) {
 		if n, _ := fmt.Sscanf(line, "VmRSS: %f kB", &kib); n == 1 {
 			now = kib / 1024
 		}
+		if strings.HasPrefix(line, "Rss") {
+			say("   %s", strings.TrimSpace(line))
+		}
 		if n, _ := fmt.Sscanf(line, "VmHWM: %f kB", &kib); n == 1 {
 			peak = kib / 1024
 		}
@@ -296,6 +309,22 @@ func (r *rig) nmiMemory() (now, peak float64, err error) {
 		return 0, 0, errors.New("the memory of NMI is unreadable")
 	}
 	return now, peak, nil
+}
+
+// profile writes a CPU profile and a heap profile of NMI, taken while it is under load, into a folder.
+func (r *rig) profile(ctx context.Context, dir string, length time.Duration) error {
+	for name, path := range map[string]string{"cpu.pprof": fmt.Sprintf("profile?seconds=%.0f", length.Seconds()), "heap.pprof": "heap?gc=1"} {
+		done := make(chan error, 1)
+		go func() {
+			_, err := r.nmi.measure(ctx, length+time.Second)
+			done <- err
+		}()
+		err := inNetns(ctx, r.nmi.node, "curl", "-sf", "-o", filepath.Join(dir, name), "http://127.0.0.1:6060/debug/pprof/"+path).Run()
+		if err := errors.Join(err, <-done); err != nil {
+			return fmt.Errorf("profiling NMI: %w", err)
+		}
+	}
+	return nil
 }
 
 // readAll reads a whole answer; less than a token is none.
