@@ -46,7 +46,7 @@ unit: ## unit, fuzz seeds and kernel tests, with the race detector
 	$(GOTEST) e2e -race ./azure ./crds ./chart
 
 e2e: bin/cluster ## end-to-end tests on a real cluster
-	$(GOTEST) e2e -p 1 -timeout 40m ./cluster .
+	$(GOTEST) e2e -p 1 -timeout 40m ./cluster ./cmd/bench .
 
 lint: tools ## gofmt, go vet and staticcheck
 	@test -z "$$(gofmt -l . | tee /dev/stderr)" || { echo "run gofmt -w on these" >&2; exit 1; }

@@ -6,7 +6,7 @@ go=$1 folder=$2
 shift 2
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-{ "$go" -C "$folder" test -v "$@" 2>&1; echo "exit status $?"; } | tee "$log" | grep -vE '^ *(=== |--- PASS)'
+{ "$go" -C "$folder" test -v "$@" 2>&1; echo "exit status $?"; } | tee "$log" | grep --line-buffered -vE '^ *(=== |--- PASS)'
 if grep -q '^ *--- SKIP' "$log"; then
 	echo "tests were skipped:" >&2
 	grep '^ *--- SKIP' "$log" >&2

@@ -32,7 +32,6 @@ const (
 	PodUnknown       Reason = "pod_unknown"
 	PodAmbiguous     Reason = "pod_ambiguous"
 	NotReady         Reason = "not_ready"
-	Overloaded       Reason = "overloaded"
 	ClientGone       Reason = "client_gone"
 )
 

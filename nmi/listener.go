@@ -9,10 +9,10 @@ import (
 )
 
 // Connections that may be open at the same time: over all pods, and from one address. A client library needs one or
-// two; a pod with many processes may need dozens.
+// two; a pod with many processes may need dozens. Each carries one request at a time, so this bounds requests, too.
 const (
 	maxConnections          = 4096
-	maxConnectionsPerSource = 128
+	maxConnectionsPerSource = 64
 )
 
 // fairListener closes connections beyond the limits as soon as they are made, so that one pod cannot take the

@@ -89,6 +89,14 @@ func (m *metrics) request(route metadata.Route, status int, took time.Duration) 
 	m.requests.WithLabelValues(string(route), strconv.Itoa(status)).Observe(took.Seconds())
 }
 
+// Operations of the API server that are counted when they fail.
+const (
+	apiWatch    = "watch"
+	apiListPods = "list_pods"
+)
+
+func (m *metrics) apiFailed(operation string) { m.apiErrors.WithLabelValues(operation).Inc() }
+
 func (m *metrics) decision(r identity.Reason) { m.decisions.WithLabelValues(string(r)).Inc() }
 
 // CacheAnswered implements token.Observer.

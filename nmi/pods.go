@@ -40,11 +40,17 @@ type podFinder struct {
 	limiter *rate.Limiter
 }
 
-func newPodFinder(w *watch, timeout time.Duration) *podFinder {
+func newPodFinder(w *watch, timeout time.Duration, m *metrics) *podFinder {
 	return &podFinder{
 		lookup:  func(ip string) ([]any, error) { return w.pods.GetIndexer().ByIndex(byIP, ip) },
 		changed: &w.changed,
-		live:    w.livePods,
+		live: func(ctx context.Context) ([]*corev1.Pod, error) {
+			pods, err := w.livePods(ctx)
+			if err != nil {
+				m.apiFailed(apiListPods)
+			}
+			return pods, err
+		},
 		timeout: timeout,
 		limiter: rate.NewLimiter(liveRate, 1),
 	}

@@ -194,11 +194,10 @@ func (n *node) newServer() *server {
 		upstream:      metadata.NewUpstream(n.cfg.imds()),
 		tenantID:      n.cfg.TenantID,
 		blockInstance: n.cfg.BlockInstanceMetadata,
-		slots:         make(chan struct{}, maxInFlight),
 		metrics:       n.metrics,
 		log:           n.log,
 		tokens: &tokens{
-			pods:    newPodFinder(n.watch, n.cfg.PodLookup),
+			pods:    newPodFinder(n.watch, n.cfg.PodLookup, n.metrics),
 			facts:   n.watch.facts,
 			ready:   n.waitFilled,
 			rules:   identity.Rules{Mode: identity.Managed, ForceNamespaced: true},
@@ -311,7 +310,7 @@ func (n *node) keepRules(ctx context.Context) {
 
 // watchFailed counts what client-go logs itself.
 func (n *node) watchFailed(ctx context.Context, r *cache.Reflector, err error) {
-	n.metrics.apiErrors.WithLabelValues("watch").Inc()
+	n.metrics.apiFailed(apiWatch)
 	cache.DefaultWatchErrorHandler(ctx, r, err)
 }
 

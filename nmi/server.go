@@ -25,8 +25,6 @@ const (
 	// Clients ask once in hours; a connection kept for the next time would only take memory.
 	idleTimeout    = 20 * time.Second
 	maxHeaderBytes = 16 << 10
-	// maxInFlight bounds requests that are held at the same time, over all pods.
-	maxInFlight = 1024
 )
 
 // server answers pods. See the package comment for the way of a request.
@@ -37,7 +35,6 @@ type server struct {
 	tenantID string
 	// blockInstance refuses descriptions of the machine.
 	blockInstance bool
-	slots         chan struct{}
 	metrics       *metrics
 	log           *zap.Logger
 }
@@ -82,15 +79,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer exchanges.Put(x)
 	*x = exchange{ResponseWriter: w, id: requestID(), start: time.Now(), fields: x.fields[:0]}
 	w.Header()["X-Ms-Request-Id"] = []string{x.id}
-	select {
-	case s.slots <- struct{}{}:
-		s.metrics.inFlight.Inc()
-		s.answer(x, r)
-		s.metrics.inFlight.Dec()
-		<-s.slots
-	default:
-		x.refuse(metadata.Unavailable(identity.Overloaded, "Too many requests are waiting on this node", time.Second))
-	}
+	s.metrics.inFlight.Inc()
+	s.answer(x, r)
+	s.metrics.inFlight.Dec()
 	took := time.Since(x.start)
 	s.metrics.request(x.req.Route, x.status, took)
 	s.logLine(x, took)

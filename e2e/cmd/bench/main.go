@@ -60,44 +60,48 @@ func write(file string, figures map[string]float64) error {
 
 func say(format string, args ...any) { fmt.Printf(format+"\n", args...) }
 
-func run(ctx context.Context, round time.Duration, rounds, identities int, profiles string) (figures map[string]float64, err error) {
+func run(ctx context.Context, round time.Duration, rounds, identities int, profiles string) (map[string]float64, error) {
+	figures := map[string]float64{}
+	return figures, withRig(ctx, identities, func(r *rig) error {
+		calls, slowest, err := r.burst(ctx)
+		if err != nil {
+			return err
+		}
+		say("\n%d pods of one identity asked at once: %d call(s) to IMDS, the last answer after %s", pods, calls, slowest.Round(time.Millisecond))
+		figures["nmi.burst250.imds_calls"] = float64(calls)
+		if err := r.startBare(ctx); err != nil {
+			return err
+		}
+		if err := r.compare(ctx, figures, round, rounds); err != nil || profiles == "" {
+			return err
+		}
+		return r.profile(ctx, profiles, 5*time.Second)
+	})
+}
+
+// withRig starts a cluster, fills it, starts NMI beside it, and takes all down again when do is done.
+func withRig(ctx context.Context, identities int, do func(*rig) error) (err error) {
 	c, err := cluster.Start(ctx, cluster.Options{WithoutAzure: true, Progress: func(line string) { say("   %s", line) }})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer func() { err = errors.Join(err, c.Stop()) }()
-	crds, err := c.Kubectl(ctx, "apply", "--server-side", "-f", filepath.Join(repo(), "deploy", "podidentity", "crds"))
-	if err != nil {
-		return nil, fmt.Errorf("%w\n%s", err, crds)
+	if _, err := c.Kubectl(ctx, "apply", "--server-side", "-f", filepath.Join(repo(), "deploy", "podidentity", "crds")); err != nil {
+		return err
 	}
 	say("making %d identities with bindings and %d pods", identities, pods)
 	if err := makeObjects(ctx, c, identities); err != nil {
-		return nil, err
+		return err
 	}
-	rig, err := newRig(ctx, c)
+	r, err := newRig(ctx, c)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	defer func() { err = errors.Join(err, rig.close()) }()
-	if err := rig.startNMI(ctx); err != nil {
-		return nil, err
+	defer func() { err = errors.Join(err, r.close()) }()
+	if err := r.startNMI(ctx); err != nil {
+		return err
 	}
-
-	figures = map[string]float64{}
-	calls, slowest, err := rig.burst(ctx)
-	if err != nil {
-		return nil, err
-	}
-	say("\n%d pods of one identity asked at once: %d call(s) to IMDS, the last answer after %s", pods, calls, slowest.Round(time.Millisecond))
-	figures["nmi.burst250.imds_calls"] = float64(calls)
-
-	if err := rig.startBare(ctx); err != nil {
-		return nil, err
-	}
-	if err := rig.compare(ctx, figures, round, rounds); err != nil || profiles == "" {
-		return figures, err
-	}
-	return figures, rig.profile(ctx, profiles, 5*time.Second)
+	return do(r)
 }
 
 // compare measures the two in turn and notes the medians of the ratios.
