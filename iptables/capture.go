@@ -163,7 +163,7 @@ func (c *Capture) Install(ctx context.Context) error {
 		return err
 	}
 	defer done()
-	if _, err := c.sync(ctx); err != nil {
+	if _, err := c.sync(ctx, "capture installed"); err != nil {
 		return fmt.Errorf("installing capture of metadata traffic: %w", err)
 	}
 	c.forgetUncaptured(ctx)
@@ -206,7 +206,7 @@ func (c *Capture) Sync(ctx context.Context) (repaired []string, err error) {
 		return nil, err
 	}
 	defer done()
-	repaired, err = c.sync(ctx)
+	repaired, err = c.sync(ctx, "capture repaired")
 	if slices.ContainsFunc(repaired, opensTheWay) {
 		c.forgetUncaptured(ctx)
 	}
@@ -218,7 +218,8 @@ func opensTheWay(repaired string) bool {
 	return strings.HasPrefix(repaired, "forward ") || strings.HasPrefix(repaired, "nat ")
 }
 
-func (c *Capture) sync(ctx context.Context) (repaired []string, err error) {
+// sync does what Sync says; message is what the log calls it.
+func (c *Capture) sync(ctx context.Context, message string) (repaired []string, err error) {
 	tables := c.backends[c.backend]
 	var states []slotState
 	for _, s := range c.slots {
@@ -249,13 +250,13 @@ func (c *Capture) sync(ctx context.Context) (repaired []string, err error) {
 			continue
 		}
 		for _, d := range differences {
-			c.log.Info("capture repaired", zap.String("what", d.what), zap.String("was", d.text))
+			c.log.Info(message, zap.String("what", d.what), zap.String("was", d.text))
 			repaired = append(repaired, d.what)
 		}
 	}
 	changed, err := c.link.ensure()
 	if changed {
-		c.log.Info("capture repaired", zap.String("what", "link"))
+		c.log.Info(message, zap.String("what", "link"))
 		repaired = append(repaired, "link")
 	}
 	return repaired, errors.Join(append(failed, err)...)

@@ -96,22 +96,11 @@ func kubeConfig(cfg Config) (*rest.Config, error) {
 // run brings everything up in the order that keeps the node closed: the ports that only NMI uses, the listener, the
 // rules, and then the caches, for which requests wait.
 func (n *node) run(ctx context.Context) error {
-	probes, err := listen("127.0.0.1:"+strconv.Itoa(n.cfg.ProbePort), "--http-probe-port")
+	l, err := n.listen(ctx)
+	defer l.close()
 	if err != nil {
 		return err
 	}
-	defer probes.Close()
-	numbers, err := listen(":"+strconv.Itoa(n.cfg.PrometheusPort), "--prometheus-port")
-	if err != nil {
-		return err
-	}
-	defer numbers.Close()
-	pods, err := n.listenForPods(ctx)
-	if err != nil {
-		return err
-	}
-	defer pods.Close()
-
 	failed := make(chan error, 4)
 	serve := func(what string, s *http.Server, l net.Listener) {
 		go func() {
@@ -122,26 +111,24 @@ func (n *node) run(ctx context.Context) error {
 	}
 	main := newHTTPServer(n.newServer())
 	defer main.Close()
-	serve("pods", main, newFairListener(pods, n.metrics.connections))
+	serve("pods", main, newFairListener(l.pods, n.metrics.connections))
 	n.health.set(needListener, nil)
-	serve("probes", newHTTPServer(n.health.handler()), probes)
-	serve("metrics", newHTTPServer(n.metricsHandler()), numbers)
-	if n.cfg.Profile {
-		profile, err := listen("127.0.0.1:"+strconv.Itoa(profilePort), "--enable-profile")
-		if err != nil {
-			return err
-		}
-		defer profile.Close()
+	serve("probes", newHTTPServer(n.health.handler()), l.probes)
+	serve("metrics", newHTTPServer(n.metricsHandler()), l.metrics)
+	if l.profile != nil {
 		s := newHTTPServer(profiler())
 		s.WriteTimeout = 5 * time.Minute // a profile takes the time it was asked to take
-		serve("profiles", s, profile)
+		serve("profiles", s, l.profile)
 	}
 	if err := n.capture.Install(ctx); err != nil {
 		return fmt.Errorf("capturing metadata requests of pods: %w", err)
 	}
 	n.log.Info("metadata requests of pods are captured", zap.Stringer(keyBackend, n.capture.Backend()), zap.String(keyNode, n.cfg.Node))
 	go n.keepRules(ctx)
-	go n.load(ctx)
+	// Requests under way may still wait for an object while the server ends.
+	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopWatching()
+	go n.load(watching)
 
 	select {
 	case err := <-failed:
@@ -158,8 +145,38 @@ func (n *node) run(ctx context.Context) error {
 	return nil
 }
 
-func listen(address, flag string) (net.Listener, error) {
-	l, err := net.Listen("tcp", address)
+// listeners are what NMI listens on. profile is nil unless it is switched on.
+type listeners struct{ probes, metrics, profile, pods net.Listener }
+
+func (l *listeners) close() {
+	for _, one := range []net.Listener{l.probes, l.metrics, l.profile, l.pods} {
+		if one != nil {
+			_ = one.Close()
+		}
+	}
+}
+
+// listen opens them, those of the pods last: until then nothing has been changed on the node.
+func (n *node) listen(ctx context.Context) (*listeners, error) {
+	l := &listeners{}
+	var err error
+	if l.probes, err = listen("127.0.0.1", n.cfg.ProbePort, "--http-probe-port"); err != nil {
+		return l, err
+	}
+	if l.metrics, err = listen("", n.cfg.PrometheusPort, "--prometheus-port"); err != nil {
+		return l, err
+	}
+	if n.cfg.Profile {
+		if l.profile, err = listen("127.0.0.1", profilePort, "--enable-profile"); err != nil {
+			return l, err
+		}
+	}
+	l.pods, err = n.listenForPods(ctx)
+	return l, err
+}
+
+func listen(host string, port int, flag string) (net.Listener, error) {
+	l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)))
 	if err != nil {
 		return nil, inUse(flag, err)
 	}

@@ -56,6 +56,7 @@ token endpoint; "nmi uninstall" removes them.`,
 			})
 		},
 	}
+	run.CompletionOptions.DisableDefaultCmd = true // nobody types this command often enough
 	o.addTo(run.Flags())
 	run.AddCommand(uninstall(o))
 	return run
