@@ -298,9 +298,6 @@ func (r *rig) nmiMemory() (now, peak float64, err error) {
 		if n, _ := fmt.Sscanf(line, "VmRSS: %f kB", &kib); n == 1 {
 			now = kib / 1024
 		}
-		if strings.HasPrefix(line, "Rss") {
-			say("   %s", strings.TrimSpace(line))
-		}
 		if n, _ := fmt.Sscanf(line, "VmHWM: %f kB", &kib); n == 1 {
 			peak = kib / 1024
 		}
