@@ -1,12 +1,13 @@
 #!/bin/sh
 # gotest.sh GO FOLDER ARGS...: runs `GO test ARGS...` in FOLDER and fails if a test fails or is skipped. A test that
-# cannot run here has shown nothing, so it must not look as if it had.
+# cannot run here has shown nothing, so it must not look as if it had; nor may one whose result is from a cache (-count):
+# chart, programs and kernel are not among what Go looks at to tell whether something has changed.
 set -u
 go=$1 folder=$2
 shift 2
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-{ "$go" -C "$folder" test -v "$@" 2>&1; echo "exit status $?"; } | tee "$log" | grep --line-buffered -vE '^ *(=== |--- PASS)'
+{ "$go" -C "$folder" test -v -count=1 "$@" 2>&1; echo "exit status $?"; } | tee "$log" | grep --line-buffered -vE '^ *(=== |--- PASS)'
 if grep -q '^ *--- SKIP' "$log"; then
 	echo "tests were skipped:" >&2
 	grep '^ *--- SKIP' "$log" >&2
