@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"os/exec"
 	"strings"
 	"testing"
 
@@ -116,6 +117,10 @@ func TestOtherWaysToTheMetadataAddressAreShut(t *testing.T) {
 		// NMI's own address, past the capture.
 		{"curl", "-s", "--max-time", "2", "-H", "Metadata: true", "http://169.254.25.79:2579/metadata/versions"},
 	} {
+		// A program that is missing fails, too, and would show nothing.
+		if _, err := exec.LookPath(attempt[0]); err != nil {
+			t.Fatal(err)
+		}
 		if out, err := world.InPod(t.Context(), s.name, "p", attempt[0], attempt[1:]...); err == nil {
 			t.Errorf("%v worked: %s", attempt, out)
 		}

@@ -11,6 +11,8 @@ need iptables-legacy iptables
 need ip iproute2
 need nsenter util-linux
 need curl curl
+need ping iputils-ping
+need sysctl procps
 need dpkg-deb dpkg
 [ -n "$missing" ] || exit 0
 [ "$(id -u)" = 0 ] || { echo "these Debian packages are missing:$missing; install them, or run this as root" >&2; exit 1; }
