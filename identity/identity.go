@@ -12,6 +12,7 @@ package identity
 import (
 	"cmp"
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -44,6 +45,9 @@ type Rules struct {
 	Mode Mode
 	// ForceNamespaced keeps bindings to their own namespace in standard mode too.
 	ForceNamespaced bool
+	// AllowCrossNamespaceSecrets lets an identity name a Secret of another namespace than its own. Whoever may create
+	// identities can then use every Secret that NMI may read.
+	AllowCrossNamespaceSecrets bool
 }
 
 // Pod is the caller.
@@ -79,6 +83,13 @@ type Identity struct {
 	ClientID        string
 	ResourceID      string
 	TenantID        string
+	// AuxiliaryTenantIDs are further tenants that tokens are wanted from, for ServicePrincipalSecret.
+	AuxiliaryTenantIDs []string
+	// ADEndpoint is the authority to ask, by default that of the installation. Not for UserAssigned.
+	ADEndpoint string
+	// SecretNamespace and SecretName say where a service principal's secret or certificate is. A namespace that is
+	// left out is the identity's own.
+	SecretNamespace, SecretName string
 	// ObjectID is not part of the AzureIdentity; callers that have seen a token of this identity fill it in from its
 	// oid claim. Only a request by object_id needs it.
 	ObjectID string
@@ -86,13 +97,28 @@ type Identity struct {
 	Namespaced bool
 }
 
+// Equal reports whether two states of an AzureIdentity mean the same.
+func (i Identity) Equal(o Identity) bool { return reflect.DeepEqual(i, o) }
+
 // Key names the object.
 func (i Identity) Key() string { return i.Namespace + "/" + i.Name }
 
+func (i Identity) usesSecret() bool {
+	return i.Kind == ServicePrincipalSecret || i.Kind == ServicePrincipalCertificate
+}
+
 // sameCredential reports whether two objects describe the very same principal, so that either answers for both.
 func (i Identity) sameCredential(o Identity) bool {
-	return i.Kind == UserAssigned && o.Kind == UserAssigned &&
-		strings.EqualFold(i.ClientID, o.ClientID) && strings.EqualFold(i.ResourceID, o.ResourceID)
+	if i.Kind != o.Kind || !strings.EqualFold(i.ClientID, o.ClientID) {
+		return false
+	}
+	switch i.Kind {
+	case UserAssigned:
+		return strings.EqualFold(i.ResourceID, o.ResourceID)
+	case Federated:
+		return strings.EqualFold(i.TenantID, o.TenantID) && i.ADEndpoint == o.ADEndpoint
+	}
+	return false // each has a Secret of its own
 }
 
 // Binding is an AzureIdentityBinding.
@@ -166,14 +192,30 @@ func Decide(rules Rules, pod Pod, want Selector, facts Facts) Decision {
 	if refusal != nil {
 		return *refusal
 	}
-	if problem := chosen.Problem(); problem != "" {
-		return refuse(IdentityInvalid, "AzureIdentity %s cannot work: %s", chosen.Key(), problem)
+	if refusal := Usable(rules, *chosen); refusal != nil {
+		return *refusal
 	}
 	if rules.Mode == Standard {
 		return assigned(pod, chosen, facts.Assignments)
 	}
 	return Decision{Outcome: Granted, Reason: Allowed, Identity: chosen}
 }
+
+// Usable returns the refusal for an identity that no pod can use whoever it is bound to, or nil.
+func Usable(rules Rules, i Identity) *Decision {
+	if problem := i.Problem(); problem != "" {
+		d := refuse(IdentityInvalid, "AzureIdentity %s cannot work: %s", i.Key(), problem)
+		return &d
+	}
+	if i.usesSecret() && i.SecretNamespace != i.Namespace && !rules.AllowCrossNamespaceSecrets {
+		d := refuse(SecretNotAllowed, "AzureIdentity %s names Secret %s/%s, which is in another namespace than the identity; put the Secret into namespace %s, or run NMI with --allow-cross-namespace-secrets", i.Key(), i.SecretNamespace, i.SecretName, i.Namespace)
+		return &d
+	}
+	return nil
+}
+
+// IsExcepted reports whether an exception among the facts exempts the pod.
+func IsExcepted(pod Pod, facts Facts) bool { return excepted(pod, facts.Exceptions) }
 
 func refuse(r Reason, format string, args ...any) Decision {
 	return Decision{Outcome: Refused, Reason: r, Detail: fmt.Sprintf(format, args...)}

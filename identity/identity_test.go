@@ -147,6 +147,61 @@ func TestResourceIDsOfUserAssignedIdentitiesAreToldFromOthers(t *testing.T) {
 }
 
 // Whatever the order in which the caches list the objects, the answer is the same.
+func TestAnIdentityThatCannotWorkIsToldWhatToWrite(t *testing.T) {
+	good := Identity{Namespace: "a", Name: "x", Kind: ServicePrincipalSecret, ClientID: clientA, TenantID: "contoso.example", SecretNamespace: "a", SecretName: "s", ADEndpoint: "https://login.example:8443/"}
+	if problem := good.Problem(); problem != "" {
+		t.Fatal(problem)
+	}
+	for _, c := range []struct {
+		name   string
+		change func(*Identity)
+		says   string
+	}{
+		{"no client", func(i *Identity) { i.ClientID = "" }, "spec.clientID"},
+		{"no tenant", func(i *Identity) { i.TenantID = "" }, "spec.tenantID"},
+		{"a tenant that leads elsewhere", func(i *Identity) { i.TenantID = "t/../x" }, "tenant"},
+		{"a tenant of dots", func(i *Identity) { i.TenantID = ".." }, "tenant"},
+		{"a tenant that is none", func(i *Identity) { i.TenantID = "common" }, "tenant"},
+		{"an auxiliary tenant that is none", func(i *Identity) { i.AuxiliaryTenantIDs = []string{"t", "a b"} }, "auxiliaryTenantIDs"},
+		{"a hundred tenants", func(i *Identity) { i.AuxiliaryTenantIDs = strings.Split(strings.Repeat("t,", 99)+"t", ",") }, "at most 10"},
+		{"no Secret", func(i *Identity) { i.SecretName = "" }, "clientPassword"},
+		{"an endpoint without TLS", func(i *Identity) { i.ADEndpoint = "http://login.example" }, "https://"},
+		{"an endpoint with a path", func(i *Identity) { i.ADEndpoint = "https://login.example/x" }, "scheme and host"},
+		{"an endpoint with a user", func(i *Identity) { i.ADEndpoint = "https://a@login.example" }, "scheme and host"},
+		{"an endpoint with a query", func(i *Identity) { i.ADEndpoint = "https://login.example?x=y" }, "scheme and host"},
+		{"an endpoint that is no URL", func(i *Identity) { i.ADEndpoint = "https://%zz" }, "not a URL"},
+		{"a federated client that is no GUID", func(i *Identity) { i.Kind, i.ClientID = Federated, "app" }, "GUID"},
+	} {
+		i := good
+		c.change(&i)
+		if problem := i.Problem(); !strings.Contains(problem, c.says) {
+			t.Errorf("%s: %q", c.name, problem)
+		}
+	}
+}
+
+func TestAuthoritiesAreReadAsHosts(t *testing.T) {
+	for in, want := range map[string]string{
+		"https://login.microsoftonline.com/": "https://login.microsoftonline.com", "https://Login.MicrosoftOnline.com": "https://login.microsoftonline.com",
+		"https://adfs.example:8443//": "https://adfs.example:8443",
+	} {
+		if got, err := ParseAuthority(in); err != nil || got != want {
+			t.Errorf("%s: %q, %v", in, got, err)
+		}
+	}
+}
+
+func TestASecretOfAnotherNamespaceIsUsedOnlyWhereThatIsAllowed(t *testing.T) {
+	i := Identity{Namespace: "a", Name: "x", Kind: ServicePrincipalCertificate, ClientID: clientA, TenantID: "t", SecretNamespace: "b", SecretName: "s"}
+	facts := Facts{Bindings: []Binding{bind("a", "x", "app")}, Identities: []Identity{i}}
+	if d := Decide(Rules{}, labelled("a", "p", "app"), Selector{}, facts); d.Reason != SecretNotAllowed || !strings.Contains(d.Detail, "b/s") {
+		t.Errorf("got %+v", d)
+	}
+	if d := Decide(Rules{AllowCrossNamespaceSecrets: true}, labelled("a", "p", "app"), Selector{}, facts); d.Outcome != Granted {
+		t.Errorf("got %+v", d)
+	}
+}
+
 func TestTheAnswerDoesNotDependOnTheOrderOfObjects(t *testing.T) {
 	a := Facts{
 		Bindings:   []Binding{bind("a", "x", "app"), bind("b", "y", "app"), bind("a", "z", "app")},

@@ -1,6 +1,8 @@
 package identity
 
 import (
+	"cmp"
+	"slices"
 	"strings"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
@@ -8,15 +10,26 @@ import (
 
 // FromAzureIdentity takes from the object what the decision reads.
 func FromAzureIdentity(o *v1.AzureIdentity) Identity {
-	return Identity{
+	i := Identity{
 		Namespace:  o.Namespace,
 		Name:       o.Name,
 		Kind:       Kind(o.Spec.Type),
 		ClientID:   o.Spec.ClientID,
 		ResourceID: o.Spec.ResourceID,
-		TenantID:   o.Spec.TenantID,
 		Namespaced: strings.EqualFold(o.Annotations[v1.BehaviorAnnotation], v1.BehaviorNamespaced),
 	}
+	if i.Kind == UserAssigned {
+		return i // the rest means nothing there, and identities are kept by the thousand
+	}
+	i.TenantID, i.ADEndpoint = o.Spec.TenantID, o.Spec.ADEndpoint
+	if i.usesSecret() {
+		i.SecretName = o.Spec.ClientPassword.Name
+		i.SecretNamespace = cmp.Or(o.Spec.ClientPassword.Namespace, o.Namespace)
+	}
+	if i.Kind == ServicePrincipalSecret {
+		i.AuxiliaryTenantIDs = slices.Clone(o.Spec.AuxiliaryTenantIDs)
+	}
+	return i
 }
 
 // FromAzureIdentityBinding takes from the object what the decision reads.

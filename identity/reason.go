@@ -14,6 +14,7 @@ const (
 	IdentityNotBound   Reason = "identity_not_bound"
 	IdentityInvalid    Reason = "identity_invalid"
 	IdentityAmbiguous  Reason = "identity_ambiguous"
+	SecretNotAllowed   Reason = "secret_not_allowed"
 	MultipleIdentities Reason = "multiple_identities"
 	AssignmentPending  Reason = "assignment_pending"
 )
@@ -37,10 +38,15 @@ const (
 
 // Reasons from after the decision: where the token comes from.
 const (
-	TypeNotServed       Reason = "identity_type_not_served"
-	UpstreamThrottled   Reason = "upstream_throttled"
-	UpstreamUnavailable Reason = "upstream_unavailable"
-	UpstreamRefused     Reason = "upstream_refused"
-	PodThrottled        Reason = "pod_throttled"
-	Forwarding          Reason = "passed_through"
+	SecretMissing           Reason = "secret_missing"
+	SecretUnreadable        Reason = "secret_unreadable"
+	SecretInvalid           Reason = "secret_invalid"
+	ServiceAccountForbidden Reason = "service_account_forbidden"
+	PodStale                Reason = "pod_stale"
+	FederationUntrusted     Reason = "federation_untrusted"
+	UpstreamThrottled       Reason = "upstream_throttled"
+	UpstreamUnavailable     Reason = "upstream_unavailable"
+	UpstreamRefused         Reason = "upstream_refused"
+	PodThrottled            Reason = "pod_throttled"
+	Forwarding              Reason = "passed_through"
 )

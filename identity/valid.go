@@ -2,6 +2,7 @@ package identity
 
 import (
 	"fmt"
+	"net/url"
 	"strings"
 )
 
@@ -18,13 +19,75 @@ func (i Identity) Problem() string {
 			return fmt.Sprintf("spec.resourceID %q is not the resource ID of a user-assigned managed identity; write /subscriptions/<subscription>/resourcegroups/<group>/providers/Microsoft.ManagedIdentity/userAssignedIdentities/<name>", i.ResourceID)
 		}
 	case ServicePrincipalSecret, ServicePrincipalCertificate, Federated:
-		if i.ClientID == "" || i.TenantID == "" {
-			return "spec.clientID and spec.tenantID are both needed for this type"
-		}
+		return i.entraProblem()
 	default:
 		return fmt.Sprintf("spec.type %d is unknown; write 0, 1, 2 or 3", i.Kind)
 	}
 	return ""
+}
+
+// maxAuxiliaryTenants bounds how many tokens one request may cost.
+const maxAuxiliaryTenants = 10
+
+// entraProblem is Problem for what asks Entra ID itself.
+func (i Identity) entraProblem() string {
+	if i.ClientID == "" || i.TenantID == "" {
+		return "spec.clientID and spec.tenantID are both needed for this type"
+	}
+	if i.Kind == Federated && !isGUID(i.ClientID) {
+		return fmt.Sprintf("spec.clientID %q is not a GUID; write the client ID of the application or managed identity", i.ClientID)
+	}
+	if i.Kind != Federated && i.SecretName == "" {
+		return "spec.clientPassword.name is missing; write the name of the Secret that holds the client secret or the certificate"
+	}
+	for _, tenant := range append([]string{i.TenantID}, i.AuxiliaryTenantIDs...) {
+		if !isTenant(tenant) {
+			return fmt.Sprintf("tenant %q is neither a GUID nor a domain name; write the ID of the tenant in spec.tenantID or spec.auxiliaryTenantIDs", tenant)
+		}
+	}
+	if len(i.AuxiliaryTenantIDs) > maxAuxiliaryTenants {
+		return fmt.Sprintf("spec.auxiliaryTenantIDs has %d tenants; at most %d are served", len(i.AuxiliaryTenantIDs), maxAuxiliaryTenants)
+	}
+	if i.ADEndpoint != "" {
+		if _, err := ParseAuthority(i.ADEndpoint); err != nil {
+			return "spec.adEndpoint: " + err.Error()
+		}
+	}
+	return ""
+}
+
+// isTenant wants a GUID or a domain name: letters, digits, dots and hyphens. "common" and "organizations" are such
+// names, but stand for no tenant and have no service principals.
+func isTenant(s string) bool {
+	if s == "" || len(s) > 253 || strings.EqualFold(s, "common") || strings.EqualFold(s, "organizations") || strings.EqualFold(s, "consumers") {
+		return false
+	}
+	if strings.HasPrefix(s, ".") || strings.HasSuffix(s, ".") || strings.Contains(s, "..") {
+		return false
+	}
+	for i := range len(s) {
+		c := s[i]
+		if !('0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '.' || c == '-') {
+			return false
+		}
+	}
+	return true
+}
+
+// ParseAuthority reads the address of a token service and returns it as https://host or https://host:port, in lower
+// case: nothing that it says otherwise could be meant for Entra ID.
+func ParseAuthority(s string) (string, error) {
+	u, err := url.Parse(s)
+	if err != nil {
+		return "", fmt.Errorf("%q is not a URL; write one such as https://login.microsoftonline.com/", s)
+	}
+	if u.Scheme != "https" {
+		return "", fmt.Errorf("%q does not begin with https://; secrets are sent there, so nothing else is taken", s)
+	}
+	if u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || strings.Trim(u.Path, "/") != "" || u.Opaque != "" {
+		return "", fmt.Errorf("%q is more or less than scheme and host; write one such as https://login.microsoftonline.com/, and the tenant in spec.tenantID", s)
+	}
+	return "https://" + strings.ToLower(u.Host), nil
 }
 
 // isGUID wants 8-4-4-4-12 hexadecimal digits.

@@ -51,7 +51,7 @@ func Refusal(d identity.Decision) *Error {
 	switch d.Reason {
 	case identity.MultipleIdentities:
 		e.Description = textMultiple
-	case identity.IdentityInvalid, identity.IdentityAmbiguous, identity.TypeNotServed:
+	case identity.IdentityInvalid, identity.IdentityAmbiguous, identity.SecretNotAllowed:
 		e.Status, e.Code, e.Description = http.StatusForbidden, codeForbidden, d.Detail
 	}
 	return e

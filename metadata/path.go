@@ -24,6 +24,8 @@ const (
 	RouteAttested Route = "attested"
 	// RouteScheduledEvents shows the machine's maintenance and, by POST, approves it. Never answered.
 	RouteScheduledEvents Route = "scheduledevents"
+	// RouteHostToken asks for a token on behalf of a pod, from the node itself: /host/token. See ParseHostToken.
+	RouteHostToken Route = "host_token"
 	// RouteUnknown is everything else, among it all other paths below /metadata/identity, some of which hand out
 	// credentials of the machine itself (getplatformmetadata, issuecredential).
 	RouteUnknown Route = "unknown"

@@ -26,6 +26,8 @@ type Request struct {
 	Bypass bool
 	// Rejected is the SHA-256, in hex, of a token the client wants replaced; empty as a rule.
 	Rejected string
+	// PodNamespace and PodName are whom the node itself asks for; see ParseHostToken.
+	PodNamespace, PodName string
 	// APIVersion and Format are passed on to the real service for descriptions of the machine.
 	APIVersion, Format string
 }
@@ -196,6 +198,11 @@ func parseToken(req Request, values parameterList) (Request, *Error) {
 		return req, &Error{Status: http.StatusBadRequest, Code: codeInvalid, Reason: identity.APIVersion,
 			Description: "api-version is invalid or was not specified in the request; write api-version=" + oldestVersion}
 	}
+	return parseWhatToken(req, values)
+}
+
+// parseWhatToken reads the parameters that say which token is wanted.
+func parseWhatToken(req Request, values parameterList) (Request, *Error) {
 	req.Resource = values.get("resource")
 	if req.Resource == "" {
 		return req, &Error{Status: http.StatusBadRequest, Code: codeInvalid, Description: textNoResource, Reason: identity.ResourceMissing}

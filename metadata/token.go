@@ -41,10 +41,34 @@ var buffers = sync.Pool{New: func() any { return new([]byte) }}
 // The fields are those of the real answer, in its order (alphabetical: one client library takes the last of expires_in
 // and expires_on) and all as strings (numbers and empty strings break others).
 func (a TokenAnswer) Write(w http.ResponseWriter, now time.Time) {
+	write(w, func(b []byte) []byte { return a.append(b, now) })
+}
+
+// WriteTokens sends the tokens of an identity of several tenants, as the predecessor did: an array, the home tenant's
+// first.
+func WriteTokens(w http.ResponseWriter, tokens []TokenAnswer, now time.Time) {
+	write(w, func(b []byte) []byte {
+		b = append(b, '[')
+		for i, t := range tokens {
+			if i > 0 {
+				b = append(b, ',')
+			}
+			b = t.append(b, now)
+		}
+		return append(b, ']')
+	})
+}
+
+func write(w http.ResponseWriter, body func([]byte) []byte) {
 	pooled := buffers.Get().(*[]byte)
 	defer buffers.Put(pooled)
-	b := append((*pooled)[:0], `{"access_token":`...)
-	b = appendJSON(b, a.AccessToken)
+	*pooled = body((*pooled)[:0])
+	w.Header()["Cache-Control"] = noStore
+	writeJSON(w, http.StatusOK, *pooled)
+}
+
+func (a TokenAnswer) append(b []byte, now time.Time) []byte {
+	b = appendJSON(append(b, `{"access_token":`...), a.AccessToken)
 	if a.ClientID != "" {
 		b = appendJSON(append(b, `,"client_id":`...), a.ClientID)
 	}
@@ -53,10 +77,7 @@ func (a TokenAnswer) Write(w http.ResponseWriter, now time.Time) {
 	b = appendSeconds(append(b, `,"ext_expires_in":`...), a.Lifetime)
 	b = appendNumber(append(b, `,"not_before":`...), a.NotBefore.Unix())
 	b = appendJSON(append(b, `,"resource":`...), a.Resource)
-	b = append(b, `,"token_type":"Bearer"}`...)
-	*pooled = b
-	w.Header()["Cache-Control"] = noStore
-	writeJSON(w, http.StatusOK, b)
+	return append(b, `,"token_type":"Bearer"}`...)
 }
 
 // appendJSON appends a string of JSON. Tokens and most resources need no escaping, and a token is long.

@@ -1,6 +1,7 @@
 package nmi
 
 import (
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -8,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/iptables"
 )
 
@@ -37,6 +39,13 @@ type Config struct {
 	TenantID               string
 	UserAgent              string
 	Profile                bool // pprof, on loopback
+
+	Authority                  string // of Entra ID, where an identity names none
+	CABundle                   string // file; trusted for Entra ID besides the system's
+	ManagedIdentityBy          string // what IMDS is told a managed identity by: ByClientID or ByResourceID
+	AllowCrossNamespaceSecrets bool
+	HostToken                  bool // serve /host/token, on loopback
+	Events                     bool // tell refusals as Events of pods
 }
 
 // DefaultConfig returns the defaults. Where a setting means what it meant in the predecessor, its default is kept.
@@ -55,8 +64,19 @@ func DefaultConfig() Config {
 		Shutdown:               20 * time.Second,
 		MetadataHeaderRequired: true,
 		KubeletConfig:          "/etc/default/kubelet",
+		Authority:              "https://login.microsoftonline.com/",
+		ManagedIdentityBy:      ByClientID,
+		HostToken:              true,
+		Events:                 true,
 	}
 }
+
+// Ways of telling IMDS which managed identity is meant. Both are in the AzureIdentity. The resource ID stays the same
+// when an identity is deleted and made again under its name.
+const (
+	ByClientID   = "client-id"
+	ByResourceID = "resource-id"
+)
 
 // Operation modes.
 const (
@@ -109,6 +129,12 @@ func (c Config) Validate() error {
 	if c.ProbePort == c.PrometheusPort || c.Profile && (c.ProbePort == profilePort || c.PrometheusPort == profilePort) {
 		bad("--http-probe-port, --prometheus-port and the profiler's %d must differ", profilePort)
 	}
+	if _, err := identity.ParseAuthority(c.Authority); err != nil {
+		bad("--authority-host: %w", err)
+	}
+	if c.ManagedIdentityBy != ByClientID && c.ManagedIdentityBy != ByResourceID {
+		bad("--managed-identity-by %q is unknown; give %s or %s", c.ManagedIdentityBy, ByClientID, ByResourceID)
+	}
 	within("iptables-sync-interval", c.SyncInterval, time.Second, 10*time.Minute)
 	within("pod-lookup-timeout", c.PodLookup, 100*time.Millisecond, 20*time.Second)
 	within("shutdown-timeout", c.Shutdown, time.Second, 5*time.Minute)
@@ -132,6 +158,25 @@ func (c Config) checkKubenet() error {
 		return fmt.Errorf("%s says that this node uses kubenet, where a pod can take the address of another by ARP; use another network plugin, or drop NET_RAW from all pods and give --allow-network-plugin-kubenet", c.KubeletConfig)
 	}
 	return nil
+}
+
+// rootCAs returns what TLS connections to Entra ID are verified with; nil is what the system trusts.
+func (c Config) rootCAs() (*x509.CertPool, error) {
+	if c.CABundle == "" {
+		return nil, nil
+	}
+	text, err := os.ReadFile(c.CABundle)
+	if err != nil {
+		return nil, fmt.Errorf("reading --ca-bundle: %w", err)
+	}
+	pool, err := x509.SystemCertPool()
+	if err != nil {
+		pool = x509.NewCertPool()
+	}
+	if !pool.AppendCertsFromPEM(text) {
+		return nil, fmt.Errorf("--ca-bundle %s holds no certificate in PEM form", c.CABundle)
+	}
+	return pool, nil
 }
 
 func (c Config) listen() netip.AddrPort {

@@ -30,6 +30,8 @@ const (
 	metricSyncErrors  = "podidentity_nmi_iptables_sync_errors_total"
 	metricLookups     = "podidentity_nmi_pod_lookup_duration_seconds"
 	metricConnections = "podidentity_nmi_connections_refused_total"
+	metricStale       = "podidentity_nmi_stale_watches"
+	metricFetches     = "podidentity_nmi_upstream_duration_seconds"
 )
 
 // metrics is NMI's one registry and what is in it.
@@ -43,6 +45,7 @@ type metrics struct {
 	inFlight    prometheus.Gauge
 	cache       *prometheus.CounterVec
 	upstream    *prometheus.CounterVec
+	fetches     *prometheus.HistogramVec
 	repairs     *prometheus.CounterVec
 	syncErrors  prometheus.Counter
 	lookups     prometheus.Histogram
@@ -65,6 +68,8 @@ func newMetrics() *metrics {
 		apiErrors:  counter(metricAPIErrors, "Questions to the API server that failed.", "operation_type"),
 		decisions:  counter(metricDecisions, "Requests for a token by how they ended.", "reason"),
 		inFlight:   prometheus.NewGauge(prometheus.GaugeOpts{Name: metricInFlight, Help: "Requests of pods that are being answered."}),
+		fetches: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: metricFetches, Buckets: buckets,
+			Help: "Time of a fetch from a source of tokens, retries included."}, []string{"source"}),
 		cache:      counter(metricCache, "Questions to the token cache by how they were answered: hit, fetched, shared with another's fetch, failed.", "result"),
 		upstream:   counter(metricUpstream, "Fetches from sources of tokens by outcome.", "source", "outcome"),
 		repairs:    counter(metricRepairs, "Things that were found missing or changed on the node and put right.", "what"),
@@ -73,7 +78,7 @@ func newMetrics() *metrics {
 			Help: "Time to find the pod behind an address."}),
 		connections: prometheus.NewCounter(prometheus.CounterOpts{Name: metricConnections, Help: "Connections that were closed at once because their source, or all together, had too many."}),
 	}
-	m.registry.MustRegister(m.requests, m.imds, m.imdsErrors, m.apiErrors, m.decisions, m.inFlight, m.cache, m.upstream,
+	m.registry.MustRegister(m.requests, m.imds, m.imdsErrors, m.apiErrors, m.decisions, m.inFlight, m.cache, m.upstream, m.fetches,
 		m.repairs, m.syncErrors, m.lookups, m.connections,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
@@ -85,14 +90,23 @@ func (m *metrics) cacheSize(length func() int) {
 		func() float64 { return float64(length()) }))
 }
 
+// staleWatches adds a gauge that reads how many watches hear nothing.
+func (m *metrics) staleWatches(count func() int) {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricStale, Help: "Watches of the cluster that hear nothing from the API server at the moment."},
+		func() float64 { return float64(count()) }))
+}
+
 func (m *metrics) request(route metadata.Route, status int, took time.Duration) {
 	m.requests.WithLabelValues(string(route), strconv.Itoa(status)).Observe(took.Seconds())
 }
 
 // Operations of the API server that are counted when they fail.
 const (
-	apiWatch    = "watch"
-	apiListPods = "list_pods"
+	apiWatch        = "watch"
+	apiListPods     = "list_pods"
+	apiWriteEvent   = "write_event"
+	apiRequestToken = "request_token"
+	apiReadSecret   = "read_secret"
 )
 
 func (m *metrics) apiFailed(operation string) { m.apiErrors.WithLabelValues(operation).Inc() }
@@ -109,6 +123,10 @@ func (m *metrics) SourceAsked(source token.Source, class token.Class, d time.Dur
 		outcome = "ok"
 	}
 	m.upstream.WithLabelValues(string(source), outcome).Inc()
+	m.fetches.WithLabelValues(string(source)).Observe(d.Seconds())
+	if source != token.Managed {
+		return
+	}
 	m.imds.WithLabelValues(string(source)).Observe(d.Seconds())
 	if class != "" {
 		m.imdsErrors.WithLabelValues(string(source)).Inc()

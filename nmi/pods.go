@@ -31,7 +31,8 @@ const liveTimeout = 4 * time.Second
 // counts. A pod that asks before the watch has told of its address waits; one whose address another pod still holds in
 // the cache waits until that is gone.
 type podFinder struct {
-	lookup  func(ip string) ([]any, error) // the index on addresses
+	lookup  func(ip string) ([]any, error)       // the index on addresses
+	byName  func(name string) (any, bool, error) // namespace/name
 	changed *broadcast
 	live    func(context.Context) ([]*corev1.Pod, error)
 	timeout time.Duration
@@ -40,17 +41,12 @@ type podFinder struct {
 	limiter *rate.Limiter
 }
 
-func newPodFinder(w *watch, timeout time.Duration, m *metrics) *podFinder {
+func newPodFinder(w *watch, timeout time.Duration) *podFinder {
 	return &podFinder{
 		lookup:  func(ip string) ([]any, error) { return w.pods.GetIndexer().ByIndex(byIP, ip) },
+		byName:  w.pods.GetIndexer().GetByKey,
 		changed: &w.changed,
-		live: func(ctx context.Context) ([]*corev1.Pod, error) {
-			pods, err := w.livePods(ctx)
-			if err != nil {
-				m.apiFailed(apiListPods)
-			}
-			return pods, err
-		},
+		live:    w.livePods,
 		timeout: timeout,
 		limiter: rate.NewLimiter(liveRate, 1),
 	}
@@ -88,6 +84,30 @@ func (f *podFinder) find(ctx context.Context, ip netip.Addr) (*corev1.Pod, error
 			}
 		case <-deadline.C:
 			return nil, err
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// named returns the pod of this node with a name (namespace/name), or errPodUnknown once the timeout is over, or the
+// error of ctx. It may have no address yet.
+func (f *podFinder) named(ctx context.Context, name string) (*corev1.Pod, error) {
+	deadline := time.NewTimer(f.timeout)
+	defer deadline.Stop()
+	for {
+		changed := f.changed.next()
+		o, ok, err := f.byName(name)
+		if err != nil {
+			return nil, err
+		}
+		if pod, is := o.(*corev1.Pod); ok && is && !finished(pod) {
+			return pod, nil
+		}
+		select {
+		case <-changed:
+		case <-deadline.C:
+			return nil, errPodUnknown
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}

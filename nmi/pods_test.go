@@ -44,6 +44,7 @@ func newNode1(pods ...*corev1.Pod) *node1 {
 	n.answer = func() ([]*corev1.Pod, error) { return nil, nil }
 	n.podFinder = &podFinder{
 		lookup:  func(ip string) ([]any, error) { return n.indexer.ByIndex(byIP, ip) },
+		byName:  n.indexer.GetByKey,
 		changed: &n.changes,
 		live: func(context.Context) ([]*corev1.Pod, error) {
 			n.asked.Add(1)

@@ -19,7 +19,6 @@ import (
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/clientcmd"
 
-	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/iptables"
 	"github.com/podidentity/podidentity/metadata"
 	"github.com/podidentity/podidentity/nmi/token"
@@ -28,18 +27,21 @@ import (
 // node is one NMI at work.
 type node struct {
 	cfg     Config
-	log     *zap.Logger
+	logs    Loggers
 	metrics *metrics
 	health  *health
 	capture *iptables.Capture
 	watch   *watch
+	sources *token.Sources
 	cache   *token.Cache
+	tokens  *tokens
+	events  *events       // nil if they are switched off
 	filled  chan struct{} // closed once all caches have been filled
 }
 
 // Run serves the pods of this node until ctx ends. The rules that capture their traffic stay in place when it returns:
 // removing them is Uninstall's. An error that comes before the rules were touched has changed nothing on the node.
-func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
+func Run(ctx context.Context, cfg Config, logs Loggers) error {
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
@@ -47,17 +49,21 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 		return err
 	}
 	captureConfig := cfg.Capture()
-	captureConfig.Logger = log
+	captureConfig.Logger = logs.Main
 	capture, err := iptables.New(captureConfig)
 	if err != nil {
 		return err
 	}
-	n := &node{cfg: cfg, log: log, metrics: newMetrics(), health: newHealth(), capture: capture, filled: make(chan struct{})}
+	if err := keepSecretsInMemory(); err != nil {
+		return err
+	}
+	n := &node{cfg: cfg, logs: logs, metrics: newMetrics(), health: newHealth(), capture: capture, filled: make(chan struct{})}
 	kube, err := kubeConfig(cfg)
 	if err != nil {
 		return err
 	}
-	if n.watch, err = newWatch(kube, cfg.Node, func(uid string) { n.cache.Release(uid) }); err != nil {
+	tell := listening{podGone: n.podGone, identityChanged: n.identityChanged, failed: n.metrics.apiFailed}
+	if n.watch, err = newWatch(kube, cfg.Node, tell); err != nil {
 		return fmt.Errorf("preparing to watch the cluster: %w", err)
 	}
 	for _, informer := range n.watch.all() {
@@ -65,19 +71,25 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 			return err
 		}
 	}
-	managed, err := token.NewManagedIdentities(cfg.imds(), cfg.UserAgent)
-	if err != nil {
-		return err
-	}
-	if n.cache, err = token.NewCache(managed, token.DefaultSize, n.watch.podAlive, n.metrics); err != nil {
+	// Requests under way may still wait for an object while the server ends.
+	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopWatching()
+	if err := n.prepareTokens(watching); err != nil {
 		return err
 	}
 	defer n.cache.Close()
 	n.metrics.cacheSize(n.cache.Len)
-	if err := n.watch.checkNode(ctx, log); err != nil {
+	n.metrics.staleWatches(n.watch.connection.staleCount)
+	if cfg.Events {
+		if n.events, err = newEvents(cfg.Node, n.watch.writeEvent); err != nil {
+			return err
+		}
+		go n.events.run(watching)
+	}
+	if err := n.watch.checkNode(ctx, logs.Main); err != nil {
 		return err
 	}
-	return n.run(ctx)
+	return n.run(ctx, watching)
 }
 
 func kubeConfig(cfg Config) (*rest.Config, error) {
@@ -90,12 +102,16 @@ func kubeConfig(cfg Config) (*rest.Config, error) {
 		return nil, fmt.Errorf("finding the API server: %w; run NMI in a pod, or give --kubeconfig", err)
 	}
 	config.UserAgent = "podidentity-nmi"
+	// When a node starts, each of its pods may need one small answer of the API server before its first token.
+	config.QPS, config.Burst = 50, 100
 	return config, nil
 }
 
 // run brings everything up in the order that keeps the node closed: the ports that only NMI uses, the listener, the
 // rules, and then the caches, for which requests wait.
-func (n *node) run(ctx context.Context) error {
+//
+// Watches end with watching, which outlives ctx.
+func (n *node) run(ctx, watching context.Context) error {
 	l, err := n.listen(ctx)
 	defer l.close()
 	if err != nil {
@@ -109,7 +125,8 @@ func (n *node) run(ctx context.Context) error {
 			}
 		}()
 	}
-	main := newHTTPServer(n.newServer())
+	pods := n.newServer()
+	main := newHTTPServer(pods)
 	defer main.Close()
 	serve("pods", main, newFairListener(l.pods, n.metrics.connections))
 	n.health.set(needListener, nil)
@@ -123,12 +140,16 @@ func (n *node) run(ctx context.Context) error {
 	if err := n.capture.Install(ctx); err != nil {
 		return fmt.Errorf("capturing metadata requests of pods: %w", err)
 	}
-	n.log.Info("metadata requests of pods are captured", zap.Stringer(keyBackend, n.capture.Backend()), zap.String(keyNode, n.cfg.Node))
+	n.logs.Main.Info("metadata requests of pods are captured", zap.Stringer(keyBackend, n.capture.Backend()), zap.String(keyNode, n.cfg.Node))
 	go n.keepRules(ctx)
-	// Requests under way may still wait for an object while the server ends.
-	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
-	defer stopWatching()
 	go n.load(watching)
+	hostTokens := make(chan struct{}) // closed once they are not served any more
+	go func() {
+		defer close(hostTokens)
+		if n.cfg.HostToken {
+			n.serveHostTokens(ctx, pods)
+		}
+	}()
 
 	select {
 	case err := <-failed:
@@ -136,10 +157,12 @@ func (n *node) run(ctx context.Context) error {
 	case <-ctx.Done():
 	}
 	n.health.shutDown()
-	n.log.Info("stopping; the rules stay, so that pods cannot reach the real token endpoint")
+	n.logs.Main.Info("stopping; the rules stay, so that pods cannot reach the real token endpoint")
 	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), n.cfg.Shutdown)
 	defer cancel()
-	if err := main.Shutdown(ending); err != nil {
+	err = main.Shutdown(ending)
+	<-hostTokens
+	if err != nil {
 		return fmt.Errorf("requests were still under way after --shutdown-timeout: %w", err)
 	}
 	return nil
@@ -206,22 +229,19 @@ func (n *node) listenForPods(ctx context.Context) (net.Listener, error) {
 }
 
 func (n *node) newServer() *server {
-	return &server{
+	s := &server{
 		rules:         metadata.Rules{HeaderOptional: !n.cfg.MetadataHeaderRequired},
 		upstream:      metadata.NewUpstream(n.cfg.imds()),
 		tenantID:      n.cfg.TenantID,
 		blockInstance: n.cfg.BlockInstanceMetadata,
 		metrics:       n.metrics,
-		log:           n.log,
-		tokens: &tokens{
-			pods:    newPodFinder(n.watch, n.cfg.PodLookup, n.metrics),
-			facts:   n.watch.facts,
-			ready:   n.waitFilled,
-			rules:   identity.Rules{Mode: identity.Managed, ForceNamespaced: true},
-			cache:   n.cache,
-			metrics: n.metrics,
-		},
+		logs:          n.logs,
+		tokens:        n.tokens,
 	}
+	if n.events != nil {
+		s.refused = n.events.refused
+	}
+	return s
 }
 
 func (n *node) metricsHandler() http.Handler {
@@ -274,7 +294,7 @@ func (n *node) load(ctx context.Context) {
 	n.health.set(needCaches, nil)
 	// Loading needs several times the memory of what is kept; give the rest back now.
 	debug.FreeOSMemory()
-	n.log.Info("caches are filled")
+	n.logs.Main.Info("caches are filled")
 }
 
 // crdPoll is how often missing definitions are looked for.
@@ -288,7 +308,7 @@ func (n *node) waitForCRDs(ctx context.Context) bool {
 			return true
 		}
 		n.health.set(needCRDs, err)
-		n.log.Warn("waiting for the custom resource definitions", zap.Error(err))
+		n.logs.Main.Warn("waiting for the custom resource definitions", zap.Error(err))
 		select {
 		case <-time.After(crdPoll):
 		case <-ctx.Done():
@@ -313,11 +333,11 @@ func (n *node) keepRules(ctx context.Context) {
 			n.metrics.repairs.WithLabelValues(what).Inc()
 		}
 		if len(repaired) > 0 {
-			n.log.Warn("something had changed the rules of this node; they are as they should be again", zap.Strings(keyRepaired, repaired))
+			n.logs.Main.Warn("something had changed the rules of this node; they are as they should be again", zap.Strings(keyRepaired, repaired))
 		}
 		if err != nil && ctx.Err() == nil {
 			n.metrics.syncErrors.Inc()
-			n.log.Error("looking after the rules", zap.Error(err))
+			n.logs.Main.Error("looking after the rules", zap.Error(err))
 		}
 		if ctx.Err() == nil {
 			n.health.set(needRules, err)

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	corev1 "k8s.io/api/core/v1"
 
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/metadata"
@@ -36,7 +38,9 @@ type server struct {
 	// blockInstance refuses descriptions of the machine.
 	blockInstance bool
 	metrics       *metrics
-	log           *zap.Logger
+	logs          Loggers
+	// refused is told of each pod that gets no token.
+	refused func(*corev1.Pod, *metadata.Error)
 }
 
 // exchange is one request and what became of it, for the log.
@@ -73,14 +77,17 @@ func (x *exchange) refuse(e *metadata.Error) {
 	e.Write(x)
 }
 
-// ServeHTTP answers one request and writes its line in the log.
-func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+// ServeHTTP answers one request of a pod.
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.serve(w, r, s.answer) }
+
+// serve answers one request, counts it and writes its line in the log.
+func (s *server) serve(w http.ResponseWriter, r *http.Request, answer func(*exchange, *http.Request)) {
 	x := exchanges.Get().(*exchange)
 	defer exchanges.Put(x)
 	*x = exchange{ResponseWriter: w, id: requestID(), start: time.Now(), fields: x.fields[:0]}
 	w.Header()["X-Ms-Request-Id"] = []string{x.id}
 	s.metrics.inFlight.Inc()
-	s.answer(x, r)
+	answer(x, r)
 	s.metrics.inFlight.Dec()
 	took := time.Since(x.start)
 	s.metrics.request(x.req.Route, x.status, took)
@@ -88,12 +95,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) answer(x *exchange, r *http.Request) {
-	peer, err := netip.ParseAddrPort(r.RemoteAddr)
-	if err != nil {
-		x.refuse(metadata.Unavailable(identity.PodUnknown, "The address of the caller is unreadable", time.Second))
+	if !x.readSource(r) {
 		return
 	}
-	x.source = peer.Addr().Unmap()
 	var refusal *metadata.Error
 	if x.req, refusal = metadata.Parse(r, s.rules); refusal != nil {
 		if x.req.Route == metadata.RouteToken {
@@ -118,30 +122,67 @@ func (s *server) answer(x *exchange, r *http.Request) {
 	}
 }
 
+// readSource notes where the request comes from, or refuses it.
+func (x *exchange) readSource(r *http.Request) bool {
+	peer, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		x.refuse(metadata.Unavailable(identity.PodUnknown, "The address of the caller is unreadable", time.Second))
+		return false
+	}
+	x.source = peer.Addr().Unmap()
+	return true
+}
+
 // answerToken is the way of a token request: who calls, what it may have, the token, the answer.
 func (s *server) answerToken(x *exchange, r *http.Request) {
-	answer, refusal := s.tokens.get(r.Context(), &x.caller, x.source, x.req)
+	tokens, refusal := s.tokens.get(r.Context(), &x.caller, x.source, x.req)
+	if !s.concluded(x, r, refusal) {
+		return
+	}
+	if len(tokens) > 1 {
+		metadata.WriteTokens(x, tokens, time.Now())
+		return
+	}
+	tokens[0].Write(x, time.Now())
+}
+
+// concluded notes how a request for a token ended, and answers it unless there is a token to answer with.
+func (s *server) concluded(x *exchange, r *http.Request, refusal *metadata.Error) bool {
 	if r.Context().Err() != nil {
 		// Nobody is left to answer.
 		x.reason, x.status = identity.ClientGone, statusClientGone
 		s.metrics.decision(x.reason)
-		return
+		return false
 	}
 	if refusal != nil {
 		s.metrics.decision(refusal.Reason)
 		x.refuse(refusal)
-		return
+		if x.pod != nil && s.refused != nil {
+			s.refused(x.pod, refusal)
+		}
+		return false
 	}
 	x.reason = x.caller.reason
 	s.metrics.decision(x.reason)
-	answer.Write(x, time.Now())
+	return true
 }
 
 // statusClientGone stands in log and metrics for a request whose client left; it is never sent.
 const statusClientGone = 499
 
+// logLine writes the one line of a request. Where a token was asked for it is the audit's, if that is on.
 func (s *server) logLine(x *exchange, took time.Duration) {
-	entry := s.log.Check(zap.InfoLevel, "request")
+	var entry *zapcore.CheckedEntry
+	if x.req.Route == metadata.RouteToken || x.req.Route == metadata.RouteHostToken {
+		if x.status == http.StatusOK {
+			entry = s.logs.Audit.Check(zap.InfoLevel, "token issued")
+		} else {
+			entry = s.logs.Audit.Check(zap.WarnLevel, "token refused")
+		}
+	}
+	if entry == nil {
+		entry = s.logs.Main.Check(zap.InfoLevel, "request")
+	}
 	if entry == nil {
 		return
 	}
@@ -151,7 +192,8 @@ func (s *server) logLine(x *exchange, took time.Duration) {
 		fields = append(fields, zap.String(keyDetail, x.detail))
 	}
 	if x.pod != nil {
-		fields = append(fields, zap.String(keyNamespace, x.pod.Namespace), zap.String(keyPod, x.pod.Name), zap.String(keyPodUID, string(x.pod.UID)))
+		fields = append(fields, zap.String(keyNamespace, x.pod.Namespace), zap.String(keyPod, x.pod.Name), zap.String(keyPodUID, string(x.pod.UID)),
+			zap.String(keyAccount, serviceAccountOf(x.pod).Name))
 	}
 	if x.identity != nil {
 		fields = append(fields, zap.String(keyIdentity, x.identity.Key()), zap.String(keyClientID, shorten(x.identity.ClientID)))
@@ -163,6 +205,12 @@ func (s *server) logLine(x *exchange, took time.Duration) {
 	}
 	if x.origin != "" {
 		fields = append(fields, zap.String(keyCache, string(x.origin)))
+	}
+	if x.tokenID != "" {
+		fields = append(fields, zap.String(keyTokenID, x.tokenID))
+	}
+	if x.correlationID != "" {
+		fields = append(fields, zap.String(keyEntra, clip(x.correlationID)))
 	}
 	x.fields = append(fields, zap.Float64(keyDurationMS, float64(took.Microseconds())/1000))
 	entry.Write(x.fields...)

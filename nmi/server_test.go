@@ -26,33 +26,43 @@ import (
 const (
 	clientX = "11111111-0000-0000-0000-000000000001"
 	clientY = "22222222-0000-0000-0000-000000000002"
+	clientS = "33333333-0000-0000-0000-000000000003"
+	clientF = "44444444-0000-0000-0000-000000000004"
 	getPath = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net"
 )
 
 // azure is a source of tokens that knows some identities and fails as told.
 type azure struct {
-	mu    sync.Mutex
-	asked []token.Key
-	fails error
+	mu     sync.Mutex
+	asked  []token.Key
+	fails  error
+	during func() // what happens while it is asked
 }
 
-func (a *azure) Fetch(_ context.Context, key token.Key, _ bool) (token.Token, error) {
+func (a *azure) Fetch(_ context.Context, call token.Call) (token.Token, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.asked = append(a.asked, key)
+	a.asked = append(a.asked, call.Key)
+	if a.during != nil {
+		a.during()
+	}
 	if a.fails != nil {
 		return token.Token{}, a.fails
 	}
 	now := time.Now()
-	return token.Token{AccessToken: "token-of-" + key.ClientID, Fetched: now, NotBefore: now, ExpiresOn: now.Add(time.Hour), ClientID: key.ClientID, ObjectID: "object-of-" + key.ClientID}, nil
+	return token.Token{AccessToken: "token-of-" + call.ClientID, Fetched: now, NotBefore: now, ExpiresOn: now.Add(time.Hour), ClientID: call.ClientID, ObjectID: "object-of-" + call.ClientID,
+		ID: "id-of-" + call.ClientID, CorrelationID: "correlation"}, nil
 }
 
 // bench is a server with pods x (bound to identity x), both (bound to x and y), none (no binding), free (excepted) and
 // sp (bound to a service principal).
 type bench struct {
 	*server
-	azure *azure
-	lines *observer.ObservedLogs
+	azure      *azure
+	lines      *observer.ObservedLogs
+	facts      identity.Facts
+	staleWatch string
+	cluster    *fakeCluster
 }
 
 func newBench(t *testing.T) *bench {
@@ -62,35 +72,43 @@ func newBench(t *testing.T) *bench {
 		return p
 	}
 	n := newNode1(labelled(pod("x", "1", "10.0.0.1"), "x"), labelled(pod("both", "2", "10.0.0.2"), "both"), pod("none", "3", "10.0.0.3"),
-		labelled(pod("free", "4", "10.0.0.4"), "free"), labelled(pod("sp", "5", "10.0.0.5"), "sp"), pod("twin1", "6", "10.0.0.6"), pod("twin2", "7", "10.0.0.6"))
+		labelled(pod("free", "4", "10.0.0.4"), "free"), labelled(pod("sp", "5", "10.0.0.5"), "sp"),
+		labelled(pod("thief", "8", "10.0.0.8"), "thief"), labelled(pod("fed", "9", "10.0.0.9"), "fed"), pod("twin1", "6", "10.0.0.6"), pod("twin2", "7", "10.0.0.6"))
 	n.timeout = 50 * time.Millisecond
 	id := func(name, client string) identity.Identity {
 		return identity.Identity{Namespace: "ns", Name: name, ClientID: client, ResourceID: "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/" + name}
 	}
 	facts := identity.Facts{
-		Identities: []identity.Identity{id("x", clientX), id("y", clientY), {Namespace: "ns", Name: "sp", Kind: identity.ServicePrincipalSecret, ClientID: clientX, TenantID: "t"}},
+		Identities: []identity.Identity{id("x", clientX), id("y", clientY),
+			{Namespace: "ns", Name: "sp", Kind: identity.ServicePrincipalSecret, ClientID: clientS, TenantID: "t", AuxiliaryTenantIDs: []string{"t2"}, SecretNamespace: "ns", SecretName: "password"},
+			{Namespace: "ns", Name: "thief", Kind: identity.ServicePrincipalCertificate, ClientID: clientS, TenantID: "t", SecretNamespace: "other", SecretName: "password"},
+			{Namespace: "ns", Name: "fed", Kind: identity.Federated, ClientID: clientF, TenantID: "t"}},
 		Bindings: []identity.Binding{
 			{Namespace: "ns", Name: "bx", AzureIdentity: "x", Selector: "x"}, {Namespace: "ns", Name: "b1", AzureIdentity: "x", Selector: "both"},
 			{Namespace: "ns", Name: "b2", AzureIdentity: "y", Selector: "both"}, {Namespace: "ns", Name: "bsp", AzureIdentity: "sp", Selector: "sp"},
+			{Namespace: "ns", Name: "bthief", AzureIdentity: "thief", Selector: "thief"}, {Namespace: "ns", Name: "bfed", AzureIdentity: "fed", Selector: "fed"},
 		},
 		Exceptions: []identity.Exception{{Namespace: "ns", Name: "e", PodLabels: map[string]string{"aadpodidbinding": "free"}}},
 	}
 	core, lines := observer.New(zap.InfoLevel)
-	b := &bench{azure: &azure{}, lines: lines}
+	b := &bench{azure: &azure{}, lines: lines, facts: facts, cluster: newFakeCluster(t)}
 	m := newMetrics()
-	c, err := token.NewCache(b.azure, 100, func(string) bool { return true }, m)
+	c, err := token.NewCache(b.azure, 100, func(string, token.Principal) bool { return true }, m)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(c.Close)
 	b.server = &server{
-		metrics: m, log: zap.New(core), tenantID: "the-tenant",
+		metrics: m, logs: Loggers{Main: zap.New(core), Audit: zap.NewNop()}, tenantID: "the-tenant",
 		upstream: metadata.NewUpstream(netip.MustParseAddrPort("127.0.0.1:1")),
 		tokens: &tokens{
-			pods:  n.podFinder,
-			facts: func(*corev1.Pod) (identity.Facts, error) { return copyOf(facts), nil },
-			ready: func(context.Context, time.Duration) error { return nil },
-			rules: identity.Rules{Mode: identity.Managed}, cache: c, metrics: m,
+			pods:   n.podFinder,
+			facts:  func(*corev1.Pod) (identity.Facts, error) { return copyOf(b.facts), nil },
+			ready:  func(context.Context, time.Duration) error { return nil },
+			stale:  func() string { return b.staleWatch },
+			latest: func(p *corev1.Pod) *corev1.Pod { return p },
+			rules:  identity.Rules{Mode: identity.Managed}, cache: c, metrics: m,
+			principals: b.principals(t),
 		},
 	}
 	return b
@@ -138,7 +156,8 @@ func TestEachPodGetsItsOwnTokenAndNoOther(t *testing.T) {
 		{"no binding, but a name", "10.0.0.3", "&client_id=" + clientX, 400, identity.PodNotLabelled, "", "Identity not found"},
 		{"excepted", "10.0.0.4", "", 200, identity.Excepted, "token-of-", ""},
 		{"excepted, with a name", "10.0.0.4", "&client_id=" + clientY, 200, identity.Excepted, "token-of-" + clientY, ""},
-		{"a service principal", "10.0.0.5", "", 403, identity.TypeNotServed, "", ""},
+		{"a Secret of another namespace", "10.0.0.8", "", 403, identity.SecretNotAllowed, "", ""},
+		{"a federated identity", "10.0.0.9", "", 200, identity.Allowed, "token-of-" + clientF, ""},
 		{"an address of two pods", "10.0.0.6", "", 503, identity.PodAmbiguous, "", ""},
 		{"an address of nobody", "10.0.0.99", "", 503, identity.PodUnknown, "", ""},
 	}

@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"net/netip"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -17,12 +17,15 @@ import (
 
 // tokens answers the question of a pod for a token.
 type tokens struct {
-	pods    *podFinder
-	facts   func(*corev1.Pod) (identity.Facts, error)
-	ready   func(context.Context, time.Duration) error // nil once all caches have been filled; waits that long
-	rules   identity.Rules
-	cache   *token.Cache
-	metrics *metrics
+	pods       *podFinder
+	facts      func(*corev1.Pod) (identity.Facts, error)
+	latest     func(*corev1.Pod) *corev1.Pod              // the pod as it is known now
+	ready      func(context.Context, time.Duration) error // nil once all caches have been filled; waits that long
+	stale      func() string                              // names a watch that hears nothing at the moment, or ""
+	rules      identity.Rules
+	principals *principals
+	cache      *token.Cache
+	metrics    *metrics
 }
 
 // caller is who asked and what was found out about it, for the log.
@@ -31,64 +34,139 @@ type caller struct {
 	identity *identity.Identity
 	reason   identity.Reason // of a request that is granted
 	origin   token.Origin
+	// tokenID and correlationID are what Entra ID's logs know the token, or the refusal, by.
+	tokenID, correlationID string
 }
 
 // get goes the way of a request: pod, decision, token. It fills in the caller as far as it comes.
-func (t *tokens) get(ctx context.Context, who *caller, source netip.Addr, req metadata.Request) (metadata.TokenAnswer, *metadata.Error) {
-	var none metadata.TokenAnswer
-	pod, refusal := t.findPod(ctx, source)
+func (t *tokens) get(ctx context.Context, who *caller, source netip.Addr, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
+	pod, refusal := t.findPod(ctx, fmt.Sprintf("address %s", source), func(ctx context.Context) (*corev1.Pod, error) { return t.pods.find(ctx, source) })
 	if refusal != nil {
-		return none, refusal
+		return nil, refusal
 	}
-	who.pod = pod
-	decision, refusal := t.decide(ctx, pod, req)
-	if refusal != nil {
-		return none, refusal
-	}
-	who.identity = decision.Identity
-	if decision.Outcome != identity.Granted {
-		return none, metadata.Refusal(decision)
-	}
-	key, refusal := keyFor(decision, req)
-	if refusal != nil {
-		return none, refusal
-	}
-	got, origin, err := t.cache.Get(ctx, token.Request{Key: key, Pod: string(pod.UID), Fresh: req.Bypass, Rejected: req.Rejected})
-	who.origin = origin
-	if err != nil {
-		return none, sourceFailed(decision, err)
-	}
-	who.reason = decision.Reason
-	answer := metadata.TokenAnswer{
-		AccessToken: got.AccessToken,
-		ClientID:    got.ClientID,
-		Resource:    req.Resource,
-		ExpiresOn:   got.ExpiresOn,
-		NotBefore:   got.NotBefore,
-		Lifetime:    got.ExpiresOn.Sub(got.Fetched),
-	}
-	if decision.Identity != nil {
-		answer.ClientID = decision.Identity.ClientID
-	}
-	return answer, nil
+	return t.forPod(ctx, who, pod, req)
 }
 
-// findPod names the pod behind the address, within the time that lookups have.
-func (t *tokens) findPod(ctx context.Context, source netip.Addr) (*corev1.Pod, *metadata.Error) {
+// findPod names the pod that is asked for, within the time that lookups have.
+func (t *tokens) findPod(ctx context.Context, by string, find func(context.Context) (*corev1.Pod, error)) (*corev1.Pod, *metadata.Error) {
 	start := time.Now()
 	defer func() { t.metrics.lookups.Observe(time.Since(start).Seconds()) }()
 	if err := t.ready(ctx, t.pods.timeout); err != nil {
 		return nil, metadata.Unavailable(identity.NotReady, "NMI has not loaded the cluster's objects yet: "+err.Error(), 2*time.Second)
 	}
-	pod, err := t.pods.find(ctx, source)
+	pod, err := find(ctx)
 	switch {
 	case err == nil:
 		return pod, nil
 	case errors.Is(err, errPodAmbiguous):
-		return nil, metadata.Unavailable(identity.PodAmbiguous, fmt.Sprintf("Several pods of this node have the address %s; as long as that is so none of them gets a token", source), 2*time.Second)
+		return nil, metadata.Unavailable(identity.PodAmbiguous, fmt.Sprintf("Several pods of this node have the %s; as long as that is so none of them gets a token", by), 2*time.Second)
 	default:
-		return nil, metadata.Unavailable(identity.PodUnknown, fmt.Sprintf("No pod with the address %s is known on this node yet; a pod in the host's network has no address of its own", source), 2*time.Second)
+		return nil, metadata.Unavailable(identity.PodUnknown, fmt.Sprintf("No living pod with the %s is known on this node", by), 2*time.Second)
 	}
+}
+
+// rounds is how often a request begins anew because what it was granted for has changed while it waited.
+const rounds = 3
+
+// forPod decides and gets the tokens. What was decided holds for an answer at once; a fetch takes time, in which a
+// binding may go or a Secret be replaced, so after one it is decided again, and only an answer to what holds then goes
+// out.
+func (t *tokens) forPod(ctx context.Context, who *caller, pod *corev1.Pod, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
+	who.pod = pod
+	g, refusal := t.grant(ctx, pod, req)
+	for round := range rounds {
+		who.identity = g.decision.Identity
+		if refusal != nil {
+			return nil, refusal
+		}
+		answers, waited, failed := t.fetch(ctx, who, g, req)
+		if !waited {
+			return answers, failed
+		}
+		pod = t.latest(pod)
+		before := g
+		g, refusal = t.grant(ctx, pod, req)
+		// A fetch that was shared may have failed for the pod that it was made by way of.
+		again := failed != nil && failed.Reason == identity.PodStale && round == 0
+		if refusal == nil && slices.Equal(g.keys, before.keys) && !again {
+			return answers, failed
+		}
+	}
+	if refusal != nil {
+		return nil, refusal
+	}
+	return nil, metadata.Unavailable(identity.NotReady, "The objects around this pod change all the time", time.Second)
+}
+
+// grant is what a pod may have: the keys of its tokens, one but for a service principal of several tenants.
+type grant struct {
+	pod      *corev1.Pod
+	decision identity.Decision
+	keys     []token.Key
+}
+
+// grant asks the one decision, and says which tokens that stands for.
+func (t *tokens) grant(ctx context.Context, pod *corev1.Pod, req metadata.Request) (grant, *metadata.Error) {
+	g := grant{pod: pod}
+	var refusal *metadata.Error
+	if g.decision, refusal = t.decide(ctx, pod, req); refusal != nil {
+		return g, refusal
+	}
+	if g.decision.Outcome != identity.Granted {
+		if watch := t.stale(); watch != "" {
+			// What it says is not there may be what the watch has not heard of yet. A refusal would be final.
+			return g, metadata.Unavailable(identity.NotReady, fmt.Sprintf("NMI hears nothing from the API server about %s at the moment; as far as it knows %s", watch, g.decision.Detail), 2*time.Second)
+		}
+		return g, metadata.Refusal(g.decision)
+	}
+	if g.decision.Reason == identity.Excepted {
+		// Such a pod is served by the machine's own identities, so the request's selector names one of them.
+		want := req.Selector
+		g.keys = []token.Key{token.ManagedKey(want.ClientID, want.ObjectID, want.ResourceID, req.Resource)}
+		return g, nil
+	}
+	proven, err := t.principals.of(ctx, pod, *g.decision.Identity)
+	if err != nil {
+		return g, sourceFailed(g.decision, err)
+	}
+	g.keys = make([]token.Key, len(proven))
+	for i, p := range proven {
+		g.keys[i] = token.Key{Principal: p, Resource: req.Resource}
+	}
+	return g, nil
+}
+
+// fetch gets the tokens of a grant. waited is false if all of them, or the failure, were at hand.
+func (t *tokens) fetch(ctx context.Context, who *caller, g grant, req metadata.Request) (answers []metadata.TokenAnswer, waited bool, refusal *metadata.Error) {
+	answers = make([]metadata.TokenAnswer, len(g.keys))
+	for i, key := range g.keys {
+		got, origin, err := t.cache.Get(ctx, token.Request{Key: key, Pod: string(g.pod.UID), Fresh: req.Bypass, Rejected: req.Rejected})
+		who.origin = origin
+		waited = waited || origin == token.Fetched || origin == token.Shared
+		if err != nil {
+			var e *token.Error
+			if errors.As(err, &e) {
+				who.correlationID = e.CorrelationID
+			}
+			return nil, waited, sourceFailed(g.decision, err)
+		}
+		if i == 0 {
+			who.tokenID, who.correlationID = got.ID, got.CorrelationID
+		}
+		answers[i] = metadata.TokenAnswer{
+			AccessToken: got.AccessToken,
+			ClientID:    got.ClientID,
+			Resource:    req.Resource,
+			ExpiresOn:   got.ExpiresOn,
+			NotBefore:   got.NotBefore,
+			Lifetime:    got.ExpiresOn.Sub(got.Fetched),
+		}
+		if g.decision.Identity != nil {
+			answers[i].ClientID = g.decision.Identity.ClientID
+		}
+	}
+	who.reason = g.decision.Reason
+	return answers, waited, nil
 }
 
 // decide asks the one decision. Only a request by object_id needs more than the objects: the object IDs of the pod's
@@ -98,7 +176,7 @@ func (t *tokens) decide(ctx context.Context, pod *corev1.Pod, req metadata.Reque
 	if err != nil {
 		return identity.Decision{}, metadata.Unavailable(identity.NotReady, err.Error(), time.Second)
 	}
-	subject := identity.Pod{Namespace: pod.Namespace, Name: pod.Name, Labels: pod.Labels}
+	subject := subjectOf(pod)
 	decision := identity.Decide(t.rules, subject, req.Selector, facts)
 	if req.Selector.ObjectID == "" || decision.Reason != identity.IdentityNotBound {
 		return decision, nil
@@ -107,15 +185,12 @@ func (t *tokens) decide(ctx context.Context, pod *corev1.Pod, req metadata.Reque
 	var failed error
 	for i := range facts.Identities {
 		id := &facts.Identities[i]
-		if !contains(bound, *id) || id.Kind != identity.UserAssigned || id.Problem() != "" {
+		if !slices.ContainsFunc(bound, func(b identity.Identity) bool { return b.Key() == id.Key() }) || identity.Usable(t.rules, *id) != nil {
 			continue
 		}
-		got, _, err := t.cache.Get(ctx, token.Request{Key: token.ManagedKey(id.ClientID, "", "", req.Resource), Pod: string(pod.UID)})
-		if err != nil {
+		if id.ObjectID, err = t.objectID(ctx, pod, *id, req.Resource); err != nil {
 			failed = err
-			continue
 		}
-		id.ObjectID = got.ObjectID
 	}
 	decision = identity.Decide(t.rules, subject, req.Selector, facts)
 	if decision.Outcome != identity.Granted && failed != nil {
@@ -125,53 +200,16 @@ func (t *tokens) decide(ctx context.Context, pod *corev1.Pod, req metadata.Reque
 	return decision, nil
 }
 
-func contains(ids []identity.Identity, id identity.Identity) bool {
-	for _, i := range ids {
-		if i.Key() == id.Key() {
-			return true
-		}
+// objectID reads the object ID of an identity that is bound to the pod off a token of it.
+func (t *tokens) objectID(ctx context.Context, pod *corev1.Pod, id identity.Identity, resource string) (string, error) {
+	proven, err := t.principals.of(ctx, pod, id)
+	if err != nil {
+		return "", err
 	}
-	return false
+	got, _, err := t.cache.Get(ctx, token.Request{Key: token.Key{Principal: proven[0], Resource: resource}, Pod: string(pod.UID)})
+	return got.ObjectID, err
 }
 
-// keyFor says which token the decision stands for. An excepted pod is served by the machine's own identities, so there
-// the request's selector names one of them.
-func keyFor(d identity.Decision, req metadata.Request) (token.Key, *metadata.Error) {
-	if d.Reason == identity.Excepted {
-		return token.ManagedKey(req.Selector.ClientID, req.Selector.ObjectID, req.Selector.ResourceID, req.Resource), nil
-	}
-	if d.Identity.Kind != identity.UserAssigned {
-		return token.Key{}, metadata.Refusal(identity.Decision{Reason: identity.TypeNotServed,
-			Detail: fmt.Sprintf("AzureIdentity %s is of type %d; this version of NMI gets tokens for type 0 (user-assigned managed identity) only", d.Identity.Key(), d.Identity.Kind)})
-	}
-	return token.ManagedKey(d.Identity.ClientID, "", "", req.Resource), nil
-}
-
-// sourceFailed turns a failure of the source into the answer that makes clients do the right thing: come again, or go
-// on to their next credential.
-func sourceFailed(d identity.Decision, err error) *metadata.Error {
-	if errors.Is(err, token.ErrPodThrottled) {
-		return metadata.Throttled(identity.PodThrottled, "This pod asks for new tokens too often", time.Second)
-	}
-	var e *token.Error
-	if !errors.As(err, &e) || e.Class == token.Unavailable {
-		answer := metadata.Unavailable(identity.UpstreamUnavailable, "The metadata service of the machine gives no token at the moment", 2*time.Second)
-		answer.Detail = err.Error()
-		return answer
-	}
-	if e.Class == token.Throttled {
-		return metadata.Throttled(identity.UpstreamThrottled, "The metadata service of the machine throttles this node", e.RetryAfter)
-	}
-	status := http.StatusForbidden
-	if e.Status == http.StatusBadRequest {
-		status = http.StatusBadRequest
-	}
-	answer := metadata.Passed(status, e.Code, e.Description)
-	if e.Status == 0 {
-		answer.Description = e.Error()
-	}
-	if d.Identity != nil {
-		answer.Detail = fmt.Sprintf("The metadata service of the machine refused a token for AzureIdentity %s; see that the managed identity with its clientID exists and is assigned to the machine or scale set of this node, and that the resource is right", d.Identity.Key())
-	}
-	return answer
+func subjectOf(pod *corev1.Pod) identity.Pod {
+	return identity.Pod{Namespace: pod.Namespace, Name: pod.Name, Labels: pod.Labels}
 }

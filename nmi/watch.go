@@ -2,20 +2,26 @@ package nmi
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 
+	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/nmi/token"
 )
 
 // Names of the indexes: pods by each of their addresses and by UID, bindings by what they select.
@@ -35,18 +41,27 @@ type watch struct {
 	node                                   string
 	pods, identities, bindings, exceptions cache.SharedIndexInformer
 	changed                                broadcast // after each event about a pod
+	connection                             *connection
+	failed                                 func(operation string)
 }
 
-// newWatch prepares the caches; run fills them. podGone is called with the UID of each pod that leaves this node's
-// cache, after it has left.
-func newWatch(config *rest.Config, node string, podGone func(uid string)) (*watch, error) {
+// listening is who is told of changes. The functions are called after the caches have changed, and must not block.
+type listening struct {
+	podGone         func(uid string)
+	identityChanged func(old identity.Identity) // or gone
+	failed          func(operation string)      // a question to the API server brought no answer
+}
+
+// newWatch prepares the caches; run fills them.
+func newWatch(config *rest.Config, node string, tell listening) (*watch, error) {
 	scheme := runtime.NewScheme()
 	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
-	scheme.AddKnownTypes(corev1.SchemeGroupVersion, &corev1.Pod{}, &corev1.PodList{}, &corev1.Node{})
+	scheme.AddKnownTypes(corev1.SchemeGroupVersion, &corev1.Pod{}, &corev1.PodList{}, &corev1.Node{}, &corev1.Secret{}, &corev1.SecretList{}, &corev1.Event{})
+	scheme.AddKnownTypes(authenticationv1.SchemeGroupVersion, &authenticationv1.TokenRequest{})
 	if err := v1.AddToScheme(scheme); err != nil {
 		return nil, err
 	}
-	w := &watch{node: node}
+	w := &watch{node: node, failed: tell.failed}
 	var err error
 	if w.core, err = restClient(config, scheme, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf); err != nil {
 		return nil, err
@@ -55,34 +70,59 @@ func newWatch(config *rest.Config, node string, podGone func(uid string)) (*watc
 		return nil, err
 	}
 
+	w.connection = newConnection(func(ctx context.Context) error { return w.core.Get().AbsPath("/readyz").Do(ctx).Error() }, func() { tell.failed(apiWatch) })
+	source := func(c rest.Interface, resource string, which fields.Selector) *cache.ListWatch {
+		return w.connection.mend(resource, cache.NewListWatchFromClient(c, resource, metav1.NamespaceAll, which))
+	}
 	mine := fields.OneTermEqualSelector("spec.nodeName", node)
-	w.pods = cache.NewSharedIndexInformer(cache.NewListWatchFromClient(w.core, "pods", metav1.NamespaceAll, mine), &corev1.Pod{}, 0,
-		cache.Indexers{byIP: podIPs, byUID: podUID})
-	w.identities = cache.NewSharedIndexInformer(cache.NewListWatchFromClient(w.crds, v1.AzureIdentities, metav1.NamespaceAll, fields.Everything()), &v1.AzureIdentity{}, 0, cache.Indexers{})
-	w.bindings = cache.NewSharedIndexInformer(cache.NewListWatchFromClient(w.crds, v1.AzureIdentityBindings, metav1.NamespaceAll, fields.Everything()), &v1.AzureIdentityBinding{}, 0,
+	w.pods = cache.NewSharedIndexInformer(source(w.core, "pods", mine), &corev1.Pod{}, 0, cache.Indexers{byIP: podIPs, byUID: podUID})
+	w.identities = cache.NewSharedIndexInformer(source(w.crds, v1.AzureIdentities, fields.Everything()), &v1.AzureIdentity{}, 0, cache.Indexers{})
+	w.bindings = cache.NewSharedIndexInformer(source(w.crds, v1.AzureIdentityBindings, fields.Everything()), &v1.AzureIdentityBinding{}, 0,
 		cache.Indexers{bySelector: bindingSelector})
-	w.exceptions = cache.NewSharedIndexInformer(cache.NewListWatchFromClient(w.crds, v1.AzurePodIdentityExceptions, metav1.NamespaceAll, fields.Everything()), &v1.AzurePodIdentityException{}, 0,
+	w.exceptions = cache.NewSharedIndexInformer(source(w.crds, v1.AzurePodIdentityExceptions, fields.Everything()), &v1.AzurePodIdentityException{}, 0,
 		cache.Indexers{cache.NamespaceIndex: cache.MetaNamespaceIndexFunc})
 	for _, informer := range w.all() {
 		if err := informer.SetTransform(trim); err != nil {
 			return nil, err
 		}
 	}
-	_, err = w.pods.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc:    func(any) { w.changed.send() },
-		UpdateFunc: func(any, any) { w.changed.send() },
-		DeleteFunc: func(o any) {
-			// A deletion that the watch missed comes as a tombstone with the last state that was known.
-			if tombstone, ok := o.(cache.DeletedFinalStateUnknown); ok {
-				o = tombstone.Obj
+	_, podsErr := w.pods.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc: func(any) { w.changed.send() },
+		UpdateFunc: func(_, o any) {
+			if pod, ok := o.(*corev1.Pod); ok && finished(pod) {
+				tell.podGone(string(pod.UID))
 			}
-			if pod, ok := o.(*corev1.Pod); ok {
-				podGone(string(pod.UID))
+			w.changed.send()
+		},
+		DeleteFunc: func(o any) {
+			if pod, ok := lastState(o).(*corev1.Pod); ok {
+				tell.podGone(string(pod.UID))
 			}
 			w.changed.send()
 		},
 	})
-	return w, err
+	_, identitiesErr := w.identities.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		UpdateFunc: func(old, now any) {
+			before, after := old.(*kept[identity.Identity]).value, now.(*kept[identity.Identity]).value
+			if !before.Equal(after) {
+				tell.identityChanged(before)
+			}
+		},
+		DeleteFunc: func(o any) {
+			if gone, ok := lastState(o).(*kept[identity.Identity]); ok {
+				tell.identityChanged(gone.value)
+			}
+		},
+	})
+	return w, errors.Join(podsErr, identitiesErr)
+}
+
+// lastState is the object of a deletion. One that the watch missed comes as a tombstone with the last state known.
+func lastState(o any) any {
+	if tombstone, ok := o.(cache.DeletedFinalStateUnknown); ok {
+		return tombstone.Obj
+	}
+	return o
 }
 
 func restClient(config *rest.Config, scheme *runtime.Scheme, gv schema.GroupVersion, path, contentType string) (rest.Interface, error) {
@@ -107,10 +147,65 @@ func (w *watch) runIdentities(ctx context.Context) {
 	}
 }
 
-// podAlive reports whether the cache has a pod of this UID that is not finished.
-func (w *watch) podAlive(uid string) bool {
+// pod returns the pod of this UID if the cache has it and it is not finished.
+func (w *watch) pod(uid string) (*corev1.Pod, bool) {
 	found, err := w.pods.GetIndexer().ByIndex(byUID, uid)
-	return err == nil && len(found) == 1 && !finished(found[0].(*corev1.Pod))
+	if err != nil || len(found) != 1 || finished(found[0].(*corev1.Pod)) {
+		return nil, false
+	}
+	return found[0].(*corev1.Pod), true
+}
+
+// latest returns the pod as the cache has it now. One that is not in the cache was found by a question to the API
+// server, or has gone, and then nobody is left who waits for what it may have.
+func (w *watch) latest(pod *corev1.Pod) *corev1.Pod {
+	if now, ok := w.pod(string(pod.UID)); ok {
+		return now
+	}
+	return pod
+}
+
+// secret is where one Secret is watched.
+func (w *watch) secret(ref token.Ref) *cache.ListWatch {
+	return w.connection.mend("Secret "+ref.String(), cache.NewListWatchFromClient(w.core, "secrets", ref.Namespace, fields.OneTermEqualSelector(metav1.ObjectNameField, ref.Name)))
+}
+
+// readSecret asks the API server for a Secret.
+func (w *watch) readSecret(ctx context.Context, ref token.Ref) (*corev1.Secret, error) {
+	var secret corev1.Secret
+	err := w.core.Get().Namespace(ref.Namespace).Resource("secrets").Name(ref.Name).Do(ctx).Into(&secret)
+	return &secret, w.count(apiReadSecret, err)
+}
+
+// count notes a question that failed.
+func (w *watch) count(operation string, err error) error {
+	if err != nil {
+		w.failed(operation)
+	}
+	return err
+}
+
+// writeEvent creates an Event, or replaces the one of its name, which was written before.
+func (w *watch) writeEvent(ctx context.Context, e *corev1.Event) error {
+	events := func(r *rest.Request) *rest.Request { return r.Namespace(e.Namespace).Resource("events") }
+	if e.Count > 1 {
+		patch, err := json.Marshal(map[string]any{"count": e.Count, "lastTimestamp": e.LastTimestamp})
+		if err != nil {
+			return err
+		}
+		err = events(w.core.Patch(types.MergePatchType)).Name(e.Name).Body(patch).Do(ctx).Error()
+		if !apierrors.IsNotFound(err) {
+			return w.count(apiWriteEvent, err)
+		}
+	}
+	return w.count(apiWriteEvent, events(w.core.Post()).Body(e).Do(ctx).Error())
+}
+
+// requestToken asks the API server for a token of a ServiceAccount.
+func (w *watch) requestToken(ctx context.Context, namespace, serviceAccount string, r *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error) {
+	var answer authenticationv1.TokenRequest
+	err := w.core.Post().Namespace(namespace).Resource("serviceaccounts").Name(serviceAccount).SubResource("token").Body(r).Do(ctx).Into(&answer)
+	return &answer, w.count(apiRequestToken, err)
 }
 
 // facts collects what the decision needs to know about the pod in managed mode, where everything that counts is in the
@@ -146,7 +241,7 @@ func (w *watch) facts(pod *corev1.Pod) (identity.Facts, error) {
 func (w *watch) livePods(ctx context.Context) ([]*corev1.Pod, error) {
 	var list corev1.PodList
 	err := w.core.Get().Resource("pods").Param("fieldSelector", fields.OneTermEqualSelector("spec.nodeName", w.node).String()).Do(ctx).Into(&list)
-	if err != nil {
+	if w.count(apiListPods, err) != nil {
 		return nil, fmt.Errorf("listing the pods of node %s: %w", w.node, err)
 	}
 	pods := make([]*corev1.Pod, len(list.Items))

@@ -11,13 +11,14 @@ import (
 
 // options are the flags. Names are the predecessor's where they mean the same.
 type options struct {
-	cfg       nmi.Config
-	logLevel  string
-	logFormat string
+	cfg        nmi.Config
+	logLevel   string
+	logFormat  string
+	auditLevel string
 }
 
 func newOptions() *options {
-	o := &options{cfg: nmi.DefaultConfig(), logLevel: "info", logFormat: "json"}
+	o := &options{cfg: nmi.DefaultConfig(), logLevel: "info", logFormat: "json", auditLevel: "info"}
 	o.cfg.Node = os.Getenv("NODE_NAME")
 	o.cfg.Kubeconfig = os.Getenv("KUBECONFIG")
 	o.cfg.ForceNamespaced, _ = strconv.ParseBool(os.Getenv("FORCENAMESPACED"))
@@ -54,6 +55,13 @@ func (o *options) addTo(f *pflag.FlagSet) {
 	f.StringVar(&c.KubeletConfig, "kubelet-config", c.KubeletConfig, "`file` with the kubelet's flags, in which kubenet is looked for")
 	f.StringVar(&c.TenantID, "tenant-id", "", "`tenant` that /metadata/identity/info tells; default what the machine's service says")
 	f.StringVar(&c.UserAgent, "custom-user-agent", "", "`text` that starts the User-Agent of requests to Azure")
+	f.StringVar(&c.Authority, "authority-host", c.Authority, "`URL` of Entra ID, where an AzureIdentity names none in adEndpoint")
+	f.StringVar(&c.CABundle, "ca-bundle", "", "`file` of certificates (PEM) that Entra ID is trusted by besides the system's")
+	f.StringVar(&c.ManagedIdentityBy, "managed-identity-by", c.ManagedIdentityBy, "what the machine's service is told a managed identity `by`: client-id or resource-id")
+	f.BoolVar(&c.AllowCrossNamespaceSecrets, "allow-cross-namespace-secrets", false, "let an AzureIdentity name a Secret of another namespace")
+	f.BoolVar(&c.HostToken, "host-token", c.HostToken, "serve /host/token on 127.0.0.1, for the Secrets Store CSI driver; any program in the node's network may ask there for any pod")
+	f.BoolVar(&c.Events, "events", c.Events, "tell refusals as Events of pods")
+	f.StringVar(&o.auditLevel, "audit-level", o.auditLevel, "least important `level` of the audit: info (each token issued or refused), warn (refused) or off")
 	f.BoolVar(&c.Profile, "enable-profile", false, "serve pprof on 127.0.0.1:6060")
 
 	// Spellings of the predecessor that manifests of today use.

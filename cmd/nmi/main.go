@@ -16,6 +16,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/podidentity/podidentity/nmi"
+	"github.com/podidentity/podidentity/nmi/token"
 )
 
 // version is set when a release is built.
@@ -26,6 +27,10 @@ func main() {
 	// GOGC overrides.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(60)
+	}
+	// With these the Azure SDK would look for a region, by way of the machine's metadata service, before each token.
+	for _, name := range []string{"AZURE_REGIONAL_AUTHORITY_NAME", "MSAL_FORCE_REGION"} {
+		_ = os.Unsetenv(name) // fails for no valid name
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -50,15 +55,15 @@ token endpoint; "nmi uninstall" removes them.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return o.withLogger(func(log *zap.Logger) error {
-				log.Info("starting", zap.String("version", version))
-				return nmi.Run(cmd.Context(), o.config(version), log)
+			return o.withLoggers(func(logs nmi.Loggers) error {
+				logs.Main.Info("starting", zap.String("version", version))
+				return nmi.Run(cmd.Context(), o.config(version), logs)
 			})
 		},
 	}
 	run.CompletionOptions.DisableDefaultCmd = true // nobody types this command often enough
 	o.addTo(run.Flags())
-	run.AddCommand(uninstall(o))
+	run.AddCommand(uninstall(o), parsePKCS12())
 	return run
 }
 
@@ -71,11 +76,11 @@ func uninstall(o *options) *cobra.Command {
 From then on pods reach the machine's own metadata service. It may be run again at any time.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return o.withLogger(func(log *zap.Logger) error {
-				if err := nmi.Uninstall(cmd.Context(), o.config(version), log); err != nil {
+			return o.withLoggers(func(logs nmi.Loggers) error {
+				if err := nmi.Uninstall(cmd.Context(), o.config(version), logs.Main); err != nil {
 					return err
 				}
-				log.Info("uninstalled")
+				logs.Main.Info("uninstalled")
 				if hold {
 					<-cmd.Context().Done()
 				}
@@ -88,16 +93,30 @@ From then on pods reach the machine's own metadata service. It may be run again 
 	return c
 }
 
-func (o *options) withLogger(do func(*zap.Logger) error) error {
+// parsePKCS12 is what NMI starts of itself to open a file that somebody else chose.
+func parsePKCS12() *cobra.Command {
+	return &cobra.Command{
+		Use:    token.ParseCommand,
+		Hidden: true,
+		Args:   cobra.NoArgs,
+		RunE:   func(*cobra.Command, []string) error { return token.ParsePKCS12Main(os.Stdin, os.Stdout) },
+	}
+}
+
+func (o *options) withLoggers(do func(nmi.Loggers) error) error {
 	level, err := zapcore.ParseLevel(o.logLevel)
 	if err != nil {
 		return fmt.Errorf("--log-level %q is unknown; give debug, info, warn or error", o.logLevel)
 	}
+	auditLevel, ok := map[string]zapcore.Level{"info": zapcore.InfoLevel, "warn": zapcore.WarnLevel, "off": zapcore.InvalidLevel}[o.auditLevel]
+	if !ok {
+		return fmt.Errorf("--audit-level %q is unknown; give info, warn or off", o.auditLevel)
+	}
 	if o.logFormat != "json" && o.logFormat != "text" {
 		return fmt.Errorf("--log-format %q is unknown; give json or text", o.logFormat)
 	}
-	log, stop := nmi.NewLogger(zapcore.Lock(os.Stderr), level, o.logFormat == "text")
+	logs, stop := nmi.NewLoggers(zapcore.Lock(os.Stderr), level, auditLevel, o.logFormat == "text")
 	defer stop()
-	klog.SetLogger(zapr.NewLogger(log))
-	return do(log)
+	klog.SetLogger(zapr.NewLogger(logs.Main))
+	return do(logs)
 }

@@ -19,8 +19,9 @@ import (
 
 // flags are those of the nmi program.
 var flags = []string{
-	"allow-network-plugin-kubenet", "block-instance-metadata", "custom-user-agent", "enable-profile",
-	"force-namespaced", "http-probe-port", "iptables-backend", "iptables-sync-interval", "kubelet-config", "log-format",
+	"allow-cross-namespace-secrets", "allow-network-plugin-kubenet", "audit-level", "authority-host",
+	"block-instance-metadata", "ca-bundle", "custom-user-agent", "enable-profile", "events", "force-namespaced",
+	"host-token", "http-probe-port", "iptables-backend", "iptables-sync-interval", "kubelet-config", "log-format", "managed-identity-by",
 	"log-level", "metadata-header-required", "metadata-ip", "metadata-port", "nmi-listen-address", "nmi-port", "node",
 	"operation-mode", "pod-lookup-timeout", "prometheus-port", "shutdown-timeout", "tenant-id",
 }
@@ -63,6 +64,7 @@ func TestNMIMayReadPodsItsNodeAndItsOwnResources(t *testing.T) {
 			Resources: []string{"azureidentities", "azureidentitybindings", "azurepodidentityexceptions"},
 			Verbs:     read,
 		},
+		{APIGroups: []string{""}, Resources: []string{"events"}, Verbs: []string{"create", "patch"}},
 	}
 	if diff := cmp.Diff(want, objects.clusterRoles["podidentity-nmi"].Rules); diff != "" {
 		t.Errorf("rules (-want +got):\n%s", diff)
@@ -72,6 +74,9 @@ func TestNMIMayReadPodsItsNodeAndItsOwnResources(t *testing.T) {
 	if len(objects.bindings) != 1 || objects.bindings[0].RoleRef.Name != "podidentity-nmi" ||
 		!slices.Equal(objects.bindings[0].Subjects, []rbacv1.Subject{subject}) {
 		t.Errorf("the role is bound thus: %+v", objects.bindings)
+	}
+	if len(objects.roles) != 0 || len(objects.roleBindings) != 0 {
+		t.Errorf("there are further roles: %+v, bound thus: %+v", objects.roles, objects.roleBindings)
 	}
 	if len(objects.serviceAccounts) != 1 || objects.serviceAccounts[0].Name != subject.Name ||
 		objects.serviceAccounts[0].Namespace != subject.Namespace ||
@@ -144,6 +149,7 @@ func TestEveryValueReachesItsFlag(t *testing.T) {
 		"pod-lookup-timeout": "5s", "block-instance-metadata": "false", "metadata-header-required": "true",
 		"allow-network-plugin-kubenet": "false", "kubelet-config": "/etc/default/kubelet", "log-level": "info",
 		"log-format": "json", "enable-profile": "false", "shutdown-timeout": "20s",
+		"allow-cross-namespace-secrets": "false", "audit-level": "info", "events": "true", "host-token": "true", "managed-identity-by": "client-id",
 	}
 	if diff := cmp.Diff(wantDefaults, defaults); diff != "" {
 		t.Errorf("defaults (-want +got):\n%s", diff)
@@ -170,6 +176,15 @@ nmi:
   loggingFormat: text
   enableProfile: true
   shutdownTimeout: 5s
+  allowCrossNamespaceSecrets: true
+  auditLevel: warn
+  authorityHost: https://login.microsoftonline.us
+  events: false
+  hostToken: false
+  managedIdentityBy: resource-id
+  caBundle: |
+    -----BEGIN CERTIFICATE-----
+    -----END CERTIFICATE-----
 `).nmi(t)
 	wantOthers := map[string]string{
 		"node": "$(NODE_NAME)", "operation-mode": "managed", "force-namespaced": "true",
@@ -180,9 +195,29 @@ nmi:
 		"metadata-header-required": "false", "allow-network-plugin-kubenet": "false",
 		"kubelet-config": "/var/lib/kubelet/flags", "tenant-id": "contoso.onmicrosoft.com", "log-level": "debug",
 		"log-format": "text", "enable-profile": "true", "shutdown-timeout": "5s",
+		"allow-cross-namespace-secrets": "true", "audit-level": "warn", "authority-host": "https://login.microsoftonline.us",
+		"ca-bundle": "/ca-bundle/ca.pem", "events": "false", "host-token": "false", "managed-identity-by": "resource-id",
 	}
 	if diff := cmp.Diff(wantOthers, arguments(t, container.Args)); diff != "" {
 		t.Errorf("other values (-want +got):\n%s", diff)
+	}
+}
+
+func TestMoreOfTheEnvironmentCanBeGiven(t *testing.T) {
+	_, container := render(t, "nmi: {extraEnv: [{name: HTTPS_PROXY, value: 'http://proxy.example:3128'}]}").nmi(t)
+	last := container.Env[len(container.Env)-1]
+	if len(container.Env) < 2 || last.Name != "HTTPS_PROXY" || last.Value != "http://proxy.example:3128" {
+		t.Errorf("the environment is %+v", container.Env)
+	}
+}
+
+// YAML reads off as false, which is no level, unless it stands in quotes.
+func TestAuditLinesCanBeTurnedOffInAnySpelling(t *testing.T) {
+	for _, off := range []string{"off", `"off"`, "false"} {
+		_, container := render(t, "nmi: {auditLevel: "+off+"}").nmi(t)
+		if got := arguments(t, container.Args)["audit-level"]; got != "off" {
+			t.Errorf("auditLevel: %s gives %q", off, got)
+		}
 	}
 }
 
@@ -276,14 +311,58 @@ func TestNothingIsCreatedOnTheNodeButTheLock(t *testing.T) {
 	}
 }
 
+const certificate = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+
+func caBundle(text string) string { return fmt.Sprintf("nmi: {caBundle: %q}", text) }
+
+func TestTheCABundleIsMountedForReadingOnlyAndAChangeRollsThePods(t *testing.T) {
+	objects := render(t, caBundle("# ours\n"+certificate))
+	if len(objects.configMaps) != 1 || objects.configMaps[0].Namespace != "kube-system" ||
+		!maps.Equal(objects.configMaps[0].Data, map[string]string{"ca.pem": "# ours\n" + certificate}) {
+		t.Fatalf("config maps are %+v", objects.configMaps)
+	}
+	daemonSet, container := objects.nmi(t)
+	wantVolume := corev1.Volume{Name: "ca-bundle", VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{
+		LocalObjectReference: corev1.LocalObjectReference{Name: objects.configMaps[0].Name},
+	}}}
+	if got := daemonSet.Spec.Template.Spec.Volumes; !slices.ContainsFunc(got, func(v corev1.Volume) bool { return cmp.Equal(v, wantVolume) }) {
+		t.Errorf("volumes %+v lack %+v", got, wantVolume)
+	}
+	wantMount := corev1.VolumeMount{Name: "ca-bundle", MountPath: "/ca-bundle", ReadOnly: true}
+	if got := container.VolumeMounts; !slices.ContainsFunc(got, func(m corev1.VolumeMount) bool { return cmp.Equal(m, wantMount) }) {
+		t.Errorf("mounts %+v lack %+v", got, wantMount)
+	}
+	other, _ := render(t, caBundle(certificate)).nmi(t)
+	if maps.Equal(daemonSet.Spec.Template.Annotations, other.Spec.Template.Annotations) {
+		t.Error("pods with another bundle are the same pods")
+	}
+	without := render(t, "")
+	if daemonSet, _ := without.nmi(t); len(without.configMaps) != 0 || len(daemonSet.Spec.Template.Annotations) != 0 {
+		t.Errorf("without a bundle there are config maps %v and annotations %v", without.configMaps,
+			daemonSet.Spec.Template.Annotations)
+	}
+}
+
 func TestUninstallRemovesEverywhereAtOnceAndIsNotProbed(t *testing.T) {
-	daemonSet, container := render(t, "nmi: {uninstall: true, listenAddress: 169.254.25.80, iptablesBackend: nft}").nmi(t)
+	daemonSet, container := render(t, `
+nmi:
+  uninstall: true
+  listenAddress: 169.254.25.80
+  iptablesBackend: nft
+  authorityHost: https://login.microsoftonline.us
+  caBundle: |
+    -----BEGIN CERTIFICATE-----
+    -----END CERTIFICATE-----
+`).nmi(t)
 	want := []string{
 		"uninstall", "--hold", "--nmi-listen-address=169.254.25.80", "--nmi-port=2579", "--metadata-ip=169.254.169.254",
 		"--metadata-port=80", "--iptables-backend=nft", "--log-level=info", "--log-format=json",
 	}
 	if diff := cmp.Diff(want, container.Args); diff != "" {
 		t.Errorf("arguments (-want +got):\n%s", diff)
+	}
+	if len(container.VolumeMounts) != 1 || len(daemonSet.Spec.Template.Spec.Volumes) != 1 {
+		t.Errorf("mounted is more than the lock: %+v", container.VolumeMounts)
 	}
 	if container.LivenessProbe != nil || container.ReadinessProbe != nil || container.StartupProbe != nil {
 		t.Error("there are probes, which nobody answers")
@@ -315,6 +394,15 @@ azureIdentities:
     clientPassword: {name: secret, namespace: kube-system}
     auxiliaryTenantIDs: [fabrikam.onmicrosoft.com]
     binding: {name: robots, selector: robot}
+  web:
+    namespace: "1"
+    type: 3
+    clientID: 01234567-89ab-cdef-0123-456789abcdef
+    tenantID: contoso.onmicrosoft.com
+    adEndpoint: https://login.microsoftonline.us
+nmi:
+  secretNamespaces: [kube-system]
+  federatedNamespaces: ["1"]
 `).custom
 	for _, object := range got {
 		delete(object["metadata"].(map[string]any), "labels")
@@ -329,6 +417,10 @@ azureIdentities:
 			"type":       0.0,
 			"resourceID": "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/i",
 			"clientID":   "01234567-89ab-cdef-0123-456789abcdef",
+		}),
+		object("AzureIdentity", "1", "web", map[string]any{
+			"type": 3.0, "clientID": "01234567-89ab-cdef-0123-456789abcdef", "tenantID": "contoso.onmicrosoft.com",
+			"adEndpoint": "https://login.microsoftonline.us",
 		}),
 		object("AzureIdentityBinding", "kube-system", "robots", map[string]any{
 			"azureIdentity": "robot-1", "selector": "robot",
@@ -372,6 +464,15 @@ func TestBadValuesAreRefusedWithAReason(t *testing.T) {
 		"azureIdentities: {a: {resourceId: x}}":      "additional properties 'resourceId' not allowed",
 		"azureIdentities: {a: {type: 9}}":            "at '/azureIdentities/a/type': value must be one of 0, 1, 2, 3",
 		"azureIdentities: {a: {binding: {name: b}}}": "missing property 'selector'",
+		"nmi: {hostToken: 'no'}":                     "at '/nmi/hostToken': got string, want boolean",
+		"nmi: {events: 1}":                           "at '/nmi/events': got number, want boolean",
+		"nmi: {tokenRequestPolicy: ''}":              "at '/nmi/tokenRequestPolicy': got string, want boolean",
+		"nmi: {allowCrossNamespaceSecrets: [shop]}":  "at '/nmi/allowCrossNamespaceSecrets': got array, want boolean",
+		"nmi: {auditLevel: on}":                      "at '/nmi/auditLevel': value must be one of 'info', 'warn', 'off', false",
+		"nmi: {authorityHost: http://example.com}":   "at '/nmi/authorityHost'",
+		"nmi: {authorityHost: https://a.com/tenant}": "at '/nmi/authorityHost'",
+		"nmi: {caBundle: /etc/ssl/ca.pem}":           "at '/nmi/caBundle'",
+		caBundle("-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----\n" + certificate): "nmi.caBundle holds a private key",
 	} {
 		if got := refusal(t, values); !strings.Contains(got, want) {
 			t.Errorf("%s: Helm says\n%s\nwhich lacks %q", values, got, want)

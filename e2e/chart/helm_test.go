@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -56,8 +57,13 @@ func helm(t *testing.T, args ...string) (stdout, stderr string, err error) {
 type rendered struct {
 	daemonSets      []*appsv1.DaemonSet
 	serviceAccounts []*corev1.ServiceAccount
+	configMaps      []*corev1.ConfigMap
 	clusterRoles    map[string]*rbacv1.ClusterRole
 	bindings        []*rbacv1.ClusterRoleBinding
+	roles           []*rbacv1.Role
+	roleBindings    []*rbacv1.RoleBinding
+	policies        []*admissionv1.ValidatingAdmissionPolicy
+	policyBindings  []*admissionv1.ValidatingAdmissionPolicyBinding
 	// Our own kinds as plain values: what the API server thinks of such is tested elsewhere.
 	custom []map[string]any
 }
@@ -96,7 +102,9 @@ func valuesFile(t *testing.T, values string) string {
 func parse(t *testing.T, manifests string) rendered {
 	t.Helper()
 	scheme := runtime.NewScheme()
-	for _, add := range []func(*runtime.Scheme) error{appsv1.AddToScheme, corev1.AddToScheme, rbacv1.AddToScheme} {
+	for _, add := range []func(*runtime.Scheme) error{
+		admissionv1.AddToScheme, appsv1.AddToScheme, corev1.AddToScheme, rbacv1.AddToScheme,
+	} {
 		if err := add(scheme); err != nil {
 			t.Fatal(err)
 		}
@@ -124,10 +132,20 @@ func parse(t *testing.T, manifests string) rendered {
 			result.daemonSets = append(result.daemonSets, object)
 		case *corev1.ServiceAccount:
 			result.serviceAccounts = append(result.serviceAccounts, object)
+		case *corev1.ConfigMap:
+			result.configMaps = append(result.configMaps, object)
 		case *rbacv1.ClusterRole:
 			result.clusterRoles[object.Name] = object
 		case *rbacv1.ClusterRoleBinding:
 			result.bindings = append(result.bindings, object)
+		case *rbacv1.Role:
+			result.roles = append(result.roles, object)
+		case *rbacv1.RoleBinding:
+			result.roleBindings = append(result.roleBindings, object)
+		case *admissionv1.ValidatingAdmissionPolicy:
+			result.policies = append(result.policies, object)
+		case *admissionv1.ValidatingAdmissionPolicyBinding:
+			result.policyBindings = append(result.policyBindings, object)
 		default:
 			t.Fatalf("the chart renders a %T, which nobody expects", object)
 		}

@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"os"
 	"path"
 	"path/filepath"
 )
@@ -14,7 +15,8 @@ const (
 )
 
 // InstallChart installs the product's chart, or upgrades it, with the NMI image of this checkout, and waits until it
-// is ready. args are further arguments of `helm upgrade`.
+// is ready. NMI may read all Secrets and act for all ServiceAccounts, and trusts the stand-in for Entra ID. args are
+// further arguments of `helm upgrade`.
 func (c *Cluster) InstallChart(ctx context.Context, args ...string) error {
 	image, err := BuildNMIImage(ctx, c.say)
 	if err != nil {
@@ -35,7 +37,11 @@ func (c *Cluster) InstallChartWith(ctx context.Context, image Image, args ...str
 	all := append([]string{"upgrade", "--install", chartRelease, filepath.Join(repo, "deploy", "podidentity"),
 		"--namespace", ChartNamespace, "--create-namespace", "--wait", "--timeout", "2m",
 		"--set-string", "image.repository=" + path.Dir(image.Name), "--set-string", "image.imagePullPolicy=Never",
-		"--set-string", "nmi.image=" + path.Base(image.Name), "--set-string", "nmi.tag=" + image.Tag}, args...)
+		"--set-string", "nmi.image=" + path.Base(image.Name), "--set-string", "nmi.tag=" + image.Tag,
+		"--set", "nmi.secretNamespaces=all", "--set", "nmi.federatedNamespaces=all"}, args...)
+	if _, err := os.Stat(c.EntraCA()); err == nil {
+		all = append(all, "--set-file", "nmi.caBundle="+c.EntraCA())
+	}
 	cmd, err := c.HelmCommand(ctx, all...)
 	if err != nil {
 		return err

@@ -9,6 +9,8 @@ import (
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 	"golang.org/x/time/rate"
+
+	"github.com/podidentity/podidentity/identity"
 )
 
 // Origin says how an answer of the cache came about. It is fit to be a metric label.
@@ -63,7 +65,7 @@ type Observer interface {
 // It is safe for concurrent use. Close ends its work.
 type Cache struct {
 	fetcher Fetcher
-	alive   func(pod string) bool
+	allowed func(pod string, p Principal) bool
 	observe Observer
 	ctx     context.Context // of the fetches; ends with Close
 	stop    context.CancelFunc
@@ -99,10 +101,10 @@ type holder struct {
 	keys    map[Key]struct{}
 }
 
-// NewCache returns a cache of size tokens before the fetcher. alive tells whether the pod with a UID still lives; it
-// must not block nor call the cache.
-func NewCache(fetcher Fetcher, size int, alive func(pod string) bool, observe Observer) (*Cache, error) {
-	c := &Cache{fetcher: fetcher, alive: alive, observe: observe, holders: map[string]*holder{}}
+// NewCache returns a cache of size tokens before the fetcher. allowed tells whether the pod with a UID still lives and
+// may still have tokens of a principal, so that they are worth renewing; it must not block nor call the cache.
+func NewCache(fetcher Fetcher, size int, allowed func(pod string, p Principal) bool, observe Observer) (*Cache, error) {
+	c := &Cache{fetcher: fetcher, allowed: allowed, observe: observe, holders: map[string]*holder{}}
 	c.ctx, c.stop = context.WithCancel(context.Background())
 	var err error
 	c.entries, err = simplelru.NewLRU(size, func(key Key, e *entry) { c.evicted(key, e) })
@@ -173,7 +175,7 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 			c.entries.Add(r.Key, e)
 		}
 		origin = Fetched
-		c.start(r.Key, e, r.Fresh || r.Rejected != "")
+		c.start(Call{Key: r.Key, Pod: r.Pod, Fresh: r.Fresh || r.Rejected != ""}, e)
 	}
 	c.use(r, pod, e)
 	f := e.fetching
@@ -260,7 +262,7 @@ func (e *entry) cancelRenewal() {
 }
 
 // start begins a fetch that belongs to no caller. c.mu is held, and no other fetch of this key runs.
-func (c *Cache) start(key Key, e *entry, fresh bool) {
+func (c *Cache) start(call Call, e *entry) {
 	e.cancelRenewal()
 	f := &fetch{done: make(chan struct{})}
 	e.fetching, e.asked = f, time.Now()
@@ -268,12 +270,12 @@ func (c *Cache) start(key Key, e *entry, fresh bool) {
 		ctx, cancel := context.WithTimeout(c.ctx, fetchTimeout)
 		defer cancel()
 		start := time.Now()
-		f.token, f.err = c.fetcher.Fetch(ctx, key, fresh)
-		c.observe.SourceAsked(key.Source, classOf(f.err), time.Since(start))
+		f.token, f.err = c.fetcher.Fetch(ctx, call)
+		c.observe.SourceAsked(call.Source, classOf(f.err), time.Since(start))
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		e.fetching = nil
-		c.settle(key, e, f)
+		c.settle(call.Key, e, f)
 		close(f.done)
 	}()
 }
@@ -299,12 +301,20 @@ func (c *Cache) settle(key Key, e *entry, f *fetch) {
 	} else {
 		e.failure = f.err
 		e.failures++
-		e.failedFor = now.Add(keepFailure(f.err))
+		if !ofOnePod(f.err) {
+			e.failedFor = now.Add(keepFailure(f.err))
+		}
 		if now.Before(e.token.ExpiresOn) {
 			f.token, f.err = e.token, nil
 		}
 	}
 	c.plan(key, e, now)
+}
+
+// ofOnePod reports whether the failure is about the pod that the fetch was made by way of: the next to ask is another.
+func ofOnePod(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.Reason == identity.PodStale
 }
 
 func keepFailure(err error) time.Duration {
@@ -347,15 +357,42 @@ func (c *Cache) renew(key Key, e *entry) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e.renewal = nil
-	// A request that was under way while its pod went may have noted the pod again.
+	current, ok := c.entries.Peek(key)
+	if !ok || current != e || e.fetching != nil || c.ctx.Err() != nil {
+		return
+	}
 	for pod := range e.users {
-		if !c.alive(pod) {
-			c.release(pod)
+		// A pod that is gone may have been noted again by a request that was under way; one that lives may have lost its
+		// binding. Neither is a reason to ask Azure.
+		if !c.allowed(pod, key.Principal) {
+			c.part(pod, key, e)
+			continue
+		}
+		c.start(Call{Key: key, Pod: pod}, e)
+		return
+	}
+}
+
+// part notes that a pod does not use a key any more. c.mu is held.
+func (c *Cache) part(pod string, key Key, e *entry) {
+	delete(e.users, pod)
+	if h := c.holders[pod]; h != nil {
+		delete(h.keys, key)
+		if len(h.keys) == 0 {
+			delete(c.holders, pod)
 		}
 	}
-	current, ok := c.entries.Peek(key)
-	if ok && current == e && e.fetching == nil && len(e.users) > 0 && c.ctx.Err() == nil {
-		c.start(key, e, false)
+}
+
+// Drop forgets all tokens of some principals. It is for those whose AzureIdentity or Secret has changed or gone. Fetches
+// under way end for those who wait, and are not kept.
+func (c *Cache) Drop(which func(Principal) bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, key := range c.entries.Keys() {
+		if which(key.Principal) {
+			c.entries.Remove(key)
+		}
 	}
 }
 

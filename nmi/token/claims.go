@@ -27,6 +27,7 @@ func describe(accessToken string, expiresOn, now time.Time) Token {
 		NotBefore int64  `json:"nbf"`
 		AppID     string `json:"appid"`
 		ObjectID  string `json:"oid"`
+		TokenID   string `json:"uti"`
 	}
 	if json.Unmarshal(payload, &claims) != nil {
 		return t
@@ -34,6 +35,6 @@ func describe(accessToken string, expiresOn, now time.Time) Token {
 	if claims.NotBefore > 0 {
 		t.NotBefore = time.Unix(claims.NotBefore, 0)
 	}
-	t.ClientID, t.ObjectID = claims.AppID, claims.ObjectID
+	t.ClientID, t.ObjectID, t.ID = claims.AppID, claims.ObjectID, clip(claims.TokenID)
 	return t
 }

@@ -1,7 +1,6 @@
 package token
 
 import (
-	"context"
 	"io"
 	"net/http"
 	"strconv"
@@ -23,59 +22,68 @@ const (
 type gate struct {
 	next    http.RoundTripper
 	limiter *rate.Limiter
-	slots   chan struct{}
-
-	mu        sync.Mutex
-	shutUntil time.Time
+	slots   slots
+	door    door
 }
 
 func newGate(next http.RoundTripper) *gate {
-	return &gate{next: next, limiter: rate.NewLimiter(imdsRate, 1), slots: make(chan struct{}, imdsConcurrent)}
+	return &gate{next: next, limiter: rate.NewLimiter(imdsRate, 1), slots: make(slots, imdsConcurrent)}
 }
 
-// RoundTrip waits for its turn within the request's context. The slot is free again once the body is closed.
-func (g *gate) RoundTrip(r *http.Request) (*http.Response, error) {
-	ctx := r.Context()
-	select {
-	case g.slots <- struct{}{}:
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	resp, err := g.pass(ctx, r)
-	if err != nil {
-		<-g.slots
-		return nil, err
-	}
-	resp.Body = &slotBody{ReadCloser: resp.Body, free: sync.OnceFunc(func() { <-g.slots })}
-	return resp, nil
-}
+// RoundTrip waits for its turn within the request's context.
+func (g *gate) RoundTrip(r *http.Request) (*http.Response, error) { return g.slots.send(r, g.pass) }
 
-func (g *gate) pass(ctx context.Context, r *http.Request) (*http.Response, error) {
-	if wait := g.shut(); wait > 0 {
+func (g *gate) pass(r *http.Request) (*http.Response, error) {
+	if wait := g.door.shut(); wait > 0 {
 		return nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "IMDS asked to be left alone", RetryAfter: wait}
 	}
-	if err := g.limiter.Wait(ctx); err != nil {
+	if err := g.limiter.Wait(r.Context()); err != nil {
 		return nil, err
 	}
 	resp, err := g.next.RoundTrip(r)
 	if err == nil && resp.StatusCode == http.StatusTooManyRequests {
-		g.close(retryAfter(resp.Header))
+		g.door.close(retryAfter(resp.Header))
 	}
 	return resp, err
 }
 
-// shut returns how long the gate is still to be left alone.
-func (g *gate) shut() time.Duration {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return time.Until(g.shutUntil)
+// slots bound how many requests are under way.
+type slots chan struct{}
+
+// send waits for a slot within the request's context. The slot is free again once the answer's body is closed.
+func (s slots) send(r *http.Request, next func(*http.Request) (*http.Response, error)) (*http.Response, error) {
+	select {
+	case s <- struct{}{}:
+	case <-r.Context().Done():
+		return nil, r.Context().Err()
+	}
+	resp, err := next(r)
+	if err != nil {
+		<-s
+		return nil, err
+	}
+	resp.Body = &slotBody{ReadCloser: resp.Body, free: sync.OnceFunc(func() { <-s })}
+	return resp, nil
 }
 
-func (g *gate) close(d time.Duration) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if until := time.Now().Add(d); until.After(g.shutUntil) {
-		g.shutUntil = until
+// door is shut for a while after somebody asked to be left alone.
+type door struct {
+	mu        sync.Mutex
+	shutUntil time.Time
+}
+
+// shut returns how long it is still to be left alone.
+func (d *door) shut() time.Duration {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return time.Until(d.shutUntil)
+}
+
+func (d *door) close(wait time.Duration) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if until := time.Now().Add(wait); until.After(d.shutUntil) {
+		d.shutUntil = until
 	}
 }
 

@@ -28,13 +28,13 @@ const managedCredentials = 1024
 type ManagedIdentities struct {
 	transport   *http.Client
 	userAgent   string
-	credentials *lru.Cache[Key, azcore.TokenCredential]
+	credentials *lru.Cache[Principal, azcore.TokenCredential]
 }
 
 // NewManagedIdentities returns the source. IMDS is reached at addr, whatever azidentity believes its address to be.
 func NewManagedIdentities(addr netip.AddrPort, userAgent string) (*ManagedIdentities, error) {
 	dialer := &net.Dialer{Timeout: 2 * time.Second}
-	credentials, err := lru.New[Key, azcore.TokenCredential](managedCredentials)
+	credentials, err := lru.New[Principal, azcore.TokenCredential](managedCredentials)
 	if err != nil {
 		return nil, err
 	}
@@ -58,16 +58,16 @@ func NewManagedIdentities(addr netip.AddrPort, userAgent string) (*ManagedIdenti
 }
 
 // Fetch implements [Fetcher]. Its error is an *Error.
-func (m *ManagedIdentities) Fetch(ctx context.Context, key Key, fresh bool) (Token, error) {
-	credential, err := m.credential(key)
+func (m *ManagedIdentities) Fetch(ctx context.Context, call Call) (Token, error) {
+	credential, err := m.credential(call.Principal)
 	if err != nil {
 		return Token{}, &Error{Class: Denied, Err: err}
 	}
 	seen := &answer{}
 	ctx = context.WithValue(ctx, answerKey{}, seen)
-	ctx = context.WithValue(ctx, wordingKey{}, wording{key.Resource, fresh})
+	ctx = context.WithValue(ctx, wordingKey{}, wording{call.Resource, call.Fresh})
 	got, err := credential.GetToken(ctx, policy.TokenRequestOptions{
-		Scopes: []string{key.Resource}, // see wording
+		Scopes: []string{call.Resource}, // see wording
 		// The library keeps a cache of its own, for the whole process, and passes it by when claims are given. IMDS
 		// itself is sent none. With two caches a refresh ahead of time would get the old token.
 		Claims: "{}",
@@ -78,9 +78,8 @@ func (m *ManagedIdentities) Fetch(ctx context.Context, key Key, fresh bool) (Tok
 	return describe(got.Token, got.ExpiresOn, time.Now()), nil
 }
 
-func (m *ManagedIdentities) credential(key Key) (azcore.TokenCredential, error) {
-	key.Resource = "" // one credential serves all resources
-	if c, ok := m.credentials.Get(key); ok {
+func (m *ManagedIdentities) credential(p Principal) (azcore.TokenCredential, error) {
+	if c, ok := m.credentials.Get(p); ok {
 		return c, nil
 	}
 	options := &azidentity.ManagedIdentityCredentialOptions{ClientOptions: policy.ClientOptions{
@@ -94,18 +93,18 @@ func (m *ManagedIdentities) credential(key Key) (azcore.TokenCredential, error) 
 		},
 	}}
 	switch {
-	case key.ClientID != "":
-		options.ID = azidentity.ClientID(key.ClientID)
-	case key.ObjectID != "":
-		options.ID = azidentity.ObjectID(key.ObjectID)
-	case key.ResourceID != "":
-		options.ID = azidentity.ResourceID(key.ResourceID)
+	case p.ClientID != "":
+		options.ID = azidentity.ClientID(p.ClientID)
+	case p.ObjectID != "":
+		options.ID = azidentity.ObjectID(p.ObjectID)
+	case p.ResourceID != "":
+		options.ID = azidentity.ResourceID(p.ResourceID)
 	}
 	c, err := azidentity.NewManagedIdentityCredential(options)
 	if err != nil {
 		return nil, err
 	}
-	m.credentials.Add(key, c)
+	m.credentials.Add(p, c)
 	return c, nil
 }
 

@@ -52,7 +52,7 @@ func TestAManagedIdentityIsAskedForByWhatNamesIt(t *testing.T) {
 		{ManagedKey("", "", "", "r"), url.Values{}},
 	}
 	for _, c := range cases {
-		token, err := m.Fetch(t.Context(), c.key, false)
+		token, err := m.Fetch(t.Context(), Call{Key: c.key})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -84,7 +84,7 @@ func TestEachFetchReachesIMDS(t *testing.T) {
 	})
 	seen := map[string]bool{}
 	for i := range 4 {
-		token, err := m.Fetch(t.Context(), ManagedKey("a", "", "", "r"), i == 3)
+		token, err := m.Fetch(t.Context(), Call{Key: ManagedKey("a", "", "", "r"), Fresh: i == 3})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -125,7 +125,7 @@ func TestFailuresOfIMDSAreSorted(t *testing.T) {
 				w.WriteHeader(c.status)
 				w.Write([]byte(c.body))
 			})
-			_, err := m.Fetch(t.Context(), ManagedKey("a", "", "", "r"), false)
+			_, err := m.Fetch(t.Context(), Call{Key: ManagedKey("a", "", "", "r")})
 			var got *Error
 			if !errors.As(err, &got) {
 				t.Fatalf("got %v", err)
@@ -147,7 +147,7 @@ func TestA429ShutsTheGateForEverybody(t *testing.T) {
 		w.WriteHeader(429)
 	})
 	for i := range 5 {
-		_, err := m.Fetch(t.Context(), ManagedKey(fmt.Sprint("id", i), "", "", "r"), false)
+		_, err := m.Fetch(t.Context(), Call{Key: ManagedKey(fmt.Sprint("id", i), "", "", "r")})
 		var e *Error
 		if !errors.As(err, &e) || e.Class != Throttled || e.RetryAfter < 15*time.Second {
 			t.Errorf("got %v", err)
@@ -177,7 +177,7 @@ func TestIMDSIsAskedByFiveAtATimeAndTwentyASecond(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range 20 {
 		wg.Go(func() {
-			if _, err := m.Fetch(t.Context(), ManagedKey(fmt.Sprint("id", i), "", "", "r"), false); err != nil {
+			if _, err := m.Fetch(t.Context(), Call{Key: ManagedKey(fmt.Sprint("id", i), "", "", "r")}); err != nil {
 				t.Error(err)
 			}
 		})
@@ -208,7 +208,7 @@ func TestAHangingIMDSEndsWithTheContext(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range 2 * imdsConcurrent { // also those that never get a turn
 		wg.Go(func() {
-			_, err := m.Fetch(ctx, ManagedKey(fmt.Sprint("id", i), "", "", "r"), false)
+			_, err := m.Fetch(ctx, Call{Key: ManagedKey(fmt.Sprint("id", i), "", "", "r")})
 			var e *Error
 			if !errors.As(err, &e) || e.Class != Unavailable {
 				t.Errorf("got %v", err)

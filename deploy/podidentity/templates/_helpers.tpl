@@ -52,6 +52,85 @@ app.kubernetes.io/component: nmi
 {{- end }}
 {{- end }}
 
+{{/* The entries of nmi.secretNamespaces or nmi.federatedNamespaces (value), which have names under a key of their own,
+all written alike, as JSON: no namespace is the whole cluster, and no names are all of them. */}}
+{{- define "podidentity.scopes" -}}
+{{- $list := get .nmi .value | default list }}
+{{- $scopes := list }}
+{{- if eq (toString $list) "all" }}
+{{- $scopes = list (dict "namespace" "" "names" list) }}
+{{- else }}
+{{- $seen := list }}
+{{- range $list }}
+{{- if eq (toString .) "all" }}
+{{- fail (printf "nmi.%s: write the word all in place of the list, not in it; if a namespace is named all, write {namespace: all, %s: [...]}" $.value $.key) }}
+{{- end }}
+{{- $scope := dict "namespace" . "names" list }}
+{{- if kindIs "map" . }}
+{{- $scope = dict "namespace" .namespace "names" (get . $.key) }}
+{{- end }}
+{{- if has $scope.namespace $seen }}
+{{- fail (printf "nmi.%s: namespace %s is there twice; make it one entry" $.value $scope.namespace) }}
+{{- end }}
+{{- $seen = append $seen $scope.namespace }}
+{{- $scopes = append $scopes $scope }}
+{{- end }}
+{{- end }}
+{{- toJson $scopes }}
+{{- end }}
+
+{{- define "podidentity.nmi.secretScopes" -}}
+{{- include "podidentity.scopes" (dict "nmi" .Values.nmi "value" "secretNamespaces" "key" "names") }}
+{{- end }}
+
+{{- define "podidentity.nmi.tokenScopes" -}}
+{{- include "podidentity.scopes" (dict "nmi" .Values.nmi "value" "federatedNamespaces" "key" "serviceAccounts") }}
+{{- end }}
+
+{{/* A role and its binding to NMI's account, in the namespace of the scope or for the whole cluster. */}}
+{{- define "podidentity.nmi.grant" -}}
+{{- $kind := ternary "Role" "ClusterRole" (ne .scope.namespace "") }}
+{{- $name := printf "%s-%s" (include "podidentity.nmi.name" .root) .suffix }}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: {{ $kind }}
+metadata:
+  name: {{ $name }}
+  {{- with .scope.namespace }}
+  namespace: {{ . | quote }}
+  {{- end }}
+  labels:
+    {{- include "podidentity.labels" .root | nindent 4 }}
+    app.kubernetes.io/component: nmi
+rules:
+  - apiGroups: [""]
+    resources: [{{ .resource }}]
+    {{- with .scope.names }}
+    resourceNames:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    verbs: [{{ .verbs }}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: {{ $kind }}Binding
+metadata:
+  name: {{ $name }}
+  {{- with .scope.namespace }}
+  namespace: {{ . | quote }}
+  {{- end }}
+  labels:
+    {{- include "podidentity.labels" .root | nindent 4 }}
+    app.kubernetes.io/component: nmi
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: {{ $kind }}
+  name: {{ $name }}
+subjects:
+  - kind: ServiceAccount
+    name: {{ include "podidentity.nmi.serviceAccount" .root }}
+    namespace: {{ .root.Release.Namespace }}
+{{- end }}
+
 {{/* What the schema cannot say, or not in words. */}}
 {{- define "podidentity.checks" -}}
 {{- if ne .Values.operationMode "managed" }}
@@ -60,5 +139,43 @@ app.kubernetes.io/component: nmi
 {{- $ports := list (int .Values.nmi.port) (int .Values.nmi.probePort) (int .Values.nmi.prometheusPort) }}
 {{- if ne (len (uniq $ports)) 3 }}
 {{- fail (printf "nmi.port, nmi.probePort and nmi.prometheusPort must differ, and are %v" $ports) }}
+{{- end }}
+{{- if contains "PRIVATE KEY" (default "" .Values.nmi.caBundle) }}
+{{- fail "nmi.caBundle holds a private key; give certificates only, as they become a ConfigMap" }}
+{{- end }}
+{{- /* Nothing of this may be in the way of taking NMI off. */}}
+{{- if not .Values.nmi.uninstall }}
+{{- $secrets := include "podidentity.nmi.secretScopes" . | fromJsonArray }}
+{{- $tokens := include "podidentity.nmi.tokenScopes" . | fromJsonArray }}
+{{- range $key, $identity := .Values.azureIdentities }}
+{{- $namespace := default $.Release.Namespace $identity.namespace }}
+{{- $type := int $identity.type }}
+{{- if has $type (list 1 2) }}
+{{- $secret := dig "clientPassword" "name" "" $identity }}
+{{- $secretNamespace := default $namespace (dig "clientPassword" "namespace" "" $identity) }}
+{{- if and (ne $secretNamespace $namespace) (not $.Values.nmi.allowCrossNamespaceSecrets) }}
+{{- fail (printf "azureIdentities.%s: Secret %s/%s is in another namespace than the identity; put it into namespace %s, or set nmi.allowCrossNamespaceSecrets to true" $key $secretNamespace $secret $namespace) }}
+{{- end }}
+{{- $covered := false }}
+{{- range $secrets }}
+{{- if and (has .namespace (list "" $secretNamespace)) (or (not .names) (has $secret .names)) }}
+{{- $covered = true }}
+{{- end }}
+{{- end }}
+{{- if and $.Values.rbac.enabled $secret (not $covered) }}
+{{- fail (printf "azureIdentities.%s: NMI may not read Secret %s/%s; add its namespace, or {namespace: %s, names: [%s]}, to nmi.secretNamespaces" $key $secretNamespace $secret $secretNamespace $secret) }}
+{{- end }}
+{{- else if eq $type 3 }}
+{{- $covered := false }}
+{{- range $tokens }}
+{{- if has .namespace (list "" $namespace) }}
+{{- $covered = true }}
+{{- end }}
+{{- end }}
+{{- if and $.Values.rbac.enabled (not $covered) }}
+{{- fail (printf "azureIdentities.%s: NMI may not ask for tokens of ServiceAccounts in namespace %s; add it to nmi.federatedNamespaces" $key $namespace) }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}

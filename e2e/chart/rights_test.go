@@ -1,0 +1,240 @@
+package chart_test
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	rbacv1 "k8s.io/api/rbac/v1"
+)
+
+// right is a rule, and the namespace in which NMI's account has it: none is the whole cluster.
+type right struct {
+	Namespace string
+	rbacv1.PolicyRule
+}
+
+// boundRights returns what the roles besides the one that NMI always has give to NMI's account. A role that nothing
+// binds, or that is bound to somebody else, is an error.
+func (r rendered) boundRights(t *testing.T) []right {
+	t.Helper()
+	subjects := []rbacv1.Subject{{Kind: "ServiceAccount", Name: "podidentity-nmi", Namespace: "kube-system"}}
+	bound := map[string]bool{}
+	check := func(kind, namespace, name string, ref rbacv1.RoleRef, got []rbacv1.Subject) {
+		if ref.APIGroup != rbacv1.GroupName || ref.Kind != kind || ref.Name != name || !slices.Equal(got, subjects) {
+			t.Errorf("binding %s/%s gives %+v to %+v", namespace, name, ref, got)
+		}
+		bound[namespace+"/"+name] = true
+	}
+	for _, binding := range r.bindings {
+		check("ClusterRole", "", binding.Name, binding.RoleRef, binding.Subjects)
+	}
+	for _, binding := range r.roleBindings {
+		check("Role", binding.Namespace, binding.Name, binding.RoleRef, binding.Subjects)
+	}
+	var rights []right
+	add := func(namespace, name string, rules []rbacv1.PolicyRule) {
+		if !bound[namespace+"/"+name] {
+			t.Errorf("role %s/%s is not bound", namespace, name)
+		}
+		for _, rule := range rules {
+			rights = append(rights, right{namespace, rule})
+		}
+	}
+	for name, role := range r.clusterRoles {
+		if name != "podidentity-nmi" {
+			add("", name, role.Rules)
+		}
+	}
+	for _, role := range r.roles {
+		if role.Namespace == "" {
+			t.Errorf("role %s has no namespace", role.Name)
+		}
+		add(role.Namespace, role.Name, role.Rules)
+	}
+	return rights
+}
+
+func secrets(namespace string, names ...string) right {
+	return right{namespace, rbacv1.PolicyRule{
+		APIGroups: []string{""}, Resources: []string{"secrets"}, Verbs: []string{"get", "list", "watch"}, ResourceNames: names,
+	}}
+}
+
+func tokens(namespace string, accounts ...string) right {
+	return right{namespace, rbacv1.PolicyRule{
+		APIGroups: []string{""}, Resources: []string{"serviceaccounts/token"}, Verbs: []string{"create"}, ResourceNames: accounts,
+	}}
+}
+
+func TestNMIMayReadSecretsAndAskForTokensOnlyWhereValuesSaySo(t *testing.T) {
+	for values, want := range map[string][]right{
+		"{}":                              nil,
+		"{secretNamespaces: [shop, '1']}": {secrets("shop"), secrets("1")},
+		"{secretNamespaces: [shop, {namespace: billing, names: [robot, '2']}]}": {secrets("shop"), secrets("billing", "robot", "2")},
+		"{secretNamespaces: all}":            {secrets("")},
+		"{federatedNamespaces: [shop, '1']}": {tokens("shop"), tokens("1")},
+		"{federatedNamespaces: [{namespace: billing, serviceAccounts: [invoices]}, shop]}": {tokens("billing", "invoices"), tokens("shop")},
+		"{federatedNamespaces: all}":                              {tokens("")},
+		"{secretNamespaces: [shop], federatedNamespaces: [shop]}": {secrets("shop"), tokens("shop")},
+		"{secretNamespaces: all, federatedNamespaces: all}":       {secrets(""), tokens("")},
+		"{secretNamespaces: null, federatedNamespaces: null}":     nil,
+		// A namespace that is gone would keep NMI from being taken off.
+		"{uninstall: true, secretNamespaces: [shop], federatedNamespaces: all}": nil,
+	} {
+		got := render(t, "nmi: "+values).boundRights(t)
+		order := cmpopts.SortSlices(func(a, b right) bool { return a.Namespace+a.Resources[0] < b.Namespace+b.Resources[0] })
+		if diff := cmp.Diff(want, got, order); diff != "" {
+			t.Errorf("%s: rights (-want +got):\n%s", values, diff)
+		}
+	}
+}
+
+func TestWithoutRBACThereAreNoRoles(t *testing.T) {
+	got := render(t, "{rbac: {enabled: false}, nmi: {secretNamespaces: [shop], federatedNamespaces: all}}")
+	if len(got.roles)+len(got.roleBindings)+len(got.clusterRoles)+len(got.bindings) != 0 {
+		t.Errorf("roles %v and %v, bound by %v and %v", got.roles, got.clusterRoles, got.roleBindings, got.bindings)
+	}
+}
+
+func TestEventsAreWrittenOnlyIfAskedFor(t *testing.T) {
+	for _, rule := range render(t, "nmi: {events: false}").clusterRoles["podidentity-nmi"].Rules {
+		if slices.Contains(rule.Resources, "events") {
+			t.Errorf("NMI may %v events", rule.Verbs)
+		}
+	}
+}
+
+func TestTwoReleasesShareNoNameInTheCluster(t *testing.T) {
+	got := render(t, "{fullnameOverride: other, nmi: {secretNamespaces: all, federatedNamespaces: all}}")
+	var names []string
+	for name := range got.clusterRoles {
+		names = append(names, name)
+	}
+	for _, binding := range got.bindings {
+		names = append(names, binding.Name)
+	}
+	for _, policy := range got.policies {
+		names = append(names, policy.Name)
+	}
+	for _, binding := range got.policyBindings {
+		names = append(names, binding.Name)
+	}
+	if len(names) != 3+3+1+1 {
+		t.Errorf("names are %v", names)
+	}
+	for _, name := range names {
+		if !strings.HasPrefix(name, "other-nmi") {
+			t.Errorf("%s does not begin with the full name", name)
+		}
+	}
+}
+
+func TestNamespacesAreNotWidenedByMistake(t *testing.T) {
+	for values, want := range map[string]string{
+		"secretNamespaces: everything":                                        "at '/nmi/secretNamespaces': value must be 'all'",
+		"secretNamespaces: ''":                                                "at '/nmi/secretNamespaces': value must be 'all'",
+		"secretNamespaces: {namespace: a}":                                    "at '/nmi/secretNamespaces': got object, want array",
+		"secretNamespaces: ['*']":                                             "at '/nmi/secretNamespaces/0'",
+		"secretNamespaces: ['']":                                              "at '/nmi/secretNamespaces/0'",
+		"secretNamespaces: [1]":                                               "at '/nmi/secretNamespaces/0': got number, want string",
+		"secretNamespaces: [all]":                                             "nmi.secretNamespaces: write the word all in place of the list, not in it",
+		"secretNamespaces: [a, a]":                                            "nmi.secretNamespaces: namespace a is there twice",
+		"secretNamespaces: [a, {namespace: a, names: [b]}]":                   "nmi.secretNamespaces: namespace a is there twice",
+		"secretNamespaces: [{namespace: a}]":                                  "missing property 'names'",
+		"secretNamespaces: [{names: [a]}]":                                    "missing property 'namespace'",
+		"secretNamespaces: [{namespace: a, names: []}]":                       "at '/nmi/secretNamespaces/0/names': minItems: got 0, want 1",
+		"secretNamespaces: [{namespace: a, names: ['*']}]":                    "at '/nmi/secretNamespaces/0/names/0'",
+		"secretNamespaces: [{namespace: a, names: b}]":                        "at '/nmi/secretNamespaces/0/names': got string, want array",
+		"secretNamespaces: [{namespace: a, serviceAccounts: [b]}]":            "additional properties 'serviceAccounts' not allowed",
+		"federatedNamespaces: [{namespace: a, names: [b]}]":                   "additional properties 'names' not allowed",
+		"federatedNamespaces: [{namespace: a, serviceAccounts: []}]":          "at '/nmi/federatedNamespaces/0/serviceAccounts': minItems: got 0, want 1",
+		"federatedNamespaces: [{namespace: a, serviceAccounts: ['a/token']}]": "at '/nmi/federatedNamespaces/0/serviceAccounts/0'",
+		"federatedNamespaces: [A]":                                            "at '/nmi/federatedNamespaces/0'",
+		"federatedNamespaces: [all]":                                          "nmi.federatedNamespaces: write the word all in place of the list, not in it",
+		"federatedNamespaces: true":                                           "at '/nmi/federatedNamespaces': value must be 'all'",
+	} {
+		if got := refusal(t, "nmi: {"+values+"}"); !strings.Contains(got, want) {
+			t.Errorf("%s: Helm says\n%s\nwhich lacks %q", values, got, want)
+		}
+	}
+}
+
+// An identity of each type that needs a right, in another namespace than the release's.
+const (
+	withSecret      = "azureIdentities: {robot: {namespace: shop, type: 1, clientPassword: {name: robot}}}"
+	withCertificate = "azureIdentities: {robot: {namespace: shop, type: 2, clientPassword: {name: robot, namespace: vault}}}"
+	federated       = "azureIdentities: {web: {namespace: shop, type: 3}}"
+)
+
+func TestAnIdentityThatNMILacksTheRightsForIsRefused(t *testing.T) {
+	const unreadable = "azureIdentities.robot: NMI may not read Secret shop/robot; add its namespace, or " +
+		"{namespace: shop, names: [robot]}, to nmi.secretNamespaces"
+	const unasked = "azureIdentities.web: NMI may not ask for tokens of ServiceAccounts in namespace shop; add it to " +
+		"nmi.federatedNamespaces"
+	for values, want := range map[string]string{
+		withSecret: unreadable,
+		withSecret + "\nnmi: {secretNamespaces: [billing], federatedNamespaces: all}":           unreadable,
+		withSecret + "\nnmi: {secretNamespaces: [{namespace: shop, names: [other]}]}":           unreadable,
+		withCertificate + "\nnmi: {secretNamespaces: [shop], allowCrossNamespaceSecrets: true}": "NMI may not read Secret vault/robot",
+		withCertificate + "\nnmi: {secretNamespaces: all}": "azureIdentities.robot: Secret vault/robot is in another namespace " +
+			"than the identity; put it into namespace shop, or set nmi.allowCrossNamespaceSecrets to true",
+		federated: unasked,
+		federated + "\nnmi: {federatedNamespaces: [billing], secretNamespaces: all}": unasked,
+	} {
+		if got := refusal(t, values); !strings.Contains(got, want) {
+			t.Errorf("%s: Helm says\n%s\nwhich lacks %q", values, got, want)
+		}
+	}
+}
+
+func TestAnIdentityThatNMIHasTheRightsForIsTaken(t *testing.T) {
+	for _, values := range []string{
+		withSecret + "\nnmi: {secretNamespaces: [billing, shop]}",
+		withSecret + "\nnmi: {secretNamespaces: [{namespace: shop, names: [other, robot]}]}",
+		withSecret + "\nnmi: {secretNamespaces: all}",
+		withCertificate + "\nnmi: {secretNamespaces: [vault], allowCrossNamespaceSecrets: true}",
+		federated + "\nnmi: {federatedNamespaces: [shop]}",
+		// Under which ServiceAccounts the pods will run is not known here.
+		federated + "\nnmi: {federatedNamespaces: [{namespace: shop, serviceAccounts: [web]}]}",
+		federated + "\nnmi: {federatedNamespaces: all}",
+		// Rights that somebody else gives.
+		withSecret + "\nrbac: {enabled: false}",
+		federated + "\nrbac: {enabled: false}",
+		// Nothing may be in the way of taking NMI off.
+		withSecret + "\nnmi: {uninstall: true}",
+		withCertificate + "\nnmi: {uninstall: true}",
+		federated + "\nnmi: {uninstall: true}",
+	} {
+		if got := render(t, values).custom; len(got) != 1 {
+			t.Errorf("%s: objects are %v", values, got)
+		}
+	}
+}
+
+func TestTheNotesSayWhatOtherTypesNeedUntilTheyHaveIt(t *testing.T) {
+	for values, want := range map[string][2]bool{
+		"{}":                              {true, true},
+		"nmi: {secretNamespaces: [shop]}": {false, true},
+		"nmi: {federatedNamespaces: all}": {true, false},
+		"nmi: {secretNamespaces: [shop], federatedNamespaces: all}": {false, false},
+		"rbac: {enabled: false}":                                    {false, false},
+		"nmi: {uninstall: true}":                                    {false, false},
+	} {
+		stdout, stderr, err := helm(t, "install", "podidentity", chart, "--dry-run=client", "--values", valuesFile(t, values))
+		if err != nil {
+			t.Fatalf("helm install --dry-run=client: %v\n%s", err, stderr)
+		}
+		_, notes, found := strings.Cut(stdout, "\nNOTES:\n")
+		if !found {
+			t.Fatalf("no notes:\n%s", stdout)
+		}
+		for i, value := range []string{"nmi.secretNamespaces", "nmi.federatedNamespaces"} {
+			if got := strings.Contains(notes, value); got != want[i] {
+				t.Errorf("%s: the notes mention %s: %v, want %v", values, value, got, want[i])
+			}
+		}
+	}
+}

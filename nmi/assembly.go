@@ -1,0 +1,85 @@
+package nmi
+
+import (
+	"context"
+	"errors"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/nmi/token"
+)
+
+// prepareTokens builds what is between a decision and its token. Watches of Secrets end with ctx.
+func (n *node) prepareTokens(ctx context.Context) error {
+	roots, err := n.cfg.rootCAs()
+	if err != nil {
+		return err
+	}
+	authority, err := identity.ParseAuthority(n.cfg.Authority)
+	if err != nil {
+		return err
+	}
+	proofs := &principals{
+		authority:    authority,
+		byResourceID: n.cfg.ManagedIdentityBy == ByResourceID,
+		secrets:      newSecrets(ctx, n.watch.secret, n.watch.readSecret, n.secretChanged),
+		assertions:   newAssertions(n.watch.requestToken, n.watch.pod),
+	}
+	managed, err := token.NewManagedIdentities(n.cfg.imds(), n.cfg.UserAgent)
+	if err != nil {
+		return err
+	}
+	entra, err := token.NewEntra(token.EntraConfig{RootCAs: roots, UserAgent: n.cfg.UserAgent, Secrets: proofs.secrets, Assertions: proofs.assertions})
+	if err != nil {
+		return err
+	}
+	n.sources = &token.Sources{ManagedIdentities: managed, Entra: entra}
+	allowed := func(uid string, p token.Principal) bool {
+		pod, alive := n.watch.pod(uid)
+		return alive && n.tokens.allowed(pod, p)
+	}
+	if n.cache, err = token.NewCache(n.sources, token.DefaultSize, allowed, n.metrics); err != nil {
+		return err
+	}
+	n.tokens = &tokens{
+		pods:       newPodFinder(n.watch, n.cfg.PodLookup),
+		facts:      n.watch.facts,
+		latest:     n.watch.latest,
+		ready:      n.waitFilled,
+		stale:      n.watch.connection.stale,
+		rules:      identity.Rules{Mode: identity.Managed, ForceNamespaced: true, AllowCrossNamespaceSecrets: n.cfg.AllowCrossNamespaceSecrets},
+		principals: proofs,
+		cache:      n.cache,
+		metrics:    n.metrics,
+	}
+	return nil
+}
+
+// What hangs on an object goes with it.
+
+func (n *node) podGone(uid string) {
+	n.cache.Release(uid)
+	n.tokens.principals.secrets.release(uid)
+	n.tokens.principals.assertions.release(uid)
+}
+
+func (n *node) identityChanged(old identity.Identity) {
+	n.drop(func(p token.Principal) bool { return n.tokens.principals.stands(old, p) })
+}
+
+func (n *node) secretChanged(ref token.Ref, revision string) {
+	n.drop(func(p token.Principal) bool { return p.Secret == ref && p.Revision == revision })
+}
+
+func (n *node) drop(which func(token.Principal) bool) {
+	n.cache.Drop(which)
+	n.sources.Drop(which)
+}
+
+// keepSecretsInMemory keeps what is in this process's memory out of dumps of it, and other processes of the node from
+// reading it.
+func keepSecretsInMemory() error {
+	err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
+	return errors.Join(err, unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0))
+}

@@ -1,0 +1,88 @@
+package nmi
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/metadata"
+)
+
+func inEventBubble(t *testing.T, test func(e *events, written func() []*corev1.Event)) {
+	synctest.Test(t, func(t *testing.T) {
+		var all []*corev1.Event
+		e, err := newEvents("node1", func(_ context.Context, event *corev1.Event) error {
+			all = append(all, event)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			e.run(ctx)
+			close(done)
+		}()
+		test(e, func() []*corev1.Event {
+			synctest.Wait()
+			return all
+		})
+		cancel()
+		<-done
+	})
+}
+
+func refusalOf(detail string) *metadata.Error {
+	return metadata.Refusal(identity.Decision{Reason: identity.NoMatchingBinding, Detail: detail})
+}
+
+func TestAPodIsToldOfARefusalOnceInAWhile(t *testing.T) {
+	inEventBubble(t, func(e *events, written func() []*corev1.Event) {
+		p := pod("app", "uid-1", "10.0.0.1")
+		for range 1000 {
+			e.refused(p, refusalOf("no binding"))
+		}
+		got := written()
+		if len(got) != 1 || got[0].Message != "no_matching_binding: no binding" || got[0].InvolvedObject.UID != "uid-1" || got[0].Namespace != "ns" || got[0].Type != "Warning" || got[0].Reason != "TokenRefused" {
+			t.Fatalf("written: %+v", got)
+		}
+		e.refused(p, refusalOf("another thing"))
+		e.refused(pod("app", "uid-2", "10.0.0.1"), refusalOf("no binding"))
+		if got = written(); len(got) != 3 {
+			t.Errorf("another refusal and another pod: %d events", len(got))
+		}
+		time.Sleep(eventAgain)
+		e.refused(p, refusalOf("no binding"))
+		if got = written(); len(got) != 4 || got[3].Name != got[0].Name || got[3].Count != 1001 || !got[3].FirstTimestamp.Equal(&got[0].FirstTimestamp) {
+			t.Errorf("later: %+v", got[len(got)-1])
+		}
+	})
+}
+
+func TestAPodThatIsRefusedInEverNewWaysDoesNotFloodTheCluster(t *testing.T) {
+	inEventBubble(t, func(e *events, written func() []*corev1.Event) {
+		p := pod(strings.Repeat("long", 60), "uid-1", "10.0.0.1")
+		for i := range 10_000 {
+			e.refused(p, refusalOf(fmt.Sprint(strings.Repeat("€", 800), i)))
+		}
+		got := written()
+		if len(got) != eventBurst {
+			t.Errorf("%d events at once", len(got))
+		}
+		for _, event := range got {
+			if len(event.Message) > 1024 || len(event.Name) > 253 {
+				t.Fatalf("the API server refuses this: %d bytes of text, %d of name", len(event.Message), len(event.Name))
+			}
+		}
+		if e.told.Len() > eventsKept {
+			t.Errorf("%d are remembered", e.told.Len())
+		}
+	})
+}

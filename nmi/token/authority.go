@@ -1,0 +1,125 @@
+package token
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+	"syscall"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+)
+
+const (
+	// authorityConcurrent is how many requests one authority is sent at a time. One that hangs holds up none but those
+	// who asked for it.
+	authorityConcurrent = 8
+	// authorityHosts bounds the authorities that are counted so. One that falls out starts counting again.
+	authorityHosts = 256
+)
+
+// authorities is the way to the token services that AzureIdentities name. Whoever may create one names a host, and
+// this process is in the node's network: so that nobody reaches through it what only the node can reach, it connects
+// to no address that means the node itself or its link.
+type authorities struct {
+	direct, proxied http.RoundTripper
+	// proxy is what the environment says, as other programs understand it. The proxy was chosen by whoever runs NMI,
+	// so it may be on the node.
+	proxy   func(*http.Request) (*url.URL, error)
+	refused func(netip.Addr) bool
+	hosts   *lru.Cache[string, slots]
+}
+
+func newAuthorities(roots *x509.CertPool) (*authorities, error) {
+	hosts, err := lru.New[string, slots](authorityHosts)
+	if err != nil {
+		return nil, err
+	}
+	a := &authorities{proxy: http.ProxyFromEnvironment, refused: nodeOnly, hosts: hosts}
+	guarded := &net.Dialer{Timeout: 5 * time.Second, ControlContext: a.guard}
+	free := &net.Dialer{Timeout: 5 * time.Second}
+	a.direct = authorityTransport(roots, nil, guarded)
+	a.proxied = authorityTransport(roots, func(r *http.Request) (*url.URL, error) { return a.proxy(r) }, free)
+	return a, nil
+}
+
+func authorityTransport(roots *x509.CertPool, proxy func(*http.Request) (*url.URL, error), dialer *net.Dialer) *http.Transport {
+	return &http.Transport{
+		Proxy:                  proxy,
+		DialContext:            dialer.DialContext,
+		TLSClientConfig:        &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
+		TLSHandshakeTimeout:    5 * time.Second,
+		MaxIdleConns:           32,
+		MaxIdleConnsPerHost:    authorityConcurrent,
+		IdleConnTimeout:        30 * time.Second,
+		ResponseHeaderTimeout:  10 * time.Second,
+		MaxResponseHeaderBytes: 16 << 10,
+	}
+}
+
+// RoundTrip waits for its turn within the request's context.
+func (a *authorities) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.URL.Scheme != "https" {
+		return nil, errNotHTTPS
+	}
+	way := a.direct
+	if proxy, err := a.proxy(r); err != nil {
+		return nil, err
+	} else if proxy != nil {
+		// The proxy looks the name up, and what it may reach is its own affair; but an address can be told here.
+		if ip, err := netip.ParseAddr(r.URL.Hostname()); err == nil && a.refused(ip) {
+			return nil, nodeAddress(ip)
+		}
+		way = a.proxied
+	}
+	return a.slots(strings.ToLower(r.URL.Host)).send(r, way.RoundTrip)
+}
+
+var errNotHTTPS = &Error{Class: Denied, Detail: "the authority names a token endpoint without https, to which no credential is sent"}
+
+func (a *authorities) slots(host string) slots {
+	if s, ok := a.hosts.Get(host); ok {
+		return s
+	}
+	s := make(slots, authorityConcurrent)
+	if earlier, ok, _ := a.hosts.PeekOrAdd(host, s); ok {
+		return earlier
+	}
+	return s
+}
+
+// guard is asked before each connection, with the address that the name was found to have.
+func (a *authorities) guard(_ context.Context, _, address string, _ syscall.RawConn) error {
+	ap, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return errors.Join(errors.New("this is no address to connect to"), err)
+	}
+	if a.refused(ap.Addr()) {
+		return nodeAddress(ap.Addr())
+	}
+	return nil
+}
+
+// wireServer is where Azure answers a machine, and the machine alone, besides the metadata service.
+var wireServer = netip.AddrFrom4([4]byte{168, 63, 129, 16})
+
+func nodeOnly(ip netip.Addr) bool {
+	ip = ip.Unmap()
+	return ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsUnspecified() || ip.IsMulticast() || ip == wireServer
+}
+
+// nodeAddress is the refusal to connect to an address that only the node can reach.
+type nodeAddress netip.Addr
+
+func (n nodeAddress) Error() string {
+	return netip.Addr(n).String() + " is an address of the node itself or of its link"
+}
+
+// NonRetriable keeps the Azure SDK from trying again.
+func (nodeAddress) NonRetriable() {}

@@ -1,0 +1,228 @@
+package token
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/pem"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/golang-jwt/jwt/v5"
+)
+
+// Whoever may write a Secret chooses what is parsed here, in a process with power over the node. These bounds leave
+// room for every key that Entra ID takes and for its chain.
+const (
+	maxCertificateData = 128 << 10
+	maxKeyDER          = 16 << 10
+	maxChain           = 16
+	minRSABits         = 2048
+	maxRSABits         = 8192
+)
+
+// keyPair is a private key and its certificate, which is the first of the chain.
+type keyPair struct {
+	key   crypto.Signer
+	chain []*x509.Certificate
+}
+
+// contents is what a file holds that may become a keyPair.
+type contents struct {
+	keys         []any
+	certificates []*x509.Certificate
+}
+
+// unlocker opens a PKCS#12 file. Its error is a flaw if the file is to blame.
+type unlocker func(ctx context.Context, file []byte, password string) (contents, error)
+
+const writeCertificate = "write the certificate and its private key there, as PEM or PKCS#12"
+
+// certificate finds the certificate and its key. Its error is a flaw if the content is to blame.
+func certificate(ctx context.Context, data map[string][]byte, unlock unlocker, now time.Time) (keyPair, error) {
+	file := data[certificateKey]
+	switch {
+	case len(file) == 0:
+		return keyPair{}, flaw("has nothing under the key \"certificate\"; " + writeCertificate)
+	case len(file) > maxCertificateData:
+		return keyPair{}, flaw("has more than 128 KiB under the key \"certificate\"; write the certificate, its key and its chain alone")
+	}
+	var password string
+	if value := data[passwordKey]; len(bytes.TrimRight(value, "\r\n")) > 0 {
+		var err error
+		if password, err = plainText(value, "password"); err != nil {
+			return keyPair{}, err
+		}
+	}
+	if !isPEM(file) && !isDER(file) {
+		// Key Vault hands a PKCS#12 file out as base64, and that is what people store.
+		text := bytes.Join(bytes.Fields(file), nil)
+		decoded, err := base64.StdEncoding.DecodeString(string(text))
+		if err != nil || !isPEM(decoded) && !isDER(decoded) {
+			return keyPair{}, flaw("has neither PEM nor PKCS#12 under the key \"certificate\"; " + writeCertificate)
+		}
+		file = decoded
+	}
+	read := readPEM
+	if !isPEM(file) {
+		read = func(file []byte) (contents, error) { return unlock(ctx, file, password) }
+	}
+	found, err := read(file)
+	if err != nil {
+		return keyPair{}, err
+	}
+	return found.pair(now)
+}
+
+func isPEM(b []byte) bool { return bytes.Contains(b, []byte("-----BEGIN ")) }
+
+// isDER tells a SEQUENCE, as which a PKCS#12 file begins; no base64 of one begins so.
+func isDER(b []byte) bool { return len(b) > 0 && b[0] == 0x30 }
+
+func readPEM(file []byte) (contents, error) {
+	var found contents
+	for {
+		var block *pem.Block
+		if block, file = pem.Decode(file); block == nil {
+			return found, nil
+		}
+		if block.Type == "ENCRYPTED PRIVATE KEY" || block.Headers["DEK-Info"] != "" || strings.Contains(block.Headers["Proc-Type"], "ENCRYPTED") {
+			return found, flaw("has a PEM key with a password under the key \"certificate\", which is not taken; write the key without one, or a PKCS#12 file and its password under the key \"password\"")
+		}
+		var err error
+		switch block.Type {
+		case "CERTIFICATE":
+			err = found.addCertificate(block.Bytes)
+		case "PRIVATE KEY":
+			err = found.addKey(block.Bytes, x509.ParsePKCS8PrivateKey)
+		case "RSA PRIVATE KEY":
+			err = found.addKey(block.Bytes, func(der []byte) (any, error) { return x509.ParsePKCS1PrivateKey(der) })
+		case "EC PRIVATE KEY":
+			err = found.addKey(block.Bytes, func(der []byte) (any, error) { return x509.ParseECPrivateKey(der) })
+		}
+		if err != nil {
+			return found, err
+		}
+	}
+}
+
+func (c *contents) addCertificate(der []byte) error {
+	if len(c.certificates) == maxChain {
+		return flaw(fmt.Sprintf("has more than %d certificates under the key \"certificate\"; write the one that is meant and its chain alone", maxChain))
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return flaw("has a certificate under the key \"certificate\" that cannot be read; " + writeCertificate)
+	}
+	c.certificates = append(c.certificates, cert)
+	return nil
+}
+
+func (c *contents) addKey(der []byte, parse func([]byte) (any, error)) error {
+	if len(der) > maxKeyDER {
+		return flaw("has a private key of more than 16 KiB under the key \"certificate\"; use an RSA key of 2048 to 4096 bits")
+	}
+	key, err := parse(der)
+	if err != nil {
+		return flaw("has a private key under the key \"certificate\" that cannot be read; write an RSA or EC key as PKCS#8, PKCS#1 or SEC 1")
+	}
+	c.keys = append(c.keys, key)
+	return nil
+}
+
+// pair finds the certificate of the key and checks that Entra ID can be expected to take it.
+func (c contents) pair(now time.Time) (keyPair, error) {
+	switch {
+	case len(c.keys) == 0:
+		return keyPair{}, flaw("has no private key under the key \"certificate\"; write the private key there as well, before or after the certificate")
+	case len(c.keys) > 1:
+		return keyPair{}, flaw("has several private keys under the key \"certificate\"; leave the one that belongs to the certificate")
+	case len(c.certificates) == 0:
+		return keyPair{}, flaw("has a private key but no certificate under the key \"certificate\"; write the certificate there as well")
+	}
+	key, ok := c.keys[0].(crypto.Signer)
+	if !ok {
+		return keyPair{}, unusableKey
+	}
+	switch k := key.(type) {
+	case *rsa.PrivateKey:
+		if bits := k.N.BitLen(); bits < minRSABits || bits > maxRSABits {
+			return keyPair{}, flaw(fmt.Sprintf("has an RSA key of %d bits under the key \"certificate\"; use one of %d to %d bits", bits, minRSABits, maxRSABits))
+		}
+	case *ecdsa.PrivateKey:
+		if ecMethod(k) == nil {
+			return keyPair{}, flaw("has an EC key on a curve that Entra ID does not know under the key \"certificate\"; use P-256, P-384 or P-521, or RSA")
+		}
+	default:
+		return keyPair{}, unusableKey
+	}
+	public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool })
+	if !ok {
+		return keyPair{}, unusableKey
+	}
+	var own *x509.Certificate
+	var others []*x509.Certificate
+	for _, cert := range c.certificates {
+		switch {
+		case !public.Equal(cert.PublicKey):
+			others = append(others, cert)
+		case own == nil || cert.NotAfter.After(own.NotAfter): // one that was renewed with its key stands beside its older self
+			own = cert
+		}
+	}
+	const day = "2006-01-02 15:04 UTC"
+	switch {
+	case own == nil:
+		return keyPair{}, flaw("has a private key under the key \"certificate\" that belongs to none of the certificates there; write the two that belong together")
+	case now.After(own.NotAfter):
+		return keyPair{}, flaw("has a certificate that expired on " + own.NotAfter.UTC().Format(day) + "; write a new one, and register it with the application")
+	case now.Before(own.NotBefore):
+		return keyPair{}, flaw("has a certificate that is valid only from " + own.NotBefore.UTC().Format(day) + " on; see that the clock of the node is right, or write one that is valid now")
+	}
+	return keyPair{key: key, chain: slices.Insert(others, 0, own)}, nil
+}
+
+const unusableKey = flaw("has a private key of a kind that Entra ID does not take under the key \"certificate\"; use RSA, or EC on P-256, P-384 or P-521")
+
+func ecMethod(key *ecdsa.PrivateKey) jwt.SigningMethod {
+	switch key.Curve {
+	case elliptic.P256():
+		return jwt.SigningMethodES256
+	case elliptic.P384():
+		return jwt.SigningMethodES384
+	case elliptic.P521():
+		return jwt.SigningMethodES512
+	}
+	return nil
+}
+
+// ecAssertion says with an EC key what MSAL says with an RSA key; that one it takes alone.
+func ecAssertion(p Principal, pair keyPair, key *ecdsa.PrivateKey) (string, error) {
+	now := time.Now()
+	assertion := jwt.NewWithClaims(ecMethod(key), jwt.MapClaims{
+		"aud": p.Authority + "/" + p.TenantID + "/oauth2/v2.0/token",
+		"iss": p.ClientID,
+		"sub": p.ClientID,
+		"jti": rand.Text(),
+		"nbf": now.Unix(),
+		"iat": now.Unix(),
+		"exp": now.Add(10 * time.Minute).Unix(),
+	})
+	thumbprint := sha256.Sum256(pair.chain[0].Raw)
+	assertion.Header["x5t#S256"] = base64.RawURLEncoding.EncodeToString(thumbprint[:])
+	chain := make([]string, len(pair.chain))
+	for i, cert := range pair.chain {
+		chain[i] = base64.StdEncoding.EncodeToString(cert.Raw)
+	}
+	assertion.Header["x5c"] = chain
+	return assertion.SignedString(key)
+}

@@ -1,0 +1,384 @@
+package token
+
+import (
+	"cmp"
+	"context"
+	"crypto/ecdsa"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/cloud"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/streaming"
+	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
+	lru "github.com/hashicorp/golang-lru/v2"
+
+	"github.com/podidentity/podidentity/identity"
+)
+
+const (
+	// entraClients bounds the principals that are kept ready.
+	entraClients = 1024
+	// maxBrought is how many bytes of answers a credential may bring before a new one is made. MSAL keeps every token
+	// of every resource for good, though it is never asked for one again.
+	maxBrought = 256 << 10
+	// invalidFor is how long a Secret that cannot work is not read again. Its content makes it so, and another content
+	// is another principal; parsing it over and over is what somebody might want.
+	invalidFor = time.Minute
+)
+
+// EntraConfig is what an Entra needs.
+type EntraConfig struct {
+	// RootCAs are who may vouch for Entra ID; nil means the system's.
+	RootCAs    *x509.CertPool
+	UserAgent  string
+	Secrets    Secrets
+	Assertions Assertions
+}
+
+// Entra gets tokens from Entra ID itself, for the sources [Secret], [Certificate] and [Federated], through azidentity.
+type Entra struct {
+	secrets     Secrets
+	assertions  Assertions
+	authorities *authorities
+	pkcs12      *pkcs12Opener
+	transport   *http.Client
+	userAgent   string
+	clients     *lru.Cache[Principal, *client]
+}
+
+// client is one principal towards Entra ID. Who holds its turn owns the other fields, but the door.
+type client struct {
+	turn chan struct{}
+	// door is shut by a 429, which Entra ID answers to one application or one tenant. Each principal finds that out for
+	// itself: were it shared by tenant, whoever names a tenant could shut it for others.
+	door door
+
+	credential  azcore.TokenCredential
+	expires     time.Time // of the certificate; zero if there is none
+	brought     int
+	failed      *Error
+	failedUntil time.Time
+}
+
+// NewEntra returns the source.
+func NewEntra(cfg EntraConfig) (*Entra, error) {
+	clients, err := lru.New[Principal, *client](entraClients)
+	if err != nil {
+		return nil, err
+	}
+	authorities, err := newAuthorities(cfg.RootCAs)
+	if err != nil {
+		return nil, err
+	}
+	return &Entra{
+		secrets:     cfg.Secrets,
+		assertions:  cfg.Assertions,
+		authorities: authorities,
+		pkcs12:      newPKCS12Opener(),
+		userAgent:   cfg.UserAgent,
+		clients:     clients,
+		transport: &http.Client{
+			Transport:     authorities,
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+	}, nil
+}
+
+// Drop forgets the credentials of some principals, whose AzureIdentity or Secret changed or is gone.
+func (e *Entra) Drop(which func(Principal) bool) {
+	for _, p := range e.clients.Keys() {
+		if which(p) {
+			e.clients.Remove(p)
+		}
+	}
+}
+
+// Fetch implements [Fetcher]. Its error is an *Error.
+func (e *Entra) Fetch(ctx context.Context, call Call) (Token, error) {
+	c := e.client(call.Principal)
+	var t Token
+	var failed *Error
+	if call.Source == Federated {
+		t, failed = e.fetchFederated(ctx, c, call)
+	} else {
+		t, _, failed = e.ask(ctx, c, call, "")
+	}
+	if failed != nil {
+		return Token{}, failed
+	}
+	return t, nil
+}
+
+func (e *Entra) client(p Principal) *client {
+	if c, ok := e.clients.Get(p); ok {
+		return c
+	}
+	c := &client{turn: make(chan struct{}, 1)}
+	if earlier, ok, _ := e.clients.PeekOrAdd(p, c); ok {
+		return earlier
+	}
+	return c
+}
+
+// ask puts the question once, apart from short retries on the wire. A failure comes with the codes of Entra ID. The
+// library lets one request of a credential through at a time and does not look at the context meanwhile; the turn does.
+func (e *Entra) ask(ctx context.Context, c *client, call Call, assertion string) (Token, []int, *Error) {
+	select {
+	case c.turn <- struct{}{}:
+		defer func() { <-c.turn }()
+	case <-ctx.Done():
+		return Token{}, nil, &Error{Class: Unavailable, Err: fmt.Errorf("waiting for earlier requests of this identity: %w", ctx.Err())}
+	}
+	if wait := c.door.shut(); wait > 0 {
+		return Token{}, nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "Entra ID asked to be left alone", RetryAfter: wait}
+	}
+	if failed := e.prepare(ctx, c, call.Principal); failed != nil {
+		return Token{}, nil, failed
+	}
+	x := &exchange{assertion: assertion}
+	ctx = context.WithValue(ctx, answerKey{}, &x.answer)
+	ctx = context.WithValue(ctx, exchangeKey{}, x)
+	got, err := c.credential.GetToken(ctx, policy.TokenRequestOptions{
+		// Entra ID takes all before the last slash for the resource, so one that ends in a slash keeps it.
+		Scopes: []string{call.Resource + "/.default"},
+		// With claims the library passes its own cache by, which would hand out the old token to a refresh ahead of
+		// time. Entra ID itself is sent none, see exchange.
+		Claims: "{}",
+	})
+	c.brought += len(x.answer.body)
+	if err != nil {
+		failed, codes := x.failure(call.Principal, err)
+		if failed.Class == Throttled {
+			c.door.close(failed.RetryAfter)
+		}
+		return Token{}, codes, failed
+	}
+	t := describe(got.Token, got.ExpiresOn, time.Now())
+	t.CorrelationID = oneLine(cmp.Or(x.answer.header.Get("client-request-id"), x.requestID, x.answer.header.Get("x-ms-request-id")), maxID)
+	return t, nil, nil
+}
+
+// prepare sees that the client has a credential that is good for another token.
+func (e *Entra) prepare(ctx context.Context, c *client, p Principal) *Error {
+	now := time.Now()
+	if c.credential != nil && c.brought < maxBrought && (c.expires.IsZero() || now.Before(c.expires)) {
+		return nil
+	}
+	if now.Before(c.failedUntil) {
+		return c.failed
+	}
+	credential, expires, failed := e.credential(ctx, p)
+	if failed != nil {
+		if failed.Reason == identity.SecretInvalid {
+			c.failed, c.failedUntil = failed, now.Add(invalidFor)
+		}
+		return failed
+	}
+	c.credential, c.expires, c.brought = credential, expires, 0
+	return nil
+}
+
+// credential makes a credential, and says when it ends if that is known.
+func (e *Entra) credential(ctx context.Context, p Principal) (azcore.TokenCredential, time.Time, *Error) {
+	var none time.Time
+	if p.Source == Federated {
+		c, err := azidentity.NewClientAssertionCredential(p.TenantID, p.ClientID, assertionOf, &azidentity.ClientAssertionCredentialOptions{
+			ClientOptions: e.options(p), DisableInstanceDiscovery: true,
+		})
+		return usable(c, none, err)
+	}
+	content, err := e.secrets.Secret(ctx, p.Secret)
+	if err != nil {
+		return nil, none, contentError(p.Secret, err)
+	}
+	if content.Revision != p.Revision {
+		return nil, none, &Error{Class: Unavailable, Detail: "Secret " + p.Secret.String() + " changed meanwhile"}
+	}
+	if p.Source == Secret {
+		secret, err := clientSecret(content.Data)
+		if err != nil {
+			return nil, none, contentError(p.Secret, err)
+		}
+		c, err := azidentity.NewClientSecretCredential(p.TenantID, p.ClientID, secret, &azidentity.ClientSecretCredentialOptions{
+			ClientOptions: e.options(p), DisableInstanceDiscovery: true,
+		})
+		return usable(c, none, err)
+	}
+	pair, err := certificate(ctx, content.Data, e.pkcs12.open, time.Now())
+	if err != nil {
+		return nil, none, contentError(p.Secret, err)
+	}
+	expires := pair.chain[0].NotAfter
+	if key, ok := pair.key.(*ecdsa.PrivateKey); ok {
+		sign := func(context.Context) (string, error) { return ecAssertion(p, pair, key) }
+		c, err := azidentity.NewClientAssertionCredential(p.TenantID, p.ClientID, sign, &azidentity.ClientAssertionCredentialOptions{
+			ClientOptions: e.options(p), DisableInstanceDiscovery: true,
+		})
+		return usable(c, expires, err)
+	}
+	c, err := azidentity.NewClientCertificateCredential(p.TenantID, p.ClientID, pair.chain, pair.key, &azidentity.ClientCertificateCredentialOptions{
+		ClientOptions: e.options(p), DisableInstanceDiscovery: true, SendCertificateChain: true,
+	})
+	return usable(c, expires, err)
+}
+
+func usable(c azcore.TokenCredential, expires time.Time, err error) (azcore.TokenCredential, time.Time, *Error) {
+	if err != nil {
+		return nil, expires, &Error{Class: Denied, Err: err}
+	}
+	return c, expires, nil
+}
+
+func (e *Entra) options(p Principal) policy.ClientOptions {
+	return policy.ClientOptions{
+		Cloud:           cloud.Configuration{ActiveDirectoryAuthorityHost: p.Authority + "/"},
+		Transport:       transporter{e.transport},
+		PerCallPolicies: []policy.Policy{(*exchange)(nil)},
+		Telemetry:       policy.TelemetryOptions{ApplicationID: e.userAgent},
+		// Short, as with IMDS. A 429 is left to the door.
+		Retry: policy.RetryOptions{
+			MaxRetries: 2, RetryDelay: 250 * time.Millisecond, MaxRetryDelay: time.Second,
+			StatusCodes: []int{http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout},
+		},
+	}
+}
+
+type exchangeKey struct{}
+
+// exchange is what one question and its answer consist of.
+type exchange struct {
+	assertion string // Federated: what is shown to Entra ID
+	requestID string // what we call the last request
+	posted    bool   // whether that was the one for the token, or the one before, for the tenant's endpoints
+	proof     string // the secret in it: errors must not repeat it
+	answer    answer // to it
+}
+
+// assertionOf gives the library the assertion of the pod that this question is put for.
+func assertionOf(ctx context.Context) (string, error) {
+	x, _ := ctx.Value(exchangeKey{}).(*exchange)
+	if x == nil || x.assertion == "" {
+		return "", errors.New("there is no Kubernetes token to show")
+	}
+	return x.assertion, nil
+}
+
+// Do takes the claims out of the form, which served to pass the library's cache by, and asks to be told the request's
+// ID. It is a policy of the pipeline; the exchange is the context's.
+func (*exchange) Do(r *policy.Request) (*http.Response, error) {
+	x, _ := r.Raw().Context().Value(exchangeKey{}).(*exchange)
+	if x == nil {
+		return nil, errors.New("a request to Entra ID that no fetch asked for")
+	}
+	header := r.Raw().Header
+	header.Set("Return-Client-Request-Id", "true")
+	x.requestID, x.posted = header.Get("client-request-id"), false
+	if r.Body() == nil {
+		return r.Next()
+	}
+	body, err := io.ReadAll(r.Body())
+	if err != nil {
+		return nil, err
+	}
+	form, err := url.ParseQuery(string(body))
+	if err != nil {
+		return nil, err
+	}
+	form.Del("claims")
+	x.posted, x.proof = true, cmp.Or(form.Get("client_secret"), form.Get("client_assertion"))
+	if err := r.SetBody(streaming.NopCloser(strings.NewReader(form.Encode())), header.Get("Content-Type")); err != nil {
+		return nil, err
+	}
+	return r.Next()
+}
+
+// failure sorts the failure by what was on the wire. The library's errors are not kept: they quote answers in full.
+func (x *exchange) failure(p Principal, err error) (*Error, []int) {
+	a := &x.answer
+	var own *Error
+	var at nodeAddress
+	switch {
+	case errors.As(a.err, &own):
+		return own, nil
+	case errors.As(a.err, &at):
+		return &Error{Class: Denied, Detail: fmt.Sprintf("%s: %v, and no credential is sent there; correct spec.adEndpoint, or what the name stands for", p.Authority, at)}, nil
+	case a.err != nil:
+		if x.proof != "" && strings.Contains(a.err.Error(), x.proof) {
+			return &Error{Class: Unavailable, Err: errors.New("the answer is not HTTP")}, nil
+		}
+		return &Error{Class: Unavailable, Err: a.err}, nil
+	case a.status == 0:
+		return &Error{Class: Unavailable, Err: err}, nil
+	case a.status == http.StatusOK && x.posted:
+		return &Error{Class: Unavailable, Detail: "The answer of " + p.Authority + " has no token that can be used"}, nil
+	case a.status == http.StatusOK:
+		return &Error{Class: Unavailable, Detail: "What " + p.Authority + " says about tenant " + p.TenantID + " is not what Entra ID says: issuer and endpoints, of its own host; see spec.adEndpoint"}, nil
+	}
+	var body struct {
+		Error         string `json:"error"`
+		Description   string `json:"error_description"`
+		Codes         []int  `json:"error_codes"`
+		CorrelationID string `json:"correlation_id"`
+	}
+	_ = json.Unmarshal(a.body, &body) // what is not as expected stays empty
+	e := &Error{Class: Denied, Status: a.status, Code: oneLine(x.withoutProof(body.Error), 128)}
+	e.CorrelationID = oneLine(x.withoutProof(cmp.Or(body.CorrelationID, a.header.Get("client-request-id"), x.requestID)), maxID)
+	e.Description = clipDescription(x.withoutProof(body.Description), e.CorrelationID)
+	switch {
+	case a.status == http.StatusTooManyRequests:
+		e.Class, e.RetryAfter = Throttled, retryAfter(a.header)
+	case a.status >= 500 || a.status == http.StatusRequestTimeout:
+		e.Class = Unavailable
+	case e.Code == "":
+		e.Detail = fmt.Sprintf("%s answered with status %d, but not as Entra ID does; see spec.adEndpoint", p.Authority, a.status)
+	}
+	return e, body.Codes
+}
+
+func (x *exchange) withoutProof(s string) string {
+	if x.proof == "" {
+		return s
+	}
+	return strings.ReplaceAll(s, x.proof, "[...]")
+}
+
+// maxID bounds a correlation ID, which is a GUID.
+const maxID = 64
+
+// clipDescription bounds Entra ID's text, which ends in IDs, so that the one stays by which its logs know the exchange.
+func clipDescription(text, correlationID string) string {
+	const most = 512
+	whole := oneLine(text, len(text))
+	clipped := oneLine(whole, most)
+	if len(clipped) == len(whole) || correlationID == "" || strings.Contains(clipped, correlationID) {
+		return clipped
+	}
+	end := " Correlation ID: " + correlationID
+	return oneLine(whole, most-len(end)) + end
+}
+
+// oneLine makes a text from outside fit for a line of a log: no ends of lines, no control characters, at most so many
+// bytes.
+func oneLine(s string, most int) string {
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, s)
+	s = strings.Join(strings.Fields(s), " ")
+	if len(s) > most {
+		s = strings.ToValidUTF8(s[:most], "")
+	}
+	return s
+}

@@ -1,0 +1,201 @@
+package token
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"runtime"
+	"runtime/debug"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"software.sslmate.com/src/go-pkcs12"
+)
+
+// A PKCS#12 file says itself how many rounds of hashing it takes to open it, partly inside of what is encrypted, so
+// that nobody can tell beforehand. A file of some hundred bytes can keep a processor busy for days. So it is opened by
+// another process of this program, which the kernel ends when it has used up its time.
+
+// ParseCommand is the argument with which this program, started by itself, is to run [ParsePKCS12Main].
+const ParseCommand = "parse-pkcs12"
+
+const (
+	pkcs12CPU     = 2 * time.Second // of the process; files as programs make them take some milliseconds
+	pkcs12Wait    = 5 * time.Second // by the clock
+	pkcs12Memory  = 128 << 20       // beyond what the process has when it starts; half of it is for the heap
+	pkcs12AtOnce  = 2
+	pkcs12Message = 1 << 20 // both ways
+)
+
+type pkcs12Question struct {
+	File     []byte
+	Password string
+}
+
+// pkcs12Answer has either the contents or one of the others.
+type pkcs12Answer struct {
+	Key           []byte // PKCS#8
+	Certificates  [][]byte
+	WrongPassword bool
+	Problem       string
+}
+
+// ParsePKCS12Main opens the PKCS#12 file that stands on stdin and writes its contents to stdout. It limits this whole
+// process for good, so it is all that the process may do.
+func ParsePKCS12Main(stdin io.Reader, stdout io.Writer) error {
+	if err := limitProcess(); err != nil {
+		return fmt.Errorf("limiting the process: %w", err)
+	}
+	var q pkcs12Question
+	if err := json.NewDecoder(io.LimitReader(stdin, pkcs12Message)).Decode(&q); err != nil {
+		return fmt.Errorf("reading what to parse: %w", err)
+	}
+	return json.NewEncoder(stdout).Encode(decodePKCS12(q))
+}
+
+func limitProcess() error {
+	f, err := os.Open("/proc/self/statm")
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	// What the runtime sets aside without using it is no measure, so data is limited and not the address space.
+	var size, resident, shared, text, lib, data uint64
+	if _, err := fmt.Fscan(f, &size, &resident, &shared, &text, &lib, &data); err != nil {
+		return err
+	}
+	seconds := uint64(pkcs12CPU / time.Second)
+	memory := data*uint64(os.Getpagesize()) + pkcs12Memory
+	for resource, limit := range map[int]uint64{unix.RLIMIT_CPU: seconds, unix.RLIMIT_CORE: 0, unix.RLIMIT_DATA: memory} {
+		if err := unix.Setrlimit(resource, &unix.Rlimit{Cur: limit, Max: limit}); err != nil {
+			return err
+		}
+	}
+	// What is parsed is as secret as the parent's memory.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return err
+	}
+	debug.SetMemoryLimit(pkcs12Memory / 2)
+	runtime.GOMAXPROCS(1)
+	// Others on the node come first. A process group of its own makes this reach all threads.
+	return unix.Setpriority(unix.PRIO_PGRP, 0, 19)
+}
+
+func decodePKCS12(q pkcs12Question) (answer pkcs12Answer) {
+	defer func() {
+		if recover() != nil {
+			answer = pkcs12Answer{Problem: "it makes the parser fail"}
+		}
+	}()
+	key, own, others, err := pkcs12.DecodeChain(q.File, q.Password)
+	switch {
+	case errors.Is(err, pkcs12.ErrIncorrectPassword) || errors.Is(err, pkcs12.ErrDecryption):
+		return pkcs12Answer{WrongPassword: true}
+	case err != nil:
+		// The library's texts tell structure and algorithms, never content.
+		return pkcs12Answer{Problem: err.Error()}
+	}
+	if answer.Key, err = x509.MarshalPKCS8PrivateKey(key); err != nil {
+		return pkcs12Answer{Problem: err.Error()}
+	}
+	answer.Certificates = append(answer.Certificates, own.Raw)
+	for _, cert := range others {
+		answer.Certificates = append(answer.Certificates, cert.Raw)
+	}
+	return answer
+}
+
+// contents reads the answer. hadPassword says whether the Secret has one.
+func (a pkcs12Answer) contents(hadPassword bool) (contents, error) {
+	var found contents
+	switch {
+	case a.WrongPassword && hadPassword:
+		return found, flaw("has a PKCS#12 file under the key \"certificate\" that the password under its key \"password\" does not open; write the password that the file was made with")
+	case a.WrongPassword:
+		return found, flaw("has a PKCS#12 file under the key \"certificate\" that takes a password; write it under the key \"password\"")
+	case a.Problem != "":
+		return found, flaw("has under the key \"certificate\" what cannot be read as PKCS#12 (" + oneLine(a.Problem, 200) + "); " + writeCertificate)
+	}
+	for _, der := range a.Certificates {
+		if err := found.addCertificate(der); err != nil {
+			return found, err
+		}
+	}
+	return found, found.addKey(a.Key, x509.ParsePKCS8PrivateKey)
+}
+
+// pkcs12Opener opens files by way of a process each.
+type pkcs12Opener struct {
+	program string
+	running chan struct{}
+}
+
+func newPKCS12Opener() *pkcs12Opener {
+	return &pkcs12Opener{program: "/proc/self/exe", running: make(chan struct{}, pkcs12AtOnce)}
+}
+
+// open is an [unlocker].
+func (o *pkcs12Opener) open(ctx context.Context, file []byte, password string) (contents, error) {
+	question, err := json.Marshal(pkcs12Question{file, password})
+	if err != nil {
+		return contents{}, err
+	}
+	select {
+	case o.running <- struct{}{}:
+		defer func() { <-o.running }()
+	case <-ctx.Done():
+		return contents{}, fmt.Errorf("waiting to open a PKCS#12 file: %w", ctx.Err())
+	}
+	ctx, cancel := context.WithTimeout(ctx, pkcs12Wait)
+	defer cancel()
+	stdout := &bounded{room: pkcs12Message}
+	child := exec.CommandContext(ctx, o.program, ParseCommand)
+	child.Args[0] = os.Args[0]
+	child.Env = []string{}
+	child.Stdin, child.Stdout = bytes.NewReader(question), stdout
+	child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	child.WaitDelay = time.Second
+	// The signal comes when the thread ends that started the process, so that one is kept until then.
+	runtime.LockOSThread()
+	err = child.Run()
+	runtime.UnlockOSThread()
+	if err != nil {
+		return contents{}, childFailed(ctx, child.ProcessState, err)
+	}
+	var answer pkcs12Answer
+	if err := json.Unmarshal(stdout.Bytes(), &answer); err != nil {
+		return contents{}, fmt.Errorf("opening a PKCS#12 file: %w", err)
+	}
+	return answer.contents(password != "")
+}
+
+// childFailed says whether the file or something else is to blame.
+func childFailed(ctx context.Context, state *os.ProcessState, err error) error {
+	if state != nil && !state.Exited() && state.UserTime()+state.SystemTime() > pkcs12CPU-pkcs12CPU/4 {
+		return flaw(fmt.Sprintf("has a PKCS#12 file under the key \"certificate\" that takes more than %d s to open; export it again with fewer iterations", pkcs12CPU/time.Second))
+	}
+	if ctx.Err() != nil {
+		err = ctx.Err()
+	}
+	return fmt.Errorf("opening a PKCS#12 file: %w", err)
+}
+
+// bounded takes so many bytes and then fails.
+type bounded struct {
+	bytes.Buffer
+	room int
+}
+
+func (b *bounded) Write(p []byte) (int, error) {
+	if b.Len()+len(p) > b.room {
+		return 0, errors.New("the answer is too long")
+	}
+	return b.Buffer.Write(p)
+}

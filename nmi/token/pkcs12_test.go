@@ -1,0 +1,127 @@
+package token
+
+import (
+	"context"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"software.sslmate.com/src/go-pkcs12"
+)
+
+// TestMain lets this program be what NMI is: one that parses PKCS#12 when it is started so.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && os.Args[1] == ParseCommand {
+		if len(os.Environ()) != 0 {
+			fmt.Fprintln(os.Stderr, "there is an environment")
+			os.Exit(1)
+		}
+		if err := ParsePKCS12Main(os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// encode makes a PKCS#12 file.
+func encode(t testing.TB, encoder *pkcs12.Encoder, c testCertificate, password string, others ...testCertificate) []byte {
+	t.Helper()
+	chain := parsed(t, others...)
+	file, err := encoder.Encode(c.key, parsed(t, c)[0], chain, password)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// slow makes a PKCS#12 file that takes a day to open.
+func slow(t testing.TB) []byte {
+	t.Helper()
+	var file struct {
+		Version  int
+		AuthSafe asn1.RawValue
+		MacData  struct {
+			Mac        asn1.RawValue
+			Salt       []byte
+			Iterations int
+		}
+	}
+	if _, err := asn1.Unmarshal(encode(t, pkcs12.Modern2023, ec256(), "password"), &file); err != nil {
+		t.Fatal(err)
+	}
+	file.MacData.Iterations = 1<<31 - 1
+	changed, err := asn1.Marshal(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return changed
+}
+
+func TestAPKCS12FileThatTakesTooLongIsGivenUp(t *testing.T) {
+	t.Parallel()
+	start := time.Now()
+	_, err := newPKCS12Opener().open(t.Context(), slow(t), "password")
+	var f flaw
+	if !errors.As(err, &f) || !strings.Contains(string(f), "fewer iterations") {
+		t.Errorf("got %v after %v", err, time.Since(start))
+	}
+}
+
+func TestOpeningAPKCS12FileEndsWithTheContext(t *testing.T) {
+	t.Parallel()
+	o := newPKCS12Opener()
+	file := slow(t)
+	for range pkcs12AtOnce + 1 { // the last one may find no room
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		if _, err := o.open(ctx, file, "password"); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+	}
+	if len(o.running) != 0 {
+		t.Errorf("%d still run", len(o.running))
+	}
+}
+
+func TestNoMorePKCS12FilesAreOpenedAtATimeThanAllowed(t *testing.T) {
+	o := newPKCS12Opener()
+	for range pkcs12AtOnce {
+		o.running <- struct{}{}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := o.open(ctx, nil, ""); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestAParserThatCannotBeStartedIsNotTheSecretsFault(t *testing.T) {
+	for _, program := range []string{"/nonexistent", "/bin/false", "/bin/true"} {
+		o := newPKCS12Opener()
+		o.program = program
+		_, err := o.open(t.Context(), encode(t, pkcs12.Modern2023, ec256(), ""), "")
+		var f flaw
+		if err == nil || errors.As(err, &f) {
+			t.Errorf("%s: got %v", program, err)
+		}
+		if failed := contentError(Ref{"ns", "name"}, err); failed.Class != Unavailable {
+			t.Errorf("%s: got %+v", program, failed)
+		}
+	}
+}
+
+func TestAnAnswerOfTheParserIsBounded(t *testing.T) {
+	b := &bounded{room: 4}
+	if _, err := b.Write([]byte("1234")); err != nil {
+		t.Error(err)
+	}
+	if _, err := b.Write([]byte("5")); err == nil || b.Len() != 4 {
+		t.Errorf("took %d bytes", b.Len())
+	}
+}

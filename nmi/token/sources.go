@@ -1,0 +1,28 @@
+package token
+
+import (
+	"context"
+	"fmt"
+)
+
+// Sources gets each token from where its principal's come from.
+type Sources struct {
+	ManagedIdentities *ManagedIdentities
+	Entra             *Entra
+}
+
+// Fetch implements [Fetcher]. Its error is an *Error.
+func (s *Sources) Fetch(ctx context.Context, call Call) (Token, error) {
+	switch call.Source {
+	case Managed:
+		return s.ManagedIdentities.Fetch(ctx, call)
+	case Secret, Certificate, Federated:
+		return s.Entra.Fetch(ctx, call)
+	}
+	return Token{}, &Error{Class: Denied, Detail: fmt.Sprintf("there is no source %q", call.Source)}
+}
+
+// Drop forgets the credentials of some principals, whose AzureIdentity or Secret has changed or gone.
+func (s *Sources) Drop(which func(Principal) bool) {
+	s.Entra.Drop(which)
+}
