@@ -4,7 +4,9 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/podidentity/podidentity/identity"
@@ -32,7 +34,7 @@ func sourceFailed(d identity.Decision, err error) *metadata.Error {
 	switch e.Class {
 	case token.Unavailable:
 		answer := metadata.Unavailable(cmp.Or(e.Reason, identity.UpstreamUnavailable), cmp.Or(e.Detail, from+" gives no token at the moment"), cmp.Or(e.RetryAfter, comeAgain))
-		answer.Detail = e.Error()
+		answer.Detail = cmp.Or(e.Detail, from+" gives no token at the moment: "+whatWasSaid(e))
 		return answer
 	case token.Throttled:
 		return metadata.Throttled(identity.UpstreamThrottled, from+" throttles this node", e.RetryAfter)
@@ -45,7 +47,7 @@ func sourceFailed(d identity.Decision, err error) *metadata.Error {
 	}
 	answer := metadata.Passed(statusOf(d, e), e.Code, e.Description)
 	answer.Reason = cmp.Or(e.Reason, identity.UpstreamRefused)
-	answer.Detail = cmp.Or(e.Detail, hint(d, from))
+	answer.Detail = cmp.Or(e.Detail, hint(d, from, whatWasSaid(e)))
 	return answer
 }
 
@@ -59,12 +61,26 @@ func statusOf(d identity.Decision, e *token.Error) int {
 	return http.StatusForbidden
 }
 
+// whatWasSaid is the failure in a form that is the same each time, so that an operator is told one thing once: Entra ID
+// puts the IDs of a request behind its sentence, and the system the port of a connection into its own.
+func whatWasSaid(e *token.Error) string {
+	var broken *net.OpError
+	switch {
+	case errors.As(e.Err, &broken): // whose text has the local port
+		return fmt.Sprintf("%s %v: %v", broken.Op, broken.Addr, broken.Err)
+	case e.Status == 0:
+		return e.Error()
+	}
+	sentence, _, _ := strings.Cut(e.Description, " Trace ID:")
+	return fmt.Sprintf("status %d, %s: %s", e.Status, e.Code, sentence)
+}
+
 // hint says to the operator what a refusal of Azure is about.
-func hint(d identity.Decision, from string) string {
+func hint(d identity.Decision, from, said string) string {
 	if d.Identity == nil {
 		return ""
 	}
-	refused := fmt.Sprintf("%s refused a token for AzureIdentity %s; see that ", from, d.Identity.Key())
+	refused := fmt.Sprintf("%s refused a token for AzureIdentity %s (%s); see that ", from, d.Identity.Key(), said)
 	switch d.Identity.Kind {
 	case identity.UserAssigned:
 		return refused + "the managed identity with its clientID exists and is assigned to the machine or scale set of this node, and that the resource is right"
