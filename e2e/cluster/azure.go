@@ -80,3 +80,28 @@ func ServeAzure(ctx context.Context, file string) error {
 	}
 	return azure.Run(ctx, cfg)
 }
+
+// Issuer is what Entra ID has to know to trust the tokens of this cluster's ServiceAccounts.
+func (c *Cluster) Issuer(ctx context.Context) (url string, keys json.RawMessage, err error) {
+	document, err := c.Kubectl(ctx, "get", "--raw", "/.well-known/openid-configuration")
+	if err != nil {
+		return "", nil, err
+	}
+	var about struct{ Issuer string }
+	if err := json.Unmarshal([]byte(document), &about); err != nil || about.Issuer == "" {
+		return "", nil, fmt.Errorf("the API server does not say who it is as an issuer (%v): %s", err, document)
+	}
+	jwks, err := c.Kubectl(ctx, "get", "--raw", "/openid/v1/jwks")
+	return about.Issuer, json.RawMessage(jwks), err
+}
+
+// Trust lets pods of a ServiceAccount of this cluster stand for an application or a managed identity.
+func (c *Cluster) Trust(ctx context.Context, clientID, namespace, serviceAccount string) error {
+	issuer, keys, err := c.Issuer(ctx)
+	if err != nil {
+		return err
+	}
+	return c.Azure().AddFederated(ctx, clientID, azure.FederatedCredential{
+		Issuer: issuer, Subject: "system:serviceaccount:" + namespace + ":" + serviceAccount, Audience: "api://AzureADTokenExchange", JWKS: keys,
+	})
+}

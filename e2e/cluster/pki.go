@@ -4,6 +4,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -134,8 +135,9 @@ func writeKey(path string, key *ecdsa.PrivateKey) error {
 	return writePEM(path, "EC PRIVATE KEY", der)
 }
 
+// writeServiceAccountKeys makes RSA keys, as real clusters have: Entra ID takes no other signature of a federated token.
 func writeServiceAccountKeys(dir string) error {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		return err
 	}
@@ -146,7 +148,7 @@ func writeServiceAccountKeys(dir string) error {
 	if err := writePEM(filepath.Join(dir, "sa.pub"), "PUBLIC KEY", public); err != nil {
 		return err
 	}
-	return writeKey(filepath.Join(dir, "sa.key"), key)
+	return writePEM(filepath.Join(dir, "sa.key"), "RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(key))
 }
 
 func writePEM(path, kind string, der []byte) error {

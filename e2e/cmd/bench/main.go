@@ -4,7 +4,7 @@
 // a stand-in for IMDS, 250 pods (Pod objects, and addresses in a second namespace from which requests come) and 5,000
 // identities with their bindings. Beside it stands a bare net/http handler in namespaces of the same shape, behind the
 // same rules, that returns the same bytes. Both are measured in turn within one run, so that the ratio holds on a noisy
-// machine.
+// machine. At the end comes the first token of identities of each source, with a stand-in for Entra ID.
 package main
 
 import (
@@ -16,7 +16,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"syscall"
 	"time"
 
@@ -27,15 +26,18 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == "bare" {
 		exit(bare(os.Args[2:]))
 	}
+	var p plan
 	out := flag.String("o", "bench.json", "`file` for the figures")
 	seconds := flag.Float64("seconds", 3, "length of one round")
-	rounds := flag.Int("rounds", 7, "rounds for each of the two")
-	identities := flag.Int("identities", 5000, "AzureIdentities in the cluster")
-	profiles := flag.String("profiles", "", "`folder` for a CPU and a heap profile of NMI under load")
+	flag.IntVar(&p.rounds, "rounds", 7, "rounds for each of the two")
+	flag.IntVar(&p.identities, "identities", 5000, "AzureIdentities in the cluster")
+	flag.IntVar(&p.cold, "cold", 60, fmt.Sprintf("first tokens of each source, at most %d", mostCold))
+	flag.StringVar(&p.profiles, "profiles", "", "`folder` for a CPU and a heap profile of NMI under load")
 	flag.Parse()
+	p.round = time.Duration(*seconds * float64(time.Second))
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	figures, err := run(ctx, time.Duration(*seconds*float64(time.Second)), *rounds, *identities, *profiles)
+	figures, err := run(ctx, p)
 	if err == nil {
 		err = write(*out, figures)
 	}
@@ -60,9 +62,19 @@ func write(file string, figures map[string]float64) error {
 
 func say(format string, args ...any) { fmt.Printf(format+"\n", args...) }
 
-func run(ctx context.Context, round time.Duration, rounds, identities int, profiles string) (map[string]float64, error) {
+// plan is what is to be measured.
+type plan struct {
+	round                    time.Duration
+	rounds, identities, cold int
+	profiles                 string // a folder; "" for none
+}
+
+func run(ctx context.Context, p plan) (map[string]float64, error) {
+	if p.cold < 1 || p.cold > mostCold {
+		return nil, fmt.Errorf("-cold %d: there are pods for 1 to %d of each source", p.cold, mostCold)
+	}
 	figures := map[string]float64{}
-	return figures, withRig(ctx, identities, func(r *rig) error {
+	return figures, withRig(ctx, p.identities, func(r *rig) error {
 		calls, slowest, err := r.burst(ctx)
 		if err != nil {
 			return err
@@ -72,10 +84,20 @@ func run(ctx context.Context, round time.Duration, rounds, identities int, profi
 		if err := r.startBare(ctx); err != nil {
 			return err
 		}
-		if err := r.compare(ctx, figures, round, rounds); err != nil || profiles == "" {
+		if err := r.compare(ctx, figures, p.round, p.rounds); err != nil {
 			return err
 		}
-		return r.profile(ctx, profiles, 5*time.Second)
+		if p.profiles != "" {
+			if err := r.profile(ctx, p.profiles, 5*time.Second); err != nil {
+				return err
+			}
+		}
+		// The last, as it binds pods to identities of their own.
+		firsts, err := r.cold(ctx, p.cold)
+		if err == nil {
+			tellCold(figures, firsts)
+		}
+		return err
 	})
 }
 
@@ -102,51 +124,4 @@ func withRig(ctx context.Context, identities int, do func(*rig) error) (err erro
 		return err
 	}
 	return do(r)
-}
-
-// compare measures the two in turn and notes the medians of the ratios.
-func (r *rig) compare(ctx context.Context, figures map[string]float64, round time.Duration, rounds int) error {
-	say("\ncached token, %d connections kept alive, %d rounds of %s each\n", workers, rounds, round)
-	say("%5s  %10s %8s %8s   %10s %8s %8s   %6s %6s", "round", "NMI req/s", "p50", "p99", "bare req/s", "p50", "p99", "req/s", "p99")
-	var rps, p99, nmiRPS, nmiP50, nmiP99 []float64
-	for i := range rounds + 1 {
-		nmi, err := r.nmi.measure(ctx, round)
-		if err != nil {
-			return fmt.Errorf("NMI: %w", err)
-		}
-		bare, err := r.bare.measure(ctx, round)
-		if err != nil {
-			return fmt.Errorf("bare handler: %w", err)
-		}
-		if i == 0 {
-			continue // the first warms both up
-		}
-		say("%5d  %10.0f %8s %8s   %10.0f %8s %8s   %6.2f %6.2f", i, nmi.perSecond, nmi.p50, nmi.p99, bare.perSecond, bare.p50, bare.p99,
-			nmi.perSecond/bare.perSecond, float64(nmi.p99)/float64(bare.p99))
-		rps = append(rps, nmi.perSecond/bare.perSecond)
-		p99 = append(p99, float64(nmi.p99)/float64(bare.p99))
-		nmiRPS = append(nmiRPS, nmi.perSecond)
-		nmiP50 = append(nmiP50, float64(nmi.p50.Microseconds()))
-		nmiP99 = append(nmiP99, float64(nmi.p99.Microseconds()))
-	}
-	rss, peak, err := r.nmiMemory()
-	if err != nil {
-		return err
-	}
-	figures["nmi.cached.rps"] = median(nmiRPS)
-	figures["nmi.cached.p50_us"] = median(nmiP50)
-	figures["nmi.cached.p99_us"] = median(nmiP99)
-	figures["nmi.cached.rps_ratio"] = median(rps)
-	figures["nmi.cached.p99_ratio"] = median(p99)
-	figures["nmi.rss_mib"] = rss
-	figures["nmi.rss_peak_mib"] = peak
-	say("\nmedians: %.0f requests/s, p50 %.0f µs, p99 %.0f µs", median(nmiRPS), median(nmiP50), median(nmiP99))
-	say("against the bare handler: %.2f of its requests/s (goal: at least 0.7), p99 %.2f times its (goal: at most 1.5)", median(rps), median(p99))
-	say("RSS of NMI: %.1f MiB after the load, %.1f MiB at its peak (goal: under 40)", rss, peak)
-	return nil
-}
-
-func median(values []float64) float64 {
-	sorted := slices.Sorted(slices.Values(values))
-	return sorted[len(sorted)/2]
 }

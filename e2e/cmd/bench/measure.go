@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"slices"
@@ -75,6 +76,56 @@ func (s *station) measure(ctx context.Context, round time.Duration) (figures, er
 		return figures{}, failed
 	}
 	slices.Sort(all)
-	at := func(q float64) time.Duration { return all[int(float64(len(all)-1)*q)].Round(time.Microsecond) }
-	return figures{perSecond: float64(len(all)) / elapsed.Seconds(), p50: at(.5), p99: at(.99)}, nil
+	return figures{perSecond: float64(len(all)) / elapsed.Seconds(), p50: quantile(all, .5), p99: quantile(all, .99)}, nil
+}
+
+func quantile(sorted []time.Duration, q float64) time.Duration {
+	return sorted[int(float64(len(sorted)-1)*q)].Round(time.Microsecond)
+}
+
+// compare measures the two in turn and notes the medians of the ratios.
+func (r *rig) compare(ctx context.Context, figures map[string]float64, round time.Duration, rounds int) error {
+	say("\ncached token, %d connections kept alive, %d rounds of %s each\n", workers, rounds, round)
+	say("%5s  %10s %8s %8s   %10s %8s %8s   %6s %6s", "round", "NMI req/s", "p50", "p99", "bare req/s", "p50", "p99", "req/s", "p99")
+	var rps, p99, nmiRPS, nmiP50, nmiP99 []float64
+	for i := range rounds + 1 {
+		nmi, err := r.nmi.measure(ctx, round)
+		if err != nil {
+			return fmt.Errorf("NMI: %w", err)
+		}
+		bare, err := r.bare.measure(ctx, round)
+		if err != nil {
+			return fmt.Errorf("bare handler: %w", err)
+		}
+		if i == 0 {
+			continue // the first warms both up
+		}
+		say("%5d  %10.0f %8s %8s   %10.0f %8s %8s   %6.2f %6.2f", i, nmi.perSecond, nmi.p50, nmi.p99, bare.perSecond, bare.p50, bare.p99,
+			nmi.perSecond/bare.perSecond, float64(nmi.p99)/float64(bare.p99))
+		rps = append(rps, nmi.perSecond/bare.perSecond)
+		p99 = append(p99, float64(nmi.p99)/float64(bare.p99))
+		nmiRPS = append(nmiRPS, nmi.perSecond)
+		nmiP50 = append(nmiP50, float64(nmi.p50.Microseconds()))
+		nmiP99 = append(nmiP99, float64(nmi.p99.Microseconds()))
+	}
+	rss, peak, err := r.nmiMemory()
+	if err != nil {
+		return err
+	}
+	figures["nmi.cached.rps"] = median(nmiRPS)
+	figures["nmi.cached.p50_us"] = median(nmiP50)
+	figures["nmi.cached.p99_us"] = median(nmiP99)
+	figures["nmi.cached.rps_ratio"] = median(rps)
+	figures["nmi.cached.p99_ratio"] = median(p99)
+	figures["nmi.rss_mib"] = rss
+	figures["nmi.rss_peak_mib"] = peak
+	say("\nmedians: %.0f requests/s, p50 %.0f µs, p99 %.0f µs", median(nmiRPS), median(nmiP50), median(nmiP99))
+	say("against the bare handler: %.2f of its requests/s (goal: at least 0.7), p99 %.2f times its (goal: at most 1.5)", median(rps), median(p99))
+	say("RSS of NMI: %.1f MiB after the load, %.1f MiB at its peak (goal: under 40)", rss, peak)
+	return nil
+}
+
+func median(values []float64) float64 {
+	sorted := slices.Sorted(slices.Values(values))
+	return sorted[len(sorted)/2]
 }

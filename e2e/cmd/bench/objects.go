@@ -37,23 +37,36 @@ var shared = azure.Identity{
 // podIP is the address of the i-th pod.
 func podIP(subnet, i int) string { return fmt.Sprintf("10.245.%d.%d", subnet, i+2) }
 
-// makeObjects fills the cluster: a node that no kubelet runs, its pods as a kubelet would report them, and identities.
-func makeObjects(ctx context.Context, c *cluster.Cluster, identities int) error {
+func podName(i int) string { return fmt.Sprintf("pod-%d", i) }
+
+// clients are those of the cluster's API server, without a limit of their own.
+type clients struct {
+	kube   kubernetes.Interface
+	custom dynamic.Interface
+}
+
+func newClients(c *cluster.Cluster) (clients, error) {
 	config, err := clientcmd.BuildConfigFromFlags("", c.Kubeconfig())
 	if err != nil {
-		return err
+		return clients{}, err
 	}
 	config.Dial, config.QPS = c.DialContext, -1
 	kube, err := kubernetes.NewForConfig(config)
 	if err != nil {
-		return err
+		return clients{}, err
 	}
 	custom, err := dynamic.NewForConfig(config)
+	return clients{kube, custom}, err
+}
+
+// makeObjects fills the cluster: a node that no kubelet runs, its pods as a kubelet would report them, and identities.
+func makeObjects(ctx context.Context, c *cluster.Cluster, identities int) error {
+	k, err := newClients(c)
 	if err != nil {
 		return err
 	}
 	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: nodeName}, Spec: corev1.NodeSpec{Unschedulable: true}}
-	if _, err := kube.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{}); err != nil {
+	if _, err := k.kube.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{}); err != nil {
 		return err
 	}
 	for i := range spread + 1 {
@@ -61,14 +74,14 @@ func makeObjects(ctx context.Context, c *cluster.Cluster, identities int) error 
 		if i > 0 {
 			name = fmt.Sprintf("%s-%d", namespace, i)
 		}
-		if _, err := kube.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
+		if _, err := k.kube.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
 			return err
 		}
 	}
-	if err := inParallel(pods, func(i int) error { return makePod(ctx, kube, i) }); err != nil {
+	if err := inParallel(pods, func(i int) error { return makePod(ctx, k.kube, i) }); err != nil {
 		return err
 	}
-	if err := makeIdentity(ctx, custom, namespace, "shared", "app", shared); err != nil {
+	if err := k.makeIdentity(ctx, namespace, "shared", "app", managedSpec(shared)); err != nil {
 		return err
 	}
 	return inParallel(identities-1, func(i int) error {
@@ -77,13 +90,13 @@ func makeObjects(ctx context.Context, c *cluster.Cluster, identities int) error 
 			ResourceID: fmt.Sprintf("/subscriptions/%s/resourcegroups/bench/providers/Microsoft.ManagedIdentity/userAssignedIdentities/identity-%d", cluster.SubscriptionID, i),
 		}
 		name := fmt.Sprintf("identity-%d", i)
-		return makeIdentity(ctx, custom, fmt.Sprintf("%s-%d", namespace, i%spread+1), name, name, id)
+		return k.makeIdentity(ctx, fmt.Sprintf("%s-%d", namespace, i%spread+1), name, name, managedSpec(id))
 	})
 }
 
 func makePod(ctx context.Context, kube kubernetes.Interface, i int) error {
 	pod := &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("pod-%d", i), Namespace: namespace, Labels: map[string]string{
+		ObjectMeta: metav1.ObjectMeta{Name: podName(i), Namespace: namespace, Labels: map[string]string{
 			"aadpodidbinding": "app", "app.kubernetes.io/name": "shop", "app.kubernetes.io/instance": "shop", "pod-template-hash": "6f7d9c5b8"}},
 		Spec: corev1.PodSpec{NodeName: nodeName, ServiceAccountName: "default", Containers: []corev1.Container{{Name: "c", Image: "none"}}},
 	}
@@ -106,15 +119,20 @@ func makePod(ctx context.Context, kube kubernetes.Interface, i int) error {
 	return err
 }
 
-func makeIdentity(ctx context.Context, custom dynamic.Interface, namespace, name, selector string, id azure.Identity) error {
+// managedSpec is the spec of a managed identity.
+func managedSpec(id azure.Identity) map[string]any {
+	return map[string]any{"type": int64(0), "clientID": id.ClientID, "resourceID": id.ResourceID}
+}
+
+func (k clients) makeIdentity(ctx context.Context, namespace, name, selector string, spec map[string]any) error {
 	make := func(kind, resource, name string, spec map[string]any) error {
 		o := &unstructured.Unstructured{Object: map[string]any{
 			"apiVersion": "aadpodidentity.k8s.io/v1", "kind": kind, "metadata": map[string]any{"name": name, "namespace": namespace}, "spec": spec}}
 		gvr := schema.GroupVersionResource{Group: "aadpodidentity.k8s.io", Version: "v1", Resource: resource}
-		_, err := custom.Resource(gvr).Namespace(namespace).Create(ctx, o, metav1.CreateOptions{})
+		_, err := k.custom.Resource(gvr).Namespace(namespace).Create(ctx, o, metav1.CreateOptions{})
 		return err
 	}
-	if err := make("AzureIdentity", "azureidentities", name, map[string]any{"type": int64(0), "clientID": id.ClientID, "resourceID": id.ResourceID}); err != nil {
+	if err := make("AzureIdentity", "azureidentities", name, spec); err != nil {
 		return err
 	}
 	return make("AzureIdentityBinding", "azureidentitybindings", name+"-binding", map[string]any{"azureIdentity": name, "selector": selector})

@@ -22,11 +22,13 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// Two nodes, each with a namespace for the addresses of its pods, on the cluster's bridge; and IMDS behind the first.
+// Two nodes, each with a namespace for the addresses of its pods, on the cluster's bridge; and IMDS and Entra ID behind
+// the first.
 const (
 	nmiSubnet, bareSubnet = 1, 2
 	bridge                = "podid-br0"
 	apiService            = "10.10.0.1"
+	entraHost             = "10.246.0.2"
 )
 
 // rig is what is measured.
@@ -54,6 +56,9 @@ func (r *rig) newStation(name string, subnet int) (*station, error) {
 	pods, err := r.cluster.AddNetns("bench-" + name + "-pods")
 	return &station{node: node, podsNetns: pods, subnet: subnet}, err
 }
+
+// azureDir is where the stand-in keeps what it is trusted by.
+func (r *rig) azureDir() string { return filepath.Join(r.dir, "azure") }
 
 func repo() string {
 	dir, err := cluster.RepoDir()
@@ -133,9 +138,9 @@ func (r *rig) wireIMDS(ctx context.Context) error {
 		[]string{"-n", r.imdsNetns, "addr", "add", "169.254.169.254/32", "dev", "lo"},
 		[]string{"-n", r.nmi.node, "link", "add", "imds", "type", "veth", "peer", "name", "eth0", "netns", r.imdsNetns},
 		[]string{"-n", r.nmi.node, "addr", "add", "10.246.0.1/24", "dev", "imds"}, []string{"-n", r.nmi.node, "link", "set", "imds", "up"},
-		[]string{"-n", r.imdsNetns, "addr", "add", "10.246.0.2/24", "dev", "eth0"}, []string{"-n", r.imdsNetns, "link", "set", "eth0", "up"},
+		[]string{"-n", r.imdsNetns, "addr", "add", entraHost + "/24", "dev", "eth0"}, []string{"-n", r.imdsNetns, "link", "set", "eth0", "up"},
 		[]string{"-n", r.imdsNetns, "route", "add", "default", "via", "10.246.0.1"},
-		[]string{"-n", r.nmi.node, "route", "add", "169.254.169.254/32", "via", "10.246.0.2"},
+		[]string{"-n", r.nmi.node, "route", "add", "169.254.169.254/32", "via", entraHost},
 	)
 }
 
@@ -166,7 +171,7 @@ func (r *rig) start(cmd *exec.Cmd) error {
 
 func (r *rig) startIMDS(ctx context.Context) error {
 	config := azure.Config{
-		IMDSAddr: "169.254.169.254:80", EntraAddr: "10.246.0.2:443", ControlSocket: filepath.Join(r.dir, "azure.sock"), StateDir: filepath.Join(r.dir, "azure"),
+		IMDSAddr: "169.254.169.254:80", EntraAddr: entraHost + ":443", ControlSocket: filepath.Join(r.dir, "azure.sock"), StateDir: r.azureDir(),
 		EntraHosts: []string{"login.microsoftonline.com"}, Tenant: cluster.TenantID,
 		Nodes: []azure.Node{{Name: nodeName, Sources: []netip.Prefix{netip.MustParsePrefix("10.246.0.1/32"), netip.MustParsePrefix("10.245.1.0/24")}}},
 	}
@@ -192,7 +197,7 @@ func (r *rig) startIMDS(ctx context.Context) error {
 	return r.azure.AddIdentity(ctx, shared)
 }
 
-// startNMI runs NMI with its defaults on its node, as the DaemonSet would.
+// startNMI runs NMI on its node with its defaults, but for where Entra ID is, as the DaemonSet would.
 func (r *rig) startNMI(ctx context.Context) error {
 	binary := filepath.Join(r.dir, "nmi")
 	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", binary, "./cmd/nmi")
@@ -204,7 +209,8 @@ func (r *rig) startNMI(ctx context.Context) error {
 	if r.nmiLog, err = os.Create(filepath.Join(r.dir, "nmi.log")); err != nil {
 		return err
 	}
-	cmd := inNetns(context.WithoutCancel(ctx), r.nmi.node, binary, "--node="+nodeName, "--kubeconfig="+r.cluster.Kubeconfig(), "--enable-profile")
+	cmd := inNetns(context.WithoutCancel(ctx), r.nmi.node, binary, "--node="+nodeName, "--kubeconfig="+r.cluster.Kubeconfig(), "--enable-profile",
+		"--authority-host=https://"+entraHost, "--ca-bundle="+filepath.Join(r.azureDir(), azure.CAFile))
 	cmd.Stderr = r.nmiLog
 	cmd.Env = append(os.Environ(), "GOMEMLIMIT=204MiB") // the chart's
 	if err := r.start(cmd); err != nil {

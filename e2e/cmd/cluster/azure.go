@@ -22,7 +22,7 @@ func azureCommand() *cobra.Command {
 		Long: `Shows what the stand-in Azure (the Instance Metadata Service and Entra ID) was asked, and switches its behaviour:
 latency, throttling, errors, hangs.`,
 	}
-	cmd.AddCommand(azureLogCommand(), azureSetCommand(), azureStatsCommand(), azureIdentityCommand(), azureServeCommand())
+	cmd.AddCommand(azureLogCommand(), azureSetCommand(), azureStatsCommand(), azureIdentityCommand(), azureAppCommand(), azureTrustCommand(), azureServeCommand())
 	return cmd
 }
 
@@ -164,6 +164,55 @@ func azureIdentityCommand() *cobra.Command {
 	cmd.Flags().StringVar(&id.ResourceID, "resource-id", "", "resource `ID`")
 	cmd.Flags().StringVar(&id.TenantID, "tenant-id", "", "tenant (`GUID`; default: the home tenant)")
 	cmd.Flags().StringSliceVar(&nodes, "node", nil, "attach it to this `NODE` only; may be repeated")
+	return cmd
+}
+
+func azureAppCommand() *cobra.Command {
+	var app azure.App
+	var secrets []string
+	cmd := &cobra.Command{
+		Use:     "app",
+		Short:   "Create or replace an application in Entra ID",
+		Example: `  cluster azure app --client-id 33333333-0000-4000-8000-000000000001 --object-id 44444444-0000-4000-8000-000000000001 --secret s3cret`,
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			client, err := stand()
+			if err != nil {
+				return err
+			}
+			for _, s := range secrets {
+				app.Secrets = append(app.Secrets, azure.AppSecret{Value: s})
+			}
+			return client.AddApp(cmd.Context(), app)
+		},
+	}
+	cmd.Flags().StringVar(&app.ClientID, "client-id", "", "client ID (`GUID`)")
+	cmd.Flags().StringVar(&app.ObjectID, "object-id", "", "object ID of its service principal (`GUID`)")
+	cmd.Flags().StringSliceVar(&app.Tenants, "tenant-id", nil, "tenant (`GUID`; default: the home tenant); may be repeated")
+	cmd.Flags().StringSliceVar(&secrets, "secret", nil, "client `SECRET` of it; may be repeated")
+	return cmd
+}
+
+func azureTrustCommand() *cobra.Command {
+	var clientID string
+	cmd := &cobra.Command{
+		Use:     "trust NAMESPACE/SERVICEACCOUNT",
+		Short:   "Let pods of a ServiceAccount stand for an application or an identity (a federated credential)",
+		Example: `  cluster azure trust default/default --client-id 33333333-0000-4000-8000-000000000001`,
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			namespace, account, ok := strings.Cut(args[0], "/")
+			if !ok || namespace == "" || account == "" {
+				return fmt.Errorf("%q is not NAMESPACE/SERVICEACCOUNT", args[0])
+			}
+			c, err := cluster.Open()
+			if err != nil {
+				return err
+			}
+			return c.Trust(cmd.Context(), clientID, namespace, account)
+		},
+	}
+	cmd.Flags().StringVar(&clientID, "client-id", "", "client ID (`GUID`) of the application or the identity")
 	return cmd
 }
 

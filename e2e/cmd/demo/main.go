@@ -58,6 +58,28 @@ spec:
   containers: [{name: stranger, image: %[1]s, imagePullPolicy: Never}]
 `
 
+// robot is an application that is attached to no machine and has no secret.
+var robot = azure.Identity{ClientID: "0d46a1b2-0000-4000-8000-00000000beef", ObjectID: "77777777-0000-4000-8000-00000000beef"}
+
+const federated = `apiVersion: aadpodidentity.k8s.io/v1
+kind: AzureIdentity
+metadata: {name: robot}
+spec: {type: 3, clientID: %s, tenantID: %s}
+---
+apiVersion: aadpodidentity.k8s.io/v1
+kind: AzureIdentityBinding
+metadata: {name: robot}
+spec: {azureIdentity: robot, selector: robot}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: robot, labels: {aadpodidbinding: robot}}
+spec:
+  nodeName: node2
+  terminationGracePeriodSeconds: 0
+  containers: [{name: robot, image: %s, imagePullPolicy: Never}]
+`
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -96,7 +118,7 @@ func run(ctx context.Context) (err error) {
 	if err := d.show("kubectl get pods -n "+cluster.ChartNamespace+" -o wide", d.kubectl("get", "pods", "-n", cluster.ChartNamespace, "-o", "wide"), "Running"); err != nil {
 		return err
 	}
-	for _, chapter := range []func() error{d.rules, d.binding, d.token, d.refusal, d.whatIsLeft} {
+	for _, chapter := range []func() error{d.rules, d.binding, d.token, d.refusal, d.federated, d.whatIsLeft} {
 		if err := errors.Join(ctx.Err(), chapter()); err != nil {
 			return err
 		}
@@ -144,7 +166,12 @@ func (d *demo) curl(pod string) func() (string, error) {
 func (d *demo) token() error {
 	title("Pod web asks for a token")
 	say("With an unmodified curl, at the address where every Azure SDK asks.")
-	out, err := d.curl("web")()
+	return d.showToken("web", shop)
+}
+
+// showToken lets the pod ask, and checks whose token it gets.
+func (d *demo) showToken(pod string, want azure.Identity) error {
+	out, err := d.curl(pod)()
 	if err != nil {
 		return err
 	}
@@ -156,12 +183,12 @@ func (d *demo) token() error {
 	if token == "" {
 		return fmt.Errorf("no token came: %s", out)
 	}
-	fmt.Printf("  web$ curl -s -H 'Metadata: true' '%s'\n%s\n", ask, indent(strings.Replace(out, token, token[:24]+"…", 1)))
+	fmt.Printf("  %s$ curl -s -H 'Metadata: true' '%s'\n%s\n", pod, ask, indent(strings.Replace(out, token, token[:24]+"…", 1)))
 	claims, err := d.Azure().Verify(token)
 	if err != nil {
 		return fmt.Errorf("the token does not verify: %w", err)
 	}
-	if claims.AppID != shop.ClientID || claims.Audience != vault {
+	if claims.AppID != want.ClientID || claims.Audience != vault {
 		return fmt.Errorf("the token is for %s and %s", claims.AppID, claims.Audience)
 	}
 	say("The token is signed by the stand-in's Entra ID and says: appid %s, aud %s.", claims.AppID, claims.Audience)
@@ -174,27 +201,41 @@ func (d *demo) refusal() error {
 	return d.show("stranger$ curl -s -H 'Metadata: true' '"+ask+"'", d.curl("stranger"), `"error":"invalid_request"`, `"error_description":"Identity not found"`, `"reason":"pod_not_labelled"`)
 }
 
+func (d *demo) federated() error {
+	title("Pod robot asks for a token of a federated identity")
+	say("Its identity is an application that trusts the pod's ServiceAccount: no secret anywhere, nothing attached to the\nmachine. NMI shows Entra ID a token of the ServiceAccount that the API server has bound to this very pod.")
+	if err := d.Azure().AddApp(d.ctx, azure.App{ClientID: robot.ClientID, ObjectID: robot.ObjectID}); err != nil {
+		return err
+	}
+	if err := d.Trust(d.ctx, robot.ClientID, "default", "default"); err != nil {
+		return err
+	}
+	if err := d.Apply(d.ctx, fmt.Sprintf(federated, robot.ClientID, cluster.TenantID, cluster.TestImage)); err != nil {
+		return err
+	}
+	if _, err := d.Kubectl(d.ctx, "wait", "--for=condition=Ready", "pod/robot", "--timeout=60s"); err != nil {
+		return err
+	}
+	return d.showToken("robot", robot)
+}
+
 func (d *demo) whatIsLeft() error {
 	title("What the operator sees")
-	say("One line of NMI's log for each request:")
+	say("The pod that was refused says why:")
+	if err := d.eventually("kubectl get events --field-selector involvedObject.name=stranger,reason=TokenRefused", d.kubectl("get", "events", "--field-selector", "involvedObject.name=stranger,reason=TokenRefused"), "pod_not_labelled"); err != nil {
+		return err
+	}
+	say("NMI's audit says who got which token, and who did not:")
 	pod, err := d.Kubectl(d.ctx, "get", "pods", "-n", cluster.ChartNamespace, "--field-selector", "spec.nodeName=node1", "-o", "name")
 	if err != nil {
 		return err
 	}
 	pod = strings.TrimSpace(pod)
-	deadline := time.Now().Add(10 * time.Second)
-	for {
-		err := d.show("kubectl logs -n "+cluster.ChartNamespace+" "+pod+" | grep pod_namespace", func() (string, error) {
-			out, err := d.Kubectl(d.ctx, "logs", "-n", cluster.ChartNamespace, pod)
-			return grep(out, "pod_namespace"), err
-		}, `"pod":"web"`, `"reason":"allowed"`, `"pod":"stranger"`, `"reason":"pod_not_labelled"`)
-		if err == nil {
-			break
-		}
-		if time.Now().After(deadline) {
-			return err
-		}
-		time.Sleep(200 * time.Millisecond) // lines are written in batches
+	if err := d.eventually("kubectl logs -n "+cluster.ChartNamespace+" "+pod+" | grep pod_namespace", func() (string, error) {
+		out, err := d.Kubectl(d.ctx, "logs", "-n", cluster.ChartNamespace, pod)
+		return grep(out, "pod_namespace"), err
+	}, `"pod":"web"`, `"reason":"allowed"`, `"pod":"stranger"`, `"reason":"pod_not_labelled"`); err != nil {
+		return err
 	}
 	say("And in the metrics:")
 	if err := d.show("node1$ curl -s http://127.0.0.1:9090/metrics | grep -E 'decisions|cache_requests|upstream_requests'", func() (string, error) {
@@ -216,6 +257,18 @@ func (d *demo) whatIsLeft() error {
 
 func (d *demo) kubectl(args ...string) func() (string, error) {
 	return func() (string, error) { return d.Kubectl(d.ctx, args...) }
+}
+
+// eventually is show for what is written in batches, a moment later.
+func (d *demo) eventually(command string, do func() (string, error), wants ...string) error {
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		err := d.show(command, do, wants...)
+		if err == nil || time.Now().After(deadline) {
+			return err
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
 }
 
 // show prints a command and what it says, and fails if that lacks something.

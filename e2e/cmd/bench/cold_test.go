@@ -1,0 +1,47 @@
+package main
+
+import (
+	"testing"
+)
+
+// mostSecretCalls is a watch that brings what there is and goes on, or, where the API server cannot do that, its
+// refusal, a list and a watch.
+const mostSecretCalls = 3
+
+func TestTheFirstTokenOfAnIdentityCostsNoMoreThanItHasTo(t *testing.T) {
+	want := map[string]calls{
+		managed:     {imds: 1},
+		secret:      {documents: 1, tokens: 1},
+		certificate: {documents: 1, tokens: 1},
+		federated:   {documents: 1, tokens: 1, assertions: 1},
+	}
+	const n = 3
+	err := withRig(t.Context(), 10, func(r *rig) error {
+		all, err := r.cold(t.Context(), n)
+		if err != nil {
+			return err
+		}
+		for _, source := range sources {
+			if len(all[source]) != n {
+				t.Errorf("%s: %d first tokens, want %d", source, len(all[source]), n)
+			}
+			for _, f := range all[source] {
+				t.Logf("%s: %s, %+v", source, f.took, f.cost)
+				got := f.cost
+				if source == secret || source == certificate {
+					if got.secrets < 1 || got.secrets > mostSecretCalls {
+						t.Errorf("%s: %d requests for Secrets, want 1 to %d", source, got.secrets, mostSecretCalls)
+					}
+					got.secrets = 0
+				}
+				if got != want[source] {
+					t.Errorf("%s: it cost %+v, want %+v", source, got, want[source])
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,165 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/podidentity/podidentity/e2e/azure"
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+// The ways in which an identity proves itself, in the order in which they take turns.
+const (
+	managed     = "msi"
+	secret      = "secret"
+	certificate = "certificate"
+	federated   = "federated"
+)
+
+var sources = []string{managed, secret, certificate, federated}
+
+// newcomer is a pod with an identity of its own, of which nobody has asked for a token yet.
+type newcomer struct {
+	pod    int
+	source string
+	id     azure.Identity
+	app    azure.App         // in Entra ID, unless it is a managed identity
+	spec   map[string]any    // of its AzureIdentity
+	secret map[string][]byte // what its Secret holds; nil if it has none
+}
+
+func (n newcomer) name() string { return fmt.Sprintf("new-%d", n.pod) }
+
+// proofs are what newcomers prove themselves with. One certificate stands for all: NMI opens that of each by itself.
+type proofs struct {
+	certificate, pkcs12 []byte
+	trust               azure.FederatedCredential
+}
+
+const pkcs12Password = "pass word"
+
+func (r *rig) newProofs(ctx context.Context) (*proofs, error) {
+	var p proofs
+	keys, err := r.cluster.Kubectl(ctx, "get", "--raw", "/openid/v1/jwks")
+	if err != nil {
+		return nil, err
+	}
+	document, err := r.cluster.Kubectl(ctx, "get", "--raw", "/.well-known/openid-configuration")
+	if err != nil {
+		return nil, err
+	}
+	var about struct{ Issuer string }
+	if err := json.Unmarshal([]byte(document), &about); err != nil {
+		return nil, fmt.Errorf("reading what the API server says about its tokens: %w", err)
+	}
+	p.trust = azure.FederatedCredential{
+		Issuer: about.Issuer, Subject: "system:serviceaccount:" + namespace + ":default", Audience: "api://AzureADTokenExchange", JWKS: json.RawMessage(keys),
+	}
+	if p.certificate, p.pkcs12, err = r.newCertificate(ctx); err != nil {
+		return nil, fmt.Errorf("making a certificate: %w", err)
+	}
+	return &p, nil
+}
+
+// newCertificate makes one that is packed with openssl, as people do it: what NMI reads has as many rounds of hashing as
+// theirs.
+func (r *rig) newCertificate(ctx context.Context) (cert, packed []byte, err error) {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		return nil, nil, err
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "application"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return nil, nil, err
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, nil, err
+	}
+	cert = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	in, out := filepath.Join(r.dir, "certificate.pem"), filepath.Join(r.dir, "certificate.pfx")
+	if err := os.WriteFile(in, slices.Concat(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), cert), 0o600); err != nil {
+		return nil, nil, err
+	}
+	pack := exec.CommandContext(ctx, "openssl", "pkcs12", "-export", "-in", in, "-out", out, "-passout", "pass:"+pkcs12Password)
+	if output, err := pack.CombinedOutput(); err != nil {
+		return nil, nil, fmt.Errorf("openssl pkcs12: %w: %s", err, output)
+	}
+	packed, err = os.ReadFile(out)
+	return cert, packed, err
+}
+
+// newcomer describes the one that the i-th pod becomes.
+func (p *proofs) newcomer(source string, i int) newcomer {
+	n := newcomer{pod: i, source: source, id: azure.Identity{
+		ClientID: fmt.Sprintf("be9c4002-0000-4000-8000-%012d", i+1), ObjectID: fmt.Sprintf("be9c4003-0000-4000-8000-%012d", i+1), TenantID: cluster.TenantID,
+	}}
+	if source == managed {
+		n.id.ResourceID = fmt.Sprintf("/subscriptions/%s/resourcegroups/bench/providers/Microsoft.ManagedIdentity/userAssignedIdentities/%s", cluster.SubscriptionID, n.name())
+		n.spec = managedSpec(n.id)
+		return n
+	}
+	n.app = azure.App{ClientID: n.id.ClientID, ObjectID: n.id.ObjectID}
+	n.spec = map[string]any{"clientID": n.id.ClientID, "tenantID": n.id.TenantID}
+	switch source {
+	case secret:
+		value := rand.Text()
+		n.app.Secrets = []azure.AppSecret{{Value: value}}
+		n.secret, n.spec["type"] = map[string][]byte{"clientSecret": []byte(value)}, int64(1)
+	case certificate:
+		n.app.Certificates = []string{string(p.certificate)}
+		n.secret, n.spec["type"] = map[string][]byte{"certificate": p.pkcs12, "password": []byte(pkcs12Password)}, int64(2)
+	case federated:
+		n.app.Federated = []azure.FederatedCredential{p.trust}
+		n.spec["type"] = int64(3)
+	}
+	if n.secret != nil {
+		n.spec["clientPassword"] = map[string]any{"name": n.name(), "namespace": namespace}
+	}
+	return n
+}
+
+// admit makes the newcomer known to Azure and to the cluster, and binds its pod to it instead of to what that had.
+func (r *rig) admit(ctx context.Context, k clients, n newcomer) error {
+	var err error
+	if n.source == managed {
+		err = r.azure.AddIdentity(ctx, n.id)
+	} else {
+		err = r.azure.AddApp(ctx, n.app)
+	}
+	if err != nil {
+		return err
+	}
+	if n.secret != nil {
+		object := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: n.name()}, Data: n.secret}
+		if _, err := k.kube.CoreV1().Secrets(namespace).Create(ctx, object, metav1.CreateOptions{}); err != nil {
+			return err
+		}
+	}
+	if err := k.makeIdentity(ctx, namespace, n.name(), n.name(), n.spec); err != nil {
+		return err
+	}
+	label := fmt.Appendf(nil, `{"metadata":{"labels":{"aadpodidbinding":%q}}}`, n.name())
+	_, err = k.kube.CoreV1().Pods(namespace).Patch(ctx, podName(n.pod), types.MergePatchType, label, metav1.PatchOptions{})
+	return err
+}
