@@ -56,7 +56,8 @@ func (c *connection) staleCount() int {
 	return len(c.broken)
 }
 
-// mend makes a source of objects wait for the API server instead of failing while that is away.
+// mend makes a source of objects wait for the API server instead of failing while that is away. Those with a name are
+// watched for as long as this process lives, and count as stale while they hear nothing.
 func (c *connection) mend(name string, lw *cache.ListWatch) *cache.ListWatch {
 	list, open := lw.ListWithContextFunc, lw.WatchFuncWithContext
 	mended := &cache.ListWatch{
@@ -113,6 +114,9 @@ func (c *connection) isBroken(name string) bool {
 }
 
 func (c *connection) note(name string, broken bool) {
+	if name == "" {
+		return
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if broken {
@@ -134,7 +138,6 @@ func (c *connection) persist(ctx context.Context, name string, do func() error) 
 		select {
 		case <-c.returned():
 		case <-ctx.Done():
-			c.note(name, false) // nobody wants to know any more
 			return err
 		}
 	}

@@ -144,6 +144,7 @@ func (t *tokens) fetch(ctx context.Context, who *caller, g grant, req metadata.R
 		who.origin = origin
 		waited = waited || origin == token.Fetched || origin == token.Shared
 		if err != nil {
+			who.tokenID, who.correlationID = "", "" // of a first tenant's token, which nobody gets
 			var e *token.Error
 			if errors.As(err, &e) {
 				who.correlationID = e.CorrelationID

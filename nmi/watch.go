@@ -167,7 +167,7 @@ func (w *watch) latest(pod *corev1.Pod) *corev1.Pod {
 
 // secret is where one Secret is watched.
 func (w *watch) secret(ref token.Ref) *cache.ListWatch {
-	return w.connection.mend("Secret "+ref.String(), cache.NewListWatchFromClient(w.core, "secrets", ref.Namespace, fields.OneTermEqualSelector(metav1.ObjectNameField, ref.Name)))
+	return w.connection.mend("", cache.NewListWatchFromClient(w.core, "secrets", ref.Namespace, fields.OneTermEqualSelector(metav1.ObjectNameField, ref.Name)))
 }
 
 // readSecret asks the API server for a Secret.

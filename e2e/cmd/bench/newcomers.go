@@ -6,7 +6,6 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"math/big"
@@ -56,20 +55,12 @@ const pkcs12Password = "pass word"
 
 func (r *rig) newProofs(ctx context.Context) (*proofs, error) {
 	var p proofs
-	keys, err := r.cluster.Kubectl(ctx, "get", "--raw", "/openid/v1/jwks")
+	issuer, keys, err := r.cluster.Issuer(ctx)
 	if err != nil {
 		return nil, err
-	}
-	document, err := r.cluster.Kubectl(ctx, "get", "--raw", "/.well-known/openid-configuration")
-	if err != nil {
-		return nil, err
-	}
-	var about struct{ Issuer string }
-	if err := json.Unmarshal([]byte(document), &about); err != nil {
-		return nil, fmt.Errorf("reading what the API server says about its tokens: %w", err)
 	}
 	p.trust = azure.FederatedCredential{
-		Issuer: about.Issuer, Subject: "system:serviceaccount:" + namespace + ":default", Audience: "api://AzureADTokenExchange", JWKS: json.RawMessage(keys),
+		Issuer: issuer, Subject: "system:serviceaccount:" + namespace + ":default", Audience: "api://AzureADTokenExchange", JWKS: keys,
 	}
 	if p.certificate, p.pkcs12, err = r.newCertificate(ctx); err != nil {
 		return nil, fmt.Errorf("making a certificate: %w", err)
