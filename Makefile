@@ -74,7 +74,10 @@ prerequisites: ## install the Debian packages that the tests need on this machin
 fuzz: ## each fuzz target for FUZZ (10m)
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzPath$$' -fuzztime $(FUZZ)
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzParseRequest$$' -fuzztime $(FUZZ)
+	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzParseHostToken$$' -fuzztime $(FUZZ)
 	$(GO) test ./identity -run '^$$' -fuzz '^FuzzDecide$$' -fuzztime $(FUZZ)
+	$(GO) test ./nmi/token -run '^$$' -fuzz '^FuzzSecret$$' -fuzztime $(FUZZ) -fuzzminimizetime 1x
+	$(GO) test ./nmi/token -run '^$$' -fuzz '^FuzzCertificate$$' -fuzztime $(FUZZ) -fuzzminimizetime 1x
 
 clean: ## remove what was built here
 	rm -rf bin bench.json

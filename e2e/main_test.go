@@ -47,6 +47,10 @@ func runTests(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
 	}
+	if err := makeSpaces(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		return 1
+	}
 	if err := world.InstallChart(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
@@ -127,9 +131,11 @@ type space struct {
 
 func newSpace(t *testing.T) *space {
 	t.Helper()
-	s := &space{t, fmt.Sprintf("test-%d", serial.Add(1))}
-	_, err := world.Kubectl(t.Context(), "create", "namespace", s.name)
-	must(t, err)
+	if len(spaces) == 0 {
+		t.Fatalf("the %d namespaces that were made for all tests are used up; raise spaceCount", spaceCount)
+	}
+	s := &space{t, spaces[0]}
+	spaces = spaces[1:]
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := world.Kubectl(context.Background(), "get", "pods,azureidentities,azureidentitybindings", "-o", "wide", "-n", s.name)
@@ -138,12 +144,36 @@ func newSpace(t *testing.T) *space {
 		}
 		_, _ = world.Kubectl(context.Background(), "delete", "namespace", s.name, "--wait=false")
 	})
-	// Pods need it.
-	eventually(t, 20*time.Second, func() error {
-		_, err := world.Kubectl(t.Context(), "get", "serviceaccount", "default", "-n", s.name)
-		return err
-	})
 	return s
+}
+
+// Namespaces for all tests are made at the start: pods need a ServiceAccount, and the controller that makes it takes a
+// minute to come back after a test in which the API server was away.
+const spaceCount = 100
+
+var spaces []string
+
+func makeSpaces(ctx context.Context) error {
+	var yaml strings.Builder
+	for i := range spaceCount {
+		spaces = append(spaces, fmt.Sprintf("test-%d", i+1))
+		fmt.Fprintf(&yaml, "---\n{apiVersion: v1, kind: Namespace, metadata: {name: %s}}\n", spaces[i])
+	}
+	if err := world.Apply(ctx, yaml.String()); err != nil {
+		return err
+	}
+	waiting, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		out, err := world.Kubectl(waiting, "get", "serviceaccounts", "-A", "--field-selector", "metadata.name=default", "-o", "name")
+		if err != nil {
+			return fmt.Errorf("waiting for the ServiceAccounts of the tests' namespaces: %w", err)
+		}
+		if strings.Count(out, "\n") >= spaceCount {
+			return nil
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
 }
 
 func (s *space) apply(yaml string) {

@@ -14,6 +14,8 @@ need curl curl
 need ping iputils-ping
 need sysctl procps
 need dpkg-deb dpkg
+need node nodejs
+need npm npm
 [ -n "$missing" ] || exit 0
 [ "$(id -u)" = 0 ] || { echo "these Debian packages are missing:$missing; install them, or run this as root" >&2; exit 1; }
 echo "installing the Debian packages that are missing:$missing"

@@ -65,7 +65,7 @@ type entraErrorBody struct {
 }
 
 func (s *entra) refuse(x *exchange, e *entraError) reply {
-	t, now := newTrace(x.Header.Get("Client-Request-Id")), s.now()
+	t, now := x.trace, s.now()
 	if x.entry.Error == "" {
 		x.entry.Error = e.Error()
 	}
@@ -74,9 +74,20 @@ func (s *entra) refuse(x *exchange, e *entraError) reply {
 		Timestamp: now.UTC().Format(entraTime), TraceID: t.request, CorrelationID: t.correlation,
 		URI: fmt.Sprintf("https://%s/error?code=%d", x.Host, e.code),
 	})
-	out.header = map[string]string{
-		"Cache-Control": "no-store, no-cache", "X-Ms-Request-Id": t.request, "Client-Request-Id": t.correlation,
+	return traced(x, uncached(out))
+}
+
+func uncached(out reply) reply {
+	out.header = map[string]string{"Cache-Control": "no-store, no-cache"}
+	return out
+}
+
+// traced tells the client under which IDs the answer is found in the logs.
+func traced(x *exchange, out reply) reply {
+	if out.header == nil {
+		out.header = map[string]string{}
 	}
+	out.header["X-Ms-Request-Id"], out.header["Client-Request-Id"] = x.trace.request, x.trace.correlation
 	return out
 }
 
@@ -114,7 +125,9 @@ func entraClass(r *http.Request) string {
 	return "other"
 }
 
-func (s *entra) answer(x *exchange) reply {
+func (s *entra) answer(x *exchange) reply { return traced(x, s.route(x)) }
+
+func (s *entra) route(x *exchange) reply {
 	tenant, rest := splitTenant(x.Request)
 	want := http.MethodGet
 	if x.class == classToken {

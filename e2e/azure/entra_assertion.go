@@ -1,6 +1,8 @@
 package azure
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/sha1" // the x5t header is defined as SHA-1
 	"crypto/sha256"
@@ -16,18 +18,22 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// proveByAssertion tells a certificate from a federated token by the issuer:
-// who signs with its own certificate names itself.
+// selfIssued tells a certificate's assertion from a federated token: who signs
+// with its own certificate names itself.
+func selfIssued(claims jwt.RegisteredClaims, clientID string) bool {
+	return strings.EqualFold(claims.Issuer, clientID)
+}
+
 func (s *entra) proveByAssertion(x *exchange, p principal, tenant, assertion string) error {
 	var claims jwt.RegisteredClaims
 	token, _, err := jwt.NewParser().ParseUnverified(assertion, &claims)
 	if err != nil {
 		return &entraError{401, "invalid_client", 50027, "JWT token is invalid or malformed."}
 	}
-	if strings.EqualFold(claims.Issuer, p.ClientID) {
+	if selfIssued(claims, p.ClientID) {
 		return s.proveByCertificate(x, p, tenant, token, claims, assertion)
 	}
-	return s.proveByFederation(p, claims, assertion)
+	return s.proveByFederation(p, token, claims, assertion)
 }
 
 func (s *entra) proveByCertificate(x *exchange, p principal, tenant string, token *jwt.Token, claims jwt.RegisteredClaims, assertion string) error {
@@ -42,11 +48,11 @@ func (s *entra) proveByCertificate(x *exchange, p principal, tenant string, toke
 	if now := s.now(); now.Before(cert.NotBefore) || now.After(cert.NotAfter) {
 		return &entraError{401, "invalid_client", 1000502, "The provided certificate is not within its specified validity window."}
 	}
-	key, ok := cert.PublicKey.(*rsa.PublicKey)
-	if !ok {
-		return badCertificate(p, "The key of the certificate is not an RSA key.")
+	algorithms := algorithmsFor(cert.PublicKey)
+	if len(algorithms) == 0 {
+		return badCertificate(p, "The key of the certificate is of a kind that is not supported.")
 	}
-	if err := s.verify(assertion, func(*jwt.Token) (any, error) { return key, nil }, "RS256", "PS256"); err != nil {
+	if err := s.verify(assertion, func(*jwt.Token) (any, error) { return cert.PublicKey, nil }, algorithms...); err != nil {
 		if timeError(err) {
 			return outsideValidity()
 		}
@@ -57,6 +63,27 @@ func (s *entra) proveByCertificate(x *exchange, p principal, tenant string, toke
 		return slices.Contains([]string{base + "/oauth2/v2.0/token", base + "/oauth2/token", base + "/v2.0", base + "/"}, aud)
 	}) {
 		return &entraError{401, "invalid_client", 700023, "Client assertion audience claim does not match Realm issuer."}
+	}
+	return nil
+}
+
+// algorithmsFor is how a certificate's key may sign. Whether Entra ID takes
+// elliptic curves is not documented, and all that is said in public speaks
+// against it (its federation refuses ES256 with AADSTS5002738): here they prove
+// that the client signs as the standard has it, not that Azure will agree.
+func algorithmsFor(key any) []string {
+	switch key := key.(type) {
+	case *rsa.PublicKey:
+		return []string{"RS256", "PS256"}
+	case *ecdsa.PublicKey:
+		switch key.Curve {
+		case elliptic.P256():
+			return []string{"ES256"}
+		case elliptic.P384():
+			return []string{"ES384"}
+		case elliptic.P521():
+			return []string{"ES512"}
+		}
 	}
 	return nil
 }
@@ -98,9 +125,13 @@ func (s *entra) verify(assertion string, key jwt.Keyfunc, algorithms ...string) 
 	return err
 }
 
+// federatedAlgorithms are how the token of another issuer may be signed. A
+// cluster whose API server has an elliptic key is refused, however it is set up.
+var federatedAlgorithms = []string{"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}
+
 // proveByFederation compares issuer, then subject, then audience, each exactly
 // as written, and names the first that fails.
-func (s *entra) proveByFederation(p principal, claims jwt.RegisteredClaims, assertion string) error {
+func (s *entra) proveByFederation(p principal, token *jwt.Token, claims jwt.RegisteredClaims, assertion string) error {
 	if len(p.federated) == 0 {
 		return &entraError{401, "invalid_client", 70025, fmt.Sprintf(
 			"The client '%s' has no configured federated identity credentials.", p.ClientID)}
@@ -124,11 +155,14 @@ func (s *entra) proveByFederation(p principal, claims jwt.RegisteredClaims, asse
 				step.what, step.value)}
 		}
 	}
+	if alg := token.Method.Alg(); !slices.Contains(federatedAlgorithms, alg) {
+		return &entraError{401, "invalid_client", 5002738, fmt.Sprintf("Invalid JWT token. '%s' is not a supported signature algorithm.", alg)}
+	}
 	keys, err := parseJWKS(left[0].JWKS)
 	if err != nil {
 		return err
 	}
-	if err := s.verify(assertion, keyByID(keys), "RS256"); err != nil {
+	if err := s.verify(assertion, keyByID(keys), federatedAlgorithms...); err != nil {
 		if timeError(err) {
 			return outsideValidity()
 		}

@@ -2,6 +2,8 @@ package azure
 
 import (
 	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -212,6 +214,10 @@ func TestEachBadAssertionIsRefusedByItsCode(t *testing.T) {
 			jwt.RegisteredClaims{Issuer: a.ClientID, Subject: sub, Audience: jwt.ClaimStrings{aud}, ExpiresAt: jwt.NewNumericDate(exp)})
 	}
 	_, unknown, _ := makeCert(t, later)
+	elliptical, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	s.must(err)
+	curved := signed(t, jwt.SigningMethodES256, elliptical, map[string]any{"kid": c.kid}, jwt.RegisteredClaims{
+		Issuer: clusterID, Subject: account, Audience: jwt.ClaimStrings{audience}, ExpiresAt: jwt.NewNumericDate(later)})
 	for name, ask := range map[string]struct {
 		client, assertion string
 		code              float64 // 0: accepted
@@ -230,10 +236,10 @@ func TestEachBadAssertionIsRefusedByItsCode(t *testing.T) {
 		"federated, audience":        {a.ClientID, c.token(t, clusterID, account, "else", later), 700212},
 		"federated, old":             {a.ClientID, c.token(t, clusterID, account, audience, past), 700024},
 		"federated, signature":       {a.ClientID, foreign.token(t, clusterID, account, audience, later), 50013},
+		"federated, elliptic":        {a.ClientID, curved, 5002738},
 		"no JWT":                     {a.ClientID, "nonsense", 50027},
 	} {
-		status, body := s.ask("/"+tenant+"/oauth2/v2.0/token", url.Values{"grant_type": {"client_credentials"}, "client_id": {ask.client},
-			"scope": {vault}, "client_assertion_type": {assertionType}, "client_assertion": {ask.assertion}})
+		status, body := s.ask("/"+tenant+"/oauth2/v2.0/token", byAssertion(ask.client, ask.assertion))
 		if ask.code == 0 {
 			if status != 200 {
 				t.Errorf("%s: %d %v", name, status, body)

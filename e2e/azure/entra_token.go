@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/golang-jwt/jwt/v5"
 )
 
 // The v2.0 endpoint answers numbers, the old one strings.
@@ -28,6 +30,40 @@ type tokenAnswerV1 struct {
 	NotBefore    string `json:"not_before"`
 	Resource     string `json:"resource"`
 	AccessToken  string `json:"access_token"`
+}
+
+// note fills in what a request says of itself, so that the log also has it of
+// those that a fault swallows.
+func (s *entra) note(x *exchange) {
+	x.trace = newTrace(x.Header.Get("Client-Request-Id"))
+	x.entry.CorrelationID = x.trace.correlation
+	if x.class != classToken {
+		return
+	}
+	if form, err := url.ParseQuery(string(x.body)); err == nil {
+		x.entry.ClientID = clip(form.Get("client_id"))
+		x.entry.Proof, x.entry.Subject = proofIn(form)
+	}
+}
+
+// proofIn says how the client means to prove itself, true or not, and whose
+// token it shows if that is another issuer's.
+func proofIn(form url.Values) (kind, subject string) {
+	assertion := form.Get("client_assertion")
+	switch {
+	case assertion == "" && form.Get("client_secret") != "":
+		return ProofSecret, ""
+	case assertion == "":
+		return "", ""
+	}
+	var claims jwt.RegisteredClaims
+	if _, _, err := jwt.NewParser().ParseUnverified(assertion, &claims); err != nil {
+		return "", ""
+	}
+	if selfIssued(claims, form.Get("client_id")) {
+		return ProofCertificate, ""
+	}
+	return ProofFederated, clip(claims.Subject)
 }
 
 func (s *entra) token(x *exchange, tenant string, v2 bool) reply {
@@ -53,18 +89,12 @@ func (s *entra) token(x *exchange, tenant string, v2 bool) reply {
 	}))
 }
 
-func uncached(out reply) reply {
-	out.header = map[string]string{"Cache-Control": "no-store, no-cache", "X-Ms-Request-Id": newGUID()}
-	return out
-}
-
 // grant is the client credentials flow, with whichever proof the client sent.
 func (s *entra) grant(x *exchange, tenant string, v2 bool) (minted, error) {
 	form, err := url.ParseQuery(string(x.body))
 	if err != nil {
 		return minted{}, &entraError{400, "invalid_request", 900144, "The request body is not a form."}
 	}
-	x.entry.ClientID = clip(form.Get("client_id"))
 	for _, name := range []string{"grant_type", "client_id"} {
 		if form.Get(name) == "" {
 			return minted{}, missing(name)

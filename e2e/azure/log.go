@@ -16,27 +16,39 @@ const (
 	KindConnection = "connection"
 )
 
+// How the client of a token request to Entra ID proves itself.
+const (
+	ProofSecret      = "secret"
+	ProofCertificate = "certificate"
+	ProofFederated   = "federated"
+)
+
 // Entry is one line of the request log. A request is logged before its answer
 // is written: who has the answer can read the entry.
 type Entry struct {
-	Seq        int               `json:"seq"` // never reset, so that "since" stays valid
-	Time       time.Time         `json:"time"`
-	Kind       string            `json:"kind"`
-	Service    string            `json:"service"`
-	Node       string            `json:"node"` // empty: the source is no node's
-	Source     string            `json:"source"`
-	FromPod    bool              `json:"from_pod"`
-	Class      string            `json:"class,omitempty"`
-	Method     string            `json:"method,omitempty"`
-	Path       string            `json:"path,omitempty"` // raw request URI
-	Headers    map[string]string `json:"headers,omitempty"`
-	Status     int               `json:"status"` // 0: no answer (dropped, or the client left)
-	Error      string            `json:"error,omitempty"`
-	ClientID   string            `json:"client_id,omitempty"`
-	Resource   string            `json:"resource,omitempty"`
-	TokenID    string            `json:"token_id,omitempty"` // the uti claim of the token answered
-	Cached     bool              `json:"cached,omitempty"`   // out of IMDS's own cache
-	DurationMS float64           `json:"duration_ms"`
+	Seq      int               `json:"seq"` // never reset, so that "since" stays valid
+	Time     time.Time         `json:"time"`
+	Kind     string            `json:"kind"`
+	Service  string            `json:"service"`
+	Node     string            `json:"node"` // empty: the source is no node's
+	Source   string            `json:"source"`
+	FromPod  bool              `json:"from_pod"`
+	Class    string            `json:"class,omitempty"`
+	Method   string            `json:"method,omitempty"`
+	Path     string            `json:"path,omitempty"` // raw request URI
+	Headers  map[string]string `json:"headers,omitempty"`
+	Status   int               `json:"status"` // 0: no answer (dropped, or the client left)
+	Error    string            `json:"error,omitempty"`
+	ClientID string            `json:"client_id,omitempty"`
+	Resource string            `json:"resource,omitempty"`
+	TokenID  string            `json:"token_id,omitempty"` // the uti claim of the token answered
+	Cached   bool              `json:"cached,omitempty"`   // out of IMDS's own cache
+	// Of Entra ID only: the ID that the answer's header Client-Request-Id has,
+	// how the client proved itself, and the subject of a federated token.
+	CorrelationID string  `json:"correlation_id,omitempty"`
+	Proof         string  `json:"proof,omitempty"`
+	Subject       string  `json:"subject,omitempty"`
+	DurationMS    float64 `json:"duration_ms"`
 }
 
 const (

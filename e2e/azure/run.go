@@ -113,12 +113,12 @@ func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func
 	}
 	imdsService := &service{
 		name: serviceIMDS, dir: dir, switches: sw, rec: rec, now: now,
-		classify: imdsClass, admit: newLimiter(now).admit, answer: metadata.answer, fail: metadata.fail,
+		classify: imdsClass, admit: newLimiter(now).admit, note: func(*exchange) {}, answer: metadata.answer, fail: metadata.fail,
 	}
 	entraService := &service{
 		name: serviceEntra, dir: dir, switches: sw, rec: rec, now: now, classify: entraClass,
-		admit:  func(string, string, bool) (func(), bool) { return func() {}, true },
-		answer: login.answer, fail: login.fail,
+		admit: func(string, string, bool) (func(), bool) { return func() {}, true },
+		note:  login.note, answer: login.answer, fail: login.fail,
 	}
 	api := &control{dir: dir, switches: sw, rec: rec, keys: keys,
 		addresses: Addresses{IMDS: ls.imds.Addr().String(), Entra: ls.entra.Addr().String()}}

@@ -24,7 +24,7 @@ const classToken = "token"
 const largestBody = 1 << 20
 
 // service is what IMDS and Entra ID have in common: the source of each
-// request, the faults, the log. The protocol is behind the three functions.
+// request, the faults, the log. The protocol is behind the functions.
 type service struct {
 	name     string
 	dir      *directory
@@ -34,6 +34,7 @@ type service struct {
 
 	classify func(*http.Request) string
 	admit    func(node, class string, enforce bool) (release func(), ok bool)
+	note     func(*exchange) // what a request says of itself, answered or not
 	answer   func(*exchange) reply
 	fail     func(x *exchange, status int) reply // the service's own form of that status
 }
@@ -46,6 +47,7 @@ type exchange struct {
 	body   []byte
 	faults faults
 	entry  *Entry
+	trace  trace // Entra ID only
 }
 
 // reply is a whole answer. Status 0 is none: the connection is cut.
@@ -100,12 +102,13 @@ func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // handle reads the body first: only then does the server notice that a client
 // has left a hung request.
 func (s *service) handle(x *exchange, w http.ResponseWriter, r *http.Request) reply {
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, largestBody))
+	var err error
+	x.body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, largestBody))
+	s.note(x)
 	if err != nil {
 		x.entry.Error = "body not read: " + err.Error()
 		return s.fail(x, http.StatusRequestEntityTooLarge)
 	}
-	x.body = body
 	release, admitted := s.admit(x.caller.node, x.class, x.faults.limits)
 	defer release()
 	switch {

@@ -29,6 +29,7 @@ type ServiceStats struct {
 	TokenByNode         map[string]Load   `json:"token_by_node"` // "" is no node
 	ByClass             map[string]int    `json:"by_class"`
 	ByStatus            map[int]int       `json:"by_status"` // 0: no answer
+	ByProof             map[string]int    `json:"by_proof"`  // token requests to Entra ID that have ended
 	Connections         int               `json:"connections"`
 	ConnectionsFromPods int               `json:"connections_from_pods"`
 	RequestsFromPods    int               `json:"requests_from_pods"`
@@ -130,7 +131,7 @@ func (r *recorder) reset() {
 		for _, n := range m.byNode {
 			n.reset()
 		}
-		m.stats = ServiceStats{ByClass: map[string]int{}, ByStatus: map[int]int{}, Sources: map[string]Source{}}
+		m.stats = ServiceStats{ByClass: map[string]int{}, ByStatus: map[int]int{}, ByProof: map[string]int{}, Sources: map[string]Source{}}
 	}
 }
 
@@ -201,6 +202,9 @@ func (r *recorder) finish(e Entry) {
 	defer r.mu.Unlock()
 	r.log.add(e)
 	r.meters[e.Service].stats.ByStatus[e.Status]++
+	if e.Service == serviceEntra && e.Class == classToken {
+		r.meters[e.Service].stats.ByProof[e.Proof]++
+	}
 	if e.TokenID != "" {
 		t := r.tokens[e.ClientID]
 		t.Answered++
@@ -233,6 +237,7 @@ func (m *serviceMeters) snapshot() ServiceStats {
 	for node, one := range m.byNode {
 		s.TokenByNode[node] = one.Load
 	}
-	s.ByClass, s.ByStatus, s.Sources = maps.Clone(s.ByClass), maps.Clone(s.ByStatus), maps.Clone(s.Sources)
+	s.ByClass, s.ByStatus = maps.Clone(s.ByClass), maps.Clone(s.ByStatus)
+	s.ByProof, s.Sources = maps.Clone(s.ByProof), maps.Clone(s.Sources)
 	return s
 }

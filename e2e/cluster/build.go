@@ -17,7 +17,8 @@ const (
 	// TestImage holds the program podclient, which see: it idles by default, and `token` asks for a token at once.
 	TestImage = "local/e2e:1"
 
-	nmiImage = "local/nmi"
+	nmiImage    = "local/nmi"
+	clientImage = "local/goclient"
 )
 
 // BuildBaseImages builds the images that every cluster has.
@@ -43,6 +44,23 @@ func BuildBaseImages(ctx context.Context) ([]Image, error) {
 		images = append(images, image)
 	}
 	return images, nil
+}
+
+// BuildClient builds the program clients/goclient, which see, and an image that holds it and nothing else.
+func BuildClient(ctx context.Context) (program string, image Image, err error) {
+	e2e, err := e2eDir()
+	if err != nil {
+		return "", Image{}, err
+	}
+	cache, err := cacheDir()
+	if err != nil {
+		return "", Image{}, err
+	}
+	if program, err = buildProgram(ctx, e2e, "./clients/goclient", "goclient"); err != nil {
+		return "", Image{}, err
+	}
+	image, err = imageSpec{name: clientImage, program: program, target: "/goclient"}.pack(cache)
+	return program, image, err
 }
 
 // BuildNMIImage builds the image of NMI as the product's Dockerfile does: the static program in the root file system

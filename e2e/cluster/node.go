@@ -211,15 +211,17 @@ func (n *node) kubeletConfig() map[string]any {
 			"webhook":   map[string]any{"enabled": true},
 			"x509":      map[string]any{"clientCAFile": filepath.Join(pkiDir, "ca.crt")},
 		},
-		"authorization":             map[string]any{"mode": "Webhook"},
-		"tlsCertFile":               filepath.Join(pkiDir, n.Name+"-serving.crt"),
-		"tlsPrivateKeyFile":         filepath.Join(pkiDir, n.Name+"-serving.key"),
-		"containerRuntimeEndpoint":  "unix:///run/containerd/containerd.sock",
-		"providerID":                n.providerID,
-		"address":                   "0.0.0.0",
-		"resolvConf":                "/etc/resolv.conf", // the node's own, which names no server
-		"makeIPTablesUtilChains":    false,              // the tables hold nothing but the rules under test
-		"maxPods":                   250,
+		"authorization":            map[string]any{"mode": "Webhook"},
+		"tlsCertFile":              filepath.Join(pkiDir, n.Name+"-serving.crt"),
+		"tlsPrivateKeyFile":        filepath.Join(pkiDir, n.Name+"-serving.key"),
+		"containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
+		"providerID":               n.providerID,
+		"address":                  "0.0.0.0",
+		"resolvConf":               "/etc/resolv.conf", // the node's own, which names no server
+		"makeIPTablesUtilChains":   false,              // the tables hold nothing but the rules under test
+		"maxPods":                  250,
+		// Tests read logs of NMI that load has filled, and kubectl shows only what has not been rotated away.
+		"containerLogMaxSize":       "500Mi",
 		"syncFrequency":             "10s",
 		"nodeStatusUpdateFrequency": "5s",
 		// The disk is the machine's: how full it is must not decide over pods or images.

@@ -113,6 +113,44 @@ func apt(ctx context.Context, say func(string), dir string, args ...string) erro
 	return nil
 }
 
+// NodeModules installs the packages that the lock file in a folder below e2e names, once for each content of that file,
+// and returns what NODE_PATH has to be for them. npm checks each package by its hash, and runs none of their scripts.
+func NodeModules(ctx context.Context, say func(string), folder string) (string, error) {
+	if say == nil {
+		say = func(string) {}
+	}
+	e2e, err := e2eDir()
+	if err != nil {
+		return "", err
+	}
+	cache, err := cacheDir()
+	if err != nil {
+		return "", err
+	}
+	files := map[string][]byte{}
+	for _, name := range []string{".npmrc", "package.json", "package-lock.json"} {
+		if files[name], err = os.ReadFile(filepath.Join(e2e, folder, name)); err != nil {
+			return "", fmt.Errorf("installing npm packages: %w", err)
+		}
+	}
+	dir := filepath.Join(cache, "npm-"+filepath.Base(folder)+"-"+keyOf(string(files["package.json"]), string(files["package-lock.json"])))
+	return filepath.Join(dir, "node_modules"), buildOnce(dir, func(dest string) error {
+		say("installing the npm packages of e2e/" + folder + " into " + cache)
+		for name, content := range files {
+			if err := os.WriteFile(filepath.Join(dest, name), content, 0o644); err != nil {
+				return err
+			}
+		}
+		cmd := exec.CommandContext(ctx, "npm", "ci", "--ignore-scripts", "--omit=dev", "--no-audit", "--no-fund", "--loglevel=error")
+		cmd.Dir = dest
+		_, err := run(cmd)
+		if errors.Is(err, exec.ErrNotFound) {
+			return fmt.Errorf("%w; `make prerequisites` installs node and npm", err)
+		}
+		return err
+	})
+}
+
 // run runs a program that prints little and returns its standard output; its error carries what the program printed.
 func run(cmd *exec.Cmd) (string, error) {
 	var stdout, stderr bytes.Buffer

@@ -1,0 +1,194 @@
+// Goclient asks for one token by a Go library of Azure, exactly as an application that knows nothing of Pod Identity
+// does, and prints how it went as one JSON line.
+//
+// It protects the end-to-end tests against our own reading of the protocol: the requests, the waiting and the errors
+// are the libraries' own. Only what they receive is noted on the way.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
+	"github.com/Azure/go-autorest/autorest/adal"
+)
+
+const usage = `usage: goclient managed|default|adal [FLAGS]
+  managed   azidentity's ManagedIdentityCredential
+  default   azidentity's DefaultAzureCredential; AZURE_CLIENT_ID may name an identity
+  adal      the library before it
+flags:
+  --resource URI       audience of the token (default https://vault.azure.net)
+  --client-id, --object-id, --resource-id
+                       the identity; at most one
+  --chain              ask a chain of this credential and one that always has an answer
+`
+
+// outcome is the line that is printed. The JavaScript client prints the same.
+type outcome struct {
+	OK         bool    `json:"ok"`
+	Token      string  `json:"token,omitempty"`
+	ExpiresOn  int64   `json:"expires_on,omitempty"`
+	Kind       string  `json:"kind,omitempty"` // type of the error
+	Error      string  `json:"error,omitempty"`
+	Answers    []int   `json:"answers"` // HTTP statuses in their order
+	DurationMS float64 `json:"duration_ms"`
+}
+
+// request is what the command line asks for.
+type request struct {
+	resource, clientID, objectID, resourceID string
+	chain                                    bool
+}
+
+func main() {
+	if len(os.Args) < 2 {
+		fail("a subcommand is missing")
+	}
+	var r request
+	flags := flag.NewFlagSet(os.Args[1], flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.StringVar(&r.resource, "resource", "https://vault.azure.net", "")
+	flags.StringVar(&r.clientID, "client-id", "", "")
+	flags.StringVar(&r.objectID, "object-id", "", "")
+	flags.StringVar(&r.resourceID, "resource-id", "", "")
+	flags.BoolVar(&r.chain, "chain", false, "")
+	if err := flags.Parse(os.Args[2:]); err != nil {
+		fail(err.Error())
+	}
+	get := map[string]func(request, *answers) (azcore.AccessToken, error){
+		"managed": managed, "default": defaultCredential, "adal": legacy,
+	}[os.Args[1]]
+	if get == nil {
+		fail(fmt.Sprintf("unknown subcommand %q", os.Args[1]))
+	}
+	seen := &answers{}
+	start := time.Now()
+	token, err := get(r, seen)
+	result := outcome{OK: err == nil, Answers: seen.statuses(), DurationMS: float64(time.Since(start).Microseconds()) / 1000}
+	if err != nil {
+		result.Kind, result.Error = kind(err), err.Error()
+	} else {
+		result.Token, result.ExpiresOn = token.Token, token.ExpiresOn.Unix()
+	}
+	_ = json.NewEncoder(os.Stdout).Encode(result)
+}
+
+func managed(r request, seen *answers) (azcore.AccessToken, error) {
+	options := &azidentity.ManagedIdentityCredentialOptions{ClientOptions: seen.options()}
+	switch {
+	case r.clientID != "":
+		options.ID = azidentity.ClientID(r.clientID)
+	case r.objectID != "":
+		options.ID = azidentity.ObjectID(r.objectID)
+	case r.resourceID != "":
+		options.ID = azidentity.ResourceID(r.resourceID)
+	}
+	credential, err := azidentity.NewManagedIdentityCredential(options)
+	if err != nil {
+		return azcore.AccessToken{}, err
+	}
+	return ask(r, credential)
+}
+
+func defaultCredential(r request, seen *answers) (azcore.AccessToken, error) {
+	credential, err := azidentity.NewDefaultAzureCredential(&azidentity.DefaultAzureCredentialOptions{ClientOptions: seen.options()})
+	if err != nil {
+		return azcore.AccessToken{}, err
+	}
+	return ask(r, credential)
+}
+
+func ask(r request, credential azcore.TokenCredential) (azcore.AccessToken, error) {
+	if r.chain {
+		var err error
+		if credential, err = azidentity.NewChainedTokenCredential([]azcore.TokenCredential{credential, next{}}, nil); err != nil {
+			return azcore.AccessToken{}, err
+		}
+	}
+	return credential.GetToken(context.Background(), policy.TokenRequestOptions{Scopes: []string{r.resource + "/.default"}})
+}
+
+// next is the credential after the one that is tried out.
+type next struct{}
+
+func (next) GetToken(context.Context, policy.TokenRequestOptions) (azcore.AccessToken, error) {
+	return azcore.AccessToken{Token: "of the next credential", ExpiresOn: time.Now().Add(time.Hour)}, nil
+}
+
+// legacy begins with the library's own look whether there is an IMDS, as applications do that know several sources.
+func legacy(r request, seen *answers) (azcore.AccessToken, error) {
+	ctx := context.Background()
+	if !adal.MSIAvailable(ctx, nil) {
+		return azcore.AccessToken{}, errors.New("adal.MSIAvailable says no")
+	}
+	token, err := adal.NewServicePrincipalTokenFromManagedIdentity(r.resource, &adal.ManagedIdentityOptions{ClientID: r.clientID, IdentityResourceID: r.resourceID})
+	if err != nil {
+		return azcore.AccessToken{}, err
+	}
+	token.SetSender(seen)
+	if err := token.EnsureFreshWithContext(ctx); err != nil {
+		return azcore.AccessToken{}, err
+	}
+	return azcore.AccessToken{Token: token.OAuthToken(), ExpiresOn: token.Token().Expires()}, nil
+}
+
+// answers notes what the library receives, and says on standard error that it asks and what it is told: whoever tests
+// how a client waits has to know that it does.
+type answers struct {
+	mu   sync.Mutex
+	list []int
+}
+
+func (a *answers) options() azcore.ClientOptions {
+	return azcore.ClientOptions{PerRetryPolicies: []policy.Policy{perRetry{a}}}
+}
+
+type perRetry struct{ *answers }
+
+func (p perRetry) Do(r *policy.Request) (*http.Response, error) { return p.note(r.Next) }
+
+// Do is adal's sender.
+func (a *answers) Do(r *http.Request) (*http.Response, error) {
+	return a.note(func() (*http.Response, error) { return http.DefaultClient.Do(r) })
+}
+
+func (a *answers) note(send func() (*http.Response, error)) (*http.Response, error) {
+	fmt.Fprintln(os.Stderr, "asking")
+	resp, err := send()
+	if err == nil {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.list = append(a.list, resp.StatusCode)
+		fmt.Fprintln(os.Stderr, "answer", resp.StatusCode)
+	}
+	return resp, err
+}
+
+func (a *answers) statuses() []int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return append([]int{}, a.list...)
+}
+
+// kind is the name of the error's type without its package: it tells an application, and a chain, what to do.
+func kind(err error) string {
+	name := fmt.Sprintf("%T", err)
+	return name[strings.LastIndex(name, ".")+1:]
+}
+
+func fail(message string) {
+	fmt.Fprintf(os.Stderr, "goclient: %s\n%s", message, usage)
+	os.Exit(2)
+}

@@ -1,0 +1,255 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+// The tests of this file stand for clients that cannot be had here. Each sends what that client's source sends, and
+// looks at the answer as it does.
+
+// wire sends requests as they are written, with no header but the usual ones, from a pod's network.
+type wire struct {
+	t      *testing.T
+	client *http.Client
+	dial   func() error // opens a connection and closes it again
+}
+
+func (s *space) wire(pod string) *wire {
+	s.t.Helper()
+	netns, err := world.PodNetns(s.t.Context(), s.name, pod)
+	must(s.t, err)
+	s.t.Cleanup(func() { netns.Close() })
+	dial := cluster.DialFrom(fmt.Sprintf("/proc/self/fd/%d", netns.Fd()), nil)
+	return &wire{s.t, &http.Client{
+		Timeout:       30 * time.Second,
+		Transport:     &http.Transport{DialContext: dial, DisableKeepAlives: true, DisableCompression: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}, func() error {
+		conn, err := dial(s.t.Context(), "tcp", "169.254.169.254:80")
+		if err != nil {
+			return err
+		}
+		return conn.Close()
+	}}
+}
+
+// response is an answer and how long it took.
+type response struct {
+	answer
+	phrase string // the whole status: 400 Bad Request
+	header http.Header
+	took   time.Duration
+}
+
+// send sends the request; path is what follows the host, byte for byte.
+func (w *wire) send(method, path string, headers ...string) response {
+	w.t.Helper()
+	req, err := http.NewRequestWithContext(w.t.Context(), method, "http://169.254.169.254"+path, nil)
+	must(w.t, err)
+	for i := 0; i+1 < len(headers); i += 2 {
+		req.Header.Set(headers[i], headers[i+1])
+	}
+	start := time.Now()
+	resp, err := w.client.Do(req)
+	must(w.t, err)
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	must(w.t, err)
+	r := response{answer: answer{status: resp.StatusCode, raw: string(body), body: map[string]string{}}, phrase: resp.Status, header: resp.Header, took: time.Since(start)}
+	if err := json.Unmarshal(body, &r.body); err != nil {
+		w.t.Errorf("%s %s: the answer is no flat JSON object of strings: %s", method, path, body)
+	}
+	return r
+}
+
+const tokenPath = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource="
+
+func TestDotNetClientsTellFromTheirProbesThatThereIsAnIMDSOfTheFirstVersion(t *testing.T) {
+	s, id := newSpace(t), newIdentity(t)
+	s.bind("app", "app", id)
+	s.pod("p", "app", "node1")
+	w := s.wire("p")
+	// The probe is the whole request but for the header, with a parameter that does not exist.
+	for _, selector := range []string{"", "&client_id=" + id.ClientID, "&msi-res-id=" + id.ResourceID} {
+		probe := w.send("GET", tokenPath+"https%3A%2F%2Fvault.azure.net"+selector)
+		if probe.status != 400 || probe.took > time.Second || strings.Contains(probe.raw, "Identity not found") || probe.token() != "" {
+			t.Errorf("the probe with %q got %d after %s: %s", selector, probe.status, probe.took, probe.raw)
+		}
+	}
+	s.mustHaveTokenOf(w.send("GET", tokenPath+"https%3A%2F%2Fvault.azure.net&client_id="+id.ClientID, "Metadata", "true").answer, id, vault)
+	// 400 would mean that IMDS has its second version, which gives certificates for all identities of a machine.
+	for _, headers := range [][]string{nil, {"Metadata", "true"}} {
+		for _, request := range [][2]string{{"GET", "getplatformmetadata"}, {"POST", "issuecredential"}, {"POST", "credential"}} {
+			r := w.send(request[0], "/metadata/identity/"+request[1]+"?cred-api-version=2.0&client_id="+id.ClientID, headers...)
+			if r.status != 404 || r.took > time.Second {
+				t.Errorf("%v with headers %v got %d after %s: %s", request, headers, r.status, r.took, r.raw)
+			}
+		}
+	}
+}
+
+func TestJavaClientsOnlyConnectToTellThatThereIsAnIMDS(t *testing.T) {
+	s, id := newSpace(t), newIdentity(t)
+	s.bind("app", "app", id)
+	s.pod("p", "app", "node1")
+	w := s.wire("p")
+	for range 10 {
+		start := time.Now()
+		must(t, w.dial())
+		if took := time.Since(start); took > time.Second {
+			t.Errorf("connecting took %s", took)
+		}
+	}
+	a := w.send("GET", tokenPath+"https%3A%2F%2Fvault.azure.net", "Metadata", "true").answer
+	s.mustHaveTokenOf(a, id, vault)
+	// Long.parseLong takes digits and nothing else.
+	if expires, err := strconv.ParseInt(a.body["expires_on"], 10, 64); err != nil || expires < time.Now().Unix() || strings.HasPrefix(a.body["expires_on"], "+") {
+		t.Errorf("expires_on is %q", a.body["expires_on"])
+	}
+}
+
+func TestTerraformClientsCountOnExpiresInAndTheTokenType(t *testing.T) {
+	s, id := newSpace(t), newIdentity(t)
+	s.bind("app", "app", id)
+	s.pod("p", "app", "node2")
+	w := s.wire("p")
+	a := w.send("GET", tokenPath+"https%3A%2F%2Fmanagement.azure.com%2F&client_id="+id.ClientID, "Metadata", "true").answer
+	s.mustHaveTokenOf(a, id, "https://management.azure.com/")
+	claims, err := cloud.Verify(a.token())
+	must(t, err)
+	left, err := strconv.Atoi(a.body["expires_in"])
+	if off := time.Until(claims.Expires.Time) - time.Duration(left)*time.Second; err != nil || off < -2*time.Second || off > 5*time.Second {
+		t.Errorf("expires_in is %q, the token expires in %s", a.body["expires_in"], time.Until(claims.Expires.Time))
+	}
+	if a.body["token_type"] != "Bearer" { // it goes into the header of requests as it is
+		t.Errorf("token_type is %q", a.body["token_type"])
+	}
+	// It tries again at these, after as long as it is told.
+	for i, c := range []struct {
+		switches map[string]string
+		status   int
+	}{
+		{map[string]string{"imds.status": "503"}, 503},
+		{map[string]string{"imds.drop": "true"}, 503},
+		{map[string]string{"imds.throttle": "-1", "imds.retry-after": "2"}, 429},
+	} {
+		fault(t, c.switches)
+		r := w.send("GET", tokenPath+fmt.Sprintf("https://r%d.example", i), "Metadata", "true")
+		after, err := strconv.Atoi(r.header.Get("Retry-After"))
+		if r.status != c.status || err != nil || after < 1 || after > 25 {
+			t.Errorf("%v: got %d with Retry-After %q: %s", c.switches, r.status, r.header.Get("Retry-After"), r.raw)
+		}
+	}
+	w.untilCalm()
+}
+
+// untilCalm ends the throttling, and waits until NMI has left IMDS alone for as long as that asked.
+func (w *wire) untilCalm() {
+	w.t.Helper()
+	fault(w.t, nil)
+	eventually(w.t, 20*time.Second, func() error {
+		if r := w.send("GET", tokenPath+"https://calm.example", "Metadata", "true"); r.status != 200 {
+			return fmt.Errorf("got %d %s", r.status, r.raw)
+		}
+		return nil
+	})
+}
+
+func TestPythonClientsProbeWithTheWholeRequestAndCompareTheResourceByteForByte(t *testing.T) {
+	s, id := newSpace(t), newIdentity(t)
+	s.bind("app", "app", id)
+	s.pod("p", "app", "node1")
+	w := s.wire("p")
+	for _, resource := range []string{"https://vault.azure.net", "https://vault.azure.net/", "https://Storage.azure.com//", "api://some-app", "2ff814a6-3304-4ab8-85cb-cd0e6f879c1d"} {
+		path := "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=" + resource
+		if probe := w.send("GET", path); probe.status != 400 || probe.took > 300*time.Millisecond || probe.token() != "" {
+			t.Errorf("the probe got %d after %s: %s", probe.status, probe.took, probe.raw)
+		}
+		a := w.send("GET", path, "Metadata", "true").answer
+		s.mustHaveTokenOf(a, id, resource)
+		for _, number := range []string{"expires_on", "expires_in", "not_before", "ext_expires_in"} {
+			if _, err := strconv.Atoi(a.body[number]); err != nil { // int()
+				t.Errorf("%s is %q", number, a.body[number])
+			}
+		}
+	}
+}
+
+func TestMSALPythonClientsReadEachErrorAsJSON(t *testing.T) {
+	s, id := newSpace(t), newIdentity(t)
+	s.bind("app", "app", id)
+	s.pod("p", "app", "node1")
+	s.pod("nothing", "nothing", "node1")
+	w, unbound := s.wire("p"), s.wire("nothing")
+	path := tokenPath + "https://vault.azure.net"
+	seen := map[int]bool{}
+	for _, r := range []response{
+		w.send("GET", path),
+		w.send("GET", path+"&client_id=00000000-0000-4000-8000-000000000000", "Metadata", "true"),
+		w.send("GET", "/metadata/identity/oauth2/token?api-version=2018-02-01", "Metadata", "true"),
+		w.send("GET", tokenPath+"https://unknown.invalid", "Metadata", "true"),
+		w.send("POST", path, "Metadata", "true"),
+		w.send("GET", "/metadata/identity/something?api-version=2018-02-01", "Metadata", "true"),
+		w.send("GET", "/metadata/attested/document?api-version=2020-09-01", "Metadata", "true"),
+		unbound.send("GET", path, "Metadata", "true"),
+		func() response {
+			fault(t, map[string]string{"imds.status": "500", "imds.error-body": "text"})
+			return w.send("GET", tokenPath+"https://r500.example", "Metadata", "true")
+		}(),
+		func() response {
+			fault(t, map[string]string{"imds.throttle": "-1", "imds.retry-after": "1"})
+			return w.send("GET", tokenPath+"https://r429.example", "Metadata", "true")
+		}(),
+	} {
+		seen[r.status] = true
+		if r.body["error"] == "" || r.body["error_description"] == "" || !strings.HasPrefix(r.header.Get("Content-Type"), "application/json") {
+			t.Errorf("%s with Content-Type %q: %s", r.phrase, r.header.Get("Content-Type"), r.raw)
+		}
+	}
+	for _, status := range []int{400, 403, 404, 405, 429, 503} {
+		if !seen[status] {
+			t.Errorf("no request got %d, only %v", status, seen)
+		}
+	}
+	w.untilCalm()
+}
+
+func TestClientsThatKeepTheLastOfTwoExpiriesKeepTheRightOne(t *testing.T) {
+	s, id := newSpace(t), newIdentity(t)
+	s.bind("app", "app", id)
+	s.pod("p", "app", "node1")
+	a := s.wire("p").send("GET", tokenPath+"https://vault.azure.net", "Metadata", "true").answer
+	s.mustHaveTokenOf(a, id, vault)
+	var keys []string
+	for _, match := range regexp.MustCompile(`"(\w+)":`).FindAllStringSubmatch(a.raw, -1) {
+		keys = append(keys, match[1])
+	}
+	want := []string{"access_token", "client_id", "expires_in", "expires_on", "ext_expires_in", "not_before", "resource", "token_type"}
+	if !slices.Equal(keys, want) {
+		t.Errorf("the answer has %v, want %v in this order", keys, want)
+	}
+}
+
+func TestTheAzureCLIClientTriesAGUIDAsClientIDThenAsObjectID(t *testing.T) {
+	s, id := newSpace(t), newIdentity(t)
+	s.bind("app", "app", id)
+	s.pod("p", "app", "node1")
+	w := s.wire("p")
+	first := w.send("GET", tokenPath+"https://management.core.windows.net/&client_id="+id.ObjectID, "Metadata", "true")
+	if first.phrase != "400 Bad Request" || first.body["error_description"] != "Identity not found" {
+		t.Errorf("the first try got %q: %s", first.phrase, first.raw)
+	}
+	second := w.send("GET", tokenPath+"https://management.core.windows.net/&object_id="+id.ObjectID, "Metadata", "true").answer
+	s.mustHaveTokenOf(second, id, "https://management.core.windows.net/")
+}

@@ -1,0 +1,198 @@
+package e2e
+
+import (
+	"encoding/base64"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/podidentity/podidentity/e2e/azure"
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+// marker begins every secret of the tests of bad input. Of 24 characters: the base64 form of what begins with it begins
+// with its own.
+const marker = "hush0hush1hush2hush3hush"
+
+// mistake is an identity that cannot work, and what whoever made it is told.
+type mistake struct {
+	name   string // of pod, label, AzureIdentity and Secret
+	spec   string
+	data   map[string][]byte // of the Secret; nil: there is none
+	status int
+	reason string
+	says   []string // in error_description or detail
+}
+
+func mistakes(t *testing.T, s *space) []mistake {
+	t.Helper()
+	good, other := newCertificate(t, rsaKey(t), nil), newCertificate(t, rsaKey(t), nil)
+	over := expiredCertificate(t, rsaKey(t))
+	app := newApp(t, func(a *azure.App) {
+		a.Secrets = []azure.AppSecret{{Value: marker + "-right"}, {Value: marker + "-old", Expires: time.Now().Add(-time.Hour)}}
+		a.Certificates = []string{string(good.cert)}
+	})
+	unknown, elsewhere := app, app
+	unknown.ClientID, elsewhere.TenantID = "a9900000-0000-4000-8000-ffffffffffff", "a0000000-0000-4000-8000-ffffffffffff"
+	right := map[string][]byte{"clientSecret": []byte(marker + "-right")}
+	secret := func(name string, further ...string) string { return bySecretSpec(1, app, name, further...) }
+	named := func(name string) string { return "Secret " + s.name + "/" + name }
+	identity := func(name string) string { return s.name + "/" + name }
+	all := []mistake{
+		{"wrong-secret", secret("wrong-secret"), map[string][]byte{"clientSecret": []byte(marker + "-wrong")}, 403, "upstream_refused",
+			[]string{"AADSTS7000215", "Correlation ID: ", named("wrong-secret")}},
+		{"old-secret", secret("old-secret"), map[string][]byte{"only": []byte(marker + "-old")}, 403, "upstream_refused", []string{"AADSTS7000222", named("old-secret")}},
+		{"unknown-app", bySecretSpec(1, unknown, "unknown-app"), right, 403, "upstream_refused", []string{"AADSTS700016", identity("unknown-app"), "clientID"}},
+		{"unknown-tenant", bySecretSpec(1, elsewhere, "unknown-tenant"), right, 403, "upstream_refused", []string{"AADSTS90002", identity("unknown-tenant"), "tenantID"}},
+		{"other-namespace", strings.Replace(secret("x"), "{name: x}", "{name: x, namespace: kube-system}", 1), nil, 403, "secret_not_allowed", []string{"kube-system/x", identity("other-namespace")}},
+		{"nobody-there", secret("nobody-there", `adEndpoint: "https://10.10.0.254:444/"`), right, 503, "upstream_unavailable", nil},
+		{"node-itself", secret("node-itself", `adEndpoint: "https://169.254.169.254/"`), right, 403, "upstream_refused", []string{"169.254.169.254", "adEndpoint"}},
+		{"node-loopback", secret("node-loopback", `adEndpoint: "https://localhost:2579/"`), right, 403, "upstream_refused", []string{"adEndpoint"}},
+	}
+	invalid := func(name, reason string, kind int, data map[string][]byte, further ...string) {
+		says := named(name)
+		if reason == "identity_invalid" {
+			says = identity(name)
+		}
+		all = append(all, mistake{name, bySecretSpec(kind, app, name, further...), data, 403, reason, []string{says}})
+	}
+	invalid("no-secret", "secret_missing", 1, nil)
+	invalid("empty", "secret_invalid", 1, map[string][]byte{})
+	invalid("two-keys", "secret_invalid", 1, map[string][]byte{"first": []byte(marker), "second": []byte(marker)})
+	invalid("empty-value", "secret_invalid", 1, map[string][]byte{"clientSecret": {}})
+	invalid("no-certificate", "secret_invalid", 2, map[string][]byte{"password": []byte(marker)})
+	invalid("garbage", "secret_invalid", 2, map[string][]byte{"certificate": []byte(marker + "\x00\xff")})
+	invalid("wrong-password", "secret_invalid", 2, map[string][]byte{"certificate": good.pfx(t, marker+"-right"), "password": []byte(marker + "-wrong")})
+	invalid("no-password", "secret_invalid", 2, map[string][]byte{"certificate": good.pfx(t, marker+"-right")})
+	invalid("no-key", "secret_invalid", 2, map[string][]byte{"certificate": good.cert})
+	invalid("no-key-pfx", "secret_invalid", 2, map[string][]byte{"certificate": good.pfx(t, marker, "-nokeys"), "password": []byte(marker)})
+	invalid("key-alone", "secret_invalid", 2, map[string][]byte{"certificate": good.key})
+	invalid("foreign-key", "secret_invalid", 2, map[string][]byte{"certificate": slices.Concat(good.cert, other.key)})
+	invalid("foreign-certificate", "upstream_refused", 2, map[string][]byte{"certificate": slices.Concat(other.cert, other.key)})
+	invalid("expired", "secret_invalid", 2, map[string][]byte{"certificate": slices.Concat(over.cert, over.key)})
+	invalid("tenant-common", "identity_invalid", 1, right, "tenantID: common")
+	invalid("tenant-path", "identity_invalid", 1, right, "tenantID: ../x")
+	invalid("auxiliary", "identity_invalid", 1, right, `auxiliaryTenantIDs: ["a b"]`)
+	invalid("plain-http", "identity_invalid", 1, right, `adEndpoint: "http://login.microsoftonline.com/"`)
+	invalid("endpoint-path", "identity_invalid", 1, right, `adEndpoint: "https://login.microsoftonline.com/common"`)
+	for i, m := range all {
+		if strings.Count(m.spec, "tenantID:") == 2 { // the later one is meant
+			all[i].spec = strings.Replace(m.spec, fmt.Sprintf("tenantID: %q, ", app.TenantID), "", 1)
+		}
+	}
+	return all
+}
+
+// Each mistake is told once and the same in the answer, the log and an event, and harms nobody else.
+func TestEachMistakeIsToldWhereItIsLookedForAndHarmsNobodyElse(t *testing.T) {
+	s := newSpace(t)
+	all := mistakes(t, s)
+	fine := newApp(t, withSecret(marker+"-fine"))
+	yaml := s.secretYAML("fine", map[string][]byte{"clientSecret": []byte(marker + "-fine")}) +
+		s.boundYAML("fine", "fine", bySecretSpec(1, fine, "fine")) + s.podYAML("fine", "fine", "node1", "pause")
+	for _, m := range all {
+		yaml += s.boundYAML(m.name, m.name, m.spec) + s.podYAML(m.name, m.name, "node1", "pause")
+		if m.data != nil {
+			yaml += s.secretYAML(m.name, m.data)
+		}
+	}
+	s.apply(yaml)
+	s.ready()
+	s.mustHaveTokenOf(s.ask("fine", vault), fine, vault)
+	running := restarts(t, "node1")
+	l := s.startLoad("fine", 1, vault)
+	answers := map[string]answer{}
+	for _, m := range all {
+		a := s.ask(m.name, vault)
+		answers[m.name] = a
+		if a.status != m.status || a.reason() != m.reason || a.token() != "" || a.body["error"] == "" || a.body["error_description"] == "" {
+			t.Errorf("%s: got %d %s; want %d and reason %s", m.name, a.status, a.raw, m.status, m.reason)
+		}
+		for _, want := range m.says {
+			if !strings.Contains(a.body["error_description"]+"\n"+a.body["detail"], want) {
+				t.Errorf("%s: %q is not in %s", m.name, want, a.raw)
+			}
+		}
+		if again := strings.Contains(a.headers, "Retry-After: "); again != (m.status == 503) {
+			t.Errorf("%s: the client is told %s", m.name, a.headers)
+		}
+	}
+	for range 3 {
+		s.ask("wrong-secret", vault) // the same event
+	}
+	s.mustBeRefused(s.ask("fine", "https://nothing.invalid"), 400, "upstream_refused")
+	l.end()
+	if good := l.statuses[200]; len(l.statuses) != 1 || good == 0 {
+		t.Errorf("another pod of the node felt it: %s", l)
+	}
+	if now := restarts(t, "node1"); now != running {
+		t.Errorf("NMI's restarts went from %s to %s", running, now)
+	}
+	s.mistakesAreInLogAndEvents(all)
+	s.nothingLeaks("node1", answers)
+}
+
+func (s *space) mistakesAreInLogAndEvents(all []mistake) {
+	s.t.Helper()
+	eventually(s.t, 30*time.Second, func() error {
+		logged := map[string][]logLine{}
+		for _, line := range s.lines("node1") {
+			if line.Pod != "fine" {
+				logged[line.Pod] = append(logged[line.Pod], line)
+			}
+		}
+		events := s.refusalEvents()
+		for _, m := range all {
+			if len(logged[m.name]) == 0 {
+				return fmt.Errorf("no line is about pod %s", m.name)
+			}
+			if line := logged[m.name][0]; line.Reason != m.reason || line.Status != m.status {
+				return fmt.Errorf("logged of pod %s: %s", m.name, line.raw)
+			}
+			if e := events[m.name]; len(e) == 0 {
+				// Not more than one a second is written; what does not fit is told with the next of its kind.
+				s.ask(m.name, vault)
+				return fmt.Errorf("no event is about pod %s", m.name)
+			} else if len(e) > 1 || !strings.Contains(e[0].Message, m.reason) {
+				return fmt.Errorf("events of pod %s: %+v", m.name, e)
+			}
+		}
+		return nil
+	})
+}
+
+// nothingLeaks looks for what Secrets held, in every form that a program would write it in.
+func (s *space) nothingLeaks(node string, answers map[string]answer) {
+	s.t.Helper()
+	places := map[string]string{}
+	for name, a := range answers {
+		places["the answer to "+name] = a.headers + a.raw
+	}
+	var err error
+	places["NMI's log"], err = world.Kubectl(s.t.Context(), "logs", "-n", cluster.ChartNamespace, nmiPod(s.t, node))
+	must(s.t, err)
+	places["the metrics"], err = world.InNode(s.t.Context(), node, "curl", "-sf", "--max-time", "5", "http://127.0.0.1:9090/metrics")
+	must(s.t, err)
+	places["the events"], err = world.Kubectl(s.t.Context(), "get", "events", "-A", "-o", "yaml")
+	must(s.t, err)
+	places["the identities"], err = world.Kubectl(s.t.Context(), "get", "azureidentities,azureidentitybindings,pods", "-n", s.name, "-o", "yaml")
+	must(s.t, err)
+	for place, text := range places {
+		for _, mark := range []string{marker, base64.StdEncoding.EncodeToString([]byte(marker)), "BEGIN", "eyJ"} {
+			if i := strings.Index(text, mark); i >= 0 {
+				s.t.Errorf("%s holds %q: …%s…", place, mark, text[max(0, i-200):min(len(text), i+100)])
+			}
+		}
+	}
+}
+
+// restarts tells NMI's pod of the node and how often its container was started again.
+func restarts(t *testing.T, node string) string {
+	t.Helper()
+	pod := nmiPod(t, node)
+	out, err := world.Kubectl(t.Context(), "get", "pod", pod, "-n", cluster.ChartNamespace, "-o", "jsonpath={.status.containerStatuses[*].restartCount}")
+	must(t, err)
+	return pod + " " + out
+}
