@@ -3,6 +3,7 @@ package nmi
 import (
 	"context"
 	"errors"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -62,6 +63,27 @@ func (n *node) podGone(uid string) {
 	n.cache.Release(uid)
 	n.tokens.principals.secrets.release(uid)
 	n.tokens.principals.assertions.release(uid)
+}
+
+// sweepEvery is how often is looked for pods that went while a request of theirs was under way, which noted them again.
+const sweepEvery = 5 * time.Minute
+
+// sweep forgets such pods until ctx ends. One that the watch has not heard of yet is noted again by its next request.
+func (n *node) sweep(ctx context.Context) {
+	ticker := time.NewTicker(sweepEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+		for _, uid := range append(n.tokens.principals.secrets.pods(), n.tokens.principals.assertions.pods()...) {
+			if _, alive := n.watch.pod(uid); !alive {
+				n.podGone(uid)
+			}
+		}
+	}
 }
 
 func (n *node) identityChanged(old identity.Identity) {

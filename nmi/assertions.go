@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -40,12 +42,14 @@ type assertions struct {
 	request func(ctx context.Context, namespace, serviceAccount string, r *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error)
 	pod     func(uid string) (*corev1.Pod, bool)
 
-	mu   sync.Mutex
-	held map[string]*assertion // by UID of the pod
+	mu      sync.Mutex
+	held    map[string]*assertion // by UID of the pod
+	vouched map[string]struct{}   // UIDs of pods that there was one for, and no word against since
 }
 
 // assertion is one pod's. Its fields but done are to be read once done is closed.
 type assertion struct {
+	account token.Ref
 	done    chan struct{}
 	token   string
 	expires time.Time // of the token, or of the error
@@ -53,22 +57,17 @@ type assertion struct {
 }
 
 func newAssertions(request func(context.Context, string, string, *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error), pod func(string) (*corev1.Pod, bool)) *assertions {
-	return &assertions{request: request, pod: pod, held: map[string]*assertion{}}
+	return &assertions{request: request, pod: pod, held: map[string]*assertion{}, vouched: map[string]struct{}{}}
 }
 
-// attest returns nil once the API server has vouched for the pod.
+// attest returns nil once the API server has vouched for the pod. Once is enough: the cache of pods tells when it has gone,
+// and a server that is away later has said nothing against it.
 func (a *assertions) attest(ctx context.Context, pod *corev1.Pod) error {
 	a.mu.Lock()
-	held := a.held[string(pod.UID)]
+	_, vouched := a.vouched[string(pod.UID)]
 	a.mu.Unlock()
-	if held != nil {
-		select {
-		case <-held.done:
-			if held.err == nil {
-				return nil // once is enough: the cache of pods tells when it has gone
-			}
-		default:
-		}
+	if vouched {
+		return nil
 	}
 	_, err := a.get(ctx, pod)
 	return err
@@ -76,6 +75,13 @@ func (a *assertions) attest(ctx context.Context, pod *corev1.Pod) error {
 
 // Assertion implements [token.Assertions].
 func (a *assertions) Assertion(ctx context.Context, uid string, serviceAccount token.Ref) (string, error) {
+	a.mu.Lock()
+	held := a.held[uid]
+	a.mu.Unlock()
+	if held != nil && held.account == serviceAccount && !held.over() {
+		// Also of a pod that the API server has told of and the watch has not yet.
+		return held.wait(ctx)
+	}
 	pod, ok := a.pod(uid)
 	if !ok {
 		return "", stale(fmt.Sprintf("The pod with UID %s is not on this node any more", uid), nil)
@@ -92,14 +98,18 @@ func (a *assertions) get(ctx context.Context, pod *corev1.Pod) (string, error) {
 	a.mu.Lock()
 	held := a.held[uid]
 	if held == nil || held.over() {
-		held = &assertion{done: make(chan struct{})}
+		held = &assertion{account: serviceAccountOf(pod), done: make(chan struct{})}
 		a.held[uid] = held
 		go a.ask(held, pod)
 	}
 	a.mu.Unlock()
+	return held.wait(ctx)
+}
+
+func (h *assertion) wait(ctx context.Context) (string, error) {
 	select {
-	case <-held.done:
-		return held.token, held.err
+	case <-h.done:
+		return h.token, h.err
 	case <-ctx.Done():
 		return "", ctx.Err()
 	}
@@ -120,17 +130,32 @@ func (a *assertions) ask(held *assertion, pod *corev1.Pod) {
 	ctx, cancel := context.WithTimeout(context.Background(), assertionTimeout)
 	defer cancel()
 	seconds := int64(assertionLife / time.Second)
-	account := serviceAccountOf(pod)
+	account := held.account
 	r, err := a.request(ctx, account.Namespace, account.Name, &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
 		Audiences:         []string{exchangeAudience},
 		ExpirationSeconds: &seconds,
 		BoundObjectRef:    &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: pod.Name, UID: types.UID(pod.UID)},
 	}})
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	if err != nil {
 		held.err, held.expires = assertionFailed(pod, err), time.Now().Add(refusedFor)
+		if !away(err) {
+			delete(a.vouched, string(pod.UID))
+		}
 		return
 	}
 	held.token, held.expires = r.Status.Token, r.Status.ExpirationTimestamp.Time
+	if a.held[string(pod.UID)] == held { // the pod has not gone meanwhile
+		a.vouched[string(pod.UID)] = struct{}{}
+	}
+}
+
+// pods returns the UIDs of the pods that assertions are held for.
+func (a *assertions) pods() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Collect(maps.Keys(a.held))
 }
 
 // release forgets a pod that is gone.
@@ -138,6 +163,7 @@ func (a *assertions) release(uid string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	delete(a.held, uid)
+	delete(a.vouched, uid)
 }
 
 func serviceAccountOf(pod *corev1.Pod) token.Ref {

@@ -50,8 +50,19 @@ func TestTheAPIServerVouchesForEachPodOnce(t *testing.T) {
 		if _, err := a.Assertion(t.Context(), "uid-1", account); err != nil || len(c.requests) != 2 {
 			t.Errorf("%v, %d requests", err, len(c.requests))
 		}
+		// A server that is away takes nothing back; one that says no does.
+		time.Sleep(assertionLife)
+		c.refuses = errors.New("connection refused")
+		if _, err := a.Assertion(t.Context(), "uid-1", account); err == nil || a.attest(t.Context(), p) != nil {
+			t.Errorf("while it is away: %v", err)
+		}
+		time.Sleep(refusedFor + time.Millisecond)
+		c.refuses = apierrors.NewNotFound(schema.GroupResource{Resource: "pods"}, "app")
+		if _, err := a.Assertion(t.Context(), "uid-1", account); err == nil || a.attest(t.Context(), p) == nil {
+			t.Errorf("once it has said no: %v", err)
+		}
 		a.release("uid-1")
-		if len(a.held) != 0 {
+		if len(a.held) != 0 || len(a.vouched) != 0 {
 			t.Error("a pod that is gone is kept")
 		}
 	})
@@ -93,6 +104,18 @@ func TestAPodThatTheAPIServerDoesNotVouchForGetsNothing(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// The API server has told of it by a list; the watch is a moment behind.
+func TestAPodThatTheWatchDoesNotHaveYetIsExchangedAllTheSame(t *testing.T) {
+	c := newFakeCluster(t)
+	a := c.newAssertions()
+	if err := a.attest(t.Context(), pod("app", "uid-1", "10.0.0.1")); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := a.Assertion(t.Context(), "uid-1", token.Ref{Namespace: "ns", Name: "default"}); err != nil || got != "assertion-of-ns/default" || len(c.requests) != 1 {
+		t.Errorf("got %q, %v with %d requests", got, err, len(c.requests))
 	}
 }
 

@@ -143,6 +143,7 @@ func (n *node) run(ctx, watching context.Context) error {
 	n.logs.Main.Info("metadata requests of pods are captured", zap.Stringer(keyBackend, n.capture.Backend()), zap.String(keyNode, n.cfg.Node))
 	go n.keepRules(ctx)
 	go n.load(watching)
+	go n.sweep(watching)
 	hostTokens := make(chan struct{}) // closed once they are not served any more
 	go func() {
 		defer close(hostTokens)

@@ -95,15 +95,8 @@ func (s *secrets) watch(ref token.Ref, pod string) (*watchedSecret, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	held := s.holders[pod]
-	if _, has := held[ref]; !has {
-		if len(held) >= podSecrets {
-			return nil, token.ErrPodThrottled
-		}
-		if held == nil {
-			held = map[token.Ref]struct{}{}
-			s.holders[pod] = held
-		}
-		held[ref] = struct{}{}
+	if _, has := held[ref]; !has && len(held) >= podSecrets {
+		return nil, token.ErrPodThrottled
 	}
 	w := s.watched[ref]
 	if w == nil || w.over() {
@@ -117,6 +110,11 @@ func (s *secrets) watch(ref token.Ref, pod string) (*watchedSecret, error) {
 		w = next
 		s.watched[ref] = w
 	}
+	if held == nil {
+		held = map[token.Ref]struct{}{}
+		s.holders[pod] = held
+	}
+	held[ref] = struct{}{}
 	w.users[pod] = struct{}{}
 	return w, nil
 }
@@ -171,6 +169,13 @@ func (s *secrets) breakOff(w *watchedSecret, err error) {
 		close(w.broken)
 		w.stop()
 	}
+}
+
+// pods returns the UIDs of the pods that Secrets are watched for.
+func (s *secrets) pods() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Keys(s.holders))
 }
 
 // release forgets a pod that is gone, and stops watching what only it used.

@@ -58,7 +58,7 @@ type exchange struct {
 }
 
 // Exchanges are used again: they are the largest thing that a cached token costs.
-var exchanges = sync.Pool{New: func() any { return &exchange{fields: make([]zap.Field, 0, 16)} }}
+var exchanges = sync.Pool{New: func() any { return &exchange{fields: make([]zap.Field, 0, 20)} }}
 
 // WriteHeader remembers the status.
 func (x *exchange) WriteHeader(status int) {
