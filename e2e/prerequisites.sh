@@ -14,6 +14,7 @@ need curl curl
 need ping iputils-ping
 need sysctl procps
 need dpkg-deb dpkg
+need openssl openssl
 need node nodejs
 need npm npm
 [ -n "$missing" ] || exit 0

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	lru "github.com/hashicorp/golang-lru/v2"
 	"golang.org/x/sys/unix"
 
 	"github.com/podidentity/podidentity/identity"
@@ -43,6 +44,10 @@ func (n *node) prepareTokens(ctx context.Context) error {
 	if n.cache, err = token.NewCache(n.sources, token.DefaultSize, allowed, n.metrics); err != nil {
 		return err
 	}
+	objectIDs, err := lru.New[token.Principal, string](objectIDsKept)
+	if err != nil {
+		return err
+	}
 	n.tokens = &tokens{
 		pods:       newPodFinder(n.watch, n.cfg.PodLookup),
 		facts:      n.watch.facts,
@@ -51,6 +56,7 @@ func (n *node) prepareTokens(ctx context.Context) error {
 		stale:      n.watch.connection.stale,
 		rules:      identity.Rules{Mode: identity.Managed, ForceNamespaced: true, AllowCrossNamespaceSecrets: n.cfg.AllowCrossNamespaceSecrets},
 		principals: proofs,
+		objectIDs:  objectIDs,
 		cache:      n.cache,
 		metrics:    n.metrics,
 	}

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
@@ -33,10 +34,12 @@ const (
 
 // azure is a source of tokens that knows some identities and fails as told.
 type azure struct {
-	mu     sync.Mutex
-	asked  []token.Key
-	fails  error
-	during func() // what happens while it is asked
+	mu    sync.Mutex
+	asked []token.Key
+	fails error
+	// failsFor is the client ID that there is no token for.
+	failsFor string
+	during   func() // what happens while it is asked
 }
 
 func (a *azure) Fetch(_ context.Context, call token.Call) (token.Token, error) {
@@ -48,6 +51,9 @@ func (a *azure) Fetch(_ context.Context, call token.Call) (token.Token, error) {
 	}
 	if a.fails != nil {
 		return token.Token{}, a.fails
+	}
+	if call.ClientID == a.failsFor && a.failsFor != "" {
+		return token.Token{}, &token.Error{Class: token.Unavailable}
 	}
 	now := time.Now()
 	return token.Token{AccessToken: "token-of-" + call.ClientID, Fetched: now, NotBefore: now, ExpiresOn: now.Add(time.Hour), ClientID: call.ClientID, ObjectID: "object-of-" + call.ClientID,
@@ -98,6 +104,10 @@ func newBench(t *testing.T) *bench {
 		t.Fatal(err)
 	}
 	t.Cleanup(c.Close)
+	objectIDs, err := lru.New[token.Principal, string](objectIDsKept)
+	if err != nil {
+		t.Fatal(err)
+	}
 	b.server = &server{
 		metrics: m, logs: Loggers{Main: zap.New(core), Audit: zap.NewNop()}, tenantID: "the-tenant",
 		upstream: metadata.NewUpstream(netip.MustParseAddrPort("127.0.0.1:1")),
@@ -108,7 +118,7 @@ func newBench(t *testing.T) *bench {
 			stale:  func() string { return b.staleWatch },
 			latest: func(p *corev1.Pod) *corev1.Pod { return p },
 			rules:  identity.Rules{Mode: identity.Managed}, cache: c, metrics: m,
-			principals: b.principals(t),
+			principals: b.principals(t), objectIDs: objectIDs,
 		},
 	}
 	return b
@@ -243,6 +253,23 @@ func TestFailuresOfTheSourceBecomeWhatClientsUnderstand(t *testing.T) {
 				t.Errorf("by object id: %d %v", objStatus, body)
 			}
 		})
+	}
+}
+
+// The object ID is the same whatever the resource, and one identity's failure is none of the other's.
+func TestAnObjectIDIsLearntOnceAndNotFromWhoCannotTell(t *testing.T) {
+	b := newBench(t)
+	if status, _ := b.ask("10.0.0.2", getPath+"&object_id=object-of-"+clientY); status != 200 {
+		t.Fatal(status)
+	}
+	asked := len(b.azure.asked)
+	b.azure.failsFor = clientX
+	other := strings.Replace(getPath, "vault", "storage", 1)
+	if status, body := b.ask("10.0.0.2", other+"&object_id=object-of-"+clientY); status != 200 || body["access_token"] != "token-of-"+clientY {
+		t.Errorf("got %d %v", status, body)
+	}
+	if now := len(b.azure.asked); now != asked+1 {
+		t.Errorf("%d tokens were fetched for one", now-asked)
 	}
 }
 

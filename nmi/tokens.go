@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
+	lru "github.com/hashicorp/golang-lru/v2"
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/podidentity/podidentity/identity"
@@ -24,9 +26,13 @@ type tokens struct {
 	stale      func() string                              // names a watch that hears nothing at the moment, or ""
 	rules      identity.Rules
 	principals *principals
+	objectIDs  *lru.Cache[token.Principal, string] // as tokens have told them, by outline
 	cache      *token.Cache
 	metrics    *metrics
 }
+
+// objectIDsKept bounds what is remembered of object IDs; a node needs as many as identities whose pods ask by them.
+const objectIDsKept = 1024
 
 // caller is who asked and what was found out about it, for the log.
 type caller struct {
@@ -182,23 +188,48 @@ func (t *tokens) decide(ctx context.Context, pod *corev1.Pod, req metadata.Reque
 	if req.Selector.ObjectID == "" || decision.Reason != identity.IdentityNotBound {
 		return decision, nil
 	}
-	bound, _ := identity.Bound(t.rules, subject, facts)
-	var failed error
-	for i := range facts.Identities {
-		id := &facts.Identities[i]
-		if !slices.ContainsFunc(bound, func(b identity.Identity) bool { return b.Key() == id.Key() }) || identity.Usable(t.rules, *id) != nil {
-			continue
-		}
-		if id.ObjectID, err = t.objectID(ctx, pod, *id, req.Resource); err != nil {
-			failed = err
-		}
-	}
+	failed := t.learnObjectIDs(ctx, pod, req, facts)
 	decision = identity.Decide(t.rules, subject, req.Selector, facts)
 	if decision.Outcome != identity.Granted && failed != nil {
 		// It may be the one whose token could not be had; "not found" would be final.
 		return decision, sourceFailed(decision, failed)
 	}
 	return decision, nil
+}
+
+// learnObjectIDs fills in the object IDs of the identities that are bound to the pod, until the one that is asked for is
+// among them. What earlier tokens told is looked at first, so that an identity whose tokens cannot be had at the moment
+// does not stand in the way of the others.
+func (t *tokens) learnObjectIDs(ctx context.Context, pod *corev1.Pod, req metadata.Request, facts identity.Facts) (failed error) {
+	bound, _ := identity.Bound(t.rules, subjectOf(pod), facts)
+	var unknown, known []*identity.Identity
+	for i := range facts.Identities {
+		id := &facts.Identities[i]
+		if !slices.ContainsFunc(bound, func(b identity.Identity) bool { return b.Key() == id.Key() }) || identity.Usable(t.rules, *id) != nil {
+			continue
+		}
+		objectID, ok := t.objectIDs.Get(t.principals.outline(*id)[0])
+		if !ok {
+			unknown = append(unknown, id)
+			continue
+		}
+		if id.ObjectID = objectID; strings.EqualFold(objectID, req.Selector.ObjectID) {
+			return nil
+		}
+		known = append(known, id) // an application that was made anew has another
+	}
+	for _, id := range append(unknown, known...) {
+		objectID, err := t.objectID(ctx, pod, *id, req.Resource)
+		if err != nil {
+			failed = err
+			continue
+		}
+		t.objectIDs.Add(t.principals.outline(*id)[0], objectID)
+		if id.ObjectID = objectID; strings.EqualFold(objectID, req.Selector.ObjectID) {
+			return nil
+		}
+	}
+	return failed
 }
 
 // objectID reads the object ID of an identity that is bound to the pod off a token of it.
