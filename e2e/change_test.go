@@ -351,35 +351,3 @@ func TestAChangeDuringAFetchIsInForceForItsAnswer(t *testing.T) {
 		})
 	}
 }
-
-func TestPodsOfEachTypeKeepGettingTokensWhileTheAPIServerIsAway(t *testing.T) {
-	s := newSpace(t)
-	bySecret, federated := newApp(t, withSecret("hush")), newApp(t, func(*azure.App) {})
-	trust(t, federated, s.name, "default")
-	s.apply(s.secretYAML("app", map[string][]byte{"clientSecret": []byte("hush")}) + s.boundYAML("secret", "secret", bySecretSpec(1, bySecret, "app")) +
-		s.boundYAML("federated", "federated", federatedSpec(federated)) + s.podYAML("secret", "secret", "node1", "pause") + s.podYAML("federated", "federated", "node1", "pause") + s.podYAML("unbound", "none", "node1", "pause"))
-	s.ready()
-	unbound, clients := s.client("unbound", true), map[string]*http.Client{}
-	for pod, id := range map[string]azure.Identity{"secret": bySecret, "federated": federated} {
-		clients[pod] = s.client(pod, true)
-		s.mustHaveTokenOf(s.ask(pod, vault), id, vault)
-	}
-	must(t, world.StopAPIServer(t.Context()))
-	for pod, client := range clients {
-		for i := range 3 { // the second and third are of resources that nobody asked for yet
-			if status, body := get(t.Context(), client, askVault+strings.Repeat("/", i)); status != 200 {
-				t.Errorf("%s: %d %s", pod, status, body)
-			}
-		}
-	}
-	must(t, world.StartAPIServer(t.Context()))
-	// The watch of a Secret that nobody needs any more is not missed.
-	_, err := world.Kubectl(t.Context(), "delete", "pod", "secret", "-n", s.name, "--force", "--grace-period=0", "--wait=false")
-	must(t, err)
-	eventually(t, 30*time.Second, func() error {
-		if status, body := get(t.Context(), unbound, askVault); status != 400 || !strings.Contains(body, "no_matching_binding") {
-			return fmt.Errorf("a refusal is not final again: %d %s", status, body)
-		}
-		return nil
-	})
-}

@@ -81,55 +81,6 @@ func TestRulesThatSomebodyRemovesAreRepairedAndNothingGetsThrough(t *testing.T) 
 	nothingFromPods(t)
 }
 
-func TestKnownPodsKeepGettingTokensWhileTheAPIServerIsAway(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
-	s.bind("app", "app", id)
-	s.pod("p", "app", "node1")
-	s.mustHaveTokenOf(s.ask("p", vault), id, vault)
-	l := s.startLoad("p", 1, vault)
-	l.good(t, 10, 20*time.Second)
-	must(t, world.StopAPIServer(t.Context()))
-	stopped := time.Now()
-	inTime := true
-	for inTime {
-		l.good(t, 1, 5*time.Second)
-		inTime = time.Since(stopped) < time.Minute
-	}
-	away := time.Since(stopped)
-	must(t, world.StartAPIServer(t.Context()))
-	l.end()
-	t.Logf("the API server was away for %.0f s: %s", away.Seconds(), l)
-	if good := l.statuses[200]; len(l.statuses) != 1 || good == 0 {
-		t.Errorf("not all requests brought a token: %s", l)
-	}
-	// What was missed meanwhile is made up for, and within seconds: nobody is refused for good because NMI does not know
-	// yet what the API server does.
-	other := newIdentity(t)
-	s.bind("other", "other", other)
-	_, err := world.Kubectl(t.Context(), "label", "pod", "p", "-n", s.name, "--overwrite", "aadpodidbinding=other")
-	must(t, err)
-	back := time.Now()
-	eventually(t, 20*time.Second, func() error {
-		a := s.ask("p", vault)
-		if a.status == 200 && a.body["client_id"] == other.ClientID {
-			return nil
-		}
-		if a.status != 200 && a.status != 503 {
-			t.Errorf("meanwhile it is refused with %d %s", a.status, a.raw)
-		}
-		return fmt.Errorf("got %d %s", a.status, a.raw)
-	})
-	t.Logf("changes are in force again %.1f s after the API server was", time.Since(back).Seconds())
-	for _, node := range world.Nodes() {
-		eventually(t, 20*time.Second, func() error {
-			if n := metric(t, node, "podidentity_nmi_stale_watches"); n != 0 {
-				return fmt.Errorf("%v watches of NMI on %s hear nothing", n, node)
-			}
-			return nil
-		})
-	}
-}
-
 func TestWhileIMDSThrottlesPodsAreServedFromTheCache(t *testing.T) {
 	s, id := newSpace(t), newIdentity(t)
 	s.bind("app", "app", id)
