@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"go.uber.org/zap"
-	corev1 "k8s.io/api/core/v1"
 
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/metadata"
@@ -49,8 +48,7 @@ func (s hostTokens) answer(x *exchange, r *http.Request) {
 
 // forHost is the way of a request that names its pod.
 func (t *tokens) forHost(ctx context.Context, who *caller, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
-	name := req.PodNamespace + "/" + req.PodName
-	pod, refusal := t.findPod(ctx, "name "+name, func(ctx context.Context) (*corev1.Pod, error) { return t.pods.named(ctx, name) })
+	pod, refusal := t.findPod(ctx, lookup{name: req.PodNamespace + "/" + req.PodName})
 	if refusal != nil {
 		return nil, refusal
 	}

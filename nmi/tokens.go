@@ -46,21 +46,40 @@ type caller struct {
 
 // get goes the way of a request: pod, decision, token. It fills in the caller as far as it comes.
 func (t *tokens) get(ctx context.Context, who *caller, source netip.Addr, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
-	pod, refusal := t.findPod(ctx, fmt.Sprintf("address %s", source), func(ctx context.Context) (*corev1.Pod, error) { return t.pods.find(ctx, source) })
+	pod, refusal := t.findPod(ctx, lookup{address: source})
 	if refusal != nil {
 		return nil, refusal
 	}
 	return t.forPod(ctx, who, pod, req)
 }
 
+// lookup is what a pod is known by: its address, or its name (namespace/name).
+type lookup struct {
+	address netip.Addr
+	name    string
+}
+
+func (l lookup) String() string {
+	if l.name != "" {
+		return "name " + l.name
+	}
+	return "address " + l.address.String()
+}
+
 // findPod names the pod that is asked for, within the time that lookups have.
-func (t *tokens) findPod(ctx context.Context, by string, find func(context.Context) (*corev1.Pod, error)) (*corev1.Pod, *metadata.Error) {
+func (t *tokens) findPod(ctx context.Context, by lookup) (*corev1.Pod, *metadata.Error) {
 	start := time.Now()
 	defer func() { t.metrics.lookups.Observe(time.Since(start).Seconds()) }()
 	if err := t.ready(ctx, t.pods.timeout); err != nil {
 		return nil, metadata.Unavailable(identity.NotReady, "NMI has not loaded the cluster's objects yet: "+err.Error(), 2*time.Second)
 	}
-	pod, err := find(ctx)
+	var pod *corev1.Pod
+	var err error
+	if by.name != "" {
+		pod, err = t.pods.named(ctx, by.name)
+	} else {
+		pod, err = t.pods.find(ctx, by.address)
+	}
 	switch {
 	case err == nil:
 		return pod, nil
