@@ -1,0 +1,142 @@
+package token
+
+import (
+	"fmt"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/podidentity/podidentity/identity"
+)
+
+// Entra ID is away for ten minutes, at a time when tokens come up for renewal.
+func TestAnOutageOfTenMinutesIsNotNoticedAndEndsWithoutAStampede(t *testing.T) {
+	const keys = 300
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{lasts: time.Hour, takes: 50 * time.Millisecond}
+		c, err := NewCache(s, 2*keys, func(string, Principal) bool { return true }, nobody{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		askAll := func() {
+			t.Helper()
+			for i := range keys {
+				if _, origin := mustGet(t, c, Request{Key: key(fmt.Sprint(i)), Pod: fmt.Sprint("p", i)}); origin != Hit {
+					t.Fatalf("key %d: %s", i, origin)
+				}
+			}
+		}
+		var all sync.WaitGroup
+		for i := range keys {
+			all.Go(func() { mustGet(t, c, Request{Key: key(fmt.Sprint(i)), Pod: fmt.Sprint("p", i)}) })
+		}
+		all.Wait()
+		// All were fetched together, so all come up for renewal between 21 and 28.5 minutes of age.
+		time.Sleep(20 * time.Minute)
+		s.set(func(s *source) { s.fails = &Error{Class: Unavailable, Status: 503} })
+		before := s.count()
+		for range 20 {
+			askAll()
+			time.Sleep(30 * time.Second)
+		}
+		synctest.Wait()
+		if n := s.count() - before; n < keys || n > 6*keys {
+			t.Errorf("%d fetches for %d keys during the outage", n, keys)
+		}
+		s.set(func(s *source) { s.fails = nil })
+		back := s.count()
+		most, last := 0, back
+		for range 600 {
+			time.Sleep(time.Second)
+			synctest.Wait()
+			most, last = max(most, s.count()-last), s.count()
+		}
+		if n := s.count() - back; n != keys {
+			t.Errorf("%d fetches for %d keys after the outage: one each is enough", n, keys)
+		}
+		if most > keys/10 {
+			t.Errorf("%d keys were renewed within one second", most)
+		}
+		askAll()
+	})
+}
+
+func TestAPodThatLostItsBindingIsNotAReasonToRenew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{lasts: time.Hour}
+		var bound sync.Map
+		bound.Store("p1", true)
+		bound.Store("p2", true)
+		c, _ := NewCache(s, 10, func(pod string, p Principal) bool {
+			_, is := bound.Load(pod)
+			return is && p.ClientID == "a"
+		}, nobody{})
+		defer c.Close()
+		mustGet(t, c, Request{Key: key("a"), Pod: "p1"})
+		mustGet(t, c, Request{Key: key("a"), Pod: "p2"})
+		bound.Delete("p1")
+		time.Sleep(10 * time.Hour)
+		synctest.Wait()
+		before := s.count()
+		if before < 10 || len(c.holders) != 1 {
+			t.Errorf("%d fetches for the other pod, %d pods kept", before, len(c.holders))
+		}
+		bound.Delete("p2")
+		time.Sleep(10 * time.Hour)
+		synctest.Wait()
+		if s.count() > before || len(c.holders) != 0 {
+			t.Errorf("%d fetches for nobody, %d pods kept", s.count()-before, len(c.holders))
+		}
+	})
+}
+
+func TestWhatIsDroppedIsNotGivenOutAnyMore(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *source, c *Cache) {
+		second := ManagedKey("a", "", "", "https://other")
+		for _, k := range []Key{key("a"), second, key("b")} {
+			mustGet(t, c, Request{Key: k, Pod: "p"})
+		}
+		c.Drop(func(p Principal) bool { return p == key("a").Principal })
+		for k, want := range map[Key]Origin{key("a"): Fetched, second: Fetched, key("b"): Hit} {
+			if _, origin := mustGet(t, c, Request{Key: k, Pod: "p"}); origin != want {
+				t.Errorf("%s for %s: %s", k.ClientID, k.Resource, origin)
+			}
+		}
+	})
+}
+
+func TestAFetchUnderWayWhileItsPrincipalIsDroppedIsNotKept(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *source, c *Cache) {
+		s.takes = time.Second
+		old := make(chan Token)
+		go func() {
+			token, _, _ := c.Get(t.Context(), Request{Key: key("a"), Pod: "p"})
+			old <- token
+		}()
+		synctest.Wait()
+		c.Drop(func(Principal) bool { return true })
+		now, origin := mustGet(t, c, Request{Key: key("a"), Pod: "p"})
+		if before := <-old; origin != Fetched || before == now {
+			t.Errorf("%s: %q and %q", origin, before.AccessToken, now.AccessToken)
+		}
+		if again, origin := mustGet(t, c, Request{Key: key("a"), Pod: "p"}); origin != Hit || again != now {
+			t.Errorf("%s: %q", origin, again.AccessToken)
+		}
+	})
+}
+
+// The next who asks does so by way of another pod.
+func TestAFailureThatIsAboutOnePodIsNotKeptForTheOthers(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *source, c *Cache) {
+		s.fails = &Error{Class: Unavailable, Reason: identity.PodStale}
+		if _, _, err := c.Get(t.Context(), Request{Key: key("a"), Pod: "gone"}); err == nil {
+			t.Fatal("no error")
+		}
+		s.set(func(s *source) { s.fails = nil })
+		if _, origin := mustGet(t, c, Request{Key: key("a"), Pod: "p"}); origin != Fetched {
+			t.Errorf("got %s", origin)
+		}
+	})
+}
