@@ -135,7 +135,11 @@ type transporter struct{ client *http.Client }
 
 func (t transporter) Do(r *http.Request) (*http.Response, error) {
 	seen, _ := r.Context().Value(answerKey{}).(*answer)
-	resp, err := t.client.Do(r)
+	sent, err := withOwnBody(r)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := t.client.Do(sent)
 	if err != nil {
 		if seen != nil {
 			*seen = answer{err: err}
@@ -155,6 +159,22 @@ func (t transporter) Do(r *http.Request) (*http.Response, error) {
 	}
 	resp.Body = io.NopCloser(bytes.NewReader(body))
 	return resp, nil
+}
+
+// withOwnBody returns the request with a body of its own. After an answer that came early net/http may still be reading
+// the body, while the library already rewinds it for the next attempt.
+func withOwnBody(r *http.Request) (*http.Request, error) {
+	if r.Body == nil || r.Body == http.NoBody {
+		return r, nil
+	}
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		return nil, err
+	}
+	own := r.WithContext(r.Context())
+	own.Body, own.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+	own.GetBody = nil
+	return own, nil
 }
 
 type answerKey struct{}
