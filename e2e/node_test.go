@@ -211,7 +211,7 @@ func TestWhatCannotWorkIsRefusedWithOneSentenceAndNothingChanged(t *testing.T) {
 		{"probe port in use", []string{nmi, "--node=node1", account, "--prometheus-port=9191"}, "--http-probe-port"},
 		{"port in use", []string{nmi, "--node=node1", account, "--http-probe-port=8185", "--prometheus-port=9191"}, "--nmi-port"},
 		{"no such back end", []string{nmi, "--node=node1", "--iptables-backend=ebtables"}, "--iptables-backend"},
-		{"standard mode", []string{nmi, "--node=node1", "--operation-mode=standard"}, "MIC"},
+		{"unknown mode", []string{nmi, "--node=node1", "--operation-mode=both"}, "--operation-mode"},
 	}
 	was, err := stateOf(t.Context(), "node1")
 	must(t, err)

@@ -53,7 +53,9 @@ type Rules struct {
 // Pod is the caller.
 type Pod struct {
 	Namespace, Name string
-	Labels          map[string]string
+	// UID tells the pod from others that have had its name. Only assignments are compared with it.
+	UID    string
+	Labels map[string]string
 }
 
 // Selector is what the caller asked for. At most one field is set; the parser of the request sees to that.
@@ -134,23 +136,6 @@ type Exception struct {
 	PodLabels       map[string]string
 }
 
-// State is how far the assignment of an identity to the pod's machine has come.
-type State string
-
-const (
-	StateLegacy     State = "" // written before states existed; usable
-	StateCreated    State = "Created"
-	StateAssigned   State = "Assigned"
-	StateUnassigned State = "Unassigned"
-)
-
-// Assignment is an AzureAssignedIdentity, as far as it matters here.
-type Assignment struct {
-	IdentityNamespace, IdentityName string
-	PodNamespace, PodName           string
-	State                           State
-}
-
 // Facts are the objects around the pod. A caller may pass more than concerns the pod: what does not match is ignored.
 type Facts struct {
 	Exceptions  []Exception
@@ -196,7 +181,9 @@ func Decide(rules Rules, pod Pod, want Selector, facts Facts) Decision {
 		return *refusal
 	}
 	if rules.Mode == Standard {
-		return assigned(pod, chosen, facts.Assignments)
+		if pending := Assigned(pod, chosen, facts.Assignments); pending != nil {
+			return *pending
+		}
 	}
 	return Decision{Outcome: Granted, Reason: Allowed, Identity: chosen}
 }
@@ -329,8 +316,13 @@ func (s Selector) matches(i Identity) bool {
 	case s.ObjectID != "":
 		return strings.EqualFold(s.ObjectID, i.ObjectID)
 	default:
-		return strings.EqualFold(strings.TrimSuffix(s.ResourceID, "/"), strings.TrimSuffix(i.ResourceID, "/"))
+		return sameResource(s.ResourceID, i.ResourceID)
 	}
+}
+
+// sameResource compares resource IDs as Azure does.
+func sameResource(a, b string) bool {
+	return strings.EqualFold(strings.TrimSuffix(a, "/"), strings.TrimSuffix(b, "/"))
 }
 
 func names(ids []Identity) string {
@@ -339,19 +331,4 @@ func names(ids []Identity) string {
 		keys[i] = id.Key()
 	}
 	return strings.Join(keys, ", ")
-}
-
-// assigned looks the chosen identity up among the pod's assignments.
-func assigned(pod Pod, chosen *Identity, assignments []Assignment) Decision {
-	for _, a := range assignments {
-		if a.PodNamespace != pod.Namespace || a.PodName != pod.Name ||
-			a.IdentityNamespace != chosen.Namespace || a.IdentityName != chosen.Name {
-			continue
-		}
-		if a.State == StateAssigned || a.State == StateLegacy {
-			return Decision{Outcome: Granted, Reason: Allowed, Identity: chosen}
-		}
-	}
-	return Decision{Outcome: Pending, Reason: AssignmentPending, Identity: chosen,
-		Detail: fmt.Sprintf("AzureIdentity %s is not assigned to the machine of pod %s/%s yet", chosen.Key(), pod.Namespace, pod.Name)}
 }

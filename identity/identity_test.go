@@ -4,6 +4,10 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"unicode/utf8"
+
+	"github.com/google/go-cmp/cmp"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
@@ -26,8 +30,12 @@ func bind(ns, identity, selector string) Binding {
 	return Binding{Namespace: ns, Name: identity + "-binding", AzureIdentity: identity, Selector: selector}
 }
 
+func assignmentOf(ns, identity string) Assignment {
+	return Assignment{IdentityNamespace: ns, IdentityName: identity, ResourceID: resource(identity), PodNamespace: "a", PodName: "p", PodUID: "uid-of-p", State: StateAssigned}
+}
+
 func labelled(ns, name, label string) Pod {
-	return Pod{Namespace: ns, Name: name, Labels: map[string]string{v1.BindingLabel: label}}
+	return Pod{Namespace: ns, Name: name, UID: "uid-of-" + name, Labels: map[string]string{v1.BindingLabel: label}}
 }
 
 func TestTheDecision(t *testing.T) {
@@ -50,17 +58,26 @@ func TestTheDecision(t *testing.T) {
 		Bindings:   []Binding{bind("a", "x", "app"), bind("a", "sp", "app")},
 		Identities: []Identity{id("a", "x", clientA), {Namespace: "a", Name: "sp", Kind: ServicePrincipalSecret, ClientID: clientA, TenantID: "t"}},
 	}
-	assignment := func(state State) Facts {
+	assigned := func(changes ...func(*Assignment)) Facts {
 		f := one
-		f.Assignments = []Assignment{{IdentityNamespace: "a", IdentityName: "x", PodNamespace: "a", PodName: "p", State: state}}
+		for _, change := range changes {
+			a := assignmentOf("a", "x")
+			change(&a)
+			f.Assignments = append(f.Assignments, a)
+		}
 		return f
 	}
-	otherPods := one
-	otherPods.Assignments = []Assignment{
-		{IdentityNamespace: "a", IdentityName: "x", PodNamespace: "b", PodName: "p", State: StateAssigned},
-		{IdentityNamespace: "a", IdentityName: "x", PodNamespace: "a", PodName: "p-2", State: StateAssigned},
-		{IdentityNamespace: "a", IdentityName: "y", PodNamespace: "a", PodName: "p", State: StateAssigned},
+	state := func(s State) func(*Assignment) { return func(a *Assignment) { a.State = s } }
+	unowned := func(s State) func(*Assignment) { return func(a *Assignment) { a.State, a.PodUID = s, "" } }
+	failed := func(why string) func(*Assignment) {
+		return func(a *Assignment) { a.State, a.Message = StateCreated, why }
 	}
+	principal := Facts{Bindings: one.Bindings, Identities: []Identity{{Namespace: "a", Name: "x", Kind: Federated, ClientID: clientA, TenantID: "t"}}}
+	principalAssigned := principal
+	principalAssigned.Assignments = []Assignment{assignmentOf("a", "x")}
+	principalAssigned.Assignments[0].Kind, principalAssigned.Assignments[0].ResourceID = Federated, ""
+	onceUserAssigned := principal
+	onceUserAssigned.Assignments = []Assignment{assignmentOf("a", "x")}
 	excepted := two
 	excepted.Exceptions = []Exception{{Namespace: "a", Name: "e", PodLabels: map[string]string{"none": "x", v1.BindingLabel: "APP"}}}
 	exceptionElsewhere := one
@@ -103,11 +120,26 @@ func TestTheDecision(t *testing.T) {
 		{"standard mode looks across namespaces, but waits for the assignment", standard, pod, Selector{}, elsewhere, Pending, AssignmentPending, "b/x"},
 		{"standard mode with forced namespaces", Rules{Mode: Standard, ForceNamespaced: true}, pod, Selector{}, elsewhere, Refused, NoMatchingBinding, ""},
 		{"an identity confined to its namespace", standard, pod, Selector{}, confined, Refused, NoMatchingBinding, ""},
-		{"assigned", standard, pod, Selector{}, assignment(StateAssigned), Granted, Allowed, "a/x"},
-		{"assigned by the oldest predecessor", standard, pod, Selector{}, assignment(StateLegacy), Granted, Allowed, "a/x"},
-		{"created only", standard, pod, Selector{}, assignment(StateCreated), Pending, AssignmentPending, "a/x"},
-		{"unassigned", standard, pod, Selector{}, assignment(StateUnassigned), Pending, AssignmentPending, "a/x"},
-		{"assignments of others do not count", standard, pod, Selector{}, otherPods, Pending, AssignmentPending, "a/x"},
+		{"assigned", standard, pod, Selector{}, assigned(state(StateAssigned)), Granted, Allowed, "a/x"},
+		{"assigned by the predecessor", standard, pod, Selector{}, assigned(unowned(StateAssigned)), Granted, Allowed, "a/x"},
+		{"assigned by the oldest predecessor", standard, pod, Selector{}, assigned(unowned(StateLegacy)), Granted, Allowed, "a/x"},
+		{"without a word of MIC yet", standard, pod, Selector{}, assigned(state(StateLegacy)), Pending, AssignmentPending, "a/x"},
+		{"created only", standard, pod, Selector{}, assigned(state(StateCreated)), Pending, AssignmentPending, "a/x"},
+		{"unassigned", standard, pod, Selector{}, assigned(state(StateUnassigned)), Pending, AssignmentPending, "a/x"},
+		{"in a state that nobody knows", standard, pod, Selector{}, assigned(state("Assigning")), Pending, AssignmentPending, "a/x"},
+		{"refused by Azure", standard, pod, Selector{}, assigned(failed("no role")), Pending, AssignmentFailed, "a/x"},
+		{"refused by Azure, and gone since", standard, pod, Selector{}, assigned(func(a *Assignment) { failed("no role")(a); a.State = StateUnassigned }), Pending, AssignmentPending, "a/x"},
+		{"one that is created and one that is assigned", standard, pod, Selector{}, assigned(failed("no role"), state(StateAssigned)), Granted, Allowed, "a/x"},
+		{"of a pod of the name in another namespace", standard, pod, Selector{}, assigned(func(a *Assignment) { a.PodNamespace = "b" }), Pending, AssignmentPending, "a/x"},
+		{"of another pod", standard, pod, Selector{}, assigned(func(a *Assignment) { a.PodName = "p-2" }), Pending, AssignmentPending, "a/x"},
+		{"of an earlier pod of the name", standard, pod, Selector{}, assigned(func(a *Assignment) { a.PodUID = "earlier" }), Pending, AssignmentPending, "a/x"},
+		{"of another identity", standard, pod, Selector{}, assigned(func(a *Assignment) { a.IdentityName = "y" }), Pending, AssignmentPending, "a/x"},
+		{"of an identity of the name in another namespace", standard, pod, Selector{}, assigned(func(a *Assignment) { a.IdentityNamespace = "b" }), Pending, AssignmentPending, "a/x"},
+		{"of what the identity was before", standard, pod, Selector{}, assigned(func(a *Assignment) { a.ResourceID = resource("before") }), Pending, AssignmentPending, "a/x"},
+		{"of a resource that is spelled otherwise", standard, pod, Selector{}, assigned(func(a *Assignment) { a.ResourceID = strings.ToUpper(a.ResourceID) + "/" }), Granted, Allowed, "a/x"},
+		{"of no user-assigned identity", standard, pod, Selector{}, principalAssigned, Granted, Allowed, "a/x"},
+		{"of what was a user-assigned identity", standard, pod, Selector{}, onceUserAssigned, Pending, AssignmentPending, "a/x"},
+		{"in managed mode assignments are not asked for", managed, pod, Selector{}, assigned(state(StateUnassigned)), Granted, Allowed, "a/x"},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -217,18 +249,81 @@ func TestTheAnswerDoesNotDependOnTheOrderOfObjects(t *testing.T) {
 	}
 }
 
+func TestWhichOfSeveralAssignmentsSpeaksDoesNotDependOnTheirOrder(t *testing.T) {
+	created, failed, other := assignmentOf("a", "x"), assignmentOf("a", "x"), assignmentOf("a", "x")
+	created.State, failed.State, other.State = StateCreated, StateCreated, StateCreated
+	failed.Message, other.Message = "no role", "a hung PATCH"
+	x := id("a", "x", clientA)
+	first := Assigned(labelled("a", "p", "app"), &x, []Assignment{created, failed, other})
+	second := Assigned(labelled("a", "p", "app"), &x, []Assignment{other, failed, created})
+	if first.Detail != second.Detail || first.Reason != AssignmentFailed || !strings.HasSuffix(first.Detail, ": no role") {
+		t.Errorf("%+v and %+v", first, second)
+	}
+}
+
+func TestAnAssignmentIsReadOffItsObject(t *testing.T) {
+	object := func(change func(*v1.AzureAssignedIdentity)) *v1.AzureAssignedIdentity {
+		o := &v1.AzureAssignedIdentity{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "p-x-1", OwnerReferences: []metav1.OwnerReference{
+				{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "r", UID: "uid-of-r"}, {APIVersion: "v1", Kind: "Pod", Name: "p", UID: "uid-of-p"}}},
+			Spec: v1.AzureAssignedIdentitySpec{Pod: "p", PodNamespace: "a", NodeName: "n", AzureIdentityRef: &v1.AzureIdentityCopy{
+				Metadata: metav1.ObjectMeta{Namespace: "b", Name: "x"}, Spec: v1.AzureIdentitySpec{ResourceID: resource("x"), ClientID: clientA}}},
+			Status: v1.AzureAssignedIdentityStatus{Status: v1.AssignmentAssigned},
+		}
+		change(o)
+		return o
+	}
+	want := Assignment{IdentityNamespace: "b", IdentityName: "x", ResourceID: resource("x"), PodNamespace: "a", PodName: "p", PodUID: "uid-of-p", State: StateAssigned}
+	for _, c := range []struct {
+		name           string
+		change         func(*v1.AzureAssignedIdentity)
+		expect         func(*Assignment)
+		covers, usable bool
+	}{
+		{"MIC's", func(*v1.AzureAssignedIdentity) {}, func(*Assignment) {}, true, true},
+		{"the predecessor's", func(o *v1.AzureAssignedIdentity) { o.OwnerReferences, o.Status.Status = nil, "" }, func(a *Assignment) { a.PodUID, a.State = "", StateLegacy }, true, true},
+		{"just created", func(o *v1.AzureAssignedIdentity) { o.Status.Status = "" }, func(a *Assignment) { a.State = StateLegacy }, true, false},
+		{"without a copy of the identity", func(o *v1.AzureAssignedIdentity) { o.Spec.AzureIdentityRef = nil }, func(a *Assignment) { a.IdentityNamespace, a.IdentityName, a.ResourceID = "", "", "" }, false, true},
+		{"with a text of Azure's", func(o *v1.AzureAssignedIdentity) {
+			o.Status.Status, o.Status.Message = v1.AssignmentCreated, " Grant\nthe role\x00\t\x1b[1m to \xff MIC "
+		}, func(a *Assignment) { a.State, a.Message = StateCreated, "Grant the role [1m to MIC" }, true, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			expected := want
+			c.expect(&expected)
+			got := FromAzureAssignedIdentity(object(c.change))
+			if diff := cmp.Diff(expected, got); diff != "" {
+				t.Errorf("-want +got:\n%s", diff)
+			}
+			x := id("b", "x", clientA)
+			if covers := got.Covers(labelled("a", "p", ""), &x); covers != c.covers || got.Usable() != c.usable {
+				t.Errorf("covers the pod and the identity: %t, usable: %t", covers, got.Usable())
+			}
+		})
+	}
+	long := FromAzureAssignedIdentity(object(func(o *v1.AzureAssignedIdentity) { o.Status.Message = strings.Repeat("€ ", 5000) })).Message
+	if len(long) > maxMessage || !utf8.ValidString(long) || !strings.HasSuffix(long, "…") {
+		t.Errorf("a long text is kept as %d bytes, ending in %q", len(long), long[len(long)-6:])
+	}
+}
+
 // No input whatsoever makes the decision hand out an identity that is not bound to the pod by an equal selector in an
-// allowed namespace.
+// allowed namespace, or in standard mode one that is not assigned to this very pod as it is now.
 func FuzzDecide(f *testing.F) {
-	f.Add("a", "app", "a", "x", "app", clientA, clientA, false)
-	f.Add("a", "app", "b", "x", "app", clientA, "", true)
-	f.Add("a", "", "a", "x", "", clientA, "", false)
-	f.Fuzz(func(t *testing.T, podNS, label, bindNS, name, selector, client, wish string, standard bool) {
+	assigned, uid := string(StateAssigned), "uid-of-p"
+	f.Add("a", "app", "a", "x", "app", clientA, clientA, false, "", "", "", 0)
+	f.Add("a", "app", "b", "x", "app", clientA, "", true, assigned, uid, resource("x"), 0)
+	f.Add("a", "app", "b", "x", "app", clientA, "", true, assigned, uid, resource("before"), 0)
+	f.Add("a", "app", "b", "x", "app", clientA, "", true, assigned, "uid-of-another", resource("x"), 0)
+	f.Add("a", "app", "b", "x", "app", clientA, "", true, "", uid, resource("x"), 0)
+	f.Add("a", "app", "b", "x", "app", clientA, "", true, "", "", strings.ToUpper(resource("x"))+"/", 0)
+	f.Add("a", "", "a", "x", "", clientA, "", false, "", "", "", 1)
+	f.Fuzz(func(t *testing.T, podNS, label, bindNS, name, selector, client, wish string, standard bool, state, owner, resourceID string, kind int) {
 		rules := Rules{}
 		facts := Facts{Bindings: []Binding{{Namespace: bindNS, Name: "b", AzureIdentity: name, Selector: selector}}, Identities: []Identity{{Namespace: bindNS, Name: name, ClientID: client, ResourceID: resource("x")}}}
 		if standard {
 			rules.Mode = Standard
-			facts.Assignments = []Assignment{{IdentityNamespace: bindNS, IdentityName: name, PodNamespace: podNS, PodName: "p", State: StateAssigned}}
+			facts.Assignments = []Assignment{{IdentityNamespace: bindNS, IdentityName: name, Kind: Kind(kind), ResourceID: resourceID, PodNamespace: podNS, PodName: "p", PodUID: owner, State: State(state)}}
 		}
 		d := Decide(rules, labelled(podNS, "p", label), Selector{ClientID: wish}, facts)
 		if d.Outcome != Granted {
@@ -236,6 +331,9 @@ func FuzzDecide(f *testing.F) {
 		}
 		if label == "" || label != selector || (!standard && podNS != bindNS) || (wish != "" && !strings.EqualFold(wish, client)) {
 			t.Errorf("granted %+v", d)
+		}
+		if standard && (kind != 0 || !strings.EqualFold(strings.TrimSuffix(resourceID, "/"), resource("x")) || owner != "" && owner != uid || state != assigned && (state != "" || owner != "")) {
+			t.Errorf("granted %+v by %+v", d, facts.Assignments)
 		}
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 	"strings"
+	"unicode"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
@@ -40,4 +41,37 @@ func FromAzureIdentityBinding(o *v1.AzureIdentityBinding) Binding {
 // FromAzurePodIdentityException takes from the object what the decision reads.
 func FromAzurePodIdentityException(o *v1.AzurePodIdentityException) Exception {
 	return Exception{Namespace: o.Namespace, Name: o.Name, PodLabels: o.Spec.PodLabels}
+}
+
+// FromAzureAssignedIdentity takes from the object what the decision reads. One without a copy of its identity is about
+// none.
+func FromAzureAssignedIdentity(o *v1.AzureAssignedIdentity) Assignment {
+	a := Assignment{
+		PodNamespace: o.Spec.PodNamespace,
+		PodName:      o.Spec.Pod,
+		State:        State(o.Status.Status),
+		Message:      oneLine(o.Status.Message),
+	}
+	for _, owner := range o.OwnerReferences {
+		if owner.Kind == "Pod" && owner.APIVersion == "v1" {
+			a.PodUID = string(owner.UID)
+		}
+	}
+	if i := o.Spec.AzureIdentityRef; i != nil {
+		a.IdentityNamespace, a.IdentityName = i.Metadata.Namespace, i.Metadata.Name
+		a.Kind, a.ResourceID = Kind(i.Spec.Type), i.Spec.ResourceID
+	}
+	return a
+}
+
+// maxMessage bounds what is kept of a message, in bytes: it ends in answers, logs and Events.
+const maxMessage = 800
+
+// oneLine makes a text from outside fit to stand in a sentence.
+func oneLine(s string) string {
+	if len(s) > maxMessage {
+		s = s[:maxMessage-len("…")] + "…"
+	}
+	words := strings.FieldsFunc(strings.ToValidUTF8(s, ""), func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) })
+	return strings.Join(words, " ")
 }

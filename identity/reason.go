@@ -17,6 +17,7 @@ const (
 	SecretNotAllowed   Reason = "secret_not_allowed"
 	MultipleIdentities Reason = "multiple_identities"
 	AssignmentPending  Reason = "assignment_pending"
+	AssignmentFailed   Reason = "assignment_failed"
 )
 
 // Reasons from before the decision: the request itself, and who sent it.

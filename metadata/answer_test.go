@@ -50,6 +50,8 @@ func TestErrorsAreFlatAndTellWhenToComeAgain(t *testing.T) {
 			map[string]string{"error": "invalid_request", "error_description": textMultiple, "reason": "multiple_identities", "detail": "why"}, ""},
 		{"invalid", Refusal(identity.Decision{Reason: identity.IdentityInvalid, Detail: "why"}), 403,
 			map[string]string{"error": "forbidden", "error_description": "why", "reason": "identity_invalid", "detail": "why"}, ""},
+		{"pending", Refusal(identity.Decision{Outcome: identity.Pending, Reason: identity.AssignmentPending, Detail: "why"}), 503,
+			map[string]string{"error": "service_unavailable", "error_description": "why", "reason": "assignment_pending"}, "5"},
 		{"an hour is longer than clients accept", Unavailable(identity.UpstreamUnavailable, "d", time.Hour), 503,
 			map[string]string{"error": "service_unavailable", "error_description": "d", "reason": "upstream_unavailable"}, "25"},
 		{"an instant is no pause", Throttled(identity.PodThrottled, "d", time.Millisecond), 429,

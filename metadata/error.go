@@ -44,9 +44,15 @@ const (
 // 25 s. Less than a second would be no pause at all.
 const minRetryAfter, maxRetryAfter = 1 * time.Second, 25 * time.Second
 
-// Refusal is the answer to a request that the decision refused. All of them are final, as IMDS's own 400 is, so that
-// a chain of credentials goes on to its next member at once.
+// AfterPending is when a client is to come again that has waited for its identity in vain.
+const AfterPending = 5 * time.Second
+
+// Refusal is the answer to a request that the decision did not grant. What is refused is refused for good, as by IMDS's
+// own 400, so that a chain of credentials goes on to its next member at once; what is pending is to be asked for again.
 func Refusal(d identity.Decision) *Error {
+	if d.Outcome == identity.Pending {
+		return Unavailable(d.Reason, d.Detail, AfterPending)
+	}
 	e := &Error{Status: http.StatusBadRequest, Code: codeInvalid, Description: textNotFound, Reason: d.Reason, Detail: d.Detail}
 	switch d.Reason {
 	case identity.MultipleIdentities:

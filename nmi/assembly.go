@@ -12,8 +12,9 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// prepareTokens builds what is between a decision and its token. Watches of Secrets end with ctx.
-func (n *node) prepareTokens(ctx context.Context) error {
+// prepareTokens builds what is between a decision and its token. Requests wait for assignments until ctx ends; watches of
+// Secrets end with watching.
+func (n *node) prepareTokens(ctx, watching context.Context) error {
 	roots, err := n.cfg.rootCAs()
 	if err != nil {
 		return err
@@ -25,7 +26,7 @@ func (n *node) prepareTokens(ctx context.Context) error {
 	proofs := &principals{
 		authority:    authority,
 		byResourceID: n.cfg.ManagedIdentityBy == ByResourceID,
-		secrets:      newSecrets(ctx, n.watch.secret, n.watch.readSecret, n.secretChanged),
+		secrets:      newSecrets(watching, n.watch.secret, n.watch.readSecret, n.secretChanged),
 		assertions:   newAssertions(n.watch.requestToken, n.watch.pod),
 	}
 	managed, err := token.NewManagedIdentities(n.cfg.imds(), n.cfg.UserAgent)
@@ -54,11 +55,21 @@ func (n *node) prepareTokens(ctx context.Context) error {
 		latest:     n.watch.latest,
 		ready:      n.waitFilled,
 		stale:      n.watch.connection.stale,
-		rules:      identity.Rules{Mode: identity.Managed, ForceNamespaced: true, AllowCrossNamespaceSecrets: n.cfg.AllowCrossNamespaceSecrets},
+		rules:      n.cfg.rules(),
 		principals: proofs,
 		objectIDs:  objectIDs,
 		cache:      n.cache,
 		metrics:    n.metrics,
+	}
+	if n.cfg.standard() {
+		n.tokens.waiting = &waiting{
+			most:          n.cfg.AssignmentWait,
+			news:          &n.watch.news,
+			assignedSince: n.watch.assignedSince,
+			ending:        ctx.Done(),
+			places:        newPlaces(maxWaiting, maxWaitingPerSource),
+			observe:       n.metrics.assignmentWaits(),
+		}
 	}
 	return nil
 }

@@ -18,8 +18,9 @@ type Config struct {
 	Node       string // name of the Node object of this machine
 	Kubeconfig string // empty: the account of the pod
 
-	OperationMode   string // "managed"
-	ForceNamespaced bool   // implied by managed mode
+	OperationMode   string        // ModeManaged or ModeStandard, in any case
+	ForceNamespaced bool          // implied by managed mode
+	AssignmentWait  time.Duration // how long a request waits for MIC to assign its identity; standard mode only
 
 	ListenAddress  string // link-local, not used by anything else on the node
 	ListenPort     int
@@ -52,6 +53,7 @@ type Config struct {
 func DefaultConfig() Config {
 	return Config{
 		OperationMode:          ModeManaged,
+		AssignmentWait:         25 * time.Second,
 		ListenAddress:          "169.254.25.79",
 		ListenPort:             2579,
 		MetadataIP:             "169.254.169.254",
@@ -80,9 +82,12 @@ const (
 
 // Operation modes.
 const (
-	ModeManaged  = "managed"
-	ModeStandard = "standard"
+	ModeManaged  = "managed"  // identities are attached to the machines beforehand
+	ModeStandard = "standard" // MIC attaches them
 )
+
+// maxAssignmentWait is what client libraries give one request at least; they would not hear a later answer.
+const maxAssignmentWait = time.Minute
 
 // profilePort serves pprof, on loopback only, where it is switched on.
 const profilePort = 6060
@@ -104,12 +109,8 @@ func (c Config) Validate() error {
 	if c.Node == "" {
 		bad("the name of this node is missing; give --node, or set NODE_NAME from the pod's spec.nodeName")
 	}
-	switch strings.ToLower(c.OperationMode) {
-	case ModeManaged:
-	case ModeStandard:
-		bad("--operation-mode standard needs MIC, which this version does not have; attach the identities to the machines yourself and give --operation-mode managed")
-	default:
-		bad("--operation-mode %q is unknown; give %s", c.OperationMode, ModeManaged)
+	if !c.standard() && !strings.EqualFold(c.OperationMode, ModeManaged) {
+		bad("--operation-mode %q is unknown; give %s, or %s where MIC runs", c.OperationMode, ModeManaged, ModeStandard)
 	}
 	if ip, err := netip.ParseAddr(c.ListenAddress); err != nil || !ip.Is4() || !ip.IsLinkLocalUnicast() {
 		bad("--nmi-listen-address %q is not a link-local IPv4 address; give one of 169.254.0.0/16 that nothing else on the node uses, such as 169.254.25.79", c.ListenAddress)
@@ -136,9 +137,29 @@ func (c Config) Validate() error {
 		bad("--managed-identity-by %q is unknown; give %s or %s", c.ManagedIdentityBy, ByClientID, ByResourceID)
 	}
 	within("iptables-sync-interval", c.SyncInterval, time.Second, 10*time.Minute)
+	within("assignment-wait", c.AssignmentWait, 0, maxAssignmentWait)
 	within("pod-lookup-timeout", c.PodLookup, 100*time.Millisecond, 20*time.Second)
 	within("shutdown-timeout", c.Shutdown, time.Second, 5*time.Minute)
 	return errors.Join(problems...)
+}
+
+func (c Config) standard() bool { return strings.EqualFold(c.OperationMode, ModeStandard) }
+
+// rules are the settings that take part in the decision.
+func (c Config) rules() identity.Rules {
+	r := identity.Rules{Mode: identity.Managed, ForceNamespaced: true, AllowCrossNamespaceSecrets: c.AllowCrossNamespaceSecrets}
+	if c.standard() {
+		r.Mode, r.ForceNamespaced = identity.Standard, c.ForceNamespaced
+	}
+	return r
+}
+
+// held is how long a request may wait for an assignment.
+func (c Config) held() time.Duration {
+	if c.standard() {
+		return c.AssignmentWait
+	}
+	return 0
 }
 
 // checkKubenet refuses a node whose pods are plugged by kubenet: there a pod with NET_RAW can take another pod's

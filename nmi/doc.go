@@ -2,7 +2,8 @@
 //
 // The way of a token request goes through the packages in one direction. The rules of package iptables bring the
 // packet here (run.go puts them in place). Package metadata parses the request (server.go). The pod is found by the
-// address the packet came from (pods.go, on the caches of watch.go). Package identity decides (tokens.go). Package
+// address the packet came from (pods.go, on the caches of watch.go). Package identity decides (tokens.go), and a
+// request whose identity is on its way to the machine waits for it (waiting.go, on the news of assignments.go). Package
 // token answers from its cache or fetches. Package metadata writes the answer.
 //
 // What it protects against: a pod that gets a token meant for another. The address a connection comes from is the

@@ -55,10 +55,15 @@ func sourceFailed(d identity.Decision, err error) *metadata.Error {
 // credential that is not taken. IMDS's own 400 stays what it is.
 func statusOf(d identity.Decision, e *token.Error) int {
 	fromIMDS := d.Identity == nil || d.Identity.Kind == identity.UserAssigned
-	if fromIMDS && e.Status == http.StatusBadRequest || e.Code == "invalid_resource" || e.Code == "invalid_scope" || e.Code == "invalid_target" {
+	if fromIMDS && e.Status == http.StatusBadRequest || aboutResource(e) {
 		return http.StatusBadRequest
 	}
 	return http.StatusForbidden
+}
+
+// aboutResource reports whether it is what the token is for that Azure does not know.
+func aboutResource(e *token.Error) bool {
+	return e.Code == "invalid_resource" || e.Code == "invalid_scope" || e.Code == "invalid_target"
 }
 
 // whatWasSaid is the failure in a form that is the same each time, so that an operator is told one thing once: Entra ID

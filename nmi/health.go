@@ -38,6 +38,15 @@ func (h *health) set(what string, err error) {
 	h.waiting[what] = err.Error()
 }
 
+// explain notes why something is still missing; of what is in place it says nothing.
+func (h *health) explain(what string, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if _, missing := h.waiting[what]; missing {
+		h.waiting[what] = err.Error()
+	}
+}
+
 func (h *health) shutDown() {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"syscall"
 	"time"
 
@@ -40,19 +41,19 @@ func (s hostTokens) answer(x *exchange, r *http.Request) {
 		x.refuse(refusal)
 		return
 	}
-	tokens, refusal := s.tokens.forHost(r.Context(), &x.caller, x.req)
+	tokens, refusal := s.tokens.forHost(r.Context(), &x.caller, x.source, x.req)
 	if s.concluded(x, r, refusal) {
 		tokens[0].WriteHostToken(x, time.Now())
 	}
 }
 
 // forHost is the way of a request that names its pod.
-func (t *tokens) forHost(ctx context.Context, who *caller, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
+func (t *tokens) forHost(ctx context.Context, who *caller, source netip.Addr, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
 	pod, refusal := t.findPod(ctx, lookup{name: req.PodNamespace + "/" + req.PodName})
 	if refusal != nil {
 		return nil, refusal
 	}
-	return t.forPod(ctx, who, pod, req)
+	return t.forPod(ctx, who, source, pod, req)
 }
 
 // hostTokenRetry is how often a port that somebody else has is tried again. That may be the predecessor, while one
@@ -66,7 +67,7 @@ func (n *node) serveHostTokens(ctx context.Context, s *server) {
 		l, err := net.Listen("tcp4", address)
 		if err == nil {
 			n.logs.Main.Info("programs of this node may ask for tokens of its pods", zap.String(keyAddress, address))
-			server := newHTTPServer(hostTokens{s})
+			server := newHTTPServer(hostTokens{s}, n.cfg.held())
 			ended := make(chan struct{})
 			stop := context.AfterFunc(ctx, func() {
 				defer close(ended)

@@ -15,19 +15,50 @@ const (
 	maxConnectionsPerSource = 64
 )
 
+// places is a number of places, of which one source may take some. Who has one gives it back once.
+type places struct {
+	most, mostPerSource int
+
+	mu    sync.Mutex
+	taken int
+	from  map[netip.Addr]int
+}
+
+func newPlaces(most, mostPerSource int) *places {
+	return &places{most: most, mostPerSource: mostPerSource, from: map[netip.Addr]int{}}
+}
+
+// take reports whether there was one left.
+func (p *places) take(a netip.Addr) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.taken >= p.most || p.from[a] >= p.mostPerSource {
+		return false
+	}
+	p.taken++
+	p.from[a]++
+	return true
+}
+
+func (p *places) giveBack(a netip.Addr) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.taken--
+	if p.from[a]--; p.from[a] == 0 {
+		delete(p.from, a)
+	}
+}
+
 // fairListener closes connections beyond the limits as soon as they are made, so that one pod cannot take the
 // listener from the others.
 type fairListener struct {
 	net.Listener
+	places  *places
 	refused prometheus.Counter
-
-	mu    sync.Mutex
-	total int
-	from  map[netip.Addr]int
 }
 
 func newFairListener(l net.Listener, refused prometheus.Counter) *fairListener {
-	return &fairListener{Listener: l, refused: refused, from: map[netip.Addr]int{}}
+	return &fairListener{Listener: l, places: newPlaces(maxConnections, maxConnectionsPerSource), refused: refused}
 }
 
 // Accept returns the next connection within the limits.
@@ -38,32 +69,12 @@ func (l *fairListener) Accept() (net.Conn, error) {
 			return nil, err
 		}
 		peer, err := netip.ParseAddrPort(conn.RemoteAddr().String())
-		if err != nil || !l.admit(peer.Addr()) {
+		if err != nil || !l.places.take(peer.Addr()) {
 			l.refused.Inc()
 			_ = conn.Close()
 			continue
 		}
-		return &fairConn{Conn: conn, leave: sync.OnceFunc(func() { l.leave(peer.Addr()) })}, nil
-	}
-}
-
-func (l *fairListener) admit(a netip.Addr) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.total >= maxConnections || l.from[a] >= maxConnectionsPerSource {
-		return false
-	}
-	l.total++
-	l.from[a]++
-	return true
-}
-
-func (l *fairListener) leave(a netip.Addr) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.total--
-	if l.from[a]--; l.from[a] == 0 {
-		delete(l.from, a)
+		return &fairConn{Conn: conn, leave: sync.OnceFunc(func() { l.places.giveBack(peer.Addr()) })}, nil
 	}
 }
 

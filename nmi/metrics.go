@@ -32,6 +32,7 @@ const (
 	metricConnections = "podidentity_nmi_connections_refused_total"
 	metricStale       = "podidentity_nmi_stale_watches"
 	metricFetches     = "podidentity_nmi_upstream_duration_seconds"
+	metricWaits       = "podidentity_nmi_assignment_wait_seconds" // standard mode
 )
 
 // metrics is NMI's one registry and what is in it.
@@ -88,6 +89,14 @@ func newMetrics() *metrics {
 func (m *metrics) cacheSize(length func() int) {
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricCacheSize, Help: "Keys that the token cache holds."},
 		func() float64 { return float64(length()) }))
+}
+
+// assignmentWaits adds a histogram of how long requests waited for an assignment, and returns what fills it.
+func (m *metrics) assignmentWaits() func(outcome string, took time.Duration) {
+	waits := prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: metricWaits, Buckets: []float64{.01, .05, .1, .25, .5, 1, 2.5, 5, 10, 15, 20, 30, 60},
+		Help: "Time that requests were held until their identity was assigned, by how that ended: assigned, timeout, refused, gone (the client)."}, []string{"outcome"})
+	m.registry.MustRegister(waits)
+	return func(outcome string, took time.Duration) { waits.WithLabelValues(outcome).Observe(took.Seconds()) }
 }
 
 // staleWatches adds a gauge that reads how many watches hear nothing.

@@ -22,7 +22,7 @@ func TestAConfigurationThatCannotWorkIsRefusedWithASentence(t *testing.T) {
 		want   string
 	}{
 		{"no node", func(c *Config) { c.Node = "" }, "--node"},
-		{"standard mode", func(c *Config) { c.OperationMode = "standard" }, "MIC"},
+		{"a wait without end", func(c *Config) { c.AssignmentWait = time.Hour }, "--assignment-wait 1h"},
 		{"an unknown mode", func(c *Config) { c.OperationMode = "x" }, `"x"`},
 		{"loopback", func(c *Config) { c.ListenAddress = "127.0.0.1" }, "link-local"},
 		{"the metadata address itself", func(c *Config) { c.ListenAddress = c.MetadataIP }, "address of its own"},

@@ -45,7 +45,11 @@ func (w *watch) checkCRDs(ctx context.Context) error {
 	for _, r := range list.APIResources {
 		served[r.Name] = true
 	}
-	for _, r := range []string{v1.AzureIdentities, v1.AzureIdentityBindings, v1.AzurePodIdentityExceptions} {
+	needed := []string{v1.AzureIdentities, v1.AzureIdentityBindings, v1.AzurePodIdentityExceptions}
+	if w.assignments != nil {
+		needed = append(needed, v1.AzureAssignedIdentities)
+	}
+	for _, r := range needed {
 		if !served[r] {
 			return fmt.Errorf("the cluster does not have %s.%s; install the custom resource definitions of the chart", r, v1.GroupName)
 		}

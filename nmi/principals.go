@@ -91,13 +91,14 @@ func (t *tokens) allowed(pod *corev1.Pod, principal token.Principal) bool {
 	if err != nil {
 		return true // nothing is known against it
 	}
-	bound, refusal := identity.Bound(t.rules, subjectOf(pod), facts)
+	subject := subjectOf(pod)
+	bound, refusal := identity.Bound(t.rules, subject, facts)
 	if refusal == nil {
-		for _, id := range bound {
-			if t.principals.stands(id, principal) {
+		for i := range bound {
+			if t.principals.stands(bound[i], principal) && (t.rules.Mode != identity.Standard || identity.Assigned(subject, &bound[i], facts.Assignments) == nil) {
 				return true
 			}
 		}
 	}
-	return identity.IsExcepted(subjectOf(pod), facts) && principal.Source == token.Managed
+	return identity.IsExcepted(subject, facts) && principal.Source == token.Managed
 }

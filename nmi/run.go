@@ -9,12 +9,14 @@ import (
 	"net/http/pprof"
 	"runtime/debug"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/clientcmd"
@@ -63,7 +65,7 @@ func Run(ctx context.Context, cfg Config, logs Loggers) error {
 		return err
 	}
 	tell := listening{podGone: n.podGone, identityChanged: n.identityChanged, failed: n.metrics.apiFailed}
-	if n.watch, err = newWatch(kube, cfg.Node, tell); err != nil {
+	if n.watch, err = newWatch(kube, cfg.Node, cfg.rules(), tell); err != nil {
 		return fmt.Errorf("preparing to watch the cluster: %w", err)
 	}
 	for _, informer := range n.watch.all() {
@@ -74,7 +76,7 @@ func Run(ctx context.Context, cfg Config, logs Loggers) error {
 	// Requests under way may still wait for an object while the server ends.
 	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopWatching()
-	if err := n.prepareTokens(watching); err != nil {
+	if err := n.prepareTokens(ctx, watching); err != nil {
 		return err
 	}
 	defer n.cache.Close()
@@ -126,14 +128,14 @@ func (n *node) run(ctx, watching context.Context) error {
 		}()
 	}
 	pods := n.newServer()
-	main := newHTTPServer(pods)
+	main := newHTTPServer(pods, n.cfg.held())
 	defer main.Close()
 	serve("pods", main, newFairListener(l.pods, n.metrics.connections))
 	n.health.set(needListener, nil)
-	serve("probes", newHTTPServer(n.health.handler()), l.probes)
-	serve("metrics", newHTTPServer(n.metricsHandler()), l.metrics)
+	serve("probes", newHTTPServer(n.health.handler(), 0), l.probes)
+	serve("metrics", newHTTPServer(n.metricsHandler(), 0), l.metrics)
 	if l.profile != nil {
-		s := newHTTPServer(profiler())
+		s := newHTTPServer(profiler(), 0)
 		s.WriteTimeout = 5 * time.Minute // a profile takes the time it was asked to take
 		serve("profiles", s, l.profile)
 	}
@@ -350,6 +352,9 @@ func (n *node) keepRules(ctx context.Context) {
 func (n *node) watchFailed(ctx context.Context, r *cache.Reflector, err error) {
 	n.metrics.apiFailed(apiWatch)
 	cache.DefaultWatchErrorHandler(ctx, r, err)
+	if apierrors.IsForbidden(err) {
+		n.health.explain(needCaches, fmt.Errorf("%w; the ClusterRole of the chart allows it, if its operationMode is %s", err, strings.ToLower(n.cfg.OperationMode)))
+	}
 }
 
 // Uninstall removes from this node all that NMI put there. It is idempotent.

@@ -22,7 +22,8 @@ import (
 const (
 	readHeaderTimeout = 5 * time.Second
 	readTimeout       = 10 * time.Second
-	// writeTimeout is longer than any request is held: for the caches, for the pod, and for a token.
+	// writeTimeout is longer than any request is held: for the caches, for the pod, and for a token. The time that one
+	// may wait for an assignment comes on top.
 	writeTimeout = 75 * time.Second
 	// Clients ask once in hours; a connection kept for the next time would only take memory.
 	idleTimeout    = 20 * time.Second
@@ -226,13 +227,13 @@ func requestID() string {
 	return hex.EncodeToString(raw[:])
 }
 
-// newHTTPServer puts the limits around a handler.
-func newHTTPServer(h http.Handler) *http.Server {
+// newHTTPServer puts the limits around a handler whose requests may be held for so long.
+func newHTTPServer(h http.Handler, held time.Duration) *http.Server {
 	return &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout,
+		WriteTimeout:      writeTimeout + held,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
 		// What the server says here is about broken connections, and pods can cause any number of those.

@@ -29,6 +29,7 @@ type tokens struct {
 	objectIDs  *lru.Cache[token.Principal, string] // as tokens have told them, by outline
 	cache      *token.Cache
 	metrics    *metrics
+	waiting    *waiting // nil in managed mode
 }
 
 // objectIDsKept bounds what is remembered of object IDs; a node needs as many as identities whose pods ask by them.
@@ -50,7 +51,7 @@ func (t *tokens) get(ctx context.Context, who *caller, source netip.Addr, req me
 	if refusal != nil {
 		return nil, refusal
 	}
-	return t.forPod(ctx, who, pod, req)
+	return t.forPod(ctx, who, source, pod, req)
 }
 
 // lookup is what a pod is known by: its address, or its name (namespace/name).
@@ -95,32 +96,49 @@ const rounds = 3
 
 // forPod decides and gets the tokens. What was decided holds for an answer at once; a fetch takes time, in which a
 // binding may go or a Secret be replaced, so after one it is decided again, and only an answer to what holds then goes
-// out.
-func (t *tokens) forPod(ctx context.Context, who *caller, pod *corev1.Pod, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
+// out. In standard mode the request waits, within its time, for an identity that is being assigned, and for the machine's
+// metadata service to hear of that.
+func (t *tokens) forPod(ctx context.Context, who *caller, source netip.Addr, pod *corev1.Pod, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
 	who.pod = pod
-	g, refusal := t.grant(ctx, pod, req)
-	for round := range rounds {
+	h := hold{waiting: t.waiting, source: source}
+	defer h.end()
+	g, refusal := t.await(ctx, &h, pod, req)
+	for round := 0; round < rounds; {
 		who.identity = g.decision.Identity
 		if refusal != nil {
 			return nil, refusal
 		}
-		answers, waited, failed := t.fetch(ctx, who, g, req)
-		if !waited {
+		answers, waited, failed := t.fetch(ctx, who, g, req, h.again)
+		later := failed != nil && h.wait(ctx, g, failed)
+		if !waited && !later {
 			return answers, failed
 		}
-		pod = t.latest(pod)
 		before := g
-		g, refusal = t.grant(ctx, pod, req)
+		g, refusal = t.await(ctx, &h, t.latest(g.pod), req)
+		if later {
+			continue
+		}
 		// A fetch that was shared may have failed for the pod that it was made by way of.
 		again := failed != nil && failed.Reason == identity.PodStale && round == 0
 		if refusal == nil && slices.Equal(g.keys, before.keys) && !again {
 			return answers, failed
 		}
+		round++
 	}
 	if refusal != nil {
 		return nil, refusal
 	}
 	return nil, metadata.Unavailable(identity.NotReady, "The objects around this pod change all the time", time.Second)
+}
+
+// await is grant for a request that may wait.
+func (t *tokens) await(ctx context.Context, h *hold, pod *corev1.Pod, req metadata.Request) (grant, *metadata.Error) {
+	g, refusal := t.grant(ctx, pod, req)
+	for refusal != nil && h.wait(ctx, g, refusal) {
+		g, refusal = t.grant(ctx, t.latest(g.pod), req)
+	}
+	h.granted = refusal == nil
+	return g, refusal
 }
 
 // grant is what a pod may have: the keys of its tokens, one but for a service principal of several tenants.
@@ -161,11 +179,12 @@ func (t *tokens) grant(ctx context.Context, pod *corev1.Pod, req metadata.Reques
 	return g, nil
 }
 
-// fetch gets the tokens of a grant. waited is false if all of them, or the failure, were at hand.
-func (t *tokens) fetch(ctx context.Context, who *caller, g grant, req metadata.Request) (answers []metadata.TokenAnswer, waited bool, refusal *metadata.Error) {
+// fetch gets the tokens of a grant. again is to ask although there was a no a moment ago. waited is false if all of them,
+// or the failure, were at hand.
+func (t *tokens) fetch(ctx context.Context, who *caller, g grant, req metadata.Request, again bool) (answers []metadata.TokenAnswer, waited bool, refusal *metadata.Error) {
 	answers = make([]metadata.TokenAnswer, len(g.keys))
 	for i, key := range g.keys {
-		got, origin, err := t.cache.Get(ctx, token.Request{Key: key, Pod: string(g.pod.UID), Fresh: req.Bypass, Rejected: req.Rejected})
+		got, origin, err := t.cache.Get(ctx, token.Request{Key: key, Pod: string(g.pod.UID), Fresh: req.Bypass, Rejected: req.Rejected, Again: again})
 		who.origin = origin
 		waited = waited || origin == token.Fetched || origin == token.Shared
 		if err != nil {
@@ -174,7 +193,7 @@ func (t *tokens) fetch(ctx context.Context, who *caller, g grant, req metadata.R
 			if errors.As(err, &e) {
 				who.correlationID = e.CorrelationID
 			}
-			return nil, waited, sourceFailed(g.decision, err)
+			return nil, waited, sourceFailed(g.decision, t.unheardOf(g.pod, g.decision.Identity, err))
 		}
 		if i == 0 {
 			who.tokenID, who.correlationID = got.ID, got.CorrelationID
@@ -207,10 +226,14 @@ func (t *tokens) decide(ctx context.Context, pod *corev1.Pod, req metadata.Reque
 	if req.Selector.ObjectID == "" || decision.Reason != identity.IdentityNotBound {
 		return decision, nil
 	}
-	failed := t.learnObjectIDs(ctx, pod, req, facts)
+	pending, failed := t.learnObjectIDs(ctx, pod, req, facts)
 	decision = identity.Decide(t.rules, subject, req.Selector, facts)
-	if decision.Outcome != identity.Granted && failed != nil {
-		// It may be the one whose token could not be had; "not found" would be final.
+	// It may be one whose token could not be had; "not found" would be final.
+	switch {
+	case decision.Reason != identity.IdentityNotBound:
+	case pending != nil:
+		return *pending, nil
+	case failed != nil:
 		return decision, sourceFailed(decision, failed)
 	}
 	return decision, nil
@@ -218,8 +241,9 @@ func (t *tokens) decide(ctx context.Context, pod *corev1.Pod, req metadata.Reque
 
 // learnObjectIDs fills in the object IDs of the identities that are bound to the pod, until the one that is asked for is
 // among them. What earlier tokens told is looked at first, so that an identity whose tokens cannot be had at the moment
-// does not stand in the way of the others.
-func (t *tokens) learnObjectIDs(ctx context.Context, pod *corev1.Pod, req metadata.Request, facts identity.Facts) (failed error) {
+// does not stand in the way of the others. No token of an identity is asked for that is not assigned yet: then it is
+// pending which one is meant.
+func (t *tokens) learnObjectIDs(ctx context.Context, pod *corev1.Pod, req metadata.Request, facts identity.Facts) (pending *identity.Decision, failed error) {
 	bound, _ := identity.Bound(t.rules, subjectOf(pod), facts)
 	var unknown, known []*identity.Identity
 	for i := range facts.Identities {
@@ -233,22 +257,28 @@ func (t *tokens) learnObjectIDs(ctx context.Context, pod *corev1.Pod, req metada
 			continue
 		}
 		if id.ObjectID = objectID; strings.EqualFold(objectID, req.Selector.ObjectID) {
-			return nil
+			return nil, nil
 		}
 		known = append(known, id) // an application that was made anew has another
 	}
 	for _, id := range append(unknown, known...) {
+		if t.rules.Mode == identity.Standard {
+			if wait := identity.Assigned(subjectOf(pod), id, facts.Assignments); wait != nil {
+				pending = wait
+				continue
+			}
+		}
 		objectID, err := t.objectID(ctx, pod, *id, req.Resource)
 		if err != nil {
-			failed = err
+			failed = t.unheardOf(pod, id, err)
 			continue
 		}
 		t.objectIDs.Add(t.principals.outline(*id)[0], objectID)
 		if id.ObjectID = objectID; strings.EqualFold(objectID, req.Selector.ObjectID) {
-			return nil
+			return nil, nil
 		}
 	}
-	return failed
+	return pending, failed
 }
 
 // objectID reads the object ID of an identity that is bound to the pod off a token of it.
@@ -262,5 +292,5 @@ func (t *tokens) objectID(ctx context.Context, pod *corev1.Pod, id identity.Iden
 }
 
 func subjectOf(pod *corev1.Pod) identity.Pod {
-	return identity.Pod{Namespace: pod.Namespace, Name: pod.Name, Labels: pod.Labels}
+	return identity.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), Labels: pod.Labels}
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -24,23 +25,27 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// Names of the indexes: pods by each of their addresses and by UID, bindings by what they select.
+// Names of the indexes: pods by each of their addresses and by UID, bindings by what they select (see selecting).
 const (
 	byIP       = "ip"
 	byUID      = "uid"
 	bySelector = "selector"
 )
 
-// watch holds what this node has to know of the cluster: the pods of the node, and all identities, bindings and
-// exceptions, each cut down to what is read. Objects in its caches are shared: they must not be changed.
+// watch holds what this node has to know of the cluster: the pods of the node, all identities, bindings and exceptions,
+// and in standard mode the assignments on the node, each cut down to what is read. Objects in its caches are shared: they
+// must not be changed.
 //
 // It stands on client-go's informers with a scheme of two groups instead of a client for all of Kubernetes, because the
 // memory of a node agent is paid on every node.
 type watch struct {
 	core, crds                             rest.Interface
 	node                                   string
+	rules                                  identity.Rules
 	pods, identities, bindings, exceptions cache.SharedIndexInformer
-	changed                                broadcast // after each event about a pod
+	assignments                            cache.SharedIndexInformer // nil in managed mode
+	changed                                broadcast                 // after each event about a pod
+	news                                   news                      // told in standard mode only
 	connection                             *connection
 	failed                                 func(operation string)
 }
@@ -53,7 +58,7 @@ type listening struct {
 }
 
 // newWatch prepares the caches; run fills them.
-func newWatch(config *rest.Config, node string, tell listening) (*watch, error) {
+func newWatch(config *rest.Config, node string, rules identity.Rules, tell listening) (*watch, error) {
 	scheme := runtime.NewScheme()
 	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
 	scheme.AddKnownTypes(corev1.SchemeGroupVersion, &corev1.Pod{}, &corev1.PodList{}, &corev1.Node{}, &corev1.Secret{}, &corev1.SecretList{}, &corev1.Event{})
@@ -61,7 +66,7 @@ func newWatch(config *rest.Config, node string, tell listening) (*watch, error) 
 	if err := v1.AddToScheme(scheme); err != nil {
 		return nil, err
 	}
-	w := &watch{node: node, failed: tell.failed}
+	w := &watch{node: node, rules: rules, failed: tell.failed}
 	var err error
 	if w.core, err = restClient(config, scheme, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf); err != nil {
 		return nil, err
@@ -78,9 +83,14 @@ func newWatch(config *rest.Config, node string, tell listening) (*watch, error) 
 	w.pods = cache.NewSharedIndexInformer(source(w.core, "pods", mine), &corev1.Pod{}, 0, cache.Indexers{byIP: podIPs, byUID: podUID})
 	w.identities = cache.NewSharedIndexInformer(source(w.crds, v1.AzureIdentities, fields.Everything()), &v1.AzureIdentity{}, 0, cache.Indexers{})
 	w.bindings = cache.NewSharedIndexInformer(source(w.crds, v1.AzureIdentityBindings, fields.Everything()), &v1.AzureIdentityBinding{}, 0,
-		cache.Indexers{bySelector: bindingSelector})
+		cache.Indexers{bySelector: w.bindingSelector})
 	w.exceptions = cache.NewSharedIndexInformer(source(w.crds, v1.AzurePodIdentityExceptions, fields.Everything()), &v1.AzurePodIdentityException{}, 0,
 		cache.Indexers{cache.NamespaceIndex: cache.MetaNamespaceIndexFunc})
+	if rules.Mode == identity.Standard {
+		if err := w.watchAssignments(); err != nil {
+			return nil, err
+		}
+	}
 	for _, informer := range w.all() {
 		if err := informer.SetTransform(trim); err != nil {
 			return nil, err
@@ -134,7 +144,11 @@ func restClient(config *rest.Config, scheme *runtime.Scheme, gv schema.GroupVers
 }
 
 func (w *watch) all() []cache.SharedIndexInformer {
-	return []cache.SharedIndexInformer{w.pods, w.identities, w.bindings, w.exceptions}
+	all := []cache.SharedIndexInformer{w.pods, w.identities, w.bindings, w.exceptions}
+	if w.assignments != nil {
+		all = append(all, w.assignments)
+	}
+	return all
 }
 
 // runPods and runIdentities fill the caches until ctx ends. They are apart because the custom resources may be missing
@@ -208,8 +222,7 @@ func (w *watch) requestToken(ctx context.Context, namespace, serviceAccount stri
 	return &answer, w.count(apiRequestToken, err)
 }
 
-// facts collects what the decision needs to know about the pod in managed mode, where everything that counts is in the
-// pod's namespace.
+// facts collects what the decision needs to know about the pod.
 func (w *watch) facts(pod *corev1.Pod) (identity.Facts, error) {
 	var facts identity.Facts
 	exceptions, err := w.exceptions.GetIndexer().ByIndex(cache.NamespaceIndex, pod.Namespace)
@@ -219,7 +232,7 @@ func (w *watch) facts(pod *corev1.Pod) (identity.Facts, error) {
 	for _, o := range exceptions {
 		facts.Exceptions = append(facts.Exceptions, o.(*kept[identity.Exception]).value)
 	}
-	bindings, err := w.bindings.GetIndexer().ByIndex(bySelector, pod.Namespace+"/"+pod.Labels[v1.BindingLabel])
+	bindings, err := w.bindings.GetIndexer().ByIndex(bySelector, w.selecting(pod.Namespace, pod.Labels[v1.BindingLabel]))
 	if err != nil {
 		return facts, err
 	}
@@ -234,7 +247,14 @@ func (w *watch) facts(pod *corev1.Pod) (identity.Facts, error) {
 			facts.Identities = append(facts.Identities, found.(*kept[identity.Identity]).value)
 		}
 	}
-	return facts, nil
+	if w.assignments == nil {
+		return facts, nil
+	}
+	assignments, err := w.assignmentsOf(pod)
+	for _, o := range assignments {
+		facts.Assignments = append(facts.Assignments, o.(*kept[assignment]).value.Assignment)
+	}
+	return facts, err
 }
 
 // livePods asks the API server itself for the pods of this node.
@@ -286,12 +306,20 @@ func podUID(o any) ([]string, error) {
 	return []string{string(pod.UID)}, nil
 }
 
-func bindingSelector(o any) ([]string, error) {
+func (w *watch) bindingSelector(o any) ([]string, error) {
 	b, ok := o.(*kept[identity.Binding])
 	if !ok {
 		return nil, nil
 	}
-	return []string{b.value.Namespace + "/" + b.value.Selector}, nil
+	return []string{w.selecting(b.value.Namespace, b.value.Selector)}, nil
+}
+
+// selecting is what bindings are indexed by: their selector alone where they match across namespaces.
+func (w *watch) selecting(namespace, selector string) string {
+	if w.rules.Mode == identity.Standard && !w.rules.ForceNamespaced {
+		return selector
+	}
+	return namespace + "/" + selector
 }
 
 // kept is what the caches hold of a custom resource: what the decision reads, and what the informer needs to know the
@@ -323,6 +351,8 @@ func trim(o any) (any, error) {
 		return keep(o, identity.FromAzureIdentityBinding(o)), nil
 	case *v1.AzurePodIdentityException:
 		return keep(o, identity.FromAzurePodIdentityException(o)), nil
+	case *v1.AzureAssignedIdentity:
+		return keep(o, assignment{identity.FromAzureAssignedIdentity(o), time.Now()}), nil
 	}
 	return o, nil
 }

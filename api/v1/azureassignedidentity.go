@@ -1,20 +1,37 @@
 package v1
 
-import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+import (
+	"crypto/sha256"
+	"encoding/hex"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
 
 const (
 	// AssignedIdentityFinalizer keeps an AzureAssignedIdentity until its identity is off the machine again.
 	AssignedIdentityFinalizer = "azureassignedidentity.finalizers.aadpodidentity.k8s.io"
 
-	// NodeNameLabel on an AzureAssignedIdentity holds the node's name, so that a node watches only its own.
+	// NodeNameLabel on an AzureAssignedIdentity holds NodeNameLabelValue of the node, so that a node watches only its
+	// own.
 	NodeNameLabel = "nodename"
 )
+
+// NodeNameLabelValue is the node's name, as the predecessor wrote it; of a name that is too long for a label (63 bytes)
+// the first 46 bytes, a hyphen and 16 hexadecimal digits of its SHA-256.
+func NodeNameLabelValue(node string) string {
+	if len(node) <= 63 {
+		return node
+	}
+	sum := sha256.Sum256([]byte(node))
+	return node[:46] + "-" + hex.EncodeToString(sum[:8])
+}
 
 // AssignmentState says how far an assignment is.
 type AssignmentState string
 
 const (
-	// AssignmentLegacy is the state of objects written before there were states: the pod may use the identity.
+	// AssignmentLegacy is the state of objects written before there were states: the pod may use the identity. An object
+	// that a pod owns was not: there it is the state before the first word on it, and means the same as Created.
 	AssignmentLegacy AssignmentState = ""
 	// AssignmentCreated means that the identity is wanted and not yet on the pod's machine.
 	AssignmentCreated AssignmentState = "Created"
@@ -24,7 +41,9 @@ const (
 	AssignmentUnassigned AssignmentState = "Unassigned"
 )
 
-// AzureAssignedIdentity records that one pod has one identity on one node. The controller writes it, nobody else.
+// AzureAssignedIdentity records that one pod has one identity on one node. The controller writes it, nobody else. It is
+// in the namespace of its pod, which owns it; objects of the predecessor are in that of the identity or in "default",
+// and nobody owns them.
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:resource:path=azureassignedidentities,singular=azureassignedidentity,scope=Namespaced
@@ -91,6 +110,10 @@ type AzureAssignedIdentityStatus struct {
 	// Status is Created, Assigned or Unassigned; empty in objects written before there were states.
 	// +optional
 	Status AssignmentState `json:"status,omitempty"`
+
+	// Message says why the state is still Created and what to do about it; empty if nothing is in the way.
+	// +optional
+	Message string `json:"message,omitempty"`
 
 	// Deprecated: says nothing (it was always 1). Look at status.
 	// +optional

@@ -43,6 +43,11 @@ const (
 	// bypassEvery is how often bypass_cache gets through for one key.
 	bypassEvery = 10 * time.Second
 
+	// againEvery is how often a kept failure is passed by for one key, see Request.Again, and againRate how often a
+	// second that is done for all keys together: a part of what IMDS allows, so that there is room for the others.
+	againEvery = time.Second
+	againRate  = 5
+
 	// One pod may cause this many fetches a second, and this many at once. A pod that asks for ever new resources
 	// must not use up what IMDS allows all pods of the node together.
 	podFetchRate, podFetchBurst = 2, 10
@@ -71,6 +76,7 @@ type Cache struct {
 	stop    context.CancelFunc
 
 	mu      sync.Mutex // guards all below, and the fields of entries
+	again   *rate.Limiter
 	entries *simplelru.LRU[Key, *entry]
 	holders map[string]*holder
 }
@@ -104,7 +110,7 @@ type holder struct {
 // NewCache returns a cache of size tokens before the fetcher. allowed tells whether the pod with a UID still lives and
 // may still have tokens of a principal, so that they are worth renewing; it must not block nor call the cache.
 func NewCache(fetcher Fetcher, size int, allowed func(pod string, p Principal) bool, observe Observer) (*Cache, error) {
-	c := &Cache{fetcher: fetcher, allowed: allowed, observe: observe, holders: map[string]*holder{}}
+	c := &Cache{fetcher: fetcher, allowed: allowed, observe: observe, again: rate.NewLimiter(againRate, againRate), holders: map[string]*holder{}}
 	c.ctx, c.stop = context.WithCancel(context.Background())
 	var err error
 	c.entries, err = simplelru.NewLRU(size, func(key Key, e *entry) { c.evicted(key, e) })
@@ -128,6 +134,9 @@ type Request struct {
 	Fresh bool
 	// Rejected is the hash of a token that the caller wants replaced; the same as Fresh if it is the cached one.
 	Rejected string
+	// Again asks to look once more although a refusal is kept, because there is reason to think that it holds no longer.
+	// It is granted now and then, see againEvery.
+	Again bool
 }
 
 // ErrPodThrottled is returned to a pod that causes too many fetches.
@@ -158,7 +167,7 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 			c.mu.Unlock()
 			return t, Hit, nil
 		}
-		if now.Before(e.failedFor) && !fresh {
+		if !fresh && c.keeps(r, pod, e, now) {
 			err := e.failure
 			c.mu.Unlock()
 			return Token{}, Failed, err
@@ -187,6 +196,17 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 	case <-ctx.Done():
 		return Token{}, origin, ctx.Err()
 	}
+}
+
+// keeps reports whether the last failure still stands for the answer. c.mu is held.
+func (c *Cache) keeps(r Request, pod *holder, e *entry, now time.Time) bool {
+	if !r.Again || classOf(e.failure) != Denied {
+		return now.Before(e.failedFor)
+	}
+	if e.fetching != nil {
+		return false
+	}
+	return now.Sub(e.asked) < againEvery || pod.fetches.TokensAt(now) < 1 || !c.again.AllowN(now, 1)
 }
 
 // holder returns what is kept about a pod. c.mu is held.

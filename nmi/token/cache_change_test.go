@@ -140,3 +140,56 @@ func TestAFailureThatIsAboutOnePodIsNotKeptForTheOthers(t *testing.T) {
 		}
 	})
 }
+
+// Whoever waits for the machine's service to hear of an identity asks again; the service notices little of that.
+func TestARefusalIsLookedIntoAgainNowAndThenOnly(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *source, c *Cache) {
+		refused := &Error{Class: Denied, Status: 400}
+		s.set(func(s *source) { s.fails, s.takes = refused, 0 })
+		ask := func(name, pod string, again bool) Origin {
+			_, origin, err := c.Get(t.Context(), Request{Key: key(name), Pod: pod, Again: again})
+			if err == ErrPodThrottled {
+				t.Errorf("%s is told that it asks too often", pod)
+			}
+			return origin
+		}
+		if got := ask("x", "p", true); got != Fetched {
+			t.Fatalf("at first: %s", got)
+		}
+		if got := ask("x", "p", true); got != Failed {
+			t.Errorf("at once: %s", got)
+		}
+		time.Sleep(againEvery)
+		if got := ask("x", "p", false); got != Failed {
+			t.Errorf("without asking for it: %s", got)
+		}
+		if got := ask("x", "p", true); got != Fetched {
+			t.Errorf("after a second: %s", got)
+		}
+		// Many keys together, of one pod and of many.
+		for _, pods := range []int{1, 40} {
+			time.Sleep(time.Minute)
+			for i := range 10 {
+				ask(fmt.Sprint(pods, "-", i), fmt.Sprint("q", i%pods), false)
+			}
+			before := s.count()
+			for range 100 {
+				time.Sleep(100 * time.Millisecond)
+				for i := range 10 {
+					ask(fmt.Sprint(pods, "-", i), fmt.Sprint("q", i%pods), true)
+				}
+			}
+			if n := s.count() - before; n < 10 || n > againRate*11 {
+				t.Errorf("%d questions in ten seconds for %d pods", n, pods)
+			}
+		}
+		// What is throttled stays so for as long as was said.
+		s.set(func(s *source) { s.fails = &Error{Class: Throttled, RetryAfter: time.Minute} })
+		time.Sleep(time.Minute)
+		ask("x", "p", false)
+		time.Sleep(30 * time.Second)
+		if got := ask("x", "p", true); got != Failed {
+			t.Errorf("while throttled: %s", got)
+		}
+	})
+}

@@ -1,0 +1,303 @@
+package nmi
+
+import (
+	"context"
+	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/cache"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/identity"
+)
+
+// cluster is a node but for its rules, with an API server and a metadata service that the test speaks for. The service
+// gives a token for every client ID.
+type cluster struct {
+	*node
+	t      *testing.T
+	api    *fakeAPI
+	server http.Handler
+	looks  chan struct{} // one for each look at the objects
+	failed chan struct{} // one for each failure of a watch
+}
+
+func newCluster(t *testing.T, configure func(*Config), objects ...object) *cluster {
+	t.Helper()
+	c := startCluster(t, newFakeAPI(t, objects...), configure)
+	if err := c.waitFilled(t.Context(), 20*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func startCluster(t *testing.T, api *fakeAPI, configure func(*Config)) *cluster {
+	t.Helper()
+	c := &cluster{t: t, api: api, looks: make(chan struct{}, 1000), failed: make(chan struct{}, 1000)}
+	imds := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		client := r.URL.Query().Get("client_id")
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(map[string]string{"access_token": "token-of-" + client, "expires_in": "3600", "resource": "r", "token_type": "Bearer"})
+	}))
+	t.Cleanup(imds.Close)
+	address := netip.MustParseAddrPort(imds.Listener.Addr().String())
+	cfg := DefaultConfig()
+	cfg.Node, cfg.OperationMode = "node1", "Standard"
+	cfg.MetadataIP, cfg.MetadataPort = address.Addr().String(), int(address.Port())
+	configure(&cfg)
+	c.node = &node{cfg: cfg, logs: Loggers{Main: zap.NewNop(), Audit: zap.NewNop()}, metrics: newMetrics(), health: newHealth(), filled: make(chan struct{})}
+	tell := listening{podGone: c.podGone, identityChanged: c.identityChanged, failed: c.metrics.apiFailed}
+	var err error
+	if c.watch, err = newWatch(c.api.config(), cfg.Node, cfg.rules(), tell); err != nil {
+		t.Fatal(err)
+	}
+	for _, informer := range c.watch.all() {
+		if err := informer.SetWatchErrorHandlerWithContext(func(ctx context.Context, r *cache.Reflector, err error) {
+			c.watchFailed(ctx, r, err)
+			c.failed <- struct{}{}
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := c.prepareTokens(t.Context(), t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.cache.Close)
+	c.tokens.facts = func(pod *corev1.Pod) (identity.Facts, error) {
+		defer func() { c.looks <- struct{}{} }()
+		return c.watch.facts(pod)
+	}
+	c.server = c.newServer()
+	go c.load(t.Context())
+	return c
+}
+
+func (c *cluster) begin(source string) <-chan answer {
+	done, start := make(chan answer, 1), time.Now()
+	go func() {
+		r := httptest.NewRequest(http.MethodGet, getPath, nil)
+		r.RemoteAddr = source + ":40000"
+		r.Header.Set("Metadata", "true")
+		w := httptest.NewRecorder()
+		c.server.ServeHTTP(w, r)
+		a := answer{status: w.Code, body: map[string]string{}, took: time.Since(start)}
+		_ = json.Unmarshal(w.Body.Bytes(), &a.body)
+		done <- a
+	}()
+	return done
+}
+
+// held sends a request and returns once it is held: it looks once more after it has asked to be told.
+func (c *cluster) held(source string) <-chan answer {
+	r := c.begin(source)
+	<-c.looks
+	<-c.looks
+	return r
+}
+
+func (c *cluster) expect(request <-chan answer, status int, says string) {
+	c.t.Helper()
+	if a := <-request; a.status != status || !strings.Contains(a.body["access_token"]+a.body["reason"], says) {
+		c.t.Errorf("got %d %v; want %d and something of %q", a.status, a.body, status, says)
+	}
+}
+
+func resourceID(name string) string {
+	return "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/" + name
+}
+
+func podIn(ns, name, uid, ip, label string) *corev1.Pod {
+	return with(pod(name, uid, ip), func(p *corev1.Pod) { p.Namespace, p.Labels = ns, map[string]string{v1.BindingLabel: label} })
+}
+
+func azureIdentity(ns, name, client string) *v1.AzureIdentity {
+	return &v1.AzureIdentity{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: name}, Spec: v1.AzureIdentitySpec{ClientID: client, ResourceID: resourceID(name)}}
+}
+
+func binding(ns, name, selector string) *v1.AzureIdentityBinding {
+	return &v1.AzureIdentityBinding{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: name}, Spec: v1.AzureIdentityBindingSpec{AzureIdentity: name, Selector: selector}}
+}
+
+func assignedTo(p *corev1.Pod, i *v1.AzureIdentity, state v1.AssignmentState) *v1.AzureAssignedIdentity {
+	return &v1.AzureAssignedIdentity{
+		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name + "-" + i.Name + "-" + string(p.UID), Labels: map[string]string{v1.NodeNameLabel: "node1"},
+			OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Pod", Name: p.Name, UID: p.UID}}},
+		Spec:   v1.AzureAssignedIdentitySpec{Pod: p.Name, PodNamespace: p.Namespace, NodeName: "node1", AzureIdentityRef: i.Copy()},
+		Status: v1.AzureAssignedIdentityStatus{Status: state},
+	}
+}
+
+// predecessors has the form of the predecessor's: nobody owns it, and it is in a namespace of its own.
+func predecessors(o *v1.AzureAssignedIdentity) *v1.AzureAssignedIdentity {
+	o.Namespace, o.OwnerReferences = "default", nil
+	return o
+}
+
+func TestTheNodeHearsOfAnAssignmentAtOnce(t *testing.T) {
+	p, i := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("b", "x", clientX)
+	c := newCluster(t, func(*Config) {}, p, i, binding("b", "x", "app"))
+	if got := c.api.watched(v1.AzureAssignedIdentities); !slices.Equal(got, []string{"nodename=node1"}) {
+		t.Errorf("assignments are watched by %q", got)
+	}
+	r := c.held("10.0.0.1")
+	c.api.set(assignedTo(p, i, ""))
+	<-c.looks
+	c.api.set(assignedTo(p, i, v1.AssignmentCreated))
+	<-c.looks
+	start := time.Now()
+	c.api.set(assignedTo(p, i, v1.AssignmentAssigned))
+	c.expect(r, 200, "token-of-"+clientX)
+	if took := time.Since(start); took > 2*time.Second {
+		t.Errorf("it took %s from the event to the answer", took)
+	} else {
+		t.Logf("%s from the event to the answer", took)
+	}
+	if waiting := c.watch.news.readers; len(waiting) != 0 {
+		t.Errorf("still waited for: %v", waiting)
+	}
+}
+
+func TestTheNodeHearsOfWhatEndsAWait(t *testing.T) {
+	p, i, b := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("b", "x", clientX), binding("b", "x", "app")
+	for _, c := range []struct {
+		name   string
+		happen func(*fakeAPI)
+		status int
+		says   string
+	}{
+		{"the binding goes", func(f *fakeAPI) { f.remove(b) }, 400, "no_matching_binding"},
+		{"the identity goes", func(f *fakeAPI) { f.remove(i) }, 400, "identity_missing"},
+		{"the binding selects others", func(f *fakeAPI) { f.set(binding("b", "x", "others")) }, 400, "no_matching_binding"},
+		{"the identity is confined to its namespace", func(f *fakeAPI) {
+			confined := i.DeepCopy()
+			confined.Annotations = map[string]string{v1.BehaviorAnnotation: v1.BehaviorNamespaced}
+			f.set(confined)
+		}, 400, "no_matching_binding"},
+		{"the pod is excepted", func(f *fakeAPI) {
+			f.set(&v1.AzurePodIdentityException{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "e"}, Spec: v1.AzurePodIdentityExceptionSpec{PodLabels: map[string]string{v1.BindingLabel: "app"}}})
+		}, 200, "token-of-"},
+		{"the pod is labelled otherwise", func(f *fakeAPI) { f.set(podIn("a", "p", "1", "10.0.0.1", "others")) }, 400, "no_matching_binding"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := newCluster(t, func(*Config) {}, p, i, b)
+			r := n.held("10.0.0.1")
+			c.happen(n.api)
+			n.expect(r, c.status, c.says)
+		})
+	}
+}
+
+func TestAnAssignmentIsOfOnePodOnly(t *testing.T) {
+	x := azureIdentity("b", "x", clientX)
+	one, other := podIn("a", "p", "1", "10.0.0.1", "app"), podIn("c", "p", "2", "10.0.0.2", "app")
+	c := newCluster(t, func(c *Config) { c.AssignmentWait = 0 }, one, other, x, binding("b", "x", "app"), assignedTo(one, x, v1.AssignmentAssigned))
+	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+clientX)
+	c.expect(c.begin("10.0.0.2"), 503, "assignment_pending") // of the same name, in another namespace
+
+	// Made anew under its name, while what the first one had is still there.
+	c.api.remove(one)
+	again := with(one.DeepCopy(), func(p *corev1.Pod) { p.UID, p.Status.PodIPs[0].IP = types.UID("3"), "10.0.0.3" })
+	c.api.set(again)
+	c.expect(c.begin("10.0.0.3"), 503, "assignment_pending")
+
+	// What the predecessor wrote names no UID.
+	c.api.set(predecessors(assignedTo(other, x, "")))
+	c.assigned(other, x)
+	c.expect(c.begin("10.0.0.2"), 200, "token-of-"+clientX)
+}
+
+// assigned returns once the node has heard of an assignment.
+func (c *cluster) assigned(p *corev1.Pod, i *v1.AzureIdentity) {
+	id := identity.FromAzureIdentity(i)
+	told, stop := c.watch.news.read(topic{ofPod, p.Namespace + "/" + p.Name})
+	defer stop()
+	for c.watch.assignedSince(p, &id).IsZero() {
+		<-told
+	}
+}
+
+func TestWithForcedNamespacesOnlyThePodsOwnCounts(t *testing.T) {
+	x, own := azureIdentity("b", "x", clientX), azureIdentity("a", "y", clientY)
+	p, q := podIn("a", "p", "1", "10.0.0.1", "app"), podIn("c", "q", "2", "10.0.0.2", "app")
+	c := newCluster(t, func(c *Config) { c.ForceNamespaced = true }, p, q, x, own, binding("b", "x", "app"), binding("a", "y", "app"),
+		assignedTo(p, own, v1.AssignmentAssigned), assignedTo(q, x, v1.AssignmentAssigned))
+	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+clientY)
+	c.expect(c.begin("10.0.0.2"), 400, "no_matching_binding")
+}
+
+func TestManagedModeDoesNotLookAtAssignments(t *testing.T) {
+	p, i := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("a", "x", clientX)
+	c := newCluster(t, func(c *Config) { c.OperationMode = ModeManaged }, p, i, binding("a", "x", "app"), binding("b", "x", "app"))
+	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+clientX)
+	if asked := c.api.watched(v1.AzureAssignedIdentities); len(asked) != 0 || len(c.watch.all()) != 4 || c.tokens.waiting != nil {
+		t.Errorf("assignments were watched: %q, by %d informers", asked, len(c.watch.all()))
+	}
+	families, err := c.metrics.registry.Gather()
+	if err != nil || len(families) == 0 {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() == metricWaits {
+			t.Errorf("there is a metric %s", f.GetName())
+		}
+	}
+}
+
+func TestANodeThatMayNotReadAssignmentsSaysWhatItLacks(t *testing.T) {
+	api := newFakeAPI(t)
+	api.forbidden = v1.AzureAssignedIdentities
+	c := startCluster(t, api, func(c *Config) { c.PodLookup = 100 * time.Millisecond })
+	<-c.failed
+	if err := c.health.ready(); !strings.Contains(err.Error(), "azureassignedidentities is forbidden") || !strings.Contains(err.Error(), "operationMode is standard") {
+		t.Errorf("it is said: %v", err)
+	}
+	c.expect(c.begin("10.0.0.1"), 503, "not_ready")
+}
+
+func TestWhatIsKeptOfAnAssignmentIsWhatIsRead(t *testing.T) {
+	p, i := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("b", "x", clientX)
+	o := assignedTo(p, i, v1.AssignmentAssigned)
+	o.Annotations = map[string]string{"a": "b"}
+	trimmed, err := trim(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, _ := trim(trimmed)
+	got := trimmed.(*kept[assignment]).value
+	if again != trimmed || got.Assignment != identity.FromAzureAssignedIdentity(o) || time.Since(got.received) > time.Minute {
+		t.Errorf("kept: %+v", got)
+	}
+	if keys, err := podOfAssignment(trimmed); err != nil || !slices.Equal(keys, []string{"a/p"}) {
+		t.Errorf("found by %q, %v", keys, err)
+	}
+}
+
+func TestATombstoneIsNewsToo(t *testing.T) {
+	var w watch
+	told, stop := w.news.read(topic{ofPod, "ns/p"})
+	defer stop()
+	handler := w.telling(func(o any) topic { return topic{ofPod, "ns/" + o.(*corev1.Pod).Name} })
+	handler.OnDelete(cache.DeletedFinalStateUnknown{Key: "ns/p"}) // of which nothing is known
+	handler.OnDelete(cache.DeletedFinalStateUnknown{Key: "ns/p", Obj: pod("p", "1")})
+	select {
+	case <-told:
+	default:
+		t.Error("nobody was told")
+	}
+	handler.OnUpdate(pod("p", "1"), pod("p", "1"))
+	select {
+	case <-told:
+		t.Error("what has not changed was told")
+	default:
+	}
+}
