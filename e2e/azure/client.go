@@ -56,7 +56,7 @@ func (c *Client) WaitReady(ctx context.Context) error {
 	}
 }
 
-// Addresses says where IMDS and Entra ID listen.
+// Addresses says where IMDS listens, and where Entra ID and ARM do.
 func (c *Client) Addresses(ctx context.Context) (Addresses, error) {
 	var a Addresses
 	return a, c.call(ctx, "GET", "/ready", nil, &a)
@@ -121,15 +121,19 @@ func (c *Client) Switches(ctx context.Context) (map[string]string, error) {
 
 // Log returns the entries with a sequence number greater than since.
 func (c *Client) Log(ctx context.Context, since int) ([]Entry, error) {
-	body, err := c.do(ctx, "GET", "/log?since="+strconv.Itoa(since), nil)
+	return readLines[Entry](ctx, c, "/log", since)
+}
+
+func readLines[T any](ctx context.Context, c *Client, path string, since int) ([]T, error) {
+	body, err := c.do(ctx, "GET", path+"?since="+strconv.Itoa(since), nil)
 	if err != nil {
 		return nil, err
 	}
 	defer body.Close()
-	var out []Entry
+	var out []T
 	dec := json.NewDecoder(body)
 	for {
-		var e Entry
+		var e T
 		if err := dec.Decode(&e); errors.Is(err, io.EOF) {
 			return out, nil
 		} else if err != nil {
@@ -139,7 +143,8 @@ func (c *Client) Log(ctx context.Context, since int) ([]Entry, error) {
 	}
 }
 
-// ResetLog empties the log and sets all counts to 0. Sequence numbers go on.
+// ResetLog empties the log and those of ARM, and sets all counts to 0. Sequence
+// numbers go on.
 func (c *Client) ResetLog(ctx context.Context) error {
 	return c.call(ctx, "DELETE", "/log", nil, nil)
 }

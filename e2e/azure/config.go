@@ -20,7 +20,8 @@ type Config struct {
 	ControlSocket string   `json:"controlSocket"` // path of the unix socket a Client dials
 	StateDir      string   `json:"stateDir"`      // holds the keys and ca.crt
 	EntraHosts    []string `json:"entraHosts,omitempty"`
-	Tenant        string   `json:"tenant"` // GUID of the home tenant
+	ARMHosts      []string `json:"armHosts,omitempty"` // served by the same listener as Entra ID
+	Tenant        string   `json:"tenant"`             // GUID of the home tenant
 	Nodes         []Node   `json:"nodes"`
 }
 
@@ -31,7 +32,8 @@ type Node struct {
 	Sources        []netip.Prefix `json:"sources"`
 	SystemAssigned *Identity      `json:"systemAssigned,omitempty"`
 	// ProviderID is the node's spec.providerID; it names subscription,
-	// resource group and scale set in the instance document. Optional.
+	// resource group and scale set in the instance document, and the virtual
+	// machine or scale set in ARM. Optional.
 	ProviderID string `json:"providerID,omitempty"`
 }
 
@@ -181,4 +183,18 @@ func (n Node) machine() machine {
 		m.name = m.scaleSet + "_" + m.name
 	}
 	return m
+}
+
+var instanceForm = regexp.MustCompile(`(?i)^(.+)/virtualMachines/[^/]+$`)
+
+// beneath is the resource in ARM whose identities the node has: the scale set
+// or, if it is in none, the virtual machine itself.
+func (n Node) beneath() (computeID, bool) {
+	id := n.machine().resourceID
+	if instance := instanceForm.FindStringSubmatch(id); instance != nil {
+		if set, ok := parseComputeID(instance[1]); ok && set.kind == KindVMSS {
+			return set, true
+		}
+	}
+	return parseComputeID(id)
 }

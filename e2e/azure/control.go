@@ -37,6 +37,7 @@ type controlError struct {
 // do everything; its mode keeps it to the user that runs the stand-in.
 type control struct {
 	dir       *directory
+	arm       *ARM
 	switches  *switches
 	rec       *recorder
 	keys      Keys
@@ -47,10 +48,15 @@ func (c *control) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /ready", show(func() any { return c.addresses }))
 	mux.HandleFunc("GET /keys", show(func() any { return c.keys }))
-	mux.HandleFunc("GET /stats", show(func() any { return c.rec.stats() }))
+	mux.HandleFunc("GET /stats", show(func() any {
+		stats := c.rec.stats()
+		stats.ARM = c.arm.Stats()
+		return stats
+	}))
 	mux.HandleFunc("GET /log", c.log)
 	mux.HandleFunc("DELETE /log", func(w http.ResponseWriter, _ *http.Request) {
 		c.rec.reset()
+		c.arm.ResetLog()
 		respond(w, nil)
 	})
 	mux.HandleFunc("GET /switches", show(func() any { return c.switches.all() }))
@@ -72,6 +78,7 @@ func (c *control) handler() http.Handler {
 		c.dir.removeFederated(q.ClientID, q.Credential.Issuer, q.Credential.Subject)
 		return nil
 	}))
+	c.handleARM(mux)
 	return mux
 }
 
@@ -106,8 +113,10 @@ func respond(w http.ResponseWriter, err error) {
 	_, _ = w.Write(append(encode(controlError{err.Error()}), '\n'))
 }
 
-// log answers JSON lines.
-func (c *control) log(w http.ResponseWriter, r *http.Request) {
+func (c *control) log(w http.ResponseWriter, r *http.Request) { lines(w, r, c.rec.entries) }
+
+// lines answers JSON lines.
+func lines[T any](w http.ResponseWriter, r *http.Request, entries func(since int) []T) {
 	since := 0
 	if text := r.URL.Query().Get("since"); text != "" {
 		n, err := strconv.Atoi(text)
@@ -120,7 +129,7 @@ func (c *control) log(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	enc := json.NewEncoder(w)
 	enc.SetEscapeHTML(false)
-	for _, e := range c.rec.entries(since) {
+	for _, e := range entries(since) {
 		if enc.Encode(e) != nil {
 			return // the client has left
 		}

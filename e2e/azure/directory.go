@@ -38,10 +38,12 @@ type FederatedCredential struct {
 	JWKS     json.RawMessage `json:"jwks"`
 }
 
-// AttachedIdentity is a user-assigned identity and the nodes it is attached to.
+// AttachedIdentity is a user-assigned identity, the nodes it is attached to
+// directly, and the machines that it is attached to in ARM.
 type AttachedIdentity struct {
 	Identity
-	Nodes []string `json:"nodes"`
+	Nodes    []string `json:"nodes"`
+	Machines []string `json:"machines,omitempty"`
 }
 
 // caller is who a connection comes from.
@@ -52,26 +54,36 @@ type caller struct {
 }
 
 // directory holds who exists and what is attached where. Reads come from IMDS
-// and Entra ID, writes from the control API.
+// and Entra ID, writes from the control API. What ARM attaches to a machine is
+// known to ARM alone; the directory asks it, never the other way round.
 type directory struct {
-	tenant string
-	nodes  []Node // read-only after construction
+	tenant   string
+	nodes    []Node            // read-only after construction, as are the next two
+	machines map[string]string // node -> folded ID of the machine beneath, if it has one
+	arm      *ARM
 
 	mu         sync.RWMutex
 	identities map[string]Identity        // by folded resource ID
-	attached   map[string]map[string]bool // node -> folded resource IDs
+	attached   map[string]map[string]bool // node -> folded resource IDs, beside those of its machine
 	apps       map[string]App             // by folded client ID
 	federated  map[string][]FederatedCredential
 }
 
-func newDirectory(cfg Config) *directory {
+func newDirectory(cfg Config, arm *ARM) *directory {
 	d := &directory{
-		tenant: cfg.Tenant, nodes: cfg.Nodes,
+		tenant: cfg.Tenant, nodes: cfg.Nodes, machines: map[string]string{}, arm: arm,
 		identities: map[string]Identity{}, attached: map[string]map[string]bool{},
 		apps: map[string]App{}, federated: map[string][]FederatedCredential{},
 	}
 	for _, n := range cfg.Nodes {
 		d.attached[n.Name] = map[string]bool{}
+		if beneath, ok := n.beneath(); ok {
+			d.machines[n.Name] = beneath.key()
+			if have, shared := arm.Machine(beneath.id); !shared || have.SystemAssigned == nil {
+				// It cannot fail: the ID was just parsed.
+				_ = arm.AddMachine(Machine{ID: beneath.id, SystemAssigned: n.SystemAssigned})
+			}
+		}
 	}
 	return d
 }
@@ -118,11 +130,16 @@ func (d *directory) pick(names []string) ([]string, error) {
 // addIdentity is idempotent: it creates or replaces the identity of that
 // resource ID and attaches it to the nodes, beside where it already is.
 func (d *directory) addIdentity(id Identity, names []string) error {
-	if err := validateUserAssigned(id); err != nil {
-		return err
-	}
 	nodes, err := d.pick(names)
 	if err != nil {
+		return err
+	}
+	return d.defineIdentity(id, nodes)
+}
+
+// defineIdentity does the same with no meaning in "no nodes" but that.
+func (d *directory) defineIdentity(id Identity, nodes []string) error {
+	if err := validateUserAssigned(id); err != nil {
 		return err
 	}
 	if id.TenantID == "" {
@@ -143,7 +160,7 @@ func (d *directory) addIdentity(id Identity, names []string) error {
 	for _, n := range nodes {
 		d.attached[n][key] = true
 	}
-	return nil
+	return d.arm.DefineIdentity(id)
 }
 
 // detach takes the identity off the nodes; one that is not attached is no error.
@@ -175,6 +192,7 @@ func (d *directory) removeIdentity(ref string) {
 	}
 	delete(d.federated, strings.ToLower(d.identities[key].ClientID))
 	delete(d.identities, key)
+	d.arm.DeleteIdentity(key)
 	for _, ids := range d.attached {
 		delete(ids, key)
 	}
@@ -191,6 +209,7 @@ func (d *directory) find(ref string) (string, bool) {
 }
 
 func (d *directory) list() []AttachedIdentity {
+	machines := d.arm.Machines()
 	d.mu.RLock()
 	defer d.mu.RUnlock()
 	out := make([]AttachedIdentity, 0, len(d.identities))
@@ -199,6 +218,11 @@ func (d *directory) list() []AttachedIdentity {
 		for _, n := range d.nodes {
 			if d.attached[n.Name][key] {
 				a.Nodes = append(a.Nodes, n.Name)
+			}
+		}
+		for _, m := range machines {
+			if slices.Contains(m.Identities, key) {
+				a.Machines = append(a.Machines, m.ID)
 			}
 		}
 		out = append(out, a)
@@ -229,44 +253,102 @@ func (d *directory) resolve(node string, sel selector) (Identity, error) {
 	}
 	d.mu.RLock()
 	defer d.mu.RUnlock()
-	var system *Identity
-	if n.SystemAssigned != nil {
-		id := *n.SystemAssigned
-		if id.TenantID == "" {
-			id.TenantID = d.tenant
-		}
-		if id.ResourceID == "" {
-			id.ResourceID = n.machine().resourceID
-		}
-		system = &id
-	}
+	system := d.systemAssigned(n)
 	if sel == (selector{}) {
 		return d.defaultIdentity(node, system)
 	}
 	if system != nil && sel.matches(*system) {
 		return *system, nil
 	}
-	for key := range d.attached[node] {
-		if id := d.identities[key]; sel.matches(id) {
+	for key, id := range d.identities {
+		if sel.matches(id) && d.yields(node, key) {
 			return id, nil
 		}
 	}
 	return Identity{}, errIdentityNotFound
 }
 
+// systemAssigned is the node's own identity, unless ARM took it from the
+// machine beneath, or gave it one.
+func (d *directory) systemAssigned(n Node) *Identity {
+	own := n.SystemAssigned
+	if machine, ok := d.machines[n.Name]; ok {
+		switch given, known := d.arm.systemAssigned(machine); {
+		case !known:
+		case given == nil:
+			return nil
+		case own == nil:
+			own = given
+		}
+	}
+	if own == nil {
+		return nil
+	}
+	id := *own
+	if id.TenantID == "" {
+		id.TenantID = d.tenant
+	}
+	if id.ResourceID == "" {
+		id.ResourceID = n.machine().resourceID
+	}
+	return &id
+}
+
+// yields tells whether IMDS of the node gives tokens of the identity. The lock
+// is held.
+func (d *directory) yields(node, key string) bool {
+	return d.attached[node][key] || d.arm.yields(d.machines[node], d.identities[key])
+}
+
 func (d *directory) defaultIdentity(node string, system *Identity) (Identity, error) {
 	if system != nil {
 		return *system, nil
 	}
-	switch attached := d.attached[node]; len(attached) {
-	case 0:
+	var only *Identity
+	for key, id := range d.identities {
+		if !d.yields(node, key) {
+			continue
+		}
+		if only != nil {
+			return Identity{}, errMultipleIdentities
+		}
+		only = &id
+	}
+	if only == nil {
 		return Identity{}, errIdentityNotFound
-	case 1:
-		for key := range attached {
-			return d.identities[key], nil
+	}
+	return *only, nil
+}
+
+// machineOf takes the ID of a machine or the name of a node that is on it.
+func (d *directory) machineOf(ref string) string {
+	if machine, ok := d.machines[ref]; ok {
+		return machine
+	}
+	return ref
+}
+
+// resourceOf takes a client, object or resource ID of an identity.
+func (d *directory) resourceOf(ref string) string {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	if key, ok := d.find(ref); ok {
+		return d.identities[key].ResourceID
+	}
+	return ref
+}
+
+// showMachines returns ARM's machines with the nodes on them.
+func (d *directory) showMachines() []Machine {
+	out := d.arm.Machines()
+	for i := range out {
+		for _, n := range d.nodes {
+			if d.machines[n.Name] == FoldID(out[i].ID) {
+				out[i].Nodes = append(out[i].Nodes, n.Name)
+			}
 		}
 	}
-	return Identity{}, errMultipleIdentities
+	return out
 }
 
 func (s selector) matches(id Identity) bool {

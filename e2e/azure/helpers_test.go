@@ -80,10 +80,11 @@ type standIn struct {
 	at    Addresses
 }
 
+func prefixes(node, pods string) []netip.Prefix {
+	return []netip.Prefix{netip.MustParsePrefix(node + "/32"), netip.MustParsePrefix(pods)}
+}
+
 func testConfig(dir string) Config {
-	prefixes := func(node, pods string) []netip.Prefix {
-		return []netip.Prefix{netip.MustParsePrefix(node + "/32"), netip.MustParsePrefix(pods)}
-	}
 	return Config{
 		IMDSAddr: "127.0.0.1:0", EntraAddr: "127.0.0.1:0", ControlSocket: filepath.Join(dir, "control"), StateDir: stateDir,
 		EntraHosts: []string{"login.stand-in.test"}, Tenant: tenant,

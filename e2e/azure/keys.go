@@ -192,9 +192,10 @@ func writePEM(file, kind string, der []byte, mode fs.FileMode) error {
 	return nil
 }
 
-// certificateHosts adds the address Entra ID listens on to the names given.
+// certificateHosts adds the address that Entra ID and ARM listen on to the
+// names given.
 func certificateHosts(cfg Config) []string {
-	hosts := slices.Clone(cfg.EntraHosts)
+	hosts := slices.Concat(cfg.EntraHosts, cfg.ARMHosts)
 	host, _, _ := net.SplitHostPort(cfg.EntraAddr)
 	if addr, err := netip.ParseAddr(host); err == nil && !addr.IsUnspecified() && !slices.Contains(hosts, host) {
 		hosts = append(hosts, host)

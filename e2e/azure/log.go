@@ -56,19 +56,27 @@ const (
 	longestLogged = 4 << 10 // of a path or a header value
 )
 
-// requestLog is a ring: it keeps the newest entries and counts what it lost.
-// The recorder owns it and holds the lock.
-type requestLog struct {
+// ring keeps the newest entries and counts what it lost. Who owns it holds the
+// lock.
+type ring[T any, P interface {
+	*T
+	number(seq int)
+}] struct {
 	capacity int
-	entries  []Entry
+	entries  []T
 	oldest   int // index of the oldest entry once the ring is full
 	seq      int
 	dropped  int
 }
 
-func (l *requestLog) add(e Entry) {
+// requestLog belongs to the recorder.
+type requestLog = ring[Entry, *Entry]
+
+func (e *Entry) number(seq int) { e.Seq = seq }
+
+func (l *ring[T, P]) add(e T) {
 	l.seq++
-	e.Seq = l.seq
+	P(&e).number(l.seq)
 	if len(l.entries) < l.capacity {
 		l.entries = append(l.entries, e)
 		return
@@ -79,17 +87,17 @@ func (l *requestLog) add(e Entry) {
 }
 
 // since returns the entries with a greater sequence number, oldest first.
-func (l *requestLog) since(seq int) []Entry {
+func (l *ring[T, P]) since(seq int) []T {
 	n := len(l.entries)
 	skip := min(max(0, n-(l.seq-seq)), n)
-	out := make([]Entry, 0, n-skip)
+	out := make([]T, 0, n-skip)
 	for i := skip; i < n; i++ {
 		out = append(out, l.entries[(l.oldest+i)%n])
 	}
 	return out
 }
 
-func (l *requestLog) reset() {
+func (l *ring[T, P]) reset() {
 	l.entries, l.oldest, l.dropped = nil, 0, 0
 }
 

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -103,8 +104,9 @@ func listenUnix(path string) (net.Listener, error) {
 
 // servers wires the parts. The order matches that of listeners.
 func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func() time.Time) []*http.Server {
-	dir, sw, rec := newDirectory(cfg), newSwitches(), newRecorder(now)
 	iss := newIssuer(st.signing, now)
+	arm := NewARM(ARMOptions{Now: now, Verify: iss.verify, Tenant: cfg.Tenant})
+	dir, sw, rec := newDirectory(cfg, arm), newSwitches(arm), newRecorder(now)
 	metadata := newIMDS(dir, iss, now)
 	login := &entra{dir: dir, issuer: iss, now: now}
 	keys, err := iss.keys(st.caPEM)
@@ -120,11 +122,11 @@ func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func
 		admit: func(string, string, bool) (func(), bool) { return func() {}, true },
 		note:  login.note, answer: login.answer, fail: login.fail,
 	}
-	api := &control{dir: dir, switches: sw, rec: rec, keys: keys,
+	api := &control{dir: dir, arm: arm, switches: sw, rec: rec, keys: keys,
 		addresses: Addresses{IMDS: ls.imds.Addr().String(), Entra: ls.entra.Addr().String()}}
 	out := []*http.Server{
 		{Handler: imdsService, ConnState: imdsService.connState},
-		{Handler: entraService, ConnState: entraService.connState, TLSConfig: &tls.Config{
+		{Handler: behindTLS(arm, entraService), ConnState: entraService.connState, TLSConfig: &tls.Config{
 			MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{st.tls},
 		}},
 		{Handler: api.handler()},
@@ -138,6 +140,18 @@ func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func
 		s.IdleTimeout = 5 * time.Minute
 	}
 	return out
+}
+
+// behindTLS tells apart what Entra ID and ARM are asked, by the path: clients
+// may know ARM by any name.
+func behindTLS(arm, entra http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.EqualFold(segment(r.URL.Path, 0), "subscriptions") {
+			arm.ServeHTTP(w, r)
+			return
+		}
+		entra.ServeHTTP(w, r)
+	})
 }
 
 // serve owns the servers until all have ended.

@@ -14,8 +14,10 @@ import (
 const (
 	serviceIMDS  = "imds"
 	serviceEntra = "entra"
+	serviceARM   = "arm"
 )
 
+// services are those with faults and counts in common; ARM has its own.
 var services = []string{serviceIMDS, serviceEntra}
 
 // classToken is the class of requests for a token, in either service.

@@ -49,6 +49,7 @@ type Stats struct {
 	LogDropped int                   `json:"log_dropped"` // entries the bounded log has lost
 	IMDS       ServiceStats          `json:"imds"`
 	Entra      ServiceStats          `json:"entra"`
+	ARM        ARMStats              `json:"arm"`
 	Tokens     map[string]TokenStats `json:"tokens"`
 }
 

@@ -34,16 +34,16 @@ func defaultFaults(service string) faults {
 	return f
 }
 
-// switchKind is one switch: how it is spelled, read and set.
-type switchKind struct {
+// switchKind is one switch of a T: how it is spelled, read and set.
+type switchKind[T any] struct {
 	name     string
 	imdsOnly bool
 	values   string // what is valid, for the error
-	get      func(*faults) string
-	set      func(*faults, string) error
+	get      func(*T) string
+	set      func(*T, string) error
 }
 
-var switchKinds = []switchKind{
+var switchKinds = []switchKind[faults]{
 	durationSwitch("latency", 0, func(f *faults) *time.Duration { return &f.latency }),
 	intSwitch("throttle", "-1 (all), 0 (off) or a number of token requests", -1, 1<<30, func(f *faults) *int { return &f.throttle }),
 	intSwitch("retry-after", "seconds, 0 to 3600 (0: no header)", 0, 3600, func(f *faults) *int { return &f.retryAfter }),
@@ -71,16 +71,16 @@ var switchKinds = []switchKind{
 
 const errBadSwitchValue refusal = "bad value"
 
-func onlyIMDS(k switchKind) switchKind {
+func onlyIMDS(k switchKind[faults]) switchKind[faults] {
 	k.imdsOnly = true
 	return k
 }
 
-func durationSwitch(name string, least time.Duration, field func(*faults) *time.Duration) switchKind {
-	return switchKind{
+func durationSwitch[T any](name string, least time.Duration, field func(*T) *time.Duration) switchKind[T] {
+	return switchKind[T]{
 		name: name, values: "a duration such as 200ms or 24h, at least " + least.String(),
-		get: func(f *faults) string { return field(f).String() },
-		set: func(f *faults, v string) error {
+		get: func(f *T) string { return field(f).String() },
+		set: func(f *T, v string) error {
 			d, err := time.ParseDuration(v)
 			if err != nil || d < least {
 				return errBadSwitchValue
@@ -91,11 +91,11 @@ func durationSwitch(name string, least time.Duration, field func(*faults) *time.
 	}
 }
 
-func intSwitch(name, values string, low, high int, field func(*faults) *int) switchKind {
-	return switchKind{
+func intSwitch[T any](name, values string, low, high int, field func(*T) *int) switchKind[T] {
+	return switchKind[T]{
 		name: name, values: values,
-		get: func(f *faults) string { return strconv.Itoa(*field(f)) },
-		set: func(f *faults, v string) error {
+		get: func(f *T) string { return strconv.Itoa(*field(f)) },
+		set: func(f *T, v string) error {
 			n, err := strconv.Atoi(v)
 			if err != nil || n < low || n > high {
 				return errBadSwitchValue
@@ -106,20 +106,20 @@ func intSwitch(name, values string, low, high int, field func(*faults) *int) swi
 	}
 }
 
-func boolSwitch(name string, field func(*faults) *bool) switchKind {
+func boolSwitch[T any](name string, field func(*T) *bool) switchKind[T] {
 	return choiceSwitch(name, "true", "false", field)
 }
 
-func choiceSwitch(name, yes, no string, field func(*faults) *bool) switchKind {
-	return switchKind{
+func choiceSwitch[T any](name, yes, no string, field func(*T) *bool) switchKind[T] {
+	return switchKind[T]{
 		name: name, values: yes + " or " + no,
-		get: func(f *faults) string {
+		get: func(f *T) string {
 			if *field(f) {
 				return yes
 			}
 			return no
 		},
-		set: func(f *faults, v string) error {
+		set: func(f *T, v string) error {
 			if v != yes && v != no {
 				return errBadSwitchValue
 			}
@@ -129,14 +129,34 @@ func choiceSwitch(name, yes, no string, field func(*faults) *bool) switchKind {
 	}
 }
 
-// switches holds the faults of both services.
-type switches struct {
-	mu sync.Mutex
-	of map[string]*faults // by service
+// oneOfSwitch is a switch whose values are words.
+func oneOfSwitch[T any, V ~string](name string, field func(*T) *V, words ...V) switchKind[T] {
+	values := make([]string, len(words))
+	for i, w := range words {
+		values[i] = string(w)
+	}
+	return switchKind[T]{
+		name: name, values: strings.Join(values, ", "),
+		get: func(f *T) string { return string(*field(f)) },
+		set: func(f *T, v string) error {
+			if !slices.Contains(values, v) {
+				return errBadSwitchValue
+			}
+			*field(f) = V(v)
+			return nil
+		},
+	}
 }
 
-func newSwitches() *switches {
-	s := &switches{of: map[string]*faults{}}
+// switches holds the faults of both services, and leads to ARM's settings.
+type switches struct {
+	arm *ARM
+	mu  sync.Mutex
+	of  map[string]*faults // by service
+}
+
+func newSwitches(arm *ARM) *switches {
+	s := &switches{arm: arm, of: map[string]*faults{}}
 	for _, service := range services {
 		f := defaultFaults(service)
 		s.of[service] = &f
@@ -149,7 +169,7 @@ func newSwitches() *switches {
 func (s *switches) set(changes map[string]string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	next := map[string]faults{}
+	next, settings := map[string]faults{}, s.arm.Settings()
 	for service, f := range s.of {
 		next[service] = *f
 	}
@@ -160,9 +180,16 @@ func (s *switches) set(changes map[string]string) error {
 		for _, service := range services {
 			next[service] = defaultFaults(service)
 		}
+		settings = DefaultARMSettings()
 	}
 	for _, key := range slices.Sorted(maps.Keys(changes)) {
 		if key == "reset" {
+			continue
+		}
+		if kind, ok := findARMSwitch(key); ok {
+			if err := kind.set(&settings, changes[key]); err != nil {
+				return fmt.Errorf("switch %s=%s: %w; valid: %s", key, changes[key], err, kind.values)
+			}
 			continue
 		}
 		service, kind, ok := findSwitch(key)
@@ -178,17 +205,18 @@ func (s *switches) set(changes map[string]string) error {
 	for service, f := range next {
 		*s.of[service] = f
 	}
+	s.arm.Change(func(have *ARMSettings) { *have = settings })
 	return nil
 }
 
-func findSwitch(key string) (string, switchKind, bool) {
+func findSwitch(key string) (string, switchKind[faults], bool) {
 	service, name, _ := strings.Cut(key, ".")
 	for _, k := range switchKinds {
 		if k.name == name && slices.Contains(services, service) && (service == serviceIMDS || !k.imdsOnly) {
 			return service, k, true
 		}
 	}
-	return "", switchKind{}, false
+	return "", switchKind[faults]{}, false
 }
 
 func switchNames() []string {
@@ -199,6 +227,9 @@ func switchNames() []string {
 				names = append(names, service+"."+k.name)
 			}
 		}
+	}
+	for _, k := range armSwitches {
+		names = append(names, serviceARM+"."+k.name)
 	}
 	return names
 }
@@ -214,6 +245,10 @@ func (s *switches) all() map[string]string {
 				out[service+"."+k.name] = k.get(f)
 			}
 		}
+	}
+	settings := s.arm.Settings()
+	for _, k := range armSwitches {
+		out[serviceARM+"."+k.name] = k.get(&settings)
 	}
 	return out
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"slices"
 
 	"github.com/podidentity/podidentity/e2e/azure"
 )
@@ -19,8 +20,22 @@ const (
 	ScaleSet       = "nodes"
 )
 
-// entraHosts are the names under which Entra ID is asked for tokens. Nodes resolve them to the stand-in.
-var entraHosts = []string{"login.microsoftonline.com"}
+// The names under which Entra ID is asked for tokens, and ARM for machines. Nodes resolve them to the stand-in.
+var (
+	entraHosts = []string{"login.microsoftonline.com"}
+	armHosts   = []string{"management.azure.com"}
+)
+
+// TwoVMs makes each node a virtual machine of its own, in Options.ProviderIDs. By default both are instances of one
+// scale set, which share what is attached to it.
+func TwoVMs() map[string]string {
+	ids := map[string]string{}
+	for _, n := range nodeSpecs {
+		ids[n.Name] = fmt.Sprintf("azure:///subscriptions/%s/resourceGroups/%s/providers/Microsoft.Compute/virtualMachines/%s",
+			SubscriptionID, ResourceGroup, n.Name)
+	}
+	return ids
+}
 
 // azureConfigJSON describes the stand-in: where it listens, inside its own namespace, and which source addresses are
 // which machine, as the real IMDS knows a machine by where its packets come from.
@@ -31,6 +46,7 @@ func azureConfigJSON(providerIDs map[string]string) (json.RawMessage, error) {
 		ControlSocket: azureSocket,
 		StateDir:      azureDir,
 		EntraHosts:    entraHosts,
+		ARMHosts:      armHosts,
 		Tenant:        TenantID,
 	}
 	for i, n := range nodeSpecs {
@@ -58,7 +74,7 @@ func systemAssigned(index int) *azure.Identity {
 
 func azureHosts() string {
 	lines := ""
-	for _, host := range entraHosts {
+	for _, host := range slices.Concat(entraHosts, armHosts) {
 		lines += azureIP + " " + host + "\n"
 	}
 	return lines
@@ -69,7 +85,7 @@ func azureReady(ctx context.Context) error { return azure.Dial(azureSocket).Read
 // Azure controls the stand-in Azure.
 func (c *Cluster) Azure() *azure.Client { return azure.Dial(azureSocket) }
 
-// EntraCA is the path of the certificate that the stand-in's Entra ID is trusted by.
+// EntraCA is the path of the certificate that the stand-in's Entra ID and ARM are trusted by.
 func (c *Cluster) EntraCA() string { return filepath.Join(azureDir, "ca.crt") }
 
 // ServeAzure runs the stand-in as the configuration file says, until the context ends.

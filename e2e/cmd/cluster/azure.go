@@ -19,10 +19,11 @@ func azureCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "azure",
 		Short: "Show and switch the stand-in Azure",
-		Long: `Shows what the stand-in Azure (the Instance Metadata Service and Entra ID) was asked, and switches its behaviour:
-latency, throttling, errors, hangs.`,
+		Long: `Shows what the stand-in Azure (the Instance Metadata Service, Entra ID and Resource Manager) was asked, and switches
+its behaviour: latency, throttling, errors, hangs.`,
 	}
-	cmd.AddCommand(azureLogCommand(), azureSetCommand(), azureStatsCommand(), azureIdentityCommand(), azureAppCommand(), azureTrustCommand(), azureServeCommand())
+	cmd.AddCommand(azureLogCommand(), azureSetCommand(), azureStatsCommand(), azureIdentityCommand(), azureAppCommand(), azureTrustCommand(),
+		armCommand(), azureServeCommand())
 	return cmd
 }
 
@@ -40,25 +41,29 @@ func azureLogCommand() *cobra.Command {
 	var follow bool
 	cmd := &cobra.Command{
 		Use:   "log",
-		Short: "Print the request log, one JSON object a line",
+		Short: "Print what IMDS and Entra ID were asked, one JSON object a line",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			client, err := stand()
 			if err != nil {
 				return err
 			}
-			return printLog(cmd.Context(), client, since, follow)
+			return printLog(cmd.Context(), client.Log, func(e azure.Entry) int { return e.Seq }, since, follow)
 		},
 	}
-	cmd.Flags().IntVar(&since, "since", 0, "only entries with a sequence number (seq) greater than `N`")
-	cmd.Flags().BoolVar(&follow, "follow", false, "go on with new entries until interrupted")
+	logFlags(cmd, &since, &follow)
 	return cmd
 }
 
-func printLog(ctx context.Context, client *azure.Client, since int, follow bool) error {
+func logFlags(cmd *cobra.Command, since *int, follow *bool) {
+	cmd.Flags().IntVar(since, "since", 0, "only entries with a sequence number (seq) greater than `N`")
+	cmd.Flags().BoolVar(follow, "follow", false, "go on with new entries until interrupted")
+}
+
+func printLog[T any](ctx context.Context, read func(context.Context, int) ([]T, error), seq func(T) int, since int, follow bool) error {
 	out := json.NewEncoder(os.Stdout)
 	for {
-		entries, err := client.Log(ctx, since)
+		entries, err := read(ctx, since)
 		if err != nil {
 			return err
 		}
@@ -66,7 +71,7 @@ func printLog(ctx context.Context, client *azure.Client, since int, follow bool)
 			if err := out.Encode(e); err != nil {
 				return err
 			}
-			since = e.Seq
+			since = seq(e)
 		}
 		if !follow {
 			return nil
@@ -138,9 +143,12 @@ func azureStatsCommand() *cobra.Command {
 func azureIdentityCommand() *cobra.Command {
 	var id azure.Identity
 	var nodes []string
+	var unattached bool
 	cmd := &cobra.Command{
 		Use:   "identity",
 		Short: "Create a user-assigned identity and attach it to nodes; without flags, list them",
+		Long: `Creates a user-assigned identity, or replaces it, and lets IMDS of the nodes know it, without Resource Manager. With
+--unattached it merely exists, and is there to be attached to the machines beneath the nodes.`,
 		Example: `  cluster azure identity --client-id 11111111-0000-4000-8000-000000000001 --object-id 22222222-0000-4000-8000-000000000001 \
       --resource-id /subscriptions/` + cluster.SubscriptionID + `/resourceGroups/demo/providers/Microsoft.ManagedIdentity/userAssignedIdentities/demo`,
 		Args: cobra.NoArgs,
@@ -148,6 +156,9 @@ func azureIdentityCommand() *cobra.Command {
 			client, err := stand()
 			if err != nil {
 				return err
+			}
+			if unattached {
+				return client.DefineIdentity(cmd.Context(), id)
 			}
 			if cmd.Flags().NFlag() > 0 {
 				return client.AddIdentity(cmd.Context(), id, nodes...)
@@ -164,6 +175,8 @@ func azureIdentityCommand() *cobra.Command {
 	cmd.Flags().StringVar(&id.ResourceID, "resource-id", "", "resource `ID`")
 	cmd.Flags().StringVar(&id.TenantID, "tenant-id", "", "tenant (`GUID`; default: the home tenant)")
 	cmd.Flags().StringSliceVar(&nodes, "node", nil, "attach it to this `NODE` only; may be repeated")
+	cmd.Flags().BoolVar(&unattached, "unattached", false, "attach it to nothing")
+	cmd.MarkFlagsMutuallyExclusive("node", "unattached")
 	return cmd
 }
 

@@ -1,0 +1,146 @@
+package azure
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"slices"
+	"time"
+)
+
+// The control API of ARM: its handlers, and the Client's methods for them. A
+// machine may be named by its ID or by the name of a node that is on it, an
+// identity by its client, object or resource ID.
+
+type machineRequest struct {
+	Machine  string        `json:"machine"`
+	Identity string        `json:"identity,omitempty"`
+	State    string        `json:"state,omitempty"`
+	Delay    time.Duration `json:"delay_ns,omitempty"`
+}
+
+func (c *control) handleARM(mux *http.ServeMux) {
+	on := func(f func(machine string, q machineRequest) error) http.HandlerFunc {
+		return take(func(q machineRequest) error { return f(c.dir.machineOf(q.Machine), q) })
+	}
+	mux.HandleFunc("PUT /identities/define", take(func(id Identity) error { return c.dir.defineIdentity(id, nil) }))
+	mux.HandleFunc("GET /arm/machines", show(func() any { return c.dir.showMachines() }))
+	mux.HandleFunc("PUT /arm/machines", take(c.arm.AddMachine))
+	mux.HandleFunc("DELETE /arm/machines", on(func(machine string, _ machineRequest) error {
+		c.arm.RemoveMachine(machine)
+		return nil
+	}))
+	mux.HandleFunc("PUT /arm/state", on(func(machine string, q machineRequest) error { return c.arm.SetProvisioningState(machine, q.State) }))
+	mux.HandleFunc("PUT /arm/delay", on(func(machine string, q machineRequest) error { return c.arm.SetDelay(machine, q.Delay) }))
+	mux.HandleFunc("POST /arm/attach", on(func(machine string, q machineRequest) error {
+		return c.arm.Attach(machine, c.dir.resourceOf(q.Identity))
+	}))
+	mux.HandleFunc("POST /arm/detach", on(func(machine string, q machineRequest) error {
+		return c.arm.Detach(machine, c.dir.resourceOf(q.Identity))
+	}))
+	mux.HandleFunc("GET /arm/faults", show(func() any { return c.arm.Faults() }))
+	mux.HandleFunc("PUT /arm/faults", take(func(f ARMFault) error {
+		f.Resource = c.dir.machineOf(f.Resource)
+		return c.arm.SetFault(f)
+	}))
+	mux.HandleFunc("DELETE /arm/faults", on(func(machine string, _ machineRequest) error {
+		c.arm.ClearFaults(machine)
+		return nil
+	}))
+	mux.HandleFunc("PUT /arm/identity-faults", take(c.arm.SetIdentityFault))
+	mux.HandleFunc("GET /arm/log", func(w http.ResponseWriter, r *http.Request) { lines(w, r, c.arm.Log) })
+	mux.HandleFunc("GET /arm/changes", func(w http.ResponseWriter, r *http.Request) { lines(w, r, c.arm.Changes) })
+}
+
+// DefineIdentity creates or replaces a user-assigned identity that is attached
+// to nothing, or to what it was. RemoveIdentity deletes it.
+func (c *Client) DefineIdentity(ctx context.Context, id Identity) error {
+	return c.call(ctx, "PUT", "/identities/define", id, nil)
+}
+
+// Machines returns the virtual machines and scale sets.
+func (c *Client) Machines(ctx context.Context) ([]Machine, error) {
+	var out []Machine
+	return out, c.call(ctx, "GET", "/arm/machines", nil, &out)
+}
+
+// Machine returns one of them.
+func (c *Client) Machine(ctx context.Context, ref string) (Machine, error) {
+	machines, err := c.Machines(ctx)
+	if err != nil {
+		return Machine{}, err
+	}
+	for _, m := range machines {
+		if FoldID(m.ID) == FoldID(ref) || slices.Contains(m.Nodes, ref) {
+			return m, nil
+		}
+	}
+	return Machine{}, fmt.Errorf("stand-in Azure: no machine %q", ref)
+}
+
+// AddMachine adds a machine or replaces it. See ARM.AddMachine.
+func (c *Client) AddMachine(ctx context.Context, m Machine) error {
+	return c.call(ctx, "PUT", "/arm/machines", m, nil)
+}
+
+// RemoveMachine deletes a machine. An unknown one is no error.
+func (c *Client) RemoveMachine(ctx context.Context, ref string) error {
+	return c.call(ctx, "DELETE", "/arm/machines", machineRequest{Machine: ref}, nil)
+}
+
+// SetProvisioningState sets what ARM says of a machine, such as Deleting; ""
+// takes it back.
+func (c *Client) SetProvisioningState(ctx context.Context, ref, state string) error {
+	return c.call(ctx, "PUT", "/arm/state", machineRequest{Machine: ref, State: state}, nil)
+}
+
+// SetDelay gives one machine a delay of its own, in place of the switch; a
+// negative one takes it back.
+func (c *Client) SetDelay(ctx context.Context, ref string, d time.Duration) error {
+	return c.call(ctx, "PUT", "/arm/delay", machineRequest{Machine: ref, Delay: d}, nil)
+}
+
+// AttachTo attaches an identity to a machine by hand, as somebody in the portal
+// might.
+func (c *Client) AttachTo(ctx context.Context, machine, identity string) error {
+	return c.call(ctx, "POST", "/arm/attach", machineRequest{Machine: machine, Identity: identity}, nil)
+}
+
+// DetachFrom takes an identity off a machine by hand. One that is not attached
+// is no error.
+func (c *Client) DetachFrom(ctx context.Context, machine, identity string) error {
+	return c.call(ctx, "POST", "/arm/detach", machineRequest{Machine: machine, Identity: identity}, nil)
+}
+
+// SetARMFault sets a fault, in place of that of the same resource and operation.
+func (c *Client) SetARMFault(ctx context.Context, f ARMFault) error {
+	return c.call(ctx, "PUT", "/arm/faults", f, nil)
+}
+
+// ClearARMFaults clears the faults of a machine or a subscription; with "" all,
+// also those of identities.
+func (c *Client) ClearARMFaults(ctx context.Context, resource string) error {
+	return c.call(ctx, "DELETE", "/arm/faults", machineRequest{Machine: resource}, nil)
+}
+
+// ARMFaults returns the faults that are set; counted ones count down.
+func (c *Client) ARMFaults(ctx context.Context) ([]ARMFault, error) {
+	var out []ARMFault
+	return out, c.call(ctx, "GET", "/arm/faults", nil, &out)
+}
+
+// SetIdentityFault replaces what is wrong with an identity.
+func (c *Client) SetIdentityFault(ctx context.Context, f IdentityFault) error {
+	return c.call(ctx, "PUT", "/arm/identity-faults", f, nil)
+}
+
+// ARMLog returns the requests to ARM with a sequence number greater than since.
+func (c *Client) ARMLog(ctx context.Context, since int) ([]ARMRequest, error) {
+	return readLines[ARMRequest](ctx, c, "/arm/log", since)
+}
+
+// ARMChanges returns the changes of what is attached to machines, with a
+// sequence number greater than since.
+func (c *Client) ARMChanges(ctx context.Context, since int) ([]ARMChange, error) {
+	return readLines[ARMChange](ctx, c, "/arm/changes", since)
+}

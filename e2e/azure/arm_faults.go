@@ -1,0 +1,208 @@
+package azure
+
+import (
+	"fmt"
+	"maps"
+	"net/http"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// ARMFault is what goes wrong with requests. Of those that match one, the most
+// specific applies: of its machine before its subscription before all.
+type ARMFault struct {
+	Resource  string `json:"resource,omitempty"`  // ID of a machine, or /subscriptions/S; empty: all
+	Operation string `json:"operation,omitempty"` // OpGet, OpPatch or OpPoll; empty: each
+	Count     int    `json:"count,omitempty"`     // requests it meets before it is gone; 0: until it is cleared
+
+	Latency time.Duration `json:"latency_ns,omitempty"` // before anything else happens
+	// Status is answered in place of what would have been, with Code and
+	// Message, which have defaults, and RetryAfter in seconds (0: no header).
+	Status     int    `json:"status,omitempty"`
+	Code       string `json:"code,omitempty"`
+	Message    string `json:"message,omitempty"`
+	RetryAfter int    `json:"retry_after,omitempty"`
+	Hang       bool   `json:"hang,omitempty"` // no answer, until the client leaves
+	Drop       bool   `json:"drop,omitempty"` // no answer, the connection is cut
+	// Fails: a PATCH is accepted, and its operation ends as Failed, with Code
+	// and Message.
+	Fails bool `json:"fails,omitempty"`
+	// Apply: with Status, Hang and Drop the request is carried out and only
+	// its answer is lost; with Fails the identities change nevertheless.
+	Apply bool `json:"apply,omitempty"`
+}
+
+// IdentityFault is what is wrong with an identity for as long as it is set.
+type IdentityFault struct {
+	Identity string `json:"identity"`          // resource ID; it need not exist
+	Denied   bool   `json:"denied,omitempty"`  // callers may not assign it: 403 LinkedAuthorizationFailed
+	Missing  bool   `json:"missing,omitempty"` // as if it did not exist
+	Naming   Naming `json:"naming,omitempty"`  // empty: as the setting has it
+}
+
+type faultKey struct{ resource, operation string }
+
+var subscriptionForm = regexp.MustCompile(`(?i)^/subscriptions/[^/]+/?$`)
+
+func (f ARMFault) validate() error {
+	_, machine := parseComputeID(f.Resource)
+	effects := 0
+	for _, set := range []bool{f.Status != 0, f.Hang, f.Drop, f.Fails} {
+		if set {
+			effects++
+		}
+	}
+	switch {
+	case f.Resource != "" && !machine && !subscriptionForm.MatchString(f.Resource):
+		return fmt.Errorf("fault: %q is neither the ID of a machine nor /subscriptions/S", f.Resource)
+	case f.Operation != "" && !slices.Contains([]string{OpGet, OpPatch, OpPoll}, f.Operation):
+		return fmt.Errorf("fault: operation %q; valid: %s, %s, %s, or none for each", f.Operation, OpGet, OpPatch, OpPoll)
+	case f.Status != 0 && (f.Status < 400 || f.Status > 599):
+		return fmt.Errorf("fault: status %d; valid: 400 to 599", f.Status)
+	case f.Count < 0 || f.RetryAfter < 0 || f.Latency < 0:
+		return fmt.Errorf("fault: a number is negative: %+v", f)
+	case effects > 1:
+		return fmt.Errorf("fault: only one of status, hang, drop and fails: %+v", f)
+	case effects == 0 && f.Latency == 0:
+		return fmt.Errorf("fault: it does nothing: %+v", f)
+	case f.Fails && f.Operation != "" && f.Operation != OpPatch:
+		return fmt.Errorf("fault: only the operation of a %s fails, not a %s", OpPatch, f.Operation)
+	}
+	return nil
+}
+
+// SetFault sets a fault, in place of that of the same resource and operation.
+func (a *ARM) SetFault(f ARMFault) error {
+	if err := f.validate(); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.faults[faultKey{FoldID(f.Resource), f.Operation}] = &f
+	return nil
+}
+
+// ClearFaults clears the faults of a resource or, with "", all there are, also
+// those of identities.
+func (a *ARM) ClearFaults(resource string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if resource == "" {
+		clear(a.faults)
+		clear(a.bad)
+		return
+	}
+	maps.DeleteFunc(a.faults, func(k faultKey, _ *ARMFault) bool { return k.resource == FoldID(resource) })
+}
+
+// Faults returns those that are set, by resource.
+func (a *ARM) Faults() []ARMFault {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	out := make([]ARMFault, 0, len(a.faults))
+	for _, f := range a.faults {
+		out = append(out, *f)
+	}
+	slices.SortFunc(out, func(x, y ARMFault) int {
+		return strings.Compare(FoldID(x.Resource)+" "+x.Operation, FoldID(y.Resource)+" "+y.Operation)
+	})
+	return out
+}
+
+// SetIdentityFault replaces what is wrong with an identity; with neither
+// Denied nor Missing, nothing is any more.
+func (a *ARM) SetIdentityFault(f IdentityFault) error {
+	if !userAssignedForm.MatchString(f.Identity) {
+		return fmt.Errorf("identity fault: %q is not the resource ID of a user-assigned identity", f.Identity)
+	}
+	if err := f.Naming.validate(); f.Naming != "" && err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if key := FoldID(f.Identity); f.Denied || f.Missing {
+		a.bad[key] = f
+	} else {
+		delete(a.bad, key)
+	}
+	return nil
+}
+
+func (n Naming) validate() error {
+	if !slices.Contains(namings, n) {
+		return fmt.Errorf("naming %q; valid: %s, %s, %s", n, NamedInDetails, NamedInText, Unnamed)
+	}
+	return nil
+}
+
+func (a *ARM) naming(f IdentityFault) Naming {
+	if f.Naming == "" {
+		return a.settings.Naming
+	}
+	return f.Naming
+}
+
+// takeFault returns what the request meets, and uses up counted ones.
+func (a *ARM) takeFault(x *armExchange) *ARMFault {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, resource := range []string{x.machine.key(), FoldID("/subscriptions/" + segment(x.URL.Path, 1)), ""} {
+		for _, operation := range []string{x.entry.Operation, ""} {
+			key := faultKey{resource, operation}
+			f, ok := a.faults[key]
+			if !ok || f.Fails && x.entry.Operation != OpPatch {
+				continue
+			}
+			taken := *f
+			if f.Count > 0 {
+				if f.Count--; f.Count == 0 {
+					delete(a.faults, key)
+				}
+			}
+			x.fault = &taken
+			return x.fault
+		}
+	}
+	return nil
+}
+
+// replaces tells whether the answer is another one than ARM's own.
+func (f *ARMFault) replaces() bool { return f.Status != 0 || f.Hang || f.Drop }
+
+var defaultCodes = map[int]string{
+	400: "BadRequest", 401: "InvalidAuthenticationToken", 403: "AuthorizationFailed", 404: "ResourceNotFound", 408: "RequestTimeout", 409: "Conflict",
+	412: "PreconditionFailed", 429: "TooManyRequests", 500: "InternalServerError", 502: "BadGateway", 503: "ServerBusy", 504: "GatewayTimeout",
+}
+
+func (f *ARMFault) reply(x *armExchange, a *ARM) reply {
+	e := &armError{Status: f.Status, Code: f.Code, Message: f.Message}
+	if e.Code == "" {
+		e.Code = defaultCodes[f.Status]
+	}
+	if e.Code == "" {
+		e.Code = "Error"
+	}
+	if e.Message == "" {
+		e.Message = http.StatusText(f.Status) + ", as the stand-in was told."
+	}
+	out := a.refuse(x, e)
+	if f.RetryAfter > 0 {
+		out.header["Retry-After"] = strconv.Itoa(f.RetryAfter)
+	}
+	return out
+}
+
+// operationError is what an operation that was told to fail ends with.
+func (f *ARMFault) operationError() *armError {
+	e := &armError{Status: http.StatusInternalServerError, Code: f.Code, Message: f.Message}
+	if e.Code == "" {
+		e.Code = "InternalExecutionError"
+	}
+	if e.Message == "" {
+		e.Message = "An internal execution error occurred. Please retry later."
+	}
+	return e
+}

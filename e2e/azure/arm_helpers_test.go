@@ -1,0 +1,196 @@
+package azure
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+const (
+	setID = "/subscriptions/Sub/resourceGroups/Nodes/providers/Microsoft.Compute/virtualMachineScaleSets/set"
+	vmID  = "/subscriptions/Sub/resourceGroups/Nodes/providers/Microsoft.Compute/virtualMachines/vm"
+	armV  = "?api-version=2025-04-01"
+)
+
+var green = userAssigned("green", 30)
+
+// manager is an ARM with a scale set and a virtual machine, and a client of it
+// without a network between them.
+type manager struct {
+	*ARM
+	t *testing.T
+}
+
+func newManager(t *testing.T, change ...func(*ARMSettings)) *manager {
+	t.Helper()
+	a := &manager{NewARM(ARMOptions{Tenant: tenant}), t}
+	for _, id := range []Identity{red, blue, green} {
+		a.must(a.DefineIdentity(id))
+	}
+	own := Identity{ClientID: guid(90), ObjectID: guid(91)}
+	a.must(a.AddMachine(Machine{ID: setID, SystemAssigned: &own, Identities: []string{red.ResourceID}}))
+	a.must(a.AddMachine(Machine{ID: vmID}))
+	for _, c := range change {
+		a.Change(c)
+	}
+	return a
+}
+
+func (a *manager) must(err error) {
+	a.t.Helper()
+	if err != nil {
+		a.t.Fatal(err)
+	}
+}
+
+func (a *manager) try(ctx context.Context, method, target, body string, headers ...string) (answer, error) {
+	a.t.Helper()
+	r, err := http.NewRequestWithContext(ctx, method, "https://management.azure.com"+target, strings.NewReader(body))
+	a.must(err)
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ": ")
+		r.Header.Set(name, value)
+	}
+	resp, err := a.Do(r)
+	if err != nil {
+		return answer{}, err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	return answer{resp.StatusCode, resp.Header, string(text)}, err
+}
+
+func (a *manager) do(method, target, body string, headers ...string) answer {
+	a.t.Helper()
+	out, err := a.try(a.t.Context(), method, target, body, headers...)
+	a.must(err)
+	return out
+}
+
+// patchOf is the body of a PATCH: "+" adds and "-" removes.
+func patchOf(kind string, changes ...string) string {
+	identities := map[string]any{}
+	for _, c := range changes {
+		if id := c[1:]; c[0] == '+' {
+			identities[id] = struct{}{}
+		} else {
+			identities[id] = nil
+		}
+	}
+	identity := map[string]any{"type": kind}
+	if len(changes) > 0 {
+		identity["userAssignedIdentities"] = identities
+	}
+	return string(encode(map[string]any{"identity": identity}))
+}
+
+func (a *manager) patchSet(kind string, changes ...string) answer {
+	a.t.Helper()
+	return a.do("PATCH", setID+armV, patchOf(kind, changes...))
+}
+
+// get reads a machine through HTTP.
+func (a *manager) get(id string) armResource {
+	a.t.Helper()
+	return a.do("GET", id+armV, "").machine(a.t)
+}
+
+func (a answer) machine(t *testing.T) armResource {
+	t.Helper()
+	if a.status != 200 {
+		t.Fatalf("status %d: %s", a.status, a.body)
+	}
+	var doc armResource
+	if err := json.Unmarshal([]byte(a.body), &doc); err != nil {
+		t.Fatalf("%v: %s", err, a.body)
+	}
+	return doc
+}
+
+// names are the last segments of the user-assigned identities.
+func (r armResource) names() string {
+	if r.Identity == nil {
+		return ""
+	}
+	var names []string
+	for id := range r.Identity.UserAssignedIdentities {
+		names = append(names, id[strings.LastIndex(id, "/")+1:])
+	}
+	slices.Sort(names)
+	return strings.Join(names, " ")
+}
+
+func (r armResource) kind() string {
+	if r.Identity == nil {
+		return "None"
+	}
+	return r.Identity.Type
+}
+
+func (r armResource) state() string { return r.Properties["provisioningState"].(string) }
+
+func (a answer) armError(t *testing.T) armError {
+	t.Helper()
+	var doc struct{ Error armError }
+	if err := json.Unmarshal([]byte(a.body), &doc); err != nil || doc.Error.Code == "" || doc.Error.Message == "" {
+		t.Fatalf("this is no error of ARM (%v): %d %s", err, a.status, a.body)
+	}
+	return doc.Error
+}
+
+func (a *manager) mustRefuse(got answer, status int, code string) armError {
+	a.t.Helper()
+	e := got.armError(a.t)
+	if got.status != status || e.Code != code {
+		a.t.Errorf("got %d %s, want %d %s", got.status, got.body, status, code)
+	}
+	return e
+}
+
+// operation asks for the status of what a PATCH began.
+type operationStatus struct {
+	Status, Name string
+	Error        *armError
+	again        string // Retry-After
+}
+
+func (a *manager) poll(began answer) operationStatus {
+	a.t.Helper()
+	link := began.header.Get("Azure-AsyncOperation")
+	target, ok := strings.CutPrefix(link, "https://management.azure.com")
+	if !ok {
+		a.t.Fatalf("Azure-AsyncOperation: %q", link)
+	}
+	got := a.do("GET", target, "")
+	var out operationStatus
+	if err := json.Unmarshal([]byte(got.body), &out); err != nil || got.status != 200 {
+		a.t.Fatalf("%v: %d %s", err, got.status, got.body)
+	}
+	out.again = got.header.Get("Retry-After")
+	return out
+}
+
+func (a *manager) lastRequest() ARMRequest {
+	a.t.Helper()
+	log := a.Log(0)
+	if len(log) == 0 {
+		a.t.Fatal("the log is empty")
+	}
+	return log[len(log)-1]
+}
+
+// mustTimeOut sends a request that gets no answer within the time.
+func (a *manager) mustTimeOut(within time.Duration, method, target, body string) {
+	a.t.Helper()
+	ctx, cancel := context.WithTimeout(a.t.Context(), within)
+	defer cancel()
+	if got, err := a.try(ctx, method, target, body); !errors.Is(err, context.DeadlineExceeded) {
+		a.t.Errorf("answered %d, %v", got.status, err)
+	}
+}

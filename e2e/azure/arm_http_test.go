@@ -1,0 +1,136 @@
+package azure
+
+import (
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/golang-jwt/jwt/v5"
+)
+
+func TestOddRequestsAreRefusedInARMsForm(t *testing.T) {
+	a := newManager(t)
+	operations := "/subscriptions/Sub/providers/Microsoft.Compute/locations/westeurope/operations/"
+	for _, c := range []struct {
+		method, target string
+		status         int
+		code           string
+	}{
+		{"GET", setID, 400, "MissingApiVersionParameter"},
+		{"GET", setID + "?api-version=", 400, "MissingApiVersionParameter"},
+		{"GET", setID + "?api-version=2017-12-01", 400, "InvalidApiVersionParameter"},
+		{"GET", setID + "?api-version=latest", 400, "InvalidApiVersionParameter"},
+		{"GET", setID + "2" + armV, 404, "ResourceNotFound"},
+		{"GET", operations + guid(1) + armV, 404, "NotFound"},
+		{"PUT", setID + armV, 404, "NotFound"},
+		{"DELETE", setID + armV, 404, "NotFound"},
+		{"PATCH", operations + guid(1) + armV, 404, "NotFound"},
+		{"GET", setID + "/virtualMachines/0" + armV, 404, "NotFound"},
+		{"GET", "/subscriptions/Sub" + armV, 404, "NotFound"},
+		{"GET", "/" + armV, 404, "NotFound"},
+	} {
+		a.mustRefuse(a.do(c.method, c.target, "{}"), c.status, c.code)
+		if e := a.lastRequest(); e.Status != c.status || e.Code != c.code || e.Method != c.method || e.Path != c.target {
+			t.Errorf("%s %s: logged as %+v", c.method, c.target, e)
+		}
+	}
+	a.mustRefuse(a.do("PATCH", setID+armV, strings.Repeat(" ", largestBody+1)), 413, "RequestContentTooLarge")
+	for _, target := range []string{strings.ToUpper(setID) + "?API-Version=2018-06-01", strings.ToLower(vmID) + "/?api-version=2026-04-01-preview"} {
+		if got := a.do("GET", target, ""); got.status != 200 {
+			t.Errorf("%s: %d %s", target, got.status, got.body)
+		}
+	}
+	began := newManager(t, delayed(time.Hour))
+	link := began.patchSet("None").header.Get("Azure-AsyncOperation")
+	elsewhere := strings.Replace(strings.TrimPrefix(link, "https://management.azure.com"), "/Sub/", "/Other/", 1)
+	began.mustRefuse(began.do("GET", elsewhere, ""), 404, "NotFound")
+}
+
+func TestADroppedConnectionIsCutOnANetworkToo(t *testing.T) {
+	a := newManager(t)
+	server := httptest.NewServer(a)
+	defer server.Close()
+	a.must(a.SetFault(ARMFault{Operation: OpGet, Count: 1, Drop: true}))
+	if resp, err := http.Get(server.URL + setID + armV); err == nil {
+		t.Errorf("answered %s", resp.Status)
+	}
+	a.Change(delayed(time.Minute))
+	r, err := http.NewRequest("PATCH", server.URL+setID+armV, strings.NewReader(patchOf("None")))
+	a.must(err)
+	resp, err := http.DefaultClient.Do(r)
+	a.must(err)
+	defer resp.Body.Close()
+	if link := resp.Header.Get("Azure-AsyncOperation"); !strings.HasPrefix(link, server.URL+"/subscriptions/Sub/") || !strings.HasSuffix(link, armV) {
+		t.Errorf("Azure-AsyncOperation: %q", link)
+	}
+}
+
+func TestOnlyTokensForARMAreLetIn(t *testing.T) {
+	good := Claims{Audience: "https://management.azure.com/", TenantID: tenant, ObjectID: guid(2), AppID: guid(1)}
+	claims, verifies := good, error(nil)
+	a := &manager{NewARM(ARMOptions{Tenant: tenant, Verify: func(token string) (Claims, error) {
+		if token != "t" {
+			t.Errorf("token %q", token)
+		}
+		return claims, verifies
+	}}), t}
+	a.must(a.AddMachine(Machine{ID: setID}))
+	a.must(a.DefineIdentity(red))
+	get := func(headers ...string) answer { return a.do("GET", setID+armV, "", headers...) }
+	const bearer = "Authorization: Bearer t"
+
+	for _, audience := range []string{"https://management.azure.com", "https://management.azure.com/", "https://management.core.windows.net/", "https://management.core.windows.net"} {
+		if claims.Audience = audience; get(bearer).status != 200 || a.lastRequest().Caller != guid(2) {
+			t.Errorf("audience %s is refused", audience)
+		}
+	}
+	a.must(a.SetIdentityFault(IdentityFault{Identity: red.ResourceID, Denied: true}))
+	e := a.mustRefuse(a.do("PATCH", setID+armV, patchOf("UserAssigned", "+"+red.ResourceID), bearer), 403, "LinkedAuthorizationFailed")
+	if !strings.HasPrefix(e.Message, "The client '"+guid(1)+"' with object id '"+guid(2)+"' ") {
+		t.Error(e.Message)
+	}
+
+	a.mustRefuse(get(), 401, "AuthenticationFailed")
+	a.mustRefuse(get("Authorization: Basic t"), 401, "AuthenticationFailed")
+	claims.Audience = "https://vault.azure.net"
+	got := get(bearer)
+	a.mustRefuse(got, 401, "InvalidAuthenticationTokenAudience")
+	if !strings.Contains(got.header.Get("WWW-Authenticate"), `error="invalid_token"`) {
+		t.Errorf("headers: %v", got.header)
+	}
+	claims = good
+	claims.TenantID = guid(5)
+	a.mustRefuse(get(bearer), 401, "InvalidAuthenticationTokenTenant")
+	verifies = jwt.ErrTokenExpired
+	a.mustRefuse(get(bearer), 401, "ExpiredAuthenticationToken")
+	verifies = errors.New("forged")
+	a.mustRefuse(get(bearer), 401, "InvalidAuthenticationToken")
+}
+
+func TestARMsLogsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &manager{NewARM(ARMOptions{LogCapacity: 3}), t}
+		a.must(a.DefineIdentity(red))
+		a.must(a.AddMachine(Machine{ID: vmID}))
+		for range 3 {
+			a.do("PATCH", vmID+armV, patchOf("UserAssigned", "+"+red.ResourceID))
+			a.do("PATCH", vmID+armV, patchOf("None"))
+		}
+		log, changes, stats := a.Log(0), a.Changes(0), a.Stats()
+		if len(log) != 3 || log[2].Seq != 6 || len(changes) != 3 || changes[0].Seq != 4 || stats.LogDropped != 3 || stats.ChangesDropped != 3 {
+			t.Errorf("%d requests, %d changes, %+v", len(log), len(changes), stats)
+		}
+		if s := stats.Resources[FoldID(vmID)]; s.Patch != 6 || s.Accepted != 6 || stats.ByStatus[200] != 6 {
+			t.Errorf("counted %+v", stats)
+		}
+		a.ResetLog()
+		a.get(vmID)
+		if log := a.Log(6); len(log) != 1 || log[0].Seq != 7 || len(a.Changes(0)) != 0 || a.Stats().Resources[FoldID(vmID)].Patch != 0 {
+			t.Errorf("after the reset: %+v, %+v", log, a.Stats())
+		}
+	})
+}

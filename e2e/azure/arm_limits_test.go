@@ -1,0 +1,95 @@
+package azure
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestUpdatesOfAMachineAreThrottledAsDocumented(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newManager(t, func(s *ARMSettings) { s.Limits = true })
+		patches := func(n int) (accepted int, last answer) {
+			for range n {
+				if last = a.patchSet(both, "+"+blue.ResourceID); last.status == 200 {
+					accepted++
+				}
+			}
+			return accepted, last
+		}
+		a.do("PATCH", setID+armV, "") // even what is refused takes a token
+		// The example in Azure's documentation, from its second minute on.
+		for minute, c := range []struct{ requests, accepted int }{{7, 7}, {0, 0}, {13, 12}, {5, 4}, {0, 0}, {9, 8}} {
+			got, last := patches(c.requests)
+			if got != c.accepted {
+				t.Errorf("minute %d: %d of %d accepted", minute, got, c.requests)
+			}
+			if got < c.requests {
+				e := a.mustRefuse(last, 429, "OperationNotAllowed")
+				if last.header.Get("Retry-After") != "60" || len(e.Details) != 1 || e.Details[0].Target != "UpdateVMScaleSet" {
+					t.Errorf("refused with %v %+v", last.header, e)
+				}
+				if r := a.lastRequest(); !r.Forced || r.Accepted {
+					t.Errorf("logged as %+v", r)
+				}
+			}
+			time.Sleep(time.Minute)
+		}
+		time.Sleep(20 * time.Second)
+		patches(12)
+		if _, last := patches(1); last.header.Get("Retry-After") != "40" {
+			t.Errorf("20 s into the minute: %v", last.header)
+		}
+		if got := a.do("PATCH", vmID+armV, patchOf("None")); got.status != 200 || got.header.Get("X-Ms-Ratelimit-Remaining-Resource") == "" {
+			t.Errorf("another machine: %d %v", got.status, got.header)
+		}
+	})
+}
+
+func TestReadsAndPollsHaveBucketsOfTheirOwn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newManager(t, func(s *ARMSettings) { s.Limits, s.Delay = true, time.Minute })
+		began := a.patchSet(both, "+"+blue.ResourceID)
+		poll := strings.TrimPrefix(began.header.Get("Azure-AsyncOperation"), "https://management.azure.com")
+		for target, most := range map[string]int{setID + armV: 36, vmID + armV: 36, poll: 45} {
+			for i := range most + 1 {
+				if got := a.do("GET", target, ""); (got.status == 200) != (i < most) {
+					t.Errorf("request %d to %s: %d", i, target, got.status)
+				}
+			}
+		}
+		a.Change(func(s *ARMSettings) { s.Limits = false })
+		if got := a.do("GET", poll, ""); got.status != 200 {
+			t.Errorf("with the limits off: %d", got.status)
+		}
+	})
+}
+
+func TestASubscriptionHasABucketToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newManager(t, func(s *ARMSettings) { s.Limits = true })
+		throttled := 0
+		for i := range 126 {
+			id := fmt.Sprintf("%s%d", vmID, i)
+			a.must(a.AddMachine(Machine{ID: id}))
+			for range 12 {
+				if got := a.do("PATCH", id+armV, patchOf("None")); got.status == 429 {
+					throttled++
+					if e := got.armError(t); !strings.Contains(e.Message, "for this subscription") {
+						t.Fatalf("%+v", e)
+					}
+				}
+			}
+		}
+		if throttled != 126*12-1500 {
+			t.Errorf("%d throttled", throttled)
+		}
+		other := strings.Replace(vmID, "Sub", "Other", 1)
+		a.must(a.AddMachine(Machine{ID: other}))
+		if got := a.do("PATCH", other+armV, patchOf("None")); got.status != 200 {
+			t.Errorf("another subscription: %d", got.status)
+		}
+	})
+}

@@ -1,0 +1,170 @@
+package azure
+
+import (
+	"maps"
+	"net/http"
+	"slices"
+	"time"
+)
+
+// ARMRequest is one line of ARM's request log.
+type ARMRequest struct {
+	Seq           int       `json:"seq"` // never reset
+	Time          time.Time `json:"time"`
+	Answered      time.Time `json:"answered"`
+	Operation     string    `json:"operation"` // OpGet, OpPatch, OpPoll, OpOther
+	Method        string    `json:"method"`
+	Path          string    `json:"path"`
+	Resource      string    `json:"resource,omitempty"` // folded; of a poll, the machine whose operation it is
+	Caller        string    `json:"caller,omitempty"`   // object ID
+	APIVersion    string    `json:"api_version,omitempty"`
+	IfMatch       string    `json:"if_match,omitempty"`
+	CorrelationID string    `json:"correlation_id,omitempty"` // as the answer's header has it
+	// Of a PATCH, accepted or not: what it was to add and to remove, folded
+	// and sorted, and identity.type as it was sent.
+	Add    []string `json:"add,omitempty"`
+	Remove []string `json:"remove,omitempty"`
+	Type   string   `json:"type,omitempty"`
+
+	Status int    `json:"status"` // 0: no answer
+	Code   string `json:"code,omitempty"`
+	Forced bool   `json:"forced,omitempty"` // by a fault or a limit
+	// Accepted is a PATCH that was carried out, even if its answer was lost.
+	// Start and End are those of its operation, which may be yet to come; of
+	// one that takes no time, when it was carried out.
+	Accepted    bool      `json:"accepted,omitempty"`
+	OperationID string    `json:"operation_id,omitempty"`
+	Start       time.Time `json:"start,omitzero"`
+	End         time.Time `json:"end,omitzero"`
+	// Overlap is a PATCH that came while another one of the same machine was
+	// being answered or its operation ran.
+	Overlap bool `json:"overlap,omitempty"`
+}
+
+func (e *ARMRequest) number(seq int) { e.Seq = seq }
+
+// ARMChange is one line of the change log: an identity was attached to a
+// machine or detached from it.
+type ARMChange struct {
+	Seq         int       `json:"seq"`
+	Time        time.Time `json:"time"`
+	Resource    string    `json:"resource"` // folded
+	Identity    string    `json:"identity"` // folded, or SystemIdentity
+	Attached    bool      `json:"attached"` // else detached
+	OperationID string    `json:"operation_id,omitempty"`
+	ByHand      bool      `json:"by_hand,omitempty"`
+}
+
+func (c *ARMChange) number(seq int) { c.Seq = seq }
+
+// SystemIdentity stands for the system-assigned identity in the change log.
+const SystemIdentity = "system"
+
+// ARMCounts count requests of one machine.
+type ARMCounts struct {
+	Get       int `json:"get"`
+	Patch     int `json:"patch"`
+	Poll      int `json:"poll"`
+	Other     int `json:"other"`
+	Accepted  int `json:"accepted"`  // PATCHes that were carried out
+	Throttled int `json:"throttled"` // answered 429
+	Overlaps  int `json:"overlaps"`
+}
+
+// ARMStats are the counts since the logs were reset.
+type ARMStats struct {
+	Resources      map[string]ARMCounts `json:"resources"` // by folded ID; "" is what is about no machine
+	ByStatus       map[int]int          `json:"by_status"` // 0: no answer
+	LogDropped     int                  `json:"log_dropped"`
+	ChangesDropped int                  `json:"changes_dropped"`
+}
+
+// armRecords are both logs and the counts, under ARM's lock.
+type armRecords struct {
+	requests ring[ARMRequest, *ARMRequest]
+	changes  ring[ARMChange, *ARMChange]
+	stats    ARMStats
+}
+
+func newARMRecords(capacity int) armRecords {
+	r := armRecords{}
+	r.requests.capacity, r.changes.capacity = capacity, capacity
+	r.reset()
+	return r
+}
+
+func (r *armRecords) reset() {
+	r.requests.reset()
+	r.changes.reset()
+	r.stats = ARMStats{Resources: map[string]ARMCounts{}, ByStatus: map[int]int{}}
+}
+
+// begin counts a request that arrives.
+func (r *armRecords) begin(e *ARMRequest) {
+	c := r.stats.Resources[e.Resource]
+	switch e.Operation {
+	case OpGet:
+		c.Get++
+	case OpPatch:
+		c.Patch++
+	case OpPoll:
+		c.Poll++
+	default:
+		c.Other++
+	}
+	if e.Overlap {
+		c.Overlaps++
+	}
+	r.stats.Resources[e.Resource] = c
+}
+
+// finish logs a request and counts its outcome.
+func (r *armRecords) finish(e ARMRequest) {
+	r.requests.add(e)
+	r.stats.ByStatus[e.Status]++
+	c := r.stats.Resources[e.Resource]
+	if e.Accepted {
+		c.Accepted++
+	}
+	if e.Status == http.StatusTooManyRequests {
+		c.Throttled++
+	}
+	r.stats.Resources[e.Resource] = c
+}
+
+// Log returns the requests with a sequence number greater than since, in the
+// order of their ends.
+func (a *ARM) Log(since int) []ARMRequest {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.records.requests.since(since)
+}
+
+// Changes returns the changes with a sequence number greater than since. Those
+// of one machine are in the order in which they took effect.
+func (a *ARM) Changes(since int) []ARMChange {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle()
+	return a.records.changes.since(since)
+}
+
+// ResetLog empties both logs and sets the counts to 0. Sequence numbers go on.
+func (a *ARM) ResetLog() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle()
+	a.records.reset()
+}
+
+// Stats returns the counts.
+func (a *ARM) Stats() ARMStats {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := a.records.stats
+	s.Resources, s.ByStatus = maps.Clone(s.Resources), maps.Clone(s.ByStatus)
+	s.LogDropped, s.ChangesDropped = a.records.requests.dropped, a.records.changes.dropped
+	return s
+}
+
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

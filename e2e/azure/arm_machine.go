@@ -1,0 +1,228 @@
+package azure
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Machine is a virtual machine or a scale set, as it is at one moment.
+type Machine struct {
+	ID                string    `json:"id"`   // as spelled when it was added
+	Kind              string    `json:"kind"` // KindVM or KindVMSS
+	ProvisioningState string    `json:"provisioning_state"`
+	ETag              string    `json:"etag"`
+	SystemAssigned    *Identity `json:"system_assigned,omitempty"`
+	// Identities are attached now, whatever GET shows. Folded and sorted.
+	Identities   []string  `json:"identities"`
+	Operation    string    `json:"operation,omitempty"` // ID of the one that runs
+	OperationEnd time.Time `json:"operation_end,omitzero"`
+	Nodes        []string  `json:"nodes,omitempty"` // in the whole stand-in: those it is beneath
+}
+
+const (
+	stateSucceeded = "Succeeded"
+	stateFailed    = "Failed"
+	stateUpdating  = "Updating"
+	stateCreating  = "Creating"
+	stateDeleting  = "Deleting"
+)
+
+// AddMachine adds a machine or replaces it. Of m its ID, SystemAssigned,
+// Identities and ProvisioningState are used. What is attached from the start
+// is not in the change log.
+func (a *ARM) AddMachine(m Machine) error {
+	id, ok := parseComputeID(m.ID)
+	if !ok {
+		return fmt.Errorf("%q is not the ID of a virtual machine or a scale set"+
+			" (/subscriptions/S/resourceGroups/G/providers/Microsoft.Compute/virtualMachines/NAME or …/virtualMachineScaleSets/NAME)", m.ID)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle()
+	add := &armMachine{computeID: id, delay: -1, settled: stateSucceeded, version: 1,
+		set: identitySet{system: m.SystemAssigned, user: map[string]attachment{}}}
+	for _, spelled := range m.Identities {
+		key := FoldID(spelled)
+		identity, ok := a.identities[key]
+		if !ok {
+			return fmt.Errorf("no user-assigned identity %q", spelled)
+		}
+		add.set.user[key] = attachment{spelled: spelled, identity: identity}
+	}
+	add.setState(m.ProvisioningState)
+	a.remove(add.key())
+	a.machines[add.key()] = add
+	return nil
+}
+
+// RemoveMachine deletes a machine, which ends its operations. An unknown one
+// is no error.
+func (a *ARM) RemoveMachine(id string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle()
+	a.remove(FoldID(id))
+}
+
+func (a *ARM) remove(key string) {
+	m, ok := a.machines[key]
+	if !ok {
+		return
+	}
+	for len(m.operations) > 0 {
+		o := m.operations[0]
+		o.failure, o.apply, o.end = notFound(m.computeID), false, a.o.Now()
+		a.finish(m)
+	}
+	delete(a.machines, key)
+}
+
+// Machines returns all machines, by ID.
+func (a *ARM) Machines() []Machine {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle()
+	out := make([]Machine, 0, len(a.machines))
+	for _, key := range slices.Sorted(maps.Keys(a.machines)) {
+		out = append(out, a.machines[key].show())
+	}
+	return out
+}
+
+// Machine returns one machine.
+func (a *ARM) Machine(id string) (Machine, bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle()
+	m, ok := a.machines[FoldID(id)]
+	if !ok {
+		return Machine{}, false
+	}
+	return m.show(), true
+}
+
+func (m *armMachine) show() Machine {
+	out := Machine{
+		ID: m.id, Kind: m.kind, ProvisioningState: m.provisioningState(), ETag: m.etag(),
+		SystemAssigned: m.set.system, Identities: slices.Sorted(maps.Keys(m.set.user)),
+	}
+	if len(m.operations) > 0 {
+		out.Operation, out.OperationEnd = m.operations[0].id, m.operations[0].end
+	}
+	return out
+}
+
+// change runs f on a machine.
+func (a *ARM) change(id string, f func(*armMachine) error) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle()
+	m, ok := a.machines[FoldID(id)]
+	if !ok {
+		return fmt.Errorf("no machine %q; the machines are %s", id, strings.Join(slices.Sorted(maps.Keys(a.machines)), ", "))
+	}
+	return f(m)
+}
+
+// SetProvisioningState sets what GET shows, until it is set to "" again. A
+// state of Failed ends with the next PATCH that succeeds.
+func (a *ARM) SetProvisioningState(id, state string) error {
+	return a.change(id, func(m *armMachine) error {
+		m.setState(state)
+		m.version++
+		return nil
+	})
+}
+
+func (m *armMachine) setState(state string) {
+	switch {
+	case state == "" || strings.EqualFold(state, stateSucceeded):
+		m.forced, m.settled = "", stateSucceeded
+	case strings.EqualFold(state, stateFailed):
+		m.forced, m.settled = "", stateFailed
+	default:
+		m.forced = state
+	}
+}
+
+// SetDelay gives one machine a delay of its own, in place of the setting; a
+// negative one takes it back.
+func (a *ARM) SetDelay(id string, d time.Duration) error {
+	return a.change(id, func(m *armMachine) error {
+		m.delay = d
+		return nil
+	})
+}
+
+// Attach attaches an identity by hand: at once, whatever runs.
+func (a *ARM) Attach(machine, identity string) error {
+	return a.change(machine, func(m *armMachine) error {
+		key := FoldID(identity)
+		known, ok := a.identities[key]
+		if !ok {
+			return fmt.Errorf("no user-assigned identity %q", identity)
+		}
+		set, now := m.set.clone(), a.o.Now()
+		if _, had := set.user[key]; !had {
+			set.user[key] = attachment{spelled: known.ResourceID, identity: known, since: now}
+		}
+		a.replace(m, set, ARMChange{Time: now, ByHand: true})
+		m.version++
+		return nil
+	})
+}
+
+// Detach detaches an identity by hand. One that is not attached is no error.
+func (a *ARM) Detach(machine, identity string) error {
+	return a.change(machine, func(m *armMachine) error {
+		set := m.set.clone()
+		delete(set.user, FoldID(identity))
+		a.replace(m, set, ARMChange{Time: a.o.Now(), ByHand: true})
+		m.version++
+		return nil
+	})
+}
+
+// Attached tells whether an identity is attached to a machine now.
+func (a *ARM) Attached(machine, identity string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle()
+	m, ok := a.machines[FoldID(machine)]
+	if ok {
+		_, ok = m.set.user[FoldID(identity)]
+	}
+	return ok
+}
+
+// yields tells whether IMDS on the machine gives tokens of the identity: it
+// exists, is the one that was attached, and that has come through to IMDS.
+func (a *ARM) yields(machine string, id Identity) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle()
+	m, ok := a.machines[machine]
+	if !ok {
+		return false
+	}
+	key := FoldID(id.ResourceID)
+	at, attached := m.set.user[key]
+	_, exists := a.identities[key]
+	return attached && exists && at.identity.ClientID == id.ClientID && !a.o.Now().Before(at.since.Add(a.settings.Propagation))
+}
+
+// systemAssigned returns the machine's own identity, and whether ARM knows the
+// machine at all.
+func (a *ARM) systemAssigned(machine string) (*Identity, bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle()
+	m, ok := a.machines[machine]
+	if !ok {
+		return nil, false
+	}
+	return m.set.system, true
+}

@@ -1,0 +1,224 @@
+package azure
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"time"
+)
+
+// identitySet is what is attached to a machine.
+type identitySet struct {
+	system *Identity
+	user   map[string]attachment // by folded ID
+}
+
+type attachment struct {
+	spelled  string // as in the request that attached it
+	identity Identity
+	since    time.Time
+}
+
+func (s identitySet) clone() identitySet { return identitySet{s.system, maps.Clone(s.user)} }
+
+// delta is what a PATCH does to the identities. A nil one does nothing.
+type delta struct {
+	system *Identity // the machine's own from then on; nil: none
+	user   bool      // whether it may have user-assigned ones
+	add    map[string]attachment
+	remove []string
+}
+
+// after returns the set with the change made. What is added again stays as it
+// is, unless it was deleted and is another identity now. A type without
+// user-assigned identities takes all of them away.
+func (s identitySet) after(d *delta) identitySet {
+	if d == nil {
+		return s
+	}
+	out := identitySet{system: d.system, user: map[string]attachment{}}
+	if s.system != nil && d.system != nil {
+		out.system = s.system
+	}
+	if !d.user {
+		return out
+	}
+	maps.Copy(out.user, s.user)
+	for key, at := range d.add {
+		if have, ok := s.user[key]; !ok || have.identity.ClientID != at.identity.ClientID {
+			out.user[key] = at
+		}
+	}
+	for _, key := range d.remove {
+		delete(out.user, key)
+	}
+	return out
+}
+
+// armMachine is guarded by ARM's lock.
+type armMachine struct {
+	computeID
+	set        identitySet
+	delay      time.Duration   // negative: the setting
+	forced     string          // provisioning state that was set by hand
+	settled    string          // provisioning state while nothing runs
+	version    int             // its ETag
+	operations []*armOperation // the first one runs, the others are queued
+	patching   int             // PATCHes that are being answered
+}
+
+// armOperation is what a PATCH began. It changes the machine at its end.
+type armOperation struct {
+	id         string
+	machine    *armMachine
+	delta      *delta
+	start, end time.Time
+	failure    *armError // nil: it succeeds
+	apply      bool      // the identities change, even if it fails
+	ended      bool
+}
+
+// mostEnded operations can still be asked for after their end.
+const mostEnded = 10_000
+
+func (m *armMachine) etag() string { return `"` + strconv.Itoa(m.version) + `"` }
+
+func (m *armMachine) provisioningState() string {
+	switch {
+	case m.forced != "":
+		return m.forced
+	case len(m.operations) > 0:
+		return stateUpdating
+	}
+	return m.settled
+}
+
+// settle carries out all operations that have ended by now, in the order of
+// their ends. The lock is held.
+func (a *ARM) settle() {
+	now := a.o.Now()
+	for {
+		var next *armMachine
+		for m := range a.running {
+			if end := m.operations[0].end; !end.After(now) && (next == nil || end.Before(next.operations[0].end)) {
+				next = m
+			}
+		}
+		if next == nil {
+			return
+		}
+		a.finish(next)
+	}
+}
+
+// finish ends the operation that runs on the machine.
+func (a *ARM) finish(m *armMachine) {
+	o := m.operations[0]
+	if m.operations = m.operations[1:]; len(m.operations) == 0 {
+		delete(a.running, m)
+	}
+	o.ended = true
+	if _, known := a.operations[o.id]; known {
+		a.ended = append(a.ended, o.id)
+	}
+	if len(a.ended) > mostEnded {
+		delete(a.operations, a.ended[0])
+		a.ended = a.ended[1:]
+	}
+	m.settled = stateSucceeded
+	if o.failure != nil {
+		m.settled = stateFailed
+	}
+	if o.apply {
+		a.replace(m, m.set.after(o.delta), ARMChange{Time: o.end, OperationID: o.id})
+	}
+	m.version++
+}
+
+// newSystemAssigned is the identity that a machine gets with its type.
+func (m *armMachine) newSystemAssigned() Identity {
+	return Identity{ClientID: derivedGUID("client " + m.key()), ObjectID: derivedGUID("object " + m.key()), ResourceID: m.id}
+}
+
+func derivedGUID(text string) string {
+	sum := sha256.Sum256([]byte(text))
+	return fmt.Sprintf("%x-%x-%x-%x-%x", sum[:4], sum[4:6], sum[6:8], sum[8:10], sum[10:16])
+}
+
+// replace gives the machine other identities and logs what differs.
+func (a *ARM) replace(m *armMachine, set identitySet, change ARMChange) {
+	change.Resource = m.key()
+	log := func(identity string, attached bool) {
+		change.Identity, change.Attached = identity, attached
+		a.records.changes.add(change)
+	}
+	if (m.set.system == nil) != (set.system == nil) {
+		log(SystemIdentity, set.system != nil)
+	}
+	for _, key := range slices.Sorted(maps.Keys(m.set.user)) {
+		if _, kept := set.user[key]; !kept {
+			log(key, false)
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(set.user)) {
+		if _, had := m.set.user[key]; !had {
+			log(key, true)
+		}
+	}
+	m.set = set
+}
+
+// projected is what the machine has after all its operations.
+func (m *armMachine) projected() identitySet {
+	set := m.set
+	for _, o := range m.operations {
+		set = set.after(o.delta)
+	}
+	return set
+}
+
+// begin starts what a PATCH asks for, or queues it. It is done at once if it
+// takes no time and does not fail.
+func (a *ARM) begin(m *armMachine, p identityPatch, failure *armError, apply bool) *armOperation {
+	now := a.o.Now()
+	delay := m.delay
+	if delay < 0 {
+		delay = a.settings.Delay
+	}
+	o := &armOperation{id: newGUID(), machine: m, start: now, failure: failure, apply: apply || failure == nil}
+	if n := len(m.operations); n > 0 {
+		o.start = m.operations[n-1].end
+	}
+	o.end = o.start.Add(delay)
+	o.delta = a.deltaOf(m, p, o.end)
+	m.operations = append(m.operations, o)
+	a.running[m] = true
+	if o.start.Equal(now) && delay == 0 && failure == nil {
+		a.finish(m)
+		return o
+	}
+	a.operations[o.id] = o
+	m.version++
+	return o
+}
+
+// deltaOf looks up the identities that a PATCH adds; those that do not exist
+// are left out.
+func (a *ARM) deltaOf(m *armMachine, p identityPatch, at time.Time) *delta {
+	if !p.given {
+		return nil
+	}
+	d := &delta{user: p.user, add: map[string]attachment{}, remove: p.remove}
+	if p.system {
+		id := m.newSystemAssigned()
+		d.system = &id
+	}
+	for key, spelled := range p.add {
+		if identity, ok := a.identities[key]; ok {
+			d.add[key] = attachment{spelled: spelled, identity: identity, since: at}
+		}
+	}
+	return d
+}

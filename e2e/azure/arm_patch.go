@@ -1,0 +1,253 @@
+package azure
+
+import (
+	"encoding/json"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+)
+
+// identityPatch is the part of a PATCH's body that is about identities.
+type identityPatch struct {
+	given        bool   // there is such a part
+	text         string // the type as it was sent
+	system, user bool   // what the type names
+	add          map[string]string
+	remove       []string // folded, sorted
+	malformed    []string // keys that are no IDs
+	failure      *armError
+}
+
+// parsePatch reads as much as it can, for the log, even of a body that is to
+// be refused: then failure says why.
+func parsePatch(body []byte) identityPatch {
+	p := identityPatch{add: map[string]string{}}
+	var doc struct {
+		Identity *struct {
+			Type                   *string                    `json:"type"`
+			UserAssignedIdentities map[string]json.RawMessage `json:"userAssignedIdentities"`
+		} `json:"identity"`
+	}
+	if err := json.Unmarshal(body, &doc); err != nil {
+		p.failure = refusedBody("The request content was invalid and could not be deserialized: '" + err.Error() + "'.")
+		return p
+	}
+	if doc.Identity == nil {
+		return p
+	}
+	p.given = true
+	seen := map[string]bool{}
+	for _, spelled := range slices.Sorted(maps.Keys(doc.Identity.UserAssignedIdentities)) {
+		key, value := FoldID(spelled), doc.Identity.UserAssignedIdentities[spelled]
+		switch {
+		case !userAssignedForm.MatchString(spelled):
+			p.malformed = append(p.malformed, spelled)
+		case seen[key]:
+			p.failure = refusedBody("The identity '" + spelled + "' is specified more than once, in different case.")
+		case string(value) == "null":
+			p.remove = append(p.remove, key)
+		case value[0] == '{':
+			p.add[key] = spelled
+		default:
+			p.failure = refusedBody("The value of userAssignedIdentities['" + spelled + "'] is neither an object nor null.")
+		}
+		seen[key] = true
+	}
+	slices.Sort(p.remove)
+	if doc.Identity.Type != nil {
+		p.text = *doc.Identity.Type
+	}
+	if err := p.parseType(); p.failure == nil {
+		p.failure = err
+	}
+	return p
+}
+
+func refusedBody(message string) *armError {
+	return &armError{Status: http.StatusBadRequest, Code: "InvalidRequestContent", Message: message}
+}
+
+// parseType reads "None" or any of the other two, in any order.
+func (p *identityPatch) parseType() *armError {
+	for word := range strings.SplitSeq(p.text, ",") {
+		switch word := strings.TrimSpace(word); {
+		case strings.EqualFold(word, "SystemAssigned"):
+			p.system = true
+		case strings.EqualFold(word, "UserAssigned"):
+			p.user = true
+		case strings.EqualFold(p.text, "None"):
+		default:
+			return invalidParameter("identity.type", "The value '"+p.text+"' of parameter identity.type is invalid. "+
+				"It must be None, SystemAssigned, UserAssigned or 'SystemAssigned, UserAssigned'.")
+		}
+	}
+	if !p.user && len(p.add)+len(p.remove) > 0 {
+		return invalidParameter("identity.userAssignedIdentities",
+			"The property userAssignedIdentities must be empty when the type is '"+p.text+"'.")
+	}
+	return nil
+}
+
+func invalidParameter(target, message string) *armError {
+	return &armError{Status: http.StatusBadRequest, Code: "InvalidParameter", Target: target, Message: message}
+}
+
+// patch carries a PATCH out, or refuses it in the order in which Azure checks:
+// first Resource Manager the linked resources, then the provider the rest.
+func (a *ARM) patch(x *armExchange, m *armMachine) reply {
+	p := x.patch
+	if len(p.malformed) > 0 {
+		return a.refuse(x, &armError{Status: http.StatusBadRequest, Code: "LinkedInvalidPropertyId", Message: "Property id '" + p.malformed[0] +
+			"' at path 'identity.userAssignedIdentities' is invalid. Expect fully qualified resource Id that start with" +
+			" '/subscriptions/{subscriptionId}' or '/providers/{resourceProviderNamespace}/'."})
+	}
+	for _, check := range []func(*armExchange, *armMachine) *armError{a.checkBody, a.checkLinked, a.checkState} {
+		if err := check(x, m); err != nil {
+			return a.refuse(x, err)
+		}
+	}
+	failure, apply := a.missing(m, p), false
+	if failure != nil && !a.settings.LateErrors {
+		return a.refuse(x, failure)
+	}
+	if f := x.fault; f != nil && f.Fails {
+		failure, apply = f.operationError(), f.Apply
+	}
+	o := a.begin(m, p, failure, apply)
+	x.entry.Accepted, x.entry.OperationID, x.entry.Start, x.entry.End = true, o.id, o.start, o.end
+	out := a.show(x, m)
+	if !o.ended {
+		out.header["Azure-AsyncOperation"] = x.base() + "/subscriptions/" + m.subscription + "/providers/Microsoft.Compute/locations/" +
+			a.o.Location + "/operations/" + o.id + "?api-version=" + x.version
+		a.retryAfter(out)
+	}
+	return out
+}
+
+func (a *ARM) checkBody(x *armExchange, _ *armMachine) *armError { return x.patch.failure }
+
+// checkLinked is whether the caller may assign the identities.
+func (a *ARM) checkLinked(x *armExchange, m *armMachine) *armError {
+	var named []string
+	denied, details := false, false
+	for _, key := range slices.Sorted(maps.Keys(x.patch.add)) {
+		bad := a.bad[key]
+		if !bad.Denied {
+			continue
+		}
+		denied = true
+		naming := a.naming(bad)
+		details = details || naming == NamedInDetails
+		if naming != Unnamed {
+			named = append(named, x.patch.add[key])
+		}
+	}
+	if !denied {
+		return nil
+	}
+	scopes := "the linked scope(s)"
+	if named != nil {
+		scopes += " '" + strings.Join(named, ",") + "'"
+	}
+	err := &armError{Status: http.StatusForbidden, Code: "LinkedAuthorizationFailed", Message: "The client '" + x.claims.AppID +
+		"' with object id '" + x.claims.ObjectID + "' has permission to perform action 'Microsoft.Compute/" + m.resourceType +
+		"/write' on scope '" + m.id + "'; however, it does not have permission to perform action" +
+		" 'Microsoft.ManagedIdentity/userAssignedIdentities/assign/action' on " + scopes + " or the linked scope(s) are invalid."}
+	if details {
+		for _, id := range named {
+			err.Details = append(err.Details, armError{Code: "LinkedAuthorizationFailed", Target: id,
+				Message: "The client does not have permission to perform action 'Microsoft.ManagedIdentity/userAssignedIdentities/assign/action'."})
+		}
+	}
+	return err
+}
+
+// checkState is whether the machine can be changed now, as the caller wants it.
+func (a *ARM) checkState(x *armExchange, m *armMachine) *armError {
+	what := "Virtual Machine"
+	if m.kind == KindVMSS {
+		what = "Virtual Machine Scale Set"
+	}
+	if strings.EqualFold(m.forced, stateDeleting) {
+		return &armError{Status: http.StatusConflict, Code: "OperationNotAllowed", Message: "Operation 'Update " + what +
+			"' is not allowed on " + what + " '" + m.name + "' since it is marked for deletion."}
+	}
+	want := x.entry.IfMatch
+	if want != "" && want != "*" && !a.settings.NoETags && strings.Trim(want, `"`) != strings.Trim(m.etag(), `"`) {
+		return &armError{Status: http.StatusPreconditionFailed, Code: "PreconditionFailed",
+			Message: "Etag provided in if-match header " + want + " does not match etag " + m.etag() + " of resource."}
+	}
+	busy := len(m.operations) > 0 || strings.EqualFold(m.forced, stateUpdating) || strings.EqualFold(m.forced, stateCreating)
+	if busy && !a.settings.Queue {
+		return &armError{Status: http.StatusConflict, Code: "Conflict", Message: "The request failed due to conflict with a concurrent request. " +
+			"To resolve it, please refer to https://aka.ms/activitylog to get more details on the conflicting requests."}
+	}
+	if x.patch.user && a.leavesNothing(m, x.patch) {
+		return &armError{Status: http.StatusBadRequest, Code: "MissingIdentityIds",
+			Message: "The identity ids must not be null or empty for '" + x.patch.text + "' identity type."}
+	}
+	return nil
+}
+
+// leavesNothing is whether the machine would have no user-assigned identity;
+// those that do not exist count here, they fail otherwise.
+func (a *ARM) leavesNothing(m *armMachine, p identityPatch) bool {
+	left := maps.Clone(m.projected().user)
+	for _, key := range p.remove {
+		delete(left, key)
+	}
+	return len(left)+len(p.add) == 0
+}
+
+// missing is the failure of a PATCH with identities that do not exist.
+func (a *ARM) missing(m *armMachine, p identityPatch) *armError {
+	if !p.user {
+		return nil
+	}
+	spelled := maps.Clone(p.add)
+	if a.settings.Dangling {
+		for key, at := range m.projected().user {
+			if !slices.Contains(p.remove, key) {
+				spelled[key] = at.spelled
+			}
+		}
+	}
+	var inText, inDetails []string
+	gone := false
+	for _, key := range slices.Sorted(maps.Keys(spelled)) {
+		_, exists := a.identities[key]
+		bad := a.bad[key]
+		if exists && !bad.Missing {
+			continue
+		}
+		gone = true
+		naming := a.naming(bad)
+		if naming != Unnamed {
+			inText = append(inText, spelled[key])
+		}
+		if naming == NamedInDetails {
+			inDetails = append(inDetails, spelled[key])
+		}
+	}
+	if !gone {
+		return nil
+	}
+	return missingError(m, inText, inDetails)
+}
+
+// missingError has the form in which Azure passes on what the provider of
+// identities answered, which is about one identity.
+func missingError(m *armMachine, inText, inDetails []string) *armError {
+	because := "Bad request."
+	if len(inText) > 0 {
+		because = "Resource '" + inText[0] + "' was not found."
+	}
+	inner := encode(map[string]any{"error": map[string]string{"code": "BadRequest", "message": because}})
+	err := &armError{Status: http.StatusBadRequest, Code: "FailedIdentityOperation", Message: "Identity operation for resource '" + m.id +
+		"' failed with error 'Failed to perform resource identity operation. Status: 'BadRequest'. Response: '" + string(inner) + "'.'."}
+	for _, id := range inDetails {
+		err.Details = append(err.Details, armError{Code: "BadRequest", Target: id, Message: "Resource '" + id + "' was not found."})
+	}
+	return err
+}

@@ -1,0 +1,218 @@
+package azure
+
+import (
+	"io"
+	"net/http"
+	"regexp"
+	"strings"
+)
+
+// What requests to ARM are for.
+const (
+	OpGet   = "get"
+	OpPatch = "patch"
+	OpPoll  = "poll" // the status of an operation
+	OpOther = "other"
+)
+
+// armExchange is one request to ARM and what becomes known of it.
+type armExchange struct {
+	*http.Request
+	entry     ARMRequest
+	machine   computeID // of GET and PATCH, whether or not it exists
+	operation string    // ID that is polled
+	version   string
+	claims    Claims // of the caller; empty if nobody is asked who he is
+	patch     identityPatch
+	fault     *ARMFault // a copy; nil: none
+}
+
+// base is where the client found ARM.
+func (x *armExchange) base() string {
+	host := x.Host
+	if host == "" {
+		host = x.URL.Host
+	}
+	if x.TLS == nil && x.URL.Scheme != "https" {
+		return "http://" + host
+	}
+	return "https://" + host
+}
+
+// serve answers a request. Its entry is logged before its answer is written:
+// who has the answer can read the entry.
+func (a *ARM) serve(r *http.Request) reply {
+	x := &armExchange{Request: r}
+	var body []byte
+	var err error
+	if r.Body != nil {
+		body, err = io.ReadAll(http.MaxBytesReader(nil, r.Body, largestBody))
+	}
+	a.arrive(x, body)
+	var out reply
+	if err != nil {
+		out = a.refuse(x, &armError{Status: http.StatusRequestEntityTooLarge, Code: "RequestContentTooLarge", Message: "The request body was not read: " + err.Error()})
+	} else {
+		out = a.handle(x)
+	}
+	if out.status != 0 {
+		out.header["X-Ms-Request-Id"], out.header["X-Ms-Correlation-Request-Id"] = newGUID(), x.entry.CorrelationID
+	}
+	a.depart(x, out.status)
+	return out
+}
+
+var operationForm = regexp.MustCompile(`(?i)^/subscriptions/([^/]+)/providers/Microsoft\.Compute/locations/([^/]+)/operations/([^/]+)/?$`)
+
+// arrive reads what the request is for, and notes that it came.
+func (a *ARM) arrive(x *armExchange, body []byte) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle()
+	x.version = apiVersionOf(x.URL.RawQuery)
+	x.entry = ARMRequest{
+		Time: a.o.Now(), Operation: OpOther, Method: x.Method, Path: clip(x.URL.RequestURI()),
+		APIVersion: clip(x.version), IfMatch: clip(x.Header.Get("If-Match")), CorrelationID: newGUID(),
+	}
+	if m := operationForm.FindStringSubmatch(x.URL.Path); m != nil && x.Method == http.MethodGet {
+		x.entry.Operation, x.operation = OpPoll, m[3]
+		if o, ok := a.operations[m[3]]; ok {
+			x.machine = o.machine.computeID
+		}
+	}
+	if id, ok := parseComputeID(x.URL.Path); ok {
+		x.machine = id
+		switch x.Method {
+		case http.MethodGet:
+			x.entry.Operation = OpGet
+		case http.MethodPatch:
+			x.entry.Operation, x.patch = OpPatch, parsePatch(body)
+			x.entry.Add, x.entry.Remove, x.entry.Type = sortedKeys(x.patch.add), x.patch.remove, clip(x.patch.text)
+		}
+	}
+	m, exists := a.machines[x.machine.key()]
+	if exists {
+		x.entry.Resource = m.key()
+	}
+	if exists && x.entry.Operation == OpPatch {
+		x.entry.Overlap = m.patching > 0 || len(m.operations) > 0
+		m.patching++
+	}
+	a.records.begin(&x.entry)
+}
+
+func apiVersionOf(query string) string {
+	q, err := parseQuery(query)
+	if err != nil {
+		return ""
+	}
+	return q["api-version"]
+}
+
+// depart notes how the request ended.
+func (a *ARM) depart(x *armExchange, status int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle()
+	x.entry.Answered, x.entry.Status = a.o.Now(), status
+	if m, ok := a.machines[x.machine.key()]; ok && x.entry.Operation == OpPatch {
+		m.patching = max(0, m.patching-1) // it may have been replaced meanwhile
+	}
+	a.records.finish(x.entry)
+}
+
+// handle answers, or fails as it was told to.
+func (a *ARM) handle(x *armExchange) reply {
+	if err := a.authorise(x); err != nil {
+		out := a.refuse(x, err)
+		out.header["WWW-Authenticate"] = `Bearer authorization_uri="https://login.microsoftonline.com/` + a.o.Tenant +
+			`", error="invalid_token", error_description="` + err.Message + `"`
+		return out
+	}
+	f := a.takeFault(x)
+	if f == nil {
+		return a.answer(x)
+	}
+	if !wait(x.Context(), f.Latency) {
+		return reply{} // the client left
+	}
+	if !f.replaces() {
+		return a.answer(x)
+	}
+	x.entry.Forced = true
+	if f.Apply {
+		a.answer(x)
+		x.entry.Code = ""
+	}
+	switch {
+	case f.Drop:
+		return reply{}
+	case f.Hang:
+		<-x.Context().Done()
+		return reply{}
+	}
+	return f.reply(x, a)
+}
+
+// answer is what ARM says by itself.
+func (a *ARM) answer(x *armExchange) reply {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.settle()
+	if err := checkVersion(x.version); err != nil {
+		return a.refuse(x, err)
+	}
+	if x.entry.Operation == OpOther {
+		return a.refuse(x, &armError{Status: http.StatusNotFound, Code: "NotFound",
+			Message: "The stand-in has nothing at " + x.Method + " " + clip(x.URL.Path) + "."})
+	}
+	remaining, throttled := a.admit(x)
+	var out reply
+	o, known := a.operations[x.operation]
+	m, exists := a.machines[x.machine.key()]
+	switch {
+	case throttled != nil:
+		x.entry.Forced = true
+		out = a.refuse(x, &throttled.armError)
+		out.header["Retry-After"] = throttled.retryAfter
+	case x.entry.Operation == OpPoll && (!known || !strings.EqualFold(o.machine.subscription, segment(x.URL.Path, 1))):
+		out = a.refuse(x, &armError{Status: http.StatusNotFound, Code: "NotFound", Message: "The entity was not found."})
+	case x.entry.Operation == OpPoll:
+		out = a.poll(x, o)
+	case !exists:
+		out = a.refuse(x, notFound(x.machine))
+	case x.entry.Operation == OpPatch:
+		out = a.patch(x, m)
+	default:
+		out = a.show(x, m)
+	}
+	if remaining != "" {
+		out.header["X-Ms-Ratelimit-Remaining-Resource"] = remaining
+	}
+	return out
+}
+
+// segment is one part of a path, counted from 0.
+func segment(path string, i int) string {
+	segments := strings.Split(strings.Trim(path, "/"), "/")
+	if i >= len(segments) {
+		return ""
+	}
+	return segments[i]
+}
+
+const firstMergingVersion = "2018-06-01" // before it, a PATCH replaced the identities
+
+var armVersionForm = regexp.MustCompile(`^\d{4}-\d{2}-\d{2}(-preview)?$`)
+
+func checkVersion(v string) *armError {
+	switch {
+	case v == "":
+		return &armError{Status: http.StatusBadRequest, Code: "MissingApiVersionParameter",
+			Message: "The api-version query parameter (?api-version=) is required for all requests."}
+	case !armVersionForm.MatchString(v) || v < firstMergingVersion:
+		return &armError{Status: http.StatusBadRequest, Code: "InvalidApiVersionParameter",
+			Message: "The api-version '" + v + "' is invalid. The stand-in knows those from " + firstMergingVersion + " on."}
+	}
+	return nil
+}

@@ -1,0 +1,57 @@
+package azure
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+
+	"github.com/golang-jwt/jwt/v5"
+)
+
+// armAudiences are the names of ARM in tokens, beside the host it is asked at.
+// A slash at the end makes no difference.
+var armAudiences = []string{"https://management.azure.com", "https://management.core.windows.net"}
+
+// authorise finds out who calls.
+func (a *ARM) authorise(x *armExchange) *armError {
+	if a.o.Verify == nil {
+		return nil
+	}
+	unauthorised := func(code, message string) *armError {
+		return &armError{Status: http.StatusUnauthorized, Code: code, Message: message}
+	}
+	scheme, token, _ := strings.Cut(x.Header.Get("Authorization"), " ")
+	if !strings.EqualFold(scheme, "Bearer") || token == "" {
+		return unauthorised("AuthenticationFailed", "Authentication failed. The 'Authorization' header is missing.")
+	}
+	claims, err := a.o.Verify(strings.TrimSpace(token))
+	switch {
+	case errors.Is(err, jwt.ErrTokenExpired):
+		return unauthorised("ExpiredAuthenticationToken", "The access token is expired.")
+	case err != nil:
+		return unauthorised("InvalidAuthenticationToken", "The access token is invalid.")
+	}
+	x.claims, x.entry.Caller = claims, claims.ObjectID
+	if audience := strings.TrimSuffix(claims.Audience, "/"); !slices.Contains(armAudiences, audience) && audience != x.base() {
+		return unauthorised("InvalidAuthenticationTokenAudience", "The access token has been obtained for wrong audience or resource '"+
+			claims.Audience+"'. It should exactly match with one of the allowed audiences '"+strings.Join(armAudiences, "','")+"'.")
+	}
+	if a.o.Tenant != "" && !strings.EqualFold(claims.TenantID, a.o.Tenant) {
+		return unauthorised("InvalidAuthenticationTokenTenant", "The access token is from the wrong issuer. It must match the tenant '"+
+			a.o.Tenant+"' associated with this subscription.")
+	}
+	return nil
+}
+
+// verify checks one of the issuer's own tokens.
+func (i *issuer) verify(token string) (Claims, error) {
+	var claims Claims
+	_, err := jwt.ParseWithClaims(token, &claims, func(*jwt.Token) (any, error) { return &i.key.PublicKey, nil },
+		jwt.WithValidMethods([]string{"RS256"}), jwt.WithExpirationRequired(), jwt.WithTimeFunc(i.now))
+	if err != nil {
+		return Claims{}, fmt.Errorf("verify a token: %w", err)
+	}
+	return claims, nil
+}
