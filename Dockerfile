@@ -37,6 +37,7 @@ COPY --from=rootfs /rootfs/etc /etc
 COPY --from=rootfs /rootfs/usr/share/doc/ca-certificates /usr/share/doc/ca-certificates
 COPY --from=rootfs /rootfs/var/lib/dpkg/status.d/ca-certificates /var/lib/dpkg/status.d/ca-certificates
 COPY --from=build-mic /out/mic /usr/bin/mic
+# The chart runs it as root where it has to read a file of the host that is root's alone.
 USER 65532:65532
 ENTRYPOINT ["/usr/bin/mic"]
 

@@ -1,20 +1,112 @@
-// Command mic will run the Managed Identity Controller of standard mode. This version has managed mode only, which
-// needs no controller, so the command says so and does nothing else.
+// Command mic runs the Managed Identity Controller of standard mode, says what it would do, and removes what it did.
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/go-logr/zapr"
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"k8s.io/klog/v2"
+
+	"github.com/podidentity/podidentity/mic"
 )
 
 // version is set when a release is built.
 var version = "dev"
 
 func main() {
-	if len(os.Args) == 2 && os.Args[1] == "--version" {
-		fmt.Println("mic version", version)
-		return
+	// With these the Azure SDK would look for a region, by way of the machine's metadata service, before each token.
+	for _, name := range []string{"AZURE_REGIONAL_AUTHORITY_NAME", "MSAL_FORCE_REGION"} {
+		_ = os.Unsetenv(name) // fails for no valid name
 	}
-	fmt.Fprintln(os.Stderr, "mic: this version of Pod Identity has no standard mode; assign the identities to the machines yourself and run NMI with --operation-mode managed")
-	os.Exit(1)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := command().ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "mic:", err)
+		os.Exit(1)
+	}
+}
+
+// command has all flags on all commands: "mic plan" with the arguments of a MIC that runs says what that one does.
+func command() *cobra.Command {
+	o := newOptions()
+	run := &cobra.Command{
+		Use:   "mic",
+		Short: "Attach to the machines of the cluster the Azure identities that their pods need",
+		Long: `MIC attaches the managed identities that pods need to the virtual machine or scale set beneath their nodes, and
+detaches them when the last pod that needs one there is gone. What it attached stays when it ends, and the next MIC
+goes on from there; "mic uninstall" detaches it.`,
+		Args:          cobra.NoArgs,
+		Version:       version,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.withLogger(func(log *zap.Logger) error {
+				log.Info("starting", zap.String("version", version))
+				return mic.Run(cmd.Context(), o.config(version), log)
+			})
+		},
+	}
+	run.CompletionOptions.DisableDefaultCmd = true // nobody types this command often enough
+	o.addTo(run.PersistentFlags())
+	run.AddCommand(plan(o), uninstall(o))
+	return run
+}
+
+func plan(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "plan",
+		Short: "Print what MIC would attach and detach, and why, and change nothing",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.withLogger(func(log *zap.Logger) error {
+				return mic.Plan(cmd.Context(), o.config(version), log, cmd.OutOrStdout())
+			})
+		},
+	}
+}
+
+func uninstall(o *options) *cobra.Command {
+	var stay bool
+	c := &cobra.Command{
+		Use:   "uninstall",
+		Short: "Detach what MIC attached, and remove what it wrote into the cluster",
+		Long: `Detaches the identities that MIC attached to machines, and no others, releases all AzureAssignedIdentity objects and
+removes what MIC wrote down. No MIC may run meanwhile. It may be run again at any time.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.withLogger(func(log *zap.Logger) error {
+				if err := mic.Uninstall(cmd.Context(), o.config(version), log); err != nil {
+					return err
+				}
+				log.Info("uninstalled")
+				if !stay {
+					return nil
+				}
+				return hold(cmd.Context(), o.cfg.ProbePort)
+			})
+		},
+	}
+	c.Flags().BoolVar(&stay, "hold", false, "stay when done, until a signal, and answer /readyz; for a Deployment")
+	return c
+}
+
+func (o *options) withLogger(do func(*zap.Logger) error) error {
+	level, err := zapcore.ParseLevel(o.logLevel)
+	if err != nil {
+		return fmt.Errorf("--log-level %q is unknown; give debug, info, warn or error", o.logLevel)
+	}
+	if o.logFormat != "json" && o.logFormat != "text" {
+		return fmt.Errorf("--log-format %q is unknown; give json or text", o.logFormat)
+	}
+	log, stop := mic.NewLogger(zapcore.Lock(os.Stderr), level, o.logFormat == "text")
+	defer stop()
+	klog.SetLogger(zapr.NewLogger(log))
+	return do(log)
 }

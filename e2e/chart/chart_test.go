@@ -19,7 +19,7 @@ import (
 
 // flags are those of the nmi program.
 var flags = []string{
-	"allow-cross-namespace-secrets", "allow-network-plugin-kubenet", "audit-level", "authority-host",
+	"allow-cross-namespace-secrets", "allow-network-plugin-kubenet", "assignment-wait", "audit-level", "authority-host",
 	"block-instance-metadata", "ca-bundle", "custom-user-agent", "enable-profile", "events", "force-namespaced",
 	"host-token", "http-probe-port", "iptables-backend", "iptables-sync-interval", "kubelet-config", "log-format", "managed-identity-by",
 	"log-level", "metadata-header-required", "metadata-ip", "metadata-port", "nmi-listen-address", "nmi-port", "node",
@@ -141,7 +141,7 @@ func TestThePodIsOnEveryLinuxNodeInItsNetwork(t *testing.T) {
 
 func TestEveryValueReachesItsFlag(t *testing.T) {
 	_, container := render(t, "").nmi(t)
-	defaults := arguments(t, container.Args)
+	defaults := arguments(t, flags, container.Args)
 	wantDefaults := map[string]string{
 		"node": "$(NODE_NAME)", "operation-mode": "managed", "force-namespaced": "false",
 		"nmi-listen-address": "169.254.25.79", "nmi-port": "2579", "metadata-ip": "169.254.169.254", "metadata-port": "80",
@@ -198,7 +198,7 @@ nmi:
 		"allow-cross-namespace-secrets": "true", "audit-level": "warn", "authority-host": "https://login.microsoftonline.us",
 		"ca-bundle": "/ca-bundle/ca.pem", "events": "false", "host-token": "false", "managed-identity-by": "resource-id",
 	}
-	if diff := cmp.Diff(wantOthers, arguments(t, container.Args)); diff != "" {
+	if diff := cmp.Diff(wantOthers, arguments(t, flags, container.Args)); diff != "" {
 		t.Errorf("other values (-want +got):\n%s", diff)
 	}
 }
@@ -215,20 +215,20 @@ func TestMoreOfTheEnvironmentCanBeGiven(t *testing.T) {
 func TestAuditLinesCanBeTurnedOffInAnySpelling(t *testing.T) {
 	for _, off := range []string{"off", `"off"`, "false"} {
 		_, container := render(t, "nmi: {auditLevel: "+off+"}").nmi(t)
-		if got := arguments(t, container.Args)["audit-level"]; got != "off" {
+		if got := arguments(t, flags, container.Args)["audit-level"]; got != "off" {
 			t.Errorf("auditLevel: %s gives %q", off, got)
 		}
 	}
 }
 
-// arguments returns flags and their values, and fails on a flag that nmi does not have.
-func arguments(t *testing.T, args []string) map[string]string {
+// arguments returns flags and their values, and fails on a flag that is not among those the program has.
+func arguments(t *testing.T, flags, args []string) map[string]string {
 	t.Helper()
 	parsed := map[string]string{}
 	for _, arg := range args {
 		name, value, found := strings.Cut(strings.TrimPrefix(arg, "--"), "=")
 		if !found || !strings.HasPrefix(arg, "--") || !slices.Contains(flags, name) {
-			t.Errorf("nmi has no flag like %s", arg)
+			t.Errorf("the program has no flag like %s", arg)
 		}
 		if _, twice := parsed[name]; twice {
 			t.Errorf("--%s is given twice", name)
@@ -460,7 +460,6 @@ func TestBadValuesAreRefusedWithAReason(t *testing.T) {
 		"nmi: {port: 8085}":                          "nmi.port, nmi.probePort and nmi.prometheusPort must differ",
 		"nmi: {serviceAccount: {create: false}}":     "nmi.serviceAccount.name is needed",
 		"operationMode: both":                        "at '/operationMode'",
-		"operationMode: standard":                    "operationMode: write managed. In standard mode MIC attaches identities",
 		"azureIdentities: {a: {resourceId: x}}":      "additional properties 'resourceId' not allowed",
 		"azureIdentities: {a: {type: 9}}":            "at '/azureIdentities/a/type': value must be one of 0, 1, 2, 3",
 		"azureIdentities: {a: {binding: {name: b}}}": "missing property 'selector'",

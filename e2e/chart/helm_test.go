@@ -12,6 +12,7 @@ import (
 	admissionv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
@@ -56,8 +57,11 @@ func helm(t *testing.T, args ...string) (stdout, stderr string, err error) {
 // rendered is what the chart makes of some values, by kind.
 type rendered struct {
 	daemonSets      []*appsv1.DaemonSet
+	deployments     []*appsv1.Deployment
+	budgets         []*policyv1.PodDisruptionBudget
 	serviceAccounts []*corev1.ServiceAccount
 	configMaps      []*corev1.ConfigMap
+	secrets         []*corev1.Secret
 	clusterRoles    map[string]*rbacv1.ClusterRole
 	bindings        []*rbacv1.ClusterRoleBinding
 	roles           []*rbacv1.Role
@@ -89,6 +93,20 @@ func refusal(t *testing.T, values string) string {
 	return stderr
 }
 
+// notesOf returns what Helm tells who installs the chart, in namespace "default".
+func notesOf(t *testing.T, values string) string {
+	t.Helper()
+	stdout, stderr, err := helm(t, "install", "podidentity", chart, "--dry-run=client", "--values", valuesFile(t, values))
+	if err != nil {
+		t.Fatalf("helm install --dry-run=client: %v\n%s", err, stderr)
+	}
+	_, notes, found := strings.Cut(stdout, "\nNOTES:\n")
+	if !found {
+		t.Fatalf("no notes:\n%s", stdout)
+	}
+	return notes
+}
+
 func valuesFile(t *testing.T, values string) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "values.yaml")
@@ -103,7 +121,7 @@ func parse(t *testing.T, manifests string) rendered {
 	t.Helper()
 	scheme := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{
-		admissionv1.AddToScheme, appsv1.AddToScheme, corev1.AddToScheme, rbacv1.AddToScheme,
+		admissionv1.AddToScheme, appsv1.AddToScheme, corev1.AddToScheme, policyv1.AddToScheme, rbacv1.AddToScheme,
 	} {
 		if err := add(scheme); err != nil {
 			t.Fatal(err)
@@ -130,6 +148,12 @@ func parse(t *testing.T, manifests string) rendered {
 		switch object := object.(type) {
 		case *appsv1.DaemonSet:
 			result.daemonSets = append(result.daemonSets, object)
+		case *appsv1.Deployment:
+			result.deployments = append(result.deployments, object)
+		case *policyv1.PodDisruptionBudget:
+			result.budgets = append(result.budgets, object)
+		case *corev1.Secret:
+			result.secrets = append(result.secrets, object)
 		case *corev1.ServiceAccount:
 			result.serviceAccounts = append(result.serviceAccounts, object)
 		case *corev1.ConfigMap:
@@ -160,4 +184,13 @@ func (r rendered) nmi(t *testing.T) (*appsv1.DaemonSet, *corev1.Container) {
 		t.Fatalf("want one DaemonSet with one container: %+v", r.daemonSets)
 	}
 	return r.daemonSets[0], &r.daemonSets[0].Spec.Template.Spec.Containers[0]
+}
+
+// mic returns the one Deployment and its one container.
+func (r rendered) mic(t *testing.T) (*appsv1.Deployment, *corev1.Container) {
+	t.Helper()
+	if len(r.deployments) != 1 || len(r.deployments[0].Spec.Template.Spec.Containers) != 1 {
+		t.Fatalf("want one Deployment with one container: %+v", r.deployments)
+	}
+	return r.deployments[0], &r.deployments[0].Spec.Template.Spec.Containers[0]
 }

@@ -223,14 +223,7 @@ func TestTheNotesSayWhatOtherTypesNeedUntilTheyHaveIt(t *testing.T) {
 		"rbac: {enabled: false}":                                    {false, false},
 		"nmi: {uninstall: true}":                                    {false, false},
 	} {
-		stdout, stderr, err := helm(t, "install", "podidentity", chart, "--dry-run=client", "--values", valuesFile(t, values))
-		if err != nil {
-			t.Fatalf("helm install --dry-run=client: %v\n%s", err, stderr)
-		}
-		_, notes, found := strings.Cut(stdout, "\nNOTES:\n")
-		if !found {
-			t.Fatalf("no notes:\n%s", stdout)
-		}
+		notes := notesOf(t, values)
 		for i, value := range []string{"nmi.secretNamespaces", "nmi.federatedNamespaces"} {
 			if got := strings.Contains(notes, value); got != want[i] {
 				t.Errorf("%s: the notes mention %s: %v, want %v", values, value, got, want[i])

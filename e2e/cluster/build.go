@@ -18,6 +18,7 @@ const (
 	TestImage = "local/e2e:1"
 
 	nmiImage    = "local/nmi"
+	micImage    = "local/mic"
 	clientImage = "local/goclient"
 )
 
@@ -86,6 +87,24 @@ func BuildNMIImage(ctx context.Context, say func(string)) (Image, error) {
 		return Image{}, err
 	}
 	return imageSpec{name: nmiImage, program: program, target: "/nmi", rootfs: rootfs}.pack(cache)
+}
+
+// BuildMICImage builds the image of MIC: the static program, where the product's Dockerfile has it. Of the certificates
+// that are there beside it none is of use here.
+func BuildMICImage(ctx context.Context) (Image, error) {
+	repo, err := RepoDir()
+	if err != nil {
+		return Image{}, err
+	}
+	cache, err := cacheDir()
+	if err != nil {
+		return Image{}, err
+	}
+	program, err := buildProgram(ctx, repo, "./cmd/mic", "mic")
+	if err != nil {
+		return Image{}, err
+	}
+	return imageSpec{name: micImage, program: program, target: "/usr/bin/mic"}.pack(cache)
 }
 
 // ensureRootfs runs the script once for each version of it.

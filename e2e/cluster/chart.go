@@ -1,7 +1,10 @@
 package cluster
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path"
@@ -49,6 +52,63 @@ func (c *Cluster) InstallChartWith(ctx context.Context, image Image, args ...str
 	cmd.Dir = repo
 	if _, err := run(cmd); err != nil {
 		return fmt.Errorf("installing the chart: %w%s", err, indented(c.podProblems(ctx)))
+	}
+	return nil
+}
+
+// Files that machines of Azure have in /etc/kubernetes. Here they are in the kubelet's folder, which a node keeps when it
+// restarts.
+const (
+	cloudConfigFile = "azure.json"
+	customCloudFile = "akscustom.json"
+	kubeletDir      = "/var/lib/kubelet" // as the node sees it
+)
+
+// InstallStandard installs the chart, or upgrades it, in standard mode, with the images of this checkout, and waits until
+// it is ready. MIC works as the managed identity that the scale set itself has, so its requests for tokens go through
+// NMI, and it finds the stand-in for ARM by a file of a cloud of one's own, as there is no name server. args are further
+// arguments of `helm upgrade`.
+func (c *Cluster) InstallStandard(ctx context.Context, args ...string) error {
+	image, err := BuildMICImage(ctx)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(c.ImportImages(ctx, image), c.writeCloudFiles()); err != nil {
+		return err
+	}
+	return c.InstallChart(ctx, append([]string{"--set", "operationMode=standard",
+		"--set-string", "mic.image=" + path.Base(image.Name), "--set-string", "mic.tag=" + image.Tag,
+		"--set", "mic.cloudConfig=" + path.Join(kubeletDir, cloudConfigFile),
+		"--set", "mic.customCloud.enabled=true", "--set", "mic.customCloud.configPath=" + path.Join(kubeletDir, customCloudFile),
+		"--set-file", "mic.caBundle=" + c.EntraCA()}, args...)...)
+}
+
+// writeCloudFiles gives each node what says how Azure is reached. As on AKS, the files are root's alone.
+func (c *Cluster) writeCloudFiles() error {
+	arm := "https://" + azureIP + "/"
+	for file, content := range map[string]any{
+		cloudConfigFile: map[string]any{
+			"cloud": "AzureStackCloud", "tenantId": TenantID, "subscriptionId": SubscriptionID, "resourceGroup": ResourceGroup,
+			"vmType": "vmss", "aadClientId": "msi", "aadClientSecret": "msi", "useManagedIdentityExtension": true,
+		},
+		customCloudFile: map[string]any{
+			"name": "AzureStackCloud", "resourceManagerEndpoint": arm, "tokenAudience": "https://management.azure.com/",
+			"activeDirectoryEndpoint": "https://" + entraHosts[0] + "/",
+		},
+	} {
+		text, err := json.MarshalIndent(content, "", "    ")
+		if err != nil {
+			return err
+		}
+		for _, n := range nodeSpecs {
+			at := filepath.Join(runDir, n.Name, "kubelet", file)
+			if have, err := os.ReadFile(at); err == nil && bytes.Equal(have, text) {
+				continue // a MIC that runs could read half of it
+			}
+			if err := os.WriteFile(at, text, 0o600); err != nil {
+				return fmt.Errorf("writing %s of %s: %w", file, n.Name, err)
+			}
+		}
 	}
 	return nil
 }

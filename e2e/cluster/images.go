@@ -33,7 +33,7 @@ func (i Image) Ref() string { return i.Name + ":" + i.Tag }
 type imageSpec struct {
 	name    string
 	tag     string // empty: made from the content
-	program string // file; it becomes /NAME
+	program string // file
 	target  string // its path in the image
 	rootfs  string // folder; may be empty
 	args    []string

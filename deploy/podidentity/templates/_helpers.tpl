@@ -43,9 +43,74 @@ app.kubernetes.io/component: nmi
 {{- end }}
 {{- end }}
 
+{{- define "podidentity.mic.name" -}}
+{{ include "podidentity.fullname" . }}-mic
+{{- end }}
+
+{{/* These select the pods, and can never change in a release. */}}
+{{- define "podidentity.mic.selector" -}}
+app.kubernetes.io/name: {{ include "podidentity.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: mic
+{{- end }}
+
+{{/* Carried by MIC's pods alone: who carries it, in the namespace of the release, is excepted from NMI. */}}
+{{- define "podidentity.mic.exceptionLabel" -}}
+podidentity.io/mic: {{ include "podidentity.mic.name" . }}
+{{- end }}
+
+{{- define "podidentity.mic.serviceAccount" -}}
+{{- if .Values.mic.serviceAccount.create }}
+{{- default (include "podidentity.mic.name" .) .Values.mic.serviceAccount.name }}
+{{- else }}
+{{- required "mic.serviceAccount.name is needed when mic.serviceAccount.create is false" .Values.mic.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{- define "podidentity.mic.leaseNamespace" -}}
+{{- default .Release.Namespace .Values.mic.leaderElection.namespace }}
+{{- end }}
+
+{{/* Whether MIC is to remove what it did: if told so, and together with NMI. */}}
+{{- define "podidentity.mic.uninstall" -}}
+{{- if or .Values.nmi.uninstall .Values.mic.uninstall }}true{{ end }}
+{{- end }}
+
+{{/* The file of the host that says how MIC reaches Azure; none where values say it. */}}
+{{- define "podidentity.mic.cloudConfig" -}}
+{{- if not (or .Values.adminsecret .Values.mic.workloadIdentity.enabled) }}
+{{- .Values.mic.cloudConfig }}
+{{- end }}
+{{- end }}
+
+{{/* Whether MIC may ask the machine's metadata service for its own tokens. */}}
+{{- define "podidentity.mic.asksIMDS" -}}
+{{- if .Values.adminsecret }}
+{{- if eq (toString .Values.adminsecret.useMSI) "true" }}true{{ end }}
+{{- else if not .Values.mic.workloadIdentity.enabled }}true{{ end }}
+{{- end }}
+
+{{/* The arguments of MIC that a plan depends on. */}}
+{{- define "podidentity.mic.planArguments" -}}
+{{- $arguments := list }}
+{{- with include "podidentity.mic.cloudConfig" . }}
+{{- $arguments = append $arguments (printf "--cloudconfig=%s" .) }}
+{{- end }}
+{{- if .Values.mic.caBundle }}
+{{- $arguments = append $arguments "--ca-bundle=/ca-bundle/ca.pem" }}
+{{- end }}
+{{- if eq (toString .Values.forceNamespaced) "true" }}
+{{- $arguments = append $arguments "--force-namespaced" }}
+{{- end }}
+{{- with .Values.mic.immutableUserMSIs }}
+{{- $arguments = append $arguments (printf "--immutable-user-msis=%s" (join "," .)) }}
+{{- end }}
+{{- join " " $arguments }}
+{{- end }}
+
 {{/* Four fifths of a memory limit written in Ki, Mi or Gi, as Go writes it; nothing for any other limit. */}}
 {{- define "podidentity.goMemoryLimit" -}}
-{{- $limit := dig "limits" "memory" "" .Values.nmi.resources | toString }}
+{{- $limit := dig "limits" "memory" "" . | toString }}
 {{- if regexMatch "^[0-9]+[KMG]i$" $limit }}
 {{- $kibibytes := trunc -2 $limit | get (dict "Ki" 1 "Mi" 1024 "Gi" 1048576) | mul (trimSuffix (trunc -2 $limit) $limit | int64) }}
 {{- div (mul $kibibytes 4) 5 }}KiB
@@ -131,10 +196,37 @@ subjects:
     namespace: {{ .root.Release.Namespace }}
 {{- end }}
 
+{{- define "podidentity.mic.checks" -}}
+{{- $mic := .Values.mic }}
+{{- if and (eq (int $mic.replicas) 0) (not (include "podidentity.mic.uninstall" .)) }}
+{{- fail "mic.replicas is 0: in standard mode no pod gets an identity without MIC; give 1 or more, or set operationMode to managed" }}
+{{- end }}
+{{- $ports := list (int $mic.probePort) (int $mic.prometheusPort) }}
+{{- if $mic.enableProfile }}
+{{- $ports = append $ports 6060 }}
+{{- end }}
+{{- if ne (len (uniq $ports)) (len $ports) }}
+{{- fail (printf "mic.probePort, mic.prometheusPort and the profiler's 6060 must differ, and are %v" $ports) }}
+{{- end }}
+{{- if contains "PRIVATE KEY" (default "" $mic.caBundle) }}
+{{- fail "mic.caBundle holds a private key; give certificates only, as they become a ConfigMap" }}
+{{- end }}
+{{- $secret := .Values.adminsecret }}
+{{- if and $secret $mic.workloadIdentity.enabled }}
+{{- fail "adminsecret and mic.workloadIdentity.enabled are two ways for MIC to reach Azure; give one of them" }}
+{{- end }}
+{{- if and $mic.workloadIdentity.enabled (not (and $mic.workloadIdentity.clientID $mic.workloadIdentity.tenantID)) }}
+{{- fail "mic.workloadIdentity needs clientID and tenantID: of the application or managed identity that trusts MIC's ServiceAccount" }}
+{{- end }}
+{{- if and $secret (ne (toString $secret.useMSI) "true") (not (and $secret.tenantID $secret.clientID $secret.clientSecret)) }}
+{{- fail "adminsecret needs tenantID, clientID and clientSecret of a service principal, or useMSI: true" }}
+{{- end }}
+{{- end }}
+
 {{/* What the schema cannot say, or not in words. */}}
 {{- define "podidentity.checks" -}}
-{{- if ne .Values.operationMode "managed" }}
-{{- fail "operationMode: write managed. In standard mode MIC attaches identities to machines, and this version has no MIC yet; in managed mode attach them to the machines yourself." }}
+{{- if eq .Values.operationMode "standard" }}
+{{- include "podidentity.mic.checks" . }}
 {{- end }}
 {{- $ports := list (int .Values.nmi.port) (int .Values.nmi.probePort) (int .Values.nmi.prometheusPort) }}
 {{- if ne (len (uniq $ports)) 3 }}

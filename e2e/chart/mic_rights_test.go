@@ -1,0 +1,111 @@
+package chart_test
+
+import (
+	"slices"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	rbacv1 "k8s.io/api/rbac/v1"
+)
+
+var read = []string{"get", "list", "watch"}
+
+func TestMICMayReadWhatDecidesAndWriteAssignmentsAlone(t *testing.T) {
+	objects := render(t, standard(""))
+	want := []rbacv1.PolicyRule{
+		{APIGroups: []string{""}, Resources: []string{"pods", "nodes", "namespaces"}, Verbs: read},
+		{APIGroups: []string{group}, Resources: []string{"azureidentities", "azureidentitybindings"}, Verbs: read},
+		{
+			APIGroups: []string{group}, Resources: []string{"azureassignedidentities"},
+			Verbs: append(slices.Clone(read), "create", "patch", "delete"),
+		},
+		{APIGroups: []string{group}, Resources: []string{"azureassignedidentities/status"}, Verbs: []string{"patch"}},
+		{APIGroups: []string{""}, Resources: []string{"events"}, Verbs: []string{"create", "patch"}},
+	}
+	role := objects.clusterRoles["podidentity-mic"]
+	if len(objects.clusterRoles) != 2 || role == nil {
+		t.Fatalf("cluster roles are %v", objects.clusterRoles)
+	}
+	if diff := cmp.Diff(want, role.Rules); diff != "" {
+		t.Errorf("rules (-want +got):\n%s", diff)
+	}
+	deployment, _ := objects.mic(t)
+	if account := deployment.Spec.Template.Spec.ServiceAccountName; account != "podidentity-mic" ||
+		!slices.ContainsFunc(objects.bindings, func(b *rbacv1.ClusterRoleBinding) bool {
+			return b.RoleRef.Name == role.Name && slices.Equal(b.Subjects, micAccount)
+		}) {
+		t.Errorf("the pods run under %s, and the roles are bound thus: %+v", account, objects.bindings)
+	}
+}
+
+var micAccount = []rbacv1.Subject{{Kind: "ServiceAccount", Name: "podidentity-mic", Namespace: "kube-system"}}
+
+func TestMICMayWriteItsLedgerAndItsLeaseWhereTheyAre(t *testing.T) {
+	ledger := rbacv1.PolicyRule{
+		APIGroups: []string{""}, Resources: []string{"configmaps"}, Verbs: []string{"get", "list", "create", "update", "delete"},
+	}
+	lease := func(name string) []rbacv1.PolicyRule {
+		of := rbacv1.PolicyRule{APIGroups: []string{"coordination.k8s.io"}, Resources: []string{"leases"}}
+		create, renew := of, of
+		create.Verbs = []string{"create"}
+		renew.Verbs, renew.ResourceNames = []string{"get", "update"}, []string{name}
+		return []rbacv1.PolicyRule{create, renew}
+	}
+	for values, want := range map[string]map[string][]rbacv1.PolicyRule{
+		"": {"kube-system": append([]rbacv1.PolicyRule{ledger}, lease("aad-pod-identity-mic")...)},
+		"mic: {leaderElection: {namespace: kube-system, name: mic}}": {"kube-system": append([]rbacv1.PolicyRule{ledger}, lease("mic")...)},
+		"mic: {leaderElection: {namespace: leases}}":                 {"kube-system": {ledger}, "leases": lease("aad-pod-identity-mic")},
+	} {
+		objects := render(t, standard(values))
+		got := map[string][]rbacv1.PolicyRule{}
+		for _, role := range objects.roles {
+			got[role.Namespace] = role.Rules
+			if !slices.ContainsFunc(objects.roleBindings, func(b *rbacv1.RoleBinding) bool {
+				return b.Namespace == role.Namespace && b.RoleRef.Kind == "Role" && b.RoleRef.Name == role.Name && slices.Equal(b.Subjects, micAccount)
+			}) {
+				t.Errorf("%q: role %s/%s is bound thus: %+v", values, role.Namespace, role.Name, objects.roleBindings)
+			}
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%q: roles (-want +got):\n%s", values, diff)
+		}
+	}
+}
+
+func TestNMIReadsAssignmentsInStandardModeOnly(t *testing.T) {
+	rules := func(values string) []rbacv1.PolicyRule {
+		return render(t, values).clusterRoles["podidentity-nmi"].Rules
+	}
+	assignments := rbacv1.PolicyRule{APIGroups: []string{group}, Resources: []string{"azureassignedidentities"}, Verbs: read}
+	more := append(rules(""), assignments)
+	order := cmpopts.SortSlices(func(a, b rbacv1.PolicyRule) bool { return a.Resources[0] < b.Resources[0] })
+	if diff := cmp.Diff(more, rules(standard("")), order); diff != "" {
+		t.Errorf("rules of standard mode (-managed and assignments +got):\n%s", diff)
+	}
+}
+
+func TestWithoutRBACMICHasNoRolesAndItsAccountCanBeAnothers(t *testing.T) {
+	objects := render(t, standard("rbac: {enabled: false}\nmic: {serviceAccount: {create: false, name: robot}}"))
+	if len(objects.roles)+len(objects.roleBindings)+len(objects.clusterRoles)+len(objects.bindings) != 0 {
+		t.Errorf("roles %v and %v, bound by %v and %v", objects.roles, objects.clusterRoles, objects.roleBindings, objects.bindings)
+	}
+	deployment, _ := objects.mic(t)
+	if account := deployment.Spec.Template.Spec.ServiceAccountName; account != "robot" || len(objects.serviceAccounts) != 1 {
+		t.Errorf("the pods run under %s; accounts made are %v", account, objects.serviceAccounts)
+	}
+}
+
+func TestTwoReleasesWithMICShareNoNameInTheCluster(t *testing.T) {
+	objects := render(t, standard("fullnameOverride: other"))
+	for name := range objects.clusterRoles {
+		if name != "other-nmi" && name != "other-mic" {
+			t.Errorf("cluster role %s does not begin with the full name", name)
+		}
+	}
+	for _, binding := range objects.bindings {
+		if binding.Name != "other-nmi" && binding.Name != "other-mic" {
+			t.Errorf("binding %s does not begin with the full name", binding.Name)
+		}
+	}
+}

@@ -1,0 +1,253 @@
+package azure
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
+)
+
+// The codes, folded, by which ARM refuses an update for the sake of some of its identities: one does not exist, or MIC
+// may not assign it.
+var identityCodes = map[string]bool{"failedidentityoperation": true, "linkedauthorizationfailed": true}
+
+// operationCodes sorts an update that failed on its way, where no status says what it was. Codes that are not here are
+// faults of Azure, for all that can be known.
+var operationCodes = map[string]Class{
+	"authorizationfailed":              Denied,
+	"conflict":                         Conflict,
+	"operationpreempted":               Conflict,
+	"operationpreemptedbyconflict":     Conflict,
+	"operationnotallowed":              Conflict,
+	"preconditionfailed":               Conflict,
+	"internalservererror":              Unavailable,
+	"internalexecutionerror":           Unavailable,
+	"internaloperationerror":           Unavailable,
+	"serviceunavailable":               Unavailable,
+	"serviceoperationtimedout":         Unavailable,
+	"operationfailedduetoserverissues": Unavailable,
+}
+
+// failure sorts what a call to ARM brought. requested are the identities of the update, folded; nil if that is not
+// known, and then all identities count that the answer names. A read has an empty list.
+func (c cleaner) failure(operation string, requested map[string]bool, err error) *Error {
+	var own *Error
+	if errors.As(err, &own) {
+		e := *own
+		e.Operation = operation
+		return &e
+	}
+	var answered *azcore.ResponseError
+	if !errors.As(err, &answered) || answered.RawResponse == nil {
+		e := c.unanswered(operation, err)
+		if final := interface{ NonRetriable() }(nil); errors.As(err, &final) {
+			e.Class = Invalid // an address that is not ARM's, an answer beyond all bounds
+		}
+		return e
+	}
+	resp := answered.RawResponse
+	body, _ := runtime.Payload(resp) // the transporter has read it whole
+	said := parseARMError(body)
+	e := &Error{
+		Operation:     operation,
+		Status:        resp.StatusCode,
+		Code:          c.clean(cmp.Or(said.code, answered.ErrorCode), maxCode),
+		Message:       c.clean(said.message, maxMessage),
+		CorrelationID: oneLine(cmp.Or(resp.Header.Get("X-Ms-Correlation-Request-Id"), resp.Header.Get("X-Ms-Request-Id")), maxID),
+		RetryAfter:    retryAfter(resp.Header),
+	}
+	named := said.named(requested)
+	e.Class = classify(e.Status, e.Code, said.status, len(named) > 0)
+	switch e.Class {
+	case BadIdentity:
+		e.Identities = named
+	case Throttled:
+		e.RetryAfter = cmp.Or(e.RetryAfter, untoldShut)
+	}
+	if e.Message == "" {
+		e.Message = cmp.Or(http.StatusText(e.Status), "unknown status") + ", without a word of why"
+		if e.Status < 300 {
+			e.Message = "the update failed, and Azure does not say why"
+		}
+	}
+	return e
+}
+
+// classify goes by status and code. That a request was refused and the refusal names an identity of it says enough, too.
+func classify(status int, code, operationStatus string, named bool) Class {
+	code = strings.ToLower(code)
+	switch {
+	case status < 300:
+		return classifyOperation(code, operationStatus, named)
+	case status == http.StatusTooManyRequests:
+		return Throttled
+	case status == http.StatusUnauthorized:
+		return Denied
+	case status == http.StatusPreconditionFailed:
+		return Conflict
+	case status == http.StatusRequestTimeout, status < 400, status >= 500:
+		return Unavailable
+	case identityCodes[code]:
+		return BadIdentity
+	case status == http.StatusConflict:
+		return Conflict
+	case named:
+		return BadIdentity
+	case status == http.StatusForbidden:
+		return Denied
+	case status == http.StatusNotFound, status == http.StatusGone:
+		return NotFound
+	}
+	return Invalid
+}
+
+// classifyOperation sorts an update that was begun and failed. The code is folded.
+func classifyOperation(code, status string, named bool) Class {
+	class, known := operationCodes[code]
+	switch {
+	case identityCodes[code]:
+		return BadIdentity
+	case known:
+		return class
+	case strings.HasPrefix(strings.ToLower(status), "cancel"):
+		return Conflict
+	case named:
+		return BadIdentity
+	}
+	return Unavailable
+}
+
+// plainly keeps of an error that is told in our own words what programs look for in it.
+func plainly(err error) error {
+	for _, known := range []error{context.Canceled, context.DeadlineExceeded} {
+		if errors.Is(err, known) {
+			return known
+		}
+	}
+	return nil
+}
+
+// armError is what the body of an answer says.
+type armError struct {
+	status        string // of an update on its way, such as "Failed"
+	code, message string
+	// exact are the texts that are the ID of an identity and nothing else, folded; within are IDs found in sentences.
+	exact, within []string
+}
+
+// maxDepth bounds how deep an answer is looked into. Azure's errors have details of details of details.
+const maxDepth = 16
+
+// parseARMError reads {"error":{"code","message","details":[...],"innererror","additionalInfo":[...]}}, and the same
+// within the answer to a poll. Not all of Azure keeps to the types that are documented, so nothing is taken for granted.
+func parseARMError(body []byte) *armError {
+	said := &armError{}
+	var root map[string]any
+	if json.Unmarshal(body, &root) != nil {
+		return said
+	}
+	said.status, _ = root["status"].(string)
+	top, ok := root["error"].(map[string]any)
+	if !ok {
+		if _, resource := root["id"]; resource {
+			return said // an answer that is the machine itself names identities, but refuses none
+		}
+		top = root
+	}
+	said.walk(top, maxDepth)
+	return said
+}
+
+// ended reports whether the answer to a poll says that the update failed.
+func (a *armError) ended() bool {
+	switch strings.ToLower(a.status) {
+	case "failed", "canceled", "cancelled":
+		return true
+	}
+	return false
+}
+
+// walk looks through a value. The outermost code counts, unless one within says that identities are the matter.
+func (a *armError) walk(v any, depth int) {
+	if depth == 0 {
+		return
+	}
+	switch v := v.(type) {
+	case map[string]any:
+		code, _ := v["code"].(string)
+		message, _ := v["message"].(string)
+		within := identityCodes[strings.ToLower(code)] && !identityCodes[strings.ToLower(a.code)]
+		if a.code == "" || within {
+			a.code = cmp.Or(code, a.code)
+			a.message = cmp.Or(message, a.message)
+		}
+		for _, key := range slices.Sorted(maps.Keys(v)) {
+			a.walkText(key)
+			a.walk(v[key], depth-1)
+		}
+	case []any:
+		for _, each := range v {
+			a.walk(each, depth-1)
+		}
+	case string:
+		a.walkText(v)
+	}
+}
+
+func (a *armError) walkText(s string) {
+	found := findIdentities(s)
+	if len(found) == 1 && found[0] == Fold(s) {
+		a.exact = append(a.exact, found[0])
+	} else {
+		a.within = append(a.within, found...)
+	}
+}
+
+// named returns which of the requested identities the answer names: those in fields of their own, or else those in
+// sentences, which also tell what was being done to what else.
+func (a *armError) named(requested map[string]bool) []string {
+	for _, found := range [][]string{a.exact, a.within} {
+		if requested != nil {
+			found = slices.DeleteFunc(slices.Clone(found), func(id string) bool { return !requested[id] })
+		}
+		if len(found) > 0 {
+			slices.Sort(found)
+			return slices.Compact(found)
+		}
+	}
+	return nil
+}
+
+const identityType = "/providers/microsoft.managedidentity/userassignedidentities/"
+
+// findIdentities returns the IDs of user-assigned identities in a text, folded.
+func findIdentities(text string) []string {
+	var found []string
+	text = strings.ToLower(strings.ReplaceAll(text, `\/`, "/"))
+	for {
+		before, after, ok := strings.Cut(text, identityType)
+		if !ok {
+			return found
+		}
+		end := strings.IndexFunc(after, func(r rune) bool {
+			return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '-' && r != '_'
+		})
+		if end < 0 {
+			end = len(after)
+		}
+		name := after[:end]
+		if start := strings.LastIndex(before, "/subscriptions/"); start >= 0 && name != "" {
+			if part := strings.Split(before[start:], "/"); len(part) == 5 && part[3] == "resourcegroups" && part[2] != "" && part[4] != "" {
+				found = append(found, before[start:]+identityType+name)
+			}
+		}
+		text = after[end:]
+	}
+}

@@ -1,0 +1,53 @@
+package azure
+
+import (
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+)
+
+const (
+	// untoldShut is how long a 429 counts that does not say how long.
+	untoldShut = 10 * time.Second
+	// maxRetryAfter bounds what an answer can ask for. ARM's longest limits are by the hour.
+	maxRetryAfter = time.Hour
+)
+
+// door is shut for a while after ARM asked to be left alone.
+type door struct {
+	mu        sync.Mutex
+	shutUntil time.Time
+}
+
+// shut returns how long ARM is still to be left alone.
+func (d *door) shut() time.Duration {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return time.Until(d.shutUntil)
+}
+
+func (d *door) close(wait time.Duration) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if until := time.Now().Add(wait); until.After(d.shutUntil) {
+		d.shutUntil = until
+	}
+}
+
+// retryAfter returns how long an answer asks to wait; 0 if it does not say.
+func retryAfter(h http.Header) time.Duration {
+	for _, name := range []string{"Retry-After-Ms", "X-Ms-Retry-After-Ms"} {
+		if ms, err := strconv.ParseInt(h.Get(name), 10, 32); err == nil && ms > 0 {
+			return min(time.Duration(ms)*time.Millisecond, maxRetryAfter)
+		}
+	}
+	said := h.Get("Retry-After")
+	if s, err := strconv.ParseInt(said, 10, 32); err == nil {
+		return min(max(time.Duration(s)*time.Second, 0), maxRetryAfter)
+	}
+	if at, err := http.ParseTime(said); err == nil {
+		return min(max(time.Until(at), 0), maxRetryAfter)
+	}
+	return 0
+}

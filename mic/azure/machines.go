@@ -1,0 +1,154 @@
+package azure
+
+import (
+	"context"
+	"net/http"
+	"strings"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/arm"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
+	"github.com/Azure/azure-sdk-for-go/sdk/resourcemanager/compute/armcompute/v7"
+)
+
+// machines are those of one kind in one subscription. The library has the same types twice; what differs stays here.
+type machines interface {
+	get(ctx context.Context, r Resource) (State, error)
+	// update begins one; with a token it takes up one that was begun before, and sends nothing.
+	update(ctx context.Context, r Resource, p patch, token string) (poller, error)
+}
+
+// poller is an update on its way.
+type poller interface {
+	Poll(ctx context.Context) (*http.Response, error)
+	Done() bool
+	ResumeToken() (string, error)
+	// outcome asks for the machine once the update is done, or tells why that failed. found is false if the answer was
+	// not the machine.
+	outcome(ctx context.Context) (state State, found bool, err error)
+}
+
+func newMachines(subscriptionID string, credential azcore.TokenCredential, o *arm.ClientOptions) ([2]machines, error) {
+	single, err := armcompute.NewVirtualMachinesClient(subscriptionID, credential, o)
+	if err != nil {
+		return [2]machines{}, err
+	}
+	sets, err := armcompute.NewVirtualMachineScaleSetsClient(subscriptionID, credential, o)
+	return [2]machines{VirtualMachine: virtualMachines{single}, ScaleSet: scaleSets{sets}}, err
+}
+
+type virtualMachines struct {
+	*armcompute.VirtualMachinesClient
+}
+
+func (v virtualMachines) get(ctx context.Context, r Resource) (State, error) {
+	resp, err := v.Get(ctx, r.ResourceGroup, r.Name, nil)
+	if err != nil {
+		return State{}, err
+	}
+	return readVirtualMachine(resp.VirtualMachine).state, nil
+}
+
+func (v virtualMachines) update(ctx context.Context, r Resource, p patch, token string) (poller, error) {
+	update := armcompute.VirtualMachineUpdate{Identity: &armcompute.VirtualMachineIdentity{Type: &p.identityType, UserAssignedIdentities: p.identities}}
+	began, err := v.BeginUpdate(ctx, r.ResourceGroup, r.Name, update, &armcompute.VirtualMachinesClientBeginUpdateOptions{IfMatch: p.ifMatch(), ResumeToken: token})
+	if err != nil {
+		return nil, err
+	}
+	read := func(u armcompute.VirtualMachinesClientUpdateResponse) reading {
+		return readVirtualMachine(u.VirtualMachine)
+	}
+	return updating[armcompute.VirtualMachinesClientUpdateResponse]{began, r, read}, nil
+}
+
+type scaleSets struct {
+	*armcompute.VirtualMachineScaleSetsClient
+}
+
+func (s scaleSets) get(ctx context.Context, r Resource) (State, error) {
+	resp, err := s.Get(ctx, r.ResourceGroup, r.Name, nil)
+	if err != nil {
+		return State{}, err
+	}
+	return readScaleSet(resp.VirtualMachineScaleSet).state, nil
+}
+
+func (s scaleSets) update(ctx context.Context, r Resource, p patch, token string) (poller, error) {
+	update := armcompute.VirtualMachineScaleSetUpdate{Identity: &armcompute.VirtualMachineScaleSetIdentity{Type: &p.identityType, UserAssignedIdentities: p.identities}}
+	began, err := s.BeginUpdate(ctx, r.ResourceGroup, r.Name, update, &armcompute.VirtualMachineScaleSetsClientBeginUpdateOptions{IfMatch: p.ifMatch(), ResumeToken: token})
+	if err != nil {
+		return nil, err
+	}
+	read := func(u armcompute.VirtualMachineScaleSetsClientUpdateResponse) reading {
+		return readScaleSet(u.VirtualMachineScaleSet)
+	}
+	return updating[armcompute.VirtualMachineScaleSetsClientUpdateResponse]{began, r, read}, nil
+}
+
+// updating is the library's poller, and how its answer is read.
+type updating[T any] struct {
+	*runtime.Poller[T]
+	resource Resource
+	read     func(T) reading
+}
+
+func (u updating[T]) outcome(ctx context.Context) (State, bool, error) {
+	answer, err := u.Result(ctx)
+	if err != nil {
+		return State{}, false, err
+	}
+	got := u.read(answer)
+	return got.state, Fold(got.id) == u.resource.Key(), nil
+}
+
+// reading is what is read of an answer. The rest of it, which may be long, is let go.
+type reading struct {
+	id    string
+	state State
+}
+
+func readVirtualMachine(m armcompute.VirtualMachine) reading {
+	got := reading{id: text(m.ID), state: State{ETag: text(m.Etag)}}
+	if m.Properties != nil {
+		got.state.ProvisioningState = text(m.Properties.ProvisioningState)
+	}
+	if m.Identity != nil {
+		got.state.setIdentities(m.Identity.Type, m.Identity.UserAssignedIdentities)
+	}
+	return got
+}
+
+func readScaleSet(m armcompute.VirtualMachineScaleSet) reading {
+	got := reading{id: text(m.ID), state: State{ETag: text(m.Etag)}}
+	if m.Properties != nil {
+		got.state.ProvisioningState = text(m.Properties.ProvisioningState)
+	}
+	if m.Identity != nil {
+		got.state.setIdentities(m.Identity.Type, m.Identity.UserAssignedIdentities)
+	}
+	return got
+}
+
+func (s *State) setIdentities(kind *armcompute.ResourceIdentityType, identities map[string]*armcompute.UserAssignedIdentitiesValue) {
+	if kind != nil {
+		s.SystemAssigned = strings.Contains(strings.ToLower(string(*kind)), "systemassigned")
+	}
+	if len(identities) == 0 {
+		return
+	}
+	s.Identities = make(map[string]Identity, len(identities))
+	for id, of := range identities {
+		identity := Identity{ID: id}
+		if of != nil {
+			identity.ClientID, identity.PrincipalID = text(of.ClientID), text(of.PrincipalID)
+		}
+		s.Identities[Fold(id)] = identity
+	}
+}
+
+func text(s *string) string {
+	if s == nil {
+		return ""
+	}
+	return *s
+}

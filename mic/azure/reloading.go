@@ -1,0 +1,129 @@
+package azure
+
+import (
+	"context"
+	"sync/atomic"
+	"time"
+)
+
+// reloadEvery is how often the configuration is looked at.
+const reloadEvery = 10 * time.Second
+
+// Reloading is a Client that follows its configuration. What was begun with one goes on with it; what begins after a
+// change has the new one. A change that cannot be used is reported, and the Client there was stays.
+type Reloading struct {
+	// Every is how often the configuration is looked at; 0 means 10 s. It must not be set once Run runs.
+	Every time.Duration
+
+	path    string
+	getenv  func(string) string
+	options Options
+	changed func(Config, error)
+	current atomic.Pointer[loaded]
+
+	// What was reported last. It belongs to whoever looks: NewReloading, then Run.
+	last    Config
+	lastErr string
+}
+
+// loaded is what calls are made with.
+type loaded struct {
+	cfg    Config
+	client *Client // nil: there was no usable configuration yet
+	err    error   // why
+}
+
+// NewReloading reads the configuration as [LoadConfig] does. changed is told what came of that, and then once for each
+// change: the configuration, or why it cannot be used.
+func NewReloading(path string, getenv func(string) string, o Options, changed func(Config, error)) *Reloading {
+	r := &Reloading{path: path, getenv: getenv, options: o, changed: changed}
+	r.report(r.look())
+	return r
+}
+
+// Run looks at the configuration until ctx ends. What is compared is the content, so it does not matter whether a file is
+// edited or another put in its place.
+func (r *Reloading) Run(ctx context.Context) {
+	ticker := time.NewTicker(positive(r.Every, reloadEvery))
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		cfg, err := r.look()
+		if cfg != r.last || message(err) != r.lastErr {
+			r.report(cfg, err)
+		}
+	}
+}
+
+// look reads the configuration, and puts it into force if it is another one and can be used.
+func (r *Reloading) look() (Config, error) {
+	cfg, err := LoadConfig(r.path, r.getenv)
+	now := r.current.Load()
+	if err == nil && now != nil && now.client != nil && now.cfg == cfg {
+		return cfg, nil
+	}
+	var client *Client
+	if err == nil {
+		client, err = New(cfg, r.options)
+	}
+	if err == nil || now == nil || now.client == nil {
+		r.current.Store(&loaded{cfg, client, err})
+	}
+	return cfg, err
+}
+
+func (r *Reloading) report(cfg Config, err error) {
+	r.last, r.lastErr = cfg, message(err)
+	if r.changed != nil {
+		r.changed(cfg, err)
+	}
+}
+
+func message(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// Get is [Client.Get]. While there is no usable configuration it is Unconfigured, and says why.
+func (r *Reloading) Get(ctx context.Context, of Resource) (State, error) {
+	c, err := r.client(of, "_get")
+	if err != nil {
+		return State{}, err
+	}
+	return c.Get(ctx, of)
+}
+
+// Begin is [Client.Begin].
+func (r *Reloading) Begin(ctx context.Context, of Resource, basis State, add, remove []string) (*Operation, error) {
+	c, err := r.client(of, "_update")
+	if err != nil {
+		return nil, err
+	}
+	return c.Begin(ctx, of, basis, add, remove)
+}
+
+// Resume is [Client.Resume].
+func (r *Reloading) Resume(ctx context.Context, of Resource, token string) (*Operation, error) {
+	c, err := r.client(of, "_poll")
+	if err != nil {
+		return nil, err
+	}
+	return c.Resume(ctx, of, token)
+}
+
+// OwnIdentities is [Config.OwnIdentities] of the configuration in force.
+func (r *Reloading) OwnIdentities() []string { return r.current.Load().cfg.OwnIdentities() }
+
+func (r *Reloading) client(of Resource, operation string) (*Client, error) {
+	now := r.current.Load()
+	if now.client == nil {
+		return nil, &Error{Class: Unconfigured, Operation: of.Kind.String() + operation, Message: oneLine(now.err.Error(), maxMessage)}
+	}
+	return now.client, nil
+}

@@ -1,0 +1,175 @@
+package azure
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// reports is what a Reloading told.
+type reports struct {
+	mu  sync.Mutex
+	all []string
+}
+
+func (r *reports) changed(cfg Config, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	told := cfg.Cloud
+	if err != nil {
+		told = err.Error()
+	}
+	r.all = append(r.all, told)
+}
+
+// take returns what was told since the last time.
+func (r *reports) take() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	told := r.all
+	r.all = nil
+	return told
+}
+
+// anywhere answers for each cloud, with its host in the name of the identity.
+func anywhere() *standIn {
+	return &standIn{answer: func(_ int, r *http.Request) (*http.Response, error) {
+		return reply(r, 200, describe(vm, "Succeeded", "UserAssigned", strings.ReplaceAll(r.URL.Host, ".", "-")))
+	}}
+}
+
+func in(cloud string) string {
+	return `{"cloud":"` + cloud + `","userAssignedIdentityID":"own-` + cloud + `"}`
+}
+
+// replace puts another file in the place of one, as a mounted Secret does.
+func replace(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.Rename(write(t, path+".new", content), path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestAChangedConfigurationIsTakenUpAndReportedOnce(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "azure.json")
+	synctest.Test(t, func(t *testing.T) {
+		write(t, path, in("AzurePublicCloud"))
+		told := &reports{}
+		r := NewReloading(path, env(), Options{Transport: anywhere(), Credential: credential(hasToken)}, told.changed)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go r.Run(ctx)
+		expect := func(what, host, own, report string) {
+			t.Helper()
+			time.Sleep(30 * time.Second) // three looks
+			synctest.Wait()
+			state, err := r.Get(ctx, vm)
+			if _, ok := state.Identities[Fold(id(host))]; !ok {
+				t.Errorf("%s: got %+v, %v; want %s", what, state, err, host)
+			}
+			if got := r.OwnIdentities(); len(got) != 1 || got[0] != own {
+				t.Errorf("%s: MIC's own identity is %v", what, got)
+			}
+			all := told.take()
+			if report == "" && len(all) != 0 || report != "" && (len(all) != 1 || !strings.Contains(all[0], report)) {
+				t.Errorf("%s: told %q, want %q", what, all, report)
+			}
+		}
+		expect("at the start", "management-azure-com", "own-AzurePublicCloud", "AzurePublicCloud")
+		expect("unchanged", "management-azure-com", "own-AzurePublicCloud", "")
+		write(t, path, in("AzureChinaCloud"))
+		expect("edited", "management-chinacloudapi-cn", "own-AzureChinaCloud", "AzureChinaCloud")
+		write(t, path, in("AzureChinaCloud"))
+		expect("written again", "management-chinacloudapi-cn", "own-AzureChinaCloud", "")
+		replace(t, path, in("AzureUSGovernmentCloud"))
+		expect("replaced", "management-usgovcloudapi-net", "own-AzureUSGovernmentCloud", "AzureUSGovernmentCloud")
+		write(t, path, "{")
+		expect("broken", "management-usgovcloudapi-net", "own-AzureUSGovernmentCloud", "is not JSON")
+		write(t, path, in("AzureNowhereCloud"))
+		expect("not usable", "management-usgovcloudapi-net", "own-AzureUSGovernmentCloud", "AzureNowhereCloud")
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		expect("gone", "management-usgovcloudapi-net", "own-AzureUSGovernmentCloud", "no such file")
+		write(t, path, in("AzureUSGovernmentCloud"))
+		expect("back", "management-usgovcloudapi-net", "own-AzureUSGovernmentCloud", "AzureUSGovernmentCloud")
+	})
+}
+
+func TestWithoutAConfigurationCallsSayWhatIsWrongUntilThereIsOne(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "azure.json")
+	synctest.Test(t, func(t *testing.T) {
+		told := &reports{}
+		r := NewReloading(path, env(), Options{Transport: anywhere(), Credential: credential(hasToken)}, told.changed)
+		r.Every = time.Second
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go r.Run(ctx)
+		refused := func(operation string, err error) {
+			t.Helper()
+			var failed *Error
+			if !errors.As(err, &failed) || failed.Class != Unconfigured || failed.Operation != operation || !strings.Contains(err.Error(), path) {
+				t.Errorf("got %v", err)
+			}
+		}
+		_, err := r.Get(ctx, vm)
+		refused("vm_get", err)
+		_, err = r.Begin(ctx, vmss, State{}, []string{id("a")}, nil)
+		refused("vmss_update", err)
+		_, err = r.Resume(ctx, vm, "token")
+		refused("vm_poll", err)
+		if len(r.OwnIdentities()) != 0 || len(told.take()) != 1 {
+			t.Error("it knows its own identity, or told it otherwise than once")
+		}
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		write(t, path, `{"cloud":"AzureNowhereCloud"}`)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if _, err := r.Get(ctx, vm); err == nil || !strings.Contains(err.Error(), "AzureNowhereCloud") {
+			t.Errorf("got %v", err)
+		}
+		write(t, path, in("AzureChinaCloud"))
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if _, err := r.Get(ctx, vm); err != nil || len(told.take()) != 2 {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+func TestWhatWasBegunGoesOnWithTheConfigurationItWasBegunWith(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "azure.json")
+	synctest.Test(t, func(t *testing.T) {
+		write(t, path, in("AzurePublicCloud"))
+		arm := replies(begun(vm), inProgress("Retry-After: 60"), succeeded, replying(200, describe(vm, "Succeeded", "UserAssigned", "a")))
+		r := NewReloading(path, env(), Options{Transport: arm, Credential: credential(hasToken)}, nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go r.Run(ctx)
+		o, err := r.Begin(ctx, vm, State{}, []string{id("a")}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, path, in("AzureChinaCloud"))
+		if state, err := o.Wait(ctx); err != nil || len(state.Identities) != 1 {
+			t.Errorf("got %+v, %v", state, err)
+		}
+		if _, err := r.Get(ctx, vm); err != nil {
+			t.Error(err)
+		}
+		requests := arm.requests()
+		for i, want := range []string{"azure.com", "azure.com", "azure.com", "azure.com", "chinacloudapi.cn"} {
+			if !strings.HasPrefix(requests[i].url, "https://management."+want) {
+				t.Errorf("request %d went to %s, want %s", i, requests[i].url, want)
+			}
+		}
+	})
+}

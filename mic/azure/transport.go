@@ -1,0 +1,157 @@
+package azure
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+)
+
+const (
+	// maxAnswer bounds what is read of an answer of ARM. Scale sets with much configuration have some hundred KiB.
+	maxAnswer = 8 << 20
+	// maxTokenAnswer bounds what is read of an answer that should be a token.
+	maxTokenAnswer = 64 << 10
+)
+
+// httpClient is the way to Azure. Each request has a connection of its own, as HTTP/1.1 has it: one that hangs holds up
+// no other. Without a proxy it serves the metadata service, which must never be reached through one.
+func httpClient(roots *x509.CertPool, proxy func(*http.Request) (*url.URL, error)) *http.Client {
+	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
+	return &http.Client{
+		Transport: &http.Transport{
+			Proxy:                  proxy,
+			DialContext:            dialer.DialContext,
+			TLSClientConfig:        &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
+			TLSHandshakeTimeout:    10 * time.Second,
+			MaxIdleConns:           64,
+			MaxIdleConnsPerHost:    32,
+			IdleConnTimeout:        60 * time.Second,
+			MaxResponseHeaderBytes: 64 << 10,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+}
+
+// transporter reads each answer whole, bounded, and within the time of its request.
+type transporter struct {
+	next policy.Transporter
+	most int64
+	// host is the only one that requests go to, besides those below it; empty means any. ARM tells where to poll, and a
+	// token to resume by is kept where others may write. MIC's token for ARM must not follow either elsewhere.
+	host string
+}
+
+func (t transporter) Do(r *http.Request) (*http.Response, error) {
+	if to := strings.ToLower(r.URL.Hostname()); t.host != "" && (to != t.host && !strings.HasSuffix(to, "."+t.host) || r.URL.Scheme != "https") {
+		return nil, elsewhere(to)
+	}
+	seen, _ := r.Context().Value(wireKey{}).(*wire)
+	resp, err := t.exchange(r)
+	if seen != nil {
+		seen.note(resp, err)
+	}
+	return resp, err
+}
+
+func (t transporter) exchange(r *http.Request) (*http.Response, error) {
+	sent, err := withOwnBody(r)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := t.next.Do(sent)
+	if err != nil {
+		return nil, withoutURL(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, t.most+1))
+	if err != nil {
+		return nil, fmt.Errorf("the answer broke off: %w", withoutURL(err))
+	}
+	if int64(len(body)) > t.most {
+		return nil, tooLarge(t.most)
+	}
+	resp.Body = io.NopCloser(bytes.NewReader(body))
+	return resp, nil
+}
+
+// withOwnBody returns the request with a body of its own. After an answer that came early net/http may still be reading
+// the body, while the library already rewinds it for the next attempt.
+func withOwnBody(r *http.Request) (*http.Request, error) {
+	if r.Body == nil || r.Body == http.NoBody {
+		return r, nil
+	}
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		return nil, err
+	}
+	own := r.WithContext(r.Context())
+	own.Body, own.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+	own.GetBody = nil
+	return own, nil
+}
+
+// withoutURL takes the URL out of an error of net/http: the query of a URL to poll is as good as a password.
+func withoutURL(err error) error {
+	var u *url.Error
+	if errors.As(err, &u) {
+		return u.Err
+	}
+	return err
+}
+
+// elsewhere is the refusal to send anything to a host that is not ARM.
+type elsewhere string
+
+func (e elsewhere) Error() string {
+	return fmt.Sprintf("%q is not the host of Azure Resource Manager, or not asked by https", oneLine(string(e), 253))
+}
+
+// NonRetriable keeps the Azure SDK from trying again.
+func (elsewhere) NonRetriable() {}
+
+// tooLarge is an answer beyond the bound.
+type tooLarge int64
+
+func (t tooLarge) Error() string { return fmt.Sprintf("the answer is larger than %d bytes", int64(t)) }
+
+// NonRetriable keeps the Azure SDK from trying again.
+func (tooLarge) NonRetriable() {}
+
+type wireKey struct{}
+
+// wire is the last thing that was answered to a request for a token: the library's errors do not all tell the status
+// that they come from, and their texts quote answers in full. The attempts of a request follow one another, so it needs
+// no lock.
+type wire struct {
+	status int
+	header http.Header
+	body   []byte
+	err    error
+}
+
+func (w *wire) note(resp *http.Response, err error) {
+	*w = wire{err: err}
+	if err != nil {
+		return
+	}
+	w.status, w.header = resp.StatusCode, resp.Header
+	w.body, w.err = io.ReadAll(resp.Body)
+	resp.Body = io.NopCloser(bytes.NewReader(w.body))
+}
+
+// timedOut reports whether an error says that the time of one exchange was up.
+func timedOut(err error) bool {
+	var timeout interface{ Timeout() bool }
+	return errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout()
+}

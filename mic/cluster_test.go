@@ -1,0 +1,65 @@
+package mic
+
+import (
+	"testing"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
+
+	"github.com/podidentity/podidentity/api/v1"
+)
+
+// assignmentObject is an AzureAssignedIdentity of the pod ns/web.
+func assignmentObject(name, version string, state v1.AssignmentState) *v1.AzureAssignedIdentity {
+	return &v1.AzureAssignedIdentity{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, ResourceVersion: version},
+		Spec:       v1.AzureAssignedIdentitySpec{Pod: "web", PodNamespace: "ns"},
+		Status:     v1.AzureAssignedIdentityStatus{Status: state},
+	}
+}
+
+func TestOurOwnWritesCountUntilTheWatchBringsThemOrSomethingNewer(t *testing.T) {
+	c, err := newCluster(&rest.RESTClient{}, &rest.RESTClient{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := func(o *v1.AzureAssignedIdentity) {
+		t.Helper()
+		a := trimAssignment(o)
+		if err := c.assignments.GetIndexer().Update(a); err != nil {
+			t.Fatal(err)
+		}
+		c.heard(a, false)
+	}
+	expect := func(when string, states ...v1.AssignmentState) {
+		t.Helper()
+		got := c.assignmentsOf("ns/web")
+		if len(got) != len(states) {
+			t.Fatalf("%s there are %d assignments, want %d", when, len(got), len(states))
+		}
+		for i, s := range states {
+			if got[i].state != s {
+				t.Errorf("%s assignment %d is %q, want %q", when, i, got[i].state, s)
+			}
+		}
+	}
+	c.wrote(assignmentObject("a", "10", ""))
+	expect("after our own creation", "")
+	c.wrote(assignmentObject("a", "12", v1.AssignmentAssigned))
+	expect("after our own update", v1.AssignmentAssigned)
+	store(assignmentObject("a", "10", ""))
+	expect("when the watch brings the creation", v1.AssignmentAssigned)
+	store(assignmentObject("a", "12", v1.AssignmentAssigned))
+	store(assignmentObject("a", "9", v1.AssignmentCreated)) // cannot be, but shows that nothing is left of our write
+	expect("when the watch has brought the update", v1.AssignmentCreated)
+	store(assignmentObject("a", "20", v1.AssignmentUnassigned))
+	c.wrote(assignmentObject("a", "15", v1.AssignmentAssigned))
+	expect("after a write that the watch has overtaken", v1.AssignmentUnassigned)
+	c.wrote(assignmentObject("b", "30", v1.AssignmentAssigned))
+	gone := trimAssignment(assignmentObject("b", "31", v1.AssignmentAssigned))
+	c.heard(gone, true)
+	expect("when another is gone", v1.AssignmentUnassigned)
+	if len(c.written) != 0 {
+		t.Errorf("left over: %v", c.written)
+	}
+}

@@ -1,0 +1,137 @@
+package mic
+
+import (
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"time"
+
+	"k8s.io/apimachinery/pkg/util/validation"
+)
+
+// Config is everything MIC can be told. DefaultConfig has the defaults; cmd/mic makes flags of the fields.
+type Config struct {
+	Kubeconfig string // empty: the account of the pod
+	Namespace  string // of MIC itself: what it remembers of machines is there
+
+	CloudConfig string   // azure.json; empty: environment only
+	CABundle    string   // file; trusted for Azure besides the system's
+	UserAgent   string   // begins that of requests to Azure
+	Immutable   []string // client IDs of identities that are never detached
+
+	ForceNamespaced   bool          // match pods, bindings and identities of one namespace only
+	ReconcileInterval time.Duration // between two looks at what a machine has
+	DetachDelay       time.Duration // between an identity's last user and its removal
+
+	QPS     float32 // requests to the API server, a second
+	Burst   int
+	Workers int // pods that are worked on at a time
+
+	ProbePort      int // health, on all addresses
+	PrometheusPort int // metrics, on all addresses
+	Profile        bool
+
+	LeaderElection LeaderElection
+}
+
+// LeaderElection says how several MICs agree on the one that works.
+type LeaderElection struct {
+	Instance  string // this MIC's name in the lease
+	Namespace string // of the lease
+	Name      string // of the lease
+	Duration  time.Duration
+}
+
+// DefaultConfig returns the defaults. Where a setting means what it meant in the predecessor, its default is kept, but
+// for the rate of requests: at 5 a second 2,000 pods would wait seven minutes for the first identity.
+func DefaultConfig() Config {
+	return Config{
+		ReconcileInterval: 3 * time.Minute,
+		DetachDelay:       2 * time.Minute,
+		QPS:               100,
+		Burst:             200,
+		Workers:           32,
+		ProbePort:         8080,
+		PrometheusPort:    8888,
+		LeaderElection:    LeaderElection{Name: "aad-pod-identity-mic", Duration: 15 * time.Second},
+	}
+}
+
+// profilePort serves pprof, on loopback only, where it is switched on.
+const profilePort = 6060
+
+var guid = regexp.MustCompile(`^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$`)
+
+// Validate reports all that is wrong with the configuration, one sentence each.
+func (c Config) Validate() error {
+	var problems []error
+	bad := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
+	port := func(flag string, p int) {
+		if p < 1 || p > 65535 {
+			bad("--%s %d is not a port; give one from 1 to 65535", flag, p)
+		}
+	}
+	within := func(flag string, d, least, most time.Duration) {
+		if d < least || d > most {
+			bad("--%s %s is out of range; give a time from %s to %s", flag, d, least, most)
+		}
+	}
+	number := func(flag string, n float64, least, most int) {
+		if !(n >= float64(least) && n <= float64(most)) { // what is no number is not either
+			bad("--%s %v is out of range; give a number from %d to %d", flag, n, least, most)
+		}
+	}
+	if c.Namespace == "" {
+		bad("MIC's own namespace is missing; give --namespace, or set MIC_POD_NAMESPACE from the pod's metadata.namespace")
+	} else if len(validation.IsDNS1123Label(c.Namespace)) > 0 {
+		bad("--namespace %q is not the name of a namespace; give the one that MIC runs in", c.Namespace)
+	}
+	for _, id := range c.Immutable {
+		if !guid.MatchString(id) {
+			bad("--immutable-user-msis: %q is not a client ID; give GUIDs with commas between them, as az identity show --query clientId prints them", id)
+		}
+	}
+	within("identity-assignment-reconcile-interval", c.ReconcileInterval, 10*time.Second, time.Hour)
+	within("detach-delay", c.DetachDelay, 0, time.Hour)
+	number("client-qps", float64(c.QPS), 1, 10000)
+	number("client-burst", float64(c.Burst), 1, 20000)
+	number("workers", float64(c.Workers), 1, 1000)
+	port("http-probe-port", c.ProbePort)
+	port("prometheus-port", c.PrometheusPort)
+	if c.ProbePort == c.PrometheusPort || c.Profile && (c.ProbePort == profilePort || c.PrometheusPort == profilePort) {
+		bad("--http-probe-port, --prometheus-port and the profiler's %d must differ", profilePort)
+	}
+	lead := c.LeaderElection
+	if lead.Instance == "" {
+		bad("the name of this MIC in the lease is missing; give --leader-election-instance")
+	}
+	if c.Namespace != "" && len(validation.IsDNS1123Label(lead.Namespace)) > 0 { // which is the default for this one
+		bad("--leader-election-namespace %q is not the name of a namespace; give one that MIC may write leases in", lead.Namespace)
+	}
+	if len(validation.IsDNS1123Subdomain(lead.Name)) > 0 {
+		bad("--leader-election-name %q cannot be the name of a lease; give lower-case letters, digits, hyphens and dots", lead.Name)
+	}
+	within("leader-election-duration", lead.Duration, 5*time.Second, 5*time.Minute)
+	return errors.Join(problems...)
+}
+
+// rootCAs returns what TLS connections to Azure are verified with; nil is what the system trusts.
+func (c Config) rootCAs() (*x509.CertPool, error) {
+	if c.CABundle == "" {
+		return nil, nil
+	}
+	text, err := os.ReadFile(c.CABundle)
+	if err != nil {
+		return nil, fmt.Errorf("reading --ca-bundle: %w", err)
+	}
+	pool, err := x509.SystemCertPool()
+	if err != nil {
+		pool = x509.NewCertPool()
+	}
+	if !pool.AppendCertsFromPEM(text) {
+		return nil, fmt.Errorf("--ca-bundle %s holds no certificate in PEM form", c.CABundle)
+	}
+	return pool, nil
+}

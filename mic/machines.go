@@ -1,0 +1,466 @@
+package mic
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/podidentity/podidentity/mic/azure"
+)
+
+// machineState belongs to the reconcile of the machine, of which there is one at a time.
+type machineState struct {
+	ledger   *ledger
+	azure    azure.State // as Azure said last
+	due      time.Time   // when it is to be asked again at the latest
+	patched  time.Time   // when the last update began
+	failures int         // in a row
+}
+
+const (
+	// pause is from the beginning of an update to that of the next. Azure takes 10 to 60 s for one, so this delays
+	// nothing there; it makes two updates of a burst of pods that goes on for some seconds, and keeps well within the
+	// twelve that Azure allows in a row and the four a minute after that.
+	pause = 10 * time.Second
+	// conflicts is how often a plan is made anew in one go because the machine was changed by somebody else.
+	conflicts = 4
+	// unclearFor is how long an update that was sent, and of which nothing is known, may still be going on.
+	unclearFor = 20 * time.Minute
+	// Retries after failures of Azure: those that pass by themselves, and those that somebody has to mend.
+	retryFirst, retryMost   = 2 * time.Second, time.Minute
+	deniedFirst, deniedMost = 30 * time.Second, 10 * time.Minute
+)
+
+// reconcileMachine makes Azure's machine have what the pods on it want. It returns when it is to be called again at the
+// latest.
+func (c *Controller) reconcileMachine(ctx context.Context, key string) (time.Duration, error) {
+	m := c.fleet.machine(key)
+	if m == nil {
+		return 0, nil
+	}
+	if left := c.fleet.resting(key); left > 0 {
+		return left, nil
+	}
+	start := time.Now()
+	defer func() { c.metrics.cycle(time.Since(start)) }()
+	again, err := c.bringUp(ctx, key, m)
+	s := &m.state
+	if err == nil {
+		s.failures = 0
+		c.said(key, nil)
+		if c.fleet.drop(key) {
+			return 0, nil
+		}
+		return min(cmp.Or(again, c.cfg.ReconcileInterval), c.cfg.ReconcileInterval), nil
+	}
+	if ctx.Err() != nil {
+		return 0, nil
+	}
+	s.failures++
+	rest := c.failed(key, m, err)
+	c.fleet.rest(key, rest)
+	return rest, nil
+}
+
+// failed sorts a failure: what the waiting pods are told, and when it is tried again.
+func (c *Controller) failed(key string, m *machine, err error) time.Duration {
+	c.said(key, err)
+	n := m.state.failures
+	var e *azure.Error
+	if !errors.As(err, &e) {
+		return backoff(n, retryFirst, retryMost) // the API server
+	}
+	switch e.Class {
+	case azure.Throttled:
+		return jitter(max(e.RetryAfter, time.Second))
+	case azure.Conflict:
+		return backoff(n, pause/2, retryMost)
+	case azure.Unavailable:
+		if n >= 3 {
+			c.fleet.setProblem(key, explain(m.resource, e))
+		}
+		return max(backoff(n, retryFirst, retryMost), e.RetryAfter)
+	case azure.NotFound:
+		c.fleet.setProblem(key, explain(m.resource, e))
+		return c.cfg.ReconcileInterval
+	}
+	c.fleet.setProblem(key, explain(m.resource, e))
+	return max(backoff(n, deniedFirst, deniedMost), e.RetryAfter)
+}
+
+// bringUp is one look at a machine, and what follows from it.
+func (c *Controller) bringUp(ctx context.Context, key string, m *machine) (time.Duration, error) {
+	s := &m.state
+	if s.ledger == nil {
+		l, err := readLedger(ctx, c.configMaps, key, m.resource.ID())
+		if err != nil {
+			return 0, err
+		}
+		s.ledger = l
+		c.fleet.setOurs(key, l.Attached)
+	}
+	if again, err := c.finishUpdate(ctx, key, m); err != nil || again > 0 {
+		return again, err
+	}
+	if err := c.writeAdopted(ctx, key, m); err != nil {
+		return 0, err
+	}
+	if !c.fleet.isKnown(key) || busy(s) || !time.Now().Before(s.due) {
+		if err := c.look(ctx, key, m); err != nil {
+			return 0, err
+		}
+	}
+	var err error
+	for i := range conflicts {
+		p := c.plan(key, m)
+		if p.empty() {
+			return c.untilNext(p, s), c.strike(ctx, key, m, p.strike)
+		}
+		if rest := pause - time.Since(s.patched); i == 0 && rest > 0 {
+			return rest, nil
+		}
+		// What is changed is changed on the ground of how things are now.
+		if err := c.look(ctx, key, m); err != nil {
+			return 0, err
+		}
+		if p = c.plan(key, m); p.empty() {
+			continue
+		}
+		if err = c.carryOut(ctx, key, m, p); !isClass(err, azure.Conflict) {
+			if err != nil {
+				return 0, err
+			}
+			return time.Millisecond, nil // what came in meanwhile
+		}
+		if busy(s) {
+			break
+		}
+	}
+	return 0, err
+}
+
+// busy reports whether Azure is changing the machine, whoever asked for that.
+func busy(s *machineState) bool { return strings.EqualFold(s.azure.ProvisioningState, "Updating") }
+
+func (c *Controller) untilNext(p plan, s *machineState) time.Duration {
+	next := s.due
+	if busy(s) {
+		next = time.Now().Add(pause)
+	}
+	if !p.next.IsZero() && p.next.Before(next) {
+		next = p.next
+	}
+	return max(time.Until(next), time.Millisecond)
+}
+
+// plan decides on the ground of what is known.
+func (c *Controller) plan(key string, m *machine) plan {
+	v := c.fleet.view(key)
+	v.attached = m.state.azure.Identities
+	v.now, v.delay, v.spared = time.Now(), c.cfg.DetachDelay, c.spared()
+	v.ours = m.state.ledger.Attached
+	return decide(v)
+}
+
+// spared says which identities are left on machines whoever attached them: those of the settings, and MIC's own.
+func (c *Controller) spared() func(azure.Identity) bool {
+	list := slices.Concat(c.cfg.Immutable, c.arm.OwnIdentities())
+	return func(i azure.Identity) bool {
+		return slices.ContainsFunc(list, func(id string) bool {
+			return strings.EqualFold(id, i.ClientID) || azure.Fold(id) == azure.Fold(i.ID)
+		})
+	}
+}
+
+// look asks Azure how the machine is.
+func (c *Controller) look(ctx context.Context, key string, m *machine) error {
+	state, err := c.arm.Get(ctx, m.resource)
+	if isClass(err, azure.NotFound) {
+		c.saw(key, m, azure.State{})
+		if len(with[*node](c.cluster.nodes, byMachine, key)) > 0 {
+			return err // Azure may be asked with the wrong account, or about the wrong cloud
+		}
+		return c.note(ctx, key, m, entries{Machine: m.resource.ID(), Attached: map[string]string{}})
+	}
+	if err != nil {
+		return err
+	}
+	if strings.EqualFold(state.ProvisioningState, "Deleting") {
+		return &azure.Error{Class: azure.NotFound, Message: "it is being deleted"}
+	}
+	c.saw(key, m, state)
+	return nil
+}
+
+func (c *Controller) saw(key string, m *machine, state azure.State) {
+	// A little early, each machine at its own time, so that not all are asked at once.
+	early := time.Duration(rand.Int64N(int64(c.cfg.ReconcileInterval / 10)))
+	m.state.azure, m.state.due = state, time.Now().Add(c.cfg.ReconcileInterval-early)
+	c.fleet.saw(key, state.Identities, busy(&m.state))
+}
+
+// carryOut changes the machine. Identities that Azure refused before are tried by themselves, after the others.
+func (c *Controller) carryOut(ctx context.Context, key string, m *machine, p plan) error {
+	m.state.patched = time.Now()
+	p.remove = c.confirmUnused(key, m, p.remove)
+	for len(p.add)+len(p.remove) > 0 {
+		add := p.add[:min(len(p.add), azure.MaxIdentities)]
+		remove := p.remove[:min(len(p.remove), azure.MaxIdentities-len(add))]
+		if err := c.change(ctx, key, m, add, remove); err != nil {
+			return err
+		}
+		p.add, p.remove = p.add[len(add):], p.remove[len(remove):]
+	}
+	for trial := range slices.Chunk(p.trial, azure.MaxIdentities) {
+		if err := c.change(ctx, key, m, trial, nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// confirmUnused looks through the pods of the machine before something is taken from it. That the fleet counted wrong
+// would be a fault of ours; a pod that loses its identity is not to be how it is found out.
+func (c *Controller) confirmUnused(key string, m *machine, remove []string) []string {
+	if len(remove) == 0 {
+		return nil
+	}
+	used := map[string]string{}
+	for _, n := range with[*node](c.cluster.nodes, byMachine, key) {
+		for _, p := range with[*pod](c.cluster.pods, byNode, n.name) {
+			for _, d := range c.desired(p).assignments {
+				used[d.resource] = p.key()
+			}
+		}
+	}
+	return slices.DeleteFunc(remove, func(id string) bool {
+		pod, isUsed := used[azure.Fold(id)]
+		if isUsed {
+			c.log.Warn("an identity is not detached: a pod has come to want it", zap.String(keyMachine, m.resource.ID()), zap.String(keyIdentity, id), zap.String(keyPod, pod))
+			c.wakePod(pod)
+		}
+		return isUsed
+	})
+}
+
+// change sends updates until all that can be done is done: without those identities that Azure refuses. If it does not
+// say which it refuses, halves are tried.
+func (c *Controller) change(ctx context.Context, key string, m *machine, add, remove []string) error {
+	for len(add)+len(remove) > 0 {
+		err := c.patch(ctx, key, m, add, remove)
+		if !isClass(err, azure.BadIdentity) {
+			return err
+		}
+		var e *azure.Error
+		errors.As(err, &e)
+		named := func(id string) bool { return slices.Contains(e.Identities, azure.Fold(id)) }
+		switch {
+		case slices.ContainsFunc(add, named) || slices.ContainsFunc(remove, named):
+			for _, id := range slices.Concat(add, remove) {
+				if named(id) {
+					c.setAside(key, m, id, e)
+				}
+			}
+			add, remove = slices.DeleteFunc(slices.Clone(add), named), slices.DeleteFunc(slices.Clone(remove), named)
+		case len(add)+len(remove) == 1:
+			c.setAside(key, m, slices.Concat(add, remove)[0], e)
+			return nil
+		default:
+			firstAdd, firstRemove := add, []string(nil)
+			if len(remove) == 0 {
+				firstAdd = add[:len(add)/2]
+			} else if len(add) == 0 {
+				firstRemove = remove[:len(remove)/2]
+			}
+			if err := c.change(ctx, key, m, firstAdd, firstRemove); err != nil {
+				return err
+			}
+			add, remove = add[len(firstAdd):], remove[len(firstRemove):]
+		}
+	}
+	return nil
+}
+
+// setAside notes that Azure refuses an identity.
+func (c *Controller) setAside(key string, m *machine, id string, e *azure.Error) {
+	message := explainRefused(m.resource, id, e)
+	until, times := c.fleet.refuse(key, azure.Fold(id), message)
+	c.log.Warn("Azure refuses an identity; it is set aside", zap.String(keyMachine, m.resource.ID()), zap.String(keyIdentity, id),
+		zap.String(keyDetail, message), zap.Int("times", times), zap.Time("next_try", until))
+}
+
+// patch is one update of the machine, from the note in the ledger to its end.
+func (c *Controller) patch(ctx context.Context, key string, m *machine, add, remove []string) error {
+	s := &m.state
+	remove = c.fleet.leave(key, remove) // without those that a pod has come to want
+	if len(add)+len(remove) == 0 {
+		return nil
+	}
+	next := s.ledger.clone()
+	next.Update = &update{Started: time.Now(), Add: add, Remove: remove}
+	for _, id := range add {
+		next.Attached[azure.Fold(id)] = id
+	}
+	if err := c.note(ctx, key, m, next); err != nil {
+		c.fleet.unclear(key)
+		return err
+	}
+	c.log.Info("changing the identities of a machine", zap.String(keyMachine, m.resource.ID()), zap.Strings("attach", add), zap.Strings("detach", remove))
+	op, err := c.arm.Begin(ctx, m.resource, s.azure, add, remove)
+	if err == nil {
+		if token := op.Token(); token != "" {
+			next.Update.Token = token
+			if err := c.note(ctx, key, m, next); err != nil {
+				c.fleet.unclear(key)
+				return err
+			}
+		}
+		var state azure.State
+		if state, err = op.Wait(ctx); err == nil {
+			c.log.Info("changed the identities of a machine", zap.String(keyMachine, m.resource.ID()), zap.Duration("took", time.Since(next.Update.Started)))
+			c.saw(key, m, state)
+			return c.settle(ctx, key, m)
+		}
+	}
+	c.fleet.unclear(key)
+	if op != nil && op.Token() != "" || op == nil && (open(err) || isClass(err, azure.Throttled)) {
+		return err // the ledger still has the update, so that the next look begins with how it ended
+	}
+	if failed := c.look(ctx, key, m); failed != nil {
+		return failed
+	}
+	if op != nil && busy(s) {
+		c.fleet.unclear(key) // whatever was said, Azure may still be at it
+		return err
+	}
+	if failed := c.settle(ctx, key, m); failed != nil {
+		return failed
+	}
+	return err
+}
+
+// open reports whether an update that could not be sent without a failure may have been carried out all the same.
+func open(err error) bool {
+	var e *azure.Error
+	return !errors.As(err, &e) || e.Class == azure.Unavailable
+}
+
+// settle writes down how an update ended, when it is known how the machine is.
+func (c *Controller) settle(ctx context.Context, key string, m *machine) error {
+	s := &m.state
+	next := s.ledger.clone()
+	if u := next.Update; u != nil {
+		for _, id := range slices.Concat(u.Add, u.Remove) {
+			if _, there := s.azure.Identities[azure.Fold(id)]; !there {
+				delete(next.Attached, azure.Fold(id))
+			}
+		}
+	}
+	next.Update = nil
+	return c.note(ctx, key, m, next)
+}
+
+// note writes the ledger if it changes.
+func (c *Controller) note(ctx context.Context, key string, m *machine, next entries) error {
+	l := m.state.ledger
+	if l.same(next) {
+		return nil
+	}
+	if err := l.write(ctx, next); err != nil {
+		if errors.Is(err, errOvertaken) {
+			m.state.ledger = nil
+		}
+		return err
+	}
+	c.fleet.setOurs(key, l.Attached)
+	return nil
+}
+
+// strike removes entries from the ledger.
+func (c *Controller) strike(ctx context.Context, key string, m *machine, entries []string) error {
+	next := m.state.ledger.clone()
+	for _, id := range entries {
+		delete(next.Attached, id)
+	}
+	return c.note(ctx, key, m, next)
+}
+
+// writeAdopted enters into the ledger what assignments of the predecessor stand for.
+func (c *Controller) writeAdopted(ctx context.Context, key string, m *machine) error {
+	adopted := c.fleet.adopted(key)
+	if len(adopted) == 0 {
+		return nil
+	}
+	next := m.state.ledger.clone()
+	for id, spelled := range adopted {
+		next.Attached[id] = spelled
+	}
+	return c.note(ctx, key, m, next)
+}
+
+// finishUpdate sees an update to its end that this process does not know of, or of which it lost sight.
+func (c *Controller) finishUpdate(ctx context.Context, key string, m *machine) (time.Duration, error) {
+	u := m.state.ledger.Update
+	if u == nil {
+		return 0, nil
+	}
+	c.fleet.unclear(key)
+	if u.Token != "" {
+		c.log.Info("waiting for the end of an update that began earlier", zap.String(keyMachine, m.resource.ID()), zap.Time("began", u.Started))
+		op, err := c.arm.Resume(ctx, m.resource, u.Token)
+		if err == nil {
+			_, err = op.Wait(ctx)
+		}
+		// How it ended is what the machine will show; one of which nobody can say for so long has, too.
+		unended := op == nil && !isClass(err, azure.Invalid) || op != nil && op.Token() != ""
+		if unended && (ctx.Err() != nil || time.Since(u.Started) < unclearFor) {
+			return 0, err
+		}
+	}
+	if err := c.look(ctx, key, m); err != nil {
+		return 0, err
+	}
+	if busy(&m.state) && time.Since(u.Started) < unclearFor {
+		c.fleet.unclear(key)
+		return pause / 2, nil
+	}
+	return 0, c.settle(ctx, key, m)
+}
+
+func isClass(err error, class azure.Class) bool {
+	var e *azure.Error
+	return errors.As(err, &e) && e.Class == class
+}
+
+// explain says to an operator why Azure does nothing for a machine.
+func explain(r azure.Resource, e *azure.Error) string {
+	what := fmt.Sprintf("Azure does not let MIC change the identities of %s %s: ", r.Kind, r.Name)
+	switch e.Class {
+	case azure.Denied:
+		role := "Virtual Machine Contributor"
+		return clip(fmt.Sprintf("%s%s. Grant MIC's identity the role %s on resource group %s of subscription %s", what, e.Message, role, r.ResourceGroup, r.SubscriptionID))
+	case azure.NotFound:
+		return clip(fmt.Sprintf("%s %s is not in resource group %s of subscription %s: %s", r.Kind, r.Name, r.ResourceGroup, r.SubscriptionID, e.Message))
+	case azure.Unavailable:
+		return clip(fmt.Sprintf("Azure does not answer about %s %s; it is asked again: %s", r.Kind, r.Name, cmp.Or(e.Message, e.Error())))
+	case azure.Unconfigured:
+		return clip("MIC cannot ask Azure: " + cmp.Or(e.Message, e.Error()))
+	}
+	return clip(what + cmp.Or(e.Message, e.Error()))
+}
+
+// explainRefused says what to grant to whom, or what is wrong with the identity.
+func explainRefused(r azure.Resource, id string, e *azure.Error) string {
+	advice := "see that the managed identity exists and that spec.resourceID of the AzureIdentity is right"
+	if e.Code == "LinkedAuthorizationFailed" {
+		advice = "grant MIC's identity the role Managed Identity Operator on the managed identity"
+	}
+	return clip(fmt.Sprintf("Azure refuses to change %s on %s %s; %s (%s: %s)", id, r.Kind, r.Name, advice, e.Code, e.Message))
+}

@@ -1,0 +1,67 @@
+package mic
+
+import (
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/podidentity/podidentity/mic/azure"
+)
+
+func TestOnlyWhatMICAttachedAndNobodyUsesIsDetached(t *testing.T) {
+	now := time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
+	const delay = 2 * time.Minute
+	there := func(ids ...string) map[string]azure.Identity {
+		m := map[string]azure.Identity{}
+		for _, id := range ids {
+			m[id] = azure.Identity{ID: "As/Azure/spells/" + id, ClientID: "client-" + id}
+		}
+		return m
+	}
+	ledger := func(ids ...string) map[string]string {
+		m := map[string]string{}
+		for _, id := range ids {
+			m[id] = id
+		}
+		return m
+	}
+	used := viewedUse{id: "/A", users: 1}
+	since := func(ago time.Duration) viewedUse { return viewedUse{id: "/A", unused: now.Add(-ago)} }
+	refusedUntil := func(u viewedUse, until time.Time) viewedUse {
+		u.refused = &refusal{until: until}
+		return u
+	}
+	cases := map[string]struct {
+		attached map[string]azure.Identity
+		ours     map[string]string
+		uses     map[string]viewedUse
+		want     plan
+	}{
+		"wanted and missing":                          {nil, nil, map[string]viewedUse{"a": used}, plan{add: []string{"/A"}}},
+		"wanted and there":                            {there("a"), nil, map[string]viewedUse{"a": used}, plan{}},
+		"detached by somebody else":                   {nil, ledger("a"), map[string]viewedUse{"a": used}, plan{add: []string{"/A"}}},
+		"of somebody else":                            {there("a"), nil, map[string]viewedUse{"a": since(time.Hour)}, plan{}},
+		"of somebody else, never heard of":            {there("a"), nil, nil, plan{}},
+		"unused for long":                             {there("a"), ledger("a"), map[string]viewedUse{"a": since(time.Hour)}, plan{remove: []string{"As/Azure/spells/a"}}},
+		"unused just so long":                         {there("a"), ledger("a"), map[string]viewedUse{"a": since(delay)}, plan{remove: []string{"As/Azure/spells/a"}}},
+		"unused for a moment":                         {there("a"), ledger("a"), map[string]viewedUse{"a": since(time.Second)}, plan{next: now.Add(delay - time.Second)}},
+		"unused, nobody knows since when":             {there("a"), ledger("a"), nil, plan{next: now.Add(delay)}},
+		"unused and gone":                             {nil, ledger("a"), map[string]viewedUse{"a": since(0)}, plan{strike: []string{"a"}}},
+		"unused and immutable":                        {there("kubelet"), ledger("kubelet"), nil, plan{strike: []string{"kubelet"}}},
+		"refused a moment ago":                        {nil, nil, map[string]viewedUse{"a": refusedUntil(used, now.Add(time.Second))}, plan{next: now.Add(time.Second)}},
+		"refused, and due":                            {nil, nil, map[string]viewedUse{"a": refusedUntil(used, now)}, plan{trial: []string{"/A"}}},
+		"refused, the others go on":                   {nil, nil, map[string]viewedUse{"a": refusedUntil(used, now.Add(time.Hour)), "b": {id: "/B", users: 3}}, plan{add: []string{"/B"}, next: now.Add(time.Hour)}},
+		"Azure refused to detach it":                  {there("a"), ledger("a"), map[string]viewedUse{"a": refusedUntil(since(time.Hour), now.Add(time.Minute))}, plan{next: now.Add(time.Minute)}},
+		"two things due later: the next is the first": {there("a", "b"), ledger("a", "b"), map[string]viewedUse{"a": since(time.Second), "b": since(time.Minute)}, plan{next: now.Add(time.Minute)}},
+	}
+	for name, c := range cases {
+		t.Run(name, func(t *testing.T) {
+			got := decide(view{now: now, attached: c.attached, ours: c.ours, uses: c.uses, delay: delay,
+				spared: func(i azure.Identity) bool { return i.ClientID == "client-kubelet" }})
+			if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(plan{})); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}

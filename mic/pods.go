@@ -1,0 +1,202 @@
+package mic
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/mic/azure"
+)
+
+// desired is what a pod is to have.
+type desired struct {
+	assignments []wanted
+	// troubles are what stands in the way of more.
+	troubles []trouble
+}
+
+// wanted is one AzureAssignedIdentity as it is to be.
+type wanted struct {
+	name     string
+	identity *azureIdentity
+	binding  *binding
+	digest   uint64
+	resource string // folded resource ID; "" for what needs no machine
+	machine  azure.Resource
+	key      string // of the machine; "" if there is none
+	problem  string // why there is none
+}
+
+func (w wanted) want() want { return want{w.key, w.resource} }
+
+// trouble is something that somebody has to mend.
+type trouble struct {
+	reason, text string
+	binding      *binding // whose it is; nil: only the pod's
+}
+
+// desired says what follows for a pod from the objects around it. nil is a pod that is gone.
+func (c *Controller) desired(p *pod) desired {
+	var d desired
+	if p == nil || p.finished || p.node == "" || c.drain {
+		return d
+	}
+	n, ok := get[*node](c.cluster.nodes, p.node)
+	if !ok {
+		return d // what is gone has nothing; what is new is heard of soon
+	}
+	facts, identities, bindings := c.cluster.facts(p)
+	subject := identity.Pod{Namespace: p.namespace, Name: p.name, Labels: map[string]string{v1.BindingLabel: p.selector}}
+	bound, _ := identity.Bound(c.rules, subject, facts)
+	for _, i := range bound {
+		have := identities[i.Key()]
+		b := bindings[slices.IndexFunc(bindings, func(b *binding) bool {
+			return b.namespace == i.Namespace && b.value.AzureIdentity == i.Name
+		})]
+		if problem := i.Problem(); problem != "" {
+			d.troubles = append(d.troubles, trouble{reasonInvalid, fmt.Sprintf("AzureIdentity %s cannot work: %s", i.Key(), problem), b})
+			continue
+		}
+		w := wanted{
+			name: assignmentName(p, have), identity: have, binding: b, digest: digestOf(have.whole, b.whole),
+			resource: have.resource, machine: n.machine, key: n.key, problem: n.problem,
+		}
+		d.assignments = append(d.assignments, w)
+	}
+	return d
+}
+
+// reconcilePod gives a pod (namespace/name) the assignments that it is to have, and takes away all others.
+func (c *Controller) reconcilePod(ctx context.Context, key string) (time.Duration, error) {
+	p, ok := get[*pod](c.cluster.pods, key)
+	if !ok {
+		p = nil
+	}
+	d := c.desired(p)
+	c.count(key, d)
+	have := c.cluster.assignmentsOf(key)
+	troubles := d.troubles
+	settled := map[string]bool{} // identities whose assignment is as it is to be
+	for _, w := range d.assignments {
+		var a *assignment
+		if i := slices.IndexFunc(have, func(a *assignment) bool { return a.namespace == p.namespace && a.name == w.name }); i >= 0 {
+			a = have[i]
+			have = slices.Delete(have, i, i+1)
+		}
+		state, message, err := c.bring(ctx, p, w, a)
+		if err != nil {
+			return 0, err
+		}
+		if state == v1.AssignmentAssigned {
+			settled[w.identity.key()] = true
+		}
+		if message != "" {
+			troubles = append(troubles, trouble{reasonWaiting, message, w.binding})
+		}
+	}
+	for _, a := range have {
+		if !settled[a.identity] && c.serves(d, a) {
+			continue // its successor comes first, so that the pod is never without
+		}
+		if err := c.release(ctx, a); err != nil {
+			return 0, err
+		}
+	}
+	if p != nil {
+		c.tell(p, troubles)
+	}
+	if len(settled) == len(d.assignments) {
+		c.arrivals.end(key, len(settled) > 0, c.metrics.assigned)
+	}
+	return 0, nil
+}
+
+// serves reports whether NMI gives tokens by an assignment of the predecessor as long as there is no other.
+func (c *Controller) serves(d desired, a *assignment) bool {
+	usable := a.legacy() && !a.deleting && (a.state == v1.AssignmentAssigned || a.state == v1.AssignmentLegacy)
+	return usable && slices.ContainsFunc(d.assignments, func(w wanted) bool {
+		return w.identity.key() == a.identity && w.resource == a.resource && !c.fleet.absent(w.want())
+	})
+}
+
+// count enters into the fleet what the pod wants.
+func (c *Controller) count(key string, d desired) {
+	var now []needed
+	for _, w := range d.assignments {
+		if w.resource != "" && w.key != "" && !slices.ContainsFunc(now, func(n needed) bool { return n.want == w.want() }) {
+			now = append(now, needed{w.want(), w.machine, w.identity.value.ResourceID})
+		}
+	}
+	c.fleet.set(key, now)
+}
+
+// bring makes one assignment as it is to be. It returns the state that it is in then, and what is in the way of more.
+func (c *Controller) bring(ctx context.Context, p *pod, w wanted, a *assignment) (v1.AssignmentState, string, error) {
+	var err error
+	switch {
+	case a == nil && c.cluster.terminating(p.namespace):
+		return "", "", nil // nothing may be made there any more
+	case a == nil:
+		a, err = c.create(ctx, p, w)
+	case a.deleting:
+		return "", "", c.release(ctx, a) // somebody deleted it; when it is gone it is made anew
+	case a.digest != w.digest:
+		a, err = c.copyAgain(ctx, w, a)
+	}
+	if err != nil || a == nil {
+		return "", "", err
+	}
+	state, message := v1.AssignmentAssigned, ""
+	switch {
+	case w.resource == "":
+	case w.key == "":
+		state, message = v1.AssignmentCreated, w.problem
+	default:
+		var how standing
+		if how, message = c.fleet.standing(p.key(), w.want()); how == missing || how == unknown && message != "" && a.state != v1.AssignmentAssigned {
+			state = v1.AssignmentCreated
+		} else if how == unknown {
+			return a.state, message, nil // what is in writing stands until Azure says something else
+		}
+	}
+	if a.state != state || a.message != message {
+		err = c.setState(ctx, a, state, message)
+	}
+	return state, message, err
+}
+
+// release lets an assignment go for which there is no use any more, as soon as nothing hangs on it.
+func (c *Controller) release(ctx context.Context, a *assignment) error {
+	n, ok := get[*node](c.cluster.nodes, a.node)
+	if !ok || a.resource == "" || n.key == "" {
+		return c.finalize(ctx, a, false)
+	}
+	w := want{n.key, a.resource}
+	if a.legacy() {
+		c.fleet.adopt(w, n.machine, a.uid)
+	}
+	if !c.fleet.mayGo(a.pod, w) && !c.cluster.terminating(a.namespace) {
+		return nil
+	}
+	return c.finalize(ctx, a, c.fleet.absent(w))
+}
+
+// assignmentsGone reports whether no assignment is left; for taking everything away.
+func (c *Controller) assignmentsGone() bool {
+	return len(c.cluster.assignments.GetIndexer().ListKeys()) == 0
+}
+
+// backoff is first, then twice as long each time, up to most, each a little different.
+func backoff(times int, first, most time.Duration) time.Duration {
+	d := first
+	for range times - 1 {
+		if d = min(2*d, most); d == most {
+			break
+		}
+	}
+	return jitter(cmp.Or(d, first))
+}
