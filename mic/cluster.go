@@ -37,8 +37,17 @@ const (
 type cluster struct {
 	pods, nodes, namespaces, identities, bindings, assignments cache.SharedIndexInformer
 
+	connection
+
 	mu      sync.Mutex
 	written map[string][]*write // by pod; our own writes that the watch has not brought yet
+	buried  []burial            // what the watch said to be gone, of late
+}
+
+// burial is an assignment that is gone.
+type burial struct {
+	key, version string
+	at           time.Time
 }
 
 // write is an assignment as the API server answered to a write of ours.
@@ -204,6 +213,7 @@ func newCluster(core, crds rest.Interface) (*cluster, error) {
 	c := &cluster{written: map[string][]*write{}}
 	informer := func(client rest.Interface, resource string, kind runtime.Object, selector string, indexers cache.Indexers) cache.SharedIndexInformer {
 		lw := cache.NewFilteredListWatchFromClient(client, resource, metav1.NamespaceAll, func(o *metav1.ListOptions) { o.LabelSelector = selector })
+		c.heed(resource, lw)
 		return cache.NewSharedIndexInformer(lw, kind, 0, indexers)
 	}
 	c.pods = informer(core, "pods", &corev1.Pod{}, v1.BindingLabel, cache.Indexers{
@@ -307,9 +317,10 @@ func (c *cluster) wrote(o *v1.AzureAssignedIdentity) *assignment {
 	a := trimAssignment(o)
 	seen, ok := get[*assignment](c.assignments, a.key())
 	c.forget(a.pod, a.key(), "")
-	if !ok || newer(a.version, seen.version) {
-		c.mu.Lock()
-		defer c.mu.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	gone := slices.ContainsFunc(c.buried, func(b burial) bool { return b.key == a.key() && !newer(a.version, b.version) })
+	if !gone && (!ok || newer(a.version, seen.version)) {
 		c.written[a.pod] = append(c.written[a.pod], &write{a, time.Now().Add(writeKept)})
 	}
 	return a
@@ -320,8 +331,28 @@ func (c *cluster) heard(a *assignment, gone bool) {
 	version := a.version
 	if gone {
 		version = ""
+		c.bury(a)
 	}
 	c.forget(a.pod, a.key(), version)
+}
+
+// bury notes that an assignment is gone, for the case that the answer to a write of ours is still on its way.
+func (c *cluster) bury(a *assignment) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	old := slices.IndexFunc(c.buried, func(b burial) bool { return now.Sub(b.at) < writeKept })
+	if old < 0 {
+		old = len(c.buried)
+	}
+	c.buried = append(slices.Delete(c.buried, 0, old), burial{a.key(), a.version, now})
+}
+
+// unheard reports whether there are writes of ours for a pod that the watch has not brought yet.
+func (c *cluster) unheard(pod string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.written[pod]) > 0
 }
 
 // forget drops the write of an object, unless it is newer than the version.

@@ -50,8 +50,8 @@ func DefaultConfig() Config {
 	return Config{
 		ReconcileInterval: 3 * time.Minute,
 		DetachDelay:       2 * time.Minute,
-		QPS:               100,
-		Burst:             200,
+		QPS:               200,
+		Burst:             400,
 		Workers:           32,
 		ProbePort:         8080,
 		PrometheusPort:    8888,

@@ -166,7 +166,12 @@ func (c *Controller) plan(key string, m *machine) plan {
 	v.attached = m.state.azure.Identities
 	v.now, v.delay, v.spared = time.Now(), c.cfg.DetachDelay, c.spared()
 	v.ours = m.state.ledger.Attached
-	return decide(v)
+	p := decide(v)
+	if len(p.remove) > 0 && c.cluster.behind() {
+		// A pod may have come that needs it, and nobody has told.
+		p.remove, p.next = nil, v.now.Add(settle)
+	}
+	return p
 }
 
 // spared says which identities are left on machines whoever attached them: those of the settings, and MIC's own.
@@ -303,6 +308,7 @@ func (c *Controller) patch(ctx context.Context, key string, m *machine, add, rem
 	if len(add)+len(remove) == 0 {
 		return nil
 	}
+	before := s.ledger.clone()
 	next := s.ledger.clone()
 	next.Update = &update{Started: time.Now(), Add: add, Remove: remove}
 	for _, id := range add {
@@ -330,13 +336,32 @@ func (c *Controller) patch(ctx context.Context, key string, m *machine, add, rem
 		}
 	}
 	c.fleet.unclear(key)
-	if op != nil && op.Token() != "" || op == nil && (open(err) || isClass(err, azure.Throttled)) {
-		return err // the ledger still has the update, so that the next look begins with how it ended
+	return c.endBadly(ctx, key, m, op, before, err)
+}
+
+// endBadly is what follows from an update that failed. What Azure refused at once did not happen, and the ledger says
+// again what it said before; how one ended that was under way the machine shows. Of what may be going on still the note
+// stays, so that the next look begins with it.
+func (c *Controller) endBadly(ctx context.Context, key string, m *machine, op *azure.Operation, before entries, err error) error {
+	if op != nil && op.Token() != "" || op == nil && open(err) {
+		return err
+	}
+	if op == nil {
+		before.Update = nil
+		if failed := c.note(ctx, key, m, before); failed != nil {
+			return failed
+		}
+		if isClass(err, azure.Throttled) {
+			return err
+		}
 	}
 	if failed := c.look(ctx, key, m); failed != nil {
 		return failed
 	}
-	if op != nil && busy(s) {
+	if op == nil {
+		return err
+	}
+	if busy(&m.state) {
 		c.fleet.unclear(key) // whatever was said, Azure may still be at it
 		return err
 	}

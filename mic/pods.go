@@ -112,6 +112,9 @@ func (c *Controller) reconcilePod(ctx context.Context, key string) (time.Duratio
 	if len(settled) == len(d.assignments) {
 		c.arrivals.end(key, len(settled) > 0, c.metrics.assigned)
 	}
+	if c.cluster.unheard(key) {
+		return writeKept, nil // if the watch never brings them, they were overtaken
+	}
 	return 0, nil
 }
 

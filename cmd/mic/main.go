@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 
 	"github.com/go-logr/zapr"
@@ -21,6 +22,11 @@ import (
 var version = "dev"
 
 func main() {
+	// Of what MIC keeps most stays as it is, so collecting garbage early costs little CPU and saves half of the memory that
+	// Go would otherwise let it grow to. GOGC overrides.
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50)
+	}
 	// With these the Azure SDK would look for a region, by way of the machine's metadata service, before each token.
 	for _, name := range []string{"AZURE_REGIONAL_AUTHORITY_NAME", "MSAL_FORCE_REGION"} {
 		_ = os.Unsetenv(name) // fails for no valid name

@@ -104,7 +104,7 @@ func TestEveryValueOfMICReachesItsFlag(t *testing.T) {
 	_, container := render(t, standard("")).mic(t)
 	wantDefaults := map[string]string{
 		"cloudconfig": "/etc/kubernetes/azure.json", "force-namespaced": "false",
-		"identity-assignment-reconcile-interval": "3m", "detach-delay": "2m", "client-qps": "100", "client-burst": "200",
+		"identity-assignment-reconcile-interval": "3m", "detach-delay": "2m", "client-qps": "200", "client-burst": "400",
 		"workers": "32", "http-probe-port": "8080", "prometheus-port": "8888", "leader-election-namespace": "kube-system",
 		"leader-election-name": "aad-pod-identity-mic", "leader-election-duration": "15s", "enable-profile": "false",
 		"log-level": "info", "log-format": "json",
