@@ -5,7 +5,6 @@ import (
 	"sync"
 	"time"
 
-	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	apiwatch "k8s.io/apimachinery/pkg/watch"
@@ -13,61 +12,62 @@ import (
 )
 
 // settle is how long a watch that goes on is still taken to be behind: what was missed is the first thing that the API
-// server sends.
-const settle = 5 * time.Second
+// server sends. One that begins anew brings all objects first, which takes longer.
+const settle, settleAll = 5 * time.Second, 30 * time.Second
 
 // connection knows whether all watches hear what happens. Its zero value is ready for use.
 type connection struct {
-	mu     sync.Mutex
-	deaf   map[string]bool // watches that hear nothing at the moment
-	mended time.Time       // when the last of them heard again
+	mu    sync.Mutex
+	deaf  map[string]bool // watches that hear nothing at the moment
+	until time.Time       // what the others may have missed has come by then
 }
 
 // behind reports whether something may have happened that no watch has told yet.
 func (c *connection) behind() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return len(c.deaf) > 0 || time.Since(c.mended) < settle
+	return len(c.deaf) > 0 || time.Now().Before(c.until)
 }
 
-func (c *connection) note(name string, deaf bool) {
+func (c *connection) deafen(name string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	switch {
-	case deaf && c.deaf == nil:
-		c.deaf = map[string]bool{name: true}
-	case deaf:
-		c.deaf[name] = true
-	case c.deaf[name]:
+	if c.deaf == nil {
+		c.deaf = map[string]bool{}
+	}
+	c.deaf[name] = true
+}
+
+// mend notes that a watch hears again. One that was not deaf has only been renewed.
+func (c *connection) mend(name string, settle time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.deaf[name] {
 		delete(c.deaf, name)
-		c.mended = time.Now()
+		if until := time.Now().Add(settle); until.After(c.until) {
+			c.until = until
+		}
 	}
 }
 
-// heed takes note of when a watch is deaf: while it lists, and until it watches again. One that brings all objects first
-// has listed when it marks the end of them.
+// heed takes note of when a watch is deaf: while it lists, and until it watches again.
 func (c *connection) heed(name string, lw *cache.ListWatch) {
 	list, open := lw.ListWithContextFunc, lw.WatchFuncWithContext
 	lw.ListWithContextFunc = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
-		c.note(name, true)
+		c.deafen(name)
 		return list(ctx, o)
 	}
 	lw.WatchFuncWithContext = func(ctx context.Context, o metav1.ListOptions) (apiwatch.Interface, error) {
 		w, err := open(ctx, o)
-		if err != nil {
-			c.note(name, true)
-			return w, err
+		switch {
+		case err != nil:
+			c.deafen(name)
+		case o.SendInitialEvents != nil && *o.SendInitialEvents:
+			c.deafen(name) // which the watch before it may not have said
+			c.mend(name, settleAll)
+		default:
+			c.mend(name, settle)
 		}
-		if o.SendInitialEvents == nil || !*o.SendInitialEvents {
-			c.note(name, false)
-			return w, nil
-		}
-		c.note(name, true)
-		return apiwatch.Filter(w, func(e apiwatch.Event) (apiwatch.Event, bool) {
-			if o, err := meta.Accessor(e.Object); err == nil && e.Type == apiwatch.Bookmark && o.GetAnnotations()[metav1.InitialEventsAnnotationKey] == "true" {
-				c.note(name, false)
-			}
-			return e, true
-		}), nil
+		return w, err
 	}
 }

@@ -120,8 +120,8 @@ func (c *Controller) bringUp(ctx context.Context, key string, m *machine) (time.
 	var err error
 	for i := range conflicts {
 		p := c.plan(key, m)
-		if p.empty() {
-			return c.untilNext(p, s), c.strike(ctx, key, m, p.strike)
+		if err := c.strike(ctx, key, m, p.strike); err != nil || p.empty() {
+			return c.untilNext(p, s), err
 		}
 		if rest := pause - time.Since(s.patched); i == 0 && rest > 0 {
 			return rest, nil
@@ -139,8 +139,8 @@ func (c *Controller) bringUp(ctx context.Context, key string, m *machine) (time.
 			}
 			return time.Millisecond, nil // what came in meanwhile
 		}
-		if busy(s) {
-			break
+		if busy(s) || s.ledger.Update != nil || !c.fleet.isKnown(key) {
+			break // it has to be seen first how that ended
 		}
 	}
 	return 0, err
@@ -167,7 +167,7 @@ func (c *Controller) plan(key string, m *machine) plan {
 	v.now, v.delay, v.spared = time.Now(), c.cfg.DetachDelay, c.spared()
 	v.ours = m.state.ledger.Attached
 	p := decide(v)
-	if len(p.remove) > 0 && c.cluster.behind() {
+	if len(p.remove) > 0 && !c.drain && c.cluster.behind() {
 		// A pod may have come that needs it, and nobody has told.
 		p.remove, p.next = nil, v.now.Add(settle)
 	}

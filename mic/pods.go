@@ -99,7 +99,7 @@ func (c *Controller) reconcilePod(ctx context.Context, key string) (time.Duratio
 		}
 	}
 	for _, a := range have {
-		if !settled[a.identity] && c.serves(d, a) {
+		if !settled[a.identity] && c.serves(p, d, a) {
 			continue // its successor comes first, so that the pod is never without
 		}
 		if err := c.release(ctx, a); err != nil {
@@ -119,8 +119,8 @@ func (c *Controller) reconcilePod(ctx context.Context, key string) (time.Duratio
 }
 
 // serves reports whether NMI gives tokens by an assignment of the predecessor as long as there is no other.
-func (c *Controller) serves(d desired, a *assignment) bool {
-	usable := a.legacy() && !a.deleting && (a.state == v1.AssignmentAssigned || a.state == v1.AssignmentLegacy)
+func (c *Controller) serves(p *pod, d desired, a *assignment) bool {
+	usable := p != nil && a.node == p.node && a.legacy() && !a.deleting && (a.state == v1.AssignmentAssigned || a.state == v1.AssignmentLegacy)
 	return usable && slices.ContainsFunc(d.assignments, func(w wanted) bool {
 		return w.identity.key() == a.identity && w.resource == a.resource && !c.fleet.absent(w.want())
 	})
