@@ -46,10 +46,11 @@ GOTEST := sh e2e/gotest.sh $(GO)
 unit: ## unit, fuzz seeds and kernel tests, with the race detector
 	$(GOTEST) . -race ./...
 	$(GOTEST) e2e -race ./azure
-	$(GOTEST) e2e ./crds ./chart
+	$(GOTEST) e2e -race -run 'Whatever|KilledAtAny' ./mic
+	$(GOTEST) e2e ./crds ./chart ./mic
 
 e2e: bin/cluster ## end-to-end tests on a real cluster
-	$(GOTEST) e2e -p 1 -timeout 40m ./cluster ./cmd/bench .
+	$(GOTEST) e2e -p 1 -timeout 40m ./cluster ./cmd/bench . ./standard
 
 lint: tools ## gofmt, go vet and staticcheck
 	@test -z "$$(gofmt -l . | tee /dev/stderr)" || { echo "run gofmt -w on these" >&2; exit 1; }
@@ -78,6 +79,8 @@ fuzz: ## each fuzz target for FUZZ (10m)
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzParseRequest$$' -fuzztime $(FUZZ)
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzParseHostToken$$' -fuzztime $(FUZZ)
 	$(GO) test ./identity -run '^$$' -fuzz '^FuzzDecide$$' -fuzztime $(FUZZ)
+	$(GO) test ./mic/azure -run '^$$' -fuzz '^FuzzParseProviderID$$' -fuzztime $(FUZZ)
+	$(GO) test ./mic/azure -run '^$$' -fuzz '^FuzzARMError$$' -fuzztime $(FUZZ)
 	$(GO) test ./nmi/token -run '^$$' -fuzz '^FuzzSecret$$' -fuzztime $(FUZZ) -fuzzminimizetime 1x
 	$(GO) test ./nmi/token -run '^$$' -fuzz '^FuzzCertificate$$' -fuzztime $(FUZZ) -fuzzminimizetime 1x
 

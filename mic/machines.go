@@ -31,6 +31,9 @@ const (
 	pause = 10 * time.Second
 	// conflicts is how often a plan is made anew in one go because the machine was changed by somebody else.
 	conflicts = 4
+	// standstill is the longest time from the beginning of the note in the ledger to the update. A process that is stopped
+	// in between may have been followed by another leader, who has promised to a pod what was to be detached.
+	standstill = 5 * time.Second
 	// unclearFor is how long an update that was sent, and of which nothing is known, may still be going on.
 	unclearFor = 20 * time.Minute
 	// Retries after failures of Azure: those that pass by themselves, and those that somebody has to mend.
@@ -310,13 +313,18 @@ func (c *Controller) patch(ctx context.Context, key string, m *machine, add, rem
 	}
 	before := s.ledger.clone()
 	next := s.ledger.clone()
-	next.Update = &update{Started: time.Now(), Add: add, Remove: remove}
+	// Without the monotonic clock, which a machine that is suspended may stop.
+	next.Update = &update{Started: time.Now().Round(0), Add: add, Remove: remove}
 	for _, id := range add {
 		next.Attached[azure.Fold(id)] = id
 	}
 	if err := c.note(ctx, key, m, next); err != nil {
 		c.fleet.unclear(key)
 		return err
+	}
+	if time.Since(next.Update.Started) > standstill {
+		c.fleet.unclear(key)
+		return fmt.Errorf("this process stood still for %s while it was about to change %s; it looks anew", time.Since(next.Update.Started), m.resource.ID())
 	}
 	c.log.Info("changing the identities of a machine", zap.String(keyMachine, m.resource.ID()), zap.Strings("attach", add), zap.Strings("detach", remove))
 	op, err := c.arm.Begin(ctx, m.resource, s.azure, add, remove)

@@ -1,0 +1,92 @@
+package mic
+
+import (
+	"slices"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// later does some work of the cluster's own after a while.
+func (s *apiServer) later(d time.Duration, work func()) {
+	time.AfterFunc(d, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		work()
+	})
+}
+
+// isRunning tells a pod that a kubelet has to stop before it can go.
+func isRunning(pod *object) bool {
+	node, _, _ := unstructured.NestedString(pod.Object, "spec", "nodeName")
+	phase, _, _ := unstructured.NestedString(pod.Object, "status", "phase")
+	return node != "" && phase != "Succeeded" && phase != "Failed"
+}
+
+// stop is the end of a deleted pod: the kubelet has stopped it.
+func (s *apiServer) stop(k *kind, key objectKey, uid types.UID) {
+	if old, ok := k.objects[key]; ok && old.GetUID() == uid {
+		s.commit(k, old, old.DeepCopy(), len(old.GetFinalizers()) == 0)
+	}
+}
+
+// collectDependents is the garbage collector hearing of an object's end.
+func (s *apiServer) collectDependents(owner types.UID) {
+	for _, k := range s.kinds {
+		for key, o := range k.objects {
+			if slices.ContainsFunc(o.GetOwnerReferences(), func(r metav1.OwnerReference) bool { return r.UID == owner }) {
+				s.later(s.collectDelay, func() { s.collect(k, key, o.GetUID()) })
+			}
+		}
+	}
+}
+
+// collect deletes an object if none of its owners is there. An owner is looked for in the object's own namespace only.
+func (s *apiServer) collect(k *kind, key objectKey, uid types.UID) {
+	o, ok := k.objects[key]
+	if !ok || o.GetUID() != uid || len(o.GetOwnerReferences()) == 0 {
+		return
+	}
+	for _, r := range o.GetOwnerReferences() {
+		owners := s.kindOf(func(k *kind) bool { return k.Kind == r.Kind && k.GroupVersion().String() == r.APIVersion })
+		if owners == nil {
+			return // the collector does not know the kind and leaves it alone
+		}
+		at := objectKey{name: r.Name}
+		if owners.namespaced {
+			at.namespace = key.namespace
+		}
+		if owner, ok := owners.objects[at]; ok && owner.GetUID() == r.UID {
+			return
+		}
+	}
+	_, _ = s.remove(k, key, metav1.DeleteOptions{}) // it was there a moment ago
+}
+
+// empty deletes what is in a namespace that is being deleted, again and again until nothing is, and then itself.
+func (s *apiServer) empty(name string) {
+	namespaces := s.kinds["namespaces"]
+	namespace, ok := namespaces.objects[objectKey{"", name}]
+	if !ok || namespace.GetDeletionTimestamp() == nil {
+		return
+	}
+	left := 0
+	for _, k := range s.kinds {
+		for key := range k.objects {
+			if key.namespace != name {
+				continue
+			}
+			_, _ = s.remove(k, key, metav1.DeleteOptions{})
+			if _, ok := k.objects[key]; ok {
+				left++
+			}
+		}
+	}
+	if left > 0 {
+		s.later(s.namespaceDelay, func() { s.empty(name) })
+		return
+	}
+	s.commit(namespaces, namespace, namespace.DeepCopy(), true)
+}

@@ -1,0 +1,305 @@
+package mic
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"io"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+)
+
+// wantsMetadataOnly is how clients ask for objects without spec and status.
+func (c *call) wantsMetadataOnly() bool {
+	return strings.Contains(c.header.Get("Accept"), "as=PartialObjectMetadata")
+}
+
+// encoded is the object in the form the client asked for.
+func (c *call) encoded(o *object) []byte {
+	if !c.wantsMetadataOnly() {
+		return o.raw
+	}
+	raw, err := json.Marshal(map[string]any{"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": o.Object["metadata"]})
+	if err != nil {
+		panic(err) // it was JSON before
+	}
+	return raw
+}
+
+func (c *call) answer(status int, o *object) (*http.Response, error) {
+	return textResponse(status, "application/json", c.encoded(o)), nil
+}
+
+func (s *apiServer) list(c *call) (*http.Response, error) {
+	selected, err := s.selected(c)
+	if err != nil {
+		return nil, err
+	}
+	kind, apiVersion := c.kind.Kind+"List", c.kind.GroupVersion().String()
+	if c.wantsMetadataOnly() {
+		kind, apiVersion = "PartialObjectMetadataList", "meta.k8s.io/v1"
+	}
+	var b bytes.Buffer
+	b.WriteString(`{"kind":"` + kind + `","apiVersion":"` + apiVersion + `","metadata":{"resourceVersion":"` + strconv.FormatInt(s.version, 10) + `"},"items":[`)
+	for i, o := range selected {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		b.Write(c.encoded(o))
+	}
+	b.WriteString(`]}`)
+	return textResponse(http.StatusOK, "application/json", b.Bytes()), nil
+}
+
+// selected is what a list has, by namespace and name.
+func (s *apiServer) selected(c *call) ([]*object, error) {
+	match, err := c.selects()
+	if err != nil {
+		return nil, err
+	}
+	var found []*object
+	for _, o := range c.kind.objects {
+		if match(o) {
+			found = append(found, o)
+		}
+	}
+	slices.SortFunc(found, func(a, b *object) int {
+		return cmp.Or(strings.Compare(a.key.namespace, b.key.namespace), strings.Compare(a.key.name, b.key.name))
+	})
+	return found, nil
+}
+
+// stream is the body of a watch. A reader of it that waits is durably blocked, as faked time needs it.
+type stream struct {
+	server  *apiServer
+	call    *call
+	matches func(*object) bool
+	ctx     context.Context
+	ends    *time.Timer
+	marks   *time.Timer
+
+	mu     sync.Mutex
+	frames []frame
+	rest   []byte // of a frame that is partly read
+	last   time.Time
+	wake   chan struct{}
+	end    error // once the frames are read
+}
+
+// frame is one event and when the client gets to see it.
+type frame struct {
+	at   time.Time
+	data []byte
+}
+
+const (
+	bookmarkEvery  = time.Minute
+	watchAtMost    = 30 * time.Minute
+	initialsAnnote = "k8s.io/initial-events-end"
+)
+
+func (s *apiServer) watch(ctx context.Context, c *call) (*http.Response, error) {
+	match, err := c.selects()
+	if err != nil {
+		return nil, err
+	}
+	w := &stream{server: s, call: c, matches: match, ctx: ctx, wake: make(chan struct{}, 1)}
+	initial := c.query.Get("sendInitialEvents") == "true"
+	if initial && s.faults.withoutWatchList {
+		return nil, apierrors.NewInvalid(metav1.SchemeGroupVersion.WithKind("ListOptions").GroupKind(), "", field.ErrorList{field.Forbidden(field.NewPath("sendInitialEvents"), "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled")})
+	}
+	since, err := strconv.ParseInt(c.query.Get("resourceVersion"), 10, 64)
+	switch fresh := err != nil || since == 0; {
+	case initial || fresh:
+		all, err := s.selected(c)
+		if err != nil {
+			return nil, err
+		}
+		for _, o := range all {
+			w.send("ADDED", c.encoded(o), 0)
+		}
+		if initial {
+			w.send("BOOKMARK", w.bookmark(s.version, true), 0)
+		}
+	case since < c.kind.compacted:
+		w.send("ERROR", expired(since), 0)
+		w.finish(io.EOF)
+	default:
+		for _, one := range c.kind.history {
+			if one.version > since {
+				w.tell(one, 0)
+			}
+		}
+	}
+	w.open()
+	r := textResponse(http.StatusOK, "application/json", nil)
+	r.ContentLength, r.Body = -1, w
+	return r, nil
+}
+
+// open lets the stream hear of changes and ends it when the client's time is up. The server is locked.
+func (w *stream) open() {
+	if w.end != nil {
+		return
+	}
+	w.call.kind.streams[w] = struct{}{}
+	lasts := watchAtMost
+	if seconds, err := strconv.Atoi(w.call.query.Get("timeoutSeconds")); err == nil && seconds > 0 {
+		lasts = min(lasts, time.Duration(seconds)*time.Second)
+	}
+	w.ends = time.AfterFunc(lasts, func() { w.finish(io.EOF) })
+	if w.server.faults.bookmarks && w.call.query.Get("allowWatchBookmarks") == "true" {
+		w.marks = time.AfterFunc(bookmarkEvery, w.mark)
+	}
+}
+
+func (w *stream) mark() {
+	w.server.mu.Lock()
+	defer w.server.mu.Unlock()
+	if _, ok := w.call.kind.streams[w]; ok {
+		w.send("BOOKMARK", w.bookmark(w.server.version, false), w.server.faults.lag[w.call.kind.resource])
+		w.marks.Reset(bookmarkEvery)
+	}
+}
+
+func (w *stream) bookmark(version int64, initial bool) []byte {
+	meta := metav1.ObjectMeta{ResourceVersion: strconv.FormatInt(version, 10)}
+	if initial {
+		meta.Annotations = map[string]string{initialsAnnote: "true"}
+	}
+	kind, apiVersion := w.call.kind.Kind, w.call.kind.GroupVersion().String()
+	if w.call.wantsMetadataOnly() {
+		kind, apiVersion = "PartialObjectMetadata", "meta.k8s.io/v1"
+	}
+	return mustEncode(metav1.PartialObjectMetadata{TypeMeta: metav1.TypeMeta{Kind: kind, APIVersion: apiVersion}, ObjectMeta: meta})
+}
+
+func expired(version int64) []byte {
+	status := apierrors.NewResourceExpired("too old resource version: " + strconv.FormatInt(version, 10)).Status()
+	status.TypeMeta = metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}
+	return mustEncode(status)
+}
+
+func mustEncode(v any) []byte {
+	data, err := json.Marshal(v)
+	if err != nil {
+		panic(err)
+	}
+	return data
+}
+
+// tell passes a change on if the client sees it: an object may come into what it selected, or leave it.
+func (w *stream) tell(c change, lag time.Duration) {
+	before := c.before != nil && w.matches(c.before)
+	now := !c.gone && w.matches(c.now)
+	switch {
+	case before && now:
+		w.send("MODIFIED", w.call.encoded(c.now), lag)
+	case now:
+		w.send("ADDED", w.call.encoded(c.now), lag)
+	case before:
+		w.send("DELETED", w.call.encoded(c.now), lag)
+	}
+}
+
+func (w *stream) send(kind string, raw []byte, lag time.Duration) {
+	data := make([]byte, 0, len(raw)+40)
+	data = append(data, `{"type":"`+kind+`","object":`...)
+	data = append(append(data, raw...), '}', '\n')
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.end != nil {
+		return
+	}
+	if at := time.Now().Add(lag); at.After(w.last) {
+		w.last = at
+	}
+	w.frames = append(w.frames, frame{w.last, data})
+	w.notify()
+}
+
+// notify wakes a reader; w.mu is held.
+func (w *stream) notify() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
+
+// finish ends the stream after what was sent.
+func (w *stream) finish(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.end == nil {
+		w.end = err
+	}
+	w.notify()
+}
+
+// cut ends it at once.
+func (w *stream) cut(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.frames, w.rest, w.end = nil, nil, err
+	w.notify()
+}
+
+func (w *stream) Read(p []byte) (int, error) {
+	for {
+		n, wait, err := w.next(p)
+		if n > 0 || err != nil {
+			return n, err
+		}
+		var due <-chan time.Time
+		if wait > 0 {
+			due = time.After(wait)
+		}
+		select {
+		case <-w.wake:
+		case <-due:
+		case <-w.ctx.Done():
+			return 0, w.ctx.Err()
+		}
+	}
+}
+
+// next reads what is there, or says how long to wait; 0 is until the next event.
+func (w *stream) next(p []byte) (n int, wait time.Duration, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.rest) == 0 && len(w.frames) > 0 {
+		if wait := time.Until(w.frames[0].at); wait > 0 {
+			return 0, wait, nil
+		}
+		w.rest, w.frames = w.frames[0].data, w.frames[1:]
+	}
+	if len(w.rest) == 0 {
+		return 0, 0, w.end
+	}
+	n = copy(p, w.rest)
+	w.rest = w.rest[n:]
+	return n, 0, nil
+}
+
+func (w *stream) Close() error {
+	w.server.mu.Lock()
+	defer w.server.mu.Unlock()
+	delete(w.call.kind.streams, w)
+	if w.ends != nil {
+		w.ends.Stop()
+	}
+	if w.marks != nil {
+		w.marks.Stop()
+	}
+	w.cut(io.ErrClosedPipe)
+	return nil
+}

@@ -1,0 +1,206 @@
+package mic
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"net/http"
+	"sync"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+)
+
+// line is what one controller process talks through: every request of it, to the API server or to ARM, passes here on
+// its way there and back. Killing a process is cutting its line: what has arrived is done, and nothing else ever
+// arrives.
+type line struct {
+	name  string
+	alive context.Context
+	cut   context.CancelFunc
+	// latency is the longest time a request takes on its way, and its answer on the way back. Each takes a time of
+	// its own that depends on nothing but what it asks and how often that was asked.
+	latency time.Duration
+	seed    uint64
+
+	trace func(request, string) // is told of each request that takes effect; may be nil
+
+	mu     sync.Mutex
+	asked  map[string]uint64
+	before func(request) error // before the request takes effect; may wait
+	after  func(request) error // when it has taken effect and the answer is not sent
+}
+
+// request is what a line lets through.
+type request struct {
+	ctx   context.Context
+	to    string // toAPI, toARM or toDiscovery
+	what  string // such as "create azureassignedidentities ns/name", "PATCH /subscriptions/…"
+	write bool
+}
+
+const (
+	toAPI = "api"
+	toARM = "arm"
+	// toDiscovery is the API server too. It answers in no time: controller-runtime asks it with a mutex locked, and
+	// time stands still while somebody waits for a mutex.
+	toDiscovery = "discovery"
+)
+
+var errCut = errors.New("connection reset: the process is gone")
+
+func newLine(name string, seed uint64) *line {
+	ctx, cancel := context.WithCancel(context.Background())
+	return &line{name: name, alive: ctx, cut: cancel, latency: 20 * time.Millisecond, seed: seed, asked: map[string]uint64{}}
+}
+
+// hook sets what happens to requests from now on; nil is nothing.
+func (l *line) hook(before, after func(request) error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.before, l.after = before, after
+}
+
+func (l *line) hooks() (before, after func(request) error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.before, l.after
+}
+
+// pass carries one request there and its answer back.
+func (l *line) pass(r request, effect func(context.Context) (*http.Response, error)) (*http.Response, error) {
+	ctx, cancel := context.WithCancel(r.ctx)
+	unhook := context.AfterFunc(l.alive, cancel)
+	done := func() { unhook(); cancel() }
+	r.ctx = ctx
+	var there, back time.Duration
+	if r.to != toDiscovery {
+		there, back = l.times(r)
+	}
+	response, err := l.exchange(r, there, back, effect)
+	if err != nil {
+		done()
+		if l.alive.Err() != nil {
+			err = errCut
+		}
+		return nil, err
+	}
+	response.Body = &closing{response.Body, done}
+	return response, nil
+}
+
+func (l *line) exchange(r request, there, back time.Duration, effect func(context.Context) (*http.Response, error)) (*http.Response, error) {
+	if err := pause(r.ctx, there); err != nil {
+		return nil, err
+	}
+	before, _ := l.hooks()
+	if before != nil {
+		if err := before(r); err != nil {
+			return failed(err)
+		}
+	}
+	if err := r.ctx.Err(); err != nil {
+		return nil, err
+	}
+	response, err := effect(r.ctx)
+	if l.trace != nil {
+		l.trace(r, outcomeOf(response, err))
+	}
+	if err != nil {
+		return nil, err
+	}
+	_, after := l.hooks()
+	if after != nil {
+		err = after(r)
+	}
+	if err == nil {
+		err = pause(r.ctx, back)
+	}
+	if err != nil {
+		_ = response.Body.Close()
+		return failed(err)
+	}
+	return response, nil
+}
+
+func outcomeOf(r *http.Response, err error) string {
+	if err != nil {
+		return err.Error()
+	}
+	return r.Status
+}
+
+// failed is the answer of an API server that refuses, or the end of a connection.
+func failed(err error) (*http.Response, error) {
+	var status apierrors.APIStatus
+	if errors.As(err, &status) {
+		return statusResponse(err), nil
+	}
+	return nil, err
+}
+
+// times draws how long this request takes.
+func (l *line) times(r request) (there, back time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.asked[r.what]++
+	h := fnv.New64a()
+	fmt.Fprint(h, l.seed, r.to, r.what, l.asked[r.what])
+	n := h.Sum64()
+	return time.Duration(n % uint64(l.latency)), time.Duration((n >> 32) % uint64(l.latency))
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
+		return ctx.Err()
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// closing frees what belongs to a request when its answer is read.
+type closing struct {
+	io.ReadCloser
+	done func()
+}
+
+func (c *closing) Close() error {
+	defer c.done()
+	return c.ReadCloser.Close()
+}
+
+// api is the way to the API server.
+func (l *line) api(s *apiServer) http.RoundTripper {
+	return roundTripper(func(r *http.Request) (*http.Response, error) {
+		c, err := s.parse(r)
+		if err != nil {
+			return nil, err
+		}
+		to := toAPI
+		if c.kind == nil {
+			to = toDiscovery
+		}
+		return l.pass(request{r.Context(), to, c.String(), c.isWrite()}, func(ctx context.Context) (*http.Response, error) {
+			if err := s.disturb(ctx, c); err != nil {
+				return failed(err)
+			}
+			response, err := s.serve(ctx, c)
+			if err != nil {
+				return statusResponse(err), nil
+			}
+			return response, nil
+		})
+	})
+}
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }

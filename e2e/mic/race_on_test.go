@@ -1,0 +1,5 @@
+//go:build race
+
+package mic
+
+const storiesByDefault = 300
