@@ -134,7 +134,9 @@ func (c *Controller) finalize(ctx context.Context, a *assignment, detached bool)
 		c.metrics.apiFailed(string(deletion))
 		return fmt.Errorf("letting AzureAssignedIdentity %s go: %w", a.key(), err)
 	}
-	c.cluster.forget(a.pod, a.key(), "")
+	if len(a.finalizers) == 0 {
+		c.cluster.letGo(a)
+	}
 	return nil
 }
 

@@ -42,6 +42,7 @@ type cluster struct {
 	mu      sync.Mutex
 	written map[string][]*write // by pod; our own writes that the watch has not brought yet
 	buried  []burial            // what the watch said to be gone, of late
+	let     map[string]struct{} // UIDs of assignments that were let go, and of whose end the watch has yet to tell
 }
 
 // burial is an assignment that is gone.
@@ -210,7 +211,7 @@ func trimAssignment(o *v1.AzureAssignedIdentity) *assignment {
 
 // newCluster prepares the caches; the informers have yet to be run.
 func newCluster(core, crds rest.Interface) (*cluster, error) {
-	c := &cluster{written: map[string][]*write{}}
+	c := &cluster{written: map[string][]*write{}, let: map[string]struct{}{}}
 	informer := func(client rest.Interface, resource string, kind runtime.Object, selector string, indexers cache.Indexers) cache.SharedIndexInformer {
 		lw := cache.NewFilteredListWatchFromClient(client, resource, metav1.NamespaceAll, func(o *metav1.ListOptions) { o.LabelSelector = selector })
 		c.heed(resource, lw)
@@ -298,6 +299,10 @@ func (c *cluster) assignmentsOf(pod string) []*assignment {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
+	found = slices.DeleteFunc(found, func(a *assignment) bool {
+		_, gone := c.let[a.uid]
+		return gone
+	})
 	for _, w := range c.written[pod] {
 		i := slices.IndexFunc(found, func(a *assignment) bool { return a.key() == w.key() })
 		switch {
@@ -310,6 +315,16 @@ func (c *cluster) assignmentsOf(pod string) []*assignment {
 	}
 	slices.SortFunc(found, func(a, b *assignment) int { return cmp.Compare(a.key(), b.key()) })
 	return found
+}
+
+// letGo notes that nothing holds an assignment any more that is being deleted.
+func (c *cluster) letGo(a *assignment) {
+	c.forget(a.pod, a.key(), "")
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !slices.ContainsFunc(c.buried, func(b burial) bool { return b.key == a.key() }) {
+		c.let[a.uid] = struct{}{}
+	}
 }
 
 // wrote notes what the API server answered to a write, until the watch brings it.
@@ -346,6 +361,7 @@ func (c *cluster) bury(a *assignment) {
 		old = len(c.buried)
 	}
 	c.buried = append(slices.Delete(c.buried, 0, old), burial{a.key(), a.version, now})
+	delete(c.let, a.uid)
 }
 
 // unheard reports whether there are writes of ours for a pod that the watch has not brought yet.

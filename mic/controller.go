@@ -98,7 +98,7 @@ func New(cfg Config, deps Deps) (*Controller, error) {
 	if c.told, err = lru.New[string, string](toldKept); err != nil {
 		return nil, err
 	}
-	c.fleet = newFleet(cfg.DetachDelay, c.wakePod, func(key string, after time.Duration) { c.machines.AddAfter(key, after) })
+	c.fleet = newFleet(c.wakePod, func(key string, after time.Duration) { c.machines.AddAfter(key, after) })
 	if c.metrics, err = newMetrics(deps.Registry, c.fleet.setAsideCount); err != nil {
 		return nil, err
 	}

@@ -17,8 +17,6 @@ type fleet struct {
 	wants    map[string][]want   // by pod (namespace/name); what it was counted for
 	adoptees map[string]struct{} // UIDs of assignments of the predecessor that were taken over
 
-	detachDelay time.Duration
-
 	// wakePod and wakeMachine are told of what has to be looked at again. They must not call back.
 	wakePod     func(pod string)
 	wakeMachine func(machine string, after time.Duration)
@@ -37,7 +35,9 @@ type machine struct {
 	ours     map[string]bool // the ledger; nil until it is loaded
 	problem  string          // why Azure does nothing for this machine; for messages
 	rested   time.Time       // after a failure it is left alone until then
-	state    machineState
+	// firstNeed and lastNeed are when pods came to want what is missing, since the last update.
+	firstNeed, lastNeed time.Time
+	state               machineState
 }
 
 // use is what is known of one identity on one machine.
@@ -58,13 +58,13 @@ type refusal struct {
 	until   time.Time // it is not tried before
 }
 
-func newFleet(detachDelay time.Duration, wakePod func(string), wakeMachine func(string, time.Duration)) *fleet {
-	return &fleet{machines: map[string]*machine{}, wants: map[string][]want{}, adoptees: map[string]struct{}{}, detachDelay: detachDelay, wakePod: wakePod, wakeMachine: wakeMachine}
+func newFleet(wakePod func(string), wakeMachine func(string, time.Duration)) *fleet {
+	return &fleet{machines: map[string]*machine{}, wants: map[string][]want{}, adoptees: map[string]struct{}{}, wakePod: wakePod, wakeMachine: wakeMachine}
 }
 
-// burst is how long a machine is left alone after the first need, so that the other pods of a burst are in the same
+// Needs are gathered until none has come for burst, and for gatherMost at most, so that the pods of a burst are in one
 // update.
-const burst = 250 * time.Millisecond
+const burst, gatherMost = 250 * time.Millisecond, 2 * time.Second
 
 // at returns the machine, new if need be. The lock is held.
 func (f *fleet) at(key string, r azure.Resource) *machine {
@@ -117,6 +117,10 @@ func (f *fleet) set(pod string, now []needed) {
 			f.wake(u) // those that waited for it to go
 		}
 		if !m.known || !m.has(n.identity) {
+			m.lastNeed = time.Now()
+			if m.firstNeed.IsZero() {
+				m.firstNeed = m.lastNeed
+			}
 			f.wakeMachine(n.machine, burst)
 		}
 	}
@@ -133,7 +137,7 @@ func (f *fleet) set(pod string, now []needed) {
 		delete(u.waiting, pod)
 		if len(u.users) == 0 {
 			u.unused = time.Now()
-			f.wakeMachine(w.machine, f.detachDelay)
+			f.wakeMachine(w.machine, burst) // which sees when it is to go, if it is
 		}
 	}
 	if len(wants) == 0 {
@@ -333,6 +337,22 @@ func (f *fleet) rest(key string, d time.Duration) {
 	if m := f.machines[key]; m != nil {
 		m.rested = time.Now().Add(d)
 	}
+}
+
+// gathering is how long is to be waited for more needs before a machine is changed.
+func (f *fleet) gathering(key string) time.Duration {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m := f.machines[key]
+	return min(time.Until(m.lastNeed.Add(burst)), time.Until(m.firstNeed.Add(gatherMost)))
+}
+
+// gathered notes that an update begins.
+func (f *fleet) gathered(key string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m := f.machines[key]
+	m.firstNeed, m.lastNeed = time.Time{}, time.Time{}
 }
 
 // resting is how long that still is.

@@ -25,7 +25,7 @@ var vmss = azure.Resource{Kind: azure.ScaleSet, SubscriptionID: "s", ResourceGro
 
 func newTestFleet() (*fleet, *heard) {
 	h := &heard{}
-	return newFleet(2*time.Minute, func(pod string) { h.pods = append(h.pods, pod) },
+	return newFleet(func(pod string) { h.pods = append(h.pods, pod) },
 		func(key string, _ time.Duration) { h.machines = append(h.machines, key) }), h
 }
 

@@ -126,7 +126,7 @@ func (c *Controller) bringUp(ctx context.Context, key string, m *machine) (time.
 		if err := c.strike(ctx, key, m, p.strike); err != nil || p.empty() {
 			return c.untilNext(p, s), err
 		}
-		if rest := pause - time.Since(s.patched); i == 0 && rest > 0 {
+		if rest := max(pause-time.Since(s.patched), c.fleet.gathering(key)); i == 0 && rest > 0 {
 			return rest, nil
 		}
 		// What is changed is changed on the ground of how things are now.
@@ -217,6 +217,7 @@ func (c *Controller) saw(key string, m *machine, state azure.State) {
 // carryOut changes the machine. Identities that Azure refused before are tried by themselves, after the others.
 func (c *Controller) carryOut(ctx context.Context, key string, m *machine, p plan) error {
 	m.state.patched = time.Now()
+	c.fleet.gathered(key)
 	p.remove = c.confirmUnused(key, m, p.remove)
 	for len(p.add)+len(p.remove) > 0 {
 		add := p.add[:min(len(p.add), azure.MaxIdentities)]
