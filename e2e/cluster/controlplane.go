@@ -19,6 +19,9 @@ import (
 // controlPlane is etcd, the API server, the controller-manager and the scheduler in their namespace.
 type controlPlane struct {
 	bin    Binaries
+	netns  string // path
+	dir    string // for what they keep
+	pki    string // folder
 	logDir string
 	spawn  spawner
 	api    *apiClient
@@ -29,7 +32,7 @@ type controlPlane struct {
 }
 
 func (c *controlPlane) startProcess(ctx context.Context, name, program string, args ...string) (*process, error) {
-	cmd, err := inNetns(context.WithoutCancel(ctx), controlPlaneNetns, program, args...)
+	cmd, err := inNetnsAt(context.WithoutCancel(ctx), c.netns, program, args...)
 	if err != nil {
 		return nil, fmt.Errorf("starting %s: %w", name, err)
 	}
@@ -52,21 +55,21 @@ func (c *controlPlane) start(ctx context.Context, onAPI func()) error {
 	onAPI()
 	var err error
 	c.manager, err = c.startProcess(ctx, "kube-controller-manager", c.bin.kube("kube-controller-manager"),
-		"--kubeconfig="+filepath.Join(pkiDir, "kcm.kubeconfig"),
-		"--service-account-private-key-file="+filepath.Join(pkiDir, "sa.key"),
-		"--root-ca-file="+filepath.Join(pkiDir, "ca.crt"),
+		"--kubeconfig="+filepath.Join(c.pki, "kcm.kubeconfig"),
+		"--service-account-private-key-file="+filepath.Join(c.pki, "sa.key"),
+		"--root-ca-file="+filepath.Join(c.pki, "ca.crt"),
 		"--use-service-account-credentials=true",
 		"--leader-elect=false",
 		// With the default limit of requests it takes four seconds until its controllers run.
 		"--kube-api-qps=500", "--kube-api-burst=1000",
 		// It makes this folder, by default in /usr.
-		"--flex-volume-plugin-dir="+filepath.Join(runDir, "volume-plugins"),
+		"--flex-volume-plugin-dir="+filepath.Join(c.dir, "volume-plugins"),
 		"--bind-address=127.0.0.1")
 	if err != nil {
 		return err
 	}
 	c.scheduler, err = c.startProcess(ctx, "kube-scheduler", c.bin.kube("kube-scheduler"),
-		"--kubeconfig="+filepath.Join(pkiDir, "scheduler.kubeconfig"),
+		"--kubeconfig="+filepath.Join(c.pki, "scheduler.kubeconfig"),
 		"--leader-elect=false",
 		"--bind-address=127.0.0.1")
 	if err != nil {
@@ -81,7 +84,7 @@ func (c *controlPlane) start(ctx context.Context, onAPI func()) error {
 // startEtcd runs etcd with its data in memory: syncing each write to a disk would take most of the start, and the data
 // is thrown away anyway. The tmpfs is in a mount namespace of etcd's own, so that it ends with it.
 func (c *controlPlane) startEtcd(ctx context.Context) error {
-	dir := filepath.Join(runDir, "etcd")
+	dir := filepath.Join(c.dir, "etcd")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
@@ -96,7 +99,7 @@ func (c *controlPlane) startEtcd(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	probe := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DialContext: DialFrom(netnsPath(controlPlaneNetns), nil), DisableKeepAlives: true}}
+	probe := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DialContext: DialFrom(c.netns, nil), DisableKeepAlives: true}}
 	return await(ctx, "etcd", 30*time.Second, []*process{c.etcd}, func() error {
 		_, err := get(ctx, probe, client+"/health")
 		return err
@@ -104,7 +107,7 @@ func (c *controlPlane) startEtcd(ctx context.Context) error {
 }
 
 func (c *controlPlane) startAPIServer(ctx context.Context) error {
-	in := func(file string) string { return filepath.Join(pkiDir, file) }
+	in := func(file string) string { return filepath.Join(c.pki, file) }
 	var err error
 	c.apiserver, err = c.startProcess(ctx, "kube-apiserver", c.bin.kube("kube-apiserver"),
 		"--etcd-servers=http://127.0.0.1:2379",
@@ -138,12 +141,12 @@ func (c *controlPlane) stop() error {
 // apiClient asks the API server as admin, from inside its namespace.
 type apiClient struct{ http *http.Client }
 
-func newAPIClient() (*apiClient, error) {
-	cert, err := tls.LoadX509KeyPair(filepath.Join(pkiDir, "admin.crt"), filepath.Join(pkiDir, "admin.key"))
+func newAPIClient(pki, netns string) (*apiClient, error) {
+	cert, err := tls.LoadX509KeyPair(filepath.Join(pki, "admin.crt"), filepath.Join(pki, "admin.key"))
 	if err != nil {
 		return nil, fmt.Errorf("loading the admin certificate: %w", err)
 	}
-	ca, err := os.ReadFile(filepath.Join(pkiDir, "ca.crt"))
+	ca, err := os.ReadFile(filepath.Join(pki, "ca.crt"))
 	if err != nil {
 		return nil, fmt.Errorf("loading the cluster's CA: %w", err)
 	}
@@ -152,7 +155,7 @@ func newAPIClient() (*apiClient, error) {
 	return &apiClient{http: &http.Client{
 		Timeout: 5 * time.Second,
 		Transport: &http.Transport{
-			DialContext:       DialFrom(netnsPath(controlPlaneNetns), nil),
+			DialContext:       DialFrom(netns, nil),
 			TLSClientConfig:   &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: roots},
 			ForceAttemptHTTP2: true,
 		},

@@ -193,8 +193,12 @@ func await(ctx context.Context, what string, limit time.Duration, on []*process,
 
 // inNetns is a command that runs in a network namespace of the cluster.
 func inNetns(ctx context.Context, name, program string, args ...string) (*exec.Cmd, error) {
-	if err := refuseMachineNetns(netnsPath(name)); err != nil {
+	return inNetnsAt(ctx, netnsPath(name), program, args...)
+}
+
+func inNetnsAt(ctx context.Context, path, program string, args ...string) (*exec.Cmd, error) {
+	if err := refuseMachineNetns(path); err != nil {
 		return nil, err
 	}
-	return exec.CommandContext(ctx, "nsenter", append([]string{"--net=" + netnsPath(name), "--", program}, args...)...), nil
+	return exec.CommandContext(ctx, "nsenter", append([]string{"--net=" + path, "--", program}, args...)...), nil
 }

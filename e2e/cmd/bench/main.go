@@ -32,9 +32,17 @@ func main() {
 	flag.IntVar(&p.rounds, "rounds", 7, "rounds for each of the two")
 	flag.IntVar(&p.identities, "identities", 5000, "AzureIdentities in the cluster")
 	flag.IntVar(&p.cold, "cold", 60, fmt.Sprintf("first tokens of each source, at most %d", mostCold))
-	flag.StringVar(&p.profiles, "profiles", "", "`folder` for a CPU and a heap profile of NMI under load")
+	flag.StringVar(&p.profiles, "profiles", "", "`folder` for profiles of NMI under load, and of MIC")
+	flag.StringVar(&p.only, "only", "", "`nmi or mic`: measure nothing else")
+	flag.IntVar(&p.mic.few, "few-pods", 2000, "pods in the small cluster for MIC")
+	flag.IntVar(&p.mic.many, "many-pods", 20000, "pods in the large cluster for MIC")
+	flag.IntVar(&p.mic.fewAgain, "few-replaced", 400, "pods that are replaced in the small cluster")
+	flag.IntVar(&p.mic.manyAgain, "many-replaced", 2000, "pods that are replaced in the large cluster")
+	flag.Float64Var(&p.mic.rate, "rate", 25, "pods that are replaced a `second`")
+	flag.IntVar(&p.mic.burst, "burst", 1000, "pods that are replaced at once in the large cluster")
+	flag.StringVar(&p.mic.args, "mic-args", "", "`flags` for MIC, in place of its defaults")
 	flag.Parse()
-	p.round = time.Duration(*seconds * float64(time.Second))
+	p.round, p.mic.profiles = time.Duration(*seconds*float64(time.Second)), p.profiles
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	figures, err := run(ctx, p)
@@ -67,6 +75,8 @@ type plan struct {
 	round                    time.Duration
 	rounds, identities, cold int
 	profiles                 string // a folder; "" for none
+	only                     string // nmi or mic; "" for both
+	mic                      micPlan
 }
 
 func run(ctx context.Context, p plan) (map[string]float64, error) {
@@ -74,7 +84,21 @@ func run(ctx context.Context, p plan) (map[string]float64, error) {
 		return nil, fmt.Errorf("-cold %d: there are pods for 1 to %d of each source", p.cold, mostCold)
 	}
 	figures := map[string]float64{}
-	return figures, withRig(ctx, p.identities, func(r *rig) error {
+	if p.only != "mic" {
+		if err := measureNMI(ctx, p, figures); err != nil {
+			return nil, err
+		}
+	}
+	if p.only != "nmi" {
+		if err := measureMIC(ctx, p.mic, figures); err != nil {
+			return nil, err
+		}
+	}
+	return figures, nil
+}
+
+func measureNMI(ctx context.Context, p plan, figures map[string]float64) error {
+	return withRig(ctx, p.identities, func(r *rig) error {
 		calls, slowest, err := r.burst(ctx)
 		if err != nil {
 			return err

@@ -108,10 +108,11 @@ func (r *rig) compare(ctx context.Context, figures map[string]float64, round tim
 		nmiP50 = append(nmiP50, float64(nmi.p50.Microseconds()))
 		nmiP99 = append(nmiP99, float64(nmi.p99.Microseconds()))
 	}
-	rss, peak, err := r.nmiMemory()
+	rss, peak, err := r.nmiItself.memory()
 	if err != nil {
 		return err
 	}
+	rss, peak = rss/(1<<20), peak/(1<<20)
 	figures["nmi.cached.rps"] = median(nmiRPS)
 	figures["nmi.cached.p50_us"] = median(nmiP50)
 	figures["nmi.cached.p99_us"] = median(nmiP99)

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"net"
 	"sync"
 	"time"
 
@@ -10,6 +11,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
@@ -45,17 +47,24 @@ type clients struct {
 	custom dynamic.Interface
 }
 
-func newClients(c *cluster.Cluster) (clients, error) {
-	config, err := clientcmd.BuildConfigFromFlags("", c.Kubeconfig())
+// apiServer is the way to one.
+type apiServer interface {
+	Kubeconfig() string
+	DialContext(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+func newClients(a apiServer) (clients, error) {
+	config, err := clientcmd.BuildConfigFromFlags("", a.Kubeconfig())
 	if err != nil {
 		return clients{}, err
 	}
-	config.Dial, config.QPS = c.DialContext, -1
-	kube, err := kubernetes.NewForConfig(config)
-	if err != nil {
-		return clients{}, err
-	}
+	config.Dial, config.QPS = a.DialContext, -1
 	custom, err := dynamic.NewForConfig(config)
+	if err != nil {
+		return clients{}, err
+	}
+	config.ContentType = runtime.ContentTypeProtobuf // as kubelets do
+	kube, err := kubernetes.NewForConfig(config)
 	return clients{kube, custom}, err
 }
 

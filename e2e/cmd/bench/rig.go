@@ -12,10 +12,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/podidentity/podidentity/e2e/azure"
@@ -39,7 +37,8 @@ type rig struct {
 	nmi, bare *station
 	azure     *azure.Client
 	nmiLog    *os.File
-	processes []*exec.Cmd
+	nmiItself *child
+	children  children
 }
 
 // station is a node and the namespace its pods' addresses are in.
@@ -98,10 +97,7 @@ func (r *rig) build(ctx context.Context) (err error) {
 
 // close ends what was started here. The namespaces go with the cluster.
 func (r *rig) close() error {
-	for _, p := range r.processes {
-		_ = p.Process.Signal(syscall.SIGTERM)
-		_ = p.Wait() // it was told to end
-	}
+	r.children.stop()
 	if r.nmiLog != nil {
 		r.nmiLog.Close()
 	}
@@ -157,18 +153,6 @@ func inNetns(ctx context.Context, netns string, program string, args ...string) 
 	return exec.CommandContext(ctx, "nsenter", append([]string{"--net=/run/netns/" + netns, "--", program}, args...)...)
 }
 
-// start runs a process until close, and ends it with this program whatever happens to that. The thread that starts it
-// must live as long as we do, so it is that of main.
-func (r *rig) start(cmd *exec.Cmd) error {
-	runtime.LockOSThread()
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	r.processes = append(r.processes, cmd)
-	return nil
-}
-
 func (r *rig) startIMDS(ctx context.Context) error {
 	config := azure.Config{
 		IMDSAddr: "169.254.169.254:80", EntraAddr: entraHost + ":443", ControlSocket: filepath.Join(r.dir, "azure.sock"), StateDir: r.azureDir(),
@@ -185,7 +169,7 @@ func (r *rig) startIMDS(ctx context.Context) error {
 	}
 	cmd := inNetns(context.WithoutCancel(ctx), r.imdsNetns, filepath.Join(repo(), "bin", "cluster"), "azure", "serve", "--config", file)
 	cmd.Stderr = os.Stderr
-	if err := r.start(cmd); err != nil {
+	if _, err := r.children.start(cmd); err != nil {
 		return fmt.Errorf("starting the stand-in for IMDS: %w", err)
 	}
 	r.azure = azure.Dial(config.ControlSocket)
@@ -199,13 +183,10 @@ func (r *rig) startIMDS(ctx context.Context) error {
 
 // startNMI runs NMI on its node with its defaults, but for where Entra ID is, as the DaemonSet would.
 func (r *rig) startNMI(ctx context.Context) error {
-	binary := filepath.Join(r.dir, "nmi")
-	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", binary, "./cmd/nmi")
-	build.Dir, build.Env = repo(), append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("building NMI: %w\n%s", err, out)
+	binary, err := buildProgram(ctx, "nmi", r.dir)
+	if err != nil {
+		return err
 	}
-	var err error
 	if r.nmiLog, err = os.Create(filepath.Join(r.dir, "nmi.log")); err != nil {
 		return err
 	}
@@ -213,7 +194,7 @@ func (r *rig) startNMI(ctx context.Context) error {
 		"--authority-host=https://"+entraHost, "--ca-bundle="+filepath.Join(r.azureDir(), azure.CAFile))
 	cmd.Stderr = r.nmiLog
 	cmd.Env = append(os.Environ(), "GOMEMLIMIT=204MiB") // the chart's
-	if err := r.start(cmd); err != nil {
+	if r.nmiItself, err = r.children.start(cmd); err != nil {
 		return fmt.Errorf("starting NMI: %w", err)
 	}
 	return r.waitReady(ctx, r.nmi.node, "http://127.0.0.1:8085/readyz")
@@ -250,7 +231,7 @@ func (r *rig) startBare(ctx context.Context) error {
 	cmd := inNetns(context.WithoutCancel(ctx), r.bare.node, self, "bare", file)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
-	if err := r.start(cmd); err != nil {
+	if _, err := r.children.start(cmd); err != nil {
 		return fmt.Errorf("starting the bare handler: %w", err)
 	}
 	client := r.bare.client(0)
@@ -290,28 +271,6 @@ func (r *rig) burst(ctx context.Context) (calls int, slowest time.Duration, err 
 		err = errors.Join(err, errors.New("pods reached IMDS itself"))
 	}
 	return stats.IMDS.Token.Requests, slowest, errors.Join(err, statsErr)
-}
-
-// nmiMemory returns NMI's resident memory now and at its peak, in MiB.
-func (r *rig) nmiMemory() (now, peak float64, err error) {
-	// nsenter has become NMI: it is the process that was started second.
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", r.processes[1].Process.Pid))
-	if err != nil {
-		return 0, 0, err
-	}
-	for line := range strings.Lines(string(status)) {
-		var kib float64
-		if n, _ := fmt.Sscanf(line, "VmRSS: %f kB", &kib); n == 1 {
-			now = kib / 1024
-		}
-		if n, _ := fmt.Sscanf(line, "VmHWM: %f kB", &kib); n == 1 {
-			peak = kib / 1024
-		}
-	}
-	if now == 0 {
-		return 0, 0, errors.New("the memory of NMI is unreadable")
-	}
-	return now, peak, nil
 }
 
 // profile writes a CPU profile and a heap profile of NMI, taken while it is under load, into a folder.

@@ -30,7 +30,7 @@ func command() *cobra.Command {
 		Use:   "cluster",
 		Short: "Run Pod Identity on a real two-node Kubernetes on this machine",
 		Long: `Runs Pod Identity on a real two-node Kubernetes on this machine, with a stand-in for Azure beside it
-(the Instance Metadata Service and Entra ID).
+(the Instance Metadata Service, Entra ID and Resource Manager).
 
 The cluster lives in network namespaces without a way out: podid-cp (control plane), podid-node1, podid-node2 and
 podid-azure. Needs root. What is missing on the machine is built or fetched once; Kubernetes takes about ten minutes

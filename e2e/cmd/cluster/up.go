@@ -25,10 +25,28 @@ The cluster runs until "bin/cluster down". To try:
   bin/cluster azure log
 `
 
+// whatNextInStandardMode uses an identity that is attached nowhere until a pod needs it.
+const whatNextInStandardMode = `
+In standard mode, with an identity that no machine has yet:
+
+  bin/cluster azure identity --unattached --client-id 11111111-0000-4000-8000-000000000001 \
+      --object-id 22222222-0000-4000-8000-000000000001 \
+      --resource-id /subscriptions/` + cluster.SubscriptionID + `/resourceGroups/apps/providers/Microsoft.ManagedIdentity/userAssignedIdentities/shop
+  bin/cluster azure set arm.delay=10s
+  bin/cluster kubectl get azureassignedidentities -A --watch
+  bin/cluster azure arm machines
+  bin/cluster azure arm log
+`
+
+// upOptions are the flags of up.
+type upOptions struct {
+	cluster.Options
+	noChart, standard, vms bool
+	helm                   []string
+}
+
 func upCommand() *cobra.Command {
-	var opts cluster.Options
-	var noChart bool
-	var helmArgs []string
+	var opts upOptions
 	cmd := &cobra.Command{
 		Use:   "up",
 		Short: "Start the cluster and the stand-in Azure, and install the chart",
@@ -38,42 +56,38 @@ helm into the namespace podidentity-system. The cluster runs until "cluster down
 If this is interrupted, or fails, everything is taken down again.`,
 		Example: `  cluster up
   cluster up --helm --set=nmi.logLevel=debug
+  cluster up --standard --vms --helm --set=mic.detachDelay=10s
   cluster up --no-chart --log-dir /tmp/logs`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return up(cmd.Context(), opts, !noChart, helmArgs)
+			return up(cmd.Context(), opts)
 		},
 	}
-	cmd.Flags().BoolVar(&noChart, "no-chart", false, "do not build NMI's image and install the chart")
-	cmd.Flags().StringArrayVar(&helmArgs, "helm", nil, "one more `ARGUMENT` for helm, such as --set=KEY=VALUE; may be repeated")
+	cmd.Flags().BoolVar(&opts.standard, "standard", false, "install the chart in standard mode: MIC attaches identities to the machines beneath the nodes")
+	cmd.Flags().BoolVar(&opts.vms, "vms", false, "make each node a virtual machine of its own (default: both are in one scale set)")
+	cmd.Flags().BoolVar(&opts.noChart, "no-chart", false, "do not build images and install the chart")
+	cmd.Flags().StringArrayVar(&opts.helm, "helm", nil, "one more `ARGUMENT` for helm, such as --set=KEY=VALUE; may be repeated")
+	cmd.MarkFlagsMutuallyExclusive("standard", "no-chart")
 	cmd.Flags().StringVar(&opts.LogDir, "log-dir", "", "keep the logs of all processes in this `FOLDER` (default: in the run folder, gone with the cluster)")
 	return cmd
 }
 
-func up(ctx context.Context, opts cluster.Options, chart bool, helmArgs []string) (err error) {
+func up(ctx context.Context, opts upOptions) (err error) {
 	begin := time.Now()
 	say := progress()
 	opts.Progress = say
 	if opts.Program, err = os.Executable(); err != nil {
 		return err
 	}
-
-	// The image builds while the cluster starts.
-	type built struct {
-		image cluster.Image
-		err   error
+	if opts.vms {
+		opts.ProviderIDs = cluster.TwoVMs()
 	}
-	image := make(chan built, 1)
-	if chart {
-		if err := cluster.RequireRoot(); err != nil {
-			return err
-		}
-		go func() {
-			img, err := cluster.BuildNMIImage(ctx, say)
-			image <- built{img, err}
-		}()
+	if err := cluster.RequireRoot(); err != nil {
+		return err
 	}
-	c, err := cluster.Start(ctx, opts)
+	built := make(chan error, 1)
+	go func() { built <- buildImages(ctx, opts, say) }() // while the cluster starts
+	c, err := cluster.Start(ctx, opts.Options)
 	if err != nil {
 		return err
 	}
@@ -82,15 +96,11 @@ func up(ctx context.Context, opts cluster.Options, chart bool, helmArgs []string
 			err = errors.Join(err, c.Stop())
 		}
 	}()
-	if chart {
-		nmi := <-image
-		if nmi.err != nil {
-			return nmi.err
-		}
-		say("installing the chart with the image " + nmi.image.Ref())
-		if err := c.InstallChartWith(ctx, nmi.image, helmArgs...); err != nil {
-			return err
-		}
+	if err := <-built; err != nil {
+		return err
+	}
+	if err := installChart(ctx, c, opts, say); err != nil {
+		return err
 	}
 	if err := ctx.Err(); err != nil {
 		return err
@@ -100,7 +110,34 @@ func up(ctx context.Context, opts cluster.Options, chart bool, helmArgs []string
 	}
 	say(fmt.Sprintf("up after %.1f s", time.Since(begin).Seconds()))
 	fmt.Print(whatNext)
+	if opts.standard {
+		fmt.Print(whatNextInStandardMode)
+	}
 	return nil
+}
+
+// buildImages builds what the chart will need; installing finds it done.
+func buildImages(ctx context.Context, opts upOptions, say func(string)) error {
+	if opts.noChart {
+		return nil
+	}
+	if _, err := cluster.BuildNMIImage(ctx, say); err != nil || !opts.standard {
+		return err
+	}
+	_, err := cluster.BuildMICImage(ctx)
+	return err
+}
+
+func installChart(ctx context.Context, c *cluster.Cluster, opts upOptions, say func(string)) error {
+	switch {
+	case opts.noChart:
+		return nil
+	case opts.standard:
+		say("installing the chart in standard mode")
+		return c.InstallStandard(ctx, opts.helm...)
+	}
+	say("installing the chart")
+	return c.InstallChart(ctx, opts.helm...)
 }
 
 func downCommand() *cobra.Command {

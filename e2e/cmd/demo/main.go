@@ -118,7 +118,8 @@ func run(ctx context.Context) (err error) {
 	if err := d.show("kubectl get pods -n "+cluster.ChartNamespace+" -o wide", d.kubectl("get", "pods", "-n", cluster.ChartNamespace, "-o", "wide"), "Running"); err != nil {
 		return err
 	}
-	for _, chapter := range []func() error{d.rules, d.binding, d.token, d.refusal, d.federated, d.whatIsLeft} {
+	for _, chapter := range []func() error{d.rules, d.binding, d.token, d.refusal, d.federated, d.whatIsLeft,
+		d.standardMode, d.assignment, d.release, d.armCalls} {
 		if err := errors.Join(ctx.Err(), chapter()); err != nil {
 			return err
 		}

@@ -1,0 +1,201 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+)
+
+// micPlan is how MIC is measured.
+type micPlan struct {
+	few, many           int     // pods
+	fewAgain, manyAgain int     // of those, how many are replaced
+	rate                float64 // a second
+	burst               int     // pods that are replaced as fast as it goes
+	args                string  // flags for MIC besides those that it cannot do without
+	profiles            string  // a folder; "" for none
+}
+
+const (
+	// predecessorPods on one scale set took AAD Pod Identity predecessorTook until all were Assigned, with ARM at 0 delay.
+	predecessorPods = 400
+	predecessorTook = 160 * time.Second
+)
+
+// measureMIC measures MIC, in this order: what the predecessor was measured with; what installing it in a cluster with
+// pods is like; a small cluster in operation; the growth to a large one; that one in operation; and pods that come at
+// once there.
+func measureMIC(ctx context.Context, p micPlan, figures map[string]float64) (err error) {
+	say("\nMIC: %d nodes in %d scale sets, %d identities, ARM at 0 delay", scaleSets*nodesInSet, scaleSets, identities)
+	r, err := newMICRig(ctx, strings.Fields(p.args))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, r.close()) }()
+	m := &micMeasurement{micRig: r, micPlan: p, figures: figures, pairs: firstPairs()}
+	phases := []func(context.Context) error{m.compare, m.install, m.small}
+	if p.many > 0 {
+		phases = append(phases, m.grow, m.large, m.surprise)
+	}
+	for _, phase := range append(phases, m.rush) {
+		if err := phase(ctx); err != nil {
+			return err
+		}
+	}
+	if p.many > 0 {
+		m.verdict.tell(figures)
+	}
+	return nil
+}
+
+// micMeasurement is under way.
+type micMeasurement struct {
+	*micRig
+	micPlan
+	figures map[string]float64
+
+	pairs   []pair // in use
+	verdict verdict
+}
+
+// begin forgets what was counted before a phase.
+func (m *micMeasurement) begin(ctx context.Context) error {
+	m.crowd.answers()
+	_, err := m.armCalls(ctx)
+	return err
+}
+
+// assigned waits until all of the pods are Assigned, and returns how long that took since began and what it took of ARM.
+func (m *micMeasurement) assigned(ctx context.Context, began time.Time, pods []string) (time.Duration, armCalls, error) {
+	_, last, err := m.settle(ctx, pods)
+	if err != nil {
+		return 0, armCalls{}, err
+	}
+	calls, err := m.armCalls(ctx)
+	return last.Sub(began), calls, err
+}
+
+// compare does what the predecessor was measured with.
+func (m *micMeasurement) compare(ctx context.Context) error {
+	if err := errors.Join(m.startMIC(ctx), m.begin(ctx)); err != nil {
+		return err
+	}
+	pairs := slices.DeleteFunc(firstPairs(), func(p pair) bool { return p.set != 0 })
+	began := time.Now()
+	pods, err := m.crowd.fill(ctx, pairs, predecessorPods)
+	if err != nil {
+		return err
+	}
+	took, calls, err := m.assigned(ctx, began, pods)
+	say("\n%d pods at once on one scale set, of %d identities: all Assigned after %.1f s (the predecessor: %.0f s); %d PATCHes, %d GETs",
+		predecessorPods, len(pairs), took.Seconds(), predecessorTook.Seconds(), calls.patches, calls.gets)
+	m.figures["mic.compare400_s"] = took.Seconds()
+	m.verdict.patches = max(m.verdict.patches, calls.patches)
+	return err
+}
+
+// install starts MIC where pods are already.
+func (m *micMeasurement) install(ctx context.Context) error {
+	m.stopMIC()
+	pairs := slices.DeleteFunc(firstPairs(), func(p pair) bool { return p.set == 0 })
+	pods, err := m.crowd.fill(ctx, pairs, m.few-m.crowd.count())
+	if err := errors.Join(err, m.begin(ctx)); err != nil {
+		return err
+	}
+	began := time.Now()
+	if err := m.startMIC(ctx); err != nil {
+		return err
+	}
+	took, calls, err := m.assigned(ctx, began, pods)
+	say("MIC started where %d pods wait, on %d scale sets: all Assigned after %.1f s; at most %d PATCHes and %d GETs for one",
+		len(pods), scaleSets-1, took.Seconds(), calls.patches, calls.gets)
+	m.figures["mic.install_s"] = took.Seconds()
+	m.verdict.patches = max(m.verdict.patches, calls.patches)
+	return err
+}
+
+// small measures the cluster with few pods in operation.
+func (m *micMeasurement) small(ctx context.Context) (err error) {
+	sayRounds()
+	if m.verdict.small, err = m.round(ctx, m.fewAgain); err == nil {
+		m.verdict.small.say()
+		m.verdict.small.note(m.figures, "mic.small.")
+	}
+	return err
+}
+
+// grow makes the large cluster of it, while MIC works.
+func (m *micMeasurement) grow(ctx context.Context) error {
+	if err := m.begin(ctx); err != nil {
+		return err
+	}
+	m.pairs = append(m.pairs, laterPairs()...)
+	began := time.Now()
+	pods, err := m.crowd.fill(ctx, laterPairs(), m.many-m.crowd.count()-mostAtOnce)
+	if err != nil {
+		return err
+	}
+	made := time.Since(began)
+	took, calls, err := m.assigned(ctx, began, pods)
+	perSecond := float64(len(pods)) / took.Seconds()
+	say("%*s%d more made in %.0f s: all Assigned after %.0f s, %.0f a second; at most %d PATCHes and %d GETs for one scale set", 7, "",
+		len(pods), made.Seconds(), took.Seconds(), perSecond, calls.patches, calls.gets)
+	m.figures["mic.fill_s"], m.figures["mic.fill.pods_per_s"] = took.Seconds(), perSecond
+	m.figures["mic.fill.patches_per_vmss"] = float64(calls.patches)
+	return err
+}
+
+// large measures the cluster with many pods in operation.
+func (m *micMeasurement) large(ctx context.Context) (err error) {
+	if m.verdict.large, err = m.round(ctx, m.manyAgain); err == nil {
+		m.verdict.large.say()
+		m.verdict.large.note(m.figures, "mic.")
+	}
+	return err
+}
+
+// mostAtOnce is how many pods come at once at the end, two of each identity on each scale set.
+const mostAtOnce = 2 * scaleSets * block
+
+// surprise lets pods come at once with identities that are new to their scale sets.
+func (m *micMeasurement) surprise(ctx context.Context) error {
+	if err := m.begin(ctx); err != nil {
+		return err
+	}
+	began := time.Now()
+	pods, err := m.crowd.fill(ctx, latePairs(), mostAtOnce)
+	if err != nil {
+		return err
+	}
+	took, calls, err := m.assigned(ctx, began, pods)
+	say("\n%d pods at once, of %d identities new to each scale set: all Assigned after %.1f s; at most %d PATCHes and %d GETs for one",
+		len(pods), block, took.Seconds(), calls.patches, calls.gets)
+	m.figures["mic.newcomers_s"] = took.Seconds()
+	m.verdict.patches = max(m.verdict.patches, calls.patches)
+	return err
+}
+
+// rush replaces pods as fast as it goes.
+func (m *micMeasurement) rush(ctx context.Context) error {
+	if err := m.begin(ctx); err != nil {
+		return err
+	}
+	old, now := m.crowd.choose(m.pairs, m.burst)
+	before := m.crowd.count()
+	began := time.Now()
+	if err := inParallel(len(old), func(i int) error { return m.crowd.replace(ctx, old[i], now[i], 0) }); err != nil {
+		return err
+	}
+	made := time.Since(began)
+	waits, last, err := m.settle(ctx, m.crowd.since(before))
+	if err != nil {
+		return err
+	}
+	p50, p99, answers := quantile(waits, .5), quantile(waits, .99), m.crowd.answers()
+	say("%d pods replaced at once, in %.1f s: Assigned after p50 %.2f s, p99 %.2f s, all after %.1f s; the API server's answer p50 %s, p99 %s", len(old),
+		made.Seconds(), p50.Seconds(), p99.Seconds(), last.Sub(began).Seconds(), quantile(answers, .5), quantile(answers, .99))
+	m.figures["mic.rush.p50_s"], m.figures["mic.rush.p99_s"], m.figures["mic.rush_s"] = p50.Seconds(), p99.Seconds(), last.Sub(began).Seconds()
+	return nil
+}

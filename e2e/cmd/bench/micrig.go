@@ -1,0 +1,310 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	authenticationv1 "k8s.io/api/authentication/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+
+	"github.com/podidentity/podidentity/e2e/azure"
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+const (
+	micNamespace = "podidentity"
+	micAccount   = "mic"
+	// micMetrics and micProfiles are where MIC serves them by default.
+	micMetrics  = "http://127.0.0.1:8888/metrics"
+	micProfiles = "http://127.0.0.1:6060/debug/pprof/"
+)
+
+// micSecret is what MIC proves itself to Entra ID with.
+var micSecret = azure.App{
+	ClientID: "be9c4006-0000-4000-8000-000000000001", ObjectID: "be9c4007-0000-4000-8000-000000000001", Secrets: []azure.AppSecret{{Value: "not a secret"}},
+}
+
+// micRig is MIC between a real API server and stand-ins for ARM and Entra ID, all in one network namespace that has
+// nothing but loopback. There is no controller and no kubelet: nodes and pods are objects alone, and the rig says what a
+// kubelet would.
+type micRig struct {
+	plane    *cluster.Plane
+	dir      string
+	k        clients
+	azure    *azure.Client
+	http     *http.Client // in the namespace
+	children children
+	binary   string
+	args     []string // besides what it takes to run
+	mic      *child   // nil while none runs
+	log      *os.File
+	crowd    *crowd
+	witness  *witness
+}
+
+func newMICRig(ctx context.Context, args []string) (*micRig, error) {
+	dir, err := os.MkdirTemp("", "podidentity-bench-")
+	if err != nil {
+		return nil, err
+	}
+	r := &micRig{dir: dir, args: args}
+	if err := r.build(ctx); err != nil {
+		return nil, errors.Join(err, r.close())
+	}
+	return r, nil
+}
+
+func (r *micRig) build(ctx context.Context) (err error) {
+	if r.binary, err = buildProgram(ctx, "mic", r.dir); err != nil {
+		return err
+	}
+	if r.plane, err = cluster.StartPlane(ctx, r.dir, func(line string) { say("   %s", line) }); err != nil {
+		return err
+	}
+	r.http = &http.Client{Timeout: 10 * time.Minute, Transport: &http.Transport{DialContext: r.plane.DialContext}}
+	if r.k, err = newClients(r.plane); err != nil {
+		return err
+	}
+	if _, err := r.plane.Kubectl(ctx, "apply", "--server-side", "-f", filepath.Join(repo(), "deploy", "podidentity", "crds")); err != nil {
+		return err
+	}
+	if _, err := r.plane.Kubectl(ctx, "wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"); err != nil {
+		return err
+	}
+	if r.witness, err = newWitness(ctx, r.k.kube.CoreV1().RESTClient()); err != nil {
+		return err
+	}
+	r.crowd = &crowd{k: r.k, witness: r.witness, random: rand.New(rand.NewPCG(1, 2))}
+	if err := r.crowd.furnish(ctx); err != nil {
+		return err
+	}
+	if r.log, err = os.Create(filepath.Join(r.dir, "mic.log")); err != nil {
+		return err
+	}
+	return errors.Join(r.admitMIC(ctx), r.startAzure(ctx))
+}
+
+// close ends what was started here.
+func (r *micRig) close() error {
+	r.children.stop()
+	var err error
+	if r.plane != nil {
+		err = r.plane.Stop()
+	}
+	if r.log != nil {
+		r.log.Close()
+	}
+	return errors.Join(err, os.RemoveAll(r.dir))
+}
+
+// admitMIC gives MIC a ServiceAccount, as in a pod: what the API server lets one user do at a time holds for it. It may
+// do anything; that the chart's rights are enough is for other tests.
+func (r *micRig) admitMIC(ctx context.Context) error {
+	if err := r.crowd.makeNamespace(ctx, micNamespace); err != nil {
+		return err
+	}
+	if err := r.crowd.makeAccount(ctx, micNamespace, micAccount); err != nil {
+		return err
+	}
+	_, err := r.k.kube.RbacV1().ClusterRoleBindings().Create(ctx, &rbacv1.ClusterRoleBinding{
+		ObjectMeta: metav1.ObjectMeta{Name: micAccount},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "cluster-admin"},
+		Subjects:   []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: micNamespace, Name: micAccount}},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		return err
+	}
+	token, err := r.k.kube.CoreV1().ServiceAccounts(micNamespace).CreateToken(ctx, micAccount, &authenticationv1.TokenRequest{}, metav1.CreateOptions{})
+	if err != nil {
+		return err
+	}
+	config, err := clientcmd.LoadFromFile(r.plane.Kubeconfig())
+	if err != nil {
+		return err
+	}
+	for name := range config.AuthInfos {
+		config.AuthInfos[name] = &clientcmdapi.AuthInfo{Token: token.Status.Token}
+	}
+	return clientcmd.WriteToFile(*config, r.file("mic.kubeconfig"))
+}
+
+func (r *micRig) file(name string) string { return filepath.Join(r.dir, name) }
+
+// startAzure runs the stand-in with all scale sets and identities, and writes how MIC reaches it: as a cloud of its own.
+func (r *micRig) startAzure(ctx context.Context) error {
+	config := azure.Config{
+		IMDSAddr: "127.0.0.1:8081", EntraAddr: "127.0.0.1:8443", ControlSocket: r.file("azure.sock"), StateDir: r.file("azure"), Tenant: cluster.TenantID,
+	}
+	for set := range scaleSets {
+		config.Nodes = append(config.Nodes, azure.Node{
+			Name: nodeOf(set, 0), ProviderID: "azure://" + setID(set) + "/virtualMachines/0",
+			Sources: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 240, 0, byte(set)}), 32)},
+		})
+	}
+	const endpoint = "https://127.0.0.1:8443/"
+	err := errors.Join(
+		writeJSON(r.file("stand-in.json"), config),
+		writeJSON(r.file("azure.json"), map[string]any{
+			"cloud": "AzureStackCloud", "tenantId": cluster.TenantID, "subscriptionId": cluster.SubscriptionID, "resourceGroup": "bench", "vmType": "vmss",
+			"aadClientId": micSecret.ClientID, "aadClientSecret": micSecret.Secrets[0].Value}),
+		writeJSON(r.file("cloud.json"), map[string]any{"resourceManagerEndpoint": endpoint, "activeDirectoryEndpoint": endpoint, "tokenAudience": endpoint}))
+	if err != nil {
+		return err
+	}
+	cmd, err := r.plane.Command(context.WithoutCancel(ctx), filepath.Join(repo(), "bin", "cluster"), "azure", "serve", "--config", r.file("stand-in.json"))
+	if err != nil {
+		return err
+	}
+	cmd.Stderr = os.Stderr
+	if _, err := r.children.start(cmd); err != nil {
+		return fmt.Errorf("starting the stand-in for Azure: %w", err)
+	}
+	r.azure = azure.Dial(config.ControlSocket)
+	waiting, cancel := context.WithTimeout(ctx, 15*time.Second)
+	defer cancel()
+	if err := errors.Join(r.azure.WaitReady(waiting), r.azure.AddApp(ctx, micSecret)); err != nil {
+		return err
+	}
+	return inParallel(identities, func(i int) error { return r.azure.DefineIdentity(ctx, identityOf(i)) })
+}
+
+func writeJSON(file string, v any) error {
+	text, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, text, 0o600)
+}
+
+// startMIC runs MIC with its defaults, as the Deployment would.
+func (r *micRig) startMIC(ctx context.Context) error {
+	args := append([]string{"--kubeconfig=" + r.file("mic.kubeconfig"), "--namespace=" + micNamespace, "--cloudconfig=" + r.file("azure.json"),
+		"--ca-bundle=" + filepath.Join(r.dir, "azure", azure.CAFile), "--leader-election-instance=bench", "--enable-profile"}, r.args...)
+	cmd, err := r.plane.Command(context.WithoutCancel(ctx), r.binary, args...)
+	if err != nil {
+		return err
+	}
+	cmd.Stderr = r.log
+	cmd.Env = []string{"GOMEMLIMIT=838860KiB" /* the chart's */, "AZURE_ENVIRONMENT_FILEPATH=" + r.file("cloud.json")}
+	if r.mic, err = r.children.start(cmd); err != nil {
+		return fmt.Errorf("starting MIC: %w", err)
+	}
+	for range 600 {
+		if _, err = r.get(ctx, micMetrics); err == nil {
+			return nil
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	return r.blame(fmt.Errorf("MIC does not run after a minute: %w", err))
+}
+
+// stopMIC lets MIC end in order, which gives the lease back.
+func (r *micRig) stopMIC() {
+	r.mic.stop()
+	r.mic = nil
+}
+
+// blame adds to an error what MIC said last.
+func (r *micRig) blame(err error) error {
+	text, _ := os.ReadFile(r.log.Name())
+	return fmt.Errorf("%w; MIC said last:\n%s", err, text[max(0, len(text)-4000):])
+}
+
+func (r *micRig) get(ctx context.Context, url string) (string, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return "", err
+	}
+	resp, err := r.http.Do(req)
+	if err != nil {
+		return "", err
+	}
+	body, err := readAll(resp)
+	return string(body), err
+}
+
+// work is what MIC has done since it began, or since other work.
+type work struct {
+	cpu time.Duration
+	requests
+	written float64 // by the API server's count: objects that MIC alone writes
+}
+
+func (w work) minus(b work) work {
+	return work{w.cpu - b.cpu, requests{w.all - b.all, w.writes - b.writes}, w.written - b.written}
+}
+
+func (r *micRig) work(ctx context.Context) (w work, err error) {
+	own, err := r.get(ctx, micMetrics)
+	if err != nil {
+		return w, r.blame(err)
+	}
+	if w.requests, err = readRequests(own); err != nil {
+		return w, err
+	}
+	all, err := r.k.kube.CoreV1().RESTClient().Get().AbsPath("/metrics").DoRaw(ctx)
+	if err != nil {
+		return w, fmt.Errorf("asking the API server what it was asked: %w", err)
+	}
+	if w.written, err = readWrites(string(all)); err != nil {
+		return w, err
+	}
+	w.cpu, err = r.mic.cpu()
+	return w, err
+}
+
+// armCalls are the most that one scale set had.
+type armCalls struct{ gets, patches int }
+
+// armCalls returns what ARM was asked since the last call.
+func (r *micRig) armCalls(ctx context.Context) (most armCalls, err error) {
+	stats, err := r.azure.Stats(ctx)
+	if err != nil {
+		return most, err
+	}
+	for id, counts := range stats.ARM.Resources {
+		if strings.Contains(id, "/virtualmachinescalesets/") {
+			most.gets, most.patches = max(most.gets, counts.Get), max(most.patches, counts.Patch)
+		}
+	}
+	return most, r.azure.ResetLog(ctx)
+}
+
+// settle waits until all of the pods are Assigned and there are as many assignments as pods, and returns how long each
+// of the pods waited, and when the last one was Assigned.
+func (r *micRig) settle(ctx context.Context, pods []string) (waits []time.Duration, last time.Time, err error) {
+	const patience = 20 * time.Minute
+	deadline := time.Now().Add(patience)
+	for {
+		waiting, live, err := r.witness.settled(pods)
+		if err == nil {
+			err = r.mic.alive()
+		}
+		switch want := r.crowd.count(); {
+		case err != nil:
+			return nil, last, r.blame(err)
+		case waiting == 0 && live == want:
+			waits, last = r.witness.took(pods)
+			return waits, last, nil
+		case time.Now().After(deadline):
+			return nil, last, r.blame(fmt.Errorf("after %s %d pods are not Assigned, and there are %d assignments for %d pods", patience, waiting, live, want))
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return nil, last, ctx.Err()
+		}
+	}
+}

@@ -1,0 +1,132 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// children are processes that end with this program, whatever happens to that.
+type children []*child
+
+type child struct {
+	*exec.Cmd
+	ended chan struct{} // closed once it has ended
+	err   error         // valid from then on
+}
+
+// start runs a process until it is stopped. The thread that starts it must live as long as we do, so it is that of main.
+func (c *children) start(cmd *exec.Cmd) (*child, error) {
+	runtime.LockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	one := &child{Cmd: cmd, ended: make(chan struct{})}
+	go func() {
+		one.err = cmd.Wait()
+		close(one.ended)
+	}()
+	*c = append(*c, one)
+	return one, nil
+}
+
+func (c children) stop() {
+	for _, one := range c {
+		one.stop()
+	}
+}
+
+// stop tells it to end, and sees to it.
+func (c *child) stop() {
+	_ = c.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-c.ended:
+	case <-time.After(20 * time.Second):
+		_ = c.Process.Kill()
+		<-c.ended
+	}
+}
+
+// alive returns an error if it has ended.
+func (c *child) alive() error {
+	select {
+	case <-c.ended:
+		return fmt.Errorf("%s ended by itself: %v", c.Path, c.err)
+	default:
+		return nil
+	}
+}
+
+// buildProgram builds one of the product's programs into a folder.
+func buildProgram(ctx context.Context, name, dir string) (string, error) {
+	binary := filepath.Join(dir, name)
+	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", binary, "./cmd/"+name)
+	build.Dir, build.Env = repo(), append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("building %s: %w\n%s", name, err, out)
+	}
+	return binary, nil
+}
+
+// memory is the resident memory of a process now and at its peak, in bytes.
+func (c *child) memory() (now, peak float64, err error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.Process.Pid))
+	if err != nil {
+		return 0, 0, err
+	}
+	return parseMemory(string(status))
+}
+
+func parseMemory(status string) (now, peak float64, err error) {
+	for line := range strings.Lines(status) {
+		var kib float64
+		if n, _ := fmt.Sscanf(line, "VmRSS: %f kB", &kib); n == 1 {
+			now = kib * 1024
+		}
+		if n, _ := fmt.Sscanf(line, "VmHWM: %f kB", &kib); n == 1 {
+			peak = kib * 1024
+		}
+	}
+	if now == 0 || peak == 0 {
+		return 0, 0, fmt.Errorf("the memory of the process is not in its status: %.100q", status)
+	}
+	return now, peak, nil
+}
+
+// cpu is the processor time that a process has used.
+func (c *child) cpu() (time.Duration, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	return parseCPU(stat)
+}
+
+// tick is the unit of times in /proc, the same on all machines that Go runs on.
+const tick = time.Second / 100
+
+// parseCPU reads fields 14 and 15, user and system time. The name before the last parenthesis may hold anything.
+func parseCPU(stat []byte) (time.Duration, error) {
+	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
+	if len(fields) < 13 {
+		return 0, fmt.Errorf("the processor time of the process is not in its stat: %.100q", stat)
+	}
+	var used time.Duration
+	for _, field := range fields[11:13] {
+		ticks, err := strconv.ParseInt(string(field), 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("the processor time of the process is unreadable: %w", err)
+		}
+		used += time.Duration(ticks) * tick
+	}
+	return used, nil
+}

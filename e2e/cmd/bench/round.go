@@ -1,0 +1,142 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+)
+
+const (
+	// step is the time between two things that a kubelet says of a pod.
+	step = 500 * time.Millisecond
+	// mostUnderWay is twice as long as replacing a pod takes.
+	mostUnderWay = 6 * step
+	// quiet is how long MIC is left alone before its memory is looked at.
+	quiet = 10 * time.Second
+)
+
+// round is what replacing some of the pods, at a steady rate, has shown.
+type round struct {
+	pods, replaced       int
+	rate                 float64       // a second
+	p50, p99             time.Duration // until Assigned
+	answerP50, answerP99 time.Duration // of the API server to the creation of a pod
+	cpu                  time.Duration // of MIC, for one
+	requests, writes     float64       // of MIC, for one
+	rss, peak            float64       // of MIC, bytes
+}
+
+// round replaces n pods.
+func (m *micMeasurement) round(ctx context.Context, n int) (round, error) {
+	r := round{pods: m.crowd.count(), replaced: n}
+	began, err := m.work(ctx)
+	if err := errors.Join(err, m.begin(ctx)); err != nil {
+		return r, err
+	}
+	profiled := m.profileCPU(ctx, fmt.Sprintf("mic-cpu-%d.pprof", r.pods), time.Duration(float64(n)/m.rate*float64(time.Second)))
+	old, now := m.crowd.choose(m.pairs, n)
+	before := m.crowd.count()
+	if r.rate, err = atRate(ctx, n, m.rate, func(i int) error { return m.crowd.replace(ctx, old[i], now[i], step) }); err != nil {
+		return r, err
+	}
+	waits, _, err := m.settle(ctx, m.crowd.since(before))
+	if err != nil {
+		return r, err
+	}
+	ended, err := m.work(ctx)
+	if err != nil {
+		return r, err
+	}
+	r.setWork(ended.minus(began))
+	answers := m.crowd.answers()
+	r.p50, r.p99 = quantile(waits, .5), quantile(waits, .99)
+	r.answerP50, r.answerP99 = quantile(answers, .5), quantile(answers, .99)
+	time.Sleep(quiet)
+	if r.rss, r.peak, err = m.mic.memory(); err != nil {
+		return r, err
+	}
+	return r, errors.Join(<-profiled, m.profile(ctx, fmt.Sprintf("mic-heap-%d.pprof", r.pods), "heap?gc=1"))
+}
+
+// setWork takes over the work that all of the replaced pods have made.
+func (r *round) setWork(w work) {
+	n := r.replaced
+	r.cpu, r.requests, r.writes = w.cpu/time.Duration(n), w.all/float64(n), w.written/float64(n)
+}
+
+func sayRounds() {
+	say("\npods replaced at a steady rate; what one costs MIC until its successor is Assigned and its own assignment is gone\n")
+	say("%6s %8s %6s   %17s   %17s   %6s %8s %6s   %6s", "", "", "", "Assigned after", "API server's", "", "", "", "")
+	say("%6s %8s %6s   %8s %8s   %8s %8s   %6s %8s %6s   %6s", "", "", "", "", "", "answer", "", "CPU", "", "", "RSS")
+	say("%6s %8s %6s   %8s %8s   %8s %8s   %6s %8s %6s   %6s", "pods", "replaced", "/s", "p50", "p99", "p50", "p99", "ms", "requests", "writes", "MiB")
+}
+
+func (r round) say() {
+	say("%6d %8d %6.1f   %8s %8s   %8s %8s   %6.2f %8.2f %6.2f   %6.1f", r.pods, r.replaced, r.rate, r.p50.Round(time.Millisecond), r.p99.Round(time.Millisecond),
+		r.answerP50.Round(100*time.Microsecond), r.answerP99.Round(100*time.Microsecond), milliseconds(r.cpu), r.requests, r.writes, r.rss/(1<<20))
+}
+
+func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+func (r round) note(figures map[string]float64, prefix string) {
+	figures[prefix+"assign.p50_s"], figures[prefix+"assign.p99_s"] = r.p50.Seconds(), r.p99.Seconds()
+	figures[prefix+"api_answer.p50_s"], figures[prefix+"api_answer.p99_s"] = r.answerP50.Seconds(), r.answerP99.Seconds()
+	figures[prefix+"api_writes_per_pod"], figures[prefix+"api_requests_per_pod"] = r.writes, r.requests
+	figures[prefix+"cpu_ms_per_pod"] = milliseconds(r.cpu)
+	figures[prefix+"rss_mib"], figures[prefix+"rss_peak_mib"] = r.rss/(1<<20), r.peak/(1<<20)
+}
+
+// profileCPU takes a profile in the background.
+func (m *micMeasurement) profileCPU(ctx context.Context, name string, length time.Duration) <-chan error {
+	done := make(chan error, 1)
+	go func() { done <- m.profile(ctx, name, fmt.Sprintf("profile?seconds=%.0f", length.Seconds())) }()
+	return done
+}
+
+// profile writes a profile of MIC, if they are asked for.
+func (m *micMeasurement) profile(ctx context.Context, name, path string) error {
+	if m.profiles == "" {
+		return nil
+	}
+	text, err := m.get(ctx, micProfiles+path)
+	if err != nil {
+		return fmt.Errorf("profiling MIC: %w", err)
+	}
+	return os.WriteFile(filepath.Join(m.profiles, name), []byte(text), 0o644)
+}
+
+// atRate begins n things, so many a second, waits for all of them, and returns how many began a second. It stops at the
+// first error. There are never more under way than should begin in mostUnderWay: if they take too long, fewer begin.
+func atRate(ctx context.Context, n int, rate float64, do func(i int) error) (float64, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	underWay := make(chan struct{}, max(1, int(rate*mostUnderWay.Seconds())))
+	began := time.Now()
+	for i := range n {
+		select {
+		case <-time.After(time.Until(began.Add(time.Duration(float64(i) / rate * float64(time.Second))))):
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		}
+		select {
+		case underWay <- struct{}{}:
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		}
+		wg.Go(func() {
+			defer func() { <-underWay }()
+			if err := do(i); err != nil {
+				cancel(err)
+			}
+		})
+	}
+	took := time.Since(began)
+	wg.Wait()
+	return float64(n) / took.Seconds(), context.Cause(ctx)
+}

@@ -1,0 +1,61 @@
+package main
+
+import (
+	"fmt"
+	"time"
+)
+
+// goal is one, and whether it is met.
+type goal struct {
+	what string
+	met  bool
+}
+
+func (g goal) String() string {
+	if g.met {
+		return "ok      " + g.what
+	}
+	return "missed  " + g.what
+}
+
+// verdict is what the goals are about.
+type verdict struct {
+	small, large round
+	patches      int
+}
+
+func (v verdict) cpuRatio() float64     { return float64(v.large.cpu) / float64(v.small.cpu) }
+func (v verdict) requestRatio() float64 { return v.large.requests / v.small.requests }
+func (v verdict) perPod() float64       { return v.large.rss / float64(v.large.pods) }
+
+// marginal is what one pod more takes.
+func (v verdict) marginal() float64 {
+	return (v.large.rss - v.small.rss) / float64(v.large.pods-v.small.pods)
+}
+
+// apiTime is the API server's part of an assignment: two writes, one after the other.
+func (v verdict) apiTime() time.Duration { return 2 * v.large.answerP99 }
+
+func (v verdict) goals() []goal {
+	return []goal{
+		{fmt.Sprintf("p99 until Assigned: %.3f s (goal: under 1 s, and %.3f s for the API server's answers to two writes)", v.large.p99.Seconds(), v.apiTime().Seconds()),
+			v.large.p99 < time.Second+v.apiTime()},
+		{fmt.Sprintf("PATCHes for one scale set in a burst: %d (goal: at most 2)", v.patches), v.patches <= 2},
+		{fmt.Sprintf("work for a pod at %d pods against %d: %.2f times the CPU time, %.2f times the requests (goal: under 1.5)",
+			v.large.pods, v.small.pods, v.cpuRatio(), v.requestRatio()), v.cpuRatio() < 1.5 && v.requestRatio() < 1.5},
+		{fmt.Sprintf("RSS: %.2f KiB a pod at %d pods, %.2f KiB for one more (goal: under 6)", v.perPod()/1024, v.large.pods, v.marginal()/1024), v.perPod() < 6*1024},
+	}
+}
+
+// tell says of each goal whether it is met, and notes the figures that they are about.
+func (v verdict) tell(figures map[string]float64) {
+	figures["mic.patches_per_vmss"] = float64(v.patches)
+	figures["mic.work_ratio_2k_20k"] = v.cpuRatio()
+	figures["mic.request_ratio_2k_20k"] = v.requestRatio()
+	figures["mic.rss_bytes_per_pod"] = v.perPod()
+	figures["mic.rss_bytes_per_pod_marginal"] = v.marginal()
+	say("")
+	for _, g := range v.goals() {
+		say("%s", g)
+	}
+}

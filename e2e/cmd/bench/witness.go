@@ -1,0 +1,156 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+	"time"
+
+	"k8s.io/client-go/rest"
+)
+
+// witness watches AzureAssignedIdentities as NMI does, and notes when each pod's is Assigned for the first time.
+type witness struct {
+	version string // of the last event; of the watch alone
+
+	mu       sync.Mutex
+	created  map[string]time.Time // by pod: when the API server had acknowledged it, with its node
+	assigned map[string]time.Time // by pod
+	live     map[string]struct{}  // assignments that exist
+	err      error
+}
+
+// seen is one event, as far as it is read here.
+type seen struct {
+	Type   string `json:"type"`
+	Object struct {
+		Metadata struct {
+			Namespace       string `json:"namespace"`
+			Name            string `json:"name"`
+			ResourceVersion string `json:"resourceVersion"`
+		} `json:"metadata"`
+		Spec struct {
+			Pod          string `json:"pod"`
+			PodNamespace string `json:"podNamespace"`
+		} `json:"spec"`
+		Status  state  `json:"status"`
+		Message string `json:"message"` // of an error
+	} `json:"object"`
+}
+
+// state is status.status of an assignment; of an error status is no object.
+type state struct{ Status string }
+
+func (s *state) UnmarshalJSON(text []byte) error {
+	if !bytes.HasPrefix(text, []byte("{")) {
+		return nil
+	}
+	var o struct{ Status string }
+	err := json.Unmarshal(text, &o)
+	s.Status = o.Status
+	return err
+}
+
+// newWitness begins to watch. There must be no assignment yet.
+func newWitness(ctx context.Context, client rest.Interface) (*witness, error) {
+	w := &witness{created: map[string]time.Time{}, assigned: map[string]time.Time{}, live: map[string]struct{}{}}
+	watch := func() (io.ReadCloser, error) {
+		return client.Get().AbsPath("/apis/aadpodidentity.k8s.io/v1/azureassignedidentities").SetHeader("Accept", "application/json").
+			Param("watch", "true").Param("resourceVersion", w.version).Stream(ctx)
+	}
+	stream, err := watch()
+	if err != nil {
+		return nil, fmt.Errorf("watching assignments: %w", err)
+	}
+	go func() {
+		for err == nil {
+			// The API server ends watches when the definition of a kind has been changed, if only by itself.
+			if err = w.readAll(stream); err == nil {
+				stream.Close()
+				stream, err = watch()
+			}
+		}
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.err = fmt.Errorf("watching assignments: %w", err)
+	}()
+	return w, nil
+}
+
+// readAll notes events until they end.
+func (w *witness) readAll(stream io.Reader) error {
+	events := json.NewDecoder(stream)
+	for {
+		var e seen
+		err := events.Decode(&e)
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return err
+		case e.Type == "ERROR":
+			return fmt.Errorf("the API server ended it: %s", e.Object.Message)
+		}
+		w.note(e, time.Now())
+	}
+}
+
+func (w *witness) note(e seen, now time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.version = e.Object.Metadata.ResourceVersion
+	key := e.Object.Metadata.Namespace + "/" + e.Object.Metadata.Name
+	if e.Type == "DELETED" {
+		delete(w.live, key)
+		return
+	}
+	w.live[key] = struct{}{}
+	pod := e.Object.Spec.PodNamespace + "/" + e.Object.Spec.Pod
+	if _, before := w.assigned[pod]; !before && e.Object.Status.Status == "Assigned" {
+		w.assigned[pod] = now
+	}
+}
+
+// made notes that a pod (namespace/name) exists since now.
+func (w *witness) made(pod string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.created[pod] = time.Now()
+}
+
+// took returns how long each of the pods waited until it was Assigned, sorted, and when the last one was. Pods that
+// still wait are not in it.
+func (w *witness) took(pods []string) (waits []time.Duration, last time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, pod := range pods {
+		at, ok := w.assigned[pod]
+		if !ok {
+			continue
+		}
+		// The event may be here before the answer to the one who made the pod.
+		waits = append(waits, max(0, at.Sub(w.created[pod])))
+		if at.After(last) {
+			last = at
+		}
+	}
+	slices.Sort(waits)
+	return waits, last
+}
+
+// settled reports how many of the pods are not Assigned yet, and how many assignments exist.
+func (w *witness) settled(pods []string) (waiting, live int, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, pod := range pods {
+		if _, ok := w.assigned[pod]; !ok {
+			waiting++
+		}
+	}
+	return waiting, len(w.live), w.err
+}

@@ -1,0 +1,321 @@
+package standard
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	coordinationv1 "k8s.io/api/coordination/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/runtime"
+	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/tools/clientcmd"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/e2e/azure"
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+// Settings of MIC and ARM that the tests know of.
+const (
+	detachDelay = 5 * time.Second
+	// armDelay is how long ARM takes for an update. MIC begins the next one of a machine ten seconds after the last began.
+	armDelay = 6 * time.Second
+	// inTime is how long something that needs an update of a machine may take at the most: one may have begun just before,
+	// and what the other tests of this machine do at the same time may be in the way.
+	inTime = 60 * time.Second
+
+	micName = "podidentity-mic"
+	// toStay is the client ID of the identity that MIC is told never to detach.
+	toStay = "c11e0000-0000-4000-8000-0000000057a7"
+)
+
+// layout is a cluster with the chart in standard mode, and one way in which its nodes stand on machines of Azure.
+type layout struct {
+	*cluster.Cluster
+	kube    client.WithWatch
+	cloud   *azure.Client
+	vms     bool             // each node is a virtual machine; else both are in one scale set
+	foreign []azure.Identity // attached to all machines before MIC was there
+	stays   azure.Identity   // see toStay
+
+	serial atomic.Int32
+}
+
+func twoVMs(o *cluster.Options) { o.ProviderIDs = cluster.TwoVMs() }
+
+// start starts a cluster, attaches to its machines what is there without MIC (an identity of the kubelet, and that of
+// somebody else), and installs the chart.
+func start(t *testing.T, change func(*cluster.Options)) *layout {
+	t.Helper()
+	// Before the cluster, which others on this machine may wait for.
+	_, errMIC := cluster.BuildMICImage(t.Context())
+	_, errNMI := cluster.BuildNMIImage(t.Context(), nil)
+	must(t, errors.Join(errMIC, errNMI))
+	began := time.Now()
+	options := cluster.Options{Progress: func(line string) { fmt.Println("standard:", line) }, Wait: 20 * time.Minute}
+	if change != nil {
+		change(&options)
+	}
+	world, err := cluster.Start(t.Context(), options)
+	must(t, err)
+	t.Cleanup(func() {
+		if err := world.Stop(); err != nil {
+			t.Error("stopping the cluster:", err)
+		}
+	})
+	l := &layout{Cluster: world, cloud: world.Azure(), vms: change != nil}
+	l.kube = newClient(t, world)
+	for range 2 {
+		id := l.newIdentity(t)
+		for _, node := range l.Nodes() {
+			must(t, l.cloud.AttachTo(t.Context(), node, id.ResourceID))
+		}
+		l.foreign = append(l.foreign, id)
+	}
+	l.stays = l.identity(0)
+	l.stays.ClientID = toStay
+	must(t, l.cloud.DefineIdentity(t.Context(), l.stays))
+	must(t, l.cloud.Set(t.Context(), map[string]string{"arm.delay": armDelay.String(), "arm.casing": string(azure.CasingChanging)}))
+	must(t, l.InstallStandard(t.Context(),
+		"--set", "mic.detachDelay="+detachDelay.String(), "--set", "mic.identityAssignmentReconcileInterval=10s",
+		"--set", "mic.leaderElection.duration=5s", "--set", "mic.immutableUserMSIs={"+toStay+"}"))
+	fmt.Printf("standard: cluster and chart are up after %.1f s\n", time.Since(began).Seconds())
+	return l
+}
+
+func newClient(t *testing.T, world *cluster.Cluster) client.WithWatch {
+	t.Helper()
+	config, err := clientcmd.BuildConfigFromFlags("", world.Kubeconfig())
+	must(t, err)
+	config.Dial, config.QPS = world.DialContext, -1
+	scheme := runtime.NewScheme()
+	must(t, errors.Join(clientgoscheme.AddToScheme(scheme), v1.AddToScheme(scheme)))
+	kube, err := client.NewWithWatch(config, client.Options{Scheme: scheme})
+	must(t, err)
+	return kube
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// eventually asks until the answer is nil. It is for what other programs do in their own time.
+func eventually(t *testing.T, within time.Duration, check func() error) {
+	t.Helper()
+	deadline := time.Now().Add(within)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %s: %v", within, err)
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+}
+
+// identity is a managed identity that does not exist yet.
+func (l *layout) identity(n int32) azure.Identity {
+	return azure.Identity{
+		ClientID:   fmt.Sprintf("c11e0000-0000-4000-8000-%012d", n),
+		ObjectID:   fmt.Sprintf("0b1ec700-0000-4000-8000-%012d", n),
+		ResourceID: fmt.Sprintf("/subscriptions/%s/resourceGroups/Apps/providers/Microsoft.ManagedIdentity/userAssignedIdentities/Id%d", cluster.SubscriptionID, n),
+		TenantID:   cluster.TenantID,
+	}
+}
+
+// newIdentity makes a managed identity that is attached nowhere.
+func (l *layout) newIdentity(t *testing.T) azure.Identity {
+	t.Helper()
+	id := l.identity(l.serial.Add(1))
+	must(t, l.cloud.DefineIdentity(t.Context(), id))
+	return id
+}
+
+// neighbours are two nodes whose pods use the same machine.
+func (l *layout) neighbours() (string, string) {
+	if l.vms {
+		return "node1", "node1"
+	}
+	return "node1", "node2"
+}
+
+func (l *layout) attached(t *testing.T, node string, id azure.Identity) bool {
+	t.Helper()
+	m, err := l.cloud.Machine(t.Context(), node)
+	must(t, err)
+	return slices.Contains(m.Identities, azure.FoldID(id.ResourceID))
+}
+
+func (l *layout) untilDetached(t *testing.T, node string, id azure.Identity) {
+	t.Helper()
+	eventually(t, inTime, func() error {
+		if l.attached(t, node, id) {
+			return fmt.Errorf("%s is still attached to the machine of %s", id.ResourceID, node)
+		}
+		return nil
+	})
+}
+
+// changes are those of one identity on the machine of a node, the oldest first.
+func (l *layout) changes(t *testing.T, node string, id azure.Identity) []azure.ARMChange {
+	t.Helper()
+	all, err := l.cloud.ARMChanges(t.Context(), 0)
+	must(t, err)
+	m, err := l.cloud.Machine(t.Context(), node)
+	must(t, err)
+	return slices.DeleteFunc(all, func(c azure.ARMChange) bool {
+		return c.Identity != azure.FoldID(id.ResourceID) || c.Resource != azure.FoldID(m.ID)
+	})
+}
+
+// patches are the requests that were to attach or detach an identity, whatever came of them.
+func (l *layout) patches(t *testing.T, id azure.Identity) []azure.ARMRequest {
+	t.Helper()
+	all, err := l.cloud.ARMLog(t.Context(), 0)
+	must(t, err)
+	key := azure.FoldID(id.ResourceID)
+	return slices.DeleteFunc(all, func(r azure.ARMRequest) bool {
+		return r.Operation != azure.OpPatch || !slices.Contains(r.Add, key) && !slices.Contains(r.Remove, key)
+	})
+}
+
+// updates are those that ARM carried out. Others may have been refused for the sake of an identity of another test.
+func (l *layout) updates(t *testing.T, id azure.Identity) []azure.ARMRequest {
+	t.Helper()
+	return slices.DeleteFunc(l.patches(t, id), func(r azure.ARMRequest) bool { return !r.Accepted })
+}
+
+// mustGoAfterDelay waits until MIC has detached an identity, and checks that it let the delay pass before it asked ARM.
+func (l *layout) mustGoAfterDelay(t *testing.T, node string, id azure.Identity, unused time.Time) {
+	t.Helper()
+	l.untilDetached(t, node, id)
+	changes := l.changes(t, node, id)
+	last := changes[len(changes)-1]
+	for _, r := range l.updates(t, id) {
+		if r.OperationID == last.OperationID && r.Start.After(unused.Add(detachDelay)) {
+			return
+		}
+	}
+	t.Errorf("%s was in use until %s; what happened to it on the machine of %s: %+v", id.ResourceID, unused, node, changes)
+}
+
+func (l *layout) untilGone(t *testing.T, o client.Object) {
+	t.Helper()
+	eventually(t, inTime, func() error {
+		err := l.kube.Get(t.Context(), client.ObjectKeyFromObject(o), o)
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		return fmt.Errorf("%T %s/%s is still there (%v): %s", o, o.GetNamespace(), o.GetName(), err, asJSON(o))
+	})
+}
+
+// micPods are the pods of MIC, and leader the name of the one that leads.
+func (l *layout) micPods(ctx context.Context) ([]corev1.Pod, error) {
+	var pods corev1.PodList
+	err := l.kube.List(ctx, &pods, client.InNamespace(cluster.ChartNamespace), client.MatchingLabels{"app.kubernetes.io/component": "mic"})
+	return pods.Items, err
+}
+
+func (l *layout) lease(t *testing.T) string {
+	t.Helper()
+	var lease coordinationv1.Lease
+	must(t, l.kube.Get(t.Context(), client.ObjectKey{Namespace: cluster.ChartNamespace, Name: "aad-pod-identity-mic"}, &lease))
+	if lease.Spec.HolderIdentity == nil {
+		return ""
+	}
+	return *lease.Spec.HolderIdentity
+}
+
+// leader is the pod of the MIC that leads, and what the lease has of it, which another process in that pod would change.
+func (l *layout) leader(t *testing.T, before string) (pod, holder string) {
+	t.Helper()
+	eventually(t, 30*time.Second, func() error {
+		holder = l.lease(t)
+		pod, _, _ = strings.Cut(holder, "_")
+		if pod == "" || holder == before {
+			return fmt.Errorf("nobody has taken over from %q", before)
+		}
+		return nil
+	})
+	return pod, holder
+}
+
+// scaleMIC returns when there are as many pods of MIC, and they are ready.
+func (l *layout) scaleMIC(t *testing.T, replicas int) {
+	t.Helper()
+	var mic appsv1.Deployment
+	must(t, l.kube.Get(t.Context(), client.ObjectKey{Namespace: cluster.ChartNamespace, Name: micName}, &mic))
+	patch := client.RawPatch("application/merge-patch+json", fmt.Appendf(nil, `{"spec":{"replicas":%d}}`, replicas))
+	must(t, l.kube.Patch(t.Context(), &mic, patch))
+	eventually(t, time.Minute, func() error {
+		pods, err := l.micPods(t.Context())
+		if err != nil || len(pods) != replicas {
+			return fmt.Errorf("%d pods of MIC (%w)", len(pods), err)
+		}
+		for _, p := range pods {
+			if !isReady(&p) {
+				return fmt.Errorf("%s is not ready", p.Name)
+			}
+		}
+		return nil
+	})
+}
+
+func isReady(p *corev1.Pod) bool {
+	return slices.ContainsFunc(p.Status.Conditions, func(c corev1.PodCondition) bool {
+		return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
+	})
+}
+
+// from is a client in the network of a pod.
+func (l *layout) from(t *testing.T, namespace, pod string) *http.Client {
+	t.Helper()
+	var netns *os.File
+	eventually(t, 30*time.Second, func() (err error) {
+		netns, err = l.PodNetns(t.Context(), namespace, pod)
+		return err
+	})
+	t.Cleanup(func() { netns.Close() })
+	return &http.Client{Timeout: time.Minute, Transport: &http.Transport{
+		DialContext: cluster.DialFrom(fmt.Sprintf("/proc/self/fd/%d", netns.Fd()), nil), DisableKeepAlives: true,
+	}}
+}
+
+func get(ctx context.Context, c *http.Client, url string) (int, http.Header, string, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return 0, nil, "", err
+	}
+	req.Header.Set("Metadata", "true")
+	resp, err := c.Do(req)
+	if err != nil {
+		return 0, nil, "", err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, 4<<20))
+	return resp.StatusCode, resp.Header, string(body), err
+}
+
+func asJSON(o any) string {
+	text, _ := json.Marshal(o)
+	return string(text)
+}

@@ -1,0 +1,182 @@
+package standard
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/e2e/azure"
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+func anUpdateOutlivesItsLeaders(t *testing.T, l *layout) {
+	l.untilQuiet(t)
+	takes := time.Minute // what Azure takes for a scale set
+	if l.vms {
+		takes = 20 * time.Second // and for a virtual machine
+	}
+	must(t, l.cloud.SetDelay(t.Context(), "node1", takes))
+	defer func() { must(t, l.cloud.SetDelay(t.Context(), "node1", -1)) }()
+	s, id := l.newSpace(t), l.newIdentity(t)
+	s.bind("app", "app", managed(id))
+	s.start("p", "app", "node1")
+	eventually(t, 30*time.Second, func() error {
+		for _, ledger := range l.ledgers(t) {
+			if strings.Contains(ledger.Data["update"], "token") {
+				return nil
+			}
+		}
+		return fmt.Errorf("no update is under way: %+v", l.patches(t, id))
+	})
+	s.planChangesNothing(id)
+
+	first, holder := l.leader(t, "")
+	l.killMIC(t, first)
+	killed := time.Now()
+	second, holder := l.leader(t, holder)
+	t.Logf("MIC was killed, and %s leads %.1f s later", second, time.Since(killed).Seconds())
+	must(t, l.kube.Delete(t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: cluster.ChartNamespace, Name: second}}))
+	deleted := time.Now()
+	third, _ := l.leader(t, holder)
+	t.Logf("its pod was deleted, and %s leads %.1f s later", third, time.Since(deleted).Seconds())
+
+	patches := l.patches(t, id)
+	if len(patches) != 1 || !time.Now().Before(patches[0].End) {
+		t.Fatalf("the leaders were to change while this was under way: %+v", patches)
+	}
+	p := s.in("p")
+	eventually(t, takes+30*time.Second, func() error {
+		a := p.ask()
+		if a.status != 200 && (a.status != 503 || a.body["reason"] != "assignment_pending" || a.header.Get("Retry-After") != "5") {
+			t.Errorf("a pod whose identity is on its way is told %d %v %s", a.status, a.header, a.raw)
+		}
+		return a.isOf(l, id)
+	})
+	t.Logf("the pod had its token %.1f s after the update", time.Since(patches[0].End).Seconds())
+	s.untilAssigned("p", "app", id)
+	if patches := l.patches(t, id); len(patches) != 1 || patches[0].Overlap {
+		t.Errorf("the update was sent again: %+v", patches)
+	}
+}
+
+// untilQuiet waits until MIC has taken away all that the tests before have left.
+func (l *layout) untilQuiet(t *testing.T) {
+	t.Helper()
+	must(t, l.cloud.Set(t.Context(), map[string]string{"arm.delay": "0s"}))
+	defer func() { must(t, l.cloud.Set(t.Context(), map[string]string{"arm.delay": armDelay.String()})) }()
+	eventually(t, inTime, func() error {
+		var left v1.AzureAssignedIdentityList
+		if err := l.kube.List(t.Context(), &left); err != nil || len(left.Items) > 0 {
+			return fmt.Errorf("there still are %s (%v)", brief(left.Items), err)
+		}
+		if ledgers := l.ledgers(t); len(ledgers) > 0 {
+			return fmt.Errorf("there still are identities that MIC attached: %s", asJSON(ledgers))
+		}
+		return nil
+	})
+}
+
+// killMIC sends SIGKILL to the process of MIC in a pod. The kubelet starts another.
+func (l *layout) killMIC(t *testing.T, pod string) {
+	t.Helper()
+	pids, err := l.PodPIDs(t.Context(), cluster.ChartNamespace, pod)
+	must(t, err)
+	for _, pid := range pids {
+		exe, _ := os.Readlink("/proc/" + strconv.Itoa(pid) + "/exe")
+		if filepath.Base(exe) == "mic" {
+			must(t, syscall.Kill(pid, syscall.SIGKILL))
+			return
+		}
+	}
+	t.Fatalf("no process of MIC in %s among %v", pod, pids)
+}
+
+// planChangesNothing runs `mic plan` in a pod of MIC, with its arguments, while the identity is being attached.
+func (s *space) planChangesNothing(id azure.Identity) {
+	s.t.Helper()
+	pods, err := s.micPods(s.t.Context())
+	must(s.t, err)
+	versions := func() string {
+		var text strings.Builder
+		for _, a := range s.assignments("") {
+			fmt.Fprintln(&text, a.Name, a.ResourceVersion)
+		}
+		for _, l := range s.ledgers(s.t) {
+			fmt.Fprintln(&text, l.Name, l.ResourceVersion)
+		}
+		return text.String()
+	}
+	before := versions()
+	out, err := s.Kubectl(s.t.Context(), append([]string{"exec", "-n", cluster.ChartNamespace, "deployment/" + micName, "--", "/usr/bin/mic", "plan"},
+		pods[0].Spec.Containers[0].Args...)...)
+	must(s.t, err)
+	s.t.Logf("mic plan:\n%s", out)
+	m, err := s.cloud.Machine(s.t.Context(), "node1")
+	must(s.t, err)
+	for _, want := range []string{m.ID, "an update is under way", "attach " + id.ResourceID, "pod " + s.name + "/p", "MIC did not attach it", "PATCH", "1 waiting to be Assigned"} {
+		if !strings.Contains(out, want) {
+			s.t.Errorf("the plan does not say %q", want)
+		}
+	}
+	if now := versions(); now != before {
+		s.t.Errorf("after the plan there is\n%snot\n%s", now, before)
+	}
+	if patches := s.patches(s.t, id); len(patches) != 1 {
+		s.t.Errorf("the plan changed the machine: %+v", patches)
+	}
+}
+
+func metricsOfMIC(t *testing.T, l *layout) {
+	s := l.newSpace(t)
+	s.bind("app", "app", v1.AzureIdentitySpec{Type: v1.Federated, ClientID: "a9900000-0000-4000-8000-00000000ffff", TenantID: cluster.TenantID})
+	s.start("p", "app", "node1")
+	s.untilAssigned("p", "app", azure.Identity{})
+	s.end("p")
+	s.untilReleased("p")
+	leader, _ := l.leader(t, "")
+	status, _, body, err := get(t.Context(), l.from(t, cluster.ChartNamespace, leader), "http://127.0.0.1:8888/metrics")
+	if err != nil || status != 200 {
+		t.Fatalf("the metrics: %d %v", status, err)
+	}
+	kind := "vmss"
+	if l.vms {
+		kind = "vm"
+	}
+	for _, name := range []string{
+		"aadpodidentity_mic_new_leader_election_count", "aadpodidentity_mic_cycle_count", "aadpodidentity_mic_cycle_duration_seconds_count",
+		"aadpodidentity_assigned_identity_addition_count", "aadpodidentity_assigned_identity_deletion_count",
+		`aadpodidentity_cloud_provider_operations_duration_seconds_count{operation_type="` + kind + `_get"}`,
+		`podidentity_mic_arm_calls_total{operation="` + kind + `_get",outcome="ok"}`,
+		"podidentity_mic_assignment_duration_seconds_count",
+		`workqueue_adds_total{controller="pods",name="pods"`,
+	} {
+		if v, ok := sample(body, name); !ok || v <= 0 {
+			t.Errorf("%s is %v", name, v)
+		}
+	}
+	for _, name := range []string{"podidentity_mic_identities_set_aside", `workqueue_depth{controller="machines",name="machines"`} {
+		if v, ok := sample(body, name); !ok || v != 0 {
+			t.Errorf("%s is %v, %v", name, v, ok)
+		}
+	}
+}
+
+// sample is the value of the first line of metrics that begins in that way.
+func sample(metrics, begin string) (v float64, ok bool) {
+	for line := range strings.Lines(metrics) {
+		if strings.HasPrefix(line, begin) {
+			_, err := fmt.Sscan(line[strings.LastIndexByte(line, ' ')+1:], &v)
+			return v, err == nil
+		}
+	}
+	return 0, false
+}

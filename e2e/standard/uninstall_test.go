@@ -1,0 +1,78 @@
+package standard
+
+import (
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/e2e/azure"
+	"github.com/podidentity/podidentity/e2e/cluster"
+)
+
+// uninstall goes the way that the chart's notes say, while a pod uses an identity.
+func uninstall(t *testing.T, l *layout) {
+	s, id := l.newSpace(t), l.newIdentity(t)
+	s.bind("app", "app", managed(id))
+	s.start("p", "app", "node1")
+	p := s.in("p")
+	p.ask().mustBeOf(t, l, id)
+
+	must(t, l.cloud.Set(t.Context(), map[string]string{"arm.delay": "1s"}))
+	repo, err := cluster.RepoDir()
+	must(t, err)
+	l.helm(t, "upgrade", "podidentity", filepath.Join(repo, "deploy", "podidentity"), "--reset-then-reuse-values", "--set", "nmi.uninstall=true")
+	for _, what := range []string{"daemonset/podidentity-nmi", "deployment/" + micName} {
+		_, err := l.Kubectl(t.Context(), "rollout", "status", "-n", cluster.ChartNamespace, what, "--timeout=90s")
+		must(t, err)
+	}
+	var left v1.AzureAssignedIdentityList
+	must(t, l.kube.List(t.Context(), &left))
+	if ledgers := l.ledgers(t); len(left.Items)+len(ledgers) > 0 {
+		t.Errorf("MIC left %s and %s", brief(left.Items), asJSON(ledgers))
+	}
+	var want []string
+	for _, id := range append(l.foreign, l.stays) {
+		want = append(want, azure.FoldID(id.ResourceID))
+	}
+	slices.Sort(want)
+	machines, err := l.cloud.Machines(t.Context())
+	must(t, err)
+	for _, m := range machines {
+		if l.vms && slices.Contains(m.Nodes, "node2") { // where no pod used it
+			want = slices.DeleteFunc(slices.Clone(want), func(key string) bool { return key == azure.FoldID(l.stays.ResourceID) })
+		}
+		if !slices.Equal(m.Identities, want) || m.SystemAssigned == nil {
+			t.Errorf("%s is left with %v, not with %v", m.ID, m.Identities, want)
+		}
+	}
+	if a := p.ask("client_id=" + id.ClientID); a.status != 400 || a.body["reason"] != "" {
+		t.Errorf("without NMI the machine's own service answers, which does not know the identity: %d %s", a.status, a.raw)
+	}
+
+	l.helm(t, "uninstall", "podidentity", "--wait")
+	for _, name := range []string{s.name, cluster.ChartNamespace} {
+		must(t, l.kube.Delete(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}))
+	}
+	eventually(t, inTime, func() error { // also those of all tests before
+		out, err := l.Kubectl(t.Context(), "get", "namespaces")
+		if err == nil && (strings.Contains(out, "Terminating") || strings.Contains(out, "test-")) {
+			err = fmt.Errorf("namespaces are left:\n%s", out)
+		}
+		return err
+	})
+}
+
+func (l *layout) helm(t *testing.T, args ...string) {
+	t.Helper()
+	cmd, err := l.HelmCommand(t.Context(), append(args, "-n", cluster.ChartNamespace)...)
+	must(t, err)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("helm %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+}
