@@ -134,11 +134,12 @@ func (a pkcs12Answer) contents(hadPassword bool) (contents, error) {
 // pkcs12Opener opens files by way of a process each.
 type pkcs12Opener struct {
 	program string
+	wait    time.Duration // by the clock
 	running chan struct{}
 }
 
 func newPKCS12Opener() *pkcs12Opener {
-	return &pkcs12Opener{program: "/proc/self/exe", running: make(chan struct{}, pkcs12AtOnce)}
+	return &pkcs12Opener{program: "/proc/self/exe", wait: pkcs12Wait, running: make(chan struct{}, pkcs12AtOnce)}
 }
 
 // open is an [unlocker].
@@ -153,7 +154,7 @@ func (o *pkcs12Opener) open(ctx context.Context, file []byte, password string) (
 	case <-ctx.Done():
 		return contents{}, fmt.Errorf("waiting to open a PKCS#12 file: %w", ctx.Err())
 	}
-	ctx, cancel := context.WithTimeout(ctx, pkcs12Wait)
+	ctx, cancel := context.WithTimeout(ctx, o.wait)
 	defer cancel()
 	stdout := &bounded{room: pkcs12Message}
 	child := exec.CommandContext(ctx, o.program, ParseCommand)
