@@ -110,9 +110,9 @@ func sharedIdentity(t *testing.T, l *layout) {
 	s.bind("app", "app", managed(id))
 	s.start("a", "app", here)
 	s.start("b", "app", there)
-	s.in("a").ask().mustBeOf(t, l, id)
+	s.in("a").untilOf(id)
 	b := s.in("b")
-	b.ask().mustBeOf(t, l, id)
+	b.untilOf(id)
 	s.end("a")
 	s.untilReleased("a") // at once: nothing is to be detached with it
 	time.Sleep(detachDelay + 2*time.Second)
@@ -129,10 +129,10 @@ func movedPod(t *testing.T, l *layout) {
 	s, id := l.newSpace(t), l.newIdentity(t)
 	s.bind("app", "app", managed(id))
 	s.start("web-0", "app", "node1")
-	s.in("web-0").ask().mustBeOf(t, l, id)
+	s.in("web-0").untilOf(id)
 	told := s.end("web-0")
 	s.start("web-0", "app", "node2")
-	s.in("web-0").untilOf(id) // ARM may be silent about node2 for a while; see silentMachine
+	s.in("web-0").untilOf(id)
 	eventually(t, inTime, func() error {
 		have := s.assignments("web-0")
 		if len(have) != 1 || have[0].Spec.NodeName != "node2" || have[0].Labels[v1.NodeNameLabel] != "node2" || have[0].Status.Status != v1.AssignmentAssigned {
@@ -178,7 +178,7 @@ func deletedNamespace(t *testing.T, l *layout) {
 	p := &corev1.Pod{ObjectMeta: s.meta("p"), Spec: podSpec("node1")}
 	p.Labels = map[string]string{v1.BindingLabel: elsewhere.label("app")}
 	s.make(p)
-	s.in("p").ask().mustBeOf(t, l, id)
+	s.in("p").untilOf(id)
 	space := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: s.name}}
 	told := time.Now()
 	must(t, l.kube.Delete(t.Context(), space))

@@ -19,7 +19,7 @@ func detachedByHand(t *testing.T, l *layout) {
 	s.bind("app", "app", managed(id))
 	s.start("p", "app", "node1")
 	p := s.in("p")
-	p.ask().mustBeOf(t, l, id)
+	p.untilOf(id)
 	s.untilAssigned("p", "app", id)
 	must(t, l.cloud.DetachFrom(t.Context(), "node1", id.ResourceID))
 	detached := time.Now()
@@ -52,7 +52,7 @@ func immutableIdentity(t *testing.T, l *layout) {
 	s, id := l.newSpace(t), l.stays
 	s.bind("app", "app", managed(id))
 	s.start("p", "app", "node1")
-	s.in("p").ask().mustBeOf(t, l, id)
+	s.in("p").untilOf(id)
 	s.end("p")
 	s.untilReleased("p")
 	eventually(t, inTime, func() error {

@@ -32,7 +32,7 @@ import (
 const (
 	detachDelay = 5 * time.Second
 	// armDelay is how long ARM takes for an update. MIC begins the next one of a machine ten seconds after the last began.
-	armDelay = 6 * time.Second
+	armDelay = 8 * time.Second
 	// inTime is how long something that needs an update of a machine may take at the most: one may have begun just before,
 	// and what the other tests of this machine do at the same time may be in the way.
 	inTime = 60 * time.Second
@@ -228,7 +228,7 @@ func (l *layout) untilGone(t *testing.T, o client.Object) {
 	})
 }
 
-// micPods are the pods of MIC, and leader the name of the one that leads.
+// micPods are the pods of MIC.
 func (l *layout) micPods(ctx context.Context) ([]corev1.Pod, error) {
 	var pods corev1.PodList
 	err := l.kube.List(ctx, &pods, client.InNamespace(cluster.ChartNamespace), client.MatchingLabels{"app.kubernetes.io/component": "mic"})
@@ -269,7 +269,7 @@ func (l *layout) scaleMIC(t *testing.T, replicas int) {
 	eventually(t, time.Minute, func() error {
 		pods, err := l.micPods(t.Context())
 		if err != nil || len(pods) != replicas {
-			return fmt.Errorf("%d pods of MIC (%w)", len(pods), err)
+			return fmt.Errorf("%d pods of MIC (%v)", len(pods), err)
 		}
 		for _, p := range pods {
 			if !isReady(&p) {

@@ -22,7 +22,7 @@ func anUpdateOutlivesItsLeaders(t *testing.T, l *layout) {
 	l.untilQuiet(t)
 	takes := time.Minute // what Azure takes for a scale set
 	if l.vms {
-		takes = 20 * time.Second // and for a virtual machine
+		takes = 25 * time.Second // and for a virtual machine
 	}
 	must(t, l.cloud.SetDelay(t.Context(), "node1", takes))
 	defer func() { must(t, l.cloud.SetDelay(t.Context(), "node1", -1)) }()

@@ -21,7 +21,7 @@ func uninstall(t *testing.T, l *layout) {
 	s.bind("app", "app", managed(id))
 	s.start("p", "app", "node1")
 	p := s.in("p")
-	p.ask().mustBeOf(t, l, id)
+	p.untilOf(id)
 
 	must(t, l.cloud.Set(t.Context(), map[string]string{"arm.delay": "1s"}))
 	repo, err := cluster.RepoDir()
