@@ -347,7 +347,7 @@ func (f *fleet) gathering(key string) time.Duration {
 	return min(time.Until(m.lastNeed.Add(burst)), time.Until(m.firstNeed.Add(gatherMost)))
 }
 
-// gathered notes that an update begins.
+// gathered notes that an update begins, or that none is needed.
 func (f *fleet) gathered(key string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

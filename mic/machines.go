@@ -123,8 +123,12 @@ func (c *Controller) bringUp(ctx context.Context, key string, m *machine) (time.
 	var err error
 	for i := range conflicts {
 		p := c.plan(key, m)
-		if err := c.strike(ctx, key, m, p.strike); err != nil || p.empty() {
-			return c.untilNext(p, s), err
+		if err := c.strike(ctx, key, m, p.strike); err != nil {
+			return 0, err
+		}
+		if p.empty() {
+			c.fleet.gathered(key)
+			return c.untilNext(p, s), nil
 		}
 		if rest := max(pause-time.Since(s.patched), c.fleet.gathering(key)); i == 0 && rest > 0 {
 			return rest, nil
@@ -339,13 +343,26 @@ func (c *Controller) patch(ctx context.Context, key string, m *machine, add, rem
 		}
 		var state azure.State
 		if state, err = op.Wait(ctx); err == nil {
-			c.log.Info("changed the identities of a machine", zap.String(keyMachine, m.resource.ID()), zap.Duration("took", time.Since(next.Update.Started)))
-			c.saw(key, m, state)
-			return c.settle(ctx, key, m)
+			return c.endWell(ctx, key, m, state)
 		}
 	}
 	c.fleet.unclear(key)
 	return c.endBadly(ctx, key, m, op, before, err)
+}
+
+// endWell is what follows from an update that Azure has under way no more, as it says. It says so too of one that it has
+// lost sight of, which may go on all the same.
+func (c *Controller) endWell(ctx context.Context, key string, m *machine, state azure.State) error {
+	c.saw(key, m, state)
+	u := m.state.ledger.Update
+	there := func(id string) bool { _, ok := state.Identities[azure.Fold(id)]; return ok }
+	missing := func(id string) bool { return !there(id) }
+	if busy(&m.state) && (slices.ContainsFunc(u.Add, missing) || slices.ContainsFunc(u.Remove, there)) {
+		c.fleet.unclear(key)
+		return fmt.Errorf("the update of %s is still going on, though Azure knows nothing of it any more", m.resource.ID())
+	}
+	c.log.Info("changed the identities of a machine", zap.String(keyMachine, m.resource.ID()), zap.Duration("took", time.Since(u.Started)))
+	return c.settle(ctx, key, m)
 }
 
 // endBadly is what follows from an update that failed. What Azure refused at once did not happen, and the ledger says
