@@ -4,6 +4,7 @@ GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 FUZZ    ?= 10m
+STORIES ?= 100000
 
 .DEFAULT_GOAL := help
 .PHONY: help build cross test unit lint generate verify-generated chart e2e tools prerequisites \
@@ -74,7 +75,8 @@ verify-generated: tools ## fail if generated files are not up to date
 prerequisites: ## install the Debian packages that the tests need on this machine
 	sh e2e/prerequisites.sh
 
-fuzz: ## each fuzz target for FUZZ (10m)
+fuzz: ## each fuzz target for FUZZ (10m), and STORIES (100000) fresh stories of MIC
+	$(GO) -C e2e test ./mic -run Whatever -fresh -stories $(STORIES) -timeout 0
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzPath$$' -fuzztime $(FUZZ)
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzParseRequest$$' -fuzztime $(FUZZ)
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzParseHostToken$$' -fuzztime $(FUZZ)

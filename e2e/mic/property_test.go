@@ -27,6 +27,7 @@ var (
 	stepsFlag = flag.String("steps", "", "with -seed: play only these steps, such as 2,3,7")
 	traceFlag = flag.Bool("trace", false, "with -seed: print what the controller sends and logs")
 	countFlag = flag.Int("stories", 0, "how many stories to play")
+	freshFlag = flag.Bool("fresh", false, "play stories that nobody has played before, in place of the same ones each time")
 )
 
 // begin sets the scene: Azure's habits, machines, nodes, some objects, perhaps those of the predecessor, and a leader.
@@ -179,12 +180,17 @@ func shrink(t *testing.T, seed uint64, steps []int) (outcome, []int) {
 var formerFailures = []uint64{
 	1795334226108038248, 1795334226108038490, // an assignment outlives what it was for
 	1795334378719304021, 1795334588804852191, 1795334588804853193, // an update taken for ended
-	1795335930879708681, // the predecessor's assignment for another node
-	1795336505139002702, // an update struck from the ledger because the machine could not be read after it
+	1795335930879708681,                      // the predecessor's assignment for another node
+	1795336505139002702,                      // an update struck from the ledger because the machine could not be read after it
+	1795338935932751759, 1795338935932752895, // an update of which Azure has lost sight
 }
 
 func TestWhateverHappensNothingInUseIsDetachedAndEverythingEndsAsWanted(t *testing.T) {
-	first, count := uint64(time.Now().UnixNano()), storiesByDefault
+	// The same each time, so that what is found speaks of the code and not of the day; `make fuzz` plays fresh ones.
+	first, count := uint64(1), storiesByDefault
+	if *freshFlag {
+		first = uint64(time.Now().UnixNano())
+	}
 	if *countFlag > 0 {
 		count = *countFlag
 	}
