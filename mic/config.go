@@ -1,10 +1,8 @@
 package mic
 
 import (
-	"crypto/x509"
 	"errors"
 	"fmt"
-	"os"
 	"regexp"
 	"time"
 
@@ -115,23 +113,4 @@ func (c Config) Validate() error {
 	}
 	within("leader-election-duration", lead.Duration, 5*time.Second, 5*time.Minute)
 	return errors.Join(problems...)
-}
-
-// rootCAs returns what TLS connections to Azure are verified with; nil is what the system trusts.
-func (c Config) rootCAs() (*x509.CertPool, error) {
-	if c.CABundle == "" {
-		return nil, nil
-	}
-	text, err := os.ReadFile(c.CABundle)
-	if err != nil {
-		return nil, fmt.Errorf("reading --ca-bundle: %w", err)
-	}
-	pool, err := x509.SystemCertPool()
-	if err != nil {
-		pool = x509.NewCertPool()
-	}
-	if !pool.AppendCertsFromPEM(text) {
-		return nil, fmt.Errorf("--ca-bundle %s holds no certificate in PEM form", c.CABundle)
-	}
-	return pool, nil
 }

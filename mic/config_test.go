@@ -2,8 +2,6 @@ package mic
 
 import (
 	"math"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -91,22 +89,5 @@ func TestAllProblemsAreToldAtOnce(t *testing.T) {
 	err := Config{DetachDelay: -1}.Validate()
 	if err == nil || strings.Count(err.Error(), "\n") < 9 {
 		t.Errorf("an empty configuration has only these problems: %v", err)
-	}
-}
-
-func TestABundleThatHoldsNoCertificateIsRefused(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "ca.pem")
-	config := Config{CABundle: file}
-	if _, err := config.rootCAs(); err == nil || !strings.Contains(err.Error(), "reading --ca-bundle") {
-		t.Errorf("no file: %v", err)
-	}
-	if err := os.WriteFile(file, []byte("none"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := config.rootCAs(); err == nil || !strings.Contains(err.Error(), "holds no certificate") {
-		t.Errorf("no certificate: %v", err)
-	}
-	if pool, err := (Config{}).rootCAs(); pool != nil || err != nil {
-		t.Errorf("no bundle: %v, %v", pool, err)
 	}
 }

@@ -13,8 +13,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/apimachinery/pkg/runtime/serializer"
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
@@ -23,6 +21,7 @@ import (
 
 	"github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
@@ -72,25 +71,25 @@ func New(cfg Config, deps Deps) (*Controller, error) {
 	if err := v1.AddToScheme(scheme); err != nil {
 		return nil, err
 	}
-	kube := rest.CopyConfig(deps.Kube)
+	config := rest.CopyConfig(deps.Kube)
 	// One budget for all that MIC does; see the README for how it was chosen.
-	kube.RateLimiter = flowcontrol.NewTokenBucketRateLimiter(cfg.QPS, cfg.Burst)
+	config.RateLimiter = flowcontrol.NewTokenBucketRateLimiter(cfg.QPS, cfg.Burst)
 	c := &Controller{
 		cfg: cfg, arm: deps.Machines, log: deps.Log, loaded: make(chan struct{}),
 		// Whether a Secret may be used is NMI's to say, which reads it.
 		rules: identity.Rules{Mode: identity.Standard, ForceNamespaced: cfg.ForceNamespaced, AllowCrossNamespaceSecrets: true},
 	}
-	core, err := restClient(kube, scheme, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf)
+	core, err := kube.Client(config, scheme, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf)
 	if err != nil {
 		return nil, err
 	}
-	if c.crds, err = restClient(kube, scheme, v1.GroupVersion, "/apis", runtime.ContentTypeJSON); err != nil {
+	if c.crds, err = kube.Client(config, scheme, v1.GroupVersion, "/apis", runtime.ContentTypeJSON); err != nil {
 		return nil, err
 	}
 	if c.cluster, err = newCluster(core, c.crds); err != nil {
 		return nil, err
 	}
-	client, err := typedcorev1.NewForConfig(kube)
+	client, err := typedcorev1.NewForConfig(config)
 	if err != nil {
 		return nil, err
 	}
@@ -112,14 +111,6 @@ func New(cfg Config, deps Deps) (*Controller, error) {
 // machineWorkers is how many machines are worked on at the same time. Each may take Azure a minute, or not answer at
 // all, without the others being held up. A worker costs some kilobytes.
 const machineWorkers = 256
-
-func restClient(config *rest.Config, scheme *runtime.Scheme, gv schema.GroupVersion, path, contentType string) (rest.Interface, error) {
-	c := rest.CopyConfig(config)
-	c.GroupVersion, c.APIPath = &gv, path
-	c.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
-	c.ContentType, c.AcceptContentTypes = contentType, contentType+","+runtime.ContentTypeJSON
-	return rest.RESTClientFor(c)
-}
 
 func (c *Controller) wakePod(key string) { c.pods.Add(key) }
 

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
@@ -25,7 +26,7 @@ func Plan(ctx context.Context, cfg Config, log *zap.Logger, out io.Writer) error
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
-	kube, err := kubeConfig(cfg)
+	config, err := kube.Config(cfg.Kubeconfig, userAgent)
 	if err != nil {
 		return err
 	}
@@ -34,7 +35,7 @@ func Plan(ctx context.Context, cfg Config, log *zap.Logger, out io.Writer) error
 	if err != nil {
 		return err
 	}
-	c, err := New(cfg, Deps{Kube: kube, Machines: arm, Log: zap.NewNop(), Registry: registry})
+	c, err := New(cfg, Deps{Kube: config, Machines: arm, Log: zap.NewNop(), Registry: registry})
 	if err != nil {
 		return err
 	}

@@ -15,7 +15,6 @@ import (
 	"go.uber.org/zap"
 	"k8s.io/apimachinery/pkg/util/uuid"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/leaderelection/resourcelock"
 	"sigs.k8s.io/controller-runtime/pkg/healthz"
 	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
@@ -23,8 +22,13 @@ import (
 	ctrlmetrics "sigs.k8s.io/controller-runtime/pkg/metrics"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
+	"github.com/podidentity/podidentity/internal/kube"
+	"github.com/podidentity/podidentity/internal/outbound"
 	"github.com/podidentity/podidentity/mic/azure"
 )
+
+// userAgent is what the API server knows MIC by.
+const userAgent = "podidentity-mic"
 
 // Run works as one of several MICs, of which the leader does everything, until ctx ends or the lead is lost; that is an
 // error, after which the process is to be started again.
@@ -45,7 +49,7 @@ func stand(ctx context.Context, cfg Config, log *zap.Logger, drain bool) error {
 		return err
 	}
 	ctrllog.SetLogger(zapr.NewLogger(log.WithOptions(zap.IncreaseLevel(zap.WarnLevel))))
-	kube, err := kubeConfig(cfg)
+	config, err := kube.Config(cfg.Kubeconfig, userAgent)
 	if err != nil {
 		return err
 	}
@@ -58,12 +62,12 @@ func stand(ctx context.Context, cfg Config, log *zap.Logger, drain bool) error {
 	if err != nil {
 		return err
 	}
-	c, err = New(cfg, Deps{Kube: kube, Machines: arm, Log: log, Registry: ctrlmetrics.Registry})
+	c, err = New(cfg, Deps{Kube: config, Machines: arm, Log: log, Registry: ctrlmetrics.Registry})
 	if err != nil {
 		return err
 	}
 	c.drain = drain
-	m, err := newManager(cfg, kube, drain)
+	m, err := newManager(cfg, config, drain)
 	if err != nil {
 		return err
 	}
@@ -134,23 +138,10 @@ func awaitReplaced(ctx context.Context, file string) error {
 	}
 }
 
-func kubeConfig(cfg Config) (*rest.Config, error) {
-	find := rest.InClusterConfig
-	if cfg.Kubeconfig != "" {
-		find = func() (*rest.Config, error) { return clientcmd.BuildConfigFromFlags("", cfg.Kubeconfig) }
-	}
-	config, err := find()
-	if err != nil {
-		return nil, fmt.Errorf("finding the API server: %w; run MIC in a pod, or give --kubeconfig", err)
-	}
-	config.UserAgent = "podidentity-mic"
-	return config, nil
-}
-
 // newMachines is the way to Azure, with the configuration as it is at any time.
 // configured is called when there is one that can be used.
 func newMachines(cfg Config, log *zap.Logger, r prometheus.Registerer, configured func()) (*azure.Reloading, error) {
-	roots, err := cfg.rootCAs()
+	roots, err := outbound.RootCAs(cfg.CABundle)
 	if err != nil {
 		return nil, err
 	}
@@ -171,12 +162,12 @@ func newMachines(cfg Config, log *zap.Logger, r prometheus.Registerer, configure
 
 // newManager prepares leader election, metrics and probes. MIC that uninstalls has no probes: its pod becomes ready when
 // all is done.
-func newManager(cfg Config, kube *rest.Config, drain bool) (manager.Manager, error) {
+func newManager(cfg Config, config *rest.Config, drain bool) (manager.Manager, error) {
 	lease := cfg.LeaderElection.Duration
 	// Two MICs may have been given one name.
 	identity := cfg.LeaderElection.Instance + "_" + string(uuid.NewUUID())
 	lock, err := resourcelock.NewFromKubeconfig(resourcelock.LeasesResourceLock, cfg.LeaderElection.Namespace, cfg.LeaderElection.Name,
-		resourcelock.ResourceLockConfig{Identity: identity}, kube, lease*2/3)
+		resourcelock.ResourceLockConfig{Identity: identity}, config, lease*2/3)
 	if err != nil {
 		return nil, fmt.Errorf("preparing leader election: %w", err)
 	}
@@ -200,7 +191,7 @@ func newManager(cfg Config, kube *rest.Config, drain bool) (manager.Manager, err
 	if cfg.Profile {
 		options.PprofBindAddress = fmt.Sprintf("127.0.0.1:%d", profilePort)
 	}
-	m, err := manager.New(kube, options)
+	m, err := manager.New(config, options)
 	if err != nil {
 		return nil, fmt.Errorf("preparing to work: %w", err)
 	}

@@ -9,13 +9,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/internal/outbound"
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
 // prepareTokens builds what is between a decision and its token. Requests wait for assignments until ctx ends; watches of
 // Secrets end with watching.
 func (n *node) prepareTokens(ctx, watching context.Context) error {
-	roots, err := n.cfg.rootCAs()
+	roots, err := outbound.RootCAs(n.cfg.CABundle)
 	if err != nil {
 		return err
 	}

@@ -1,7 +1,6 @@
 package nmi
 
 import (
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -179,25 +178,6 @@ func (c Config) checkKubenet() error {
 		return fmt.Errorf("%s says that this node uses kubenet, where a pod can take the address of another by ARP; use another network plugin, or drop NET_RAW from all pods and give --allow-network-plugin-kubenet", c.KubeletConfig)
 	}
 	return nil
-}
-
-// rootCAs returns what TLS connections to Entra ID are verified with; nil is what the system trusts.
-func (c Config) rootCAs() (*x509.CertPool, error) {
-	if c.CABundle == "" {
-		return nil, nil
-	}
-	text, err := os.ReadFile(c.CABundle)
-	if err != nil {
-		return nil, fmt.Errorf("reading --ca-bundle: %w", err)
-	}
-	pool, err := x509.SystemCertPool()
-	if err != nil {
-		pool = x509.NewCertPool()
-	}
-	if !pool.AppendCertsFromPEM(text) {
-		return nil, fmt.Errorf("--ca-bundle %s holds no certificate in PEM form", c.CABundle)
-	}
-	return pool, nil
 }
 
 func (c Config) listen() netip.AddrPort {

@@ -19,8 +19,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
-	"k8s.io/client-go/tools/clientcmd"
 
+	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/iptables"
 	"github.com/podidentity/podidentity/metadata"
 	"github.com/podidentity/podidentity/nmi/token"
@@ -95,15 +95,10 @@ func Run(ctx context.Context, cfg Config, logs Loggers) error {
 }
 
 func kubeConfig(cfg Config) (*rest.Config, error) {
-	find := rest.InClusterConfig
-	if cfg.Kubeconfig != "" {
-		find = func() (*rest.Config, error) { return clientcmd.BuildConfigFromFlags("", cfg.Kubeconfig) }
-	}
-	config, err := find()
+	config, err := kube.Config(cfg.Kubeconfig, "podidentity-nmi")
 	if err != nil {
-		return nil, fmt.Errorf("finding the API server: %w; run NMI in a pod, or give --kubeconfig", err)
+		return nil, err
 	}
-	config.UserAgent = "podidentity-nmi"
 	// When a node starts, each of its pods may need one small answer of the API server before its first token.
 	config.QPS, config.Burst = 50, 100
 	return config, nil

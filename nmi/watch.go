@@ -14,14 +14,14 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
+
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
@@ -68,10 +68,10 @@ func newWatch(config *rest.Config, node string, rules identity.Rules, tell liste
 	}
 	w := &watch{node: node, rules: rules, failed: tell.failed}
 	var err error
-	if w.core, err = restClient(config, scheme, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf); err != nil {
+	if w.core, err = kube.Client(config, scheme, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf); err != nil {
 		return nil, err
 	}
-	if w.crds, err = restClient(config, scheme, v1.GroupVersion, "/apis", runtime.ContentTypeJSON); err != nil {
+	if w.crds, err = kube.Client(config, scheme, v1.GroupVersion, "/apis", runtime.ContentTypeJSON); err != nil {
 		return nil, err
 	}
 
@@ -133,14 +133,6 @@ func lastState(o any) any {
 		return tombstone.Obj
 	}
 	return o
-}
-
-func restClient(config *rest.Config, scheme *runtime.Scheme, gv schema.GroupVersion, path, contentType string) (rest.Interface, error) {
-	c := rest.CopyConfig(config)
-	c.GroupVersion, c.APIPath = &gv, path
-	c.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
-	c.ContentType, c.AcceptContentTypes = contentType, contentType+","+runtime.ContentTypeJSON
-	return rest.RESTClientFor(c)
 }
 
 func (w *watch) all() []cache.SharedIndexInformer {

@@ -23,6 +23,8 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/arm"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/cloud"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+
+	"github.com/podidentity/podidentity/internal/outbound"
 )
 
 // Observer is told of each call to ARM when it has ended. operation is vm_get, vm_update, vm_poll, vmss_get, vmss_update
@@ -72,7 +74,7 @@ type Client struct {
 
 // subscription is what is known of one. ARM throttles by subscription, so each has a door of its own.
 type subscription struct {
-	door     door
+	door     outbound.Door
 	machines [2]machines // by Kind
 }
 
@@ -196,7 +198,7 @@ func (c *Client) subscription(r Resource) (*subscription, error) {
 
 // call puts a question to ARM, unless the subscription is shut. Its error is an *Error.
 func (c *Client) call(ctx context.Context, operation string, s *subscription, requested map[string]bool, put func(context.Context) error) error {
-	if wait := s.door.shut(); wait > 0 {
+	if wait := s.door.Shut(); wait > 0 {
 		return &Error{Class: Throttled, Operation: operation, RetryAfter: wait, Message: "Azure asked for the subscription to be left alone"}
 	}
 	start := time.Now()
@@ -210,7 +212,7 @@ func (c *Client) call(ctx context.Context, operation string, s *subscription, re
 		failed = c.failed(ctx, operation, requested, err)
 		outcome = string(failed.Class)
 		if failed.Class == Throttled {
-			s.door.close(failed.RetryAfter)
+			s.door.Close(failed.RetryAfter)
 		}
 	}
 	if c.observer != nil {

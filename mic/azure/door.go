@@ -3,7 +3,6 @@ package azure
 import (
 	"net/http"
 	"strconv"
-	"sync"
 	"time"
 )
 
@@ -13,27 +12,6 @@ const (
 	// maxRetryAfter bounds what an answer can ask for. ARM's longest limits are by the hour.
 	maxRetryAfter = time.Hour
 )
-
-// door is shut for a while after ARM asked to be left alone.
-type door struct {
-	mu        sync.Mutex
-	shutUntil time.Time
-}
-
-// shut returns how long ARM is still to be left alone.
-func (d *door) shut() time.Duration {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return time.Until(d.shutUntil)
-}
-
-func (d *door) close(wait time.Duration) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if until := time.Now().Add(wait); until.After(d.shutUntil) {
-		d.shutUntil = until
-	}
-}
 
 // retryAfter returns how long an answer asks to wait; 0 if it does not say.
 func retryAfter(h http.Header) time.Duration {

@@ -6,7 +6,8 @@ import (
 	"regexp"
 	"strings"
 	"time"
-	"unicode"
+
+	"github.com/podidentity/podidentity/internal/outbound"
 )
 
 // Class sorts failures by what to do about them. It is fit to be a metric label.
@@ -62,7 +63,7 @@ func (e *Error) Error() string {
 	if e.Message != "" {
 		b.WriteString(": " + e.Message)
 	} else if e.Err != nil {
-		b.WriteString(": " + oneLine(e.Err.Error(), maxMessage))
+		b.WriteString(": " + outbound.OneLine(e.Err.Error(), maxMessage))
 	}
 	if e.RetryAfter > 0 {
 		fmt.Fprintf(&b, " (again after %s)", e.RetryAfter.Round(time.Second))
@@ -87,22 +88,6 @@ const (
 	maxID      = 64
 )
 
-// oneLine makes a text from outside fit for a line of a log: no ends of lines, no control characters, at most so many
-// bytes.
-func oneLine(s string, most int) string {
-	s = strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
-			return ' '
-		}
-		return r
-	}, s)
-	s = strings.ToValidUTF8(strings.Join(strings.Fields(s), " "), "")
-	if len(s) > most {
-		s = strings.ToValidUTF8(s[:most], "")
-	}
-	return s
-}
-
 // jwt is what a token looks like.
 var jwt = regexp.MustCompile(`eyJ[\w-]+\.[\w-]+(\.[\w-]*)?`)
 
@@ -117,7 +102,7 @@ func (c cleaner) clean(s string, most int) string {
 	if len(c.secret) >= minSecret {
 		s = strings.ReplaceAll(s, string(c.secret), redacted)
 	}
-	return oneLine(jwt.ReplaceAllString(s, redacted), most)
+	return outbound.OneLine(jwt.ReplaceAllString(s, redacted), most)
 }
 
 // unanswered makes an Error of a failure in which nothing was answered.

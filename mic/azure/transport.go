@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+
+	"github.com/podidentity/podidentity/internal/outbound"
 )
 
 const (
@@ -65,7 +67,7 @@ func (t transporter) Do(r *http.Request) (*http.Response, error) {
 }
 
 func (t transporter) exchange(r *http.Request) (*http.Response, error) {
-	sent, err := withOwnBody(r)
+	sent, err := outbound.WithOwnBody(r)
 	if err != nil {
 		return nil, err
 	}
@@ -85,22 +87,6 @@ func (t transporter) exchange(r *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// withOwnBody returns the request with a body of its own. After an answer that came early net/http may still be reading
-// the body, while the library already rewinds it for the next attempt.
-func withOwnBody(r *http.Request) (*http.Request, error) {
-	if r.Body == nil || r.Body == http.NoBody {
-		return r, nil
-	}
-	body, err := io.ReadAll(r.Body)
-	if err != nil {
-		return nil, err
-	}
-	own := r.WithContext(r.Context())
-	own.Body, own.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
-	own.GetBody = nil
-	return own, nil
-}
-
 // withoutURL takes the URL out of an error of net/http: the query of a URL to poll is as good as a password.
 func withoutURL(err error) error {
 	var u *url.Error
@@ -114,7 +100,7 @@ func withoutURL(err error) error {
 type elsewhere string
 
 func (e elsewhere) Error() string {
-	return fmt.Sprintf("%q is not the host of Azure Resource Manager, or not asked by https", oneLine(string(e), 253))
+	return fmt.Sprintf("%q is not the host of Azure Resource Manager, or not asked by https", outbound.OneLine(string(e), 253))
 }
 
 // NonRetriable keeps the Azure SDK from trying again.

@@ -13,7 +13,6 @@ import (
 	"net/url"
 	"strings"
 	"time"
-	"unicode"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/cloud"
@@ -23,6 +22,7 @@ import (
 	lru "github.com/hashicorp/golang-lru/v2"
 
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/internal/outbound"
 )
 
 const (
@@ -61,7 +61,7 @@ type client struct {
 	turn chan struct{}
 	// door is shut by a 429, which Entra ID answers to one application or one tenant. Each principal finds that out for
 	// itself: were it shared by tenant, whoever names a tenant could shut it for others.
-	door door
+	door outbound.Door
 
 	credential  azcore.TokenCredential
 	expires     time.Time // of the certificate; zero if there is none
@@ -139,7 +139,7 @@ func (e *Entra) ask(ctx context.Context, c *client, call Call, assertion string)
 	case <-ctx.Done():
 		return Token{}, nil, &Error{Class: Unavailable, Err: fmt.Errorf("waiting for earlier requests of this identity: %w", ctx.Err())}
 	}
-	if wait := c.door.shut(); wait > 0 {
+	if wait := c.door.Shut(); wait > 0 {
 		return Token{}, nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "Entra ID asked to be left alone", RetryAfter: wait}
 	}
 	if failed := e.prepare(ctx, c, call.Principal); failed != nil {
@@ -159,12 +159,12 @@ func (e *Entra) ask(ctx context.Context, c *client, call Call, assertion string)
 	if err != nil {
 		failed, codes := x.failure(call.Principal, err)
 		if failed.Class == Throttled {
-			c.door.close(failed.RetryAfter)
+			c.door.Close(failed.RetryAfter)
 		}
 		return Token{}, codes, failed
 	}
 	t := describe(got.Token, got.ExpiresOn, time.Now())
-	t.CorrelationID = oneLine(cmp.Or(x.answer.header.Get("client-request-id"), x.requestID, x.answer.header.Get("x-ms-request-id")), maxID)
+	t.CorrelationID = outbound.OneLine(cmp.Or(x.answer.header.Get("client-request-id"), x.requestID, x.answer.header.Get("x-ms-request-id")), maxID)
 	return t, nil, nil
 }
 
@@ -331,8 +331,8 @@ func (x *exchange) failure(p Principal, err error) (*Error, []int) {
 		CorrelationID string `json:"correlation_id"`
 	}
 	_ = json.Unmarshal(a.body, &body) // what is not as expected stays empty
-	e := &Error{Class: Denied, Status: a.status, Code: oneLine(x.withoutProof(body.Error), 128)}
-	e.CorrelationID = oneLine(x.withoutProof(cmp.Or(body.CorrelationID, a.header.Get("client-request-id"), x.requestID)), maxID)
+	e := &Error{Class: Denied, Status: a.status, Code: outbound.OneLine(x.withoutProof(body.Error), 128)}
+	e.CorrelationID = outbound.OneLine(x.withoutProof(cmp.Or(body.CorrelationID, a.header.Get("client-request-id"), x.requestID)), maxID)
 	e.Description = clipDescription(x.withoutProof(body.Description), e.CorrelationID)
 	switch {
 	case a.status == http.StatusTooManyRequests:
@@ -358,27 +358,11 @@ const maxID = 64
 // clipDescription bounds Entra ID's text, which ends in IDs, so that the one stays by which its logs know the exchange.
 func clipDescription(text, correlationID string) string {
 	const most = 512
-	whole := oneLine(text, len(text))
-	clipped := oneLine(whole, most)
+	whole := outbound.OneLine(text, len(text))
+	clipped := outbound.OneLine(whole, most)
 	if len(clipped) == len(whole) || correlationID == "" || strings.Contains(clipped, correlationID) {
 		return clipped
 	}
 	end := " Correlation ID: " + correlationID
-	return oneLine(whole, most-len(end)) + end
-}
-
-// oneLine makes a text from outside fit for a line of a log: no ends of lines, no control characters, at most so many
-// bytes.
-func oneLine(s string, most int) string {
-	s = strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
-			return ' '
-		}
-		return r
-	}, s)
-	s = strings.Join(strings.Fields(s), " ")
-	if len(s) > most {
-		s = strings.ToValidUTF8(s[:most], "")
-	}
-	return s
+	return outbound.OneLine(whole, most-len(end)) + end
 }

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/time/rate"
+
+	"github.com/podidentity/podidentity/internal/outbound"
 )
 
 // IMDS allows one machine 20 identity requests a second and 5 at a time (documented under "Rate limits" of managed
@@ -23,7 +25,7 @@ type gate struct {
 	next    http.RoundTripper
 	limiter *rate.Limiter
 	slots   slots
-	door    door
+	door    outbound.Door
 }
 
 func newGate(next http.RoundTripper) *gate {
@@ -34,7 +36,7 @@ func newGate(next http.RoundTripper) *gate {
 func (g *gate) RoundTrip(r *http.Request) (*http.Response, error) { return g.slots.send(r, g.pass) }
 
 func (g *gate) pass(r *http.Request) (*http.Response, error) {
-	if wait := g.door.shut(); wait > 0 {
+	if wait := g.door.Shut(); wait > 0 {
 		return nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "IMDS asked to be left alone", RetryAfter: wait}
 	}
 	if err := g.limiter.Wait(r.Context()); err != nil {
@@ -42,7 +44,7 @@ func (g *gate) pass(r *http.Request) (*http.Response, error) {
 	}
 	resp, err := g.next.RoundTrip(r)
 	if err == nil && resp.StatusCode == http.StatusTooManyRequests {
-		g.door.close(retryAfter(resp.Header))
+		g.door.Close(retryAfter(resp.Header))
 	}
 	return resp, err
 }
@@ -64,27 +66,6 @@ func (s slots) send(r *http.Request, next func(*http.Request) (*http.Response, e
 	}
 	resp.Body = &slotBody{ReadCloser: resp.Body, free: sync.OnceFunc(func() { <-s })}
 	return resp, nil
-}
-
-// door is shut for a while after somebody asked to be left alone.
-type door struct {
-	mu        sync.Mutex
-	shutUntil time.Time
-}
-
-// shut returns how long it is still to be left alone.
-func (d *door) shut() time.Duration {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return time.Until(d.shutUntil)
-}
-
-func (d *door) close(wait time.Duration) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if until := time.Now().Add(wait); until.After(d.shutUntil) {
-		d.shutUntil = until
-	}
 }
 
 // A 429 without Retry-After closes the gate for a second; one that asks for more than a minute is not believed.

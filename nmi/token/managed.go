@@ -15,6 +15,8 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 	lru "github.com/hashicorp/golang-lru/v2"
+
+	"github.com/podidentity/podidentity/internal/outbound"
 )
 
 // maxAnswer bounds what is read of an answer. A token has 2 KiB, one with very many groups 10.
@@ -135,7 +137,7 @@ type transporter struct{ client *http.Client }
 
 func (t transporter) Do(r *http.Request) (*http.Response, error) {
 	seen, _ := r.Context().Value(answerKey{}).(*answer)
-	sent, err := withOwnBody(r)
+	sent, err := outbound.WithOwnBody(r)
 	if err != nil {
 		return nil, err
 	}
@@ -159,22 +161,6 @@ func (t transporter) Do(r *http.Request) (*http.Response, error) {
 	}
 	resp.Body = io.NopCloser(bytes.NewReader(body))
 	return resp, nil
-}
-
-// withOwnBody returns the request with a body of its own. After an answer that came early net/http may still be reading
-// the body, while the library already rewinds it for the next attempt.
-func withOwnBody(r *http.Request) (*http.Request, error) {
-	if r.Body == nil || r.Body == http.NoBody {
-		return r, nil
-	}
-	body, err := io.ReadAll(r.Body)
-	if err != nil {
-		return nil, err
-	}
-	own := r.WithContext(r.Context())
-	own.Body, own.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
-	own.GetBody = nil
-	return own, nil
 }
 
 type answerKey struct{}

@@ -1,0 +1,76 @@
+package outbound
+
+import (
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestADoorStaysShutForTheLongestThatWasAskedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var d Door
+		if d.Shut() > 0 {
+			t.Error("a new door is shut")
+		}
+		d.Close(time.Minute)
+		d.Close(time.Second)
+		time.Sleep(59 * time.Second)
+		if left := d.Shut(); left != time.Second {
+			t.Errorf("it is shut for another %s", left)
+		}
+		time.Sleep(time.Second)
+		if d.Shut() > 0 {
+			t.Error("it is still shut")
+		}
+	})
+}
+
+func TestARequestsOwnBodyIsNotThatOfTheNextAttempt(t *testing.T) {
+	shared := strings.NewReader("all of it")
+	r, err := http.NewRequest(http.MethodPost, "http://x/", io.NopCloser(shared))
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := WithOwnBody(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	shared.Reset("rewound")
+	got, err := io.ReadAll(own.Body)
+	if err != nil || string(got) != "all of it" || own.ContentLength != int64(len(got)) || own.GetBody != nil {
+		t.Errorf("%q, %v, length %d", got, err, own.ContentLength)
+	}
+	r.Body = http.NoBody
+	if same, err := WithOwnBody(r); err != nil || same != r {
+		t.Errorf("a request without a body became %v, %v", same, err)
+	}
+}
+
+func TestOneLineIsOneLineOfValidText(t *testing.T) {
+	for in, want := range map[string]string{" a\r\n\tb\x1b[2J ": "a b [2J", "\xff\xfe": "\uFFFD\uFFFD", "ééé": "éé"} {
+		if got := OneLine(in, 7-len("é")); got != want && in == "ééé" || in != "ééé" && OneLine(in, 64) != want {
+			t.Errorf("%q became %q, %q", in, got, OneLine(in, 64))
+		}
+	}
+}
+
+func TestABundleThatHoldsNoCertificateIsRefused(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if _, err := RootCAs(file); err == nil || !strings.Contains(err.Error(), "reading --ca-bundle") {
+		t.Errorf("no file: %v", err)
+	}
+	if err := os.WriteFile(file, []byte("none"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := RootCAs(file); err == nil || !strings.Contains(err.Error(), "holds no certificate") {
+		t.Errorf("no certificate: %v", err)
+	}
+	if pool, err := RootCAs(""); pool != nil || err != nil {
+		t.Errorf("no bundle: %v, %v", pool, err)
+	}
+}
