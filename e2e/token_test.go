@@ -58,8 +58,9 @@ func TestAPodGetsTheTokenOfItsBindingAndNoOther(t *testing.T) {
 	s.bind("mine", "mine", mine)
 	elsewhere.bind("others", "mine", others) // the same selector in another namespace
 	s.pod("bound", "mine", "node1")
-	s.pod("unbound", "nothing", "node1")
-	s.apply(strings.Replace(s.podYAML("unlabelled", "x", "node1", "pause"), `aadpodidbinding: "x"`, `app: "x"`, 1))
+	s.apply(s.podYAML("unbound", "nothing", "node1", "pause") +
+		strings.Replace(s.podYAML("unlabelled", "x", "node1", "pause"), `aadpodidbinding: "x"`, `app: "x"`, 1))
+	s.ready()
 
 	s.mustHaveTokenOf(s.ask("bound", vault), mine, vault)
 	s.mustHaveTokenOf(s.ask("bound", vault+"/"), mine, vault+"/") // a resource of its own
@@ -71,12 +72,9 @@ func TestAPodGetsTheTokenOfItsBindingAndNoOther(t *testing.T) {
 	if refused.body["error"] != "invalid_request" || refused.body["error_description"] != "Identity not found" || !strings.Contains(refused.body["detail"], "nothing") {
 		t.Errorf("the refusal reads %s", refused.raw)
 	}
-	eventually(t, 20*time.Second, func() error {
-		if a := s.ask("unlabelled", vault); a.reason() != "pod_not_labelled" {
-			return fmt.Errorf("got %d %s", a.status, a.raw)
-		}
-		return nil
-	})
+	if a := s.ask("unlabelled", vault); a.reason() != "pod_not_labelled" {
+		t.Errorf("got %d %s", a.status, a.raw)
+	}
 	s.mustBeRefused(s.ask("unbound", vault, "client_id="+mine.ClientID), 400, "no_matching_binding")
 }
 

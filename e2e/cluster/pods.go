@@ -71,6 +71,9 @@ func podProcesses(uid string) ([]int, error) {
 }
 
 // PodNetns opens the network namespace of a running pod. The caller closes the file, which keeps the namespace.
+//
+// A pod whose address the kubelet has not told yet is not running: it has a network some time before it has a container,
+// on a busy machine for longer than anything that looks for the pod behind an address can be asked to wait.
 func (c *Cluster) PodNetns(ctx context.Context, namespace, name string) (*os.File, error) {
 	pod, err := c.pod(ctx, namespace, name)
 	if err != nil {
@@ -78,6 +81,9 @@ func (c *Cluster) PodNetns(ctx context.Context, namespace, name string) (*os.Fil
 	}
 	if pod.Spec.HostNetwork {
 		return nil, fmt.Errorf("pod %s/%s is in its node's network (hostNetwork): use in-node %s", namespace, name, pod.Spec.NodeName)
+	}
+	if pod.Status.PodIP == "" {
+		return nil, fmt.Errorf("pod %s/%s has no address yet (its phase is %s)", namespace, name, pod.Status.Phase)
 	}
 	pids, err := podProcesses(pod.Metadata.UID)
 	if err != nil {

@@ -1,6 +1,7 @@
 package standard
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -24,7 +25,7 @@ func refusedIdentities(t *testing.T, l *layout) {
 	s.start("p", "app", "node1")
 	p := s.in("p")
 	of := func(id azure.Identity) string { return "client_id=" + id.ClientID }
-	p.ask(of(good)).mustBeOf(t, l, good)
+	p.untilOf(good, of(good))
 
 	for _, bad := range []struct {
 		name, resource string
@@ -59,7 +60,7 @@ func refusedIdentities(t *testing.T, l *layout) {
 	mended, late := time.Now(), l.newIdentity(t)
 	s.bind("late", "late", managed(late))
 	s.start("q", "late", "node1")
-	s.in("q").ask().mustBeOf(t, l, late)
+	s.in("q").untilOf(late)
 	p.untilOf(misspelled, of(misspelled))
 	if l.vms { // whoever does not want to wait until MIC tries again by itself
 		touch := client.RawPatch("application/merge-patch+json", []byte(`{"metadata":{"annotations":{"mended":"yes"}}}`))
@@ -100,10 +101,11 @@ func silentMachine(t *testing.T, l *layout) {
 	silent, err := l.cloud.Machine(t.Context(), "node2")
 	must(t, err)
 	must(t, l.cloud.SetARMFault(t.Context(), azure.ARMFault{Resource: silent.ID, Hang: true}))
+	t.Cleanup(func() { _ = l.cloud.ClearARMFaults(context.Background(), silent.ID) }) // other tests use that machine
 	s.bind("app", "app", managed(id))
 	s.start("waits", "app", "node2")
 	s.start("goes-on", "app", "node1")
-	s.in("goes-on").ask().mustBeOf(t, l, id)
+	s.in("goes-on").untilOf(id)
 	if have := s.assignments("waits"); len(have) != 1 || have[0].Status.Status == v1.AssignmentAssigned {
 		t.Errorf("on a machine about which ARM does not answer the pod has %s", brief(have))
 	}
