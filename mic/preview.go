@@ -1,9 +1,11 @@
 package mic
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -76,32 +78,43 @@ func (c *Controller) previewMachine(ctx context.Context, out io.Writer, key stri
 	}
 	c.fleet.setOurs(key, m.state.ledger.Attached)
 	fmt.Fprintf(out, "%s %s (%s)\n", m.resource.Kind, m.resource.Name, id)
-	if u := m.state.ledger.Update; u != nil {
-		fmt.Fprintf(out, "  an update is under way since %s: %d to attach, %d to detach\n", u.Started.Format(time.RFC3339), len(u.Add), len(u.Remove))
-	}
 	state, err := c.arm.Get(ctx, m.resource)
 	if err != nil {
 		fmt.Fprintf(out, "  nothing can be planned: %v\n", err)
 		return nil
 	}
+	u := cmp.Or(m.state.ledger.Update, new(update))
+	if !u.Started.IsZero() {
+		fmt.Fprintf(out, "  an update is under way since %s; the rest is for when it has ended\n", u.Started.Format(time.RFC3339))
+		state = u.appliedTo(state)
+	}
 	c.saw(key, m, state)
 	p := c.plan(key, m)
+	for _, add := range u.Add {
+		fmt.Fprintf(out, "  attaching %s\n         for %s\n", add, cmp.Or(c.fleet.usersOf(key, azure.Fold(add)), "no pod any more"))
+	}
+	for _, gone := range u.Remove {
+		fmt.Fprintf(out, "  detaching %s\n", gone)
+	}
 	for _, add := range p.add {
 		fmt.Fprintf(out, "  attach %s\n         for %s\n", add, c.fleet.usersOf(key, azure.Fold(add)))
 	}
 	for _, gone := range p.remove {
 		fmt.Fprintf(out, "  detach %s\n         MIC attached it, and no living pod on a node of this machine uses it\n", gone)
 	}
-	for id, have := range state.Identities {
+	for _, id := range slices.Sorted(maps.Keys(state.Identities)) {
+		have := state.Identities[id]
 		_, ours := m.state.ledger.Attached[id]
 		switch users := c.fleet.usersOf(key, id); {
+		case slices.Contains(u.Add, have.ID) || slices.Contains(p.remove, have.ID):
+			// said above
 		case users != "":
 			fmt.Fprintf(out, "  keep   %s\n         for %s\n", have.ID, users)
 		case !ours:
 			fmt.Fprintf(out, "  keep   %s\n         MIC did not attach it\n", have.ID)
 		case c.spared()(have):
 			fmt.Fprintf(out, "  keep   %s\n         it is never detached (--immutable-user-msis, or the cluster's own)\n", have.ID)
-		case !slices.Contains(p.remove, have.ID):
+		default:
 			fmt.Fprintf(out, "  detach %s\n         after %s (--detach-delay) without a pod that uses it\n", have.ID, c.cfg.DetachDelay)
 		}
 	}
@@ -112,6 +125,21 @@ func (c *Controller) previewMachine(ctx context.Context, out io.Writer, key stri
 		p.add, p.remove = p.add[len(add):], p.remove[len(remove):]
 	}
 	return nil
+}
+
+// appliedTo is the state of the machine once Azure has carried the update out.
+func (u *update) appliedTo(state azure.State) azure.State {
+	state.Identities = maps.Clone(state.Identities)
+	for _, id := range u.Remove {
+		delete(state.Identities, azure.Fold(id))
+	}
+	for _, id := range u.Add {
+		if state.Identities == nil {
+			state.Identities = map[string]azure.Identity{}
+		}
+		state.Identities[azure.Fold(id)] = azure.Identity{ID: id}
+	}
+	return state
 }
 
 // usersOf lists pods that want an identity, some of them if they are many.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -26,7 +27,7 @@ func anUpdateOutlivesItsLeaders(t *testing.T, l *layout) {
 	}
 	must(t, l.cloud.SetDelay(t.Context(), "node1", takes))
 	defer func() { must(t, l.cloud.SetDelay(t.Context(), "node1", -1)) }()
-	s, id := l.newSpace(t), l.newIdentity(t)
+	s, id, later := l.newSpace(t), l.newIdentity(t), l.newIdentity(t)
 	s.bind("app", "app", managed(id))
 	s.start("p", "app", "node1")
 	eventually(t, 30*time.Second, func() error {
@@ -37,7 +38,16 @@ func anUpdateOutlivesItsLeaders(t *testing.T, l *layout) {
 		}
 		return fmt.Errorf("no update is under way: %+v", l.patches(t, id))
 	})
-	s.planChangesNothing(id)
+	s.bind("later", "later", managed(later))
+	s.start("q", "later", "node1")
+	eventually(t, 10*time.Second, func() error {
+		if have := s.assignments("q"); len(have) != 1 {
+			return fmt.Errorf("MIC does not know of another pod: %s", brief(have))
+		}
+		return nil
+	})
+	s.planChangesNothing(id, later)
+	must(t, l.kube.Delete(t.Context(), &corev1.Pod{ObjectMeta: s.meta("q")}))
 
 	first, holder := l.leader(t, "")
 	l.killMIC(t, first)
@@ -100,8 +110,9 @@ func (l *layout) killMIC(t *testing.T, pod string) {
 	t.Fatalf("no process of MIC in %s among %v", pod, pids)
 }
 
-// planChangesNothing runs `mic plan` in a pod of MIC, with its arguments, while the identity is being attached.
-func (s *space) planChangesNothing(id azure.Identity) {
+// planChangesNothing runs `mic plan` in a pod of MIC, with its arguments, while one identity is being attached to node1's
+// machine for pod p and another one is to follow for pod q.
+func (s *space) planChangesNothing(id, later azure.Identity) {
 	s.t.Helper()
 	pods, err := s.micPods(s.t.Context())
 	must(s.t, err)
@@ -122,10 +133,17 @@ func (s *space) planChangesNothing(id azure.Identity) {
 	s.t.Logf("mic plan:\n%s", out)
 	m, err := s.cloud.Machine(s.t.Context(), "node1")
 	must(s.t, err)
-	for _, want := range []string{m.ID, "an update is under way", "attach " + id.ResourceID, "pod " + s.name + "/p", "MIC did not attach it", "PATCH", "1 waiting to be Assigned"} {
+	for _, want := range []string{
+		m.ID, "an update is under way", "attaching " + id.ResourceID, "pod " + s.name + "/p", "attach " + later.ResourceID, "pod " + s.name + "/q",
+		"MIC did not attach it", "2 waiting to be Assigned",
+	} {
 		if !strings.Contains(out, want) {
 			s.t.Errorf("the plan does not say %q", want)
 		}
+	}
+	patch := regexp.MustCompile("PATCH " + regexp.QuoteMeta(m.ID) + ".*").FindString(out)
+	if !strings.Contains(patch, later.ResourceID) || strings.Contains(patch, id.ResourceID) {
+		s.t.Errorf("the update that follows is %s", patch)
 	}
 	if now := versions(); now != before {
 		s.t.Errorf("after the plan there is\n%snot\n%s", now, before)
