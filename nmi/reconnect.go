@@ -94,7 +94,7 @@ func (c *connection) caughtUp(name string, o metav1.ListOptions, w apiwatch.Inte
 	if o.SendInitialEvents == nil || !*o.SendInitialEvents {
 		timer = time.AfterFunc(settle, mended)
 	}
-	return apiwatch.Filter(w, func(e apiwatch.Event) (apiwatch.Event, bool) {
+	return newTap(w, func(e apiwatch.Event) {
 		switch {
 		case e.Type == apiwatch.Error && timer != nil:
 			timer.Stop()
@@ -103,8 +103,40 @@ func (c *connection) caughtUp(name string, o metav1.ListOptions, w apiwatch.Inte
 				timer = time.AfterFunc(settle, mended)
 			}
 		}
-		return e, true
 	})
+}
+
+// tap passes on all that a watch brings. It ends with Stop also when nobody takes the event that it holds, with which
+// apimachinery's filter would stay for good.
+type tap struct {
+	apiwatch.Interface
+	events  chan apiwatch.Event
+	stopped chan struct{}
+	stop    func()
+}
+
+func newTap(w apiwatch.Interface, see func(apiwatch.Event)) *tap {
+	t := &tap{Interface: w, events: make(chan apiwatch.Event), stopped: make(chan struct{})}
+	t.stop = sync.OnceFunc(func() { close(t.stopped) })
+	go func() {
+		defer close(t.events)
+		for e := range w.ResultChan() {
+			see(e)
+			select {
+			case t.events <- e:
+			case <-t.stopped:
+				return
+			}
+		}
+	}()
+	return t
+}
+
+func (t *tap) ResultChan() <-chan apiwatch.Event { return t.events }
+
+func (t *tap) Stop() {
+	t.stop()
+	t.Interface.Stop()
 }
 
 func (c *connection) isBroken(name string) bool {

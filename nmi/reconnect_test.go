@@ -120,6 +120,23 @@ func TestAWatchThatIsTooOldToGoOnStaysStaleUntilAllObjectsHaveComeAnew(t *testin
 	})
 }
 
+// Nothing is left of a watch that ends with an event that nobody took; the test would not end otherwise.
+func TestAWatchThatEndsInTheMiddleOfAnEventEndsWhole(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, fake := newConnection(nil, nil), apiwatch.NewFakeWithOptions(apiwatch.FakeOptions{ChannelSize: 1})
+		c.note("pods", true)
+		w := c.caughtUp("pods", metav1.ListOptions{}, fake)
+		fake.Add(pod("app", "1", "10.0.0.1"))
+		synctest.Wait() // it holds the event
+		w.Stop()
+		w.Stop()
+		synctest.Wait()
+		if _, more := <-w.ResultChan(); more {
+			t.Error("it brought something after its end")
+		}
+	})
+}
+
 func TestOnlyAServerThatCannotAnswerIsWaitedFor(t *testing.T) {
 	resource := schema.GroupResource{Resource: "pods"}
 	for _, c := range []struct {
