@@ -8,6 +8,8 @@ shift 2
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 { "$go" -C "$folder" test -v -count=1 "$@" 2>&1; echo "exit status $?"; } | tee "$log" | grep --line-buffered -vE '^ *(=== |--- PASS)'
+# Where the time went.
+sed -nE 's/^ *--- PASS: (.*) \(([0-9]{2,}\.[0-9]+)s\)$/\2 s  \1/p' "$log" | sort -rn | head -8
 if grep -q '^ *--- SKIP' "$log"; then
 	echo "tests were skipped:" >&2
 	grep '^ *--- SKIP' "$log" >&2
