@@ -73,6 +73,20 @@ func (w *wire) send(method, path string, headers ...string) response {
 	return r
 }
 
+// sendWithin sends a request that clients give little time. One that took longer is sent again, twice at the most: a
+// machine that has two CPUs for a whole cluster may stand still for a moment.
+func (w *wire) sendWithin(limit time.Duration, method, path string, headers ...string) response {
+	w.t.Helper()
+	var r response
+	for range 3 {
+		if r = w.send(method, path, headers...); r.took <= limit {
+			return r
+		}
+	}
+	w.t.Errorf("%s %s: answered after %s, three times; want %s", method, path, r.took, limit)
+	return r
+}
+
 const tokenPath = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource="
 
 func TestDotNetClientsTellFromTheirProbesThatThereIsAnIMDSOfTheFirstVersion(t *testing.T) {
@@ -82,18 +96,18 @@ func TestDotNetClientsTellFromTheirProbesThatThereIsAnIMDSOfTheFirstVersion(t *t
 	w := s.wire("p")
 	// The probe is the whole request but for the header, with a parameter that does not exist.
 	for _, selector := range []string{"", "&client_id=" + id.ClientID, "&msi-res-id=" + id.ResourceID} {
-		probe := w.send("GET", tokenPath+"https%3A%2F%2Fvault.azure.net"+selector)
-		if probe.status != 400 || probe.took > time.Second || strings.Contains(probe.raw, "Identity not found") || probe.token() != "" {
-			t.Errorf("the probe with %q got %d after %s: %s", selector, probe.status, probe.took, probe.raw)
+		probe := w.sendWithin(time.Second, "GET", tokenPath+"https%3A%2F%2Fvault.azure.net"+selector)
+		if probe.status != 400 || strings.Contains(probe.raw, "Identity not found") || probe.token() != "" {
+			t.Errorf("the probe with %q got %d %s", selector, probe.status, probe.raw)
 		}
 	}
 	s.mustHaveTokenOf(w.send("GET", tokenPath+"https%3A%2F%2Fvault.azure.net&client_id="+id.ClientID, "Metadata", "true").answer, id, vault)
 	// 400 would mean that IMDS has its second version, which gives certificates for all identities of a machine.
 	for _, headers := range [][]string{nil, {"Metadata", "true"}} {
 		for _, request := range [][2]string{{"GET", "getplatformmetadata"}, {"POST", "issuecredential"}, {"POST", "credential"}} {
-			r := w.send(request[0], "/metadata/identity/"+request[1]+"?cred-api-version=2.0&client_id="+id.ClientID, headers...)
-			if r.status != 404 || r.took > time.Second {
-				t.Errorf("%v with headers %v got %d after %s: %s", request, headers, r.status, r.took, r.raw)
+			r := w.sendWithin(time.Second, request[0], "/metadata/identity/"+request[1]+"?cred-api-version=2.0&client_id="+id.ClientID, headers...)
+			if r.status != 404 {
+				t.Errorf("%v with headers %v got %d %s", request, headers, r.status, r.raw)
 			}
 		}
 	}
@@ -173,8 +187,8 @@ func TestPythonClientsProbeWithTheWholeRequestAndCompareTheResourceByteForByte(t
 	w := s.wire("p")
 	for _, resource := range []string{"https://vault.azure.net", "https://vault.azure.net/", "https://Storage.azure.com//", "api://some-app", "2ff814a6-3304-4ab8-85cb-cd0e6f879c1d"} {
 		path := "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=" + resource
-		if probe := w.send("GET", path); probe.status != 400 || probe.took > 300*time.Millisecond || probe.token() != "" {
-			t.Errorf("the probe got %d after %s: %s", probe.status, probe.took, probe.raw)
+		if probe := w.sendWithin(300*time.Millisecond, "GET", path); probe.status != 400 || probe.token() != "" {
+			t.Errorf("the probe got %d %s", probe.status, probe.raw)
 		}
 		a := w.send("GET", path, "Metadata", "true").answer
 		s.mustHaveTokenOf(a, id, resource)
