@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"net/netip"
+	"strconv"
 	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
@@ -25,12 +27,16 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// Names of the indexes: pods by each of their addresses and by UID, bindings by what they select (see selecting).
+// Names of the indexes: pods by each of their addresses and by UID, bindings by what they select (see bindingBuckets).
 const (
 	byIP       = "ip"
 	byUID      = "uid"
 	bySelector = "selector"
 )
+
+// bindingBuckets is how many values the index of bindings has. Each takes the library some 500 bytes, so one for each of
+// thousands of selectors would be a quarter of the heap; the few bindings that share one are told apart when it is read.
+const bindingBuckets = 1024
 
 // watch holds what this node has to know of the cluster: the pods of the node, all identities, bindings and exceptions,
 // and in standard mode the assignments on the node, each cut down to what is read. Objects in its caches are shared: they
@@ -42,6 +48,7 @@ type watch struct {
 	core, crds                             rest.Interface
 	node                                   string
 	rules                                  identity.Rules
+	seed                                   maphash.Seed // see bindingBucket
 	pods, identities, bindings, exceptions cache.SharedIndexInformer
 	assignments                            cache.SharedIndexInformer // nil in managed mode
 	changed                                broadcast                 // after each event about a pod
@@ -66,7 +73,7 @@ func newWatch(config *rest.Config, node string, rules identity.Rules, tell liste
 	if err := v1.AddToScheme(scheme); err != nil {
 		return nil, err
 	}
-	w := &watch{node: node, rules: rules, failed: tell.failed}
+	w := &watch{node: node, rules: rules, seed: maphash.MakeSeed(), failed: tell.failed}
 	var err error
 	if w.core, err = kube.Client(config, scheme, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf); err != nil {
 		return nil, err
@@ -224,12 +231,16 @@ func (w *watch) facts(pod *corev1.Pod) (identity.Facts, error) {
 	for _, o := range exceptions {
 		facts.Exceptions = append(facts.Exceptions, o.(*kept[identity.Exception]).value)
 	}
-	bindings, err := w.bindings.GetIndexer().ByIndex(bySelector, w.selecting(pod.Namespace, pod.Labels[v1.BindingLabel]))
+	label := pod.Labels[v1.BindingLabel]
+	bindings, err := w.bindings.GetIndexer().ByIndex(bySelector, w.bindingBucket(pod.Namespace, label))
 	if err != nil {
 		return facts, err
 	}
 	for _, o := range bindings {
 		b := o.(*kept[identity.Binding]).value
+		if b.Selector != label || b.Namespace != pod.Namespace && !w.crossesNamespaces() {
+			continue
+		}
 		facts.Bindings = append(facts.Bindings, b)
 		found, ok, err := w.identities.GetIndexer().GetByKey(b.Namespace + "/" + b.AzureIdentity)
 		if err != nil {
@@ -303,15 +314,25 @@ func (w *watch) bindingSelector(o any) ([]string, error) {
 	if !ok {
 		return nil, nil
 	}
-	return []string{w.selecting(b.value.Namespace, b.value.Selector)}, nil
+	return []string{w.bindingBucket(b.value.Namespace, b.value.Selector)}, nil
 }
 
-// selecting is what bindings are indexed by: their selector alone where they match across namespaces.
-func (w *watch) selecting(namespace, selector string) string {
-	if w.rules.Mode == identity.Standard && !w.rules.ForceNamespaced {
-		return selector
+// bindingBucket is what bindings are indexed by: a hash of their selector, and of their namespace unless they match
+// across namespaces. Its seed is this process's own, so nobody can make bindings that all fall on another's value.
+func (w *watch) bindingBucket(namespace, selector string) string {
+	var h maphash.Hash
+	h.SetSeed(w.seed)
+	if !w.crossesNamespaces() {
+		_, _ = h.WriteString(namespace) // has no error
+		_ = h.WriteByte('/')
 	}
-	return namespace + "/" + selector
+	_, _ = h.WriteString(selector)
+	return strconv.FormatUint(h.Sum64()%bindingBuckets, 10)
+}
+
+// crossesNamespaces reports whether bindings match pods of other namespaces than their own.
+func (w *watch) crossesNamespaces() bool {
+	return w.rules.Mode == identity.Standard && !w.rules.ForceNamespaced
 }
 
 // kept is what the caches hold of a custom resource: what the decision reads, and what the informer needs to know the
