@@ -21,6 +21,7 @@ var (
 	cloud  *azure.Client
 	before map[string]nodeState // of the nodes, before NMI was ever there
 
+	scratch     string    // a folder
 	nmiBinary   string    // for tests that run it by hand
 	withoutCRDs lonelyNMI // how NMI fared before the chart was installed
 )
@@ -37,7 +38,7 @@ func runTests(m *testing.M) int {
 		return 1
 	}
 	defer func() {
-		_ = os.Remove(nmiBinary)
+		_ = os.RemoveAll(scratch)
 		if err := world.Stop(); err != nil {
 			fmt.Fprintln(os.Stderr, "e2e: stopping the cluster:", err)
 		}
@@ -70,6 +71,9 @@ func prepare(ctx context.Context) error {
 		before[node] = state
 	}
 	var err error
+	if scratch, err = cluster.Scratch("e2e"); err != nil {
+		return err
+	}
 	if nmiBinary, err = buildNMI(ctx); err != nil {
 		return err
 	}

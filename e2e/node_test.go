@@ -94,7 +94,7 @@ func TestLogAndMetricsSayWhatThePodIsTold(t *testing.T) {
 }
 
 func buildNMI(ctx context.Context) (string, error) {
-	file := filepath.Join(os.TempDir(), fmt.Sprintf("podidentity-e2e-nmi-%d", os.Getpid()))
+	file := filepath.Join(scratch, "nmi")
 	cmd := exec.CommandContext(ctx, "go", "build", "-o", file, "./cmd/nmi")
 	cmd.Dir = ".."
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -121,11 +121,10 @@ func runWithoutCRDs(ctx context.Context) (l lonelyNMI, err error) {
 	if err != nil {
 		return l, err
 	}
-	file, err := os.CreateTemp("", "podidentity-e2e-log-")
+	file, err := os.Create(filepath.Join(scratch, "nmi.log"))
 	if err != nil {
 		return l, err
 	}
-	defer os.Remove(file.Name())
 	defer file.Close()
 	cmd.Stderr = file
 	if err := cmd.Start(); err != nil {

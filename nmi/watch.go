@@ -21,7 +21,6 @@ import (
 	"k8s.io/client-go/tools/cache"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
-
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/nmi/token"

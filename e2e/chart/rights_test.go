@@ -69,6 +69,59 @@ func tokens(namespace string, accounts ...string) right {
 	}}
 }
 
+func TestNMIMayReadPodsItsNodeAndItsOwnResources(t *testing.T) {
+	objects := render(t, "")
+	if len(objects.clusterRoles) != 1 || objects.clusterRoles["podidentity-nmi"] == nil {
+		t.Fatalf("cluster roles are %v, want podidentity-nmi alone", objects.clusterRoles)
+	}
+	read := []string{"get", "list", "watch"}
+	want := []rbacv1.PolicyRule{
+		{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: read},
+		{APIGroups: []string{""}, Resources: []string{"nodes"}, Verbs: []string{"get"}},
+		{
+			APIGroups: []string{group},
+			Resources: []string{"azureidentities", "azureidentitybindings", "azurepodidentityexceptions"},
+			Verbs:     read,
+		},
+		{APIGroups: []string{""}, Resources: []string{"events"}, Verbs: []string{"create", "patch"}},
+	}
+	if diff := cmp.Diff(want, objects.clusterRoles["podidentity-nmi"].Rules); diff != "" {
+		t.Errorf("rules (-want +got):\n%s", diff)
+	}
+	daemonSet, _ := objects.nmi(t)
+	subject := rbacv1.Subject{Kind: "ServiceAccount", Name: "podidentity-nmi", Namespace: "kube-system"}
+	if len(objects.bindings) != 1 || objects.bindings[0].RoleRef.Name != "podidentity-nmi" ||
+		!slices.Equal(objects.bindings[0].Subjects, []rbacv1.Subject{subject}) {
+		t.Errorf("the role is bound thus: %+v", objects.bindings)
+	}
+	if len(objects.roles) != 0 || len(objects.roleBindings) != 0 {
+		t.Errorf("there are further roles: %+v, bound thus: %+v", objects.roles, objects.roleBindings)
+	}
+	if len(objects.serviceAccounts) != 1 || objects.serviceAccounts[0].Name != subject.Name ||
+		objects.serviceAccounts[0].Namespace != subject.Namespace ||
+		daemonSet.Spec.Template.Spec.ServiceAccountName != subject.Name {
+		t.Errorf("the pods do not run under the account that the role is bound to")
+	}
+}
+
+func TestUserRolesAreAskedForAndLeaveExceptionsToAdministratorsOfTheCluster(t *testing.T) {
+	roles := render(t, "rbac: {enabled: false, createUserFacingClusterRoles: true}").clusterRoles
+	view, edit := roles["podidentity-view"], roles["podidentity-edit"]
+	if len(roles) != 2 || view == nil || edit == nil {
+		t.Fatalf("cluster roles are %v", roles)
+	}
+	if view.Labels["rbac.authorization.k8s.io/aggregate-to-view"] != "true" ||
+		edit.Labels["rbac.authorization.k8s.io/aggregate-to-edit"] != "true" {
+		t.Error("the roles are not aggregated")
+	}
+	for _, rule := range edit.Rules {
+		if slices.Contains(rule.Resources, "azurepodidentityexceptions") ||
+			slices.Contains(rule.Resources, "azureassignedidentities") {
+			t.Errorf("editors may write %v", rule.Resources)
+		}
+	}
+}
+
 func TestNMIMayReadSecretsAndAskForTokensOnlyWhereValuesSaySo(t *testing.T) {
 	for values, want := range map[string][]right{
 		"{}":                              nil,

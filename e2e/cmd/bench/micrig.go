@@ -55,7 +55,7 @@ type micRig struct {
 }
 
 func newMICRig(ctx context.Context, args []string) (*micRig, error) {
-	dir, err := os.MkdirTemp("", "podidentity-bench-")
+	dir, err := cluster.Scratch("bench")
 	if err != nil {
 		return nil, err
 	}

@@ -68,7 +68,7 @@ func repo() string {
 }
 
 func newRig(ctx context.Context, c *cluster.Cluster) (*rig, error) {
-	dir, err := os.MkdirTemp("", "podidentity-bench-")
+	dir, err := cluster.Scratch("bench")
 	if err != nil {
 		return nil, err
 	}
