@@ -54,14 +54,14 @@ func TestAForeignLinkOrAddressIsRefused(t *testing.T) {
 			{"a bridge with ports", "ip link add podidentity0 type bridge; ip link add x0 type veth peer name x1; ip link set x0 master podidentity0", "ip link del podidentity0; ip link del x0"},
 		} {
 			run(t, "sh", "-e", "-c", tt.make)
-			before := run(t, "ip", "addr")
+			before := links(t)
 			_, syncErr := c.Sync(context.Background())
 			for doing, err := range map[string]error{"EnsureLink": c.EnsureLink(context.Background()), "Sync": syncErr, "Verify": c.Verify(context.Background()), "Uninstall": c.Uninstall(context.Background())} {
 				if !errors.Is(err, ErrForeignLink) {
 					t.Errorf("%s: %s: %v", tt.name, doing, err)
 				}
 			}
-			if after := run(t, "ip", "addr"); after != before {
+			if after := links(t); after != before {
 				t.Errorf("%s: links are now\n%s\nwere\n%s", tt.name, after, before)
 			}
 			run(t, "sh", "-e", "-c", tt.undo)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"regexp"
@@ -12,6 +13,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -42,7 +44,7 @@ func inNamespaces(t *testing.T, body func(t *testing.T)) {
 	for part := range strings.SplitSeq(t.Name(), "/") {
 		pattern = append(pattern, "^"+regexp.QuoteMeta(part)+"$")
 	}
-	child := exec.Command("/proc/self/exe", "-test.run="+strings.Join(pattern, "/"), "-test.v", "-test.timeout=2m", "-test.count=1")
+	child := exec.Command("/proc/self/exe", "-test.run="+strings.Join(pattern, "/"), "-test.v", "-test.timeout=5m", "-test.count=1")
 	child.Env = append(os.Environ(), fmt.Sprintf("%s=%d", parentNamespace, own))
 	child.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	runtime.LockOSThread() // Pdeathsig is about the thread.
@@ -163,6 +165,34 @@ func inNS(t *testing.T, name string, do func()) {
 	if err := <-failed; err != nil {
 		t.Fatal(err)
 	}
+}
+
+// links describes each link of this namespace with its addresses. What the kernel changes by itself, after the command
+// that causes it has returned, is left out: carrier and operational state, duplicate address detection ("tentative"),
+// lifetimes, and the link-local IPv6 addresses that it adds once there is a carrier.
+func links(t *testing.T) string {
+	t.Helper()
+	all, err := again(netlink.LinkList)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var text strings.Builder
+	for _, link := range all {
+		a := link.Attrs()
+		fmt.Fprintf(&text, "%d: %s: kind %s, up %t, master %d, peer or parent %d, MTU %d, MAC %s, alias %q\n",
+			a.Index, a.Name, link.Type(), a.Flags&net.FlagUp != 0, a.MasterIndex, a.ParentIndex, a.MTU, a.HardwareAddr, a.Alias)
+		addresses, err := again(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_ALL) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, address := range addresses {
+			if address.IP.To4() == nil && address.IP.IsLinkLocalUnicast() {
+				continue
+			}
+			fmt.Fprintf(&text, "    %s, scope %d, broadcast %s, label %q\n", address.IPNet, address.Scope, address.Broadcast, address.Label)
+		}
+	}
+	return text.String()
 }
 
 // run runs a command in the namespace of the calling thread and returns what it prints.

@@ -18,7 +18,7 @@ import (
 // patience bounds waiting for a packet that must not arrive; generosity for one that must.
 const (
 	patience   = 300 * time.Millisecond
-	generosity = 5 * time.Second
+	generosity = 30 * time.Second
 )
 
 // world is the network with servers in it, seen from the node.
