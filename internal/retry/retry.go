@@ -1,0 +1,72 @@
+// Package retry spaces attempts that failed: exponential backoff with jitter. It protects the API server and Azure against
+// many nodes or many objects that failed together and would otherwise retry together.
+//
+// It adds to wait.Backoff of apimachinery the wait after a given number of failures: reconcilers here keep that number
+// with the object, not a wait.Backoff for each.
+package retry
+
+import (
+	"context"
+	"math"
+	"time"
+
+	"k8s.io/apimachinery/pkg/util/wait"
+)
+
+// Backoff describes the waits between attempts.
+type Backoff struct {
+	Initial time.Duration // the wait after the first failure
+	Max     time.Duration // upper bound of the wait, before jitter
+	Factor  float64       // growth of the wait with each failure; 0 means 2
+	Jitter  float64       // up to this part of the wait is added at random; 0 means DefaultJitter
+}
+
+// DefaultJitter is the part of a wait that Jitter and a Backoff without a value of its own add at most.
+const DefaultJitter = 0.2
+
+// After returns the wait after this many failures in a row. Fewer than one count as one.
+func (b Backoff) After(failures int) time.Duration {
+	steps := b.Steps()
+	d := steps.Step()
+	for n := 1; n < failures; n++ {
+		atMax := steps.Steps == 0 // further failures do not change the wait
+		if d = steps.Step(); atMax {
+			break
+		}
+	}
+	return d
+}
+
+// Steps returns the waits as a wait.Backoff. Each call of its Step returns the next wait, without end.
+func (b Backoff) Steps() *wait.Backoff {
+	factor, jitter := b.Factor, b.Jitter
+	if factor == 0 {
+		factor = 2
+	}
+	if jitter == 0 {
+		jitter = DefaultJitter
+	}
+	return &wait.Backoff{Duration: min(b.Initial, b.Max), Cap: b.Max, Factor: factor, Jitter: jitter, Steps: math.MaxInt}
+}
+
+// Jitter returns d with up to DefaultJitter of it added at random.
+func Jitter(d time.Duration) time.Duration { return wait.Jitter(d, DefaultJitter) }
+
+// UntilSuccess calls try until it returns nil or ctx ends. Between attempts it calls onFailure with the error, then waits.
+// It returns nil after success, otherwise the error of ctx.
+func UntilSuccess(ctx context.Context, b Backoff, try func(context.Context) error, onFailure func(error)) error {
+	for steps := b.Steps(); ctx.Err() == nil; {
+		err := try(ctx)
+		if err == nil {
+			return nil
+		}
+		onFailure(err)
+		timer := time.NewTimer(steps.Step())
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+		}
+	}
+	return ctx.Err()
+}
