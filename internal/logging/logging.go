@@ -1,0 +1,33 @@
+// Package logging creates the loggers of NMI and MIC, so that both write the same format. Lines are JSON, which escapes
+// text from outside: a client cannot forge a line.
+package logging
+
+import (
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+// FlushInterval bounds how late a line of a buffered writer appears.
+const FlushInterval = 200 * time.Millisecond
+
+// NewLogger returns a logger that writes lines of JSON to w, or of plain text if asText is true.
+func NewLogger(w zapcore.WriteSyncer, level zapcore.LevelEnabler, asText bool) *zap.Logger {
+	config := zap.NewProductionEncoderConfig()
+	config.TimeKey, config.EncodeTime = "time", zapcore.RFC3339NanoTimeEncoder
+	encoder := zapcore.NewJSONEncoder(config)
+	if asText {
+		config.EncodeLevel = zapcore.CapitalLevelEncoder
+		encoder = zapcore.NewConsoleEncoder(config)
+	}
+	return zap.New(zapcore.NewCore(encoder, w, level))
+}
+
+// Buffer returns a writer that collects lines for at most FlushInterval: a system call for each line costs more than
+// answering a request from the cache. Loggers that share a writer share its buffer. stop writes what is left; call it
+// once, before the process ends.
+func Buffer(w zapcore.WriteSyncer) (buffered zapcore.WriteSyncer, stop func()) {
+	b := &zapcore.BufferedWriteSyncer{WS: w, FlushInterval: FlushInterval}
+	return b, func() { _ = b.Stop() }
+}

@@ -1,0 +1,64 @@
+package logging
+
+import (
+	"bytes"
+	"encoding/json"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+func TestLinesAreJSONOrText(t *testing.T) {
+	var out bytes.Buffer
+	NewLogger(zapcore.AddSync(&out), zap.InfoLevel, false).Warn("hello\nforged", zap.Int("n", 1))
+	var line struct {
+		Level, Msg string
+		Time       time.Time
+		N          int
+	}
+	if err := json.Unmarshal(out.Bytes(), &line); err != nil || strings.Count(out.String(), "\n") != 1 {
+		t.Fatalf("%v: %s", err, out.String())
+	}
+	if line.Level != "warn" || line.Msg != "hello\nforged" || line.N != 1 || line.Time.IsZero() {
+		t.Errorf("%+v", line)
+	}
+	out.Reset()
+	NewLogger(zapcore.AddSync(&out), zap.InfoLevel, true).Info("hello")
+	if !strings.Contains(out.String(), "\tINFO\thello\n") {
+		t.Errorf("%q", out.String())
+	}
+}
+
+func TestLinesBelowTheLevelAreDropped(t *testing.T) {
+	var out bytes.Buffer
+	NewLogger(zapcore.AddSync(&out), zap.WarnLevel, false).Info("hello")
+	if out.Len() > 0 {
+		t.Errorf("%q", out.String())
+	}
+}
+
+func TestBufferedLinesAppearInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var out bytes.Buffer
+		buffered, stop := Buffer(zapcore.AddSync(&out))
+		log := NewLogger(buffered, zap.InfoLevel, false)
+		log.Info("first")
+		if out.Len() > 0 {
+			t.Error("the line is not buffered")
+		}
+		time.Sleep(FlushInterval + time.Millisecond)
+		synctest.Wait()
+		if !strings.Contains(out.String(), "first") {
+			t.Errorf("%q", out.String())
+		}
+		log.Info("second")
+		stop()
+		if !strings.Contains(out.String(), "second") {
+			t.Errorf("%q", out.String())
+		}
+	})
+}
