@@ -1,0 +1,86 @@
+// Package metric describes metrics as data. NMI and MIC each export one table of Definitions, make their collectors from
+// it, and the reference in docs/reference is generated from the same table, so that it cannot differ from the code.
+package metric
+
+import (
+	"fmt"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Type is the type of a metric, spelled as Prometheus spells it.
+type Type string
+
+// The types of metrics in use.
+const (
+	Counter   Type = "counter"
+	Gauge     Type = "gauge"
+	Histogram Type = "histogram"
+)
+
+// Definition is one metric. A label must have few values, none of which a client chooses.
+type Definition struct {
+	Name    string
+	Help    string
+	Type    Type
+	Labels  []string
+	Buckets []float64 // of a histogram
+	// Deprecated says since when the metric is deprecated and what replaces it. "" means that it is not deprecated.
+	Deprecated string
+}
+
+func (d Definition) help() string {
+	if d.Deprecated != "" {
+		return d.Help + " (Deprecated: " + d.Deprecated + ")"
+	}
+	return d.Help
+}
+
+// check panics if the program uses a definition as what it is not. Each process does that at its start or never.
+func (d Definition) check(t Type, labels bool) {
+	if d.Type != t || labels != (len(d.Labels) > 0) {
+		panic(fmt.Sprintf("metric %s is a %s with labels %v, not a %s", d.Name, d.Type, d.Labels, t))
+	}
+}
+
+func (d Definition) opts() prometheus.Opts { return prometheus.Opts{Name: d.Name, Help: d.help()} }
+
+func (d Definition) histogramOpts() prometheus.HistogramOpts {
+	return prometheus.HistogramOpts{Name: d.Name, Help: d.help(), Buckets: d.Buckets}
+}
+
+// NewCounter returns the counter that d defines. Like all collectors made here it has yet to be registered.
+func (d Definition) NewCounter() prometheus.Counter {
+	d.check(Counter, false)
+	return prometheus.NewCounter(prometheus.CounterOpts(d.opts()))
+}
+
+// NewCounterVec returns the counter with labels that d defines.
+func (d Definition) NewCounterVec() *prometheus.CounterVec {
+	d.check(Counter, true)
+	return prometheus.NewCounterVec(prometheus.CounterOpts(d.opts()), d.Labels)
+}
+
+// NewGauge returns the gauge that d defines.
+func (d Definition) NewGauge() prometheus.Gauge {
+	d.check(Gauge, false)
+	return prometheus.NewGauge(prometheus.GaugeOpts(d.opts()))
+}
+
+// NewGaugeFunc returns the gauge that d defines, with the value that read returns at each scrape.
+func (d Definition) NewGaugeFunc(read func() float64) prometheus.GaugeFunc {
+	d.check(Gauge, false)
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts(d.opts()), read)
+}
+
+// NewHistogram returns the histogram that d defines.
+func (d Definition) NewHistogram() prometheus.Histogram {
+	d.check(Histogram, false)
+	return prometheus.NewHistogram(d.histogramOpts())
+}
+
+// NewHistogramVec returns the histogram with labels that d defines.
+func (d Definition) NewHistogramVec() *prometheus.HistogramVec {
+	d.check(Histogram, true)
+	return prometheus.NewHistogramVec(d.histogramOpts(), d.Labels)
+}
