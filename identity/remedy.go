@@ -1,0 +1,237 @@
+package identity
+
+import (
+	"net/http"
+	"slices"
+)
+
+// Explanation tells an operator what a reason means and what to do.
+type Explanation struct {
+	Reason Reason
+	// Status has the HTTP statuses of a response with this reason; empty if no response is sent.
+	Status []int
+	// Cause and Remedy are Markdown sentences without line breaks.
+	Cause, Remedy string
+	// Command checks or repairs the cause; words in capitals are to be replaced. Empty if no command helps.
+	Command string
+}
+
+// Explanations has one entry for each reason, in the order in which a request meets them: the request itself, the pod
+// behind it, the decision, the credential, the source of the token. The documentation is generated from it.
+func Explanations() []Explanation { return slices.Clone(explanations) }
+
+// URL is the address of the reason's section in the documentation.
+func (r Reason) URL() string {
+	return "https://github.com/podidentity/podidentity/blob/main/docs/troubleshooting.md#" + string(r)
+}
+
+var explanations = []Explanation{
+	// No error.
+	{
+		Reason: Allowed, Status: []int{http.StatusOK},
+		Cause:  "The pod gets a token of the identity that is bound to it.",
+		Remedy: "Nothing to do.",
+	},
+	{
+		Reason: Excepted, Status: []int{http.StatusOK},
+		Cause:   "An AzurePodIdentityException in the pod's namespace matches a label of the pod. The pod gets a token of the identities that are attached to the VM or scale set itself.",
+		Remedy:  "Nothing to do if this is intended. Otherwise delete the exception, or remove the label that it names from the pod.",
+		Command: "kubectl get azurepodidentityexceptions -n NAMESPACE -o yaml",
+	},
+	{
+		Reason: Forwarding, Status: []int{http.StatusOK},
+		Cause:  "NMI forwarded the request to the IMDS of the node and returned its response. This reason is used for requests that do not ask for a token, such as `/metadata/instance`; the status is the one that IMDS returned.",
+		Remedy: "Nothing to do. To refuse `/metadata/instance` to pods, set the chart value `nmi.blockInstanceMetadata`.",
+	},
+	{
+		Reason: ClientGone,
+		Cause:  "The client closed the connection before NMI had a response. The reason appears in the log and in the metric only.",
+		Remedy: "If it happens often, raise the client's timeout above the time that NMI may wait: `nmi.podLookupTimeout`, and in standard mode `nmi.assignmentWait`.",
+	},
+
+	// The request.
+	{
+		Reason: HeaderMissing, Status: []int{http.StatusBadRequest},
+		Cause:  "The request has no header `Metadata: true`, or has several `Metadata` headers that differ. IMDS refuses such requests too.",
+		Remedy: "Send the header `Metadata: true`. For a client that cannot do that, set the chart value `nmi.metadataHeaderRequired` to `false`.",
+	},
+	{
+		Reason: Forwarded, Status: []int{http.StatusBadRequest},
+		Cause:  "The request has an `X-Forwarded-For` header, so a proxy sent it on behalf of somebody else. IMDS refuses such requests too.",
+		Remedy: "Send requests for 169.254.169.254 directly: add the address to `NO_PROXY` of the application.",
+	},
+	{
+		Reason: MethodNotAllowed, Status: []int{http.StatusMethodNotAllowed},
+		Cause:  "The request uses another HTTP method than GET.",
+		Remedy: "Send a GET request, as the Azure SDKs do.",
+	},
+	{
+		Reason: PathRefused, Status: []int{http.StatusBadRequest},
+		Cause:  "The path is not in a form that every server reads in the same way: it contains an encoded slash, a backslash, `..` or the like.",
+		Remedy: "Request the plain path, `/metadata/identity/oauth2/token`.",
+	},
+	{
+		Reason: PathUnknown, Status: []int{http.StatusNotFound},
+		Cause:  "NMI does not serve this path.",
+		Remedy: "Correct the path. [Requests and responses](clients.md#requests-and-responses) lists what NMI serves.",
+	},
+	{
+		Reason: RouteBlocked, Status: []int{http.StatusForbidden},
+		Cause:  "NMI does not give this information to pods: attested documents and scheduled events represent the VM, `/metadata/instance` is blocked by `nmi.blockInstanceMetadata`, and `/host/token` serves programs of the node only.",
+		Remedy: "Nothing to do for a pod that has no use for it. For `/metadata/instance`, set `nmi.blockInstanceMetadata` to `false`.",
+	},
+	{
+		Reason: RequestMalformed, Status: []int{http.StatusBadRequest},
+		Cause:  "A query parameter is given twice, is malformed or too long, or two parameters name an identity. `error_description` says which rule was broken.",
+		Remedy: "Correct the request as `error_description` says.",
+	},
+	{
+		Reason: APIVersion, Status: []int{http.StatusBadRequest},
+		Cause:  "The parameter `api-version` is missing, is not a date, or is older than the first version that IMDS serves.",
+		Remedy: "Add `api-version=2018-02-01` to the request.",
+	},
+	{
+		Reason: ResourceMissing, Status: []int{http.StatusBadRequest},
+		Cause:  "The parameter `resource` is missing or empty.",
+		Remedy: "Name the resource that the token is for, such as `resource=https://vault.azure.net`.",
+	},
+
+	// The pod.
+	{
+		Reason: PodUnknown, Status: []int{http.StatusServiceUnavailable},
+		Cause:   "No running pod of the node has the address that the connection came from, and none appeared within `nmi.podLookupTimeout`. Either the kubelet has not reported the pod's address yet, or the program runs outside a pod, or the network plugin changes the source address.",
+		Remedy:  "Let the client retry: the response has `Retry-After`. If it persists, compare the address in NMI's log line (`source`) with `status.podIPs` of the pod.",
+		Command: "kubectl get pods -A -o wide --field-selector spec.nodeName=NODE",
+	},
+	{
+		Reason: PodAmbiguous, Status: []int{http.StatusServiceUnavailable},
+		Cause:   "Two running pods of the node have the same address. NMI gives a token to neither of them.",
+		Remedy:  "Let the client retry. If it persists, delete the pod that no longer uses the address, and check the network plugin's address management.",
+		Command: "kubectl get pods -A -o wide --field-selector spec.nodeName=NODE",
+	},
+	{
+		Reason: NotReady, Status: []int{http.StatusServiceUnavailable},
+		Cause:   "NMI has not loaded the cluster's objects yet, or it has lost its connection to the API server and would otherwise refuse the request permanently because of an object that may exist by now. The custom resource definitions may also be missing.",
+		Remedy:  "Let the client retry. If it persists, check that NMI is ready, that the node reaches the API server, and that the definitions are installed.",
+		Command: "kubectl get crds | grep aadpodidentity.k8s.io; kubectl get pods -A -l app.kubernetes.io/component=nmi -o wide",
+	},
+	{
+		Reason: PodThrottled, Status: []int{http.StatusTooManyRequests},
+		Cause:  "The pod requests tokens that are not cached more than twice a second, or for more than 64 different resources.",
+		Remedy: "Let the application reuse one credential object and its tokens. The Azure SDKs do that by default; a program that starts anew for each request does not.",
+	},
+
+	// The decision.
+	{
+		Reason: PodNotLabelled, Status: []int{http.StatusBadRequest},
+		Cause:   "The pod has no label `aadpodidbinding`, so no AzureIdentityBinding can select it.",
+		Remedy:  "Add the label to the pod template of the Deployment, StatefulSet or Job; its value is `spec.selector` of the binding.",
+		Command: `kubectl patch deployment DEPLOYMENT -n NAMESPACE -p '{"spec":{"template":{"metadata":{"labels":{"aadpodidbinding":"SELECTOR"}}}}}'`,
+	},
+	{
+		Reason: NoMatchingBinding, Status: []int{http.StatusBadRequest},
+		Cause:   "No AzureIdentityBinding has the value of the pod's label `aadpodidbinding` as its `spec.selector`. Upper and lower case differ. In managed mode and with `forceNamespaced` the binding must be in the namespace of the pod.",
+		Remedy:  "Create the binding in the pod's namespace, or make label and selector equal.",
+		Command: "kubectl get azureidentitybindings -A; kubectl get pods -n NAMESPACE -L aadpodidbinding",
+	},
+	{
+		Reason: IdentityMissing, Status: []int{http.StatusBadRequest},
+		Cause:   "The binding names an AzureIdentity that does not exist in the namespace of the binding.",
+		Remedy:  "Create the AzureIdentity in the namespace of the binding, or correct `spec.azureIdentity` of the binding.",
+		Command: "kubectl get azureidentities,azureidentitybindings -n NAMESPACE",
+	},
+	{
+		Reason: IdentityNotBound, Status: []int{http.StatusBadRequest},
+		Cause:   "The request names an identity (`client_id`, `object_id` or `msi_res_id`) that is not bound to this pod. The detail lists the identities that are.",
+		Remedy:  "Correct the client ID in the application (often the environment variable `AZURE_CLIENT_ID`), or bind the identity to the pod. Several bindings may have the same selector.",
+		Command: "kubectl get azureidentities -n NAMESPACE -o wide",
+	},
+	{
+		Reason: MultipleIdentities, Status: []int{http.StatusBadRequest},
+		Cause:  "Several identities are bound to the pod and the request names none of them.",
+		Remedy: "Name one in the application, for example with the environment variable `AZURE_CLIENT_ID`, or remove the bindings that are not needed.",
+	},
+	{
+		Reason: IdentityAmbiguous, Status: []int{http.StatusForbidden},
+		Cause:   "The request names a client ID that several AzureIdentity objects bound to the pod have, and these objects differ in another field.",
+		Remedy:  "Delete all but one of the AzureIdentity objects that the detail lists, or their bindings.",
+		Command: "kubectl get azureidentities -n NAMESPACE -o yaml",
+	},
+	{
+		Reason: IdentityInvalid, Status: []int{http.StatusForbidden},
+		Cause:   "The AzureIdentity cannot produce a token whatever Azure says: a field is missing or malformed. The detail names the field. New objects of this kind are refused by the API server; this one was stored before the current definitions were installed.",
+		Remedy:  "Correct the field that the detail names.",
+		Command: "kubectl edit azureidentity NAME -n NAMESPACE",
+	},
+	{
+		Reason: SecretNotAllowed, Status: []int{http.StatusForbidden},
+		Cause:  "`spec.clientPassword` of the AzureIdentity names a Secret of another namespace.",
+		Remedy: "Move the Secret into the namespace of the AzureIdentity. Only if every author of AzureIdentity objects may use every Secret that NMI may read, set `nmi.allowCrossNamespaceSecrets` to `true` instead.",
+	},
+	{
+		Reason: AssignmentPending, Status: []int{http.StatusServiceUnavailable},
+		Cause:   "Standard mode: MIC is attaching the identity to the VM or scale set, and that took longer than `nmi.assignmentWait`.",
+		Remedy:  "Let the client retry: the response has `Retry-After`. If it persists, see [standard mode](#standard-mode-a-pod-does-not-get-its-identity).",
+		Command: "kubectl get azureassignedidentities -n NAMESPACE -o wide",
+	},
+	{
+		Reason: AssignmentFailed, Status: []int{http.StatusServiceUnavailable},
+		Cause:   "Standard mode: Azure refuses to attach the identity. The detail is `status.message` of the AzureAssignedIdentity and says what to do, such as which role to grant.",
+		Remedy:  "Do what the detail says; MIC retries by itself. See [standard mode](#standard-mode-a-pod-does-not-get-its-identity).",
+		Command: "kubectl get azureassignedidentities -n NAMESPACE -o yaml",
+	},
+
+	// The credential.
+	{
+		Reason: SecretMissing, Status: []int{http.StatusForbidden},
+		Cause:   "The Secret that `spec.clientPassword` of the AzureIdentity names does not exist.",
+		Remedy:  "Create the Secret, or correct `spec.clientPassword`.",
+		Command: "kubectl create secret generic SECRET -n NAMESPACE --from-literal=clientSecret=VALUE",
+	},
+	{
+		Reason: SecretUnreadable, Status: []int{http.StatusForbidden},
+		Cause:   "NMI has no right to read the Secret.",
+		Remedy:  "Add the namespace of the Secret to the chart value `nmi.secretNamespaces`. The command replaces the whole list: name the other namespaces too.",
+		Command: "helm upgrade podidentity deploy/podidentity -n podidentity-system --reset-then-reuse-values --set 'nmi.secretNamespaces={NAMESPACE,OTHER}'",
+	},
+	{
+		Reason: SecretInvalid, Status: []int{http.StatusForbidden},
+		Cause:  "The Secret does not hold a usable client secret or certificate. The detail says what is wrong; it never contains the content.",
+		Remedy: "Correct the Secret: [types 1 and 2](identities.md#types-1-and-2-service-principals) describes its keys. The next request uses the new content.",
+	},
+	{
+		Reason: ServiceAccountForbidden, Status: []int{http.StatusForbidden},
+		Cause:   "NMI has no right to request tokens of the pod's ServiceAccount.",
+		Remedy:  "Add the pod's namespace to the chart value `nmi.federatedNamespaces`. The command replaces the whole list: name the other namespaces too.",
+		Command: "helm upgrade podidentity deploy/podidentity -n podidentity-system --reset-then-reuse-values --set 'nmi.federatedNamespaces={NAMESPACE,OTHER}'",
+	},
+	{
+		Reason: FederationUntrusted, Status: []int{http.StatusForbidden},
+		Cause:   "Entra ID finds no federated credential that matches the token of the pod's ServiceAccount. NMI retries for about twelve seconds before it refuses, because a new credential takes time to become known.",
+		Remedy:  "Create the federated credential with the issuer, subject and audience that the detail lists, letter by letter. Restart clients that gave up.",
+		Command: "az identity federated-credential create -g GROUP --identity-name NAME --name CREDENTIAL --issuer ISSUER --subject system:serviceaccount:NAMESPACE:SERVICEACCOUNT --audiences api://AzureADTokenExchange",
+	},
+	{
+		Reason: PodStale, Status: []int{http.StatusServiceUnavailable},
+		Cause:  "The API server issues no token for the pod: the pod is being deleted, or was deleted and created again under the same name.",
+		Remedy: "Let the client retry. Nothing to do for a pod that is being deleted.",
+	},
+
+	// The source of the token.
+	{
+		Reason: UpstreamRefused, Status: []int{http.StatusBadRequest, http.StatusForbidden},
+		Cause:   "IMDS or Entra ID refused the request. `error_description` is its own text, with its error code and correlation ID. \"Identity not found\" from IMDS means that the identity is not attached to this VM or scale set.",
+		Remedy:  "Look up the code, such as AADSTS500011 (the resource is unknown in the tenant). For \"Identity not found\" attach the identity; in standard mode check whether somebody detached it.",
+		Command: "az vmss identity show -g NODE-RESOURCE-GROUP -n SCALE-SET",
+	},
+	{
+		Reason: UpstreamThrottled, Status: []int{http.StatusTooManyRequests},
+		Cause:  "IMDS limits the requests of the node, or Entra ID those of the application. Cached tokens are still served.",
+		Remedy: "Let the client retry: the response has the `Retry-After` of Azure. If it persists, look for a pod that requests tokens for many resources in `podidentity_nmi_upstream_requests_total` and the audit log.",
+	},
+	{
+		Reason: UpstreamUnavailable, Status: []int{http.StatusServiceUnavailable},
+		Cause:  "IMDS, Entra ID or the API server does not respond or responds with an error of its own. Cached tokens are still served until they expire.",
+		Remedy: "Let the client retry. If it persists, check that the node reaches IMDS, `login.microsoftonline.com:443` (types 1 to 3) and the API server; behind a proxy set `HTTPS_PROXY` and `NO_PROXY` in `nmi.extraEnv`.",
+	},
+}
