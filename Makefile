@@ -48,7 +48,7 @@ unit: ## unit, fuzz seeds and kernel tests, with the race detector
 	$(GOTEST) . -race ./...
 	$(GOTEST) e2e -race ./azure
 	$(GOTEST) e2e -race -run 'Whatever|KilledAtAny' ./mic
-	$(GOTEST) e2e ./crds ./chart ./mic
+	$(GOTEST) e2e ./crds ./chart ./mic ./docs ./cmd/reference
 
 e2e: bin/cluster ## end-to-end tests on a real cluster
 	$(GOTEST) e2e -p 1 -timeout 40m ./cluster ./cmd/bench . ./standard
@@ -63,14 +63,16 @@ tools:
 	$(GO) -C e2e build -o ../bin/staticcheck honnef.co/go/tools/cmd/staticcheck
 
 CRDS := deploy/podidentity/crds
-generate: tools ## deep copies and CRDs from api/v1
+generate: tools ## deep copies, CRDs and the reference in docs/
 	bin/controller-gen object crd paths=./api/... output:crd:dir=$(CRDS)
+	$(GO) -C e2e run ./cmd/reference
 
 verify-generated: tools ## fail if generated files are not up to date
 	@t=$$(mktemp -d) && trap 'rm -rf '$$t EXIT && \
 	bin/controller-gen object crd paths=./api/... output:object:dir=$$t output:crd:dir=$$t/crds && \
 	diff $$t/zz_generated.deepcopy.go api/v1/zz_generated.deepcopy.go && diff -r $$t/crds $(CRDS) || \
 	{ echo "generated files are not up to date; run make generate and commit" >&2; exit 1; }
+	$(GO) -C e2e run ./cmd/reference -check
 
 prerequisites: ## install the Debian packages that the tests need on this machine
 	sh e2e/prerequisites.sh

@@ -1,0 +1,106 @@
+package main
+
+import (
+	"cmp"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	apiextensions "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
+	"sigs.k8s.io/yaml"
+)
+
+func customResources(root string) ([]byte, error) {
+	files, err := filepath.Glob(filepath.Join(root, "deploy/podidentity/crds/*.yaml"))
+	if err != nil {
+		return nil, err
+	}
+	d := newDocument("Custom resources", "api/v1 and the custom resource definitions")
+	d.paragraph("Group `aadpodidentity.k8s.io`, version `v1`. All kinds are namespaced. [Identities](../identities.md) says which fields an identity of each type needs.")
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return nil, err
+		}
+		var crd apiextensions.CustomResourceDefinition
+		if err := yaml.UnmarshalStrict(text, &crd); err != nil {
+			return nil, err
+		}
+		addResource(d, crd)
+	}
+	return d.Bytes(), nil
+}
+
+func addResource(d *document, crd apiextensions.CustomResourceDefinition) {
+	version := crd.Spec.Versions[0]
+	schema := *version.Schema.OpenAPIV3Schema
+	d.heading(2, crd.Spec.Names.Kind)
+	d.paragraph(plain(oneLine(schema.Description)))
+	var columns []string
+	for _, c := range version.AdditionalPrinterColumns {
+		columns = append(columns, code(c.Name)+" ("+code(strings.TrimPrefix(c.JSONPath, "."))+")")
+	}
+	d.paragraph("Columns of `kubectl get " + crd.Spec.Names.Plural + "`: " + strings.Join(columns, ", ") + ".")
+	var rows [][]string
+	for _, top := range []string{"spec", "status"} {
+		if p, ok := schema.Properties[top]; ok {
+			rows = append(rows, fieldRows(top, p)...)
+		}
+	}
+	d.table([]string{"Field", "Type", "Description"}, rows)
+	if rules := validationRules(schema); len(rules) > 0 {
+		d.paragraph("The API server refuses an object that breaks one of these rules, with this message:")
+		d.table([]string{"Field", "Message"}, rules)
+	}
+}
+
+// fieldRows lists the fields of an object. Embedded objects are not opened: they are whole copies of other kinds, or
+// object metadata.
+func fieldRows(path string, p apiextensions.JSONSchemaProps) [][]string {
+	var rows [][]string
+	for _, name := range slices.Sorted(maps.Keys(p.Properties)) {
+		field := p.Properties[name]
+		fieldPath := path + "." + name
+		rows = append(rows, []string{code(fieldPath), fieldType(field), plain(oneLine(field.Description)) + limits(field)})
+		if name != "metadata" && !field.XEmbeddedResource {
+			rows = append(rows, fieldRows(fieldPath, field)...)
+		}
+	}
+	return rows
+}
+
+func fieldType(p apiextensions.JSONSchemaProps) string {
+	switch {
+	case p.Type == "array" && p.Items != nil && p.Items.Schema != nil:
+		return "array of " + fieldType(*p.Items.Schema)
+	case p.Type == "object" && p.AdditionalProperties != nil && p.AdditionalProperties.Schema != nil:
+		return "map of " + fieldType(*p.AdditionalProperties.Schema)
+	}
+	return cmp.Or(p.Type, "any")
+}
+
+func limits(p apiextensions.JSONSchemaProps) string {
+	if p.MaxLength != nil {
+		return " At most " + strconv.FormatInt(*p.MaxLength, 10) + " characters."
+	}
+	return ""
+}
+
+func validationRules(schema apiextensions.JSONSchemaProps) [][]string {
+	var rows [][]string
+	add := func(path string, p apiextensions.JSONSchemaProps) {
+		for _, rule := range p.XValidations {
+			rows = append(rows, []string{code(path + rule.FieldPath), plain(rule.Message)})
+		}
+	}
+	spec := schema
+	spec.XValidations = slices.DeleteFunc(slices.Clone(schema.XValidations), func(r apiextensions.ValidationRule) bool { return r.Message == "" })
+	add("spec", spec)
+	add("spec", schema.Properties["spec"])
+	return rows
+}
+
+func oneLine(text string) string { return strings.Join(strings.Fields(text), " ") }

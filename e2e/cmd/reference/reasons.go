@@ -1,0 +1,65 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
+
+	"github.com/podidentity/podidentity/identity"
+)
+
+func reasonCodes(string) ([]byte, error) {
+	d := newDocument("Reason codes", "package identity")
+	d.paragraph("A reason code says how a request ended. It is spelled the same in the response (`reason`), in NMI's log and audit log, in the metric " +
+		"`podidentity_nmi_decisions_total` and in the Event `TokenRefused` of the pod. [Troubleshooting](../troubleshooting.md#reason-codes) has the remedy for each.")
+	var rows [][]string
+	for _, e := range identity.Explanations() {
+		rows = append(rows, []string{fmt.Sprintf("[%s](../troubleshooting.md#%s)", code(string(e.Reason)), e.Reason), statuses(e), fromReference(e.Cause)})
+	}
+	d.table([]string{"Reason", "HTTP status", "Cause"}, rows)
+	return d.Bytes(), nil
+}
+
+// fromReference corrects the links of a text, which is written for a page in docs/.
+func fromReference(text string) string { return strings.ReplaceAll(text, "](", "](../") }
+
+func statuses(e identity.Explanation) string {
+	if len(e.Status) == 0 {
+		return "none"
+	}
+	var all []string
+	for _, s := range e.Status {
+		all = append(all, strconv.Itoa(s)+" "+http.StatusText(s))
+	}
+	return strings.Join(all, " or ")
+}
+
+// The section of reason codes stands between these lines.
+const (
+	sectionsBegin = "<!-- Generated from package identity by `make generate`. Do not edit. -->\n"
+	sectionsEnd   = "<!-- End of the generated part. -->\n"
+)
+
+// reasonSections replaces the generated part of a page that is otherwise written by hand.
+func reasonSections(_ string, current []byte) ([]byte, error) {
+	before, rest, hasBegin := bytes.Cut(current, []byte(sectionsBegin))
+	_, after, hasEnd := bytes.Cut(rest, []byte(sectionsEnd))
+	if !hasBegin || !hasEnd {
+		return nil, errors.New("the lines that mark the generated part are missing")
+	}
+	d := &document{}
+	for _, e := range identity.Explanations() {
+		d.heading(3, code(string(e.Reason)))
+		d.paragraph("HTTP status: " + statuses(e) + ".")
+		d.paragraph("**Cause.** " + e.Cause)
+		d.paragraph("**Remedy.** " + e.Remedy)
+		if e.Command != "" {
+			d.paragraph("```sh\n" + e.Command + "\n```")
+		}
+	}
+	d.WriteString("\n")
+	return bytes.Join([][]byte{before, []byte(sectionsBegin), d.Bytes(), []byte(sectionsEnd), after}, nil), nil
+}
