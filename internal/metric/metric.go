@@ -25,6 +25,8 @@ type Definition struct {
 	Type    Type
 	Labels  []string
 	Buckets []float64 // of a histogram
+	// Values has the values of labels for which it is a fixed list. Only the documentation reads it.
+	Values map[string][]string
 	// Deprecated says since when the metric is deprecated and what replaces it. "" means that it is not deprecated.
 	Deprecated string
 }
