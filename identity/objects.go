@@ -4,9 +4,9 @@ import (
 	"cmp"
 	"slices"
 	"strings"
-	"unicode"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 // FromAzureIdentity takes from the object what the decision reads.
@@ -50,7 +50,7 @@ func FromAzureAssignedIdentity(o *v1.AzureAssignedIdentity) Assignment {
 		PodNamespace: o.Spec.PodNamespace,
 		PodName:      o.Spec.Pod,
 		State:        State(o.Status.Status),
-		Message:      oneLine(o.Status.Message),
+		Message:      text.OneLine(strings.ToValidUTF8(o.Status.Message, ""), maxMessage),
 	}
 	for _, owner := range o.OwnerReferences {
 		if owner.Kind == "Pod" && owner.APIVersion == "v1" {
@@ -64,14 +64,5 @@ func FromAzureAssignedIdentity(o *v1.AzureAssignedIdentity) Assignment {
 	return a
 }
 
-// maxMessage bounds what is kept of a message, in bytes: it ends in answers, logs and Events.
+// maxMessage bounds the message of an assignment, in bytes: it becomes part of responses, log lines and Events.
 const maxMessage = 800
-
-// oneLine makes a text from outside fit to stand in a sentence.
-func oneLine(s string) string {
-	if len(s) > maxMessage {
-		s = s[:maxMessage-len("…")] + "…"
-	}
-	words := strings.FieldsFunc(strings.ToValidUTF8(s, ""), func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) })
-	return strings.Join(words, " ")
-}

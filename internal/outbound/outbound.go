@@ -8,10 +8,8 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"strings"
 	"sync"
 	"time"
-	"unicode"
 )
 
 // Door is shut for a while after somebody asked to be left alone. The zero value is open.
@@ -50,22 +48,6 @@ func WithOwnBody(r *http.Request) (*http.Request, error) {
 	own.Body, own.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	own.GetBody = nil
 	return own, nil
-}
-
-// OneLine makes a text from outside fit for a line of a log: no ends of lines, no control characters, at most so many
-// bytes.
-func OneLine(s string, most int) string {
-	s = strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
-			return ' '
-		}
-		return r
-	}, s)
-	s = strings.Join(strings.Fields(s), " ")
-	if len(s) > most {
-		s = strings.ToValidUTF8(s[:most], "")
-	}
-	return s
 }
 
 // RootCAs returns what TLS connections are verified with where the flag --ca-bundle names a file of certificates (PEM)

@@ -51,14 +51,6 @@ func TestARequestsOwnBodyIsNotThatOfTheNextAttempt(t *testing.T) {
 	}
 }
 
-func TestOneLineIsOneLineOfValidText(t *testing.T) {
-	for in, want := range map[string]string{" a\r\n\tb\x1b[2J ": "a b [2J", "\xff\xfe": "\uFFFD\uFFFD", "ééé": "éé"} {
-		if got := OneLine(in, 7-len("é")); got != want && in == "ééé" || in != "ééé" && OneLine(in, 64) != want {
-			t.Errorf("%q became %q, %q", in, got, OneLine(in, 64))
-		}
-	}
-}
-
 func TestABundleThatHoldsNoCertificateIsRefused(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "ca.pem")
 	if _, err := RootCAs(file); err == nil || !strings.Contains(err.Error(), "reading --ca-bundle") {

@@ -13,7 +13,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 
-	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 // The codes, folded, by which ARM refuses an update for the sake of some of its identities: one does not exist, or MIC
@@ -62,7 +62,7 @@ func (c cleaner) failure(operation string, requested map[string]bool, err error)
 		Status:        resp.StatusCode,
 		Code:          c.clean(cmp.Or(said.code, answered.ErrorCode), maxCode),
 		Message:       c.clean(said.message, maxMessage),
-		CorrelationID: outbound.OneLine(cmp.Or(resp.Header.Get("X-Ms-Correlation-Request-Id"), resp.Header.Get("X-Ms-Request-Id")), maxID),
+		CorrelationID: text.OneLine(cmp.Or(resp.Header.Get("X-Ms-Correlation-Request-Id"), resp.Header.Get("X-Ms-Request-Id")), maxID),
 		RetryAfter:    retryAfter(resp.Header),
 	}
 	named := said.named(requested)

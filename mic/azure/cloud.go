@@ -8,7 +8,7 @@ import (
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/cloud"
 
-	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 // environmentFile is the variable that names the file of a cloud of one's own.
@@ -56,11 +56,11 @@ func (c Config) cloud() (cloud.Configuration, error) {
 		}
 		found = custom
 	default:
-		return found, fmt.Errorf("cloud %q in %s is unknown; give AzurePublicCloud, AzureUSGovernmentCloud, AzureChinaCloud, or AzureStackCloud and %s", outbound.OneLine(c.Cloud, maxCode), c.source(), environmentFile)
+		return found, fmt.Errorf("cloud %q in %s is unknown; give AzurePublicCloud, AzureUSGovernmentCloud, AzureChinaCloud, or AzureStackCloud and %s", text.OneLine(c.Cloud, maxCode), c.source(), environmentFile)
 	}
 	if c.AuthorityHost != "" {
 		if !isHTTPS(c.AuthorityHost) {
-			return found, fmt.Errorf("AZURE_AUTHORITY_HOST %q is not an https URL; correct it", outbound.OneLine(c.AuthorityHost, maxMessage))
+			return found, fmt.Errorf("AZURE_AUTHORITY_HOST %q is not an https URL; correct it", text.OneLine(c.AuthorityHost, maxMessage))
 		}
 		found.ActiveDirectoryAuthorityHost = c.AuthorityHost
 	}
@@ -73,7 +73,7 @@ func (e Environment) cloud() (cloud.Configuration, error) {
 		return cloud.Configuration{}, fmt.Errorf("cloud AzureStackCloud needs resourceManagerEndpoint, an https URL, and tokenAudience; write them into the file that %s names", environmentFile)
 	}
 	if e.ActiveDirectoryEndpoint != "" && !isHTTPS(e.ActiveDirectoryEndpoint) {
-		return cloud.Configuration{}, fmt.Errorf("activeDirectoryEndpoint %q is not an https URL; correct it in the file that %s names", outbound.OneLine(e.ActiveDirectoryEndpoint, maxMessage), environmentFile)
+		return cloud.Configuration{}, fmt.Errorf("activeDirectoryEndpoint %q is not an https URL; correct it in the file that %s names", text.OneLine(e.ActiveDirectoryEndpoint, maxMessage), environmentFile)
 	}
 	return cloud.Configuration{
 		ActiveDirectoryAuthorityHost: e.ActiveDirectoryEndpoint,

@@ -15,7 +15,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 
-	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 // ownCredential is whom MIC is to Azure, and how its failures are told.
@@ -67,7 +67,7 @@ func (own *ownCredential) managedIdentity(c Config, options policy.ClientOptions
 	own.advice = "see that the machine MIC runs on has it, or name another as userAssignedIdentityID in " + c.source()
 	o := &azidentity.ManagedIdentityCredentialOptions{ClientOptions: options}
 	if id := c.UserAssignedIdentityID; id != "" {
-		own.who = "managed identity " + outbound.OneLine(id, maxMessage/2)
+		own.who = "managed identity " + text.OneLine(id, maxMessage/2)
 		own.advice = "see that it is attached to the machine MIC runs on, and that userAssignedIdentityID in " + c.source() + " is its client ID"
 		o.ID = azidentity.ClientID(id)
 		if strings.HasPrefix(id, "/") {
@@ -86,7 +86,7 @@ func (own *ownCredential) servicePrincipal(c Config, options policy.ClientOption
 	if err := needsAuthority(options.Cloud); err != nil {
 		return err
 	}
-	own.who = fmt.Sprintf("service principal %s of tenant %s", outbound.OneLine(c.ClientID, maxID), outbound.OneLine(c.TenantID, maxID))
+	own.who = fmt.Sprintf("service principal %s of tenant %s", text.OneLine(c.ClientID, maxID), text.OneLine(c.TenantID, maxID))
 	own.advice = "correct tenantId, aadClientId and aadClientSecret in " + c.source()
 	credential, err := azidentity.NewClientSecretCredential(c.TenantID, c.ClientID, string(c.ClientSecret), &azidentity.ClientSecretCredentialOptions{
 		// The authority comes from the operator, so nobody needs to vouch for it.
@@ -103,7 +103,7 @@ func (own *ownCredential) workloadIdentity(c Config, options policy.ClientOption
 	if err := needsAuthority(options.Cloud); err != nil {
 		return err
 	}
-	own.who = fmt.Sprintf("workload identity %s of tenant %s", outbound.OneLine(c.ClientID, maxID), outbound.OneLine(c.TenantID, maxID))
+	own.who = fmt.Sprintf("workload identity %s of tenant %s", text.OneLine(c.ClientID, maxID), text.OneLine(c.TenantID, maxID))
 	own.advice = "see that it has a federated credential for MIC's ServiceAccount"
 	// The token is replaced in its file from time to time, so the file is read each time.
 	assertion := func(ctx context.Context) (string, error) {

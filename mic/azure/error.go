@@ -7,7 +7,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 // Class sorts failures by what to do about them. It is fit to be a metric label.
@@ -63,7 +63,7 @@ func (e *Error) Error() string {
 	if e.Message != "" {
 		b.WriteString(": " + e.Message)
 	} else if e.Err != nil {
-		b.WriteString(": " + outbound.OneLine(e.Err.Error(), maxMessage))
+		b.WriteString(": " + text.OneLine(e.Err.Error(), maxMessage))
 	}
 	if e.RetryAfter > 0 {
 		fmt.Fprintf(&b, " (again after %s)", e.RetryAfter.Round(time.Second))
@@ -102,7 +102,7 @@ func (c cleaner) clean(s string, most int) string {
 	if len(c.secret) >= minSecret {
 		s = strings.ReplaceAll(s, string(c.secret), redacted)
 	}
-	return outbound.OneLine(jwt.ReplaceAllString(s, redacted), most)
+	return text.OneLine(jwt.ReplaceAllString(s, redacted), most)
 }
 
 // unanswered makes an Error of a failure in which nothing was answered.

@@ -108,9 +108,9 @@ type reading struct {
 }
 
 func readVirtualMachine(m armcompute.VirtualMachine) reading {
-	got := reading{id: text(m.ID), state: State{ETag: text(m.Etag)}}
+	got := reading{id: stringValue(m.ID), state: State{ETag: stringValue(m.Etag)}}
 	if m.Properties != nil {
-		got.state.ProvisioningState = text(m.Properties.ProvisioningState)
+		got.state.ProvisioningState = stringValue(m.Properties.ProvisioningState)
 	}
 	if m.Identity != nil {
 		got.state.setIdentities(m.Identity.Type, m.Identity.UserAssignedIdentities)
@@ -119,9 +119,9 @@ func readVirtualMachine(m armcompute.VirtualMachine) reading {
 }
 
 func readScaleSet(m armcompute.VirtualMachineScaleSet) reading {
-	got := reading{id: text(m.ID), state: State{ETag: text(m.Etag)}}
+	got := reading{id: stringValue(m.ID), state: State{ETag: stringValue(m.Etag)}}
 	if m.Properties != nil {
-		got.state.ProvisioningState = text(m.Properties.ProvisioningState)
+		got.state.ProvisioningState = stringValue(m.Properties.ProvisioningState)
 	}
 	if m.Identity != nil {
 		got.state.setIdentities(m.Identity.Type, m.Identity.UserAssignedIdentities)
@@ -140,13 +140,13 @@ func (s *State) setIdentities(kind *armcompute.ResourceIdentityType, identities 
 	for id, of := range identities {
 		identity := Identity{ID: id}
 		if of != nil {
-			identity.ClientID, identity.PrincipalID = text(of.ClientID), text(of.PrincipalID)
+			identity.ClientID, identity.PrincipalID = stringValue(of.ClientID), stringValue(of.PrincipalID)
 		}
 		s.Identities[Fold(id)] = identity
 	}
 }
 
-func text(s *string) string {
+func stringValue(s *string) string {
 	if s == nil {
 		return ""
 	}

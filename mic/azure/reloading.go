@@ -5,7 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 // reloadEvery is how often the configuration is looked at.
@@ -125,7 +125,7 @@ func (r *Reloading) OwnIdentities() []string { return r.current.Load().cfg.OwnId
 func (r *Reloading) client(of Resource, operation string) (*Client, error) {
 	now := r.current.Load()
 	if now.client == nil {
-		return nil, &Error{Class: Unconfigured, Operation: of.Kind.String() + operation, Message: outbound.OneLine(now.err.Error(), maxMessage)}
+		return nil, &Error{Class: Unconfigured, Operation: of.Kind.String() + operation, Message: text.OneLine(now.err.Error(), maxMessage)}
 	}
 	return now.client, nil
 }

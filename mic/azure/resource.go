@@ -6,7 +6,7 @@ import (
 	"strings"
 	"unicode"
 
-	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 // Kind is what kind of machine carries identities.
@@ -72,7 +72,7 @@ func ParseProviderID(s string) (Resource, error) {
 		return Resource{}, ErrNotAzure
 	}
 	malformed := func(what string) (Resource, error) {
-		return Resource{}, fmt.Errorf("provider ID %q %s; it must be azure:///subscriptions/SUBSCRIPTION/resourceGroups/GROUP/providers/Microsoft.Compute/virtualMachines/NAME or .../virtualMachineScaleSets/NAME/virtualMachines/INSTANCE", outbound.OneLine(s, 512), what)
+		return Resource{}, fmt.Errorf("provider ID %q %s; it must be azure:///subscriptions/SUBSCRIPTION/resourceGroups/GROUP/providers/Microsoft.Compute/virtualMachines/NAME or .../virtualMachineScaleSets/NAME/virtualMachines/INSTANCE", text.OneLine(s, 512), what)
 	}
 	rest, ok := strings.CutPrefix(id, "/")
 	if !ok {
@@ -94,12 +94,12 @@ func ParseProviderID(s string) (Resource, error) {
 	}
 	for i := range want {
 		if !strings.EqualFold(words[i], want[i]) {
-			return malformed(fmt.Sprintf("has %q where %q belongs", outbound.OneLine(words[i], maxSegment), want[i]))
+			return malformed(fmt.Sprintf("has %q where %q belongs", text.OneLine(words[i], maxSegment), want[i]))
 		}
 	}
 	for _, name := range names {
 		if !isName(name) {
-			return malformed(fmt.Sprintf("has %q for a name", outbound.OneLine(name, maxSegment)))
+			return malformed(fmt.Sprintf("has %q for a name", text.OneLine(name, maxSegment)))
 		}
 	}
 	return r, nil

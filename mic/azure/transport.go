@@ -17,6 +17,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 
 	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 const (
@@ -100,7 +101,7 @@ func withoutURL(err error) error {
 type elsewhere string
 
 func (e elsewhere) Error() string {
-	return fmt.Sprintf("%q is not the host of Azure Resource Manager, or not asked by https", outbound.OneLine(string(e), 253))
+	return fmt.Sprintf("%q is not the host of Azure Resource Manager, or not asked by https", text.OneLine(string(e), 253))
 }
 
 // NonRetriable keeps the Azure SDK from trying again.

@@ -8,7 +8,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/resourcemanager/compute/armcompute/v7"
 
-	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 // MaxIdentities is how many identities one update takes, additions and removals together.
@@ -58,7 +58,7 @@ func plan(basis State, add, remove []string) (patch, error) {
 	for _, id := range remove {
 		folded := Fold(id)
 		if wanted[folded] {
-			return patch{}, fmt.Errorf("identity %s is to be both added and removed", outbound.OneLine(id, maxMessage/2))
+			return patch{}, fmt.Errorf("identity %s is to be both added and removed", text.OneLine(id, maxMessage/2))
 		}
 		if identity, there := basis.Identities[folded]; there && !p.requested[folded] {
 			p.requested[folded] = true

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"strings"
 	"time"
+
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 // clockSkew is how far back Entra dates a token's beginning.
@@ -35,6 +37,6 @@ func describe(accessToken string, expiresOn, now time.Time) Token {
 	if claims.NotBefore > 0 {
 		t.NotBefore = time.Unix(claims.NotBefore, 0)
 	}
-	t.ClientID, t.ObjectID, t.ID = claims.AppID, claims.ObjectID, clip(claims.TokenID)
+	t.ClientID, t.ObjectID, t.ID = claims.AppID, claims.ObjectID, text.OneLine(claims.TokenID, maxErrorText)
 	return t
 }

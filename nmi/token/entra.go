@@ -23,6 +23,7 @@ import (
 
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 const (
@@ -164,7 +165,7 @@ func (e *Entra) ask(ctx context.Context, c *client, call Call, assertion string)
 		return Token{}, codes, failed
 	}
 	t := describe(got.Token, got.ExpiresOn, time.Now())
-	t.CorrelationID = outbound.OneLine(cmp.Or(x.answer.header.Get("client-request-id"), x.requestID, x.answer.header.Get("x-ms-request-id")), maxID)
+	t.CorrelationID = text.OneLine(cmp.Or(x.answer.header.Get("client-request-id"), x.requestID, x.answer.header.Get("x-ms-request-id")), maxID)
 	return t, nil, nil
 }
 
@@ -331,9 +332,9 @@ func (x *exchange) failure(p Principal, err error) (*Error, []int) {
 		CorrelationID string `json:"correlation_id"`
 	}
 	_ = json.Unmarshal(a.body, &body) // what is not as expected stays empty
-	e := &Error{Class: Denied, Status: a.status, Code: outbound.OneLine(x.withoutProof(body.Error), 128)}
-	e.CorrelationID = outbound.OneLine(x.withoutProof(cmp.Or(body.CorrelationID, a.header.Get("client-request-id"), x.requestID)), maxID)
-	e.Description = clipDescription(x.withoutProof(body.Description), e.CorrelationID)
+	e := &Error{Class: Denied, Status: a.status, Code: text.OneLine(x.withoutProof(body.Error), 128)}
+	e.CorrelationID = text.OneLine(x.withoutProof(cmp.Or(body.CorrelationID, a.header.Get("client-request-id"), x.requestID)), maxID)
+	e.Description = truncateDescription(x.withoutProof(body.Description), e.CorrelationID)
 	switch {
 	case a.status == http.StatusTooManyRequests:
 		e.Class, e.RetryAfter = Throttled, retryAfter(a.header)
@@ -355,14 +356,15 @@ func (x *exchange) withoutProof(s string) string {
 // maxID bounds a correlation ID, which is a GUID.
 const maxID = 64
 
-// clipDescription bounds Entra ID's text, which ends in IDs, so that the one stays by which its logs know the exchange.
-func clipDescription(text, correlationID string) string {
-	const most = 512
-	whole := outbound.OneLine(text, len(text))
-	clipped := outbound.OneLine(whole, most)
-	if len(clipped) == len(whole) || correlationID == "" || strings.Contains(clipped, correlationID) {
-		return clipped
+// truncateDescription truncates the description of an error of Entra ID. It keeps the correlation ID, which stands at the
+// end of the description: Entra ID's own logs find the request by it.
+func truncateDescription(description, correlationID string) string {
+	const maxBytes = 512
+	whole := text.OneLine(description, len(description))
+	truncated := text.Truncate(whole, maxBytes)
+	if len(truncated) == len(whole) || correlationID == "" || strings.Contains(truncated, correlationID) {
+		return truncated
 	}
 	end := " Correlation ID: " + correlationID
-	return outbound.OneLine(whole, most-len(end)) + end
+	return text.Truncate(whole, maxBytes-len(end)) + end
 }

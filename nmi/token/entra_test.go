@@ -147,11 +147,11 @@ func TestFailuresOfEntraIDAreSorted(t *testing.T) {
 
 func TestADescriptionIsOneLineAndKeepsItsCorrelationID(t *testing.T) {
 	long := "AADSTS1: " + strings.Repeat("é long story, ", 60) + "\r\nCorrelation ID: cid-1\r\nTimestamp: now"
-	got := clipDescription(long, "cid-1")
+	got := truncateDescription(long, "cid-1")
 	if len(got) > 512 || !strings.HasSuffix(got, " Correlation ID: cid-1") || strings.ContainsAny(got, "\r\n") || !strings.HasPrefix(got, "AADSTS1: é long story") {
 		t.Errorf("got %q, %d bytes", got, len(got))
 	}
-	if got := clipDescription("AADSTS1: x\r\nCorrelation ID: cid-1\x1b[2J\n", "cid-1"); got != "AADSTS1: x Correlation ID: cid-1 [2J" {
+	if got := truncateDescription("AADSTS1: x\r\nCorrelation ID: cid-1\x1b[2J\n", "cid-1"); got != "AADSTS1: x Correlation ID: cid-1 [2J" {
 		t.Errorf("got %q", got)
 	}
 }

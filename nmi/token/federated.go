@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/podidentity/podidentity/identity"
-	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 // Assertions gives Kubernetes tokens that are shown to Entra ID. Its error is an *Error.
@@ -87,14 +87,14 @@ func federationUntrusted(p Principal, assertion string, failed *Error) *Error {
 	e := *failed
 	e.Reason = identity.FederationUntrusted
 	e.Detail = fmt.Sprintf("Entra ID finds no federated credential that fits: client ID %s in tenant %s must have one with issuer %q, subject %q and audience %q, to the letter; a new one takes some minutes to be known (%s)",
-		p.ClientID, p.TenantID, outbound.OneLine(claims.Issuer, 256), outbound.OneLine(claims.Subject, 256), outbound.OneLine(strings.Join(claims.Audience, ", "), 256), aadCode(failed))
+		p.ClientID, p.TenantID, text.OneLine(claims.Issuer, 256), text.OneLine(claims.Subject, 256), text.OneLine(strings.Join(claims.Audience, ", "), 256), aadCode(failed))
 	return &e
 }
 
 // aadCode is the code at the start of Entra ID's text, such as AADSTS70021.
 func aadCode(e *Error) string {
 	code, _, _ := strings.Cut(e.Description, ":")
-	return outbound.OneLine(code, 32)
+	return text.OneLine(code, 32)
 }
 
 // audience is one text or several.

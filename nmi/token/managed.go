@@ -17,10 +17,14 @@ import (
 	lru "github.com/hashicorp/golang-lru/v2"
 
 	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 // maxAnswer bounds what is read of an answer. A token has 2 KiB, one with very many groups 10.
 const maxAnswer = 64 << 10
+
+// maxErrorText bounds, in bytes, a text from IMDS or from a token before it becomes part of log lines and responses.
+const maxErrorText = 512
 
 // managedCredentials bounds the credentials that are kept. One is some hundred bytes, and making one costs nothing but
 // memory, so the bound only has to be larger than what a node needs at a time.
@@ -188,7 +192,7 @@ func (a *answer) failure(err error) *Error {
 		Description string `json:"error_description"`
 	}
 	if json.Unmarshal(a.body, &body) == nil {
-		e.Code, e.Description = clip(body.Error), clip(body.Description)
+		e.Code, e.Description = text.OneLine(body.Error, maxErrorText), text.OneLine(body.Description, maxErrorText)
 	}
 	switch {
 	case a.status == http.StatusTooManyRequests:
@@ -197,13 +201,4 @@ func (a *answer) failure(err error) *Error {
 		e.Class = Unavailable
 	}
 	return e
-}
-
-// clip bounds a text from outside before it goes into logs and answers.
-func clip(s string) string {
-	const most = 512
-	if len(s) > most {
-		return s[:most]
-	}
-	return s
 }

@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 	"software.sslmate.com/src/go-pkcs12"
 
-	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/internal/text"
 )
 
 // A PKCS#12 file says itself how many rounds of hashing it takes to open it, partly inside of what is encrypted, so
@@ -123,7 +123,7 @@ func (a pkcs12Answer) contents(hadPassword bool) (contents, error) {
 	case a.WrongPassword:
 		return found, flaw("has a PKCS#12 file under the key \"certificate\" that takes a password; write it under the key \"password\"")
 	case a.Problem != "":
-		return found, flaw("has under the key \"certificate\" what cannot be read as PKCS#12 (" + outbound.OneLine(a.Problem, 200) + "); " + writeCertificate)
+		return found, flaw("has under the key \"certificate\" what cannot be read as PKCS#12 (" + text.OneLine(a.Problem, 200) + "); " + writeCertificate)
 	}
 	for _, der := range a.Certificates {
 		if err := found.addCertificate(der); err != nil {
