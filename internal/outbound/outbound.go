@@ -1,4 +1,6 @@
-// Package outbound is what NMI and MIC both need where they talk to Azure over HTTP, each through a client of its own.
+// Package outbound has what the HTTP clients of NMI and MIC for Azure have in common. It protects Azure against requests
+// that it asked not to send (Retry-After), and the clients against data races of the Azure SDK's retries and against
+// certificate bundles that hold no certificate.
 package outbound
 
 import (
@@ -12,30 +14,30 @@ import (
 	"time"
 )
 
-// Door is shut for a while after somebody asked to be left alone. The zero value is open.
-type Door struct {
-	mu        sync.Mutex
-	shutUntil time.Time
+// RetryAfterGate is closed for a while after a server answered with Retry-After. The zero value is open.
+type RetryAfterGate struct {
+	mu          sync.Mutex
+	closedUntil time.Time
 }
 
-// Shut returns how long it is still to be left alone; zero or less if it is not.
-func (d *Door) Shut() time.Duration {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return time.Until(d.shutUntil)
+// Remaining returns how long the gate is still closed. It is zero or less if the gate is open.
+func (g *RetryAfterGate) Remaining() time.Duration {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return time.Until(g.closedUntil)
 }
 
-// Close shuts it for at least that long.
-func (d *Door) Close(wait time.Duration) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if until := time.Now().Add(wait); until.After(d.shutUntil) {
-		d.shutUntil = until
+// Extend closes the gate for at least the duration. It never shortens the time that the gate is already closed.
+func (g *RetryAfterGate) Extend(d time.Duration) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if until := time.Now().Add(d); until.After(g.closedUntil) {
+		g.closedUntil = until
 	}
 }
 
-// WithOwnBody returns the request with a body of its own. After an answer that came early net/http may still be reading
-// the body, while the Azure library already rewinds it for the next attempt.
+// WithOwnBody returns a copy of the request that has its own body. If a response arrives early, net/http may still read the
+// body of the first attempt while the Azure SDK already rewinds it for the next one.
 func WithOwnBody(r *http.Request) (*http.Request, error) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return r, nil
@@ -50,8 +52,8 @@ func WithOwnBody(r *http.Request) (*http.Request, error) {
 	return own, nil
 }
 
-// RootCAs returns what TLS connections are verified with where the flag --ca-bundle names a file of certificates (PEM)
-// that are trusted besides the system's; nil, which is what the system trusts, where it names none.
+// RootCAs returns the certificates of the system and those of the PEM file that the flag --ca-bundle names. It returns nil,
+// which means those of the system, if file is "".
 func RootCAs(file string) (*x509.CertPool, error) {
 	if file == "" {
 		return nil, nil

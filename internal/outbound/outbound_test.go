@@ -11,21 +11,21 @@ import (
 	"time"
 )
 
-func TestADoorStaysShutForTheLongestThatWasAskedFor(t *testing.T) {
+func TestAGateStaysClosedForTheLongestRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var d Door
-		if d.Shut() > 0 {
-			t.Error("a new door is shut")
+		var g RetryAfterGate
+		if g.Remaining() > 0 {
+			t.Error("a new gate is closed")
 		}
-		d.Close(time.Minute)
-		d.Close(time.Second)
+		g.Extend(time.Minute)
+		g.Extend(time.Second)
 		time.Sleep(59 * time.Second)
-		if left := d.Shut(); left != time.Second {
-			t.Errorf("it is shut for another %s", left)
+		if left := g.Remaining(); left != time.Second {
+			t.Errorf("it is closed for another %s", left)
 		}
 		time.Sleep(time.Second)
-		if d.Shut() > 0 {
-			t.Error("it is still shut")
+		if g.Remaining() > 0 {
+			t.Error("it is still closed")
 		}
 	})
 }

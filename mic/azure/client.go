@@ -74,8 +74,8 @@ type Client struct {
 
 // subscription is what is known of one. ARM throttles by subscription, so each has a door of its own.
 type subscription struct {
-	door     outbound.Door
-	machines [2]machines // by Kind
+	retryAfter outbound.RetryAfterGate
+	machines   [2]machines // by Kind
 }
 
 // New returns a Client. It sends nothing yet.
@@ -198,7 +198,7 @@ func (c *Client) subscription(r Resource) (*subscription, error) {
 
 // call puts a question to ARM, unless the subscription is shut. Its error is an *Error.
 func (c *Client) call(ctx context.Context, operation string, s *subscription, requested map[string]bool, put func(context.Context) error) error {
-	if wait := s.door.Shut(); wait > 0 {
+	if wait := s.retryAfter.Remaining(); wait > 0 {
 		return &Error{Class: Throttled, Operation: operation, RetryAfter: wait, Message: "Azure asked for the subscription to be left alone"}
 	}
 	start := time.Now()
@@ -212,7 +212,7 @@ func (c *Client) call(ctx context.Context, operation string, s *subscription, re
 		failed = c.failed(ctx, operation, requested, err)
 		outcome = string(failed.Class)
 		if failed.Class == Throttled {
-			s.door.Close(failed.RetryAfter)
+			s.retryAfter.Extend(failed.RetryAfter)
 		}
 	}
 	if c.observer != nil {

@@ -80,7 +80,7 @@ func (o *Operation) Wait(ctx context.Context) (State, error) {
 // rest waits for the pause to be over, and for the subscription to be open again. failed is what went wrong last.
 func (o *Operation) rest(ctx context.Context, failed *Error) error {
 	for {
-		shut := o.s.door.Shut()
+		shut := o.s.retryAfter.Remaining()
 		pause := max(o.pause, shut)
 		o.pause = 0
 		if ctx.Err() != nil {

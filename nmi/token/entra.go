@@ -62,7 +62,7 @@ type client struct {
 	turn chan struct{}
 	// door is shut by a 429, which Entra ID answers to one application or one tenant. Each principal finds that out for
 	// itself: were it shared by tenant, whoever names a tenant could shut it for others.
-	door outbound.Door
+	retryAfter outbound.RetryAfterGate
 
 	credential  azcore.TokenCredential
 	expires     time.Time // of the certificate; zero if there is none
@@ -140,7 +140,7 @@ func (e *Entra) ask(ctx context.Context, c *client, call Call, assertion string)
 	case <-ctx.Done():
 		return Token{}, nil, &Error{Class: Unavailable, Err: fmt.Errorf("waiting for earlier requests of this identity: %w", ctx.Err())}
 	}
-	if wait := c.door.Shut(); wait > 0 {
+	if wait := c.retryAfter.Remaining(); wait > 0 {
 		return Token{}, nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "Entra ID asked to be left alone", RetryAfter: wait}
 	}
 	if failed := e.prepare(ctx, c, call.Principal); failed != nil {
@@ -160,7 +160,7 @@ func (e *Entra) ask(ctx context.Context, c *client, call Call, assertion string)
 	if err != nil {
 		failed, codes := x.failure(call.Principal, err)
 		if failed.Class == Throttled {
-			c.door.Close(failed.RetryAfter)
+			c.retryAfter.Extend(failed.RetryAfter)
 		}
 		return Token{}, codes, failed
 	}

@@ -22,10 +22,10 @@ const (
 // gate is a transport that keeps this process within IMDS's limits, whoever asks. It counts each attempt on the wire,
 // retries too, and stays shut for as long as a 429 said.
 type gate struct {
-	next    http.RoundTripper
-	limiter *rate.Limiter
-	slots   slots
-	door    outbound.Door
+	next       http.RoundTripper
+	limiter    *rate.Limiter
+	slots      slots
+	retryAfter outbound.RetryAfterGate
 }
 
 func newGate(next http.RoundTripper) *gate {
@@ -36,7 +36,7 @@ func newGate(next http.RoundTripper) *gate {
 func (g *gate) RoundTrip(r *http.Request) (*http.Response, error) { return g.slots.send(r, g.pass) }
 
 func (g *gate) pass(r *http.Request) (*http.Response, error) {
-	if wait := g.door.Shut(); wait > 0 {
+	if wait := g.retryAfter.Remaining(); wait > 0 {
 		return nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "IMDS asked to be left alone", RetryAfter: wait}
 	}
 	if err := g.limiter.Wait(r.Context()); err != nil {
@@ -44,7 +44,7 @@ func (g *gate) pass(r *http.Request) (*http.Response, error) {
 	}
 	resp, err := g.next.RoundTrip(r)
 	if err == nil && resp.StatusCode == http.StatusTooManyRequests {
-		g.door.Close(retryAfter(resp.Header))
+		g.retryAfter.Extend(retryAfter(resp.Header))
 	}
 	return resp, err
 }
