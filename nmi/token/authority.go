@@ -17,32 +17,32 @@ import (
 )
 
 const (
-	// authorityConcurrent is how many requests one authority is sent at a time. One that hangs holds up none but those
-	// who asked for it.
+	// authorityConcurrent is the number of concurrent requests to one authority. An authority that hangs delays only
+	// requests to itself.
 	authorityConcurrent = 8
-	// authorityHosts bounds the authorities that are counted so. One that falls out starts counting again.
+	// authorityHosts bounds the number of semaphores kept. An evicted authority starts with a new semaphore.
 	authorityHosts = 256
 )
 
-// authorities is the way to the token services that AzureIdentities name. Whoever may create one names a host, and
-// this process is in the node's network: so that nobody reaches through it what only the node can reach, it connects
-// to no address that means the node itself or its link.
+// authorities is the transport to the token services that AzureIdentities name. Users who may create an AzureIdentity choose
+// the host, and this process runs in the node's network. To keep them from reaching services that only the node can
+// reach, it does not connect to addresses of the node itself or of its link.
 type authorities struct {
 	direct, proxied http.RoundTripper
-	// proxy is what the environment says, as other programs understand it. The proxy was chosen by whoever runs NMI,
-	// so it may be on the node.
-	proxy   func(*http.Request) (*url.URL, error)
-	refused func(netip.Addr) bool
-	hosts   *lru.Cache[string, slots]
+	// proxy is read from the environment, as in other programs. The operator of NMI chooses the proxy, so the proxy itself
+	// may have an address of the node.
+	proxy     func(*http.Request) (*url.URL, error)
+	forbidden func(netip.Addr) bool
+	hosts     *lru.Cache[string, semaphore]
 }
 
 func newAuthorities(roots *x509.CertPool) (*authorities, error) {
-	hosts, err := lru.New[string, slots](authorityHosts)
+	hosts, err := lru.New[string, semaphore](authorityHosts)
 	if err != nil {
 		return nil, err
 	}
-	a := &authorities{proxy: http.ProxyFromEnvironment, refused: nodeOnly, hosts: hosts}
-	guarded := &net.Dialer{Timeout: 5 * time.Second, ControlContext: a.guard}
+	a := &authorities{proxy: http.ProxyFromEnvironment, forbidden: isNodeAddress, hosts: hosts}
+	guarded := &net.Dialer{Timeout: 5 * time.Second, ControlContext: a.checkAddress}
 	free := &net.Dialer{Timeout: 5 * time.Second}
 	a.direct = authorityTransport(roots, nil, guarded)
 	a.proxied = authorityTransport(roots, func(r *http.Request) (*url.URL, error) { return a.proxy(r) }, free)
@@ -68,39 +68,39 @@ func (a *authorities) RoundTrip(r *http.Request) (*http.Response, error) {
 	if r.URL.Scheme != "https" {
 		return nil, errNotHTTPS
 	}
-	way := a.direct
+	transport := a.direct
 	if proxy, err := a.proxy(r); err != nil {
 		return nil, err
 	} else if proxy != nil {
 		// The proxy looks the name up, and what it may reach is its own affair; but an address can be told here.
-		if ip, err := netip.ParseAddr(r.URL.Hostname()); err == nil && a.refused(ip) {
+		if ip, err := netip.ParseAddr(r.URL.Hostname()); err == nil && a.forbidden(ip) {
 			return nil, nodeAddress(ip)
 		}
-		way = a.proxied
+		transport = a.proxied
 	}
-	return a.slots(strings.ToLower(r.URL.Host)).send(r, way.RoundTrip)
+	return a.slots(strings.ToLower(r.URL.Host)).roundTrip(r, transport.RoundTrip)
 }
 
 var errNotHTTPS = &Error{Class: Denied, Detail: "the authority names a token endpoint without https, to which no credential is sent"}
 
-func (a *authorities) slots(host string) slots {
+func (a *authorities) slots(host string) semaphore {
 	if s, ok := a.hosts.Get(host); ok {
 		return s
 	}
-	s := make(slots, authorityConcurrent)
+	s := make(semaphore, authorityConcurrent)
 	if earlier, ok, _ := a.hosts.PeekOrAdd(host, s); ok {
 		return earlier
 	}
 	return s
 }
 
-// guard is asked before each connection, with the address that the name was found to have.
-func (a *authorities) guard(_ context.Context, _, address string, _ syscall.RawConn) error {
+// checkAddress is asked before each connection, with the address that the name was found to have.
+func (a *authorities) checkAddress(_ context.Context, _, address string, _ syscall.RawConn) error {
 	ap, err := netip.ParseAddrPort(address)
 	if err != nil {
 		return errors.Join(errors.New("this is no address to connect to"), err)
 	}
-	if a.refused(ap.Addr()) {
+	if a.forbidden(ap.Addr()) {
 		return nodeAddress(ap.Addr())
 	}
 	return nil
@@ -109,7 +109,7 @@ func (a *authorities) guard(_ context.Context, _, address string, _ syscall.RawC
 // wireServer is where Azure answers a machine, and the machine alone, besides the metadata service.
 var wireServer = netip.AddrFrom4([4]byte{168, 63, 129, 16})
 
-func nodeOnly(ip netip.Addr) bool {
+func isNodeAddress(ip netip.Addr) bool {
 	ip = ip.Unmap()
 	return ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsUnspecified() || ip.IsMulticast() || ip == wireServer
 }

@@ -14,12 +14,12 @@ import (
 
 func TestAnAuthorityOnTheNodeIsRefused(t *testing.T) {
 	s := startEntraID(t)
-	e := newTestEntra(t, s, holding(map[string][]byte{"clientSecret": []byte(secretValue)}))
-	e.authorities.refused = nodeOnly
+	e := newTestEntra(t, s, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)}))
+	e.authorities.forbidden = isNodeAddress
 	for _, authority := range []string{s.URL, strings.Replace(s.URL, "127.0.0.1", "localhost", 1), strings.Replace(s.URL, "127.0.0.1", "[::ffff:127.0.0.1]", 1)} {
 		p := s.principal(Secret)
 		p.Authority = authority
-		failed := mustFail(t, e, askFor(p))
+		failed := mustFail(t, e, callFor(p))
 		if failed.Class != Denied || !strings.HasPrefix(failed.Detail, authority+": ") || !strings.Contains(failed.Detail, "of the node itself") {
 			t.Errorf("%s: %+v", authority, failed)
 		}
@@ -29,13 +29,13 @@ func TestAnAuthorityOnTheNodeIsRefused(t *testing.T) {
 	}
 }
 
-func TestAddressesThatMeanTheNodeAreKnown(t *testing.T) {
+func TestAddressesOfTheNodeAreRecognized(t *testing.T) {
 	for text, want := range map[string]bool{
 		"127.0.0.1": true, "127.9.9.9": true, "::1": true, "::ffff:127.0.0.1": true, "169.254.169.254": true, "fe80::1%eth0": true,
 		"0.0.0.0": true, "::": true, "224.0.0.1": true, "ff02::1": true, "168.63.129.16": true, "::ffff:168.63.129.16": true,
 		"10.0.0.1": false, "20.190.128.1": false, "2603:1006::1": false, "::ffff:20.190.128.1": false,
 	} {
-		if nodeOnly(netip.MustParseAddr(text)) != want {
+		if isNodeAddress(netip.MustParseAddr(text)) != want {
 			t.Errorf("%s: %t", text, !want)
 		}
 	}
@@ -72,19 +72,19 @@ func connectProxy(t *testing.T, to string) (*url.URL, *atomic.Value) {
 	return u, asked
 }
 
-func TestAProxyMayBeOnTheNodeButLeadsToNoAddressOfIt(t *testing.T) {
+func TestAProxyMayRunOnTheNodeButMustNotReachNodeAddresses(t *testing.T) {
 	s := startEntraID(t)
 	proxy, asked := connectProxy(t, strings.TrimPrefix(s.URL, "https://"))
-	e := newTestEntra(t, s, holding(map[string][]byte{"clientSecret": []byte(secretValue)}))
-	e.authorities.refused = nodeOnly
+	e := newTestEntra(t, s, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)}))
+	e.authorities.forbidden = isNodeAddress
 	e.authorities.proxy = func(*http.Request) (*url.URL, error) { return proxy, nil }
 	p := s.principal(Secret)
 	p.Authority = "https://example.com" // a name that the stand-in's certificate has
-	if _, err := e.Fetch(t.Context(), askFor(p)); err != nil || asked.Load() != "CONNECT example.com:443" {
+	if _, err := e.Fetch(t.Context(), callFor(p)); err != nil || asked.Load() != "CONNECT example.com:443" {
 		t.Errorf("%v, the proxy was asked for %v", err, asked.Load())
 	}
 	p.Authority = "https://169.254.169.254"
-	if failed := mustFail(t, e, askFor(p)); failed.Class != Denied || asked.Load() != "CONNECT example.com:443" {
+	if failed := mustFail(t, e, callFor(p)); failed.Class != Denied || asked.Load() != "CONNECT example.com:443" {
 		t.Errorf("%v, the proxy was asked for %v", failed, asked.Load())
 	}
 }
@@ -96,22 +96,22 @@ func TestNoCredentialIsSentWithoutHTTPS(t *testing.T) {
 	s.discover = func(w http.ResponseWriter, r *http.Request) {
 		io.WriteString(w, `{"token_endpoint":"`+plain.URL+`/token","authorization_endpoint":"`+s.URL+`","issuer":"`+s.URL+`"}`)
 	}
-	e := newTestEntra(t, s, holding(map[string][]byte{"clientSecret": []byte(secretValue)}))
-	if failed := mustFail(t, e, askFor(s.principal(Secret))); failed.Class != Denied || !strings.Contains(failed.Detail, "without https") {
+	e := newTestEntra(t, s, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)}))
+	if failed := mustFail(t, e, callFor(s.principal(Secret))); failed.Class != Denied || !strings.Contains(failed.Detail, "without https") {
 		t.Errorf("got %+v", failed)
 	}
 }
 
-func TestOnlyWhoIsVouchedForIsEntraID(t *testing.T) {
+func TestAnUntrustedCertificateIsNotAcceptedAsEntraID(t *testing.T) {
 	s := startEntraID(t)
-	e := newTestEntra(t, s, holding(map[string][]byte{"clientSecret": []byte(secretValue)}))
+	e := newTestEntra(t, s, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)}))
 	strict, err := newAuthorities(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	strict.refused = e.authorities.refused
+	strict.forbidden = e.authorities.forbidden
 	e.transport.Transport = strict
-	if failed := mustFail(t, e, askFor(s.principal(Secret))); failed.Class != Unavailable || s.discovered != 0 {
+	if failed := mustFail(t, e, callFor(s.principal(Secret))); failed.Class != Unavailable || s.discovered != 0 {
 		t.Errorf("got %+v", failed)
 	}
 }

@@ -38,15 +38,15 @@ const (
 	refreshRetry, refreshRetryMax = 30 * time.Second, 5 * time.Minute
 
 	// How long a failure is kept, so that callers who come again at once do not all reach Azure.
-	unavailableFor, deniedFor, throttledFor = 2 * time.Second, 5 * time.Second, 1 * time.Second
+	unavailableTTL, deniedTTL, throttledTTL = 2 * time.Second, 5 * time.Second, 1 * time.Second
 
-	// bypassEvery is how often bypass_cache gets through for one key.
-	bypassEvery = 10 * time.Second
+	// bypassInterval is how often bypass_cache gets through for one key.
+	bypassInterval = 10 * time.Second
 
-	// againEvery is how often a kept failure is passed by for one key, see Request.Again, and againRate how often a
+	// recheckInterval is how often a kept failure is passed by for one key, see Request.Again, and recheckRate how often a
 	// second that is done for all keys together: a part of what IMDS allows, so that there is room for the others.
-	againEvery = time.Second
-	againRate  = 5
+	recheckInterval = time.Second
+	recheckRate     = 5
 
 	// One pod may cause this many fetches a second, and this many at once. A pod that asks for ever new resources
 	// must not use up what IMDS allows all pods of the node together.
@@ -75,18 +75,18 @@ type Cache struct {
 	ctx     context.Context // of the fetches; ends with Close
 	stop    context.CancelFunc
 
-	mu      sync.Mutex // guards all below, and the fields of entries
-	again   *rate.Limiter
-	entries *simplelru.LRU[Key, *entry]
-	holders map[string]*holder
+	mu       sync.Mutex // guards all below, and the fields of entries
+	rechecks *rate.Limiter
+	entries  *simplelru.LRU[Key, *entry]
+	pods     map[string]*podState
 }
 
 // entry is what is known about one key. All fields are guarded by the cache's mutex.
 type entry struct {
-	token     Token
-	failure   error // of the last fetch, if that failed; nil once one succeeds
-	failedFor time.Time
-	failures  int // in a row
+	token        Token
+	failure      error // of the last fetch, if that failed; nil once one succeeds
+	failureUntil time.Time
+	failures     int // in a row
 
 	fetching *fetch
 	asked    time.Time           // when the last fetch began
@@ -102,7 +102,7 @@ type fetch struct {
 }
 
 // holder is a pod.
-type holder struct {
+type podState struct {
 	fetches *rate.Limiter
 	keys    map[Key]struct{}
 }
@@ -110,10 +110,10 @@ type holder struct {
 // NewCache returns a cache of size tokens before the fetcher. allowed tells whether the pod with a UID still lives and
 // may still have tokens of a principal, so that they are worth renewing; it must not block nor call the cache.
 func NewCache(fetcher Fetcher, size int, allowed func(pod string, p Principal) bool, observe Observer) (*Cache, error) {
-	c := &Cache{fetcher: fetcher, allowed: allowed, observe: observe, again: rate.NewLimiter(againRate, againRate), holders: map[string]*holder{}}
+	c := &Cache{fetcher: fetcher, allowed: allowed, observe: observe, rechecks: rate.NewLimiter(recheckRate, recheckRate), pods: map[string]*podState{}}
 	c.ctx, c.stop = context.WithCancel(context.Background())
 	var err error
-	c.entries, err = simplelru.NewLRU(size, func(key Key, e *entry) { c.evicted(key, e) })
+	c.entries, err = simplelru.NewLRU(size, func(key Key, e *entry) { c.onEvicted(key, e) })
 	return c, err
 }
 
@@ -130,12 +130,12 @@ type Request struct {
 	Key Key
 	// Pod is the UID of the pod that the token is for. Its token is renewed until the pod is released.
 	Pod string
-	// Fresh asks for a token that is not from the cache. It is granted now and then, see bypassEvery.
+	// Fresh asks for a token that is not from the cache. It is granted now and then, see bypassInterval.
 	Fresh bool
 	// Rejected is the hash of a token that the caller wants replaced; the same as Fresh if it is the cached one.
 	Rejected string
 	// Again asks to look once more although a refusal is kept, because there is reason to think that it holds no longer.
-	// It is granted now and then, see againEvery.
+	// It is granted now and then, see recheckInterval.
 	Again bool
 }
 
@@ -153,21 +153,21 @@ func (c *Cache) Get(ctx context.Context, r Request) (Token, Origin, error) {
 func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 	now := time.Now()
 	c.mu.Lock()
-	pod := c.holder(r.Pod)
+	pod := c.podState(r.Pod)
 	e, known := c.entries.Get(r.Key)
 	if known {
 		fresh := r.Fresh || r.Rejected != "" && r.Rejected == e.token.SHA256()
-		if now.Before(e.token.ExpiresOn) && (!fresh || now.Sub(e.asked) < bypassEvery) {
-			c.use(r, pod, e)
+		if now.Before(e.token.ExpiresOn) && (!fresh || now.Sub(e.asked) < bypassInterval) {
+			c.addUser(r, pod, e)
 			t := e.token
 			if e.renewal == nil && e.fetching == nil {
 				// Nobody lived who used it, now somebody does.
-				c.plan(r.Key, e, now)
+				c.scheduleRenewal(r.Key, e, now)
 			}
 			c.mu.Unlock()
 			return t, Hit, nil
 		}
-		if !fresh && c.keeps(r, pod, e, now) {
+		if !fresh && c.servesFailure(r, pod, e, now) {
 			err := e.failure
 			c.mu.Unlock()
 			return Token{}, Failed, err
@@ -175,7 +175,7 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 	}
 	origin := Shared
 	if !known || e.fetching == nil {
-		if !pod.fetches.AllowN(now, 1) || !c.room(pod, r.Key, now) {
+		if !pod.fetches.AllowN(now, 1) || !c.hasRoom(pod, r.Key, now) {
 			c.mu.Unlock()
 			return Token{}, Failed, ErrPodThrottled
 		}
@@ -184,9 +184,9 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 			c.entries.Add(r.Key, e)
 		}
 		origin = Fetched
-		c.start(Call{Key: r.Key, Pod: r.Pod, Fresh: r.Fresh || r.Rejected != ""}, e)
+		c.startFetch(Call{Key: r.Key, Pod: r.Pod, Fresh: r.Fresh || r.Rejected != ""}, e)
 	}
-	c.use(r, pod, e)
+	c.addUser(r, pod, e)
 	f := e.fetching
 	c.mu.Unlock()
 
@@ -198,29 +198,29 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 	}
 }
 
-// keeps reports whether the last failure still stands for the answer. c.mu is held.
-func (c *Cache) keeps(r Request, pod *holder, e *entry, now time.Time) bool {
+// servesFailure reports whether the last failure still stands for the answer. c.mu is held.
+func (c *Cache) servesFailure(r Request, pod *podState, e *entry, now time.Time) bool {
 	if !r.Again || classOf(e.failure) != Denied {
-		return now.Before(e.failedFor)
+		return now.Before(e.failureUntil)
 	}
 	if e.fetching != nil {
 		return false
 	}
-	return now.Sub(e.asked) < againEvery || pod.fetches.TokensAt(now) < 1 || !c.again.AllowN(now, 1)
+	return now.Sub(e.asked) < recheckInterval || pod.fetches.TokensAt(now) < 1 || !c.rechecks.AllowN(now, 1)
 }
 
 // holder returns what is kept about a pod. c.mu is held.
-func (c *Cache) holder(pod string) *holder {
-	h := c.holders[pod]
+func (c *Cache) podState(pod string) *podState {
+	h := c.pods[pod]
 	if h == nil {
-		h = &holder{fetches: rate.NewLimiter(podFetchRate, podFetchBurst), keys: map[Key]struct{}{}}
-		c.holders[pod] = h
+		h = &podState{fetches: rate.NewLimiter(podFetchRate, podFetchBurst), keys: map[Key]struct{}{}}
+		c.pods[pod] = h
 	}
 	return h
 }
 
-// room reports whether the pod may keep one more key, after forgetting those of its keys that hold nothing. c.mu is held.
-func (c *Cache) room(h *holder, key Key, now time.Time) bool {
+// hasRoom reports whether the pod may keep one more key, after forgetting those of its keys that hold nothing. c.mu is held.
+func (c *Cache) hasRoom(h *podState, key Key, now time.Time) bool {
 	if _, has := h.keys[key]; has || len(h.keys) < podKeys {
 		return true
 	}
@@ -232,8 +232,8 @@ func (c *Cache) room(h *holder, key Key, now time.Time) bool {
 	return len(h.keys) < podKeys
 }
 
-// use notes that the pod uses the key. c.mu is held.
-func (c *Cache) use(r Request, h *holder, e *entry) {
+// addUser notes that the pod uses the key. c.mu is held.
+func (c *Cache) addUser(r Request, h *podState, e *entry) {
 	if _, noted := e.users[r.Pod]; !noted {
 		e.users[r.Pod] = struct{}{}
 		h.keys[r.Key] = struct{}{}
@@ -249,11 +249,11 @@ func (c *Cache) Release(pod string) {
 }
 
 func (c *Cache) release(pod string) {
-	h := c.holders[pod]
+	h := c.pods[pod]
 	if h == nil {
 		return
 	}
-	delete(c.holders, pod)
+	delete(c.pods, pod)
 	for key := range h.keys {
 		if e, ok := c.entries.Peek(key); ok {
 			delete(e.users, pod)
@@ -264,11 +264,11 @@ func (c *Cache) release(pod string) {
 	}
 }
 
-// evicted tidies up after an entry that the bound on the number pushed out. c.mu is held.
-func (c *Cache) evicted(key Key, e *entry) {
+// onEvicted tidies up after an entry that the bound on the number pushed out. c.mu is held.
+func (c *Cache) onEvicted(key Key, e *entry) {
 	e.cancelRenewal()
 	for pod := range e.users {
-		if h := c.holders[pod]; h != nil {
+		if h := c.pods[pod]; h != nil {
 			delete(h.keys, key)
 		}
 	}
@@ -281,8 +281,8 @@ func (e *entry) cancelRenewal() {
 	}
 }
 
-// start begins a fetch that belongs to no caller. c.mu is held, and no other fetch of this key runs.
-func (c *Cache) start(call Call, e *entry) {
+// startFetch begins a fetch that belongs to no caller. c.mu is held, and no other fetch of this key runs.
+func (c *Cache) startFetch(call Call, e *entry) {
 	e.cancelRenewal()
 	f := &fetch{done: make(chan struct{})}
 	e.fetching, e.asked = f, time.Now()
@@ -295,7 +295,7 @@ func (c *Cache) start(call Call, e *entry) {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		e.fetching = nil
-		c.settle(call.Key, e, f)
+		c.recordResult(call.Key, e, f)
 		close(f.done)
 	}()
 }
@@ -312,46 +312,46 @@ func classOf(err error) Class {
 	}
 }
 
-// settle takes a result in. A failure leaves the token of before in place until that expires: then whoever asked for
+// recordResult takes a result in. A failure leaves the token of before in place until that expires: then whoever asked for
 // a fresh one gets it all the same. c.mu is held.
-func (c *Cache) settle(key Key, e *entry, f *fetch) {
+func (c *Cache) recordResult(key Key, e *entry, f *fetch) {
 	now := time.Now()
 	if f.err == nil {
-		e.token, e.failure, e.failures, e.failedFor = f.token, nil, 0, time.Time{}
+		e.token, e.failure, e.failures, e.failureUntil = f.token, nil, 0, time.Time{}
 	} else {
 		e.failure = f.err
 		e.failures++
-		if !ofOnePod(f.err) {
-			e.failedFor = now.Add(keepFailure(f.err))
+		if !concernsOnePod(f.err) {
+			e.failureUntil = now.Add(failureTTL(f.err))
 		}
 		if now.Before(e.token.ExpiresOn) {
 			f.token, f.err = e.token, nil
 		}
 	}
-	c.plan(key, e, now)
+	c.scheduleRenewal(key, e, now)
 }
 
-// ofOnePod reports whether the failure is about the pod that the fetch was made by way of: the next to ask is another.
-func ofOnePod(err error) bool {
+// concernsOnePod reports whether the failure is about the pod that the fetch was made by way of: the next to ask is another.
+func concernsOnePod(err error) bool {
 	var e *Error
 	return errors.As(err, &e) && e.Reason == identity.PodStale
 }
 
-func keepFailure(err error) time.Duration {
+func failureTTL(err error) time.Duration {
 	var e *Error
 	errors.As(err, &e)
 	switch classOf(err) {
 	case Throttled:
-		return max(throttledFor, e.RetryAfter)
+		return max(throttledTTL, e.RetryAfter)
 	case Denied:
-		return deniedFor
+		return deniedTTL
 	default:
-		return unavailableFor
+		return unavailableTTL
 	}
 }
 
-// plan sets the time of the next renewal, if there is a token to renew and a pod that lives to use it. c.mu is held.
-func (c *Cache) plan(key Key, e *entry, now time.Time) {
+// scheduleRenewal sets the time of the next renewal, if there is a token to renew and a pod that lives to use it. c.mu is held.
+func (c *Cache) scheduleRenewal(key Key, e *entry, now time.Time) {
 	e.cancelRenewal()
 	// An entry that was pushed out while its fetch ran is nobody's any more.
 	current, ok := c.entries.Peek(key)
@@ -367,7 +367,7 @@ func (c *Cache) plan(key Key, e *entry, now time.Time) {
 	} else {
 		in = min(refreshRetry<<min(e.failures-1, 10), refreshRetryMax)
 		in += time.Duration(rand.Int64N(int64(in / 4)))
-		in = max(in, e.failedFor.Sub(now))
+		in = max(in, e.failureUntil.Sub(now))
 	}
 	e.renewal = time.AfterFunc(in, func() { c.renew(key, e) })
 }
@@ -385,21 +385,21 @@ func (c *Cache) renew(key Key, e *entry) {
 		// A pod that is gone may have been noted again by a request that was under way; one that lives may have lost its
 		// binding. Neither is a reason to ask Azure.
 		if !c.allowed(pod, key.Principal) {
-			c.part(pod, key, e)
+			c.removeUser(pod, key, e)
 			continue
 		}
-		c.start(Call{Key: key, Pod: pod}, e)
+		c.startFetch(Call{Key: key, Pod: pod}, e)
 		return
 	}
 }
 
-// part notes that a pod does not use a key any more. c.mu is held.
-func (c *Cache) part(pod string, key Key, e *entry) {
+// removeUser notes that a pod does not use a key any more. c.mu is held.
+func (c *Cache) removeUser(pod string, key Key, e *entry) {
 	delete(e.users, pod)
-	if h := c.holders[pod]; h != nil {
+	if h := c.pods[pod]; h != nil {
 		delete(h.keys, key)
 		if len(h.keys) == 0 {
-			delete(c.holders, pod)
+			delete(c.pods, pod)
 		}
 	}
 }

@@ -11,11 +11,11 @@ import (
 )
 
 // Entra ID is away for ten minutes, at a time when tokens come up for renewal.
-func TestAnOutageOfTenMinutesIsNotNoticedAndEndsWithoutAStampede(t *testing.T) {
+func TestAnOutageOfTenMinutesIsHiddenAndEndsWithoutAStampede(t *testing.T) {
 	const keys = 300
 	synctest.Test(t, func(t *testing.T) {
 		s := &source{lasts: time.Hour, takes: 50 * time.Millisecond}
-		c, err := NewCache(s, 2*keys, func(string, Principal) bool { return true }, nobody{})
+		c, err := NewCache(s, 2*keys, func(string, Principal) bool { return true }, noObserver{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -63,7 +63,7 @@ func TestAnOutageOfTenMinutesIsNotNoticedAndEndsWithoutAStampede(t *testing.T) {
 	})
 }
 
-func TestAPodThatLostItsBindingIsNotAReasonToRenew(t *testing.T) {
+func TestATokenIsNotRenewedForAPodThatLostItsBinding(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &source{lasts: time.Hour}
 		var bound sync.Map
@@ -72,7 +72,7 @@ func TestAPodThatLostItsBindingIsNotAReasonToRenew(t *testing.T) {
 		c, _ := NewCache(s, 10, func(pod string, p Principal) bool {
 			_, is := bound.Load(pod)
 			return is && p.ClientID == "a"
-		}, nobody{})
+		}, noObserver{})
 		defer c.Close()
 		mustGet(t, c, Request{Key: key("a"), Pod: "p1"})
 		mustGet(t, c, Request{Key: key("a"), Pod: "p2"})
@@ -80,19 +80,19 @@ func TestAPodThatLostItsBindingIsNotAReasonToRenew(t *testing.T) {
 		time.Sleep(10 * time.Hour)
 		synctest.Wait()
 		before := s.count()
-		if before < 10 || len(c.holders) != 1 {
-			t.Errorf("%d fetches for the other pod, %d pods kept", before, len(c.holders))
+		if before < 10 || len(c.pods) != 1 {
+			t.Errorf("%d fetches for the other pod, %d pods kept", before, len(c.pods))
 		}
 		bound.Delete("p2")
 		time.Sleep(10 * time.Hour)
 		synctest.Wait()
-		if s.count() > before || len(c.holders) != 0 {
-			t.Errorf("%d fetches for nobody, %d pods kept", s.count()-before, len(c.holders))
+		if s.count() > before || len(c.pods) != 0 {
+			t.Errorf("%d fetches for nobody, %d pods kept", s.count()-before, len(c.pods))
 		}
 	})
 }
 
-func TestWhatIsDroppedIsNotGivenOutAnyMore(t *testing.T) {
+func TestDroppedTokensAreNotServed(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *source, c *Cache) {
 		second := ManagedKey("a", "", "", "https://other")
 		for _, k := range []Key{key("a"), second, key("b")} {
@@ -128,7 +128,7 @@ func TestAFetchUnderWayWhileItsPrincipalIsDroppedIsNotKept(t *testing.T) {
 }
 
 // The next who asks does so by way of another pod.
-func TestAFailureThatIsAboutOnePodIsNotKeptForTheOthers(t *testing.T) {
+func TestAFailureOfOnePodIsNotServedToOthers(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *source, c *Cache) {
 		s.fails = &Error{Class: Unavailable, Reason: identity.PodStale}
 		if _, _, err := c.Get(t.Context(), Request{Key: key("a"), Pod: "gone"}); err == nil {
@@ -142,7 +142,7 @@ func TestAFailureThatIsAboutOnePodIsNotKeptForTheOthers(t *testing.T) {
 }
 
 // Whoever waits for the machine's service to hear of an identity asks again; the service notices little of that.
-func TestARefusalIsLookedIntoAgainNowAndThenOnly(t *testing.T) {
+func TestARefusalIsRecheckedAtALimitedRate(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *source, c *Cache) {
 		refused := &Error{Class: Denied, Status: 400}
 		s.set(func(s *source) { s.fails, s.takes = refused, 0 })
@@ -159,7 +159,7 @@ func TestARefusalIsLookedIntoAgainNowAndThenOnly(t *testing.T) {
 		if got := ask("x", "p", true); got != Failed {
 			t.Errorf("at once: %s", got)
 		}
-		time.Sleep(againEvery)
+		time.Sleep(recheckInterval)
 		if got := ask("x", "p", false); got != Failed {
 			t.Errorf("without asking for it: %s", got)
 		}
@@ -179,7 +179,7 @@ func TestARefusalIsLookedIntoAgainNowAndThenOnly(t *testing.T) {
 					ask(fmt.Sprint(pods, "-", i), fmt.Sprint("q", i%pods), true)
 				}
 			}
-			if n := s.count() - before; n < 10 || n > againRate*11 {
+			if n := s.count() - before; n < 10 || n > recheckRate*11 {
 				t.Errorf("%d questions in ten seconds for %d pods", n, pods)
 			}
 		}

@@ -55,17 +55,17 @@ func (s *source) count() int {
 	return len(s.calls)
 }
 
-type nobody struct{}
+type noObserver struct{}
 
-func (nobody) CacheAnswered(Origin)                     {}
-func (nobody) SourceAsked(Source, Class, time.Duration) {}
+func (noObserver) CacheAnswered(Origin)                     {}
+func (noObserver) SourceAsked(Source, Class, time.Duration) {}
 
 // inBubble runs the test with a clock of its own, a source of day-long tokens and a cache in which all pods live.
 func inBubble(t *testing.T, test func(t *testing.T, s *source, c *Cache)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		s := &source{lasts: 24 * time.Hour, takes: 50 * time.Millisecond}
-		c, err := NewCache(s, 100, func(string, Principal) bool { return true }, nobody{})
+		c, err := NewCache(s, 100, func(string, Principal) bool { return true }, noObserver{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -85,7 +85,7 @@ func mustGet(t *testing.T, c *Cache, r Request) (Token, Origin) {
 
 func key(name string) Key { return ManagedKey(name, "", "", "https://vault.azure.net") }
 
-func TestTwoHundredAndFiftyPodsAtOnceCostOneFetch(t *testing.T) {
+func TestConcurrentRequestsOf250PodsCauseOneFetch(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *source, c *Cache) {
 		var wg sync.WaitGroup
 		tokens := make([]string, 250)
@@ -128,7 +128,7 @@ func TestKeysThatDifferInAnyPartShareNothing(t *testing.T) {
 	})
 }
 
-func TestTheFirstCallerThatLeavesTakesNobodyWithIt(t *testing.T) {
+func TestACanceledCallerDoesNotCancelTheFetchForOthers(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *source, c *Cache) {
 		ctx, cancel := context.WithCancel(t.Context())
 		first := make(chan error)
@@ -216,16 +216,16 @@ func TestATokenIsNotRenewedForAPodThatIsGone(t *testing.T) {
 	})
 }
 
-func TestARequestThatOutlivesItsPodRenewsNothing(t *testing.T) {
+func TestARequestAfterItsPodWasReleasedRenewsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &source{lasts: time.Hour, takes: time.Second}
-		c, _ := NewCache(s, 10, func(string, Principal) bool { return false }, nobody{})
+		c, _ := NewCache(s, 10, func(string, Principal) bool { return false }, noObserver{})
 		defer c.Close()
 		mustGet(t, c, Request{Key: key("a"), Pod: "gone"})
 		time.Sleep(100 * time.Hour)
 		synctest.Wait()
-		if s.count() != 1 || len(c.holders) != 0 {
-			t.Errorf("%d fetches, %d pods kept", s.count(), len(c.holders))
+		if s.count() != 1 || len(c.pods) != 0 {
+			t.Errorf("%d fetches, %d pods kept", s.count(), len(c.pods))
 		}
 	})
 }
@@ -257,17 +257,17 @@ func TestATokenIsServedUntilItExpiresWhileTheSourceFails(t *testing.T) {
 	})
 }
 
-func TestFailuresAreKeptForAsLongAsTheirClassSays(t *testing.T) {
+func TestFailuresAreServedAccordingToTheirClass(t *testing.T) {
 	cases := []struct {
 		name string
 		err  error
 		kept time.Duration
 	}{
-		{"unavailable", &Error{Class: Unavailable}, unavailableFor},
-		{"denied", &Error{Class: Denied, Status: 400}, deniedFor},
-		{"throttled", &Error{Class: Throttled}, throttledFor},
+		{"unavailable", &Error{Class: Unavailable}, unavailableTTL},
+		{"denied", &Error{Class: Denied, Status: 400}, deniedTTL},
+		{"throttled", &Error{Class: Throttled}, throttledTTL},
 		{"throttled, with a time", &Error{Class: Throttled, RetryAfter: 20 * time.Second}, 20 * time.Second},
-		{"of unknown class", errors.New("?"), unavailableFor},
+		{"of unknown class", errors.New("?"), unavailableTTL},
 	}
 	for _, test := range cases {
 		t.Run(test.name, func(t *testing.T) {
@@ -289,7 +289,7 @@ func TestFailuresAreKeptForAsLongAsTheirClassSays(t *testing.T) {
 	}
 }
 
-func TestAFreshTokenIsFetchedNowAndThenOnly(t *testing.T) {
+func TestAFreshTokenIsFetchedAtALimitedRate(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *source, c *Cache) {
 		first, _ := mustGet(t, c, Request{Key: key("a"), Pod: "p"})
 		for range 100 {
@@ -299,7 +299,7 @@ func TestAFreshTokenIsFetchedNowAndThenOnly(t *testing.T) {
 		if s.count() != 1 {
 			t.Fatalf("%d fetches within moments", s.count())
 		}
-		time.Sleep(bypassEvery)
+		time.Sleep(bypassInterval)
 		if token, _ := mustGet(t, c, Request{Key: key("a"), Pod: "p", Rejected: "00"}); token != first {
 			t.Error("the hash of another token replaces this one")
 		}
@@ -307,11 +307,11 @@ func TestAFreshTokenIsFetchedNowAndThenOnly(t *testing.T) {
 		if token == first || origin != Fetched || s.fresh != 1 {
 			t.Errorf("got %v, %s, %d fresh fetches", token, origin, s.fresh)
 		}
-		time.Sleep(bypassEvery)
+		time.Sleep(bypassInterval)
 		if again, _ := mustGet(t, c, Request{Key: key("a"), Pod: "p", Fresh: true}); again == token {
 			t.Error("bypass was not honoured")
 		}
-		time.Sleep(bypassEvery)
+		time.Sleep(bypassInterval)
 		s.set(func(s *source) { s.fails = &Error{Class: Unavailable} })
 		if _, _, err := c.Get(t.Context(), Request{Key: key("a"), Pod: "p", Fresh: true}); err != nil {
 			t.Errorf("a fresh token could not be had, but there is a good one; got %v", err)
@@ -319,7 +319,7 @@ func TestAFreshTokenIsFetchedNowAndThenOnly(t *testing.T) {
 	})
 }
 
-func TestAPodThatAsksForEverNewResourcesHarmsOnlyItself(t *testing.T) {
+func TestAPodThatRequestsManyResourcesIsThrottledAlone(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *source, c *Cache) {
 		mustGet(t, c, Request{Key: key("other"), Pod: "other"})
 		s.set(func(s *source) { s.fails = &Error{Class: Denied} })
@@ -354,8 +354,8 @@ func TestTheCacheIsBounded(t *testing.T) {
 		for i := range 150 {
 			c.Release(fmt.Sprint("p", i))
 		}
-		if len(c.holders) != 0 {
-			t.Errorf("%d pods are kept", len(c.holders))
+		if len(c.pods) != 0 {
+			t.Errorf("%d pods are kept", len(c.pods))
 		}
 		time.Sleep(48 * time.Hour)
 		synctest.Wait()
@@ -381,7 +381,7 @@ func TestCloseEndsAFetchUnderWay(t *testing.T) {
 	})
 }
 
-func TestAFetchThatHangsIsGivenUp(t *testing.T) {
+func TestAHangingFetchTimesOut(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *source, c *Cache) {
 		s.takes = time.Hour
 		start := time.Now()

@@ -97,7 +97,7 @@ func (c testCertificate) keyPEM() []byte {
 
 func join(parts ...[]byte) []byte { return bytes.Join(parts, []byte("\n")) }
 
-func TestACertificateIsReadHoweverItIsWritten(t *testing.T) {
+func TestACertificateIsReadInEveryFormat(t *testing.T) {
 	r, ec, ca := rsa2048(), ec256(), certifyNow(newEC(elliptic.P384()))
 	pkcs1 := inPEM("RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(r.key.(*rsa.PrivateKey)))
 	sec1DER, err := x509.MarshalECPrivateKey(ec.key.(*ecdsa.PrivateKey))
@@ -155,7 +155,7 @@ func TestACertificateIsReadHoweverItIsWritten(t *testing.T) {
 	}
 }
 
-func TestEachWayThatACertificateCannotWorkIsToldApart(t *testing.T) {
+func TestEachInvalidCertificateHasItsOwnMessage(t *testing.T) {
 	r, ec := rsa2048(), ec256()
 	_, ed, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -216,8 +216,8 @@ func TestEachWayThatACertificateCannotWorkIsToldApart(t *testing.T) {
 	}
 }
 
-// TestACertificateProvesThePrincipal checks the assertion as Entra ID would.
-func TestACertificateProvesThePrincipal(t *testing.T) {
+// TestACertificateSignsTheAssertionOfThePrincipal checks the assertion as Entra ID would.
+func TestACertificateSignsTheAssertionOfThePrincipal(t *testing.T) {
 	other := certifyNow(newEC(elliptic.P256()))
 	cases := []struct {
 		alg  string
@@ -232,11 +232,11 @@ func TestACertificateProvesThePrincipal(t *testing.T) {
 		t.Run(c.alg, func(t *testing.T) {
 			t.Parallel()
 			s := startEntraID(t)
-			k := holding(map[string][]byte{"certificate": join(other.certPEM(), c.cert.certPEM(), c.cert.keyPEM())})
+			k := secretsWith(map[string][]byte{"certificate": join(other.certPEM(), c.cert.certPEM(), c.cert.keyPEM())})
 			e := newTestEntra(t, s, k)
 			seen := map[string]bool{}
 			for range 2 {
-				if _, err := e.Fetch(t.Context(), askFor(s.principal(Certificate))); err != nil {
+				if _, err := e.Fetch(t.Context(), callFor(s.principal(Certificate))); err != nil {
 					t.Fatal(err)
 				}
 				seen[checkAssertion(t, s, c.alg, c.cert, other)] = true
@@ -275,24 +275,24 @@ func checkAssertion(t *testing.T, s *entraID, alg string, own, other testCertifi
 	return claims.ID
 }
 
-func TestACertificateThatExpiresIsToldFromThenOn(t *testing.T) {
+func TestAnExpiredCertificateIsReported(t *testing.T) {
 	s := startEntraID(t)
 	c := certify(ec256().key, time.Now().Add(-time.Hour), time.Now().Add(time.Hour))
-	e := newTestEntra(t, s, holding(map[string][]byte{"certificate": join(c.certPEM(), c.keyPEM())}))
+	e := newTestEntra(t, s, secretsWith(map[string][]byte{"certificate": join(c.certPEM(), c.keyPEM())}))
 	p := s.principal(Certificate)
-	if _, err := e.Fetch(t.Context(), askFor(p)); err != nil {
+	if _, err := e.Fetch(t.Context(), callFor(p)); err != nil {
 		t.Fatal(err)
 	}
 	e.client(p).expires = time.Now().Add(-time.Second)
-	e.secrets = holding(map[string][]byte{"certificate": join(certify(c.key, time.Now().Add(-time.Hour), time.Now().Add(-time.Second)).certPEM(), c.keyPEM())})
-	if failed := mustFail(t, e, askFor(p)); failed.Reason != identity.SecretInvalid || !strings.Contains(failed.Detail, "expired on") {
+	e.secrets = secretsWith(map[string][]byte{"certificate": join(certify(c.key, time.Now().Add(-time.Hour), time.Now().Add(-time.Second)).certPEM(), c.keyPEM())})
+	if failed := mustFail(t, e, callFor(p)); failed.Reason != identity.SecretInvalid || !strings.Contains(failed.Detail, "expired on") {
 		t.Errorf("got %+v", failed)
 	}
 }
 
-// opensHere is an unlocker without a process of its own.
-func opensHere(_ context.Context, file []byte, password string) (contents, error) {
-	return decodePKCS12(pkcs12Question{file, password}).contents(password != "")
+// unlockInProcess is an unlocker without a process of its own.
+func unlockInProcess(_ context.Context, file []byte, password string) (contents, error) {
+	return decodePKCS12(pkcs12Request{file, password}).contents(password != "")
 }
 
 // takesLong tells a file that might be as slow as it says it is: there is a large integer in it, or in what it is the
@@ -335,7 +335,7 @@ func checkReading(t *testing.T, data map[string][]byte, asCertificate bool) {
 	var err error
 	if asCertificate {
 		var pair keyPair
-		if pair, err = certificate(t.Context(), data, opensHere, time.Now()); err == nil {
+		if pair, err = certificate(t.Context(), data, unlockInProcess, time.Now()); err == nil {
 			if pair.key == nil || len(pair.chain) == 0 {
 				t.Errorf("neither a key pair nor an error")
 			}

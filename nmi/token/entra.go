@@ -29,9 +29,9 @@ import (
 const (
 	// entraClients bounds the principals that are kept ready.
 	entraClients = 1024
-	// maxBrought is how many bytes of answers a credential may bring before a new one is made. MSAL keeps every token
+	// maxBytesReceived is how many bytes of answers a credential may bring before a new one is made. MSAL keeps every token
 	// of every resource for good, though it is never asked for one again.
-	maxBrought = 256 << 10
+	maxBytesReceived = 256 << 10
 	// invalidFor is how long a Secret that cannot work is not read again. Its content makes it so, and another content
 	// is another principal; parsing it over and over is what somebody might want.
 	invalidFor = time.Minute
@@ -59,16 +59,16 @@ type Entra struct {
 
 // client is one principal towards Entra ID. Who holds its turn owns the other fields, but the door.
 type client struct {
-	turn chan struct{}
+	lock chan struct{}
 	// door is shut by a 429, which Entra ID answers to one application or one tenant. Each principal finds that out for
 	// itself: were it shared by tenant, whoever names a tenant could shut it for others.
 	retryAfter outbound.RetryAfterGate
 
-	credential  azcore.TokenCredential
-	expires     time.Time // of the certificate; zero if there is none
-	brought     int
-	failed      *Error
-	failedUntil time.Time
+	credential    azcore.TokenCredential
+	expires       time.Time // of the certificate; zero if there is none
+	bytesReceived int
+	failed        *Error
+	failedUntil   time.Time
 }
 
 // NewEntra returns the source.
@@ -112,7 +112,7 @@ func (e *Entra) Fetch(ctx context.Context, call Call) (Token, error) {
 	if call.Source == Federated {
 		t, failed = e.fetchFederated(ctx, c, call)
 	} else {
-		t, _, failed = e.ask(ctx, c, call, "")
+		t, _, failed = e.requestToken(ctx, c, call, "")
 	}
 	if failed != nil {
 		return Token{}, failed
@@ -124,39 +124,39 @@ func (e *Entra) client(p Principal) *client {
 	if c, ok := e.clients.Get(p); ok {
 		return c
 	}
-	c := &client{turn: make(chan struct{}, 1)}
+	c := &client{lock: make(chan struct{}, 1)}
 	if earlier, ok, _ := e.clients.PeekOrAdd(p, c); ok {
 		return earlier
 	}
 	return c
 }
 
-// ask puts the question once, apart from short retries on the wire. A failure comes with the codes of Entra ID. The
+// requestToken puts the question once, apart from short retries on the wire. A failure comes with the codes of Entra ID. The
 // library lets one request of a credential through at a time and does not look at the context meanwhile; the turn does.
-func (e *Entra) ask(ctx context.Context, c *client, call Call, assertion string) (Token, []int, *Error) {
+func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertion string) (Token, []int, *Error) {
 	select {
-	case c.turn <- struct{}{}:
-		defer func() { <-c.turn }()
+	case c.lock <- struct{}{}:
+		defer func() { <-c.lock }()
 	case <-ctx.Done():
 		return Token{}, nil, &Error{Class: Unavailable, Err: fmt.Errorf("waiting for earlier requests of this identity: %w", ctx.Err())}
 	}
 	if wait := c.retryAfter.Remaining(); wait > 0 {
 		return Token{}, nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "Entra ID asked to be left alone", RetryAfter: wait}
 	}
-	if failed := e.prepare(ctx, c, call.Principal); failed != nil {
+	if failed := e.ensureCredential(ctx, c, call.Principal); failed != nil {
 		return Token{}, nil, failed
 	}
-	x := &exchange{assertion: assertion}
-	ctx = context.WithValue(ctx, answerKey{}, &x.answer)
-	ctx = context.WithValue(ctx, exchangeKey{}, x)
+	x := &entraRequest{assertion: assertion}
+	ctx = context.WithValue(ctx, responseKey{}, &x.response)
+	ctx = context.WithValue(ctx, entraRequestKey{}, x)
 	got, err := c.credential.GetToken(ctx, policy.TokenRequestOptions{
 		// Entra ID takes all before the last slash for the resource, so one that ends in a slash keeps it.
 		Scopes: []string{call.Resource + "/.default"},
 		// With claims the library passes its own cache by, which would hand out the old token to a refresh ahead of
-		// time. Entra ID itself is sent none, see exchange.
+		// time. Entra ID itself is sent none, see entraRequest.
 		Claims: "{}",
 	})
-	c.brought += len(x.answer.body)
+	c.bytesReceived += len(x.response.body)
 	if err != nil {
 		failed, codes := x.failure(call.Principal, err)
 		if failed.Class == Throttled {
@@ -165,14 +165,14 @@ func (e *Entra) ask(ctx context.Context, c *client, call Call, assertion string)
 		return Token{}, codes, failed
 	}
 	t := describe(got.Token, got.ExpiresOn, time.Now())
-	t.CorrelationID = text.OneLine(cmp.Or(x.answer.header.Get("client-request-id"), x.requestID, x.answer.header.Get("x-ms-request-id")), maxID)
+	t.CorrelationID = text.OneLine(cmp.Or(x.response.header.Get("client-request-id"), x.requestID, x.response.header.Get("x-ms-request-id")), maxID)
 	return t, nil, nil
 }
 
-// prepare sees that the client has a credential that is good for another token.
-func (e *Entra) prepare(ctx context.Context, c *client, p Principal) *Error {
+// ensureCredential sees that the client has a credential that is good for another token.
+func (e *Entra) ensureCredential(ctx context.Context, c *client, p Principal) *Error {
 	now := time.Now()
-	if c.credential != nil && c.brought < maxBrought && (c.expires.IsZero() || now.Before(c.expires)) {
+	if c.credential != nil && c.bytesReceived < maxBytesReceived && (c.expires.IsZero() || now.Before(c.expires)) {
 		return nil
 	}
 	if now.Before(c.failedUntil) {
@@ -185,7 +185,7 @@ func (e *Entra) prepare(ctx context.Context, c *client, p Principal) *Error {
 		}
 		return failed
 	}
-	c.credential, c.expires, c.brought = credential, expires, 0
+	c.credential, c.expires, c.bytesReceived = credential, expires, 0
 	return nil
 }
 
@@ -196,7 +196,7 @@ func (e *Entra) credential(ctx context.Context, p Principal) (azcore.TokenCreden
 		c, err := azidentity.NewClientAssertionCredential(p.TenantID, p.ClientID, assertionOf, &azidentity.ClientAssertionCredentialOptions{
 			ClientOptions: e.options(p), DisableInstanceDiscovery: true,
 		})
-		return usable(c, none, err)
+		return credentialOrError(c, none, err)
 	}
 	content, err := e.secrets.Secret(ctx, p.Secret)
 	if err != nil {
@@ -213,7 +213,7 @@ func (e *Entra) credential(ctx context.Context, p Principal) (azcore.TokenCreden
 		c, err := azidentity.NewClientSecretCredential(p.TenantID, p.ClientID, secret, &azidentity.ClientSecretCredentialOptions{
 			ClientOptions: e.options(p), DisableInstanceDiscovery: true,
 		})
-		return usable(c, none, err)
+		return credentialOrError(c, none, err)
 	}
 	pair, err := certificate(ctx, content.Data, e.pkcs12.open, time.Now())
 	if err != nil {
@@ -225,15 +225,15 @@ func (e *Entra) credential(ctx context.Context, p Principal) (azcore.TokenCreden
 		c, err := azidentity.NewClientAssertionCredential(p.TenantID, p.ClientID, sign, &azidentity.ClientAssertionCredentialOptions{
 			ClientOptions: e.options(p), DisableInstanceDiscovery: true,
 		})
-		return usable(c, expires, err)
+		return credentialOrError(c, expires, err)
 	}
 	c, err := azidentity.NewClientCertificateCredential(p.TenantID, p.ClientID, pair.chain, pair.key, &azidentity.ClientCertificateCredentialOptions{
 		ClientOptions: e.options(p), DisableInstanceDiscovery: true, SendCertificateChain: true,
 	})
-	return usable(c, expires, err)
+	return credentialOrError(c, expires, err)
 }
 
-func usable(c azcore.TokenCredential, expires time.Time, err error) (azcore.TokenCredential, time.Time, *Error) {
+func credentialOrError(c azcore.TokenCredential, expires time.Time, err error) (azcore.TokenCredential, time.Time, *Error) {
 	if err != nil {
 		return nil, expires, &Error{Class: Denied, Err: err}
 	}
@@ -244,7 +244,7 @@ func (e *Entra) options(p Principal) policy.ClientOptions {
 	return policy.ClientOptions{
 		Cloud:           cloud.Configuration{ActiveDirectoryAuthorityHost: p.Authority + "/"},
 		Transport:       transporter{e.transport},
-		PerCallPolicies: []policy.Policy{(*exchange)(nil)},
+		PerCallPolicies: []policy.Policy{(*entraRequest)(nil)},
 		Telemetry:       policy.TelemetryOptions{ApplicationID: e.userAgent},
 		// Short, as with IMDS. A 429 is left to the door.
 		Retry: policy.RetryOptions{
@@ -254,20 +254,20 @@ func (e *Entra) options(p Principal) policy.ClientOptions {
 	}
 }
 
-type exchangeKey struct{}
+type entraRequestKey struct{}
 
-// exchange is what one question and its answer consist of.
-type exchange struct {
-	assertion string // Federated: what is shown to Entra ID
-	requestID string // what we call the last request
-	posted    bool   // whether that was the one for the token, or the one before, for the tenant's endpoints
-	proof     string // the secret in it: errors must not repeat it
-	answer    answer // to it
+// entraRequest is what one question and its answer consist of.
+type entraRequest struct {
+	assertion  string   // Federated: what is shown to Entra ID
+	requestID  string   // what we call the last request
+	posted     bool     // whether that was the one for the token, or the one before, for the tenant's endpoints
+	sentSecret string   // the secret in it: errors must not repeat it
+	response   response // to it
 }
 
 // assertionOf gives the library the assertion of the pod that this question is put for.
 func assertionOf(ctx context.Context) (string, error) {
-	x, _ := ctx.Value(exchangeKey{}).(*exchange)
+	x, _ := ctx.Value(entraRequestKey{}).(*entraRequest)
 	if x == nil || x.assertion == "" {
 		return "", errors.New("there is no Kubernetes token to show")
 	}
@@ -276,8 +276,8 @@ func assertionOf(ctx context.Context) (string, error) {
 
 // Do takes the claims out of the form, which served to pass the library's cache by, and asks to be told the request's
 // ID. It is a policy of the pipeline; the exchange is the context's.
-func (*exchange) Do(r *policy.Request) (*http.Response, error) {
-	x, _ := r.Raw().Context().Value(exchangeKey{}).(*exchange)
+func (*entraRequest) Do(r *policy.Request) (*http.Response, error) {
+	x, _ := r.Raw().Context().Value(entraRequestKey{}).(*entraRequest)
 	if x == nil {
 		return nil, errors.New("a request to Entra ID that no fetch asked for")
 	}
@@ -296,7 +296,7 @@ func (*exchange) Do(r *policy.Request) (*http.Response, error) {
 		return nil, err
 	}
 	form.Del("claims")
-	x.posted, x.proof = true, cmp.Or(form.Get("client_secret"), form.Get("client_assertion"))
+	x.posted, x.sentSecret = true, cmp.Or(form.Get("client_secret"), form.Get("client_assertion"))
 	if err := r.SetBody(streaming.NopCloser(strings.NewReader(form.Encode())), header.Get("Content-Type")); err != nil {
 		return nil, err
 	}
@@ -304,8 +304,8 @@ func (*exchange) Do(r *policy.Request) (*http.Response, error) {
 }
 
 // failure sorts the failure by what was on the wire. The library's errors are not kept: they quote answers in full.
-func (x *exchange) failure(p Principal, err error) (*Error, []int) {
-	a := &x.answer
+func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
+	a := &x.response
 	var own *Error
 	var at nodeAddress
 	switch {
@@ -314,7 +314,7 @@ func (x *exchange) failure(p Principal, err error) (*Error, []int) {
 	case errors.As(a.err, &at):
 		return &Error{Class: Denied, Detail: fmt.Sprintf("%s: %v, and no credential is sent there; correct spec.adEndpoint, or what the name stands for", p.Authority, at)}, nil
 	case a.err != nil:
-		if x.proof != "" && strings.Contains(a.err.Error(), x.proof) {
+		if x.sentSecret != "" && strings.Contains(a.err.Error(), x.sentSecret) {
 			return &Error{Class: Unavailable, Err: errors.New("the answer is not HTTP")}, nil
 		}
 		return &Error{Class: Unavailable, Err: a.err}, nil
@@ -332,9 +332,9 @@ func (x *exchange) failure(p Principal, err error) (*Error, []int) {
 		CorrelationID string `json:"correlation_id"`
 	}
 	_ = json.Unmarshal(a.body, &body) // what is not as expected stays empty
-	e := &Error{Class: Denied, Status: a.status, Code: text.OneLine(x.withoutProof(body.Error), 128)}
-	e.CorrelationID = text.OneLine(x.withoutProof(cmp.Or(body.CorrelationID, a.header.Get("client-request-id"), x.requestID)), maxID)
-	e.Description = truncateDescription(x.withoutProof(body.Description), e.CorrelationID)
+	e := &Error{Class: Denied, Status: a.status, Code: text.OneLine(x.redact(body.Error), 128)}
+	e.CorrelationID = text.OneLine(x.redact(cmp.Or(body.CorrelationID, a.header.Get("client-request-id"), x.requestID)), maxID)
+	e.Description = truncateDescription(x.redact(body.Description), e.CorrelationID)
 	switch {
 	case a.status == http.StatusTooManyRequests:
 		e.Class, e.RetryAfter = Throttled, retryAfter(a.header)
@@ -346,11 +346,11 @@ func (x *exchange) failure(p Principal, err error) (*Error, []int) {
 	return e, body.Codes
 }
 
-func (x *exchange) withoutProof(s string) string {
-	if x.proof == "" {
+func (x *entraRequest) redact(s string) string {
+	if x.sentSecret == "" {
 		return s
 	}
-	return strings.ReplaceAll(s, x.proof, "[...]")
+	return strings.ReplaceAll(s, x.sentSecret, "[...]")
 }
 
 // maxID bounds a correlation ID, which is a GUID.

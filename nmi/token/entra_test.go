@@ -16,9 +16,9 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-func TestAClientSecretIsSentAsEntraIDWantsIt(t *testing.T) {
+func TestAClientSecretIsSentAsEntraIDExpects(t *testing.T) {
 	s := startEntraID(t)
-	e := newTestEntra(t, s, holding(map[string][]byte{"clientSecret": []byte(secretValue + "\n")}))
+	e := newTestEntra(t, s, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue + "\n")}))
 	for _, c := range []struct{ resource, scope string }{
 		{"https://vault.azure.net", "https://vault.azure.net/.default openid offline_access profile"},
 		{"https://management.core.windows.net/", "https://management.core.windows.net//.default openid offline_access profile"},
@@ -45,11 +45,11 @@ func TestAClientSecretIsSentAsEntraIDWantsIt(t *testing.T) {
 
 func TestEachFetchReachesEntraIDWithTheSameCredential(t *testing.T) {
 	s := startEntraID(t)
-	k := holding(map[string][]byte{"clientSecret": []byte(secretValue)})
+	k := secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)})
 	e := newTestEntra(t, s, k)
 	seen := map[string]bool{}
 	for range 4 {
-		got, err := e.Fetch(t.Context(), askFor(s.principal(Secret)))
+		got, err := e.Fetch(t.Context(), callFor(s.principal(Secret)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -59,7 +59,7 @@ func TestEachFetchReachesEntraIDWithTheSameCredential(t *testing.T) {
 		t.Errorf("4 fetches brought %d tokens, read the endpoints %d times and the Secret %d times", len(seen), s.discovered, k.reads)
 	}
 	e.Drop(func(p Principal) bool { return p.ClientID == clientID })
-	if _, err := e.Fetch(t.Context(), askFor(s.principal(Secret))); err != nil || k.reads != 2 {
+	if _, err := e.Fetch(t.Context(), callFor(s.principal(Secret))); err != nil || k.reads != 2 {
 		t.Errorf("after Drop the Secret was read %d times, %v", k.reads, err)
 	}
 }
@@ -73,8 +73,8 @@ func TestARetrySendsTheWholeFormAgain(t *testing.T) {
 		}
 		giveToken(w, r, 1, "")
 	}
-	e := newTestEntra(t, s, holding(map[string][]byte{"clientSecret": []byte(secretValue)}))
-	if _, err := e.Fetch(t.Context(), askFor(s.principal(Secret))); err != nil {
+	e := newTestEntra(t, s, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)}))
+	if _, err := e.Fetch(t.Context(), callFor(s.principal(Secret))); err != nil {
 		t.Fatal(err)
 	}
 	posts := s.sent()
@@ -113,7 +113,7 @@ func TestFailuresOfEntraIDAreSorted(t *testing.T) {
 		{"broken", nil, text(502, "<html>"), Error{Class: Unavailable, Status: 502}, "", 3},
 		{"no JSON for a token", nil, text(200, "<html>"), Error{Class: Unavailable}, "no token that can be used", 1},
 		{"no token", nil, text(200, `{"expires_in":1}`), Error{Class: Unavailable}, "no token that can be used", 1},
-		{"an answer without end", nil, text(200, strings.Repeat("x", 2*maxAnswer)), Error{Class: Unavailable}, "", 3},
+		{"an answer without end", nil, text(200, strings.Repeat("x", 2*maxResponse)), Error{Class: Unavailable}, "", 3},
 		{"another website", text(200, "<html>"), nil, Error{Class: Unavailable}, "not what Entra ID says", 1},
 		{"another issuer", text(200, `{"token_endpoint":"https://x/","authorization_endpoint":"https://x/","issuer":"https://x/"}`), nil, Error{Class: Unavailable}, "not what Entra ID says", 1},
 	}
@@ -122,8 +122,8 @@ func TestFailuresOfEntraIDAreSorted(t *testing.T) {
 			t.Parallel()
 			s := startEntraID(t)
 			s.discover, s.answer = c.discover, c.answer
-			e := newTestEntra(t, s, holding(map[string][]byte{"clientSecret": []byte(secretValue)}))
-			got := *mustFail(t, e, askFor(s.principal(Secret)))
+			e := newTestEntra(t, s, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)}))
+			got := *mustFail(t, e, callFor(s.principal(Secret)))
 			if !strings.Contains(got.Detail, c.detail) || (c.detail == "") != (got.Detail == "") {
 				t.Errorf("the detail is %q", got.Detail)
 			}
@@ -190,20 +190,20 @@ func TestErrorsNeverRepeatASecret(t *testing.T) {
 			t.Parallel()
 			s := startEntraID(t)
 			s.answer = answer
-			e := newTestEntra(t, s, holding(map[string][]byte{"clientSecret": []byte(secretValue)}))
-			if all := texts(mustFail(t, e, askFor(s.principal(Secret)))); strings.Contains(all, secretValue) {
+			e := newTestEntra(t, s, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)}))
+			if all := texts(mustFail(t, e, callFor(s.principal(Secret)))); strings.Contains(all, secretValue) {
 				t.Errorf("the secret is in %s", all)
 			}
 		})
 	}
 }
 
-func TestA429ShutsTheDoorOfItsPrincipalAlone(t *testing.T) {
+func TestA429ClosesTheGateOfItsPrincipalOnly(t *testing.T) {
 	s := startEntraID(t)
 	s.answer = refuse(429, "too_many", 50196, "")
-	e := newTestEntra(t, s, holding(map[string][]byte{"clientSecret": []byte(secretValue)}))
+	e := newTestEntra(t, s, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)}))
 	for i := range 3 {
-		call := askFor(s.principal(Secret))
+		call := callFor(s.principal(Secret))
 		call.Resource = fmt.Sprint("r", i)
 		if failed := mustFail(t, e, call); failed.Class != Throttled || failed.RetryAfter < 15*time.Second {
 			t.Errorf("got %+v", failed)
@@ -215,23 +215,23 @@ func TestA429ShutsTheDoorOfItsPrincipalAlone(t *testing.T) {
 	s.answer = nil
 	other := s.principal(Secret)
 	other.ClientID = "33333333-3333-3333-3333-333333333333"
-	if _, err := e.Fetch(t.Context(), askFor(other)); err != nil {
+	if _, err := e.Fetch(t.Context(), callFor(other)); err != nil {
 		t.Errorf("another application of the tenant is kept out: %v", err)
 	}
 }
 
-func TestAHungAuthorityHoldsUpNobodyElse(t *testing.T) {
+func TestAHangingAuthorityDoesNotDelayOthers(t *testing.T) {
 	hung, other := startEntraID(t), startEntraID(t)
 	release, arrived := make(chan struct{}), make(chan struct{}, 100)
 	hung.discover = func(http.ResponseWriter, *http.Request) { arrived <- struct{}{}; <-release }
-	e := newTestEntra(t, hung, holding(map[string][]byte{"clientSecret": []byte(secretValue)})) // the stand-ins share their certificate
+	e := newTestEntra(t, hung, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)})) // the stand-ins share their certificate
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	for i := range 2 * authorityConcurrent {
 		wg.Go(func() {
 			p := hung.principal(Secret)
 			p.ClientID = fmt.Sprint("client-", i/2) // so that some wait for a slot and some for their turn
-			_, err := e.Fetch(ctx, askFor(p))
+			_, err := e.Fetch(ctx, callFor(p))
 			var failed *Error
 			if !errors.As(err, &failed) || failed.Class != Unavailable {
 				t.Errorf("got %v", err)
@@ -241,7 +241,7 @@ func TestAHungAuthorityHoldsUpNobodyElse(t *testing.T) {
 	for range authorityConcurrent {
 		<-arrived
 	}
-	if _, err := e.Fetch(t.Context(), askFor(other.principal(Secret))); err != nil {
+	if _, err := e.Fetch(t.Context(), callFor(other.principal(Secret))); err != nil {
 		t.Error(err)
 	}
 	cancel()
@@ -252,37 +252,37 @@ func TestAHungAuthorityHoldsUpNobodyElse(t *testing.T) {
 	}
 }
 
-func TestASecretThatChangedMeanwhileIsToBeAskedForAgain(t *testing.T) {
+func TestAChangedSecretIsATemporaryFailure(t *testing.T) {
 	s := startEntraID(t)
-	k := holding(map[string][]byte{"clientSecret": []byte(secretValue)})
+	k := secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)})
 	e := newTestEntra(t, s, k)
 	p := s.principal(Secret)
 	p.Revision = "0"
-	if failed := mustFail(t, e, askFor(p)); failed.Class != Unavailable || failed.Detail != "Secret ns/name changed meanwhile" {
+	if failed := mustFail(t, e, callFor(p)); failed.Class != Unavailable || failed.Detail != "Secret ns/name changed meanwhile" {
 		t.Errorf("got %+v", failed)
 	}
 	k.err = &Error{Class: Denied, Reason: identity.SecretMissing, Detail: "gone"}
-	if failed := mustFail(t, e, askFor(s.principal(Secret))); failed.Reason != identity.SecretMissing {
+	if failed := mustFail(t, e, callFor(s.principal(Secret))); failed.Reason != identity.SecretMissing {
 		t.Errorf("got %+v", failed)
 	}
 	k.err = errors.New("no connection")
-	if failed := mustFail(t, e, askFor(s.principal(Secret))); failed.Class != Unavailable || !errors.Is(failed, k.err) {
+	if failed := mustFail(t, e, callFor(s.principal(Secret))); failed.Class != Unavailable || !errors.Is(failed, k.err) {
 		t.Errorf("got %+v", failed)
 	}
 	k.err = nil
-	if _, err := e.Fetch(t.Context(), askFor(s.principal(Secret))); err != nil {
+	if _, err := e.Fetch(t.Context(), callFor(s.principal(Secret))); err != nil {
 		t.Errorf("a failed read was kept: %v", err)
 	}
 }
 
-func TestASecretThatCannotWorkIsReadOncePerMinute(t *testing.T) {
+func TestAnInvalidSecretIsReadOncePerMinute(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		k := holding(nil)
+		k := secretsWith(nil)
 		e, err := NewEntra(EntraConfig{Secrets: k})
 		if err != nil {
 			t.Fatal(err)
 		}
-		call := askFor(Principal{Source: Secret, ClientID: "c", TenantID: "t", Authority: "https://x", Secret: Ref{"ns", "name"}, Revision: "1"})
+		call := callFor(Principal{Source: Secret, ClientID: "c", TenantID: "t", Authority: "https://x", Secret: Ref{"ns", "name"}, Revision: "1"})
 		for range 3 {
 			mustFail(t, e, call)
 		}
@@ -297,13 +297,15 @@ func TestASecretThatCannotWorkIsReadOncePerMinute(t *testing.T) {
 	})
 }
 
-func TestACredentialIsMadeAnewBeforeItHoldsManyTokens(t *testing.T) {
+func TestACredentialIsReplacedBeforeItHoldsManyTokens(t *testing.T) {
 	s := startEntraID(t)
-	s.answer = func(w http.ResponseWriter, r *http.Request) { giveToken(w, r, 1, strings.Repeat("x", maxBrought/8)) }
-	k := holding(map[string][]byte{"clientSecret": []byte(secretValue)})
+	s.answer = func(w http.ResponseWriter, r *http.Request) {
+		giveToken(w, r, 1, strings.Repeat("x", maxBytesReceived/8))
+	}
+	k := secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)})
 	e := newTestEntra(t, s, k)
 	for i := range 16 {
-		call := askFor(s.principal(Secret))
+		call := callFor(s.principal(Secret))
 		call.Resource = fmt.Sprint("r", i)
 		if _, err := e.Fetch(t.Context(), call); err != nil {
 			t.Fatal(err)

@@ -104,7 +104,7 @@ func (s *entraID) sent() []post {
 }
 
 // kept are Secrets and Kubernetes tokens as a test has them.
-type kept struct {
+type fakeCredentials struct {
 	mu      sync.Mutex
 	secrets map[Ref]SecretContent
 	reads   int
@@ -112,25 +112,25 @@ type kept struct {
 	tokens  map[string]string // by pod
 }
 
-func (k *kept) Secret(_ context.Context, ref Ref) (SecretContent, error) {
+func (k *fakeCredentials) Secret(_ context.Context, ref Ref) (SecretContent, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.reads++
 	return k.secrets[ref], k.err
 }
 
-func (k *kept) Assertion(_ context.Context, pod string, account Ref) (string, error) {
+func (k *fakeCredentials) Assertion(_ context.Context, pod string, account Ref) (string, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.tokens[pod+"@"+account.String()], k.err
 }
 
-func holding(data map[string][]byte) *kept {
-	return &kept{secrets: map[Ref]SecretContent{{"ns", "name"}: {Data: data, Revision: "1"}}}
+func secretsWith(data map[string][]byte) *fakeCredentials {
+	return &fakeCredentials{secrets: map[Ref]SecretContent{{"ns", "name"}: {Data: data, Revision: "1"}}}
 }
 
 // newTestEntra returns a source that trusts the stand-in and may connect to loopback.
-func newTestEntra(t *testing.T, s *entraID, k *kept) *Entra {
+func newTestEntra(t *testing.T, s *entraID, k *fakeCredentials) *Entra {
 	t.Helper()
 	roots := x509.NewCertPool()
 	roots.AddCert(s.Certificate())
@@ -138,7 +138,7 @@ func newTestEntra(t *testing.T, s *entraID, k *kept) *Entra {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e.authorities.refused = func(netip.Addr) bool { return false }
+	e.authorities.forbidden = func(netip.Addr) bool { return false }
 	return e
 }
 
@@ -146,7 +146,7 @@ func (s *entraID) principal(source Source) Principal {
 	return Principal{Source: source, ClientID: clientID, Authority: s.URL, TenantID: tenant, Secret: Ref{"ns", "name"}, Revision: "1"}
 }
 
-func askFor(p Principal) Call {
+func callFor(p Principal) Call {
 	return Call{Key: Key{Principal: p, Resource: "https://vault.azure.net"}, Pod: "pod-1"}
 }
 

@@ -19,16 +19,16 @@ type Assertions interface {
 	Assertion(ctx context.Context, pod string, serviceAccount Ref) (string, error)
 }
 
-// untrusted are the codes with which Entra ID says that it knows no federated credential that fits. A new one takes it
+// untrustedCodes are the codes with which Entra ID says that it knows no federated credential that fits. A new one takes it
 // minutes to know everywhere, and until then one answer says so and the next does not.
-var untrusted = []int{70021, 70025, 700211, 700212, 700213, 7002137, 7002138}
+var untrustedCodes = []int{70021, 70025, 700211, 700212, 700213, 7002137, 7002138}
 
-// untrustedPauses are the waits before the question is put again. Callers wait all the while, and the cache's limit on
+// federationRetryWaits are the waits before the question is put again. Callers wait all the while, and the cache's limit on
 // a fetch leaves room for no more.
-var untrustedPauses = [...]time.Duration{1 * time.Second, 2 * time.Second, 4 * time.Second, 5 * time.Second}
+var federationRetryWaits = [...]time.Duration{1 * time.Second, 2 * time.Second, 4 * time.Second, 5 * time.Second}
 
-// untrustedRoom is how much time a question needs that is put again.
-const untrustedRoom = 2 * time.Second
+// federationRetryTime is how much time a question needs that is put again.
+const federationRetryTime = 2 * time.Second
 
 // fetchFederated asks with a Kubernetes token of the pod's ServiceAccount.
 func (e *Entra) fetchFederated(ctx context.Context, c *client, call Call) (Token, *Error) {
@@ -36,29 +36,29 @@ func (e *Entra) fetchFederated(ctx context.Context, c *client, call Call) (Token
 	if err != nil {
 		return Token{}, contentError(call.ServiceAccount, err)
 	}
-	for _, pause := range untrustedPauses {
-		t, codes, failed := e.ask(ctx, c, call, assertion)
-		if failed == nil || !namesUntrusted(codes) {
+	for _, pause := range federationRetryWaits {
+		t, codes, failed := e.requestToken(ctx, c, call, assertion)
+		if failed == nil || !isUntrusted(codes) {
 			return t, failed
 		}
-		if !rest(ctx, pause) {
+		if !waitForRetry(ctx, pause) {
 			return Token{}, federationUntrusted(call.Principal, assertion, failed)
 		}
 	}
-	t, codes, failed := e.ask(ctx, c, call, assertion)
-	if failed != nil && namesUntrusted(codes) {
+	t, codes, failed := e.requestToken(ctx, c, call, assertion)
+	if failed != nil && isUntrusted(codes) {
 		failed = federationUntrusted(call.Principal, assertion, failed)
 	}
 	return t, failed
 }
 
-func namesUntrusted(codes []int) bool {
-	return slices.ContainsFunc(codes, func(code int) bool { return slices.Contains(untrusted, code) })
+func isUntrusted(codes []int) bool {
+	return slices.ContainsFunc(codes, func(code int) bool { return slices.Contains(untrustedCodes, code) })
 }
 
-// rest waits, and reports whether there is time left to ask again.
-func rest(ctx context.Context, pause time.Duration) bool {
-	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < pause+untrustedRoom {
+// waitForRetry waits, and reports whether there is time left to ask again.
+func waitForRetry(ctx context.Context, pause time.Duration) bool {
+	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < pause+federationRetryTime {
 		return false
 	}
 	timer := time.NewTimer(pause)

@@ -33,12 +33,12 @@ func federatedPrincipal(s *entraID) Principal {
 	return Principal{Source: Federated, ClientID: clientID, Authority: s.URL, TenantID: tenant, ServiceAccount: Ref{"ns", "app"}}
 }
 
-func TestAFederatedPrincipalIsProvenByThePodOfTheCall(t *testing.T) {
+func TestAFederatedPrincipalUsesTheTokenOfTheCallingPod(t *testing.T) {
 	s := startEntraID(t)
-	k := &kept{tokens: map[string]string{"pod-1@ns/app": kubernetesToken(t, "1"), "pod-2@ns/app": kubernetesToken(t, "2")}}
+	k := &fakeCredentials{tokens: map[string]string{"pod-1@ns/app": kubernetesToken(t, "1"), "pod-2@ns/app": kubernetesToken(t, "2")}}
 	e := newTestEntra(t, s, k)
 	for i, pod := range []string{"pod-1", "pod-2", "pod-1"} {
-		call := askFor(federatedPrincipal(s))
+		call := callFor(federatedPrincipal(s))
 		call.Pod = pod
 		if _, err := e.Fetch(t.Context(), call); err != nil {
 			t.Fatal(err)
@@ -56,15 +56,15 @@ func TestAFederatedPrincipalIsProvenByThePodOfTheCall(t *testing.T) {
 	}
 }
 
-func TestAnAssertionThatIsNotGivenIsTheFailure(t *testing.T) {
+func TestAMissingAssertionIsTheFailure(t *testing.T) {
 	s := startEntraID(t)
-	k := &kept{err: &Error{Class: Denied, Reason: identity.ServiceAccountForbidden, Detail: "no"}}
+	k := &fakeCredentials{err: &Error{Class: Denied, Reason: identity.ServiceAccountForbidden, Detail: "no"}}
 	e := newTestEntra(t, s, k)
-	if failed := mustFail(t, e, askFor(federatedPrincipal(s))); failed.Reason != identity.ServiceAccountForbidden || s.discovered != 0 {
+	if failed := mustFail(t, e, callFor(federatedPrincipal(s))); failed.Reason != identity.ServiceAccountForbidden || s.discovered != 0 {
 		t.Errorf("got %+v", failed)
 	}
 	k.err = nil
-	if failed := mustFail(t, e, askFor(federatedPrincipal(s))); failed.Class != Unavailable || len(s.sent()) != 0 {
+	if failed := mustFail(t, e, callFor(federatedPrincipal(s))); failed.Class != Unavailable || len(s.sent()) != 0 {
 		t.Errorf("without a token: got %+v", failed)
 	}
 }
@@ -82,7 +82,7 @@ func (m inMemory) RoundTrip(r *http.Request) (*http.Response, error) {
 // federatedInBubble fetches once with a clock of its own.
 func federatedInBubble(t *testing.T, answer func(n int) http.HandlerFunc, within time.Duration, check func(s *entraID, got Token, err error, took time.Duration)) {
 	t.Helper()
-	k := &kept{tokens: map[string]string{"pod-1@ns/app": kubernetesToken(t, "1")}}
+	k := &fakeCredentials{tokens: map[string]string{"pod-1@ns/app": kubernetesToken(t, "1")}}
 	synctest.Test(t, func(t *testing.T) {
 		s := &entraID{Server: &httptest.Server{URL: "https://entra.example"}}
 		s.answer = func(w http.ResponseWriter, r *http.Request) {
@@ -100,7 +100,7 @@ func federatedInBubble(t *testing.T, answer func(n int) http.HandlerFunc, within
 		ctx, cancel := context.WithTimeout(t.Context(), within)
 		defer cancel()
 		start := time.Now()
-		got, err := e.Fetch(ctx, askFor(federatedPrincipal(s)))
+		got, err := e.Fetch(ctx, callFor(federatedPrincipal(s)))
 		check(s, got, err, time.Since(start))
 		if err != nil && strings.Contains(texts(asError(t, err)), k.tokens["pod-1@ns/app"]) {
 			t.Errorf("the assertion is in %v", err)
@@ -117,9 +117,9 @@ func asError(t *testing.T, err error) *Error {
 	return failed
 }
 
-func TestANewFederatedCredentialIsWaitedFor(t *testing.T) {
-	for n, code := range untrusted {
-		failures := 1 + n%len(untrustedPauses)
+func TestTheSourceRetriesUntilANewFederatedCredentialIsKnown(t *testing.T) {
+	for n, code := range untrustedCodes {
+		failures := 1 + n%len(federationRetryWaits)
 		federatedInBubble(t, func(n int) http.HandlerFunc {
 			if n <= failures {
 				return refuse(401, "invalid_client", code, "")
@@ -127,7 +127,7 @@ func TestANewFederatedCredentialIsWaitedFor(t *testing.T) {
 			return nil
 		}, fetchTimeout, func(s *entraID, got Token, err error, took time.Duration) {
 			var want time.Duration
-			for _, pause := range untrustedPauses[:failures] {
+			for _, pause := range federationRetryWaits[:failures] {
 				want += pause
 			}
 			if err != nil || got.ClientID != clientID || took != want || len(s.sent()) != failures+1 {
@@ -137,13 +137,13 @@ func TestANewFederatedCredentialIsWaitedFor(t *testing.T) {
 	}
 }
 
-func TestAMissingFederatedCredentialIsToldToTheLetter(t *testing.T) {
+func TestAMissingFederatedCredentialIsReportedWithItsExactFields(t *testing.T) {
 	never := func(int) http.HandlerFunc { return refuse(401, "invalid_client", 700213, " No matching record.") }
 	for within, want := range map[time.Duration]struct {
 		took     time.Duration
 		requests int
 	}{
-		fetchTimeout:    {12 * time.Second, len(untrustedPauses) + 1},
+		fetchTimeout:    {12 * time.Second, len(federationRetryWaits) + 1},
 		6 * time.Second: {3 * time.Second, 3}, // not so long that a question could not be put after it
 		time.Second:     {0, 1},
 	} {
@@ -164,7 +164,7 @@ func TestAMissingFederatedCredentialIsToldToTheLetter(t *testing.T) {
 	}
 }
 
-func TestOtherRefusalsOfAnAssertionAreNotWaitedOut(t *testing.T) {
+func TestOtherRefusalsOfAnAssertionAreNotRetried(t *testing.T) {
 	no := func(int) http.HandlerFunc { return refuse(401, "invalid_client", 700024, "") }
 	federatedInBubble(t, no, fetchTimeout, func(s *entraID, _ Token, err error, took time.Duration) {
 		if failed := asError(t, err); failed.Class != Denied || failed.Reason != "" || took != 0 || len(s.sent()) != 1 {
@@ -173,8 +173,8 @@ func TestOtherRefusalsOfAnAssertionAreNotWaitedOut(t *testing.T) {
 	})
 }
 
-func TestWaitingForACredentialHoldsUpNoOtherPod(t *testing.T) {
-	k := &kept{tokens: map[string]string{"pod-1@ns/app": kubernetesToken(t, "1"), "pod-2@ns/app": kubernetesToken(t, "2")}}
+func TestRetriesForACredentialDoNotDelayOtherPods(t *testing.T) {
+	k := &fakeCredentials{tokens: map[string]string{"pod-1@ns/app": kubernetesToken(t, "1"), "pod-2@ns/app": kubernetesToken(t, "2")}}
 	synctest.Test(t, func(t *testing.T) {
 		s := &entraID{Server: &httptest.Server{URL: "https://entra.example"}}
 		s.answer = func(w http.ResponseWriter, r *http.Request) {
@@ -189,10 +189,10 @@ func TestWaitingForACredentialHoldsUpNoOtherPod(t *testing.T) {
 			t.Fatal(err)
 		}
 		e.transport.Transport = inMemory{s}
-		go e.Fetch(t.Context(), askFor(federatedPrincipal(s)))
+		go e.Fetch(t.Context(), callFor(federatedPrincipal(s)))
 		synctest.Wait()
 		start := time.Now()
-		call := askFor(federatedPrincipal(s))
+		call := callFor(federatedPrincipal(s))
 		call.Pod = "pod-2"
 		if _, err := e.Fetch(t.Context(), call); err != nil || time.Since(start) != 0 {
 			t.Errorf("%v after %v", err, time.Since(start))

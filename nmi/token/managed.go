@@ -20,8 +20,8 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// maxAnswer bounds what is read of an answer. A token has 2 KiB, one with very many groups 10.
-const maxAnswer = 64 << 10
+// maxResponse bounds what is read of an answer. A token has 2 KiB, one with very many groups 10.
+const maxResponse = 64 << 10
 
 // maxErrorText bounds, in bytes, a text from IMDS or from a token before it becomes part of log lines and responses.
 const maxErrorText = 512
@@ -48,7 +48,7 @@ func NewManagedIdentities(addr netip.AddrPort, userAgent string) (*ManagedIdenti
 		userAgent:   userAgent,
 		credentials: credentials,
 		transport: &http.Client{
-			Transport: newGate(&http.Transport{
+			Transport: newIMDSLimiter(&http.Transport{
 				Proxy: nil, // IMDS must never be reached through a proxy
 				DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
 					return dialer.DialContext(ctx, network, addr.String())
@@ -69,11 +69,11 @@ func (m *ManagedIdentities) Fetch(ctx context.Context, call Call) (Token, error)
 	if err != nil {
 		return Token{}, &Error{Class: Denied, Err: err}
 	}
-	seen := &answer{}
-	ctx = context.WithValue(ctx, answerKey{}, seen)
-	ctx = context.WithValue(ctx, wordingKey{}, wording{call.Resource, call.Fresh})
+	seen := &response{}
+	ctx = context.WithValue(ctx, responseKey{}, seen)
+	ctx = context.WithValue(ctx, imdsQueryKey{}, imdsQuery{call.Resource, call.Fresh})
 	got, err := credential.GetToken(ctx, policy.TokenRequestOptions{
-		Scopes: []string{call.Resource}, // see wording
+		Scopes: []string{call.Resource}, // see imdsQuery
 		// The library keeps a cache of its own, for the whole process, and passes it by when claims are given. IMDS
 		// itself is sent none. With two caches a refresh ahead of time would get the old token.
 		Claims: "{}",
@@ -90,7 +90,7 @@ func (m *ManagedIdentities) credential(p Principal) (azcore.TokenCredential, err
 	}
 	options := &azidentity.ManagedIdentityCredentialOptions{ClientOptions: policy.ClientOptions{
 		Transport:       transporter{m.transport},
-		PerCallPolicies: []policy.Policy{wording{}},
+		PerCallPolicies: []policy.Policy{imdsQuery{}},
 		Telemetry:       policy.TelemetryOptions{ApplicationID: m.userAgent},
 		// Short: callers wait. A client that still finds IMDS failing is told to come again, and does.
 		Retry: policy.RetryOptions{
@@ -114,18 +114,18 @@ func (m *ManagedIdentities) credential(p Principal) (azcore.TokenCredential, err
 	return c, nil
 }
 
-// wording is what the request to IMDS is to say beyond what the library writes.
-type wording struct {
+// imdsQuery is what the request to IMDS is to say beyond what the library writes.
+type imdsQuery struct {
 	resource string
 	fresh    bool
 }
 
-type wordingKey struct{}
+type imdsQueryKey struct{}
 
 // Do sets the resource to the client's own words, of which the library takes a "/.default" at the end for its own, and
 // asks IMDS for a token that is not from its cache, where the fetch says so.
-func (wording) Do(r *policy.Request) (*http.Response, error) {
-	w, _ := r.Raw().Context().Value(wordingKey{}).(wording)
+func (imdsQuery) Do(r *policy.Request) (*http.Response, error) {
+	w, _ := r.Raw().Context().Value(imdsQueryKey{}).(imdsQuery)
 	q := r.Raw().URL.Query()
 	q.Set("resource", w.resource)
 	if w.fresh {
@@ -140,7 +140,7 @@ func (wording) Do(r *policy.Request) (*http.Response, error) {
 type transporter struct{ client *http.Client }
 
 func (t transporter) Do(r *http.Request) (*http.Response, error) {
-	seen, _ := r.Context().Value(answerKey{}).(*answer)
+	seen, _ := r.Context().Value(responseKey{}).(*response)
 	sent, err := outbound.WithOwnBody(r)
 	if err != nil {
 		return nil, err
@@ -148,17 +148,17 @@ func (t transporter) Do(r *http.Request) (*http.Response, error) {
 	resp, err := t.client.Do(sent)
 	if err != nil {
 		if seen != nil {
-			*seen = answer{err: err}
+			*seen = response{err: err}
 		}
 		return nil, err
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
-	if err == nil && len(body) > maxAnswer {
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxResponse+1))
+	if err == nil && len(body) > maxResponse {
 		err = errors.New("the answer is larger than any token")
 	}
 	if seen != nil {
-		*seen = answer{status: resp.StatusCode, header: resp.Header, body: body, err: err}
+		*seen = response{status: resp.StatusCode, header: resp.Header, body: body, err: err}
 	}
 	if err != nil {
 		return nil, err
@@ -167,10 +167,10 @@ func (t transporter) Do(r *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-type answerKey struct{}
+type responseKey struct{}
 
-// answer is the last thing that the wire gave to one fetch. Attempts of a fetch follow one another, so it needs no lock.
-type answer struct {
+// response is the last thing that the wire gave to one fetch. Attempts of a fetch follow one another, so it needs no lock.
+type response struct {
 	status int
 	header http.Header
 	body   []byte
@@ -178,7 +178,7 @@ type answer struct {
 }
 
 // failure sorts the failure by what was on the wire.
-func (a *answer) failure(err error) *Error {
+func (a *response) failure(err error) *Error {
 	var own *Error
 	if errors.As(a.err, &own) { // the gate's
 		return own

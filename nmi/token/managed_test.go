@@ -35,7 +35,7 @@ func answerToken(w http.ResponseWriter, serial int32) {
 	fmt.Fprintf(w, `{"access_token":%q,"expires_in":"86400","expires_on":"%d","resource":"r","token_type":"Bearer"}`, token, expires)
 }
 
-func TestAManagedIdentityIsAskedForByWhatNamesIt(t *testing.T) {
+func TestAManagedIdentityIsRequestedByItsID(t *testing.T) {
 	var asked url.Values
 	var header http.Header
 	m := imds(t, func(w http.ResponseWriter, r *http.Request) {
@@ -111,7 +111,7 @@ func TestFailuresOfIMDSAreSorted(t *testing.T) {
 		{"broken", 500, `<html>`, "", Error{Class: Unavailable, Status: 500}, 3},
 		{"no token in the answer", 200, `{"access_token":""}`, "", Error{Class: Unavailable}, 1},
 		{"no JSON in the answer", 200, `<html>`, "", Error{Class: Unavailable}, 1},
-		{"an answer without end", 200, strings.Repeat("x", maxAnswer*2), "", Error{Class: Unavailable}, 3},
+		{"an answer without end", 200, strings.Repeat("x", maxResponse*2), "", Error{Class: Unavailable}, 3},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -139,7 +139,7 @@ func TestFailuresOfIMDSAreSorted(t *testing.T) {
 	}
 }
 
-func TestA429ShutsTheGateForEverybody(t *testing.T) {
+func TestA429FromIMDSStopsRequestsOfAllIdentities(t *testing.T) {
 	var calls atomic.Int32
 	m := imds(t, func(w http.ResponseWriter, _ *http.Request) {
 		calls.Add(1)
@@ -158,7 +158,7 @@ func TestA429ShutsTheGateForEverybody(t *testing.T) {
 	}
 }
 
-func TestIMDSIsAskedByFiveAtATimeAndTwentyASecond(t *testing.T) {
+func TestIMDSReceivesAtMostFiveConcurrentAndTwentyRequestsPerSecond(t *testing.T) {
 	var mu sync.Mutex
 	running, most := 0, 0
 	var times []time.Time

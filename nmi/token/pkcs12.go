@@ -29,20 +29,20 @@ import (
 const ParseCommand = "parse-pkcs12"
 
 const (
-	pkcs12CPU     = 2 * time.Second // of the process; files as programs make them take some milliseconds
-	pkcs12Wait    = 5 * time.Second // by the clock
-	pkcs12Memory  = 128 << 20       // beyond what the process has when it starts; half of it is for the heap
-	pkcs12AtOnce  = 2
-	pkcs12Message = 1 << 20 // both ways
+	pkcs12CPU        = 2 * time.Second // of the process; files as programs make them take some milliseconds
+	pkcs12Timeout    = 5 * time.Second // by the clock
+	pkcs12Memory     = 128 << 20       // beyond what the process has when it starts; half of it is for the heap
+	pkcs12Concurrent = 2
+	pkcs12Message    = 1 << 20 // both ways
 )
 
-type pkcs12Question struct {
+type pkcs12Request struct {
 	File     []byte
 	Password string
 }
 
-// pkcs12Answer has either the contents or one of the others.
-type pkcs12Answer struct {
+// pkcs12Response has either the contents or one of the others.
+type pkcs12Response struct {
 	Key           []byte // PKCS#8
 	Certificates  [][]byte
 	WrongPassword bool
@@ -55,7 +55,7 @@ func ParsePKCS12Main(stdin io.Reader, stdout io.Writer) error {
 	if err := limitProcess(); err != nil {
 		return fmt.Errorf("limiting the process: %w", err)
 	}
-	var q pkcs12Question
+	var q pkcs12Request
 	if err := json.NewDecoder(io.LimitReader(stdin, pkcs12Message)).Decode(&q); err != nil {
 		return fmt.Errorf("reading what to parse: %w", err)
 	}
@@ -90,22 +90,22 @@ func limitProcess() error {
 	return unix.Setpriority(unix.PRIO_PGRP, 0, 19)
 }
 
-func decodePKCS12(q pkcs12Question) (answer pkcs12Answer) {
+func decodePKCS12(q pkcs12Request) (answer pkcs12Response) {
 	defer func() {
 		if recover() != nil {
-			answer = pkcs12Answer{Problem: "it makes the parser fail"}
+			answer = pkcs12Response{Problem: "it makes the parser fail"}
 		}
 	}()
 	key, own, others, err := pkcs12.DecodeChain(q.File, q.Password)
 	switch {
 	case errors.Is(err, pkcs12.ErrIncorrectPassword) || errors.Is(err, pkcs12.ErrDecryption):
-		return pkcs12Answer{WrongPassword: true}
+		return pkcs12Response{WrongPassword: true}
 	case err != nil:
 		// The library's texts tell structure and algorithms, never content.
-		return pkcs12Answer{Problem: err.Error()}
+		return pkcs12Response{Problem: err.Error()}
 	}
 	if answer.Key, err = x509.MarshalPKCS8PrivateKey(key); err != nil {
-		return pkcs12Answer{Problem: err.Error()}
+		return pkcs12Response{Problem: err.Error()}
 	}
 	answer.Certificates = append(answer.Certificates, own.Raw)
 	for _, cert := range others {
@@ -115,7 +115,7 @@ func decodePKCS12(q pkcs12Question) (answer pkcs12Answer) {
 }
 
 // contents reads the answer. hadPassword says whether the Secret has one.
-func (a pkcs12Answer) contents(hadPassword bool) (contents, error) {
+func (a pkcs12Response) contents(hadPassword bool) (contents, error) {
 	var found contents
 	switch {
 	case a.WrongPassword && hadPassword:
@@ -136,17 +136,17 @@ func (a pkcs12Answer) contents(hadPassword bool) (contents, error) {
 // pkcs12Opener opens files by way of a process each.
 type pkcs12Opener struct {
 	program string
-	wait    time.Duration // by the clock
+	timeout time.Duration // by the clock
 	running chan struct{}
 }
 
 func newPKCS12Opener() *pkcs12Opener {
-	return &pkcs12Opener{program: "/proc/self/exe", wait: pkcs12Wait, running: make(chan struct{}, pkcs12AtOnce)}
+	return &pkcs12Opener{program: "/proc/self/exe", timeout: pkcs12Timeout, running: make(chan struct{}, pkcs12Concurrent)}
 }
 
 // open is an [unlocker].
 func (o *pkcs12Opener) open(ctx context.Context, file []byte, password string) (contents, error) {
-	question, err := json.Marshal(pkcs12Question{file, password})
+	question, err := json.Marshal(pkcs12Request{file, password})
 	if err != nil {
 		return contents{}, err
 	}
@@ -156,9 +156,9 @@ func (o *pkcs12Opener) open(ctx context.Context, file []byte, password string) (
 	case <-ctx.Done():
 		return contents{}, fmt.Errorf("waiting to open a PKCS#12 file: %w", ctx.Err())
 	}
-	ctx, cancel := context.WithTimeout(ctx, o.wait)
+	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
-	stdout := &bounded{room: pkcs12Message}
+	stdout := &limitedBuffer{limit: pkcs12Message}
 	child := exec.CommandContext(ctx, o.program, ParseCommand)
 	child.Args[0] = os.Args[0]
 	child.Env = []string{}
@@ -170,17 +170,17 @@ func (o *pkcs12Opener) open(ctx context.Context, file []byte, password string) (
 	err = child.Run()
 	runtime.UnlockOSThread()
 	if err != nil {
-		return contents{}, childFailed(ctx, child.ProcessState, err)
+		return contents{}, childError(ctx, child.ProcessState, err)
 	}
-	var answer pkcs12Answer
+	var answer pkcs12Response
 	if err := json.Unmarshal(stdout.Bytes(), &answer); err != nil {
 		return contents{}, fmt.Errorf("opening a PKCS#12 file: %w", err)
 	}
 	return answer.contents(password != "")
 }
 
-// childFailed says whether the file or something else is to blame.
-func childFailed(ctx context.Context, state *os.ProcessState, err error) error {
+// childError says whether the file or something else is to blame.
+func childError(ctx context.Context, state *os.ProcessState, err error) error {
 	if state != nil && !state.Exited() && state.UserTime()+state.SystemTime() > pkcs12CPU-pkcs12CPU/4 {
 		return flaw(fmt.Sprintf("has a PKCS#12 file under the key \"certificate\" that takes more than %d s to open; export it again with fewer iterations", pkcs12CPU/time.Second))
 	}
@@ -190,14 +190,14 @@ func childFailed(ctx context.Context, state *os.ProcessState, err error) error {
 	return fmt.Errorf("opening a PKCS#12 file: %w", err)
 }
 
-// bounded takes so many bytes and then fails.
-type bounded struct {
+// limitedBuffer takes so many bytes and then fails.
+type limitedBuffer struct {
 	bytes.Buffer
-	room int
+	limit int
 }
 
-func (b *bounded) Write(p []byte) (int, error) {
-	if b.Len()+len(p) > b.room {
+func (b *limitedBuffer) Write(p []byte) (int, error) {
+	if b.Len()+len(p) > b.limit {
 		return 0, errors.New("the answer is too long")
 	}
 	return b.Buffer.Write(p)

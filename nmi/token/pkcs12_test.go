@@ -63,11 +63,11 @@ func slow(t testing.TB) []byte {
 	return changed
 }
 
-func TestAPKCS12FileThatTakesTooLongIsGivenUp(t *testing.T) {
+func TestASlowPKCS12FileTimesOut(t *testing.T) {
 	t.Parallel()
 	start := time.Now()
 	o := newPKCS12Opener()
-	o.wait = time.Minute // a machine that is busy may take long to give it its two seconds
+	o.timeout = time.Minute // a machine that is busy may take long to give it its two seconds
 	_, err := o.open(t.Context(), slow(t), "password")
 	var f flaw
 	if !errors.As(err, &f) || !strings.Contains(string(f), "fewer iterations") {
@@ -79,7 +79,7 @@ func TestOpeningAPKCS12FileEndsWithTheContext(t *testing.T) {
 	t.Parallel()
 	o := newPKCS12Opener()
 	file := slow(t)
-	for range pkcs12AtOnce + 1 { // the last one may find no room
+	for range pkcs12Concurrent + 1 { // the last one may find no room
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 		defer cancel()
 		if _, err := o.open(ctx, file, "password"); !errors.Is(err, context.DeadlineExceeded) {
@@ -93,7 +93,7 @@ func TestOpeningAPKCS12FileEndsWithTheContext(t *testing.T) {
 
 func TestNoMorePKCS12FilesAreOpenedAtATimeThanAllowed(t *testing.T) {
 	o := newPKCS12Opener()
-	for range pkcs12AtOnce {
+	for range pkcs12Concurrent {
 		o.running <- struct{}{}
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -118,8 +118,8 @@ func TestAParserThatCannotBeStartedIsNotTheSecretsFault(t *testing.T) {
 	}
 }
 
-func TestAnAnswerOfTheParserIsBounded(t *testing.T) {
-	b := &bounded{room: 4}
+func TestTheOutputOfTheParserIsBounded(t *testing.T) {
+	b := &limitedBuffer{limit: 4}
 	if _, err := b.Write([]byte("1234")); err != nil {
 		t.Error(err)
 	}

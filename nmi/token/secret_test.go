@@ -8,7 +8,7 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-func TestAClientSecretIsFound(t *testing.T) {
+func TestTheClientSecretIsReadFromTheSecret(t *testing.T) {
 	cases := []struct {
 		name string
 		data map[string][]byte

@@ -1,0 +1,92 @@
+package token
+
+import (
+	"io"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/podidentity/podidentity/internal/outbound"
+)
+
+// IMDS allows one VM 20 identity requests per second and 5 concurrent ones (documented under "Rate limits" of managed
+// identities on virtual machines). Above that it answers 429 to all processes on the VM.
+const (
+	imdsRate       = 20
+	imdsConcurrent = 5
+)
+
+// gate is a transport that keeps this process within IMDS's limits. It counts each attempt on the wire, including
+// retries, and after a 429 sends nothing until Retry-After has passed.
+type imdsLimiter struct {
+	next       http.RoundTripper
+	limiter    *rate.Limiter
+	slots      semaphore
+	retryAfter outbound.RetryAfterGate
+}
+
+func newIMDSLimiter(next http.RoundTripper) *imdsLimiter {
+	return &imdsLimiter{next: next, limiter: rate.NewLimiter(imdsRate, 1), slots: make(semaphore, imdsConcurrent)}
+}
+
+// RoundTrip implements http.RoundTripper. It waits until the limits admit the request, or its context ends.
+func (g *imdsLimiter) RoundTrip(r *http.Request) (*http.Response, error) {
+	return g.slots.roundTrip(r, g.roundTrip)
+}
+
+func (g *imdsLimiter) roundTrip(r *http.Request) (*http.Response, error) {
+	if wait := g.retryAfter.Remaining(); wait > 0 {
+		return nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "IMDS limits the rate of requests; see Retry-After", RetryAfter: wait}
+	}
+	if err := g.limiter.Wait(r.Context()); err != nil {
+		return nil, err
+	}
+	resp, err := g.next.RoundTrip(r)
+	if err == nil && resp.StatusCode == http.StatusTooManyRequests {
+		g.retryAfter.Extend(retryAfter(resp.Header))
+	}
+	return resp, err
+}
+
+// semaphore bounds the number of concurrent requests.
+type semaphore chan struct{}
+
+// roundTrip waits for a place within the request's context. Closing the body of the response releases the place.
+func (s semaphore) roundTrip(r *http.Request, next func(*http.Request) (*http.Response, error)) (*http.Response, error) {
+	select {
+	case s <- struct{}{}:
+	case <-r.Context().Done():
+		return nil, r.Context().Err()
+	}
+	resp, err := next(r)
+	if err != nil {
+		<-s
+		return nil, err
+	}
+	resp.Body = &releasingBody{ReadCloser: resp.Body, free: sync.OnceFunc(func() { <-s })}
+	return resp, nil
+}
+
+// A 429 without Retry-After stops requests for minRetryAfter. A Retry-After above maxRetryAfter is not believed.
+const minRetryAfter, maxRetryAfter = time.Second, time.Minute
+
+func retryAfter(h http.Header) time.Duration {
+	s, err := strconv.Atoi(h.Get("Retry-After"))
+	if err != nil {
+		return minRetryAfter
+	}
+	return min(max(time.Duration(s)*time.Second, minRetryAfter), maxRetryAfter)
+}
+
+type releasingBody struct {
+	io.ReadCloser
+	free func()
+}
+
+func (b *releasingBody) Close() error {
+	defer b.free()
+	return b.ReadCloser.Close()
+}
