@@ -4,7 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
@@ -43,9 +43,9 @@ func newAuthorities(roots *x509.CertPool) (*authorities, error) {
 	}
 	a := &authorities{proxy: http.ProxyFromEnvironment, forbidden: isNodeAddress, hosts: hosts}
 	guarded := &net.Dialer{Timeout: 5 * time.Second, ControlContext: a.checkAddress}
-	free := &net.Dialer{Timeout: 5 * time.Second}
+	unguarded := &net.Dialer{Timeout: 5 * time.Second}
 	a.direct = authorityTransport(roots, nil, guarded)
-	a.proxied = authorityTransport(roots, func(r *http.Request) (*url.URL, error) { return a.proxy(r) }, free)
+	a.proxied = authorityTransport(roots, func(r *http.Request) (*url.URL, error) { return a.proxy(r) }, unguarded)
 	return a, nil
 }
 
@@ -63,7 +63,7 @@ func authorityTransport(roots *x509.CertPool, proxy func(*http.Request) (*url.UR
 	}
 }
 
-// RoundTrip waits for its turn within the request's context.
+// RoundTrip implements http.RoundTripper. It waits for the semaphore of the host within the request's context.
 func (a *authorities) RoundTrip(r *http.Request) (*http.Response, error) {
 	if r.URL.Scheme != "https" {
 		return nil, errNotHTTPS
@@ -72,7 +72,7 @@ func (a *authorities) RoundTrip(r *http.Request) (*http.Response, error) {
 	if proxy, err := a.proxy(r); err != nil {
 		return nil, err
 	} else if proxy != nil {
-		// The proxy looks the name up, and what it may reach is its own affair; but an address can be told here.
+		// The proxy resolves names and decides itself which addresses it may reach. Only a literal address can be checked here.
 		if ip, err := netip.ParseAddr(r.URL.Hostname()); err == nil && a.forbidden(ip) {
 			return nil, nodeAddress(ip)
 		}
@@ -81,7 +81,7 @@ func (a *authorities) RoundTrip(r *http.Request) (*http.Response, error) {
 	return a.slots(strings.ToLower(r.URL.Host)).roundTrip(r, transport.RoundTrip)
 }
 
-var errNotHTTPS = &Error{Class: Denied, Detail: "the authority names a token endpoint without https, to which no credential is sent"}
+var errNotHTTPS = &Error{Class: Denied, Detail: "the authority names a token endpoint without https; NMI sends no credential to it"}
 
 func (a *authorities) slots(host string) semaphore {
 	if s, ok := a.hosts.Get(host); ok {
@@ -94,11 +94,11 @@ func (a *authorities) slots(host string) semaphore {
 	return s
 }
 
-// checkAddress is asked before each connection, with the address that the name was found to have.
+// checkAddress is called before each connection, with the address that the host name resolved to.
 func (a *authorities) checkAddress(_ context.Context, _, address string, _ syscall.RawConn) error {
 	ap, err := netip.ParseAddrPort(address)
 	if err != nil {
-		return errors.Join(errors.New("this is no address to connect to"), err)
+		return fmt.Errorf("checking the address of the authority: %w", err)
 	}
 	if a.forbidden(ap.Addr()) {
 		return nodeAddress(ap.Addr())
@@ -106,7 +106,7 @@ func (a *authorities) checkAddress(_ context.Context, _, address string, _ sysca
 	return nil
 }
 
-// wireServer is where Azure answers a machine, and the machine alone, besides the metadata service.
+// wireServer is the address of Azure's WireServer, which like IMDS serves only the VM itself.
 var wireServer = netip.AddrFrom4([4]byte{168, 63, 129, 16})
 
 func isNodeAddress(ip netip.Addr) bool {
@@ -114,12 +114,12 @@ func isNodeAddress(ip netip.Addr) bool {
 	return ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsUnspecified() || ip.IsMulticast() || ip == wireServer
 }
 
-// nodeAddress is the refusal to connect to an address that only the node can reach.
+// nodeAddress is the error of a connection to an address that only the node can reach.
 type nodeAddress netip.Addr
 
 func (n nodeAddress) Error() string {
 	return netip.Addr(n).String() + " is an address of the node itself or of its link"
 }
 
-// NonRetriable keeps the Azure SDK from trying again.
+// NonRetriable keeps the Azure SDK from retrying.
 func (nodeAddress) NonRetriable() {}

@@ -25,7 +25,7 @@ func TestAnAuthorityOnTheNodeIsRefused(t *testing.T) {
 		}
 	}
 	if s.discovered != 0 {
-		t.Error("it was asked nevertheless")
+		t.Error("the authority received a request")
 	}
 }
 
@@ -41,7 +41,7 @@ func TestAddressesOfTheNodeAreRecognized(t *testing.T) {
 	}
 }
 
-// connectProxy is a proxy that leads to one server, whatever it is asked for.
+// connectProxy is a proxy that connects to one server for every request.
 func connectProxy(t *testing.T, to string) (*url.URL, *atomic.Value) {
 	asked := &atomic.Value{}
 	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -79,7 +79,7 @@ func TestAProxyMayRunOnTheNodeButMustNotReachNodeAddresses(t *testing.T) {
 	e.authorities.forbidden = isNodeAddress
 	e.authorities.proxy = func(*http.Request) (*url.URL, error) { return proxy, nil }
 	p := s.principal(Secret)
-	p.Authority = "https://example.com" // a name that the stand-in's certificate has
+	p.Authority = "https://example.com" // a name in the certificate of the fake Entra ID
 	if _, err := e.Fetch(t.Context(), callFor(p)); err != nil || asked.Load() != "CONNECT example.com:443" {
 		t.Errorf("%v, the proxy was asked for %v", err, asked.Load())
 	}
@@ -91,7 +91,7 @@ func TestAProxyMayRunOnTheNodeButMustNotReachNodeAddresses(t *testing.T) {
 
 func TestNoCredentialIsSentWithoutHTTPS(t *testing.T) {
 	s := startEntraID(t)
-	plain := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("something came without https") }))
+	plain := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("a request arrived without https") }))
 	t.Cleanup(plain.Close)
 	s.discover = func(w http.ResponseWriter, r *http.Request) {
 		io.WriteString(w, `{"token_endpoint":"`+plain.URL+`/token","authorization_endpoint":"`+s.URL+`","issuer":"`+s.URL+`"}`)

@@ -11,104 +11,106 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/internal/retry"
 )
 
-// Origin says how an answer of the cache came about. It is fit to be a metric label.
+// Origin says where a result of the cache comes from. It has few values, so it can be a metric label.
 type Origin string
 
 const (
-	Hit     Origin = "hit"     // from the cache
-	Fetched Origin = "fetched" // this caller's fetch
-	Shared  Origin = "shared"  // somebody else's fetch, waited for
-	Failed  Origin = "failed"  // a failure from the cache
+	Hit     Origin = "hit"     // a cached token
+	Fetched Origin = "fetched" // a fetch that this caller started
+	Shared  Origin = "shared"  // a fetch that another caller started
+	Failed  Origin = "failed"  // a cached failure, or a throttled pod
 )
 
 const (
-	// fetchTimeout bounds one fetch with its retries and the wait for its turn, and so how long callers wait for it.
-	// Go's SDK waits 60 s for an answer, others 100 s.
+	// fetchTimeout bounds one fetch, including its retries and the wait for rate limits, and so how long callers wait for
+	// it. The Azure SDK for Go waits 60 s for a response of IMDS, others 100 s.
 	fetchTimeout = 20 * time.Second
 
-	// Clients that refresh do so when half of what they were told is left. A refresh here comes before that, at a
-	// point drawn from this part of the rest of the life, so that a client's refresh finds a newer token.
+	// Clients refresh a token when half of its lifetime is left. The cache renews it before that, at a random point in
+	// this part of the remaining lifetime, so that the client's refresh gets a newer token.
 	refreshFrom, refreshTo = 0.35, 0.475
-	// minRefresh keeps a token that IMDS hands out again and again near its end from being asked for in a loop.
+	// minRefresh prevents a loop of requests when IMDS keeps returning the same token shortly before it expires.
 	minRefresh = 30 * time.Second
 
-	// A failed refresh is tried again after refreshRetry, then after twice that, and so on up to refreshRetryMax.
-	refreshRetry, refreshRetryMax = 30 * time.Second, 5 * time.Minute
-
-	// How long a failure is kept, so that callers who come again at once do not all reach Azure.
+	// How long a failure is served from the cache, so that callers that retry at once do not all send a request to Azure.
 	unavailableTTL, deniedTTL, throttledTTL = 2 * time.Second, 5 * time.Second, 1 * time.Second
 
-	// bypassInterval is how often bypass_cache gets through for one key.
+	// bypassInterval is the minimum time between two fetches for one key that bypass the cache (bypass_cache).
 	bypassInterval = 10 * time.Second
 
-	// recheckInterval is how often a kept failure is passed by for one key, see Request.Again, and recheckRate how often a
-	// second that is done for all keys together: a part of what IMDS allows, so that there is room for the others.
+	// recheckInterval is the minimum time between two rechecks of a cached refusal for one key, see Request.Again.
+	// recheckRate bounds the rechecks of all keys per second: only a part of what IMDS allows, the rest is for other
+	// requests.
 	recheckInterval = time.Second
 	recheckRate     = 5
 
-	// One pod may cause this many fetches a second, and this many at once. A pod that asks for ever new resources
-	// must not use up what IMDS allows all pods of the node together.
+	// The fetches per second that one pod may cause, and the burst. A pod that requests many different resources must
+	// not use up what IMDS allows for all pods of the node together.
 	podFetchRate, podFetchBurst = 2, 10
-	// podKeys is how many tokens one pod may keep in the cache. Others must not be pushed out by it.
+	// podKeys bounds the tokens of one pod in the cache, so that it cannot evict those of other pods.
 	podKeys = 64
 )
 
-// DefaultSize is how many tokens a cache holds: some 3 KiB each, and more than 250 pods with 8 audiences each need.
+// refreshBackoff is the wait after a failed renewal.
+var refreshBackoff = retry.Backoff{Initial: 30 * time.Second, Max: 5 * time.Minute, Jitter: 0.25}
+
+// DefaultSize is the number of tokens a cache holds, about 3 KiB each: more than 250 pods with 8 audiences each need.
 const DefaultSize = 2048
 
-// Observer is told what the cache does, for metrics. Its methods must not block.
+// Observer receives what the cache does, for metrics. Its methods must not block.
 type Observer interface {
-	// CacheAnswered: one Get ended so.
+	// CacheAnswered is called when a Get ends.
 	CacheAnswered(Origin)
-	// SourceAsked: one fetch ended after d; class is empty when it brought a token.
+	// SourceAsked is called when a fetch ends, with its duration. class is empty if the fetch returned a token.
 	SourceAsked(source Source, class Class, d time.Duration)
 }
 
-// Cache holds tokens, fetches those that it lacks once for all who want them, and renews those that living pods use.
-// It is safe for concurrent use. Close ends its work.
+// Cache holds tokens. It fetches a missing token once for all callers that wait for it, and renews tokens that running pods
+// use. It is safe for concurrent use. Close stops it.
 type Cache struct {
 	fetcher Fetcher
 	allowed func(pod string, p Principal) bool
 	observe Observer
-	ctx     context.Context // of the fetches; ends with Close
+	ctx     context.Context // parent of the contexts of fetches; Close cancels it
 	stop    context.CancelFunc
 
-	mu       sync.Mutex // guards all below, and the fields of entries
+	mu       sync.Mutex // guards the fields below, and the fields of entries
 	rechecks *rate.Limiter
 	entries  *simplelru.LRU[Key, *entry]
 	pods     map[string]*podState
 }
 
-// entry is what is known about one key. All fields are guarded by the cache's mutex.
+// entry is the state of one key. The cache's mutex guards all fields.
 type entry struct {
 	token        Token
-	failure      error // of the last fetch, if that failed; nil once one succeeds
+	failure      error // of the last fetch; nil if that succeeded
 	failureUntil time.Time
 	failures     int // in a row
 
 	fetching *fetch
-	asked    time.Time           // when the last fetch began
-	users    map[string]struct{} // UIDs of the living pods that asked for it
+	asked    time.Time           // when the last fetch started
+	users    map[string]struct{} // UIDs of the running pods that requested the token
 	renewal  *time.Timer
 }
 
-// fetch is a fetch under way. done is closed once the result is in.
+// fetch is a running fetch. done is closed when token and err are set.
 type fetch struct {
 	done  chan struct{}
 	token Token
 	err   error
 }
 
-// holder is a pod.
+// podState is what the cache keeps about a pod.
 type podState struct {
 	fetches *rate.Limiter
 	keys    map[Key]struct{}
 }
 
-// NewCache returns a cache of size tokens before the fetcher. allowed tells whether the pod with a UID still lives and
-// may still have tokens of a principal, so that they are worth renewing; it must not block nor call the cache.
+// NewCache returns a cache of size tokens in front of the fetcher. allowed reports whether the pod with a UID still runs and may
+// still have tokens of a principal, so that the cache renews them. It must neither block nor call the cache.
 func NewCache(fetcher Fetcher, size int, allowed func(pod string, p Principal) bool, observe Observer) (*Cache, error) {
 	c := &Cache{fetcher: fetcher, allowed: allowed, observe: observe, rechecks: rate.NewLimiter(recheckRate, recheckRate), pods: map[string]*podState{}}
 	c.ctx, c.stop = context.WithCancel(context.Background())
@@ -117,7 +119,7 @@ func NewCache(fetcher Fetcher, size int, allowed func(pod string, p Principal) b
 	return c, err
 }
 
-// Close stops renewals and ends fetches under way.
+// Close stops renewals and cancels running fetches.
 func (c *Cache) Close() {
 	c.stop()
 	c.mu.Lock()
@@ -125,25 +127,25 @@ func (c *Cache) Close() {
 	c.entries.Purge()
 }
 
-// Request is what one caller wants to know.
+// Request is the request of one caller.
 type Request struct {
 	Key Key
-	// Pod is the UID of the pod that the token is for. Its token is renewed until the pod is released.
+	// Pod is the UID of the pod that the token is for. The cache renews the token until the pod is released.
 	Pod string
-	// Fresh asks for a token that is not from the cache. It is granted now and then, see bypassInterval.
+	// Fresh requests a token that is not from the cache. The rate is limited, see bypassInterval.
 	Fresh bool
-	// Rejected is the hash of a token that the caller wants replaced; the same as Fresh if it is the cached one.
+	// Rejected is the hash of a token that the caller does not accept. If that is the cached token, it has the effect of Fresh.
 	Rejected string
-	// Again asks to look once more although a refusal is kept, because there is reason to think that it holds no longer.
-	// It is granted now and then, see recheckInterval.
+	// Again requests a new fetch although a refusal is cached, because the refusal is probably outdated. The rate is
+	// limited, see recheckInterval.
 	Again bool
 }
 
-// ErrPodThrottled is returned to a pod that causes too many fetches.
-var ErrPodThrottled = errors.New("this pod asks for new tokens too often")
+// ErrPodThrottled is the error for a pod that causes too many fetches.
+var ErrPodThrottled = errors.New("this pod requests new tokens too often")
 
-// Get returns the token. The caller must have established that the pod may have it. The error is an *Error,
-// ErrPodThrottled, or that of ctx, which bounds only this caller's wait.
+// Get returns the token. The caller must have authorized the request: the pod may have the token. The error is an *Error,
+// ErrPodThrottled, or the error of ctx, which bounds only this caller's wait.
 func (c *Cache) Get(ctx context.Context, r Request) (Token, Origin, error) {
 	t, origin, err := c.get(ctx, r)
 	c.observe.CacheAnswered(origin)
@@ -161,7 +163,7 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 			c.addUser(r, pod, e)
 			t := e.token
 			if e.renewal == nil && e.fetching == nil {
-				// Nobody lived who used it, now somebody does.
+				// No running pod used the token until now.
 				c.scheduleRenewal(r.Key, e, now)
 			}
 			c.mu.Unlock()
@@ -198,7 +200,7 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 	}
 }
 
-// servesFailure reports whether the last failure still stands for the answer. c.mu is held.
+// servesFailure reports whether Get returns the cached failure. c.mu is held.
 func (c *Cache) servesFailure(r Request, pod *podState, e *entry, now time.Time) bool {
 	if !r.Again || classOf(e.failure) != Denied {
 		return now.Before(e.failureUntil)
@@ -209,7 +211,7 @@ func (c *Cache) servesFailure(r Request, pod *podState, e *entry, now time.Time)
 	return now.Sub(e.asked) < recheckInterval || pod.fetches.TokensAt(now) < 1 || !c.rechecks.AllowN(now, 1)
 }
 
-// holder returns what is kept about a pod. c.mu is held.
+// podState returns the state of a pod, and creates it if there is none. c.mu is held.
 func (c *Cache) podState(pod string) *podState {
 	h := c.pods[pod]
 	if h == nil {
@@ -219,7 +221,8 @@ func (c *Cache) podState(pod string) *podState {
 	return h
 }
 
-// hasRoom reports whether the pod may keep one more key, after forgetting those of its keys that hold nothing. c.mu is held.
+// hasRoom reports whether the pod may have one more key. Before, it removes keys of the pod without a valid token. c.mu is
+// held.
 func (c *Cache) hasRoom(h *podState, key Key, now time.Time) bool {
 	if _, has := h.keys[key]; has || len(h.keys) < podKeys {
 		return true
@@ -232,16 +235,16 @@ func (c *Cache) hasRoom(h *podState, key Key, now time.Time) bool {
 	return len(h.keys) < podKeys
 }
 
-// addUser notes that the pod uses the key. c.mu is held.
+// addUser records that the pod uses the key. c.mu is held.
 func (c *Cache) addUser(r Request, h *podState, e *entry) {
-	if _, noted := e.users[r.Pod]; !noted {
+	if _, known := e.users[r.Pod]; !known {
 		e.users[r.Pod] = struct{}{}
 		h.keys[r.Key] = struct{}{}
 	}
 }
 
-// Release forgets a pod that is gone: its tokens are not renewed any more unless other pods use them too. Calling it
-// for a pod that never asked does nothing.
+// Release removes the state of a deleted or finished pod. The cache stops renewing its tokens unless other pods use them too.
+// For a pod without state it does nothing.
 func (c *Cache) Release(pod string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -264,7 +267,7 @@ func (c *Cache) release(pod string) {
 	}
 }
 
-// onEvicted tidies up after an entry that the bound on the number pushed out. c.mu is held.
+// onEvicted is called when the cache is full and an entry was evicted, or was removed. c.mu is held.
 func (c *Cache) onEvicted(key Key, e *entry) {
 	e.cancelRenewal()
 	for pod := range e.users {
@@ -281,7 +284,7 @@ func (e *entry) cancelRenewal() {
 	}
 }
 
-// startFetch begins a fetch that belongs to no caller. c.mu is held, and no other fetch of this key runs.
+// startFetch starts a fetch whose context belongs to no caller. c.mu is held, and no other fetch of this key runs.
 func (c *Cache) startFetch(call Call, e *entry) {
 	e.cancelRenewal()
 	f := &fetch{done: make(chan struct{})}
@@ -312,8 +315,8 @@ func classOf(err error) Class {
 	}
 }
 
-// recordResult takes a result in. A failure leaves the token of before in place until that expires: then whoever asked for
-// a fresh one gets it all the same. c.mu is held.
+// recordResult stores the result of a fetch. After a failure the previous token stays until it expires, and callers that
+// requested a fresh token get the previous one. c.mu is held.
 func (c *Cache) recordResult(key Key, e *entry, f *fetch) {
 	now := time.Now()
 	if f.err == nil {
@@ -331,7 +334,8 @@ func (c *Cache) recordResult(key Key, e *entry, f *fetch) {
 	c.scheduleRenewal(key, e, now)
 }
 
-// concernsOnePod reports whether the failure is about the pod that the fetch was made by way of: the next to ask is another.
+// concernsOnePod reports whether the failure is about the pod of the call. A fetch for another pod can succeed, so the
+// failure is not cached.
 func concernsOnePod(err error) bool {
 	var e *Error
 	return errors.As(err, &e) && e.Reason == identity.PodStale
@@ -350,10 +354,10 @@ func failureTTL(err error) time.Duration {
 	}
 }
 
-// scheduleRenewal sets the time of the next renewal, if there is a token to renew and a pod that lives to use it. c.mu is held.
+// scheduleRenewal sets the timer of the next renewal, if there is a token to renew and a pod that uses it. c.mu is held.
 func (c *Cache) scheduleRenewal(key Key, e *entry, now time.Time) {
 	e.cancelRenewal()
-	// An entry that was pushed out while its fetch ran is nobody's any more.
+	// The entry may have been evicted while its fetch ran.
 	current, ok := c.entries.Peek(key)
 	if !ok || current != e || len(e.users) == 0 || !now.Before(e.token.ExpiresOn) || c.ctx.Err() != nil {
 		return
@@ -365,14 +369,12 @@ func (c *Cache) scheduleRenewal(key Key, e *entry, now time.Time) {
 		at := e.token.Fetched.Add(time.Duration(float64(left) * part))
 		in = max(at.Sub(now), minRefresh)
 	} else {
-		in = min(refreshRetry<<min(e.failures-1, 10), refreshRetryMax)
-		in += time.Duration(rand.Int64N(int64(in / 4)))
-		in = max(in, e.failureUntil.Sub(now))
+		in = max(refreshBackoff.After(e.failures), e.failureUntil.Sub(now))
 	}
 	e.renewal = time.AfterFunc(in, func() { c.renew(key, e) })
 }
 
-// renew is what a renewal's timer runs.
+// renew is the function of the renewal timer.
 func (c *Cache) renew(key Key, e *entry) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -382,8 +384,8 @@ func (c *Cache) renew(key Key, e *entry) {
 		return
 	}
 	for pod := range e.users {
-		// A pod that is gone may have been noted again by a request that was under way; one that lives may have lost its
-		// binding. Neither is a reason to ask Azure.
+		// A request that was running may have added a pod that is gone; a pod that runs may have lost its binding. For
+		// neither of them the token is renewed.
 		if !c.allowed(pod, key.Principal) {
 			c.removeUser(pod, key, e)
 			continue
@@ -393,7 +395,7 @@ func (c *Cache) renew(key Key, e *entry) {
 	}
 }
 
-// removeUser notes that a pod does not use a key any more. c.mu is held.
+// removeUser records that the pod no longer uses the key. c.mu is held.
 func (c *Cache) removeUser(pod string, key Key, e *entry) {
 	delete(e.users, pod)
 	if h := c.pods[pod]; h != nil {
@@ -404,8 +406,8 @@ func (c *Cache) removeUser(pod string, key Key, e *entry) {
 	}
 }
 
-// Drop forgets all tokens of some principals. It is for those whose AzureIdentity or Secret has changed or gone. Fetches
-// under way end for those who wait, and are not kept.
+// Drop removes all tokens of the principals for which which returns true. It is called after an AzureIdentity or a Secret
+// changed or was deleted. Callers that wait for a running fetch get its result, but the cache does not keep it.
 func (c *Cache) Drop(which func(Principal) bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -416,7 +418,7 @@ func (c *Cache) Drop(which func(Principal) bool) {
 	}
 }
 
-// Len returns how many keys are held.
+// Len returns the number of keys in the cache.
 func (c *Cache) Len() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()

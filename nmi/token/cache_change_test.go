@@ -10,7 +10,7 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// Entra ID is away for ten minutes, at a time when tokens come up for renewal.
+// Entra ID is unavailable for ten minutes, at a time when tokens are due for renewal.
 func TestAnOutageOfTenMinutesIsHiddenAndEndsWithoutAStampede(t *testing.T) {
 	const keys = 300
 	synctest.Test(t, func(t *testing.T) {
@@ -20,7 +20,7 @@ func TestAnOutageOfTenMinutesIsHiddenAndEndsWithoutAStampede(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		askAll := func() {
+		getAll := func() {
 			t.Helper()
 			for i := range keys {
 				if _, origin := mustGet(t, c, Request{Key: key(fmt.Sprint(i)), Pod: fmt.Sprint("p", i)}); origin != Hit {
@@ -33,12 +33,12 @@ func TestAnOutageOfTenMinutesIsHiddenAndEndsWithoutAStampede(t *testing.T) {
 			all.Go(func() { mustGet(t, c, Request{Key: key(fmt.Sprint(i)), Pod: fmt.Sprint("p", i)}) })
 		}
 		all.Wait()
-		// All were fetched together, so all come up for renewal between 21 and 28.5 minutes of age.
+		// All tokens were fetched together, so all are renewed at an age of 21 to 28.5 minutes.
 		time.Sleep(20 * time.Minute)
 		s.set(func(s *source) { s.fails = &Error{Class: Unavailable, Status: 503} })
 		before := s.count()
 		for range 20 {
-			askAll()
+			getAll()
 			time.Sleep(30 * time.Second)
 		}
 		synctest.Wait()
@@ -47,19 +47,19 @@ func TestAnOutageOfTenMinutesIsHiddenAndEndsWithoutAStampede(t *testing.T) {
 		}
 		s.set(func(s *source) { s.fails = nil })
 		back := s.count()
-		most, last := 0, back
+		maxRenewals, last := 0, back
 		for range 600 {
 			time.Sleep(time.Second)
 			synctest.Wait()
-			most, last = max(most, s.count()-last), s.count()
+			maxRenewals, last = max(maxRenewals, s.count()-last), s.count()
 		}
 		if n := s.count() - back; n != keys {
 			t.Errorf("%d fetches for %d keys after the outage: one each is enough", n, keys)
 		}
-		if most > keys/10 {
-			t.Errorf("%d keys were renewed within one second", most)
+		if maxRenewals > keys/10 {
+			t.Errorf("%d keys were renewed within one second", maxRenewals)
 		}
-		askAll()
+		getAll()
 	})
 }
 
@@ -127,7 +127,7 @@ func TestAFetchUnderWayWhileItsPrincipalIsDroppedIsNotKept(t *testing.T) {
 	})
 }
 
-// The next who asks does so by way of another pod.
+// The next request is for another pod, for which the fetch can succeed.
 func TestAFailureOfOnePodIsNotServedToOthers(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *source, c *Cache) {
 		s.fails = &Error{Class: Unavailable, Reason: identity.PodStale}
@@ -141,7 +141,7 @@ func TestAFailureOfOnePodIsNotServedToOthers(t *testing.T) {
 	})
 }
 
-// Whoever waits for the machine's service to hear of an identity asks again; the service notices little of that.
+// NMI rechecks a refusal while IMDS does not know a new identity yet. IMDS receives only a few of these requests.
 func TestARefusalIsRecheckedAtALimitedRate(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *source, c *Cache) {
 		refused := &Error{Class: Denied, Status: 400}
@@ -149,7 +149,7 @@ func TestARefusalIsRecheckedAtALimitedRate(t *testing.T) {
 		ask := func(name, pod string, again bool) Origin {
 			_, origin, err := c.Get(t.Context(), Request{Key: key(name), Pod: pod, Again: again})
 			if err == ErrPodThrottled {
-				t.Errorf("%s is told that it asks too often", pod)
+				t.Errorf("pod %s is throttled", pod)
 			}
 			return origin
 		}
@@ -161,12 +161,12 @@ func TestARefusalIsRecheckedAtALimitedRate(t *testing.T) {
 		}
 		time.Sleep(recheckInterval)
 		if got := ask("x", "p", false); got != Failed {
-			t.Errorf("without asking for it: %s", got)
+			t.Errorf("without Again: %s", got)
 		}
 		if got := ask("x", "p", true); got != Fetched {
 			t.Errorf("after a second: %s", got)
 		}
-		// Many keys together, of one pod and of many.
+		// Many keys, of one pod and of many pods.
 		for _, pods := range []int{1, 40} {
 			time.Sleep(time.Minute)
 			for i := range 10 {
@@ -180,10 +180,10 @@ func TestARefusalIsRecheckedAtALimitedRate(t *testing.T) {
 				}
 			}
 			if n := s.count() - before; n < 10 || n > recheckRate*11 {
-				t.Errorf("%d questions in ten seconds for %d pods", n, pods)
+				t.Errorf("%d fetches in ten seconds for %d pods", n, pods)
 			}
 		}
-		// What is throttled stays so for as long as was said.
+		// A throttled key is not fetched before its RetryAfter has passed.
 		s.set(func(s *source) { s.fails = &Error{Class: Throttled, RetryAfter: time.Minute} })
 		time.Sleep(time.Minute)
 		ask("x", "p", false)

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// source is a fetcher that records what it is asked and answers as told.
+// source is a fetcher that records its calls and returns the configured results.
 type source struct {
 	mu     sync.Mutex
 	calls  []Key
@@ -60,7 +60,7 @@ type noObserver struct{}
 func (noObserver) CacheAnswered(Origin)                     {}
 func (noObserver) SourceAsked(Source, Class, time.Duration) {}
 
-// inBubble runs the test with a clock of its own, a source of day-long tokens and a cache in which all pods live.
+// inBubble runs the test with a fake clock, a source of tokens that last a day, and a cache for which all pods run.
 func inBubble(t *testing.T, test func(t *testing.T, s *source, c *Cache)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -335,10 +335,10 @@ func TestAPodThatRequestsManyResourcesIsThrottledAlone(t *testing.T) {
 			t.Errorf("only %d of 5000 were throttled", throttled)
 		}
 		if c.Len() > podKeys+1 {
-			t.Errorf("%d entries are kept for it", c.Len())
+			t.Errorf("the cache has %d entries", c.Len())
 		}
 		if _, origin := mustGet(t, c, Request{Key: key("other"), Pod: "other"}); origin != Hit {
-			t.Errorf("the other pod's token was pushed out: %s", origin)
+			t.Errorf("the other pod's token was evicted: %s", origin)
 		}
 	})
 }

@@ -20,8 +20,8 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// Whoever may write a Secret chooses what is parsed here, in a process with power over the node. These bounds leave
-// room for every key that Entra ID takes and for its chain.
+// Users who may write a Secret choose what is parsed here, in a process with rights over the node. These bounds allow every
+// key that Entra ID accepts, and its chain.
 const (
 	maxCertificateData = 128 << 10
 	maxKeyDER          = 16 << 10
@@ -30,31 +30,31 @@ const (
 	maxRSABits         = 8192
 )
 
-// keyPair is a private key and its certificate, which is the first of the chain.
+// keyPair is a private key and its certificate chain. The first certificate is that of the key.
 type keyPair struct {
 	key   crypto.Signer
 	chain []*x509.Certificate
 }
 
-// contents is what a file holds that may become a keyPair.
+// contents are the keys and certificates in a file.
 type contents struct {
 	keys         []any
 	certificates []*x509.Certificate
 }
 
-// unlocker opens a PKCS#12 file. Its error is a flaw if the file is to blame.
+// unlocker opens a PKCS#12 file. Its error is a flaw if the file is invalid.
 type unlocker func(ctx context.Context, file []byte, password string) (contents, error)
 
 const writeCertificate = "write the certificate and its private key there, as PEM or PKCS#12"
 
-// certificate finds the certificate and its key. Its error is a flaw if the content is to blame.
+// certificate returns the certificate and its key. Its error is a flaw if the content of the Secret is invalid.
 func certificate(ctx context.Context, data map[string][]byte, unlock unlocker, now time.Time) (keyPair, error) {
 	file := data[certificateKey]
 	switch {
 	case len(file) == 0:
 		return keyPair{}, flaw("has nothing under the key \"certificate\"; " + writeCertificate)
 	case len(file) > maxCertificateData:
-		return keyPair{}, flaw("has more than 128 KiB under the key \"certificate\"; write the certificate, its key and its chain alone")
+		return keyPair{}, flaw("has more than 128 KiB under the key \"certificate\"; write only the certificate, its key and its chain")
 	}
 	var password string
 	if value := data[passwordKey]; len(bytes.TrimRight(value, "\r\n")) > 0 {
@@ -64,7 +64,7 @@ func certificate(ctx context.Context, data map[string][]byte, unlock unlocker, n
 		}
 	}
 	if !isPEM(file) && !isDER(file) {
-		// Key Vault hands a PKCS#12 file out as base64, and that is what people store.
+		// Key Vault returns a PKCS#12 file as base64, and users store it like that.
 		text := bytes.Join(bytes.Fields(file), nil)
 		decoded, err := base64.StdEncoding.DecodeString(string(text))
 		if err != nil || !isPEM(decoded) && !isDER(decoded) {
@@ -85,7 +85,7 @@ func certificate(ctx context.Context, data map[string][]byte, unlock unlocker, n
 
 func isPEM(b []byte) bool { return bytes.Contains(b, []byte("-----BEGIN ")) }
 
-// isDER tells a SEQUENCE, as which a PKCS#12 file begins; no base64 of one begins so.
+// isDER reports whether b starts with a SEQUENCE, as a PKCS#12 file does. The base64 encoding of such a file does not.
 func isDER(b []byte) bool { return len(b) > 0 && b[0] == 0x30 }
 
 func readPEM(file []byte) (contents, error) {
@@ -96,7 +96,7 @@ func readPEM(file []byte) (contents, error) {
 			return found, nil
 		}
 		if block.Type == "ENCRYPTED PRIVATE KEY" || block.Headers["DEK-Info"] != "" || strings.Contains(block.Headers["Proc-Type"], "ENCRYPTED") {
-			return found, flaw("has a PEM key with a password under the key \"certificate\", which is not taken; write the key without one, or a PKCS#12 file and its password under the key \"password\"")
+			return found, flaw("has a PEM key with a password under the key \"certificate\", which is not supported; write the key without one, or a PKCS#12 file and its password under the key \"password\"")
 		}
 		var err error
 		switch block.Type {
@@ -117,7 +117,7 @@ func readPEM(file []byte) (contents, error) {
 
 func (c *contents) addCertificate(der []byte) error {
 	if len(c.certificates) == maxChain {
-		return flaw(fmt.Sprintf("has more than %d certificates under the key \"certificate\"; write the one that is meant and its chain alone", maxChain))
+		return flaw(fmt.Sprintf("has more than %d certificates under the key \"certificate\"; write only the certificate of the key and its chain", maxChain))
 	}
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {
@@ -139,13 +139,13 @@ func (c *contents) addKey(der []byte, parse func([]byte) (any, error)) error {
 	return nil
 }
 
-// pair finds the certificate of the key and checks that Entra ID can be expected to take it.
+// pair returns the key with its certificate, after checking that Entra ID accepts their kind.
 func (c contents) pair(now time.Time) (keyPair, error) {
 	switch {
 	case len(c.keys) == 0:
 		return keyPair{}, flaw("has no private key under the key \"certificate\"; write the private key there as well, before or after the certificate")
 	case len(c.keys) > 1:
-		return keyPair{}, flaw("has several private keys under the key \"certificate\"; leave the one that belongs to the certificate")
+		return keyPair{}, flaw("has several private keys under the key \"certificate\"; keep only the one that belongs to the certificate")
 	case len(c.certificates) == 0:
 		return keyPair{}, flaw("has a private key but no certificate under the key \"certificate\"; write the certificate there as well")
 	}
@@ -160,7 +160,7 @@ func (c contents) pair(now time.Time) (keyPair, error) {
 		}
 	case *ecdsa.PrivateKey:
 		if ecMethod(k) == nil {
-			return keyPair{}, flaw("has an EC key on a curve that Entra ID does not know under the key \"certificate\"; use P-256, P-384 or P-521, or RSA")
+			return keyPair{}, flaw("has an EC key on a curve that Entra ID does not support under the key \"certificate\"; use P-256, P-384 or P-521, or RSA")
 		}
 	default:
 		return keyPair{}, unusableKey
@@ -175,23 +175,23 @@ func (c contents) pair(now time.Time) (keyPair, error) {
 		switch {
 		case !public.Equal(cert.PublicKey):
 			others = append(others, cert)
-		case own == nil || cert.NotAfter.After(own.NotAfter): // one that was renewed with its key stands beside its older self
+		case own == nil || cert.NotAfter.After(own.NotAfter): // a certificate renewed with the same key is next to the old one
 			own = cert
 		}
 	}
 	const day = "2006-01-02 15:04 UTC"
 	switch {
 	case own == nil:
-		return keyPair{}, flaw("has a private key under the key \"certificate\" that belongs to none of the certificates there; write the two that belong together")
+		return keyPair{}, flaw("has a private key under the key \"certificate\" that does not match any certificate there; write the certificate of this key")
 	case now.After(own.NotAfter):
 		return keyPair{}, flaw("has a certificate that expired on " + own.NotAfter.UTC().Format(day) + "; write a new one, and register it with the application")
 	case now.Before(own.NotBefore):
-		return keyPair{}, flaw("has a certificate that is valid only from " + own.NotBefore.UTC().Format(day) + " on; see that the clock of the node is right, or write one that is valid now")
+		return keyPair{}, flaw("has a certificate that is valid only from " + own.NotBefore.UTC().Format(day) + "; check the clock of the node, or write a certificate that is valid now")
 	}
 	return keyPair{key: key, chain: slices.Insert(others, 0, own)}, nil
 }
 
-const unusableKey = flaw("has a private key of a kind that Entra ID does not take under the key \"certificate\"; use RSA, or EC on P-256, P-384 or P-521")
+const unusableKey = flaw("has a private key of a kind that Entra ID does not support under the key \"certificate\"; use RSA, or EC on P-256, P-384 or P-521")
 
 func ecMethod(key *ecdsa.PrivateKey) jwt.SigningMethod {
 	switch key.Curve {
@@ -205,7 +205,7 @@ func ecMethod(key *ecdsa.PrivateKey) jwt.SigningMethod {
 	return nil
 }
 
-// ecAssertion says with an EC key what MSAL says with an RSA key; that one it takes alone.
+// ecAssertion returns the assertion that MSAL would create, signed with an EC key: MSAL supports only RSA keys.
 func ecAssertion(p Principal, pair keyPair, key *ecdsa.PrivateKey) (string, error) {
 	now := time.Now()
 	assertion := jwt.NewWithClaims(ecMethod(key), jwt.MapClaims{

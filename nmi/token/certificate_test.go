@@ -178,9 +178,9 @@ func TestEachInvalidCertificateHasItsOwnMessage(t *testing.T) {
 		{"base64 of garbage", []byte(base64.StdEncoding.EncodeToString([]byte("no"))), "", "neither PEM nor PKCS#12"},
 		{"DER of another kind", r.der, "", "cannot be read as PKCS#12"},
 		{"half a file", locked[:len(locked)/2], "password-of-it", "cannot be read as PKCS#12"},
-		{"a missing password", locked, "", "takes a password"},
+		{"a missing password", locked, "", "requires a password"},
 		{"a wrong password", locked, "another-password", "does not open"},
-		{"a password of control characters", locked, "a\x00b", "bytes that are no text"},
+		{"a password of control characters", locked, "a\x00b", "bytes that are not text"},
 		{"a PEM key with a password", join(r.certPEM(), inPEM("ENCRYPTED PRIVATE KEY", []byte("x"))), "", "PEM key with a password"},
 		{"a PEM key with a password, as of old", join(r.certPEM(), legacyEncrypted), "", "PEM key with a password"},
 		{"no key", r.certPEM(), "", "no private key"},
@@ -190,10 +190,10 @@ func TestEachInvalidCertificateHasItsOwnMessage(t *testing.T) {
 		{"a key that is none", join(r.certPEM(), inPEM("PRIVATE KEY", []byte("x"))), "", `a private key under the key "certificate" that cannot be read`},
 		{"a key beyond measure", join(r.certPEM(), inPEM("PRIVATE KEY", make([]byte, maxKeyDER+1))), "", "more than 16 KiB"},
 		{"too long a chain", join(append(slices.Repeat([][]byte{ec.certPEM()}, maxChain+1), r.keyPEM())...), "", "more than 16 certificates"},
-		{"a key of another certificate", join(r.certPEM(), ec.keyPEM()), "", "belongs to none of the certificates"},
+		{"a key of another certificate", join(r.certPEM(), ec.keyPEM()), "", "does not match any certificate"},
 		{"a small key", join(small.certPEM(), small.keyPEM()), "", "RSA key of 1024 bits"},
 		{"an unknown curve", join(p224.certPEM(), p224.keyPEM()), "", "EC key on a curve"},
-		{"another kind of key", join(edwards.certPEM(), edwards.keyPEM()), "", "of a kind that Entra ID does not take"},
+		{"another kind of key", join(edwards.certPEM(), edwards.keyPEM()), "", "of a kind that Entra ID does not support"},
 		{"expired", join(expired.certPEM(), expired.keyPEM()), "", "expired on 2020-02-03 04:05 UTC"},
 		{"not valid yet", join(future.certPEM(), future.keyPEM()), "", "valid only from 2120-02-03 04:05 UTC"},
 	}
@@ -212,11 +212,11 @@ func TestEachInvalidCertificateHasItsOwnMessage(t *testing.T) {
 		seen[failed.Detail] = c.name
 	}
 	if len(seen) < len(cases)-3 {
-		t.Errorf("%d sentences for %d cases", len(seen), len(cases))
+		t.Errorf("%d messages for %d cases", len(seen), len(cases))
 	}
 }
 
-// TestACertificateSignsTheAssertionOfThePrincipal checks the assertion as Entra ID would.
+// TestACertificateSignsTheAssertionOfThePrincipal verifies the assertion like Entra ID.
 func TestACertificateSignsTheAssertionOfThePrincipal(t *testing.T) {
 	other := certifyNow(newEC(elliptic.P256()))
 	cases := []struct {
@@ -290,13 +290,12 @@ func TestAnExpiredCertificateIsReported(t *testing.T) {
 	}
 }
 
-// unlockInProcess is an unlocker without a process of its own.
+// unlockInProcess is an unlocker without a child process.
 func unlockInProcess(_ context.Context, file []byte, password string) (contents, error) {
 	return decodePKCS12(pkcs12Request{file, password}).contents(password != "")
 }
 
-// takesLong tells a file that might be as slow as it says it is: there is a large integer in it, or in what it is the
-// base64 of.
+// takesLong reports whether a file may be slow to open: it, or its base64 decoding, contains a large integer.
 func takesLong(file []byte) bool {
 	decoded, _ := base64.StdEncoding.DecodeString(string(bytes.Join(bytes.Fields(file), nil)))
 	file = slices.Concat(file, decoded)
@@ -328,8 +327,7 @@ func FuzzCertificate(f *testing.F) {
 	})
 }
 
-// checkReading reads a Secret and checks that it brings a credential or a sentence about the Secret that gives nothing
-// of it away.
+// checkReading reads a Secret and checks that the result is a credential, or an error that contains no part of the Secret.
 func checkReading(t *testing.T, data map[string][]byte, asCertificate bool) {
 	t.Helper()
 	var err error

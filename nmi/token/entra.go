@@ -27,26 +27,26 @@ import (
 )
 
 const (
-	// entraClients bounds the principals that are kept ready.
+	// entraClients bounds the number of clients that are kept, one for each principal.
 	entraClients = 1024
-	// maxBytesReceived is how many bytes of answers a credential may bring before a new one is made. MSAL keeps every token
-	// of every resource for good, though it is never asked for one again.
+	// maxBytesReceived is how many bytes of responses a credential may receive before it is replaced. MSAL never forgets
+	// a token, although its cache is always bypassed here.
 	maxBytesReceived = 256 << 10
-	// invalidFor is how long a Secret that cannot work is not read again. Its content makes it so, and another content
-	// is another principal; parsing it over and over is what somebody might want.
+	// invalidFor is how long an invalid Secret is not read again. Another content is another principal, so the result
+	// cannot change; and an attacker could make NMI parse the same Secret over and over.
 	invalidFor = time.Minute
 )
 
-// EntraConfig is what an Entra needs.
+// EntraConfig configures an Entra.
 type EntraConfig struct {
-	// RootCAs are who may vouch for Entra ID; nil means the system's.
+	// RootCAs verify the certificate of Entra ID; nil means those of the system.
 	RootCAs    *x509.CertPool
 	UserAgent  string
 	Secrets    Secrets
 	Assertions Assertions
 }
 
-// Entra gets tokens from Entra ID itself, for the sources [Secret], [Certificate] and [Federated], through azidentity.
+// Entra gets tokens from Entra ID, for the sources [Secret], [Certificate] and [Federated], through azidentity.
 type Entra struct {
 	secrets     Secrets
 	assertions  Assertions
@@ -57,11 +57,11 @@ type Entra struct {
 	clients     *lru.Cache[Principal, *client]
 }
 
-// client is one principal towards Entra ID. Who holds its turn owns the other fields, but the door.
+// client is the client of one principal for Entra ID. The goroutine that holds lock owns the other fields, except retryAfter.
 type client struct {
 	lock chan struct{}
-	// door is shut by a 429, which Entra ID answers to one application or one tenant. Each principal finds that out for
-	// itself: were it shared by tenant, whoever names a tenant could shut it for others.
+	// retryAfter is closed by a 429. Entra ID throttles one application or one tenant, but each principal has a gate of its
+	// own: with a gate for each tenant, any user who names a tenant could close it for others.
 	retryAfter outbound.RetryAfterGate
 
 	credential    azcore.TokenCredential
@@ -95,7 +95,8 @@ func NewEntra(cfg EntraConfig) (*Entra, error) {
 	}, nil
 }
 
-// Drop forgets the credentials of some principals, whose AzureIdentity or Secret changed or is gone.
+// Drop removes the credentials of the principals for which which returns true. It is called after an AzureIdentity or a Secret
+// changed or was deleted.
 func (e *Entra) Drop(which func(Principal) bool) {
 	for _, p := range e.clients.Keys() {
 		if which(p) {
@@ -131,8 +132,8 @@ func (e *Entra) client(p Principal) *client {
 	return c
 }
 
-// requestToken puts the question once, apart from short retries on the wire. A failure comes with the codes of Entra ID. The
-// library lets one request of a credential through at a time and does not look at the context meanwhile; the turn does.
+// requestToken sends one token request, apart from the SDK's short retries. With a failure it returns the error codes of Entra
+// ID. The SDK serializes the requests of a credential and ignores the context while it waits; acquiring lock first respects it.
 func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertion string) (Token, []int, *Error) {
 	select {
 	case c.lock <- struct{}{}:
@@ -141,7 +142,7 @@ func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertio
 		return Token{}, nil, &Error{Class: Unavailable, Err: fmt.Errorf("waiting for earlier requests of this identity: %w", ctx.Err())}
 	}
 	if wait := c.retryAfter.Remaining(); wait > 0 {
-		return Token{}, nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "Entra ID asked to be left alone", RetryAfter: wait}
+		return Token{}, nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "Entra ID limits the rate of requests; see Retry-After", RetryAfter: wait}
 	}
 	if failed := e.ensureCredential(ctx, c, call.Principal); failed != nil {
 		return Token{}, nil, failed
@@ -150,10 +151,10 @@ func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertio
 	ctx = context.WithValue(ctx, responseKey{}, &x.response)
 	ctx = context.WithValue(ctx, entraRequestKey{}, x)
 	got, err := c.credential.GetToken(ctx, policy.TokenRequestOptions{
-		// Entra ID takes all before the last slash for the resource, so one that ends in a slash keeps it.
+		// Entra ID takes all before the last slash as the resource, so a resource that ends in a slash keeps it.
 		Scopes: []string{call.Resource + "/.default"},
-		// With claims the library passes its own cache by, which would hand out the old token to a refresh ahead of
-		// time. Entra ID itself is sent none, see entraRequest.
+		// With claims the SDK bypasses its own cache, which would return the old token to a renewal ahead of time.
+		// Entra ID receives no claims, see entraRequest.
 		Claims: "{}",
 	})
 	c.bytesReceived += len(x.response.body)
@@ -169,7 +170,7 @@ func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertio
 	return t, nil, nil
 }
 
-// ensureCredential sees that the client has a credential that is good for another token.
+// ensureCredential makes sure that the client has a usable credential.
 func (e *Entra) ensureCredential(ctx context.Context, c *client, p Principal) *Error {
 	now := time.Now()
 	if c.credential != nil && c.bytesReceived < maxBytesReceived && (c.expires.IsZero() || now.Before(c.expires)) {
@@ -189,7 +190,7 @@ func (e *Entra) ensureCredential(ctx context.Context, c *client, p Principal) *E
 	return nil
 }
 
-// credential makes a credential, and says when it ends if that is known.
+// credential creates a credential. It also returns when the credential expires, if that is known.
 func (e *Entra) credential(ctx context.Context, p Principal) (azcore.TokenCredential, time.Time, *Error) {
 	var none time.Time
 	if p.Source == Federated {
@@ -203,7 +204,7 @@ func (e *Entra) credential(ctx context.Context, p Principal) (azcore.TokenCreden
 		return nil, none, contentError(p.Secret, err)
 	}
 	if content.Revision != p.Revision {
-		return nil, none, &Error{Class: Unavailable, Detail: "Secret " + p.Secret.String() + " changed meanwhile"}
+		return nil, none, &Error{Class: Unavailable, Detail: "Secret " + p.Secret.String() + " changed during the request; retry"}
 	}
 	if p.Source == Secret {
 		secret, err := clientSecret(content.Data)
@@ -246,7 +247,7 @@ func (e *Entra) options(p Principal) policy.ClientOptions {
 		Transport:       transporter{e.transport},
 		PerCallPolicies: []policy.Policy{(*entraRequest)(nil)},
 		Telemetry:       policy.TelemetryOptions{ApplicationID: e.userAgent},
-		// Short, as with IMDS. A 429 is left to the door.
+		// Short, as for IMDS. A 429 closes the gate of the client instead, see client.
 		Retry: policy.RetryOptions{
 			MaxRetries: 2, RetryDelay: 250 * time.Millisecond, MaxRetryDelay: time.Second,
 			StatusCodes: []int{http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout},
@@ -256,30 +257,30 @@ func (e *Entra) options(p Principal) policy.ClientOptions {
 
 type entraRequestKey struct{}
 
-// entraRequest is what one question and its answer consist of.
+// entraRequest is the state of one token request and its response.
 type entraRequest struct {
-	assertion  string   // Federated: what is shown to Entra ID
-	requestID  string   // what we call the last request
-	posted     bool     // whether that was the one for the token, or the one before, for the tenant's endpoints
-	sentSecret string   // the secret in it: errors must not repeat it
-	response   response // to it
+	assertion  string   // Federated: the assertion sent to Entra ID
+	requestID  string   // client-request-id of the last request
+	posted     bool     // whether the last request was for a token, not for the tenant's endpoints
+	sentSecret string   // the secret or assertion in it: errors must not contain it
+	response   response // to the last request
 }
 
-// assertionOf gives the library the assertion of the pod that this question is put for.
+// assertionOf returns to the SDK the assertion of the pod that this request is for.
 func assertionOf(ctx context.Context) (string, error) {
 	x, _ := ctx.Value(entraRequestKey{}).(*entraRequest)
 	if x == nil || x.assertion == "" {
-		return "", errors.New("there is no Kubernetes token to show")
+		return "", errors.New("requesting a token of a federated identity: the context has no Kubernetes token")
 	}
 	return x.assertion, nil
 }
 
-// Do takes the claims out of the form, which served to pass the library's cache by, and asks to be told the request's
-// ID. It is a policy of the pipeline; the exchange is the context's.
+// Do removes the claims from the form, which are there only to bypass the SDK's cache, and asks Entra ID to return the
+// request's ID. It is a policy of the SDK's pipeline; the entraRequest comes from the context.
 func (*entraRequest) Do(r *policy.Request) (*http.Response, error) {
 	x, _ := r.Raw().Context().Value(entraRequestKey{}).(*entraRequest)
 	if x == nil {
-		return nil, errors.New("a request to Entra ID that no fetch asked for")
+		return nil, errors.New("sending a request to Entra ID: the context has no token request")
 	}
 	header := r.Raw().Header
 	header.Set("Return-Client-Request-Id", "true")
@@ -303,7 +304,7 @@ func (*entraRequest) Do(r *policy.Request) (*http.Response, error) {
 	return r.Next()
 }
 
-// failure sorts the failure by what was on the wire. The library's errors are not kept: they quote answers in full.
+// failure classifies the failure by the last response. It does not keep the SDK's errors, which quote responses in full.
 func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	a := &x.response
 	var own *Error
@@ -312,18 +313,18 @@ func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	case errors.As(a.err, &own):
 		return own, nil
 	case errors.As(a.err, &at):
-		return &Error{Class: Denied, Detail: fmt.Sprintf("%s: %v, and no credential is sent there; correct spec.adEndpoint, or what the name stands for", p.Authority, at)}, nil
+		return &Error{Class: Denied, Detail: fmt.Sprintf("%s: %v; NMI sends no credential there; correct spec.adEndpoint, or the address of its host name", p.Authority, at)}, nil
 	case a.err != nil:
 		if x.sentSecret != "" && strings.Contains(a.err.Error(), x.sentSecret) {
-			return &Error{Class: Unavailable, Err: errors.New("the answer is not HTTP")}, nil
+			return &Error{Class: Unavailable, Err: errors.New("the response is not HTTP")}, nil
 		}
 		return &Error{Class: Unavailable, Err: a.err}, nil
 	case a.status == 0:
 		return &Error{Class: Unavailable, Err: err}, nil
 	case a.status == http.StatusOK && x.posted:
-		return &Error{Class: Unavailable, Detail: "The answer of " + p.Authority + " has no token that can be used"}, nil
+		return &Error{Class: Unavailable, Detail: "The response of " + p.Authority + " contains no usable token"}, nil
 	case a.status == http.StatusOK:
-		return &Error{Class: Unavailable, Detail: "What " + p.Authority + " says about tenant " + p.TenantID + " is not what Entra ID says: issuer and endpoints, of its own host; see spec.adEndpoint"}, nil
+		return &Error{Class: Unavailable, Detail: "The response of " + p.Authority + " about tenant " + p.TenantID + " is not that of Entra ID, which has an issuer and endpoints on the same host; correct spec.adEndpoint"}, nil
 	}
 	var body struct {
 		Error         string `json:"error"`
@@ -331,7 +332,7 @@ func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 		Codes         []int  `json:"error_codes"`
 		CorrelationID string `json:"correlation_id"`
 	}
-	_ = json.Unmarshal(a.body, &body) // what is not as expected stays empty
+	_ = json.Unmarshal(a.body, &body) // fields that cannot be read stay empty
 	e := &Error{Class: Denied, Status: a.status, Code: text.OneLine(x.redact(body.Error), 128)}
 	e.CorrelationID = text.OneLine(x.redact(cmp.Or(body.CorrelationID, a.header.Get("client-request-id"), x.requestID)), maxID)
 	e.Description = truncateDescription(x.redact(body.Description), e.CorrelationID)
@@ -341,7 +342,7 @@ func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	case a.status >= 500 || a.status == http.StatusRequestTimeout:
 		e.Class = Unavailable
 	case e.Code == "":
-		e.Detail = fmt.Sprintf("%s answered with status %d, but not as Entra ID does; see spec.adEndpoint", p.Authority, a.status)
+		e.Detail = fmt.Sprintf("%s responded with status %d, but not in the format of Entra ID; correct spec.adEndpoint", p.Authority, a.status)
 	}
 	return e, body.Codes
 }

@@ -105,17 +105,17 @@ func TestFailuresOfEntraIDAreSorted(t *testing.T) {
 		{"no such tenant", refuse(400, "invalid_tenant", 90002, ""), nil, Error{Class: Denied, Status: 400, Code: "invalid_tenant", Description: said(90002), CorrelationID: "cid-1"}, "", 1},
 		{"throttled", nil, refuse(429, "too_many", 50196, ""), Error{Class: Throttled, Status: 429, Code: "too_many", Description: said(50196), CorrelationID: "cid-1", RetryAfter: 20 * time.Second}, "", 1},
 		{"throttled early", refuse(429, "too_many", 90055, ""), nil, Error{Class: Throttled, Status: 429, Code: "too_many", Description: said(90055), CorrelationID: "cid-1", RetryAfter: 20 * time.Second}, "", 1},
-		{"not found", nil, text(404, "<html>"), Error{Class: Denied, Status: 404}, "not as Entra ID does", 1},
+		{"not found", nil, text(404, "<html>"), Error{Class: Denied, Status: 404}, "not in the format of Entra ID", 1},
 		{"elsewhere", nil, func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "/elsewhere", http.StatusTemporaryRedirect)
-		}, Error{Class: Denied, Status: 307}, "not as Entra ID does", 1},
+		}, Error{Class: Denied, Status: 307}, "not in the format of Entra ID", 1},
 		{"slow", nil, text(408, ""), Error{Class: Unavailable, Status: 408}, "", 3},
 		{"broken", nil, text(502, "<html>"), Error{Class: Unavailable, Status: 502}, "", 3},
-		{"no JSON for a token", nil, text(200, "<html>"), Error{Class: Unavailable}, "no token that can be used", 1},
-		{"no token", nil, text(200, `{"expires_in":1}`), Error{Class: Unavailable}, "no token that can be used", 1},
+		{"no JSON for a token", nil, text(200, "<html>"), Error{Class: Unavailable}, "contains no usable token", 1},
+		{"no token", nil, text(200, `{"expires_in":1}`), Error{Class: Unavailable}, "contains no usable token", 1},
 		{"an answer without end", nil, text(200, strings.Repeat("x", 2*maxResponse)), Error{Class: Unavailable}, "", 3},
-		{"another website", text(200, "<html>"), nil, Error{Class: Unavailable}, "not what Entra ID says", 1},
-		{"another issuer", text(200, `{"token_endpoint":"https://x/","authorization_endpoint":"https://x/","issuer":"https://x/"}`), nil, Error{Class: Unavailable}, "not what Entra ID says", 1},
+		{"another website", text(200, "<html>"), nil, Error{Class: Unavailable}, "is not that of Entra ID", 1},
+		{"another issuer", text(200, `{"token_endpoint":"https://x/","authorization_endpoint":"https://x/","issuer":"https://x/"}`), nil, Error{Class: Unavailable}, "is not that of Entra ID", 1},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -156,7 +156,7 @@ func TestADescriptionIsOneLineAndKeepsItsCorrelationID(t *testing.T) {
 	}
 }
 
-// texts are all that an error could be printed as.
+// texts returns an error in all formats in which it could be printed.
 func texts(e *Error) string {
 	all := fmt.Sprintf("%v %+v %s %+v %+v", e, e, e, *e, e.Err)
 	for err := error(e); err != nil; err = errors.Unwrap(err) {
@@ -210,13 +210,13 @@ func TestA429ClosesTheGateOfItsPrincipalOnly(t *testing.T) {
 		}
 	}
 	if n := len(s.sent()); n != 1 {
-		t.Errorf("Entra ID was asked %d times after it had said no", n)
+		t.Errorf("Entra ID received %d requests after the 429", n)
 	}
 	s.answer = nil
 	other := s.principal(Secret)
 	other.ClientID = "33333333-3333-3333-3333-333333333333"
 	if _, err := e.Fetch(t.Context(), callFor(other)); err != nil {
-		t.Errorf("another application of the tenant is kept out: %v", err)
+		t.Errorf("another application of the tenant is throttled: %v", err)
 	}
 }
 
@@ -224,13 +224,13 @@ func TestAHangingAuthorityDoesNotDelayOthers(t *testing.T) {
 	hung, other := startEntraID(t), startEntraID(t)
 	release, arrived := make(chan struct{}), make(chan struct{}, 100)
 	hung.discover = func(http.ResponseWriter, *http.Request) { arrived <- struct{}{}; <-release }
-	e := newTestEntra(t, hung, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)})) // the stand-ins share their certificate
+	e := newTestEntra(t, hung, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)})) // all fakes have the same certificate
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	for i := range 2 * authorityConcurrent {
 		wg.Go(func() {
 			p := hung.principal(Secret)
-			p.ClientID = fmt.Sprint("client-", i/2) // so that some wait for a slot and some for their turn
+			p.ClientID = fmt.Sprint("client-", i/2) // so that some wait for the semaphore and some for the lock of their client
 			_, err := e.Fetch(ctx, callFor(p))
 			var failed *Error
 			if !errors.As(err, &failed) || failed.Class != Unavailable {
@@ -258,7 +258,7 @@ func TestAChangedSecretIsATemporaryFailure(t *testing.T) {
 	e := newTestEntra(t, s, k)
 	p := s.principal(Secret)
 	p.Revision = "0"
-	if failed := mustFail(t, e, callFor(p)); failed.Class != Unavailable || failed.Detail != "Secret ns/name changed meanwhile" {
+	if failed := mustFail(t, e, callFor(p)); failed.Class != Unavailable || failed.Detail != "Secret ns/name changed during the request; retry" {
 		t.Errorf("got %+v", failed)
 	}
 	k.err = &Error{Class: Denied, Reason: identity.SecretMissing, Detail: "gone"}

@@ -24,10 +24,10 @@ const (
 	secretValue = "s3cret~Value.with+signs&="
 )
 
-// entraID is a stand-in for Entra ID.
+// entraID is a fake Entra ID.
 type entraID struct {
 	*httptest.Server
-	discover, answer http.HandlerFunc // nil: as Entra ID would
+	discover, answer http.HandlerFunc // nil: as Entra ID
 
 	mu         sync.Mutex
 	discovered int
@@ -86,7 +86,7 @@ func giveToken(w http.ResponseWriter, r *http.Request, serial int, padding strin
 	fmt.Fprintf(w, `{"token_type":"Bearer","expires_in":3599,"ext_expires_in":3599,"access_token":%q}`, token)
 }
 
-// refuse answers as Entra ID does when it refuses.
+// refuse responds with an error of Entra ID.
 func refuse(status int, code string, aad int, more string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		text := fmt.Sprintf("AADSTS%d: no.%s\r\nTrace ID: t\r\nCorrelation ID: cid-1\r\nTimestamp: now", aad, more)
@@ -103,7 +103,7 @@ func (s *entraID) sent() []post {
 	return s.posts
 }
 
-// kept are Secrets and Kubernetes tokens as a test has them.
+// fakeCredentials are the Secrets and Kubernetes tokens of a test.
 type fakeCredentials struct {
 	mu      sync.Mutex
 	secrets map[Ref]SecretContent
@@ -129,7 +129,7 @@ func secretsWith(data map[string][]byte) *fakeCredentials {
 	return &fakeCredentials{secrets: map[Ref]SecretContent{{"ns", "name"}: {Data: data, Revision: "1"}}}
 }
 
-// newTestEntra returns a source that trusts the stand-in and may connect to loopback.
+// newTestEntra returns a source that trusts the fake Entra ID and may connect to loopback.
 func newTestEntra(t *testing.T, s *entraID, k *fakeCredentials) *Entra {
 	t.Helper()
 	roots := x509.NewCertPool()

@@ -13,24 +13,24 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// Assertions gives Kubernetes tokens that are shown to Entra ID. Its error is an *Error.
+// Assertions returns the Kubernetes tokens that are sent to Entra ID. Its error is an *Error.
 type Assertions interface {
 	// Assertion returns a token of the ServiceAccount that is bound to the pod with this UID.
 	Assertion(ctx context.Context, pod string, serviceAccount Ref) (string, error)
 }
 
-// untrustedCodes are the codes with which Entra ID says that it knows no federated credential that fits. A new one takes it
-// minutes to know everywhere, and until then one answer says so and the next does not.
+// untrustedCodes are the error codes of Entra ID for "no federated credential matches". A new federated credential takes
+// minutes to propagate, and until then requests succeed and fail by turns.
 var untrustedCodes = []int{70021, 70025, 700211, 700212, 700213, 7002137, 7002138}
 
-// federationRetryWaits are the waits before the question is put again. Callers wait all the while, and the cache's limit on
-// a fetch leaves room for no more.
+// federationRetryWaits are the waits before retries. Callers wait all this time, and the cache's timeout of a fetch does not
+// allow more.
 var federationRetryWaits = [...]time.Duration{1 * time.Second, 2 * time.Second, 4 * time.Second, 5 * time.Second}
 
-// federationRetryTime is how much time a question needs that is put again.
+// federationRetryTime is the time that a retry itself needs.
 const federationRetryTime = 2 * time.Second
 
-// fetchFederated asks with a Kubernetes token of the pod's ServiceAccount.
+// fetchFederated requests a token with a Kubernetes token of the pod's ServiceAccount as assertion.
 func (e *Entra) fetchFederated(ctx context.Context, c *client, call Call) (Token, *Error) {
 	assertion, err := e.assertions.Assertion(ctx, call.Pod, call.ServiceAccount)
 	if err != nil {
@@ -56,7 +56,7 @@ func isUntrusted(codes []int) bool {
 	return slices.ContainsFunc(codes, func(code int) bool { return slices.Contains(untrustedCodes, code) })
 }
 
-// waitForRetry waits, and reports whether there is time left to ask again.
+// waitForRetry waits, and reports whether the context leaves time for a retry.
 func waitForRetry(ctx context.Context, pause time.Duration) bool {
 	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < pause+federationRetryTime {
 		return false
@@ -71,8 +71,8 @@ func waitForRetry(ctx context.Context, pause time.Duration) bool {
 	}
 }
 
-// federationUntrusted tells what the federated credential must look like. What the assertion says is not verified: it
-// came from the API server.
+// federationUntrusted returns an error that says what the federated credential must contain. The claims of the assertion are
+// not verified: it came from the API server.
 func federationUntrusted(p Principal, assertion string, failed *Error) *Error {
 	var claims struct {
 		Issuer   string   `json:"iss"`
@@ -81,23 +81,23 @@ func federationUntrusted(p Principal, assertion string, failed *Error) *Error {
 	}
 	if parts := strings.Split(assertion, "."); len(parts) == 3 {
 		if payload, err := base64.RawURLEncoding.DecodeString(parts[1]); err == nil {
-			_ = json.Unmarshal(payload, &claims) // what cannot be read is told as ""
+			_ = json.Unmarshal(payload, &claims) // a claim that cannot be read is reported as ""
 		}
 	}
 	e := *failed
 	e.Reason = identity.FederationUntrusted
-	e.Detail = fmt.Sprintf("Entra ID finds no federated credential that fits: client ID %s in tenant %s must have one with issuer %q, subject %q and audience %q, to the letter; a new one takes some minutes to be known (%s)",
+	e.Detail = fmt.Sprintf("Entra ID finds no matching federated credential: client ID %s in tenant %s must have one with exactly issuer %q, subject %q and audience %q; a new federated credential takes some minutes to propagate (%s)",
 		p.ClientID, p.TenantID, text.OneLine(claims.Issuer, 256), text.OneLine(claims.Subject, 256), text.OneLine(strings.Join(claims.Audience, ", "), 256), aadCode(failed))
 	return &e
 }
 
-// aadCode is the code at the start of Entra ID's text, such as AADSTS70021.
+// aadCode returns the code at the start of Entra ID's error description, such as AADSTS70021.
 func aadCode(e *Error) string {
 	code, _, _ := strings.Cut(e.Description, ":")
 	return text.OneLine(code, 32)
 }
 
-// audience is one text or several.
+// audience is the aud claim: a string or a list of strings.
 type audience []string
 
 func (a *audience) UnmarshalJSON(b []byte) error {

@@ -17,7 +17,7 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// kubernetesToken is a token as the API server makes it, with audiences in a list.
+// kubernetesToken is a token like those of the API server, with a list of audiences.
 func kubernetesToken(t *testing.T, pod string) string {
 	t.Helper()
 	token, err := jwt.NewWithClaims(jwt.SigningMethodRS256, jwt.MapClaims{
@@ -69,7 +69,7 @@ func TestAMissingAssertionIsTheFailure(t *testing.T) {
 	}
 }
 
-// inMemory carries requests to a handler without a network, so that a bubble's clock can run.
+// inMemory passes requests to a handler without a network, so that a synctest bubble can advance its clock.
 type inMemory struct{ http.Handler }
 
 func (m inMemory) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -79,7 +79,7 @@ func (m inMemory) RoundTrip(r *http.Request) (*http.Response, error) {
 	return w.Result(), nil
 }
 
-// federatedInBubble fetches once with a clock of its own.
+// federatedInBubble fetches once with a fake clock.
 func federatedInBubble(t *testing.T, answer func(n int) http.HandlerFunc, within time.Duration, check func(s *entraID, got Token, err error, took time.Duration)) {
 	t.Helper()
 	k := &fakeCredentials{tokens: map[string]string{"pod-1@ns/app": kubernetesToken(t, "1")}}
@@ -144,7 +144,7 @@ func TestAMissingFederatedCredentialIsReportedWithItsExactFields(t *testing.T) {
 		requests int
 	}{
 		fetchTimeout:    {12 * time.Second, len(federationRetryWaits) + 1},
-		6 * time.Second: {3 * time.Second, 3}, // not so long that a question could not be put after it
+		6 * time.Second: {3 * time.Second, 3}, // the next wait would leave no time for a retry
 		time.Second:     {0, 1},
 	} {
 		federatedInBubble(t, never, within, func(s *entraID, _ Token, err error, took time.Duration) {

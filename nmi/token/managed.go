@@ -20,24 +20,24 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// maxResponse bounds what is read of an answer. A token has 2 KiB, one with very many groups 10.
+// maxResponse bounds the body of a response. A token has about 2 KiB, one with very many groups about 10 KiB.
 const maxResponse = 64 << 10
 
 // maxErrorText bounds, in bytes, a text from IMDS or from a token before it becomes part of log lines and responses.
 const maxErrorText = 512
 
-// managedCredentials bounds the credentials that are kept. One is some hundred bytes, and making one costs nothing but
-// memory, so the bound only has to be larger than what a node needs at a time.
+// managedCredentials bounds the number of credentials that are kept. A credential takes some hundred bytes and is cheap to
+// create, so the bound only has to exceed what a node needs at a time.
 const managedCredentials = 1024
 
-// ManagedIdentities gets tokens of the machine's managed identities from IMDS, through azidentity.
+// ManagedIdentities gets tokens of the managed identities of the VM from IMDS, through azidentity.
 type ManagedIdentities struct {
 	transport   *http.Client
 	userAgent   string
 	credentials *lru.Cache[Principal, azcore.TokenCredential]
 }
 
-// NewManagedIdentities returns the source. IMDS is reached at addr, whatever azidentity believes its address to be.
+// NewManagedIdentities returns the source. It connects to IMDS at addr, not at the address that azidentity uses.
 func NewManagedIdentities(addr netip.AddrPort, userAgent string) (*ManagedIdentities, error) {
 	dialer := &net.Dialer{Timeout: 2 * time.Second}
 	credentials, err := lru.New[Principal, azcore.TokenCredential](managedCredentials)
@@ -74,8 +74,8 @@ func (m *ManagedIdentities) Fetch(ctx context.Context, call Call) (Token, error)
 	ctx = context.WithValue(ctx, imdsQueryKey{}, imdsQuery{call.Resource, call.Fresh})
 	got, err := credential.GetToken(ctx, policy.TokenRequestOptions{
 		Scopes: []string{call.Resource}, // see imdsQuery
-		// The library keeps a cache of its own, for the whole process, and passes it by when claims are given. IMDS
-		// itself is sent none. With two caches a refresh ahead of time would get the old token.
+		// The SDK has a cache of its own for the whole process and bypasses it if there are claims. It does not send
+		// them to IMDS. With two caches a renewal ahead of time would get the old token.
 		Claims: "{}",
 	})
 	if err != nil {
@@ -92,7 +92,7 @@ func (m *ManagedIdentities) credential(p Principal) (azcore.TokenCredential, err
 		Transport:       transporter{m.transport},
 		PerCallPolicies: []policy.Policy{imdsQuery{}},
 		Telemetry:       policy.TelemetryOptions{ApplicationID: m.userAgent},
-		// Short: callers wait. A client that still finds IMDS failing is told to come again, and does.
+		// Short, because callers wait. If IMDS still fails, clients get an error that makes them retry.
 		Retry: policy.RetryOptions{
 			MaxRetries: 2, RetryDelay: 250 * time.Millisecond, MaxRetryDelay: time.Second,
 			StatusCodes: []int{http.StatusNotFound, http.StatusGone, http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout},
@@ -114,7 +114,7 @@ func (m *ManagedIdentities) credential(p Principal) (azcore.TokenCredential, err
 	return c, nil
 }
 
-// imdsQuery is what the request to IMDS is to say beyond what the library writes.
+// imdsQuery has the parameters of a request to IMDS that the SDK does not set.
 type imdsQuery struct {
 	resource string
 	fresh    bool
@@ -122,8 +122,8 @@ type imdsQuery struct {
 
 type imdsQueryKey struct{}
 
-// Do sets the resource to the client's own words, of which the library takes a "/.default" at the end for its own, and
-// asks IMDS for a token that is not from its cache, where the fetch says so.
+// Do sets the resource exactly as the client sent it: the SDK would remove "/.default" at its end. If the fetch is to bypass
+// caches, Do sets bypass_cache.
 func (imdsQuery) Do(r *policy.Request) (*http.Response, error) {
 	w, _ := r.Raw().Context().Value(imdsQueryKey{}).(imdsQuery)
 	q := r.Raw().URL.Query()
@@ -135,8 +135,8 @@ func (imdsQuery) Do(r *policy.Request) (*http.Response, error) {
 	return r.Next()
 }
 
-// transporter reads each answer whole, bounded, and remembers the last one for the fetch it belongs to: the library's
-// errors do not all tell the status they come from, and their texts are not to be relied on.
+// transporter reads each response completely, up to a bound, and stores the last one for its fetch: not all errors of the SDK
+// contain the status, and their texts are not stable.
 type transporter struct{ client *http.Client }
 
 func (t transporter) Do(r *http.Request) (*http.Response, error) {
@@ -155,7 +155,7 @@ func (t transporter) Do(r *http.Request) (*http.Response, error) {
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxResponse+1))
 	if err == nil && len(body) > maxResponse {
-		err = errors.New("the answer is larger than any token")
+		err = errors.New("the response is larger than any token")
 	}
 	if seen != nil {
 		*seen = response{status: resp.StatusCode, header: resp.Header, body: body, err: err}
@@ -169,7 +169,8 @@ func (t transporter) Do(r *http.Request) (*http.Response, error) {
 
 type responseKey struct{}
 
-// response is the last thing that the wire gave to one fetch. Attempts of a fetch follow one another, so it needs no lock.
+// response is the last response, or error of the transport, in one fetch. Attempts of a fetch are sequential, so it needs no
+// lock.
 type response struct {
 	status int
 	header http.Header
@@ -177,10 +178,10 @@ type response struct {
 	err    error
 }
 
-// failure sorts the failure by what was on the wire.
+// failure classifies the failure by the last response.
 func (a *response) failure(err error) *Error {
 	var own *Error
-	if errors.As(a.err, &own) { // the gate's
+	if errors.As(a.err, &own) { // from imdsLimiter
 		return own
 	}
 	if a.err != nil || a.status == 0 || a.status == http.StatusOK {

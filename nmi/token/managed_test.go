@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// imds starts a stand-in on loopback and a source that believes it is IMDS.
+// imds starts a fake IMDS on loopback, and a source that uses it.
 func imds(t *testing.T, h http.HandlerFunc) *ManagedIdentities {
 	t.Helper()
 	server := httptest.NewServer(h)
@@ -91,7 +91,7 @@ func TestEachFetchReachesIMDS(t *testing.T) {
 		seen[token.AccessToken] = true
 	}
 	if len(seen) != 4 || bypassed.Load() != 1 {
-		t.Errorf("4 fetches brought %d tokens; %d of them passed IMDS's cache by, 1 should", len(seen), bypassed.Load())
+		t.Errorf("4 fetches brought %d tokens; %d of them bypassed IMDS's cache, want 1", len(seen), bypassed.Load())
 	}
 }
 
@@ -154,7 +154,7 @@ func TestA429FromIMDSStopsRequestsOfAllIdentities(t *testing.T) {
 		}
 	}
 	if calls.Load() != 1 {
-		t.Errorf("IMDS was asked %d times after it had said no", calls.Load())
+		t.Errorf("IMDS received %d requests after the 429", calls.Load())
 	}
 }
 
@@ -206,7 +206,7 @@ func TestAHangingIMDSEndsWithTheContext(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	var wg sync.WaitGroup
-	for i := range 2 * imdsConcurrent { // also those that never get a turn
+	for i := range 2 * imdsConcurrent { // more than IMDS's concurrent requests: some wait for the semaphore
 		wg.Go(func() {
 			_, err := m.Fetch(ctx, Call{Key: ManagedKey(fmt.Sprint("id", i), "", "", "r")})
 			var e *Error

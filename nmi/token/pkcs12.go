@@ -21,16 +21,16 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// A PKCS#12 file says itself how many rounds of hashing it takes to open it, partly inside of what is encrypted, so
-// that nobody can tell beforehand. A file of some hundred bytes can keep a processor busy for days. So it is opened by
-// another process of this program, which the kernel ends when it has used up its time.
+// A PKCS#12 file itself specifies how many hash iterations it takes to open it, partly inside its encrypted part, so the
+// number cannot be checked beforehand. A file of some hundred bytes can keep a CPU busy for days. Therefore a child
+// process of the same program opens it, and the kernel kills that process when its CPU time is used up.
 
-// ParseCommand is the argument with which this program, started by itself, is to run [ParsePKCS12Main].
+// ParseCommand is the argument with which this program starts itself to run [ParsePKCS12Main].
 const ParseCommand = "parse-pkcs12"
 
 const (
-	pkcs12CPU        = 2 * time.Second // of the process; files as programs make them take some milliseconds
-	pkcs12Timeout    = 5 * time.Second // by the clock
+	pkcs12CPU        = 2 * time.Second // CPU time of the process; usual files take some milliseconds
+	pkcs12Timeout    = 5 * time.Second // wall clock time
 	pkcs12Memory     = 128 << 20       // beyond what the process has when it starts; half of it is for the heap
 	pkcs12Concurrent = 2
 	pkcs12Message    = 1 << 20 // both ways
@@ -41,7 +41,7 @@ type pkcs12Request struct {
 	Password string
 }
 
-// pkcs12Response has either the contents or one of the others.
+// pkcs12Response has either Key and Certificates, or WrongPassword, or Problem.
 type pkcs12Response struct {
 	Key           []byte // PKCS#8
 	Certificates  [][]byte
@@ -49,15 +49,15 @@ type pkcs12Response struct {
 	Problem       string
 }
 
-// ParsePKCS12Main opens the PKCS#12 file that stands on stdin and writes its contents to stdout. It limits this whole
-// process for good, so it is all that the process may do.
+// ParsePKCS12Main reads a PKCS#12 file from stdin and writes its contents to stdout. It sets permanent limits on the whole process,
+// so the process must not do anything else.
 func ParsePKCS12Main(stdin io.Reader, stdout io.Writer) error {
 	if err := limitProcess(); err != nil {
 		return fmt.Errorf("limiting the process: %w", err)
 	}
 	var q pkcs12Request
 	if err := json.NewDecoder(io.LimitReader(stdin, pkcs12Message)).Decode(&q); err != nil {
-		return fmt.Errorf("reading what to parse: %w", err)
+		return fmt.Errorf("reading the PKCS#12 file from stdin: %w", err)
 	}
 	return json.NewEncoder(stdout).Encode(decodePKCS12(q))
 }
@@ -68,7 +68,7 @@ func limitProcess() error {
 		return err
 	}
 	defer f.Close()
-	// What the runtime sets aside without using it is no measure, so data is limited and not the address space.
+	// The limit is on the data segment, not on the address space: the Go runtime reserves address space that it does not use.
 	var size, resident, shared, text, lib, data uint64
 	if _, err := fmt.Fscan(f, &size, &resident, &shared, &text, &lib, &data); err != nil {
 		return err
@@ -80,20 +80,20 @@ func limitProcess() error {
 			return err
 		}
 	}
-	// What is parsed is as secret as the parent's memory.
+	// The key is as secret as the memory of the parent.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return err
 	}
 	debug.SetMemoryLimit(pkcs12Memory / 2)
 	runtime.GOMAXPROCS(1)
-	// Others on the node come first. A process group of its own makes this reach all threads.
+	// Lowest priority, for the other processes of the node. Set for the process group, it reaches all threads.
 	return unix.Setpriority(unix.PRIO_PGRP, 0, 19)
 }
 
 func decodePKCS12(q pkcs12Request) (answer pkcs12Response) {
 	defer func() {
 		if recover() != nil {
-			answer = pkcs12Response{Problem: "it makes the parser fail"}
+			answer = pkcs12Response{Problem: "the parser panics"}
 		}
 	}()
 	key, own, others, err := pkcs12.DecodeChain(q.File, q.Password)
@@ -101,7 +101,7 @@ func decodePKCS12(q pkcs12Request) (answer pkcs12Response) {
 	case errors.Is(err, pkcs12.ErrIncorrectPassword) || errors.Is(err, pkcs12.ErrDecryption):
 		return pkcs12Response{WrongPassword: true}
 	case err != nil:
-		// The library's texts tell structure and algorithms, never content.
+		// The library's error texts name structure and algorithms, never content.
 		return pkcs12Response{Problem: err.Error()}
 	}
 	if answer.Key, err = x509.MarshalPKCS8PrivateKey(key); err != nil {
@@ -114,16 +114,16 @@ func decodePKCS12(q pkcs12Request) (answer pkcs12Response) {
 	return answer
 }
 
-// contents reads the answer. hadPassword says whether the Secret has one.
+// contents converts the response. hadPassword says whether the Secret has a password.
 func (a pkcs12Response) contents(hadPassword bool) (contents, error) {
 	var found contents
 	switch {
 	case a.WrongPassword && hadPassword:
-		return found, flaw("has a PKCS#12 file under the key \"certificate\" that the password under its key \"password\" does not open; write the password that the file was made with")
+		return found, flaw("has a PKCS#12 file under the key \"certificate\" that the password under the key \"password\" does not open; write the password of the file")
 	case a.WrongPassword:
-		return found, flaw("has a PKCS#12 file under the key \"certificate\" that takes a password; write it under the key \"password\"")
+		return found, flaw("has a PKCS#12 file under the key \"certificate\" that requires a password; write it under the key \"password\"")
 	case a.Problem != "":
-		return found, flaw("has under the key \"certificate\" what cannot be read as PKCS#12 (" + text.OneLine(a.Problem, 200) + "); " + writeCertificate)
+		return found, flaw("has data under the key \"certificate\" that cannot be read as PKCS#12 (" + text.OneLine(a.Problem, 200) + "); " + writeCertificate)
 	}
 	for _, der := range a.Certificates {
 		if err := found.addCertificate(der); err != nil {
@@ -133,10 +133,10 @@ func (a pkcs12Response) contents(hadPassword bool) (contents, error) {
 	return found, found.addKey(a.Key, x509.ParsePKCS8PrivateKey)
 }
 
-// pkcs12Opener opens files by way of a process each.
+// pkcs12Opener opens each file in a child process.
 type pkcs12Opener struct {
 	program string
-	timeout time.Duration // by the clock
+	timeout time.Duration // wall clock time
 	running chan struct{}
 }
 
@@ -165,7 +165,7 @@ func (o *pkcs12Opener) open(ctx context.Context, file []byte, password string) (
 	child.Stdin, child.Stdout = bytes.NewReader(question), stdout
 	child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	child.WaitDelay = time.Second
-	// The signal comes when the thread ends that started the process, so that one is kept until then.
+	// The kernel sends Pdeathsig when the thread that started the child ends, so the thread is kept until the child ends.
 	runtime.LockOSThread()
 	err = child.Run()
 	runtime.UnlockOSThread()
@@ -179,10 +179,10 @@ func (o *pkcs12Opener) open(ctx context.Context, file []byte, password string) (
 	return answer.contents(password != "")
 }
 
-// childError says whether the file or something else is to blame.
+// childError returns a flaw if the file used up the CPU time, otherwise the reason why the child failed.
 func childError(ctx context.Context, state *os.ProcessState, err error) error {
 	if state != nil && !state.Exited() && state.UserTime()+state.SystemTime() > pkcs12CPU-pkcs12CPU/4 {
-		return flaw(fmt.Sprintf("has a PKCS#12 file under the key \"certificate\" that takes more than %d s to open; export it again with fewer iterations", pkcs12CPU/time.Second))
+		return flaw(fmt.Sprintf("has a PKCS#12 file under the key \"certificate\" that takes more than %d s to open; export the file again with fewer iterations", pkcs12CPU/time.Second))
 	}
 	if ctx.Err() != nil {
 		err = ctx.Err()
@@ -190,7 +190,7 @@ func childError(ctx context.Context, state *os.ProcessState, err error) error {
 	return fmt.Errorf("opening a PKCS#12 file: %w", err)
 }
 
-// limitedBuffer takes so many bytes and then fails.
+// limitedBuffer is a buffer whose Write fails above the limit.
 type limitedBuffer struct {
 	bytes.Buffer
 	limit int
@@ -198,7 +198,7 @@ type limitedBuffer struct {
 
 func (b *limitedBuffer) Write(p []byte) (int, error) {
 	if b.Len()+len(p) > b.limit {
-		return 0, errors.New("the answer is too long")
+		return 0, errors.New("the output of the child process is too long")
 	}
 	return b.Buffer.Write(p)
 }

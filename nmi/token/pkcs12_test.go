@@ -13,7 +13,7 @@ import (
 	"software.sslmate.com/src/go-pkcs12"
 )
 
-// TestMain lets this program be what NMI is: one that parses PKCS#12 when it is started so.
+// TestMain makes the test program parse PKCS#12 if it is started with ParseCommand, like NMI.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 2 && os.Args[1] == ParseCommand {
 		if len(os.Environ()) != 0 {
@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// encode makes a PKCS#12 file.
+// encode returns a PKCS#12 file.
 func encode(t testing.TB, encoder *pkcs12.Encoder, c testCertificate, password string, others ...testCertificate) []byte {
 	t.Helper()
 	chain := parsed(t, others...)
@@ -40,7 +40,7 @@ func encode(t testing.TB, encoder *pkcs12.Encoder, c testCertificate, password s
 	return file
 }
 
-// slow makes a PKCS#12 file that takes a day to open.
+// slow returns a PKCS#12 file that takes a day to open.
 func slow(t testing.TB) []byte {
 	t.Helper()
 	var file struct {
@@ -67,7 +67,7 @@ func TestASlowPKCS12FileTimesOut(t *testing.T) {
 	t.Parallel()
 	start := time.Now()
 	o := newPKCS12Opener()
-	o.timeout = time.Minute // a machine that is busy may take long to give it its two seconds
+	o.timeout = time.Minute // on a busy computer two seconds of CPU time may take long
 	_, err := o.open(t.Context(), slow(t), "password")
 	var f flaw
 	if !errors.As(err, &f) || !strings.Contains(string(f), "fewer iterations") {
@@ -79,7 +79,7 @@ func TestOpeningAPKCS12FileEndsWithTheContext(t *testing.T) {
 	t.Parallel()
 	o := newPKCS12Opener()
 	file := slow(t)
-	for range pkcs12Concurrent + 1 { // the last one may find no room
+	for range pkcs12Concurrent + 1 { // the last one waits for the semaphore
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 		defer cancel()
 		if _, err := o.open(ctx, file, "password"); !errors.Is(err, context.DeadlineExceeded) {

@@ -10,35 +10,35 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// Secrets gives what Kubernetes Secrets hold now. Its error is an *Error.
+// Secrets returns the current content of Kubernetes Secrets. Its error is an *Error.
 type Secrets interface {
 	Secret(ctx context.Context, ref Ref) (SecretContent, error)
 }
 
-// SecretContent is what a Secret holds.
+// SecretContent is the content of a Secret.
 type SecretContent struct {
 	Data map[string][]byte
-	// Revision equals a principal's exactly if that was made from this content.
+	// Revision equals the Revision of a principal if and only if the principal was built from this content.
 	Revision string
 }
 
-// The keys that are read of a Secret.
+// The keys of a Secret that are read.
 const (
 	secretKey      = "clientSecret"
 	certificateKey = "certificate"
 	passwordKey    = "password"
 )
 
-// maxSecret bounds a client secret or a password. Those that Entra ID makes have 40 characters.
+// maxSecret bounds a client secret or a password. Entra ID generates client secrets of 40 characters.
 const maxSecret = 4 << 10
 
-// flaw is what is wrong with the content of a Secret: the rest of a sentence that begins with the Secret's name. It
-// holds nothing of the content.
+// flaw says what is wrong with the content of a Secret: the rest of a sentence that begins with the Secret's name. It never
+// contains any part of the content.
 type flaw string
 
 func (f flaw) Error() string { return string(f) }
 
-// contentError makes an *Error of what reading the content of a Secret brought.
+// contentError converts an error from reading a Secret into an *Error.
 func contentError(ref Ref, err error) *Error {
 	var own *Error
 	if errors.As(err, &own) {
@@ -50,8 +50,8 @@ func contentError(ref Ref, err error) *Error {
 	return &Error{Class: Unavailable, Err: err}
 }
 
-// clientSecret finds the client secret. The predecessor took any key, so a Secret with one key may go on calling it as
-// it likes; with several it took a random one.
+// clientSecret returns the client secret. AAD Pod Identity accepted any key, so a Secret with a single key may use any name
+// for it. From several keys AAD Pod Identity took a random one; here that is an error.
 func clientSecret(data map[string][]byte) (string, error) {
 	value, ok := data[secretKey]
 	switch {
@@ -67,17 +67,17 @@ func clientSecret(data map[string][]byte) (string, error) {
 	return plainText(value, "client secret")
 }
 
-// plainText reads a value that somebody typed. Files and pipes leave ends of lines behind, which no client secret and
-// no password has, so those at the end are dropped.
+// plainText returns a value that a person typed. It removes line breaks at the end: files and pipes add them, and no client
+// secret or password ends with one.
 func plainText(value []byte, what flaw) (string, error) {
 	value = bytes.TrimRight(value, "\r\n")
 	switch {
 	case len(value) == 0:
-		return "", "holds an empty " + what + "; write the " + what + " as it is, without base64 of your own"
+		return "", "holds an empty " + what + "; write the " + what + " as it is, without encoding it in base64 yourself"
 	case len(value) > maxSecret:
-		return "", "holds a " + what + " of more than 4 KiB; write the " + what + " alone"
+		return "", "holds a " + what + " of more than 4 KiB; write the " + what + " and nothing else"
 	case !utf8.Valid(value) || bytes.ContainsFunc(value, unicode.IsControl):
-		return "", "holds a " + what + " with bytes that are no text, or ends of lines within; write the " + what + " alone, as it is"
+		return "", "holds a " + what + " with bytes that are not text, or with line breaks inside; write the " + what + " and nothing else"
 	}
 	return string(value), nil
 }

@@ -17,13 +17,13 @@ func TestTheClientSecretIsReadFromTheSecret(t *testing.T) {
 	}{
 		{"under its key", map[string][]byte{"clientSecret": []byte("abc"), "other": []byte("x")}, "abc", ""},
 		{"under the only key", map[string][]byte{"whatever": []byte("abc")}, "abc", ""},
-		{"with ends of lines after it", map[string][]byte{"clientSecret": []byte("abc \r\n\n")}, "abc ", ""},
+		{"with line breaks at the end", map[string][]byte{"clientSecret": []byte("abc \r\n\n")}, "abc ", ""},
 		{"nowhere", nil, "", "is empty"},
 		{"under one of several", map[string][]byte{"a": []byte("abc"), "b": []byte("def")}, "", "several keys"},
 		{"empty", map[string][]byte{"clientSecret": []byte("\n")}, "", "an empty client secret"},
 		{"too long", map[string][]byte{"clientSecret": make([]byte, maxSecret+1)}, "", "more than 4 KiB"},
-		{"not UTF-8", map[string][]byte{"clientSecret": []byte("ab\xff")}, "", "no text"},
-		{"of two lines", map[string][]byte{"clientSecret": []byte("ab\ncd")}, "", "ends of lines within"},
+		{"not UTF-8", map[string][]byte{"clientSecret": []byte("ab\xff")}, "", "not text"},
+		{"of two lines", map[string][]byte{"clientSecret": []byte("ab\ncd")}, "", "line breaks inside"},
 	}
 	for _, c := range cases {
 		got, err := clientSecret(c.data)
@@ -40,7 +40,7 @@ func TestTheClientSecretIsReadFromTheSecret(t *testing.T) {
 	}
 }
 
-// staticTexts is what messages are made of: a value that stands there anyway is not given away by one.
+// staticTexts are the constant parts of messages. A value that occurs there is not disclosed by a message.
 var staticTexts = func() string {
 	var all strings.Builder
 	for _, name := range []string{"secret.go", "certificate.go", "pkcs12.go", "token.go"} {

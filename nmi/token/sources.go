@@ -5,7 +5,7 @@ import (
 	"fmt"
 )
 
-// Sources gets each token from where its principal's come from.
+// Sources gets each token from the source of its principal.
 type Sources struct {
 	ManagedIdentities *ManagedIdentities
 	Entra             *Entra
@@ -22,7 +22,8 @@ func (s *Sources) Fetch(ctx context.Context, call Call) (Token, error) {
 	return Token{}, &Error{Class: Denied, Detail: fmt.Sprintf("there is no source %q", call.Source)}
 }
 
-// Drop forgets the credentials of some principals, whose AzureIdentity or Secret has changed or gone.
+// Drop removes the credentials of the principals for which which returns true. It is called after an AzureIdentity or a Secret
+// changed or was deleted.
 func (s *Sources) Drop(which func(Principal) bool) {
 	s.Entra.Drop(which)
 }

@@ -1,9 +1,10 @@
-// Package token is where tokens come from: the sources, one file each, and the cache before them.
+// Package token gets tokens: it has the token sources, one file each, and the cache in front of them.
 //
-// What it protects against: a token that reaches a pod it was not issued for, and a node that asks Azure so often that
-// everybody on it is throttled. The cache knows nothing of pods' rights: callers authorise first and look up after,
-// with a key that holds everything that decided the token. One fetch serves all who wait for the same key and belongs
-// to none of them. Towards the Instance Metadata Service all of this process stays below the limits of one machine.
+// It protects against two things: a token that reaches a pod it was not issued for, and a node that sends Azure so many
+// requests that all pods on it are throttled. The cache knows nothing of the rights of pods: callers first authorize the
+// request, then look the token up with a key that contains everything that decided which token it is. One fetch serves all callers that wait
+// for the same key; its context belongs to none of them. The requests of this process to the Instance Metadata Service
+// together stay below the limits of one VM.
 package token
 
 import (
@@ -17,52 +18,53 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// Source says which kind of source a key belongs to. It is fit to be a metric label.
+// Source is the kind of source that a token comes from. It has few values, so it can be a metric label.
 type Source string
 
 const (
-	// Managed is a managed identity of the machine, by way of the machine's IMDS.
+	// Managed is a managed identity that is attached to the VM, through IMDS.
 	Managed Source = "managed_identity"
-	// Secret is a service principal that proves itself to Entra ID with a client secret.
+	// Secret is a service principal that authenticates to Entra ID with a client secret.
 	Secret Source = "secret"
-	// Certificate is a service principal that proves itself to Entra ID with a certificate.
+	// Certificate is a service principal that authenticates to Entra ID with a certificate.
 	Certificate Source = "certificate"
 	// Federated is an application or managed identity that trusts the ServiceAccount of the pod.
 	Federated Source = "federated"
 )
 
-// Principal is whom a token speaks for, and how that is proven. Two of them are equal only if a token of one may be
-// given to whoever may have one of the other.
+// Principal is the identity that a token is for, and how it authenticates. Two principals are equal only if any caller that may
+// have a token of one may also have a token of the other.
 type Principal struct {
 	Source Source
-	// Of a managed identity at most one of these is set; none means the machine's default identity, which only an
-	// excepted pod may ask for. The other sources have the ClientID.
+	// Managed: at most one of these is set. None means the default identity of the VM, which only a pod with an
+	// AzurePodIdentityException may request. The other sources set ClientID.
 	ClientID, ObjectID, ResourceID string
 
-	// The others ask Entra ID: Authority is its address without a slash at the end, such as
-	// https://login.microsoftonline.com, and TenantID whom to ask there.
+	// The other sources: Authority is the address of Entra ID without a slash at the end, such as
+	// https://login.microsoftonline.com, and TenantID is the tenant.
 	Authority, TenantID string
-	// Secret and Certificate: the Kubernetes Secret, and which content of it. A Secret that changes makes another
-	// principal, so that nothing that an old content brought is given out any more.
+	// Secret and Certificate: the Kubernetes Secret, and which content of it. A changed Secret is another principal, so
+	// that tokens from the old content are not served any more.
 	Secret   Ref
 	Revision string
-	// Federated: whose Kubernetes token is shown to Entra ID.
+	// Federated: the ServiceAccount whose Kubernetes token is sent to Entra ID.
 	ServiceAccount Ref
 }
 
-// Ref names an object of Kubernetes.
+// Ref is the namespace and name of a Kubernetes object.
 type Ref struct{ Namespace, Name string }
 
 func (r Ref) String() string { return r.Namespace + "/" + r.Name }
 
-// Key is everything that decides which token is meant. Two requests with equal keys may share a token, and only they.
+// Key contains everything that decides which token a request gets. Only requests with equal keys share a token.
 type Key struct {
 	Principal
 	// Resource is the audience, byte for byte.
 	Resource string
 }
 
-// ManagedKey is the key of a managed identity's token. Azure compares the IDs without case, so the key folds them.
+// ManagedKey returns the key of a managed identity's token. Azure compares the IDs without regard to case, so the key has them in
+// lower case.
 func ManagedKey(clientID, objectID, resourceID, resource string) Key {
 	return Key{
 		Principal: Principal{
@@ -75,22 +77,22 @@ func ManagedKey(clientID, objectID, resourceID, resource string) Key {
 	}
 }
 
-// Token is an access token and what is known about it.
+// Token is an access token with its metadata.
 type Token struct {
 	AccessToken string
 	ExpiresOn   time.Time
 	NotBefore   time.Time
-	// Fetched is when it came; ExpiresOn minus Fetched is what was left of its life then.
+	// Fetched is when the token was received. Its remaining lifetime at that time was ExpiresOn minus Fetched.
 	Fetched time.Time
-	// ClientID and ObjectID are the principal's, as the token itself says; empty if it is not a readable JWT.
+	// ClientID and ObjectID of the principal, from the token's claims; empty if the token is not a readable JWT.
 	ClientID, ObjectID string
-	// ID is what Entra ID's sign-in logs call the unique token identifier; empty as above.
+	// ID is the "unique token identifier" of Entra ID's sign-in logs; empty as above.
 	ID string
-	// CorrelationID is what Entra ID's logs know the exchange by that brought the token; empty if IMDS brought it.
+	// CorrelationID identifies the token request in Entra ID's logs; empty if the token came from IMDS.
 	CorrelationID string
 }
 
-// SHA256 is the hash by which a client names a token that it wants replaced: hex, lower case.
+// SHA256 returns the hash that a client sends to name a token that it rejects: hexadecimal, lower case.
 func (t Token) SHA256() string {
 	sum := sha256.Sum256([]byte(t.AccessToken))
 	return hex.EncodeToString(sum[:])
@@ -99,43 +101,43 @@ func (t Token) SHA256() string {
 // Call is one fetch.
 type Call struct {
 	Key
-	// Pod is the UID of a living pod that may have the token. A federated principal is proven by way of it.
+	// Pod is the UID of a running pod that may have the token. A federated principal authenticates with a token bound to
+	// this pod.
 	Pod string
-	// Fresh asks that caches on the way are passed by, as far as they can be.
+	// Fresh bypasses the caches of the source, where it has an option for that.
 	Fresh bool
 }
 
-// Fetcher gets a token from where tokens come from. The context belongs to the fetch, not to a request; it carries a
-// deadline.
+// Fetcher gets a token from a source. The context belongs to the fetch, not to a request, and has a deadline.
 type Fetcher interface {
 	Fetch(ctx context.Context, call Call) (Token, error)
 }
 
-// Class sorts failures by what to do about them.
+// Class groups failures by how to react to them.
 type Class string
 
 const (
-	// Unavailable: nobody answered, or with a 5xx, 404 or 410. It passes.
+	// Unavailable: no response, or one with status 5xx, 404 or 410. A retry can succeed.
 	Unavailable Class = "unavailable"
-	// Throttled: too many requests. It passes after RetryAfter.
+	// Throttled: too many requests. A retry can succeed after RetryAfter.
 	Throttled Class = "throttled"
-	// Denied: the answer is no, and stays so until somebody changes something.
+	// Denied: the source refused the request. A retry fails until someone changes the configuration.
 	Denied Class = "refused"
 )
 
 // Error is a failed fetch.
 type Error struct {
 	Class Class
-	// Status, Code and Description are those of the answer; zero if there was none.
+	// Status, Code and Description of the response; zero if there was none.
 	Status            int
 	Code, Description string
-	// CorrelationID is what Entra ID's logs know the exchange by; may be empty.
+	// CorrelationID identifies the request in Entra ID's logs; may be empty.
 	CorrelationID string
-	// Reason is why, where more is known than the class says; may be empty.
+	// Reason is the reason code, if it is more specific than the class; may be empty.
 	Reason identity.Reason
-	// Detail is a sentence for whoever can do something about it; may be empty.
+	// Detail is a sentence for the operator: what is wrong and what to do; may be empty.
 	Detail string
-	// RetryAfter is how long to leave the source alone; 0 if it did not say.
+	// RetryAfter is the time to wait before the next request; 0 if the source did not specify it.
 	RetryAfter time.Duration
 	Err        error
 }
@@ -154,6 +156,6 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// NonRetriable keeps the Azure SDK from trying again: an Error that is seen inside its pipeline says that this process
-// holds back by itself.
+// NonRetriable keeps the Azure SDK from retrying. An *Error inside the SDK's pipeline means that this process itself did not
+// send the request.
 func (e *Error) NonRetriable() {}
