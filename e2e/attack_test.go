@@ -9,12 +9,12 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// A pod without a binding tries whatever is known to have brought tokens out of systems of this kind. The stand-in
-// falls for each of these if they reach it, as the real service does.
-func TestNoPathAndNoHeaderGetsAPodPastTheDecision(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+// A pod without a binding tries each known way to get a token from a system of this kind. The fake IMDS answers each of
+// these requests with a token if it receives it, as the real service does.
+func TestNoPathAndNoHeaderBypassesTheDecision(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.pod("attacker", "none", "node1")
-	must(t, cloud.ResetLog(t.Context()))
+	must(t, fakeAzure.ResetLog(t.Context()))
 	const query = "?api-version=2018-02-01&resource=https://vault.azure.net"
 	named := query + "&client_id=" + id.ClientID
 	paths := []string{
@@ -66,30 +66,30 @@ func TestNoPathAndNoHeaderGetsAPodPastTheDecision(t *testing.T) {
 			}
 			a := s.curl("attacker", args...)
 			if a.token() != "" || strings.Contains(a.raw, "eyJ") || strings.Contains(a.raw, azure.DangerMark) {
-				t.Errorf("%s with %q brought %s", path, h, a.raw)
+				t.Errorf("%s with %q returned %s", path, h, a.raw)
 			}
 			if a.status < 400 && !strings.HasPrefix(path, "/metadata/instance?") {
 				t.Errorf("%s with %q: status %d %s", path, h, a.status, a.raw)
 			}
 		}
 	}
-	nothingFromPods(t)
-	entries, err := cloud.Log(t.Context(), 0)
+	checkNoPodReachedIMDS(t)
+	entries, err := fakeAzure.Log(t.Context(), 0)
 	must(t, err)
 	for _, e := range entries {
 		if e.Class != "instance" && e.Kind == "request" {
-			t.Errorf("this reached the metadata service: %s %s", e.Method, e.Path)
+			t.Errorf("this request reached IMDS: %s %s", e.Method, e.Path)
 		}
 	}
 }
 
-// Each request of a connection is parsed anew: a good first one opens nothing for the second.
-func TestASecondRequestOnAConnectionIsJudgedByItself(t *testing.T) {
-	s, id, others := newSpace(t), newIdentity(t), newIdentity(t)
+// NMI parses each request of a connection: an allowed first request allows nothing for the second.
+func TestEachRequestOfAConnectionIsDecidedOnItsOwn(t *testing.T) {
+	s, id, others := newNamespace(t), newIdentity(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
 	target := "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net"
-	cmd, err := world.InPodCommand(t.Context(), s.name, "p", "curl", "-s", "-H", "Metadata: true", "-w", "\n%{http_code} %{num_connects}\n",
+	cmd, err := testCluster.InPodCommand(t.Context(), s.name, "p", "curl", "-s", "-H", "Metadata: true", "-w", "\n%{http_code} %{num_connects}\n",
 		target, target+"&client_id="+others.ClientID, "http://169.254.169.254/metadata/identity/issuecredential", target)
 	must(t, err)
 	out, err := cmd.Output()
@@ -106,34 +106,34 @@ func TestASecondRequestOnAConnectionIsJudgedByItself(t *testing.T) {
 	}
 }
 
-func TestOtherWaysToTheMetadataAddressAreShut(t *testing.T) {
-	s := newSpace(t)
+func TestOtherPortsAndProtocolsOfTheMetadataAddressAreBlocked(t *testing.T) {
+	s := newNamespace(t)
 	s.pod("p", "none", "node1")
-	must(t, cloud.ResetLog(t.Context()))
+	must(t, fakeAzure.ResetLog(t.Context()))
 	for _, attempt := range [][]string{
 		{"curl", "-s", "--max-time", "2", "http://169.254.169.254:8080/"},
 		{"curl", "-s", "--max-time", "2", "-k", "https://169.254.169.254/"},
 		{"ping", "-c", "1", "-W", "1", "169.254.169.254"},
-		// NMI's own address, past the capture.
+		// NMI's own address, which the rules do not redirect.
 		{"curl", "-s", "--max-time", "2", "-H", "Metadata: true", "http://169.254.25.79:2579/metadata/versions"},
 	} {
-		// A program that is missing fails, too, and would show nothing.
+		// A missing program fails, too, and would prove nothing.
 		if _, err := exec.LookPath(attempt[0]); err != nil {
 			t.Fatal(err)
 		}
-		if out, err := world.InPod(t.Context(), s.name, "p", attempt[0], attempt[1:]...); err == nil {
-			t.Errorf("%v worked: %s", attempt, out)
+		if out, err := testCluster.InPod(t.Context(), s.name, "p", attempt[0], attempt[1:]...); err == nil {
+			t.Errorf("%v succeeded: %s", attempt, out)
 		}
 	}
 	// From another node, routed here.
-	if _, err := world.InNode(t.Context(), "node2", "sh", "-c", "ip route add 169.254.25.79/32 via 10.10.0.11; curl -s --max-time 2 --interface eth0 http://169.254.25.79:2579/; code=$?; ip route del 169.254.25.79/32 via 10.10.0.11; exit $code"); err == nil {
+	if _, err := testCluster.InNode(t.Context(), "node2", "sh", "-c", "ip route add 169.254.25.79/32 via 10.10.0.11; curl -s --max-time 2 --interface eth0 http://169.254.25.79:2579/; code=$?; ip route del 169.254.25.79/32 via 10.10.0.11; exit $code"); err == nil {
 		t.Error("another node reaches NMI")
 	}
-	nothingFromPods(t)
+	checkNoPodReachedIMDS(t)
 }
 
-func TestDescriptionsOfTheMachineArePassedOn(t *testing.T) {
-	s := newSpace(t)
+func TestInstanceMetadataIsPassedThrough(t *testing.T) {
+	s := newNamespace(t)
 	s.pod("p", "none", "node2")
 	a := s.curl("p", "-H", "Metadata: true", "http://169.254.169.254/metadata/instance?api-version=2018-02-01")
 	if a.status != 200 || !strings.Contains(a.raw, "vmScaleSetName") {

@@ -18,7 +18,8 @@ import (
 	"time"
 )
 
-// certificate is an application's. cert and key are PEM, as is chain, the certificate that issued it if there is one.
+// certificate is the certificate of an application. cert and key are PEM, and so is chain, the issuer's certificate if
+// there is one.
 type certificate struct {
 	cert, key, chain []byte
 	signer           crypto.Signer
@@ -39,7 +40,7 @@ func ecKey(t *testing.T, curve elliptic.Curve) crypto.Signer {
 	return key
 }
 
-// newCertificate issues one, by itself without an issuer.
+// newCertificate issues a certificate. Without an issuer it is self-signed.
 func newCertificate(t *testing.T, key crypto.Signer, issuer *certificate) certificate {
 	t.Helper()
 	return issueCertificate(t, key, issuer, time.Now().Add(time.Hour))
@@ -79,8 +80,8 @@ func block(kind string, der []byte) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
 }
 
-// oldKey is the key in the form of before PKCS #8.
-func (c certificate) oldKey(t *testing.T) []byte {
+// legacyKey is the key in the format from before PKCS #8: PKCS #1 or SEC 1.
+func (c certificate) legacyKey(t *testing.T) []byte {
 	t.Helper()
 	if key, ok := c.signer.(*rsa.PrivateKey); ok {
 		return block("RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(key))
@@ -90,7 +91,7 @@ func (c certificate) oldKey(t *testing.T) []byte {
 	return block("EC PRIVATE KEY", der)
 }
 
-// pfx packs it with openssl, as people do: what NMI reads is then not of NMI's own library.
+// pfx writes a PKCS #12 file with openssl, as people do. A file written with NMI's own library would prove less.
 func (c certificate) pfx(t *testing.T, password string, options ...string) []byte {
 	t.Helper()
 	dir := t.TempDir()

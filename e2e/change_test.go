@@ -20,7 +20,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// sample is one answer that a pod got.
+// sample is one token request and its outcome.
 type sample struct {
 	began, ended time.Time
 	status       int
@@ -28,57 +28,58 @@ type sample struct {
 	app, token   string // appid and uti of the token
 }
 
-// watcher asks for a token in a pod without a pause and keeps what it got.
-type watcher struct {
-	t    *testing.T
-	pod  string
-	stop context.CancelFunc
-	done sync.WaitGroup
+// sampler requests tokens from a pod's network namespace without a pause and keeps every outcome.
+type sampler struct {
+	t       *testing.T
+	pod     string
+	cancel  context.CancelFunc
+	workers sync.WaitGroup
 
 	mu      sync.Mutex
 	samples []sample
-	known   map[string]azure.Claims // by token
+	claims  map[string]azure.Claims // by token
 }
 
 const askVault = "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource=" + vault
 
-// client asks from the pod's network without help of the API server.
-func (s *space) client(pod string, once bool) *http.Client {
+// podClient sends requests from the pod's network namespace. It does not need the API server afterwards.
+func (s *testNamespace) podClient(pod string, newConnections bool) *http.Client {
 	s.t.Helper()
-	netns, err := world.PodNetns(s.t.Context(), s.name, pod)
+	netns, err := testCluster.PodNetns(s.t.Context(), s.name, pod)
 	must(s.t, err)
 	s.t.Cleanup(func() { netns.Close() })
-	return &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DialContext: cluster.DialFrom(fmt.Sprintf("/proc/self/fd/%d", netns.Fd()), nil), DisableKeepAlives: once}}
+	return &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DialContext: cluster.DialFrom(fmt.Sprintf("/proc/self/fd/%d", netns.Fd()), nil), DisableKeepAlives: newConnections}}
 }
 
-// watch starts two workers, one of which opens a connection for each request; for at most two minutes.
-func (s *space) watch(pod string) *watcher {
+// startSampler starts two workers, one of which opens a connection for each request. They end after ten minutes at the
+// latest.
+func (s *testNamespace) startSampler(pod string) *sampler {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
-	w := &watcher{t: s.t, pod: pod, stop: cancel, known: map[string]azure.Claims{}}
-	for _, once := range []bool{true, false} {
-		client := s.client(pod, once)
-		w.done.Go(func() {
+	w := &sampler{t: s.t, pod: pod, cancel: cancel, claims: map[string]azure.Claims{}}
+	for _, newConnections := range []bool{true, false} {
+		client := s.podClient(pod, newConnections)
+		w.workers.Go(func() {
 			for ctx.Err() == nil {
 				one := sample{began: time.Now()}
 				status, body := get(ctx, client, askVault)
 				one.ended, one.status = time.Now(), status
 				if ctx.Err() == nil {
-					w.note(one, body)
+					w.record(one, body)
 				}
 			}
 		})
 	}
-	s.t.Cleanup(w.end)
+	s.t.Cleanup(w.stop)
 	return w
 }
 
-func (w *watcher) end() {
-	w.stop()
-	w.done.Wait()
+func (w *sampler) stop() {
+	w.cancel()
+	w.workers.Wait()
 }
 
-func (w *watcher) note(one sample, body string) {
+func (w *sampler) record(one sample, body string) {
 	var answer struct {
 		Token  string `json:"access_token"`
 		Reason string
@@ -89,21 +90,21 @@ func (w *watcher) note(one sample, body string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if one.reason = answer.Reason; one.status == http.StatusOK {
-		claims, known := w.known[answer.Token]
+		claims, known := w.claims[answer.Token]
 		if !known {
 			var err error
-			if claims, err = cloud.Verify(answer.Token); err != nil {
-				w.t.Errorf("%s got %v", w.pod, err)
+			if claims, err = fakeAzure.Verify(answer.Token); err != nil {
+				w.t.Errorf("%s received an invalid token: %v", w.pod, err)
 			}
-			w.known[answer.Token] = claims
+			w.claims[answer.Token] = claims
 		}
 		one.app, one.token = claims.AppID, claims.TokenID
 	}
 	w.samples = append(w.samples, one)
 }
 
-// since returns what was asked at that time or later.
-func (w *watcher) since(start time.Time) []sample {
+// since returns the samples whose request was sent at that time or later.
+func (w *sampler) since(start time.Time) []sample {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	var out []sample
@@ -115,8 +116,8 @@ func (w *watcher) since(start time.Time) []sample {
 	return out
 }
 
-// count waits until n answers that were asked for from now on are of the kind.
-func (w *watcher) count(n int, kind func(sample) bool) {
+// waitForSamples waits until n samples that begin from now on are of the kind.
+func (w *sampler) waitForSamples(n int, kind func(sample) bool) {
 	w.t.Helper()
 	start := time.Now()
 	eventually(w.t, 15*time.Second, func() error {
@@ -127,40 +128,41 @@ func (w *watcher) count(n int, kind func(sample) bool) {
 			}
 		}
 		if got < n {
-			return fmt.Errorf("%s: %d of %d answers; the last was %+v", w.pod, got, n, last)
+			return fmt.Errorf("%s: %d of %d samples; the last is %+v", w.pod, got, n, last)
 		}
 		return nil
 	})
 }
 
-// change is something that changes, and which answers tell before from after.
+// change is a change of the objects, and the outcomes of requests before and after it.
 type change struct {
-	what        string
-	do          func() error // returns when the API server has acknowledged it
-	before, now func(sample) bool
+	what          string
+	do            func() error // returns when the API server has acknowledged the change
+	before, after func(sample) bool
 }
 
-// limit is how long answers may still be of the state before a change. On a machine with nothing else to do it is some
-// milliseconds; these have two CPUs for a whole cluster and workers that never rest.
-const limit = 2 * time.Second
+// maxDelay is the longest time after a change in which outcomes may still be those of before. On an idle computer it is
+// some milliseconds. Here a few CPUs are shared by a whole cluster and by workers that never pause. It is far below each
+// interval at which NMI would notice a change without its watches.
+const maxDelay = 5 * time.Second
 
-// follow makes the change under load and looks at how the pods' answers change with it.
-func follow(t *testing.T, watchers []*watcher, c change) {
+// applyUnderLoad makes the change while the samplers run, and checks the moment at which their outcomes change.
+func applyUnderLoad(t *testing.T, samplers []*sampler, c change) {
 	t.Helper()
-	for _, w := range watchers {
-		w.count(20, c.before)
+	for _, w := range samplers {
+		w.waitForSamples(20, c.before)
 	}
 	began := time.Now()
 	must(t, c.do())
 	acknowledged := time.Now()
-	for _, w := range watchers {
-		w.count(200, c.now)
+	for _, w := range samplers {
+		w.waitForSamples(200, c.after)
 	}
-	for _, w := range watchers {
+	for _, w := range samplers {
 		samples := w.since(began)
-		var first, lastBegan, lastEnded time.Time // of the state now; of the state before
+		var first, lastBegan, lastEnded time.Time // the first sample of the state after, the last of the state before
 		for _, one := range samples {
-			if c.now(one) && (first.IsZero() || one.ended.Before(first)) {
+			if c.after(one) && (first.IsZero() || one.ended.Before(first)) {
 				first = one.ended
 			}
 		}
@@ -175,47 +177,47 @@ func follow(t *testing.T, watchers []*watcher, c change) {
 					lastEnded = one.ended
 				}
 				if one.began.After(first) {
-					t.Errorf("%s, %s: %s after the first answer of the new state, one of the old was asked for: %+v", c.what, w.pod, one.began.Sub(first), one)
+					t.Errorf("%s, %s: a request that began %s after the first outcome of the new state has an outcome of the old: %+v", c.what, w.pod, one.began.Sub(first), one)
 				}
-			case !c.now(one):
+			case !c.after(one):
 				others[fmt.Sprintf("%d %s %s", one.status, one.reason, one.app)]++
 			}
 		}
 		if len(others) > 0 {
-			t.Errorf("%s, %s: answers of neither state: %v", c.what, w.pod, others)
+			t.Errorf("%s, %s: outcomes of neither state: %v", c.what, w.pod, others)
 		}
-		if late := lastBegan.Sub(acknowledged); late > limit {
-			t.Errorf("%s, %s: still in force for requests that began %s after the change", c.what, w.pod, late)
+		if late := lastBegan.Sub(acknowledged); late > maxDelay {
+			t.Errorf("%s, %s: the old state still applied to a request that began %s after the change", c.what, w.pod, late)
 		}
-		if late := lastEnded.Sub(acknowledged); late > limit {
-			t.Errorf("%s, %s: still in force for answers that ended %s after the change", c.what, w.pod, late)
+		if late := lastEnded.Sub(acknowledged); late > maxDelay {
+			t.Errorf("%s, %s: the old state still applied to a request that ended %s after the change", c.what, w.pod, late)
 		}
-		t.Logf("%s, %s: after the API server's acknowledgement the first answer of the new state came %s, the last of the old was asked for %s and came %s",
-			c.what, w.pod, after(acknowledged, first), after(acknowledged, lastBegan), after(acknowledged, lastEnded))
+		t.Logf("%s, %s: after the API server's acknowledgement: first outcome of the new state %s, last request with an outcome of the old began %s and ended %s",
+			c.what, w.pod, delay(acknowledged, first), delay(acknowledged, lastBegan), delay(acknowledged, lastEnded))
 	}
 }
 
-// after says how much later it was; before the acknowledgement came is sooner than can be told.
-func after(from, to time.Time) string {
+// delay is the time between the two. The change may take effect before its acknowledgement arrives.
+func delay(from, to time.Time) string {
 	if !to.After(from) {
-		return "at once"
+		return "at newConnections"
 	}
 	return to.Sub(from).Round(100 * time.Microsecond).String()
 }
 
-// api asks the API server without the time that it takes to start kubectl.
-func api(t *testing.T) rest.Interface {
+// apiClient returns a client of the API server, without the delay of starting kubectl.
+func apiClient(t *testing.T) rest.Interface {
 	t.Helper()
-	config, err := clientcmd.BuildConfigFromFlags("", world.Kubeconfig())
+	config, err := clientcmd.BuildConfigFromFlags("", testCluster.Kubeconfig())
 	must(t, err)
-	config.Dial, config.QPS = world.DialContext, -1
+	config.Dial, config.QPS = testCluster.DialContext, -1
 	kube, err := kubernetes.NewForConfig(config)
 	must(t, err)
 	return kube.CoreV1().RESTClient()
 }
 
-// object is the path of an object at the API server.
-func (s *space) object(kind, name string) string {
+// objectPath is the path of an object in the API.
+func (s *testNamespace) objectPath(kind, name string) string {
 	if kind == secrets {
 		return "/api/v1/namespaces/" + s.name + "/secrets/" + name
 	}
@@ -224,29 +226,29 @@ func (s *space) object(kind, name string) string {
 
 const secrets, identities, bindings = "secrets", "azureidentities", "azureidentitybindings"
 
-func (s *space) patch(server rest.Interface, kind, name, body string) func() error {
+func (s *testNamespace) patchObject(server rest.Interface, kind, name, body string) func() error {
 	return func() error {
-		return server.Patch(types.MergePatchType).AbsPath(s.object(kind, name)).Body([]byte(body)).Do(s.t.Context()).Error()
+		return server.Patch(types.MergePatchType).AbsPath(s.objectPath(kind, name)).Body([]byte(body)).Do(s.t.Context()).Error()
 	}
 }
 
-func (s *space) remove(server rest.Interface, kind, name string) func() error {
-	return func() error { return server.Delete().AbsPath(s.object(kind, name)).Do(s.t.Context()).Error() }
+func (s *testNamespace) deleteObject(server rest.Interface, kind, name string) func() error {
+	return func() error { return server.Delete().AbsPath(s.objectPath(kind, name)).Do(s.t.Context()).Error() }
 }
 
-func TestAChangeIsInForceAtOnceAndForAllAlsoUnderLoad(t *testing.T) {
-	s := newSpace(t)
+func TestAChangeTakesEffectImmediatelyAndForAllPodsUnderLoad(t *testing.T) {
+	s := newNamespace(t)
 	first, second := newApp(t, withSecret("old")), newApp(t, withSecret("new"))
-	server := api(t)
-	// The whole of it again.
+	server := apiClient(t)
+	// For creating what was deleted.
 	secret := s.secretYAML("app", map[string][]byte{"clientSecret": []byte("new")})
 	bound := s.boundYAML("app", "app", bySecretSpec(1, second, "app"))
-	again := func(yaml string) func() error { return func() error { return world.Apply(t.Context(), yaml) } }
+	again := func(yaml string) func() error { return func() error { return testCluster.Apply(t.Context(), yaml) } }
 
 	s.apply(strings.Replace(secret, `"bmV3"`, `"b2xk"`, 1) + s.boundYAML("app", "app", bySecretSpec(1, first, "app")) +
 		s.podYAML("on1", "app", "node1", "pause") + s.podYAML("on2", "app", "node2", "pause"))
-	s.ready()
-	watchers := []*watcher{s.watch("on1"), s.watch("on2")}
+	s.waitForPods()
+	samplers := []*sampler{s.startSampler("on1"), s.startSampler("on2")}
 	of := func(id azure.Identity) func(sample) bool {
 		return func(one sample) bool { return one.status == 200 && one.app == id.ClientID }
 	}
@@ -254,15 +256,15 @@ func TestAChangeIsInForceAtOnceAndForAllAlsoUnderLoad(t *testing.T) {
 		return func(one sample) bool { return one.status == status && one.reason == reason }
 	}
 
-	// Entra ID takes another secret before Kubernetes has it: what is in the cache goes on, what is not has to wait.
-	for _, w := range watchers {
-		w.count(20, of(first))
+	// Entra ID accepts the new secret before Kubernetes has it: cached tokens stay valid, other requests fail.
+	for _, w := range samplers {
+		w.waitForSamples(20, of(first))
 	}
-	must(t, cloud.AddApp(t.Context(), azure.App{ClientID: first.ClientID, ObjectID: first.ObjectID, Secrets: []azure.AppSecret{{Value: "new"}}}))
+	must(t, fakeAzure.AddApp(t.Context(), azure.App{ClientID: first.ClientID, ObjectID: first.ObjectID, Secrets: []azure.AppSecret{{Value: "new"}}}))
 	const elsewhere = "https://elsewhere.example"
 	s.mustBeRefused(s.ask("on1", elsewhere), 403, "upstream_refused")
 	var old []string
-	for _, w := range watchers {
+	for _, w := range samplers {
 		for _, one := range w.since(time.Time{}) {
 			if !slices.Contains(old, one.token) {
 				old = append(old, one.token)
@@ -270,58 +272,58 @@ func TestAChangeIsInForceAtOnceAndForAllAlsoUnderLoad(t *testing.T) {
 		}
 	}
 	ofOld := func(one sample) bool { return one.status == 200 && slices.Contains(old, one.token) }
-	follow(t, watchers, change{"Secret rotated", s.patch(server, secrets, "app", `{"data":{"clientSecret":"bmV3"}}`), ofOld,
+	applyUnderLoad(t, samplers, change{"Secret rotated", s.patchObject(server, secrets, "app", `{"data":{"clientSecret":"bmV3"}}`), ofOld,
 		func(one sample) bool { return of(first)(one) && !ofOld(one) }})
 	rotated := time.Now()
-	s.mustHaveTokenOf(s.ask("on1", elsewhere), first, elsewhere) // the refusal was of the Secret that was
+	s.mustHaveTokenOf(s.ask("on1", elsewhere), first, elsewhere) // the cached refusal belonged to the old Secret
 
 	for _, c := range []change{
-		{"clientID changed", s.patch(server, identities, "app", `{"spec":{"clientID":"`+second.ClientID+`"}}`), of(first), of(second)},
-		{"Secret removed", s.remove(server, secrets, "app"), of(second), refused(403, "secret_missing")},
-		{"Secret made again", again(secret), refused(403, "secret_missing"), of(second)},
-		{"binding removed", s.remove(server, bindings, "app-binding"), of(second), refused(400, "no_matching_binding")},
-		{"binding made again", again(bound), refused(400, "no_matching_binding"), of(second)},
-		{"identity removed", s.remove(server, identities, "app"), of(second), refused(400, "identity_missing")},
-		{"identity made again", again(bound), refused(400, "identity_missing"), of(second)},
+		{"clientID changed", s.patchObject(server, identities, "app", `{"spec":{"clientID":"`+second.ClientID+`"}}`), of(first), of(second)},
+		{"Secret removed", s.deleteObject(server, secrets, "app"), of(second), refused(403, "secret_missing")},
+		{"Secret created again", again(secret), refused(403, "secret_missing"), of(second)},
+		{"binding removed", s.deleteObject(server, bindings, "app-binding"), of(second), refused(400, "no_matching_binding")},
+		{"binding created again", again(bound), refused(400, "no_matching_binding"), of(second)},
+		{"identity removed", s.deleteObject(server, identities, "app"), of(second), refused(400, "identity_missing")},
+		{"identity created again", again(bound), refused(400, "identity_missing"), of(second)},
 	} {
-		follow(t, watchers, c)
+		applyUnderLoad(t, samplers, c)
 	}
-	for _, w := range watchers {
-		w.end()
+	for _, w := range samplers {
+		w.stop()
 		samples := w.since(time.Time{})
 		for _, one := range w.since(rotated) {
 			if ofOld(one) {
-				t.Errorf("%s: a token of before the rotation is back: %+v", w.pod, one)
+				t.Errorf("%s: a request after the rotation got a token from before it: %+v", w.pod, one)
 				break
 			}
 		}
-		t.Logf("%s: %d answers, %d different tokens", w.pod, len(samples), len(w.known))
+		t.Logf("%s: %d samples, %d different tokens", w.pod, len(samples), len(w.claims))
 	}
 }
 
-// What a request was granted for can change while it waits for the token.
-func TestAChangeDuringAFetchIsInForceForItsAnswer(t *testing.T) {
-	s := newSpace(t)
+// The objects that allow a request can change while it waits for its token.
+func TestAChangeDuringAFetchAppliesToItsAnswer(t *testing.T) {
+	s := newNamespace(t)
 	first, second := newApp(t, withSecret("hush")), newApp(t, withSecret("hush"))
-	server := api(t)
+	server := apiClient(t)
 	secret, bound := s.secretYAML("app", map[string][]byte{"clientSecret": []byte("hush")}), s.boundYAML("app", "app", bySecretSpec(1, first, "app"))
 	s.apply(secret + bound)
 	s.pod("p", "app", "node1")
 	s.mustHaveTokenOf(s.ask("p", vault), first, vault)
-	client := s.client("p", true)
-	fault(t, map[string]string{"entra.latency": "800ms", "entra.faults-on": "token"})
+	client := s.podClient("p", true)
+	setFaults(t, map[string]string{"entra.latency": "800ms", "entra.faults-on": "token"})
 	for i, c := range []struct {
 		what   string
 		do     func() error
 		status int
-		says   string // in the answer: the reason, or the application
+		want   string // in the answer: the reason, or the client ID
 	}{
-		{"clientID changed", s.patch(server, identities, "app", `{"spec":{"clientID":"`+second.ClientID+`"}}`), 200, second.ClientID},
-		{"Secret removed", s.remove(server, secrets, "app"), 403, "secret_missing"},
-		{"binding removed", s.remove(server, bindings, "app-binding"), 400, "no_matching_binding"},
-		{"identity removed", s.remove(server, identities, "app"), 400, "identity_missing"},
+		{"clientID changed", s.patchObject(server, identities, "app", `{"spec":{"clientID":"`+second.ClientID+`"}}`), 200, second.ClientID},
+		{"Secret removed", s.deleteObject(server, secrets, "app"), 403, "secret_missing"},
+		{"binding removed", s.deleteObject(server, bindings, "app-binding"), 400, "no_matching_binding"},
+		{"identity removed", s.deleteObject(server, identities, "app"), 400, "identity_missing"},
 	} {
-		stats, err := cloud.Stats(t.Context())
+		stats, err := fakeAzure.Stats(t.Context())
 		must(t, err)
 		type response struct {
 			status int
@@ -329,17 +331,17 @@ func TestAChangeDuringAFetchIsInForceForItsAnswer(t *testing.T) {
 		}
 		answered := make(chan response, 1)
 		go func() {
-			status, body := get(context.Background(), client, fmt.Sprintf("%s/%d", askVault, i)) // a resource of its own
+			status, body := get(context.Background(), client, fmt.Sprintf("%s/%d", askVault, i)) // another resource for each case
 			answered <- response{status, body}
 		}()
 		eventually(t, 5*time.Second, func() error {
-			if now, err := cloud.Stats(t.Context()); err != nil || now.Entra.Token.Requests == stats.Entra.Token.Requests {
-				return fmt.Errorf("%s: Entra ID was not asked (%v)", c.what, err)
+			if now, err := fakeAzure.Stats(t.Context()); err != nil || now.Entra.Token.Requests == stats.Entra.Token.Requests {
+				return fmt.Errorf("%s: Entra ID received no request (%v)", c.what, err)
 			}
 			return nil
 		})
 		must(t, c.do())
-		if got := <-answered; got.status != c.status || !strings.Contains(got.body, c.says) {
+		if got := <-answered; got.status != c.status || !strings.Contains(got.body, c.want) {
 			t.Errorf("%s while the token was fetched: %d %s", c.what, got.status, got.body)
 		}
 		s.apply(secret + bound)

@@ -12,130 +12,135 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-func TestClientsThatNobodyHereWroteFareAsOnAMachineOfTheirOwn(t *testing.T) {
-	l := newLaboratory(t)
-	who := subjects{newIdentity(t), newIdentity(t), newIdentity(t), newApp(t, func(*azure.App) {})}
+func TestUnmodifiedClientsBehaveAsWithTheRealIMDS(t *testing.T) {
+	l := newClientRunner(t)
+	who := testIdentities{newIdentity(t), newIdentity(t), newIdentity(t), newApp(t, func(*azure.App) {})}
 	l.bind("alone", "alone", who.alone)
 	l.bind("first", "two", newIdentity(t))
 	l.bind("second", "two", who.second)
 	l.apply(l.boundYAML("app", "federated", federatedSpec(who.app)))
-	l.lab("alone", "alone", "node1")
-	l.lab("two", "two", "node2")
-	l.lab("nothing", "nothing", "node1")
-	l.lab("federated", "federated", "node2")
-	l.performAll(append(l.answeredAtOnce(who), l.answeredLate(who)...))
+	l.startPod("alone", "alone", "node1")
+	l.startPod("two", "two", "node2")
+	l.startPod("nothing", "nothing", "node1")
+	l.startPod("federated", "federated", "node2")
+	l.runAll(append(l.immediateScenarios(who), l.delayedScenarios(who)...))
 }
 
-// subjects are the identities that are asked for. Clients that name none ask in a pod that has one, or nothing; the
-// others say which of two they want, or one that is bound elsewhere.
-type subjects struct{ alone, second, unbound, app azure.Identity }
+// testIdentities are the identities of the scenarios. Clients that select no identity run in a pod with one identity, or
+// with none. The others run in a pod with two identities, and select one of them or one that is not bound to the pod.
+type testIdentities struct{ alone, second, unbound, app azure.Identity }
 
-func (s subjects) bound(c client, resource string) question {
+func (s testIdentities) bound(c client, resource string) tokenQuery {
 	if c.names == "" {
-		return question{"alone", s.alone, resource, false, 40 * time.Second}
+		return tokenQuery{"alone", s.alone, resource, false, 40 * time.Second}
 	}
-	return question{"two", s.second, resource, false, 40 * time.Second}
+	return tokenQuery{"two", s.second, resource, false, 40 * time.Second}
 }
 
-func (s subjects) notBound(c client, chain bool) question {
+func (s testIdentities) notBound(c client, chain bool) tokenQuery {
 	if c.names == "" {
-		return question{"nothing", s.unbound, vault, chain, 40 * time.Second}
+		return tokenQuery{"nothing", s.unbound, vault, chain, 40 * time.Second}
 	}
-	return question{"two", s.unbound, vault, chain, 40 * time.Second}
+	return tokenQuery{"two", s.unbound, vault, chain, 40 * time.Second}
 }
 
-// answeredAtOnce are the questions that have an answer which no client asks for twice.
-func (l *laboratory) answeredAtOnce(who subjects) []experiment {
-	fast := func(c client, r reply) string {
+// immediateScenarios are those in which no client retries.
+func (l *clientRunner) immediateScenarios(who testIdentities) []scenario {
+	fast := func(c client, r clientResult) string {
 		if r.took > 3*time.Second || len(r.statuses) != c.probes+1 {
-			return "want it at once, and at the first try"
+			return "want the result of the first request, without a wait"
 		}
 		return ""
 	}
-	saying := func(words string) func(client, reply) string {
-		return func(c client, r reply) string {
+	saying := func(words string) func(client, clientResult) string {
+		return func(c client, r clientResult) string {
 			if problem := fast(c, r); problem != "" || strings.Contains(r.text, words) {
 				return problem
 			}
 			return fmt.Sprintf("want %q in the error", words)
 		}
 	}
-	return []experiment{{
-		name: "bound", atOnce: cores(), further: fast,
-		ask: func(c client) (question, string, bool) { return who.bound(c, vault), gotToken, true },
+	return []scenario{{
+		name: "bound", concurrency: cores(), check: fast,
+		ask: func(c client) (tokenQuery, string, bool) { return who.bound(c, vault), gotToken, true },
 	}, {
-		name: "not bound", atOnce: cores(), further: fast,
-		ask: func(c client) (question, string, bool) { return who.notBound(c, false), c.refused, true },
+		name: "not bound", concurrency: cores(), check: fast,
+		ask: func(c client) (tokenQuery, string, bool) { return who.notBound(c, false), c.refused, true },
 	}, {
-		name: "not bound, in a chain", atOnce: cores(),
-		ask: func(c client) (question, string, bool) { return who.notBound(c, true), c.chained, c.chained != noChain },
-		further: func(c client, r reply) string {
-			if c.chained == aggregate { // it does not go on, but is a chain itself, and that has gone on
+		name: "not bound, in a chain", concurrency: cores(),
+		ask: func(c client) (tokenQuery, string, bool) {
+			return who.notBound(c, true), c.chained, c.chained != notApplicable
+		},
+		check: func(c client, r clientResult) string {
+			if c.chained == aggregate { // this credential is a chain itself, which has tried its other credentials
 				return saying("Azure CLI could not be found")(c, r)
 			}
 			return fast(c, r)
 		},
 	}, {
-		name: "unknown resource", atOnce: cores(), further: saying("AADSTS500011"),
-		ask: func(c client) (question, string, bool) {
+		name: "unknown resource", concurrency: cores(), check: saying("AADSTS500011"),
+		ask: func(c client) (tokenQuery, string, bool) {
 			return who.bound(c, "https://unknown.invalid"), c.refused, true
 		},
 	}}
 }
 
-// answeredLate are the questions in which clients have to wait or to come again.
-func (l *laboratory) answeredLate(who subjects) []experiment {
-	return []experiment{{
+// delayedScenarios are those in which clients wait or retry.
+func (l *clientRunner) delayedScenarios(who testIdentities) []scenario {
+	return []scenario{{
 		name: "throttled for a while", switches: map[string]string{"imds.throttle": "-1", "imds.retry-after": "4"},
-		ask:    func(c client) (question, string, bool) { return who.bound(c, "https://busy.example"), gotToken, true },
-		during: func(told []*diary) { l.untilThrottled(told); fault(l.t, nil) },
+		ask:    func(c client) (tokenQuery, string, bool) { return who.bound(c, "https://busy.example"), gotToken, true },
+		during: func(logs []*clientLog) { l.waitUntilThrottled(logs); setFaults(l.t, nil) },
 	}, {
-		name: "throttled for good", switches: map[string]string{"imds.throttle": "-1", "imds.retry-after": "1"},
-		ask: func(c client) (question, string, bool) {
+		name: "throttled permanently", switches: map[string]string{"imds.throttle": "-1", "imds.retry-after": "1"},
+		ask: func(c client) (tokenQuery, string, bool) {
 			q := who.bound(c, "https://busier.example")
-			q.patience = 12 * time.Second
+			q.timeout = 12 * time.Second
 			return q, c.throttled, true
 		},
 	}, {
 		name: "federated credential comes late",
-		// Such an identity has a client ID and nothing else to name it by.
-		ask: func(c client) (question, string, bool) {
-			return question{"federated", who.app, vault, false, 40 * time.Second}, gotToken, c.names == "" || c.names == "client-id" || c.names == "env"
+		// Only the client ID can select such an identity.
+		ask: func(c client) (tokenQuery, string, bool) {
+			return tokenQuery{"federated", who.app, vault, false, 40 * time.Second}, gotToken, c.names == "" || c.names == "client-id" || c.names == "env"
 		},
-		during: func(told []*diary) { l.untilEntraRefuses(told, who.app); trust(l.t, who.app, l.name, "default") },
-		further: func(c client, r reply) string {
+		during: func(logs []*clientLog) {
+			l.waitUntilEntraRefuses(logs, who.app)
+			trust(l.t, who.app, l.name, "default")
+		},
+		check: func(c client, r clientResult) string {
 			if len(r.statuses) != c.probes+1 {
-				return "want the first request held until it is there"
+				return "want the first request to wait until the credential exists"
 			}
 			return ""
 		},
 	}}
 }
 
-// performAll runs the experiments in their order and shows the matrix.
-func (l *laboratory) performAll(all []experiment) {
+// runAll runs the scenarios in order and logs the matrix.
+func (l *clientRunner) runAll(all []scenario) {
 	l.t.Helper()
 	var columns []string
 	cells := map[string]map[client]string{}
 	for _, e := range all {
 		start := time.Now()
 		columns = append(columns, e.name)
-		cells[e.name] = l.perform(e)
+		cells[e.name] = l.runScenario(e)
 		l.t.Logf("%s: all clients took %.1f s", e.name, time.Since(start).Seconds())
 	}
 	printTable(l.t, columns, cells)
 }
 
-// untilEntraRefuses waits until all clients wait for an answer and NMI has not let itself be put off for them.
-func (l *laboratory) untilEntraRefuses(told []*diary, app azure.Identity) {
+// waitUntilEntraRefuses waits until all clients wait for a response and NMI has retried at Entra ID.
+func (l *clientRunner) waitUntilEntraRefuses(logs []*clientLog, app azure.Identity) {
 	l.t.Helper()
 	eventually(l.t, 30*time.Second, func() error {
-		for _, d := range told {
-			if !d.waits() {
-				return fmt.Errorf("%+v is not waiting: %s", d.client, d)
+		for _, d := range logs {
+			if !d.isWaiting() {
+				return fmt.Errorf("%+v does not wait for a response: %s", d.client, d)
 			}
 		}
-		entries, err := cloud.Log(l.t.Context(), 0)
+		entries, err := fakeAzure.Log(l.t.Context(), 0)
 		if err != nil {
 			return err
 		}
@@ -146,30 +151,30 @@ func (l *laboratory) untilEntraRefuses(told []*diary, app azure.Identity) {
 			}
 		}
 		if refusals < 2 {
-			return fmt.Errorf("Entra ID has refused %d tries", refusals)
+			return fmt.Errorf("Entra ID has refused %d requests; want two", refusals)
 		}
 		return nil
 	})
 }
 
-// untilThrottled waits until each client has been told to come again.
-func (l *laboratory) untilThrottled(told []*diary) {
+// waitUntilThrottled waits until each client has received status 429.
+func (l *clientRunner) waitUntilThrottled(logs []*clientLog) {
 	l.t.Helper()
 	eventually(l.t, 30*time.Second, func() error {
-		for _, d := range told {
+		for _, d := range logs {
 			if !slices.Contains(d.statuses(), 429) {
-				return fmt.Errorf("a client has not met the throttling: %s", d)
+				return fmt.Errorf("a client has received no 429 yet: %s", d)
 			}
 		}
 		return nil
 	})
 }
 
-func TestAClientInAFreshPodGetsItsTokenAtTheFirstTry(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestAClientInANewPodGetsItsTokenWithItsFirstRequest(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	_, image, err := cluster.BuildClient(t.Context())
 	must(t, err)
-	must(t, world.ImportImages(t.Context(), image))
+	must(t, testCluster.ImportImages(t.Context(), image))
 	s.bind("app", "app", id)
 	containers := map[string][]string{
 		"managed": {"managed"}, "named": {"managed", "--client-id", id.ClientID}, "default": {"default"}, "adal": {"adal"},
@@ -189,9 +194,9 @@ spec:
 	}
 	s.apply(yaml)
 	for name := range containers {
-		var got said
+		var got clientOutput
 		eventually(t, 60*time.Second, func() error {
-			out, err := world.Kubectl(t.Context(), "logs", "fresh", "-c", name, "-n", s.name)
+			out, err := testCluster.Kubectl(t.Context(), "logs", "fresh", "-c", name, "-n", s.name)
 			if err != nil {
 				return err
 			}
@@ -200,12 +205,12 @@ spec:
 					return json.Unmarshal([]byte(line), &got)
 				}
 			}
-			return fmt.Errorf("container %s has not said anything yet: %s", name, out)
+			return fmt.Errorf("container %s has written no result yet: %s", name, out)
 		})
-		outcome, text := judge(got, reply{}, question{identity: id, resource: vault})
+		outcome, text := evaluate(got, clientResult{}, tokenQuery{identity: id, resource: vault})
 		if outcome != gotToken || got.DurationMS > 3000 {
 			t.Errorf("container %s: %s after %.0f ms: %s", name, outcome, got.DurationMS, text)
 		}
-		t.Logf("container %s: its token came after %.0f ms", name, got.DurationMS)
+		t.Logf("container %s: got its token after %.0f ms", name, got.DurationMS)
 	}
 }

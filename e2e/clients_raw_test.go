@@ -15,23 +15,23 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// The tests of this file stand for clients that cannot be had here. Each sends what that client's source sends, and
-// looks at the answer as it does.
+// The tests in this file simulate clients that are not available here. Each sends the requests of that client, taken from
+// its source, and checks the parts of the answer that the client uses.
 
-// wire sends requests as they are written, with no header but the usual ones, from a pod's network.
-type wire struct {
+// rawClient sends requests from a pod's network namespace, without redirects and with only the usual headers.
+type rawClient struct {
 	t      *testing.T
 	client *http.Client
 	dial   func() error // opens a connection and closes it again
 }
 
-func (s *space) wire(pod string) *wire {
+func (s *testNamespace) rawClient(pod string) *rawClient {
 	s.t.Helper()
-	netns, err := world.PodNetns(s.t.Context(), s.name, pod)
+	netns, err := testCluster.PodNetns(s.t.Context(), s.name, pod)
 	must(s.t, err)
 	s.t.Cleanup(func() { netns.Close() })
 	dial := cluster.DialFrom(fmt.Sprintf("/proc/self/fd/%d", netns.Fd()), nil)
-	return &wire{s.t, &http.Client{
+	return &rawClient{s.t, &http.Client{
 		Timeout:       30 * time.Second,
 		Transport:     &http.Transport{DialContext: dial, DisableKeepAlives: true, DisableCompression: true},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -44,16 +44,16 @@ func (s *space) wire(pod string) *wire {
 	}}
 }
 
-// response is an answer and how long it took.
-type response struct {
+// rawResponse is a response with its headers and duration.
+type rawResponse struct {
 	answer
-	phrase string // the whole status: 400 Bad Request
+	phrase string // status and reason phrase: 400 Bad Request
 	header http.Header
 	took   time.Duration
 }
 
-// send sends the request; path is what follows the host, byte for byte.
-func (w *wire) send(method, path string, headers ...string) response {
+// send sends a request. path is everything after the host, byte for byte.
+func (w *rawClient) send(method, path string, headers ...string) rawResponse {
 	w.t.Helper()
 	req, err := http.NewRequestWithContext(w.t.Context(), method, "http://169.254.169.254"+path, nil)
 	must(w.t, err)
@@ -66,35 +66,35 @@ func (w *wire) send(method, path string, headers ...string) response {
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
 	must(w.t, err)
-	r := response{answer: answer{status: resp.StatusCode, raw: string(body), body: map[string]string{}}, phrase: resp.Status, header: resp.Header, took: time.Since(start)}
+	r := rawResponse{answer: answer{status: resp.StatusCode, raw: string(body), body: map[string]string{}}, phrase: resp.Status, header: resp.Header, took: time.Since(start)}
 	if err := json.Unmarshal(body, &r.body); err != nil {
-		w.t.Errorf("%s %s: the answer is no flat JSON object of strings: %s", method, path, body)
+		w.t.Errorf("%s %s: the answer is not a flat JSON object of strings: %s", method, path, body)
 	}
 	return r
 }
 
-// sendWithin sends a request that clients give little time. One that took longer is sent again, twice at the most: a
-// machine that has two CPUs for a whole cluster may stand still for a moment.
-func (w *wire) sendWithin(limit time.Duration, method, path string, headers ...string) response {
+// sendWithin sends a request for which clients have a short timeout. A request that takes longer is repeated up to nine
+// times: a computer on which a few CPUs run a whole cluster may be busy for a moment.
+func (w *rawClient) sendWithin(limit time.Duration, method, path string, headers ...string) rawResponse {
 	w.t.Helper()
-	var r response
+	var r rawResponse
 	for range 3 {
 		if r = w.send(method, path, headers...); r.took <= limit {
 			return r
 		}
 	}
-	w.t.Errorf("%s %s: answered after %s, three times; want %s", method, path, r.took, limit)
+	w.t.Errorf("%s %s: ten requests took too long, the last one %s; want at most %s", method, path, r.took, limit)
 	return r
 }
 
 const tokenPath = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource="
 
-func TestDotNetClientsTellFromTheirProbesThatThereIsAnIMDSOfTheFirstVersion(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestTheProbesOfDotNetClientsDetectVersion1OfIMDS(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
-	w := s.wire("p")
-	// The probe is the whole request but for the header, with a parameter that does not exist.
+	w := s.rawClient("p")
+	// The probe is the token request without the header, and with a parameter that does not exist.
 	for _, selector := range []string{"", "&client_id=" + id.ClientID, "&msi-res-id=" + id.ResourceID} {
 		probe := w.sendWithin(time.Second, "GET", tokenPath+"https%3A%2F%2Fvault.azure.net"+selector)
 		if probe.status != 400 || strings.Contains(probe.raw, "Identity not found") || probe.token() != "" {
@@ -102,7 +102,7 @@ func TestDotNetClientsTellFromTheirProbesThatThereIsAnIMDSOfTheFirstVersion(t *t
 		}
 	}
 	s.mustHaveTokenOf(w.send("GET", tokenPath+"https%3A%2F%2Fvault.azure.net&client_id="+id.ClientID, "Metadata", "true").answer, id, vault)
-	// 400 would mean that IMDS has its second version, which gives certificates for all identities of a machine.
+	// Status 400 would mean version 2 of IMDS, which issues certificates for all identities of a machine.
 	for _, headers := range [][]string{nil, {"Metadata", "true"}} {
 		for _, request := range [][2]string{{"GET", "getplatformmetadata"}, {"POST", "issuecredential"}, {"POST", "credential"}} {
 			r := w.sendWithin(time.Second, request[0], "/metadata/identity/"+request[1]+"?cred-api-version=2.0&client_id="+id.ClientID, headers...)
@@ -113,11 +113,11 @@ func TestDotNetClientsTellFromTheirProbesThatThereIsAnIMDSOfTheFirstVersion(t *t
 	}
 }
 
-func TestJavaClientsOnlyConnectToTellThatThereIsAnIMDS(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestJavaClientsDetectIMDSByATCPConnection(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
-	w := s.wire("p")
+	w := s.rawClient("p")
 	for range 10 {
 		start := time.Now()
 		must(t, w.dial())
@@ -127,29 +127,29 @@ func TestJavaClientsOnlyConnectToTellThatThereIsAnIMDS(t *testing.T) {
 	}
 	a := w.send("GET", tokenPath+"https%3A%2F%2Fvault.azure.net", "Metadata", "true").answer
 	s.mustHaveTokenOf(a, id, vault)
-	// Long.parseLong takes digits and nothing else.
+	// Long.parseLong accepts only digits.
 	if expires, err := strconv.ParseInt(a.body["expires_on"], 10, 64); err != nil || expires < time.Now().Unix() || strings.HasPrefix(a.body["expires_on"], "+") {
 		t.Errorf("expires_on is %q", a.body["expires_on"])
 	}
 }
 
-func TestTerraformClientsCountOnExpiresInAndTheTokenType(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestTerraformClientsUseExpiresInAndTheTokenType(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node2")
-	w := s.wire("p")
+	w := s.rawClient("p")
 	a := w.send("GET", tokenPath+"https%3A%2F%2Fmanagement.azure.com%2F&client_id="+id.ClientID, "Metadata", "true").answer
 	s.mustHaveTokenOf(a, id, "https://management.azure.com/")
-	claims, err := cloud.Verify(a.token())
+	claims, err := fakeAzure.Verify(a.token())
 	must(t, err)
 	left, err := strconv.Atoi(a.body["expires_in"])
 	if off := time.Until(claims.Expires.Time) - time.Duration(left)*time.Second; err != nil || off < -2*time.Second || off > 5*time.Second {
 		t.Errorf("expires_in is %q, the token expires in %s", a.body["expires_in"], time.Until(claims.Expires.Time))
 	}
-	if a.body["token_type"] != "Bearer" { // it goes into the header of requests as it is
+	if a.body["token_type"] != "Bearer" { // the client copies it into the Authorization header
 		t.Errorf("token_type is %q", a.body["token_type"])
 	}
-	// It tries again at these, after as long as it is told.
+	// The client retries after the time in Retry-After.
 	for i, c := range []struct {
 		switches map[string]string
 		status   int
@@ -158,33 +158,33 @@ func TestTerraformClientsCountOnExpiresInAndTheTokenType(t *testing.T) {
 		{map[string]string{"imds.drop": "true"}, 503},
 		{map[string]string{"imds.throttle": "-1", "imds.retry-after": "2"}, 429},
 	} {
-		fault(t, c.switches)
+		setFaults(t, c.switches)
 		r := w.send("GET", tokenPath+fmt.Sprintf("https://r%d.example", i), "Metadata", "true")
 		after, err := strconv.Atoi(r.header.Get("Retry-After"))
 		if r.status != c.status || err != nil || after < 1 || after > 25 {
 			t.Errorf("%v: got %d with Retry-After %q: %s", c.switches, r.status, r.header.Get("Retry-After"), r.raw)
 		}
 	}
-	w.untilCalm()
+	w.endThrottling()
 }
 
-// untilCalm ends the throttling, and waits until NMI has left IMDS alone for as long as that asked.
-func (w *wire) untilCalm() {
+// endThrottling ends the throttling, and waits until NMI sends requests to IMDS again.
+func (w *rawClient) endThrottling() {
 	w.t.Helper()
-	fault(w.t, nil)
+	setFaults(w.t, nil)
 	eventually(w.t, 20*time.Second, func() error {
-		if r := w.send("GET", tokenPath+"https://calm.example", "Metadata", "true"); r.status != 200 {
+		if r := w.send("GET", tokenPath+"https://next.example", "Metadata", "true"); r.status != 200 {
 			return fmt.Errorf("got %d %s", r.status, r.raw)
 		}
 		return nil
 	})
 }
 
-func TestPythonClientsProbeWithTheWholeRequestAndCompareTheResourceByteForByte(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestPythonClientsProbeWithATokenRequestAndCompareTheResourceByteForByte(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
-	w := s.wire("p")
+	w := s.rawClient("p")
 	for _, resource := range []string{"https://vault.azure.net", "https://vault.azure.net/", "https://Storage.azure.com//", "api://some-app", "2ff814a6-3304-4ab8-85cb-cd0e6f879c1d"} {
 		path := "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=" + resource
 		if probe := w.sendWithin(300*time.Millisecond, "GET", path); probe.status != 400 || probe.token() != "" {
@@ -201,14 +201,14 @@ func TestPythonClientsProbeWithTheWholeRequestAndCompareTheResourceByteForByte(t
 }
 
 func TestMSALPythonClientsReadEachErrorAsJSON(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
 	s.pod("nothing", "nothing", "node1")
-	w, unbound := s.wire("p"), s.wire("nothing")
+	w, unbound := s.rawClient("p"), s.rawClient("nothing")
 	path := tokenPath + "https://vault.azure.net"
 	seen := map[int]bool{}
-	for _, r := range []response{
+	for _, r := range []rawResponse{
 		w.send("GET", path),
 		w.send("GET", path+"&client_id=00000000-0000-4000-8000-000000000000", "Metadata", "true"),
 		w.send("GET", "/metadata/identity/oauth2/token?api-version=2018-02-01", "Metadata", "true"),
@@ -217,12 +217,12 @@ func TestMSALPythonClientsReadEachErrorAsJSON(t *testing.T) {
 		w.send("GET", "/metadata/identity/something?api-version=2018-02-01", "Metadata", "true"),
 		w.send("GET", "/metadata/attested/document?api-version=2020-09-01", "Metadata", "true"),
 		unbound.send("GET", path, "Metadata", "true"),
-		func() response {
-			fault(t, map[string]string{"imds.status": "500", "imds.error-body": "text"})
+		func() rawResponse {
+			setFaults(t, map[string]string{"imds.status": "500", "imds.error-body": "text"})
 			return w.send("GET", tokenPath+"https://r500.example", "Metadata", "true")
 		}(),
-		func() response {
-			fault(t, map[string]string{"imds.throttle": "-1", "imds.retry-after": "1"})
+		func() rawResponse {
+			setFaults(t, map[string]string{"imds.throttle": "-1", "imds.retry-after": "1"})
 			return w.send("GET", tokenPath+"https://r429.example", "Metadata", "true")
 		}(),
 	} {
@@ -236,14 +236,14 @@ func TestMSALPythonClientsReadEachErrorAsJSON(t *testing.T) {
 			t.Errorf("no request got %d, only %v", status, seen)
 		}
 	}
-	w.untilCalm()
+	w.endThrottling()
 }
 
-func TestClientsThatKeepTheLastOfTwoExpiriesKeepTheRightOne(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestTheFieldsOfTheAnswerHaveTheOrderOfIMDS(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
-	a := s.wire("p").send("GET", tokenPath+"https://vault.azure.net", "Metadata", "true").answer
+	a := s.rawClient("p").send("GET", tokenPath+"https://vault.azure.net", "Metadata", "true").answer
 	s.mustHaveTokenOf(a, id, vault)
 	var keys []string
 	for _, match := range regexp.MustCompile(`"(\w+)":`).FindAllStringSubmatch(a.raw, -1) {
@@ -251,18 +251,18 @@ func TestClientsThatKeepTheLastOfTwoExpiriesKeepTheRightOne(t *testing.T) {
 	}
 	want := []string{"access_token", "client_id", "expires_in", "expires_on", "ext_expires_in", "not_before", "resource", "token_type"}
 	if !slices.Equal(keys, want) {
-		t.Errorf("the answer has %v, want %v in this order", keys, want)
+		t.Errorf("the fields are %v, want %v in this order: clients keep the last of expires_in and expires_on", keys, want)
 	}
 }
 
 func TestTheAzureCLIClientTriesAGUIDAsClientIDThenAsObjectID(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
-	w := s.wire("p")
+	w := s.rawClient("p")
 	first := w.send("GET", tokenPath+"https://management.core.windows.net/&client_id="+id.ObjectID, "Metadata", "true")
 	if first.phrase != "400 Bad Request" || first.body["error_description"] != "Identity not found" {
-		t.Errorf("the first try got %q: %s", first.phrase, first.raw)
+		t.Errorf("the first request got %q: %s", first.phrase, first.raw)
 	}
 	second := w.send("GET", tokenPath+"https://management.core.windows.net/&object_id="+id.ObjectID, "Metadata", "true").answer
 	s.mustHaveTokenOf(second, id, "https://management.core.windows.net/")

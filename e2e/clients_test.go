@@ -20,77 +20,78 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// client is one way in which a program that nobody here wrote asks for a token, and what it makes of the answers. Where
-// a library decides by an error's type whether to go on, the type is part of what NMI has to bring about.
+// client is one way to request a token with an unmodified client library or program, and its expected result for each
+// kind of answer. A credential chain decides by the type of the error whether to try the next credential, so the type is
+// part of the expected result.
 type client struct {
 	library    string
 	credential string // subcommand of its program
-	names      string // flag that names the identity, env, or nothing
-	probes     int    // requests before the first with the header, as far as the program notes them
-	refused    string // what it makes of a 400
-	chained    string // what a chain makes of that
-	throttled  string // what it makes of 429 without end
+	names      string // the flag that selects the identity, env, or nothing
+	probes     int    // requests before the first one with the Metadata header, as far as the program reports them
+	refused    string // the result for status 400
+	chained    string // the result of a chain for status 400
+	throttled  string // the result if every answer is 429
 }
 
 const (
-	gotToken = "token"
-	gotNext  = "next credential"
-	keepsOn  = "still tries"
-	noChain  = ""
+	gotToken          = "token"
+	gotNextCredential = "next credential"
+	stillRetries      = "still retries"
+	notApplicable     = ""
 
-	// azidentity's two errors: at the first a chain ends, at the second it goes on.
-	stops      = "AuthenticationFailedError 400"
-	unassigned = "credentialUnavailableError 400"
-	busyGo     = "AuthenticationFailedError 429"
-	// In JavaScript likewise. The aggregate is a chain's own, all of whose members were tried.
+	// The two errors of azidentity: a chain ends with the first one, and tries the next credential after the second.
+	stops       = "AuthenticationFailedError 400"
+	unassigned  = "credentialUnavailableError 400"
+	throttledGo = "AuthenticationFailedError 429"
+	// The same in JavaScript. A chain returns the aggregate after it has tried all its credentials.
 	unavailable = "CredentialUnavailableError 400"
 	aggregate   = "AggregateAuthenticationError 400"
 )
 
 var clients = []client{
-	{"azidentity 1.15.0", "managed", "", 0, unassigned, gotNext, busyGo},
-	{"azidentity 1.15.0", "managed", "client-id", 0, stops, stops, busyGo},
-	{"azidentity 1.15.0", "managed", "object-id", 0, stops, stops, busyGo},
-	{"azidentity 1.15.0", "managed", "resource-id", 0, stops, stops, busyGo},
-	{"azidentity 1.15.0", "default", "", 1, unassigned, gotNext, busyGo},
-	{"azidentity 1.15.0", "default", "env", 1, stops, stops, busyGo},
-	{"adal 0.9.24", "adal", "", 0, "tokenRefreshError 400", noChain, keepsOn},
-	{"adal 0.9.24", "adal", "client-id", 0, "tokenRefreshError 400", noChain, keepsOn},
-	{"adal 0.9.24", "adal", "resource-id", 0, "tokenRefreshError 400", noChain, keepsOn},
-	{"@azure/identity 4.14.1", "managed", "", 0, unavailable, gotNext, "CredentialUnavailableError 429"},
-	{"@azure/identity 4.14.1", "managed", "client-id", 0, unavailable, gotNext, "CredentialUnavailableError 429"},
-	{"@azure/identity 4.14.1", "managed", "object-id", 0, unavailable, gotNext, "CredentialUnavailableError 429"},
-	{"@azure/identity 4.14.1", "managed", "resource-id", 0, unavailable, gotNext, "CredentialUnavailableError 429"},
+	{"azidentity 1.15.0", "managed", "", 0, unassigned, gotNextCredential, throttledGo},
+	{"azidentity 1.15.0", "managed", "client-id", 0, stops, stops, throttledGo},
+	{"azidentity 1.15.0", "managed", "object-id", 0, stops, stops, throttledGo},
+	{"azidentity 1.15.0", "managed", "resource-id", 0, stops, stops, throttledGo},
+	{"azidentity 1.15.0", "default", "", 1, unassigned, gotNextCredential, throttledGo},
+	{"azidentity 1.15.0", "default", "env", 1, stops, stops, throttledGo},
+	{"adal 0.9.24", "adal", "", 0, "tokenRefreshError 400", notApplicable, stillRetries},
+	{"adal 0.9.24", "adal", "client-id", 0, "tokenRefreshError 400", notApplicable, stillRetries},
+	{"adal 0.9.24", "adal", "resource-id", 0, "tokenRefreshError 400", notApplicable, stillRetries},
+	{"@azure/identity 4.14.1", "managed", "", 0, unavailable, gotNextCredential, "CredentialUnavailableError 429"},
+	{"@azure/identity 4.14.1", "managed", "client-id", 0, unavailable, gotNextCredential, "CredentialUnavailableError 429"},
+	{"@azure/identity 4.14.1", "managed", "object-id", 0, unavailable, gotNextCredential, "CredentialUnavailableError 429"},
+	{"@azure/identity 4.14.1", "managed", "resource-id", 0, unavailable, gotNextCredential, "CredentialUnavailableError 429"},
 	{"@azure/identity 4.14.1", "default", "", 1, aggregate, aggregate, "AggregateAuthenticationError 429"},
 	{"@azure/identity 4.14.1", "default", "env", 1, aggregate, aggregate, "AggregateAuthenticationError 429"},
-	{"@azure/identity 2.1.0", "managed", "", 1, unavailable, gotNext, "AuthenticationError 429"},
-	{"@azure/identity 2.1.0", "managed", "client-id", 1, unavailable, gotNext, "AuthenticationError 429"},
-	{"@azure/identity 2.1.0", "managed", "resource-id", 1, unavailable, gotNext, "AuthenticationError 429"},
+	{"@azure/identity 2.1.0", "managed", "", 1, unavailable, gotNextCredential, "AuthenticationError 429"},
+	{"@azure/identity 2.1.0", "managed", "client-id", 1, unavailable, gotNextCredential, "AuthenticationError 429"},
+	{"@azure/identity 2.1.0", "managed", "resource-id", 1, unavailable, gotNextCredential, "AuthenticationError 429"},
 	{"@azure/identity 2.1.0", "default", "", 1, aggregate, aggregate, "AuthenticationError 429"},
-	{"curl", "curl", "", 0, "HTTP 400", noChain, keepsOn},
-	{"curl", "curl", "client-id", 0, "HTTP 400", noChain, keepsOn},
+	{"curl", "curl", "", 0, "HTTP 400", notApplicable, stillRetries},
+	{"curl", "curl", "client-id", 0, "HTTP 400", notApplicable, stillRetries},
 }
 
-// question is what a client is to ask, from where, and for how long.
-type question struct {
+// tokenQuery is a token request: the pod that sends it, the identity and resource, and a time limit.
+type tokenQuery struct {
 	pod      string
-	identity azure.Identity // whose token it expects; it says so if it is one that names identities
+	identity azure.Identity // the expected identity; a client that selects an identity selects this one
 	resource string
 	chain    bool
-	patience time.Duration
+	timeout  time.Duration
 }
 
-// reply is how that went, with the time that the library took.
-type reply struct {
-	outcome  string // in the words of the table
-	text     string // of the error
-	took     time.Duration
+// clientResult is the result of a client run.
+type clientResult struct {
+	outcome  string        // as in the table of clients
+	text     string        // of the error
+	took     time.Duration // by the library, without the start of the program
 	statuses []int
 }
 
-// laboratory runs clients in the network namespaces of pods.
-type laboratory struct {
-	*space
+// clientRunner runs clients in the network namespaces of pods.
+type clientRunner struct {
+	*testNamespace
 	goclient string
 	node     string
 	script   string
@@ -98,9 +99,9 @@ type laboratory struct {
 	netns    map[string]*os.File
 }
 
-func newLaboratory(t *testing.T) *laboratory {
+func newClientRunner(t *testing.T) *clientRunner {
 	t.Helper()
-	l := &laboratory{space: newSpace(t), modules: map[string]string{}, netns: map[string]*os.File{}}
+	l := &clientRunner{testNamespace: newNamespace(t), modules: map[string]string{}, netns: map[string]*os.File{}}
 	repo, err := cluster.RepoDir()
 	must(t, err)
 	l.script = filepath.Join(repo, "e2e", "clients", "client.js")
@@ -113,29 +114,29 @@ func newLaboratory(t *testing.T) *laboratory {
 	}
 	l.modules["@azure/identity 4.14.1"] = install("clients/js4")
 	l.modules["@azure/identity 2.1.0"] = install("clients/js2")
-	// Both are run by the one version: Debian's own is too old for the newer library.
+	// This version of Node.js runs both libraries: Debian's own is too old for the newer one.
 	node, err := filepath.Glob(filepath.Join(install("clients/node"), "node-linux-*", "bin", "node"))
 	must(t, err)
 	if len(node) != 1 {
-		t.Fatalf("npm has no Node.js for this machine: there is %v, want one program", node)
+		t.Fatalf("npm installed %v; want one Node.js binary for this computer's architecture", node)
 	}
 	l.node = node[0]
 	return l
 }
 
-// lab starts a pod whose network clients are to run in.
-func (l *laboratory) lab(pod, label, node string) {
+// startPod starts a pod and opens its network namespace for clients.
+func (l *clientRunner) startPod(pod, label, node string) {
 	l.t.Helper()
 	l.pod(pod, label, node)
-	netns, err := world.PodNetns(l.t.Context(), l.name, pod)
+	netns, err := testCluster.PodNetns(l.t.Context(), l.name, pod)
 	must(l.t, err)
 	l.netns[pod] = netns
 	l.t.Cleanup(func() { netns.Close() })
 }
 
-// command is the client with an environment of nothing but what is said here: no proxy, no address of an endpoint, no
-// command-line tools that a chain might find.
-func (l *laboratory) command(ctx context.Context, c client, q question) *exec.Cmd {
+// command returns the command that runs the client. Its environment has only the variables set here: no proxy, no
+// endpoint address, and no command-line tools that a credential chain might find.
+func (l *clientRunner) command(ctx context.Context, c client, q tokenQuery) *exec.Cmd {
 	env := []string{"PATH=/nonexistent", "HOME=/nonexistent"}
 	args := []string{c.credential, "--resource", q.resource}
 	switch c.names {
@@ -173,35 +174,34 @@ func (l *laboratory) command(ctx context.Context, c client, q question) *exec.Cm
 	return cmd
 }
 
-// run waits for the client's end, and ends it where its patience is longer than ours. What the client receives can be
-// read from told meanwhile.
-func (l *laboratory) run(c client, q question, told *diary) reply {
-	ctx, cancel := context.WithTimeout(context.Background(), q.patience)
+// run runs the client until it ends, or until the time limit of the query. The client's log can be read meanwhile.
+func (l *clientRunner) run(c client, q tokenQuery, logs *clientLog) clientResult {
+	ctx, cancel := context.WithTimeout(context.Background(), q.timeout)
 	defer cancel()
 	cmd := l.command(ctx, c, q)
 	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, told
+	cmd.Stdout, cmd.Stderr = &out, logs
 	start := time.Now()
 	err := cmd.Run()
-	r := reply{took: time.Since(start), statuses: told.statuses()}
+	r := clientResult{took: time.Since(start), statuses: logs.statuses()}
 	if ctx.Err() != nil {
-		r.outcome = keepsOn
+		r.outcome = stillRetries
 		return r
 	}
 	got, readErr := l.read(c, out.Bytes(), r.statuses)
 	switch {
 	case readErr != nil:
-		r.outcome, r.text = "failed", fmt.Sprintf("%v, %v: %s%s", err, readErr, out.String(), told)
+		r.outcome, r.text = "failed", fmt.Sprintf("%v, %v: %s%s", err, readErr, out.String(), logs)
 		return r
 	case got.DurationMS > 0:
 		r.took = time.Duration(got.DurationMS * float64(time.Millisecond))
 	}
-	r.outcome, r.text = judge(got, r, q)
+	r.outcome, r.text = evaluate(got, r, q)
 	return r
 }
 
-// said is the line that a client prints.
-type said struct {
+// clientOutput is the JSON line that a client writes to standard output.
+type clientOutput struct {
 	OK          bool
 	Token       string
 	ExpiresOn   int64 `json:"expires_on"`
@@ -209,8 +209,8 @@ type said struct {
 	DurationMS  float64 `json:"duration_ms"`
 }
 
-func (l *laboratory) read(c client, out []byte, statuses []int) (said, error) {
-	var s said
+func (l *clientRunner) read(c client, out []byte, statuses []int) (clientOutput, error) {
+	var s clientOutput
 	if c.library != "curl" {
 		return s, json.Unmarshal(out, &s)
 	}
@@ -222,15 +222,15 @@ func (l *laboratory) read(c client, out []byte, statuses []int) (said, error) {
 		}
 	}
 	if len(statuses) == 0 {
-		return s, fmt.Errorf("no answer")
+		return s, fmt.Errorf("no response")
 	}
 	s.OK, s.Token, s.Kind, s.Error = statuses[len(statuses)-1] == 200, body["access_token"], "HTTP", body["error_description"]
 	s.ExpiresOn, _ = strconv.ParseInt(body["expires_on"], 10, 64)
 	return s, nil
 }
 
-// judge puts it in the words of the table. A token is only one if it is the right one.
-func judge(got said, r reply, q question) (outcome, text string) {
+// evaluate returns the outcome as in the table of clients. It checks that a token is the expected one.
+func evaluate(got clientOutput, r clientResult, q tokenQuery) (outcome, text string) {
 	if !got.OK {
 		last := 0
 		if len(r.statuses) > 0 {
@@ -239,54 +239,54 @@ func judge(got said, r reply, q question) (outcome, text string) {
 		return fmt.Sprintf("%s %d", got.Kind, last), got.Error
 	}
 	if got.Token == "of the next credential" {
-		return gotNext, ""
+		return gotNextCredential, ""
 	}
-	claims, err := cloud.Verify(got.Token)
+	claims, err := fakeAzure.Verify(got.Token)
 	if err != nil {
 		return "bad token", err.Error()
 	}
 	if claims.AppID != q.identity.ClientID || claims.ObjectID != q.identity.ObjectID || claims.Audience != q.resource || claims.TenantID != cluster.TenantID {
-		return "wrong token", fmt.Sprintf("of appid %s, oid %s for %s; want %+v for %s", claims.AppID, claims.ObjectID, claims.Audience, q.identity, q.resource)
+		return "wrong token", fmt.Sprintf("it has appid %s, oid %s and audience %s; want %+v and %s", claims.AppID, claims.ObjectID, claims.Audience, q.identity, q.resource)
 	}
-	// Some count from when they began to ask, which is on the safe side.
+	// Some libraries compute the expiry from the start of the request, which makes it slightly too early.
 	if off := time.Duration(claims.Expires.Unix()-got.ExpiresOn) * time.Second; off < -2*time.Second || off > r.took+2*time.Second {
-		return "wrong expiry", fmt.Sprintf("the token expires at %d, the library thinks at %d", claims.Expires.Unix(), got.ExpiresOn)
+		return "wrong expiry", fmt.Sprintf("the token expires at %d, the library reports %d", claims.Expires.Unix(), got.ExpiresOn)
 	}
 	return gotToken, ""
 }
 
-// diary is what a client tells on standard error while it runs.
-type diary struct {
+// clientLog is what a client writes to standard error while it runs: a line for each request and for each response.
+type clientLog struct {
 	client client
 	mu     sync.Mutex
 	text   bytes.Buffer
 }
 
-func (d *diary) Write(p []byte) (int, error) {
+func (d *clientLog) Write(p []byte) (int, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.text.Write(p)
 }
 
-func (d *diary) String() string {
+func (d *clientLog) String() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.text.String()
 }
 
-// The same of curl -v as of the others.
+// The lines of our client programs and the corresponding ones of curl -v.
 var (
-	askLine    = regexp.MustCompile(`(?m)^(?:asking$|> GET )`)
-	statusLine = regexp.MustCompile(`(?m)^(?:answer|< HTTP/1\.1) (\d{3})`)
+	requestLine = regexp.MustCompile(`(?m)^(?:request$|> GET )`)
+	statusLine  = regexp.MustCompile(`(?m)^(?:response|< HTTP/1\.1) (\d{3})`)
 )
 
-// waits reports whether the client has asked for the token and has no answer yet.
-func (d *diary) waits() bool {
-	return len(d.statuses()) == d.client.probes && len(askLine.FindAllString(d.String(), -1)) == d.client.probes+1
+// isWaiting reports whether the client has sent its token request and has no response yet.
+func (d *clientLog) isWaiting() bool {
+	return len(d.statuses()) == d.client.probes && len(requestLine.FindAllString(d.String(), -1)) == d.client.probes+1
 }
 
-// statuses are those of the answers so far.
-func (d *diary) statuses() []int {
+// statuses are the statuses of the responses so far.
+func (d *clientLog) statuses() []int {
 	var all []int
 	for _, match := range statusLine.FindAllStringSubmatch(d.String(), -1) {
 		n, _ := strconv.Atoi(match[1])
@@ -295,52 +295,52 @@ func (d *diary) statuses() []int {
 	return all
 }
 
-// experiment is one question put to many clients, each with what is expected of it.
-type experiment struct {
-	name     string
-	ask      func(c client) (q question, want string, applies bool)
-	atOnce   int // how many clients run at the same time; 0: all
-	switches map[string]string
-	during   func(told []*diary)
-	further  func(c client, r reply) string // what else is wrong
+// scenario is one query that many clients send, and the expected outcome of each.
+type scenario struct {
+	name        string
+	ask         func(c client) (q tokenQuery, want string, applies bool)
+	concurrency int // number of clients that run at the same time; 0: all
+	switches    map[string]string
+	during      func(logs []*clientLog)
+	check       func(c client, r clientResult) string // returns a further problem, or ""
 }
 
-// perform runs it and returns the cells of the table's column.
-func (l *laboratory) perform(e experiment) map[client]string {
+// runScenario runs a scenario and returns the cells of its column in the table.
+func (l *clientRunner) runScenario(e scenario) map[client]string {
 	l.t.Helper()
-	fault(l.t, e.switches)
-	limit := e.atOnce
+	setFaults(l.t, e.switches)
+	limit := e.concurrency
 	if limit == 0 {
 		limit = len(clients)
 	}
-	turns := make(chan struct{}, limit)
+	slots := make(chan struct{}, limit)
 	var wait sync.WaitGroup
-	defer wait.Wait() // also where during gives up: what goes on then is the test's
+	defer wait.Wait() // also if during ends the test: the clients must not outlive it
 	var mu sync.Mutex
-	var all []*diary
+	var all []*clientLog
 	cells := map[client]string{}
 	for _, c := range clients {
 		q, want, applies := e.ask(c)
 		if !applies {
 			continue
 		}
-		told := &diary{client: c}
-		all = append(all, told)
+		logs := &clientLog{client: c}
+		all = append(all, logs)
 		wait.Go(func() {
-			turns <- struct{}{}
-			defer func() { <-turns }()
-			r := l.run(c, q, told)
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			r := l.run(c, q, logs)
 			mu.Lock()
 			defer mu.Unlock()
 			cells[c] = fmt.Sprintf("%s, %.2f s, %d×", r.outcome, r.took.Seconds(), len(r.statuses))
 			problem := ""
 			if r.outcome != want {
 				problem = "want " + want
-			} else if e.further != nil {
-				problem = e.further(c, r)
+			} else if e.check != nil {
+				problem = e.check(c, r)
 			}
 			if problem != "" {
-				l.t.Errorf("%s: %s %s %s: got %s, answers %v; %s\n%s", e.name, c.library, c.credential, c.names, cells[c], r.statuses, problem, r.text)
+				l.t.Errorf("%s: %s %s %s: got %s, statuses %v; %s\n%s", e.name, c.library, c.credential, c.names, cells[c], r.statuses, problem, r.text)
 			}
 		})
 	}
@@ -351,10 +351,10 @@ func (l *laboratory) perform(e experiment) map[client]string {
 	return cells
 }
 
-// cores is how many clients run at the same time where it is not the point that they do.
+// cores is the number of clients that run at the same time in scenarios that do not depend on it.
 func cores() int { return 2 * runtime.NumCPU() }
 
-// printTable shows the matrix as Markdown.
+// printTable logs the matrix as a Markdown table.
 func printTable(t *testing.T, columns []string, cells map[string]map[client]string) {
 	var b strings.Builder
 	b.WriteString("\n| client | identity by | " + strings.Join(columns, " | ") + " |\n" + strings.Repeat("|---", len(columns)+2) + "|\n")

@@ -11,17 +11,17 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-func TestAPodThatEntraDoesNotTrustIsToldWhatToTrust(t *testing.T) {
-	s, app := newSpace(t), newApp(t, func(*azure.App) {})
+func TestTheRefusalOfAnUntrustedPodNamesTheMissingFederatedCredential(t *testing.T) {
+	s, app := newNamespace(t), newApp(t, func(*azure.App) {})
 	trust(t, app, s.name, "trusted")
 	for _, account := range []string{"trusted", "untrusted", "late"} {
 		s.apply(fmt.Sprintf("{apiVersion: v1, kind: ServiceAccount, metadata: {namespace: %s, name: %s}}", s.name, account) +
 			asAccount(account, s.podYAML(account, "app", "node2", "pause")))
 	}
 	s.apply(s.boundYAML("app", "app", federatedSpec(app)))
-	s.ready()
+	s.waitForPods()
 	s.mustHaveTokenOf(s.ask("trusted", vault), app, vault)
-	refused := s.ask("untrusted", vault) // with the token of the other in the cache
+	refused := s.ask("untrusted", vault) // while the token of the other pod is cached
 	s.mustBeRefused(refused, 403, "federation_untrusted")
 	for _, want := range []string{clusterIssuer(t), "system:serviceaccount:" + s.name + ":untrusted", exchangeAudience} {
 		if !strings.Contains(refused.body["detail"], want) {
@@ -29,7 +29,7 @@ func TestAPodThatEntraDoesNotTrustIsToldWhatToTrust(t *testing.T) {
 		}
 	}
 	if !strings.Contains(refused.body["error_description"], "AADSTS70021") {
-		t.Errorf("Entra ID's own words are missing: %s", refused.raw)
+		t.Errorf("the error of Entra ID is missing: %s", refused.raw)
 	}
 	eventually(t, 10*time.Second, func() error {
 		if e := s.refusalEvents()["untrusted"]; len(e) != 1 || !strings.Contains(e[0].Message, "federation_untrusted") {
@@ -39,22 +39,22 @@ func TestAPodThatEntraDoesNotTrustIsToldWhatToTrust(t *testing.T) {
 	})
 }
 
-// It takes Entra ID minutes to know a new federated credential everywhere.
-func TestAPodWaitsForATrustThatIsJustBeingMade(t *testing.T) {
-	s, app := newSpace(t), newApp(t, func(*azure.App) {})
+// A new federated credential can take minutes until all of Entra ID knows it.
+func TestARequestWaitsForANewFederatedCredential(t *testing.T) {
+	s, app := newNamespace(t), newApp(t, func(*azure.App) {})
 	s.apply(s.boundYAML("app", "app", federatedSpec(app)))
-	must(t, cloud.ResetLog(t.Context()))
+	must(t, fakeAzure.ResetLog(t.Context()))
 	s.apply(s.podYAML("p", "app", "node1", "token", "--resource", vault))
 	eventually(t, 60*time.Second, func() error {
-		if stats, err := cloud.Stats(t.Context()); err != nil || stats.Entra.ByStatus[401] == 0 {
-			return fmt.Errorf("Entra ID was not asked yet (%v)", err)
+		if stats, err := fakeAzure.Stats(t.Context()); err != nil || stats.Entra.ByStatus[401] == 0 {
+			return fmt.Errorf("Entra ID has refused no request yet (%v)", err)
 		}
 		return nil
 	})
 	trust(t, app, s.name, "default")
 	var got outcome
 	eventually(t, 20*time.Second, func() error {
-		out, err := world.Kubectl(t.Context(), "logs", "p", "-n", s.name)
+		out, err := testCluster.Kubectl(t.Context(), "logs", "p", "-n", s.name)
 		if err != nil {
 			return err
 		}
@@ -63,17 +63,17 @@ func TestAPodWaitsForATrustThatIsJustBeingMade(t *testing.T) {
 	a := answer{status: got.Status, raw: got.Body, body: map[string]string{}}
 	must(t, json.Unmarshal([]byte(got.Body), &a.body))
 	s.mustHaveTokenOf(a, app, vault)
-	t.Logf("the one request took %.1f s", got.DurationMS/1000)
+	t.Logf("the request took %.1f s", got.DurationMS/1000)
 }
 
-func TestNMIsServiceAccountGetsNoTokenThatIsGoodForAnythingElse(t *testing.T) {
-	s := newSpace(t)
+func TestNMIsServiceAccountCanCreateNoOtherTokens(t *testing.T) {
+	s := newNamespace(t)
 	s.pod("p", "x", "node1")
-	account, err := world.Kubectl(t.Context(), "get", "daemonset", "-n", cluster.ChartNamespace, "-l", "app.kubernetes.io/component=nmi",
+	account, err := testCluster.Kubectl(t.Context(), "get", "daemonset", "-n", cluster.ChartNamespace, "-l", "app.kubernetes.io/component=nmi",
 		"-o", "jsonpath={.items[*].spec.template.spec.serviceAccountName}")
 	must(t, err)
 	nmi := "--as=system:serviceaccount:" + cluster.ChartNamespace + ":" + account
-	uid, err := world.Kubectl(t.Context(), "get", "pod", "p", "-n", s.name, "-o", "jsonpath={.metadata.uid}")
+	uid, err := testCluster.Kubectl(t.Context(), "get", "pod", "p", "-n", s.name, "-o", "jsonpath={.metadata.uid}")
 	must(t, err)
 	const named = "--bound-object-kind=Pod --bound-object-name=p "
 	bound := named + "--bound-object-uid=" + uid + " "
@@ -89,101 +89,101 @@ func TestNMIsServiceAccountGetsNoTokenThatIsGoodForAnythingElse(t *testing.T) {
 		{bound + "--audience=" + exchangeAudience + " --duration=24h", true},
 		{bound + "--audience=" + exchangeAudience, true}, // an hour by default
 		{"--audience=" + exchangeAudience + " --duration=600s", true},
-		{named + "--audience=" + exchangeAudience + " --duration=600s", true}, // whichever pod has that name
+		{named + "--audience=" + exchangeAudience + " --duration=600s", true}, // for any pod of that name
 		{"--bound-object-kind=Secret --bound-object-name=p --audience=" + exchangeAudience + " --duration=600s", true},
 	} {
 		args := append([]string{"create", "token", "default", "-n", s.name}, strings.Fields(c.args)...)
-		_, err := world.Kubectl(t.Context(), append(args, nmi)...)
+		_, err := testCluster.Kubectl(t.Context(), append(args, nmi)...)
 		if (err != nil) != c.refused || err != nil && !strings.Contains(err.Error(), "ValidatingAdmissionPolicy") {
-			t.Errorf("NMI with %s: %v", c.args, err)
+			t.Errorf("as NMI, with %s: %v", c.args, err)
 		}
-		// Whoever else may do it is none of the policy's business.
-		if _, err := world.Kubectl(t.Context(), args...); err != nil && !strings.Contains(c.args, "Secret") {
-			t.Errorf("the admin with %s: %v", c.args, err)
+		// The policy does not restrict other users.
+		if _, err := testCluster.Kubectl(t.Context(), args...); err != nil && !strings.Contains(c.args, "Secret") {
+			t.Errorf("as administrator, with %s: %v", c.args, err)
 		}
 	}
 }
 
-func TestWhileEntraIsAwayPodsAreServedFromTheCache(t *testing.T) {
-	s, id := newSpace(t), newApp(t, withSecret("hush"))
+func TestWhileEntraIDFailsPodsAreServedFromTheCache(t *testing.T) {
+	s, id := newNamespace(t), newApp(t, withSecret("hush"))
 	s.apply(s.secretYAML("app", map[string][]byte{"clientSecret": []byte("hush")}) + s.boundYAML("app", "app", bySecretSpec(1, id, "app")) +
 		s.podYAML("served", "app", "node1", "pause") + s.podYAML("new", "app", "node1", "pause"))
-	s.ready()
+	s.waitForPods()
 	s.mustHaveTokenOf(s.ask("served", vault), id, vault)
 	l := s.startLoad("served", 1, vault)
-	must(t, cloud.ResetLog(t.Context()))
-	start, asked := time.Now(), 0
+	must(t, fakeAzure.ResetLog(t.Context()))
+	start, requests := time.Now(), 0
 	var last string
 	for i, one := range []struct {
 		switches map[string]string
 		lasts    time.Duration
 	}{{map[string]string{"entra.status": "503"}, 5 * time.Second}, {map[string]string{"entra.drop": "true"}, 5 * time.Second},
-		{map[string]string{"entra.hang": "true"}, time.Second}} { // one question to it takes longer than that
-		fault(t, one.switches)
+		{map[string]string{"entra.hang": "true"}, time.Second}} { // a single request to it takes longer than that
+		setFaults(t, one.switches)
 		last = fmt.Sprintf("https://uncached%d.example", i)
-		for from := time.Now(); time.Since(from) < one.lasts; asked++ {
+		for from := time.Now(); time.Since(from) < one.lasts; requests++ {
 			a := s.ask("new", last)
 			s.mustBeRefused(a, 503, "upstream_unavailable")
 			if !strings.Contains(a.headers, "Retry-After: ") || a.body["error"] != "service_unavailable" {
-				t.Errorf("%v: the client is told %s %s", one.switches, a.headers, a.raw)
+				t.Errorf("%v: the client receives %s %s", one.switches, a.headers, a.raw)
 			}
 		}
 	}
 	took := time.Since(start)
-	stats, err := cloud.Stats(t.Context())
+	stats, err := fakeAzure.Stats(t.Context())
 	must(t, err)
-	must(t, cloud.Set(t.Context(), map[string]string{"reset": "all"}))
+	must(t, fakeAzure.Set(t.Context(), map[string]string{"reset": "all"}))
 	s.mustHaveTokenOf(s.ask("new", "https://next.example"), id, "https://next.example")
-	eventually(t, 5*time.Second, func() error { // the last failure is kept for a moment
+	eventually(t, 5*time.Second, func() error { // NMI caches the last failure for a moment
 		if a := s.ask("new", last); a.status != 200 {
 			return fmt.Errorf("got %d %s", a.status, a.raw)
 		}
 		return nil
 	})
-	l.end()
+	l.stop()
 	if e := s.refusalEvents()["new"]; len(e) > 3 {
-		t.Errorf("three causes made %d events: %+v", len(e), e)
+		t.Errorf("three causes led to %d events: %+v", len(e), e)
 	}
-	t.Logf("Entra ID was away for %.0f s, asked by %d requests of a pod, %d times for tokens and %d times for anything else: %s",
-		took.Seconds(), asked, stats.Entra.Token.Requests, stats.Entra.All.Requests-stats.Entra.Token.Requests, l)
-	// At most three attempts for each failure that is kept for a second or more.
-	if most := 3 * (int(took.Seconds()) + 1); stats.Entra.All.Requests > most {
-		t.Errorf("Entra ID was asked %d times within %.0f s, want at most %d", stats.Entra.All.Requests, took.Seconds(), most)
+	t.Logf("Entra ID failed for %.0f s: %d requests of a pod led to %d token requests and %d other requests to it; load: %s",
+		took.Seconds(), requests, stats.Entra.Token.Requests, stats.Entra.All.Requests-stats.Entra.Token.Requests, l)
+	// At most three attempts for each failure, which NMI caches for at least a second.
+	if limit := 3 * (int(took.Seconds()) + 1); stats.Entra.All.Requests > limit {
+		t.Errorf("Entra ID received %d requests in %.0f s; want at most %d", stats.Entra.All.Requests, took.Seconds(), limit)
 	}
-	if good := l.statuses[200]; len(l.statuses) != 1 || good == 0 {
-		t.Errorf("a pod whose token was in the cache felt it: %s", l)
+	if tokens := l.statuses[200]; len(l.statuses) != 1 || tokens == 0 {
+		t.Errorf("the failure affected a pod whose token was cached: %s", l)
 	}
 }
 
-func TestWhatEntraSaysAboutHasteIsPassedOn(t *testing.T) {
-	s, id := newSpace(t), newApp(t, withSecret("hush"))
+func TestThrottlingByEntraIDIsPassedOn(t *testing.T) {
+	s, id := newNamespace(t), newApp(t, withSecret("hush"))
 	s.apply(s.secretYAML("app", map[string][]byte{"clientSecret": []byte("hush")}) + s.boundYAML("app", "app", bySecretSpec(1, id, "app")))
 	s.pod("p", "app", "node2")
 	s.mustHaveTokenOf(s.ask("p", vault), id, vault)
-	fault(t, map[string]string{"entra.throttle": "-1", "entra.retry-after": "9"})
+	setFaults(t, map[string]string{"entra.throttle": "-1", "entra.retry-after": "9"})
 	s.mustHaveTokenOf(s.ask("p", vault, "bypass_cache=true"), id, vault)
 	refused := s.ask("p", "https://storage.azure.com/")
 	s.mustBeRefused(refused, 429, "upstream_throttled")
 	if !strings.Contains(refused.headers, "Retry-After: ") {
-		t.Errorf("the client is told %s", refused.headers)
+		t.Errorf("the answer has no Retry-After: %s", refused.headers)
 	}
-	stats, err := cloud.Stats(t.Context())
+	stats, err := fakeAzure.Stats(t.Context())
 	must(t, err)
 	for range 5 {
 		s.mustBeRefused(s.ask("p", "https://storage.azure.com/"), 429, "upstream_throttled")
 	}
-	if now, err := cloud.Stats(t.Context()); err != nil || now.Entra.Token.Requests != stats.Entra.Token.Requests {
-		t.Errorf("Entra ID said to wait and was asked %d times more (%v)", now.Entra.Token.Requests-stats.Entra.Token.Requests, err)
+	if now, err := fakeAzure.Stats(t.Context()); err != nil || now.Entra.Token.Requests != stats.Entra.Token.Requests {
+		t.Errorf("Entra ID received %d more requests although it asked to wait (%v)", now.Entra.Token.Requests-stats.Entra.Token.Requests, err)
 	}
 }
 
-func TestTheAuditSaysWhoGotWhichTokenAndWhereToFindItInEntrasLogs(t *testing.T) {
-	s, id := newSpace(t), newApp(t, withSecret("hush"))
+func TestTheAuditLogNamesPodTokenAndCorrelationID(t *testing.T) {
+	s, id := newNamespace(t), newApp(t, withSecret("hush"))
 	managed := newIdentity(t)
 	s.apply(s.secretYAML("app", map[string][]byte{"clientSecret": []byte("hush")}) + s.boundYAML("app", "app", bySecretSpec(1, id, "app")))
 	s.bind("managed", "managed", managed)
 	s.apply(s.podYAML("p", "app", "node1", "pause") + s.podYAML("m", "managed", "node1", "pause") + s.podYAML("none", "none", "node1", "pause"))
-	s.ready()
+	s.waitForPods()
 	first, again, other := s.ask("p", vault), s.ask("p", vault), s.ask("m", vault)
 	s.mustHaveTokenOf(first, id, vault)
 	s.mustHaveTokenOf(again, id, vault)
@@ -191,13 +191,13 @@ func TestTheAuditSaysWhoGotWhichTokenAndWhereToFindItInEntrasLogs(t *testing.T) 
 	s.mustBeRefused(s.ask("none", vault), 400, "no_matching_binding")
 	refused := s.ask("p", "https://nothing.invalid")
 	s.mustBeRefused(refused, 400, "upstream_refused")
-	uid, err := world.Kubectl(t.Context(), "get", "pod", "p", "-n", s.name, "-o", "jsonpath={.metadata.uid}")
+	uid, err := testCluster.Kubectl(t.Context(), "get", "pod", "p", "-n", s.name, "-o", "jsonpath={.metadata.uid}")
 	must(t, err)
-	claims, err := cloud.Verify(first.token())
+	claims, err := fakeAzure.Verify(first.token())
 	must(t, err)
-	otherClaims, err := cloud.Verify(other.token())
+	otherClaims, err := fakeAzure.Verify(other.token())
 	must(t, err)
-	entries, err := cloud.Log(t.Context(), 0)
+	entries, err := fakeAzure.Log(t.Context(), 0)
 	must(t, err)
 	correlation := ""
 	for _, e := range entries {
@@ -214,7 +214,7 @@ func TestTheAuditSaysWhoGotWhichTokenAndWhereToFindItInEntrasLogs(t *testing.T) 
 		{Pod: "p", Identity: s.name + "/app", Resource: "https://nothing.invalid", Reason: "upstream_refused", Status: 400, Cache: "fetched", CorrelationID: trail[:min(len(trail), 36)]},
 	}
 	if len(trail) < 36 || correlation == "" {
-		t.Fatalf("no correlation ID: %q in the log of Entra ID, %s", correlation, refused.raw)
+		t.Fatalf("no correlation ID: %q in the log of Entra ID, answer %s", correlation, refused.raw)
 	}
 	eventually(t, 10*time.Second, func() error {
 		lines := s.lines("node1")

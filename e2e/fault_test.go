@@ -14,30 +14,30 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-func TestNMIKilledUnderLoadLeavesNoWayToTheMetadataService(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestNoPodReachesIMDSWhenNMIIsKilledUnderLoad(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
 	s.mustHaveTokenOf(s.ask("p", vault), id, vault)
-	must(t, cloud.ResetLog(t.Context()))
+	must(t, fakeAzure.ResetLog(t.Context()))
 	l := s.startLoad("p", 4, vault)
-	l.good(t, 200, 20*time.Second)
+	l.waitForTokens(t, 200, 20*time.Second)
 	for range 3 {
 		killNMI(t, "node1")
-		l.good(t, 200, 90*time.Second) // by itself; the kubelet waits longer after each crash
+		l.waitForTokens(t, 200, 90*time.Second) // the kubelet restarts NMI, with a longer delay after each crash
 	}
-	l.end()
+	l.stop()
 	t.Logf("NMI was killed three times: %s", l)
 	if l.statuses[0] == 0 {
-		t.Error("no request met the gap: the load proves nothing")
+		t.Error("no request failed while NMI was down: this test proves nothing")
 	}
-	nothingFromPods(t)
+	checkNoPodReachedIMDS(t)
 }
 
-// killNMI sends SIGKILL to the process of NMI on the node.
+// killNMI sends SIGKILL to the NMI process on the node.
 func killNMI(t *testing.T, node string) {
 	t.Helper()
-	pids, err := world.PodPIDs(t.Context(), cluster.ChartNamespace, nmiPod(t, node))
+	pids, err := testCluster.PodPIDs(t.Context(), cluster.ChartNamespace, nmiPod(t, node))
 	must(t, err)
 	for _, pid := range pids {
 		exe, _ := os.Readlink("/proc/" + strconv.Itoa(pid) + "/exe")
@@ -46,15 +46,15 @@ func killNMI(t *testing.T, node string) {
 			return
 		}
 	}
-	t.Fatalf("no process of NMI on %s among %v", node, pids)
+	t.Fatalf("none of the processes %v on %s is NMI", pids, node)
 }
 
-func TestRulesThatSomebodyRemovesAreRepairedAndNothingGetsThrough(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestDamagedRulesAreRepairedAndNoPodReachesIMDS(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node2")
 	s.mustHaveTokenOf(s.ask("p", vault), id, vault)
-	must(t, cloud.ResetLog(t.Context()))
+	must(t, fakeAzure.ResetLog(t.Context()))
 	repairs := metric(t, "node2", "podidentity_nmi_iptables_repairs_total")
 	l := s.startLoad("p", 2, vault)
 	for _, damage := range []string{
@@ -62,8 +62,8 @@ func TestRulesThatSomebodyRemovesAreRepairedAndNothingGetsThrough(t *testing.T) 
 		"iptables-nft -t nat -I PREROUTING -d 169.254.169.254 -j ACCEPT", // before the jump
 		"for c in $(iptables-nft -t nat -S | awk '/^-N PODIDENTITY/{print $2}'); do iptables-nft -t nat -F $c; done",
 	} {
-		l.good(t, 20, 20*time.Second)
-		_, err := world.InNode(t.Context(), "node2", "sh", "-c", damage)
+		l.waitForTokens(t, 20, 20*time.Second)
+		_, err := testCluster.InNode(t.Context(), "node2", "sh", "-c", damage)
 		must(t, err)
 		before := repairs
 		eventually(t, 25*time.Second, func() error {
@@ -73,73 +73,73 @@ func TestRulesThatSomebodyRemovesAreRepairedAndNothingGetsThrough(t *testing.T) 
 			return nil
 		})
 	}
-	l.good(t, 20, 20*time.Second)
-	l.end()
+	l.waitForTokens(t, 20, 20*time.Second)
+	l.stop()
 	t.Logf("%v repairs: %s", repairs, l)
-	_, err := world.InNode(t.Context(), "node2", "iptables-nft", "-t", "nat", "-D", "PREROUTING", "-d", "169.254.169.254", "-j", "ACCEPT")
+	_, err := testCluster.InNode(t.Context(), "node2", "iptables-nft", "-t", "nat", "-D", "PREROUTING", "-d", "169.254.169.254", "-j", "ACCEPT")
 	must(t, err)
-	nothingFromPods(t)
+	checkNoPodReachedIMDS(t)
 }
 
 func TestWhileIMDSThrottlesPodsAreServedFromTheCache(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
 	s.mustHaveTokenOf(s.ask("p", vault), id, vault)
 	const wait = 15 * time.Second
-	fault(t, map[string]string{"imds.throttle": "-1", "imds.retry-after": fmt.Sprint(wait.Seconds())})
+	setFaults(t, map[string]string{"imds.throttle": "-1", "imds.retry-after": fmt.Sprint(wait.Seconds())})
 	s.mustHaveTokenOf(s.ask("p", vault, "bypass_cache=true"), id, vault)
-	told := time.Now() // or a moment earlier: IMDS has said 429
+	throttled := time.Now() // at the latest: IMDS has answered 429
 	for range 3 {
 		s.mustHaveTokenOf(s.ask("p", vault), id, vault)
 	}
 	uncached := s.ask("p", "https://storage.azure.com/")
 	s.mustBeRefused(uncached, 429, "upstream_throttled")
 	if !strings.Contains(uncached.headers, "Retry-After: ") || uncached.body["error"] != "too_many_requests" {
-		t.Errorf("the client is told %s %s", uncached.headers, uncached.raw)
+		t.Errorf("the client receives %s %s", uncached.headers, uncached.raw)
 	}
-	stats, err := cloud.Stats(t.Context())
+	stats, err := fakeAzure.Stats(t.Context())
 	must(t, err)
-	asked := stats.IMDS.Token.Requests
+	requests := stats.IMDS.Token.Requests
 	for range 3 {
 		s.ask("p", "https://storage.azure.com/")
 	}
-	stats, err = cloud.Stats(t.Context())
+	stats, err = fakeAzure.Stats(t.Context())
 	must(t, err)
-	if took := time.Since(told); took > wait {
-		t.Fatalf("the machine needed %s for eight requests, so this shows nothing", took)
+	if took := time.Since(throttled); took > wait {
+		t.Fatalf("eight requests took %s: this test proves nothing", took)
 	}
-	if stats.IMDS.Token.Requests != asked || asked == 0 {
-		t.Errorf("IMDS said to wait and was asked %d times more", stats.IMDS.Token.Requests-asked)
+	if stats.IMDS.Token.Requests != requests || requests == 0 {
+		t.Errorf("IMDS received %d more requests although it asked to wait", stats.IMDS.Token.Requests-requests)
 	}
 }
 
-func TestFaultsOfIMDSAreAnsweredSoThatClientsComeAgain(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestClientsAreToldToRetryWhenIMDSFails(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node2")
 	for i, switches := range []map[string]string{{"imds.status": "500"}, {"imds.status": "410"}, {"imds.drop": "true"}} {
-		fault(t, switches)
+		setFaults(t, switches)
 		a := s.ask("p", fmt.Sprintf("https://r%d.example", i))
 		s.mustBeRefused(a, 503, "upstream_unavailable")
 		if !strings.Contains(a.headers, "Retry-After: ") {
-			t.Errorf("%v: the client is not told when to come again: %s", switches, a.headers)
+			t.Errorf("%v: the answer has no Retry-After: %s", switches, a.headers)
 		}
 	}
-	fault(t, map[string]string{"imds.hang": "true"})
+	setFaults(t, map[string]string{"imds.hang": "true"})
 	s.mustBeRefused(s.ask("p", "https://hang.example"), 503, "upstream_unavailable")
-	// One that passes within a moment is not seen by the client at all.
-	fault(t, map[string]string{"imds.status": "500", "imds.status-count": "2"})
+	// NMI retries, so that the client does not notice a short failure.
+	setFaults(t, map[string]string{"imds.status": "500", "imds.status-count": "2"})
 	s.mustHaveTokenOf(s.ask("p", "https://moment.example"), id, "https://moment.example")
 }
 
-// fault throws switches of the stand-in until the next call, or the end of the test.
-func fault(t *testing.T, switches map[string]string) {
+// setFaults sets switches of the fake Azure, until the next call or the end of the test.
+func setFaults(t *testing.T, switches map[string]string) {
 	t.Helper()
 	all := map[string]string{"reset": "all"}
 	for k, v := range switches {
 		all[k] = v
 	}
-	must(t, cloud.Set(t.Context(), all))
-	t.Cleanup(func() { _ = cloud.Set(context.Background(), map[string]string{"reset": "all"}) })
+	must(t, fakeAzure.Set(t.Context(), all))
+	t.Cleanup(func() { _ = fakeAzure.Set(context.Background(), map[string]string{"reset": "all"}) })
 }

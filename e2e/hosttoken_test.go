@@ -10,18 +10,18 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// hostToken asks NMI of the node from the node's own network, as a program of the host does.
-func (s *space) hostToken(node, query string, headers ...string) answer {
+// hostToken requests a token for a pod from NMI in the node's network namespace, as a process of the node does.
+func (s *testNamespace) hostToken(node, query string, headers ...string) answer {
 	s.t.Helper()
 	args := []string{"-s", "--max-time", "30", "-D", "/dev/stderr", "-w", "\n%{http_code}"}
 	for _, h := range headers {
 		args = append(args, "-H", h)
 	}
-	cmd, err := world.InNodeCommand(s.t.Context(), node, "curl", append(args, "http://127.0.0.1:2579/host/token"+query)...)
+	cmd, err := testCluster.InNodeCommand(s.t.Context(), node, "curl", append(args, "http://127.0.0.1:2579/host/token"+query)...)
 	must(s.t, err)
 	var out, header strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &header
-	_ = cmd.Run() // its status is in what it prints
+	_ = cmd.Run() // the status is part of the output
 	text, code, _ := cutLast(out.String(), "\n")
 	a := answer{raw: text, body: map[string]string{}, headers: header.String()}
 	_, _ = fmt.Sscan(code, &a.status)
@@ -29,22 +29,24 @@ func (s *space) hostToken(node, query string, headers ...string) answer {
 	return a
 }
 
-func (s *space) as(pod string) []string { return []string{"podns: " + s.name, "podname: " + pod} }
+func (s *testNamespace) as(pod string) []string {
+	return []string{"podns: " + s.name, "podname: " + pod}
+}
 
-// mustHaveHostTokenOf checks the form that programs of the predecessor read.
-func (s *space) mustHaveHostTokenOf(a answer, id azure.Identity, resource string) {
+// mustHaveHostTokenOf checks the token and the format that clients of AAD Pod Identity expect.
+func (s *testNamespace) mustHaveHostTokenOf(a answer, id azure.Identity, resource string) {
 	s.t.Helper()
 	var body struct {
-		Token    map[string]string // numbers would not fit
+		Token    map[string]string // all values must be strings
 		ClientID string            `json:"clientid"`
 	}
 	if err := json.Unmarshal([]byte(a.raw), &body); a.status != 200 || err != nil {
 		s.t.Fatalf("status %d (%v): %s", a.status, err, a.raw)
 	}
-	claims, err := cloud.Verify(body.Token["access_token"])
+	claims, err := fakeAzure.Verify(body.Token["access_token"])
 	must(s.t, err)
 	if claims.AppID != id.ClientID || claims.ObjectID != id.ObjectID || claims.Audience != resource || claims.TenantID != id.TenantID || body.ClientID != id.ClientID {
-		s.t.Errorf("this is a token of %+v for clientid %s; want %+v for %s", claims, body.ClientID, id, resource)
+		s.t.Errorf("the token has the claims %+v, clientid is %s; want %+v and %s", claims, body.ClientID, id, resource)
 	}
 	for _, field := range []string{"access_token", "refresh_token", "expires_in", "expires_on", "not_before", "resource", "token_type"} {
 		if value, has := body.Token[field]; !has || value == "" && field != "refresh_token" {
@@ -56,8 +58,8 @@ func (s *space) mustHaveHostTokenOf(a answer, id azure.Identity, resource string
 	}
 }
 
-func TestAProgramOfTheNodeGetsTokensForThePodsOfTheNode(t *testing.T) {
-	s, managed := newSpace(t), newIdentity(t)
+func TestAProcessOfTheNodeGetsTokensForThePodsOfTheNode(t *testing.T) {
+	s, managed := newNamespace(t), newIdentity(t)
 	bySecret, federated := newApp(t, withSecret("hush")), newApp(t, func(*azure.App) {})
 	trust(t, federated, s.name, "default")
 	s.bind("managed", "managed", managed)
@@ -66,14 +68,14 @@ func TestAProgramOfTheNodeGetsTokensForThePodsOfTheNode(t *testing.T) {
 		s.boundYAML("federated", "federated", federatedSpec(federated)) +
 		s.podYAML("managed", "managed", "node1", "pause") + s.podYAML("secret", "secret", "node1", "pause") +
 		s.podYAML("federated", "federated", "node1", "pause") + s.podYAML("unbound", "none", "node1", "pause"))
-	s.ready()
-	must(t, cloud.ResetLog(t.Context()))
+	s.waitForPods()
+	must(t, fakeAzure.ResetLog(t.Context()))
 	query := "?resource=" + url.QueryEscape(vault)
 	for pod, id := range map[string]azure.Identity{"managed": managed, "secret": bySecret, "federated": federated} {
 		a := s.hostToken("node1", query, s.as(pod)...)
 		s.mustHaveHostTokenOf(a, id, vault)
 		if !strings.Contains(a.raw, s.ask(pod, vault).token()) {
-			t.Errorf("pod %s itself got another token", pod)
+			t.Errorf("pod %s itself got a different token", pod)
 		}
 	}
 	s.mustBeRefused(s.hostToken("node1", query, s.as("unbound")...), 400, "no_matching_binding")
@@ -88,8 +90,8 @@ func TestAProgramOfTheNodeGetsTokensForThePodsOfTheNode(t *testing.T) {
 		"an empty name":     s.hostToken("node1", query, ns, "podname;"),
 		"two names":         s.hostToken("node1", query, ns, name, "podname: secret"),
 		"no resource":       s.hostToken("node1", "", ns, name),
-		"a forwarded one":   s.hostToken("node1", query, ns, name, "X-Forwarded-For: 10.10.0.11"),
-		"another namespace": s.hostToken("node1", query, "podns: default", name), // looked for as long as a pod may take to become known
+		"forwarded":         s.hostToken("node1", query, ns, name, "X-Forwarded-For: 10.10.0.11"),
+		"another namespace": s.hostToken("node1", query, "podns: default", name), // NMI waits as long as a new pod may take to appear in its watch
 		"another node":      <-elsewhere,
 	} {
 		if strings.Contains(got.raw, "eyJ") || got.status < 400 || got.reason() == "" {
@@ -100,15 +102,15 @@ func TestAProgramOfTheNodeGetsTokensForThePodsOfTheNode(t *testing.T) {
 		}
 		t.Logf("%s: %d %s %s", what, got.status, got.reason(), got.body["error_description"])
 	}
-	nothingFromPods(t)
+	checkNoPodReachedIMDS(t)
 }
 
-func TestPodsDoNotReachWhatIsForProgramsOfTheNode(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestPodsCannotUseTheEndpointForProcessesOfTheNode(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.apply(s.podYAML("p", "app", "node1", "pause") + s.podYAML("attacker", "none", "node1", "pause"))
-	s.ready()
-	node, err := world.Kubectl(t.Context(), "get", "node", "node1", "-o", `jsonpath={.status.addresses[?(@.type=="InternalIP")].address}`)
+	s.waitForPods()
+	node, err := testCluster.Kubectl(t.Context(), "get", "node", "node1", "-o", `jsonpath={.status.addresses[?(@.type=="InternalIP")].address}`)
 	must(t, err)
 	query := "/host/token?api-version=2018-02-01&resource=" + url.QueryEscape(vault)
 	headers := []string{"-H", "Metadata: true", "-H", "podns: " + s.name, "-H", "podname: p"}
@@ -117,7 +119,7 @@ func TestPodsDoNotReachWhatIsForProgramsOfTheNode(t *testing.T) {
 			t.Errorf("%s got %d %s", pod, a.status, a.raw)
 		}
 	}
-	// Nor at any address at which it could be thought to listen.
+	// Nor at any address at which NMI might listen.
 	for _, address := range []string{"127.0.0.1:2579", node + ":2579", "169.254.25.79:2579", "169.254.25.79:80", "10.244.1.1:2579"} {
 		a := s.curl("attacker", append(headers, "--connect-timeout", "1", "http://"+address+query)...)
 		if strings.Contains(a.raw, "eyJ") || a.status != 0 && a.status != 404 {

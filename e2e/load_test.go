@@ -12,40 +12,40 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// load asks for a token again and again from a pod's network, on new connections, until stop.
+// load requests tokens continuously from a pod's network namespace, each on a new connection, until stop.
 type load struct {
-	mu       sync.Mutex
-	statuses map[int]int // 0: no answer
-	tokens   map[string]int
-	lastGood time.Time
-	longest  time.Duration // without a token
-	stop     context.CancelFunc
-	done     sync.WaitGroup
+	mu         sync.Mutex
+	statuses   map[int]int // 0: no answer
+	tokens     map[string]int
+	lastToken  time.Time
+	longestGap time.Duration // between two tokens
+	cancel     context.CancelFunc
+	workers    sync.WaitGroup
 }
 
-// startLoad runs with some workers for at most two minutes.
-func (s *space) startLoad(pod string, workers int, resource string) *load {
+// startLoad starts the workers. They end after five minutes at the latest.
+func (s *testNamespace) startLoad(pod string, workers int, resource string) *load {
 	s.t.Helper()
-	netns, err := world.PodNetns(s.t.Context(), s.name, pod)
+	netns, err := testCluster.PodNetns(s.t.Context(), s.name, pod)
 	must(s.t, err)
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
-	l := &load{statuses: map[int]int{}, tokens: map[string]int{}, lastGood: time.Now(), stop: cancel}
+	l := &load{statuses: map[int]int{}, tokens: map[string]int{}, lastToken: time.Now(), cancel: cancel}
 	for range workers {
 		client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: cluster.DialFrom(fmt.Sprintf("/proc/self/fd/%d", netns.Fd()), nil), DisableKeepAlives: true}}
-		l.done.Go(func() {
+		l.workers.Go(func() {
 			for ctx.Err() == nil {
 				status, body := get(ctx, client, "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource="+resource)
 				if ctx.Err() != nil {
 					return
 				}
-				l.note(status, body)
+				l.record(status, body)
 				if status == 0 {
-					time.Sleep(5 * time.Millisecond) // no spinning while nobody listens
+					time.Sleep(5 * time.Millisecond) // no busy loop while nothing listens
 				}
 			}
 		})
 	}
-	s.t.Cleanup(func() { l.end(); netns.Close() })
+	s.t.Cleanup(func() { l.stop(); netns.Close() })
 	return l
 }
 
@@ -64,24 +64,24 @@ func get(ctx context.Context, client *http.Client, url string) (int, string) {
 	return resp.StatusCode, string(body)
 }
 
-func (l *load) note(status int, body string) {
+func (l *load) record(status int, body string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.statuses[status]++
 	if status == http.StatusOK {
 		l.tokens[body]++
-		l.longest = max(l.longest, time.Since(l.lastGood))
-		l.lastGood = time.Now()
+		l.longestGap = max(l.longestGap, time.Since(l.lastToken))
+		l.lastToken = time.Now()
 	}
 }
 
-func (l *load) end() {
-	l.stop()
-	l.done.Wait()
+func (l *load) stop() {
+	l.cancel()
+	l.workers.Wait()
 }
 
-// good waits until the load has had n more tokens.
-func (l *load) good(t *testing.T, n int, within time.Duration) {
+// waitForTokens waits until the workers have received n more tokens.
+func (l *load) waitForTokens(t *testing.T, n int, within time.Duration) {
 	t.Helper()
 	l.mu.Lock()
 	from := l.statuses[200]
@@ -90,7 +90,7 @@ func (l *load) good(t *testing.T, n int, within time.Duration) {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		if got := l.statuses[200] - from; got < n {
-			return fmt.Errorf("%d of %d tokens; statuses so far %v", got, n, l.statuses)
+			return fmt.Errorf("received %d of %d tokens; statuses so far: %v", got, n, l.statuses)
 		}
 		return nil
 	})
@@ -99,5 +99,5 @@ func (l *load) good(t *testing.T, n int, within time.Duration) {
 func (l *load) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return fmt.Sprintf("statuses %v, longest time without a token %.2f s", l.statuses, l.longest.Seconds())
+	return fmt.Sprintf("statuses %v, longest time without a token %.2f s", l.statuses, l.longestGap.Seconds())
 }

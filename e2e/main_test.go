@@ -15,44 +15,45 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// The cluster that all tests share. Each test works in a namespace of its own, with identities of its own.
+// The cluster that all tests share. Each test uses its own namespace and its own identities.
 var (
-	world  *cluster.Cluster
-	cloud  *azure.Client
-	before map[string]nodeState // of the nodes, before NMI was ever there
+	testCluster *cluster.Cluster
+	fakeAzure   *azure.Client
+	// initialState is the state of each node before NMI ran there for the first time.
+	initialState map[string]nodeState
 
-	scratch     string    // a folder
-	nmiBinary   string    // for tests that run it by hand
-	withoutCRDs lonelyNMI // how NMI fared before the chart was installed
+	scratch     string            // a temporary folder
+	nmiBinary   string            // for tests that start NMI as a process of their own
+	withoutCRDs withoutCRDsResult // of the NMI that ran before the chart was installed
 )
 
 func TestMain(m *testing.M) { os.Exit(runTests(m)) }
 
 func runTests(m *testing.M) int {
 	ctx := context.Background()
-	say := func(line string) { fmt.Println("e2e:", line) }
+	progress := func(line string) { fmt.Println("e2e:", line) }
 	start := time.Now()
 	var err error
-	if world, err = cluster.Start(ctx, cluster.Options{Progress: say}); err != nil {
+	if testCluster, err = cluster.Start(ctx, cluster.Options{Progress: progress}); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e: starting the cluster:", err)
 		return 1
 	}
 	defer func() {
 		_ = os.RemoveAll(scratch)
-		if err := world.Stop(); err != nil {
+		if err := testCluster.Stop(); err != nil {
 			fmt.Fprintln(os.Stderr, "e2e: stopping the cluster:", err)
 		}
 	}()
-	cloud = world.Azure()
+	fakeAzure = testCluster.Azure()
 	if err := prepare(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
 	}
-	if err := makeSpaces(ctx); err != nil {
+	if err := createNamespaces(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
 	}
-	if err := world.InstallChart(ctx); err != nil {
+	if err := testCluster.InstallChart(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
 	}
@@ -60,15 +61,15 @@ func runTests(m *testing.M) int {
 	return m.Run()
 }
 
-// prepare notes how the nodes are, and lets NMI meet a cluster without its resources.
+// prepare records the initial state of the nodes and runs NMI on a cluster without its custom resource definitions.
 func prepare(ctx context.Context) error {
-	before = map[string]nodeState{}
-	for _, node := range world.Nodes() {
-		state, err := stateOf(ctx, node)
+	initialState = map[string]nodeState{}
+	for _, node := range testCluster.Nodes() {
+		state, err := readNodeState(ctx, node)
 		if err != nil {
 			return err
 		}
-		before[node] = state
+		initialState[node] = state
 	}
 	var err error
 	if scratch, err = cluster.Scratch("e2e"); err != nil {
@@ -81,21 +82,21 @@ func prepare(ctx context.Context) error {
 	return err
 }
 
-// nodeState is what NMI could leave behind on a node.
+// nodeState is everything on a node that NMI changes and uninstall must restore.
 type nodeState struct{ rules, links, addresses, sysctls string }
 
-func stateOf(ctx context.Context, node string) (s nodeState, err error) {
+func readNodeState(ctx context.Context, node string) (s nodeState, err error) {
 	for _, part := range []struct {
 		into *string
 		cmd  string
 	}{
 		{&s.rules, "(iptables-nft-save; iptables-legacy-save) | grep -v '^#' | sed 's/\\[[0-9:]*\\]//'"},
-		// The links of pods come and go.
+		// Without the links of pods, which are created and deleted with the pods.
 		{&s.links, "ip -o link | cut -d: -f2 | grep -v veth | sort"},
 		{&s.addresses, "ip -o -4 addr | awk '{print $2, $4}' | grep -v veth | sort"},
 		{&s.sysctls, "sysctl -a 2>/dev/null | grep -E 'route_localnet|ip_forward|rp_filter|arp_ignore|nf_conntrack_tcp' | grep -v veth | grep -v podidentity0 | sort"},
 	} {
-		if *part.into, err = world.InNode(ctx, node, "sh", "-c", part.cmd); err != nil {
+		if *part.into, err = testCluster.InNode(ctx, node, "sh", "-c", part.cmd); err != nil {
 			return s, err
 		}
 	}
@@ -106,7 +107,7 @@ const vault = "https://vault.azure.net"
 
 var serial atomic.Int32
 
-// newIdentity makes a user-assigned identity in Azure, attached to both nodes.
+// newIdentity creates a user-assigned identity in the fake Azure, attached to both nodes.
 func newIdentity(t *testing.T) azure.Identity {
 	t.Helper()
 	n := serial.Add(1)
@@ -116,7 +117,7 @@ func newIdentity(t *testing.T) azure.Identity {
 		ResourceID: fmt.Sprintf("/subscriptions/%s/resourcegroups/rg/providers/Microsoft.ManagedIdentity/userAssignedIdentities/id%d", cluster.SubscriptionID, n),
 		TenantID:   cluster.TenantID,
 	}
-	must(t, cloud.AddIdentity(t.Context(), id))
+	must(t, fakeAzure.AddIdentity(t.Context(), id))
 	return id
 }
 
@@ -127,66 +128,66 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// space is a Kubernetes namespace of one test.
-type space struct {
+// testNamespace is the Kubernetes namespace of one test.
+type testNamespace struct {
 	t    *testing.T
 	name string
 }
 
-func newSpace(t *testing.T) *space {
+func newNamespace(t *testing.T) *testNamespace {
 	t.Helper()
-	if len(spaces) == 0 {
-		t.Fatalf("the %d namespaces that were made for all tests are used up; raise spaceCount", spaceCount)
+	if len(unusedNamespaces) == 0 {
+		t.Fatalf("the tests need more than the %d namespaces that were created at the start; raise namespaceCount", namespaceCount)
 	}
-	s := &space{t, spaces[0]}
-	spaces = spaces[1:]
+	s := &testNamespace{t, unusedNamespaces[0]}
+	unusedNamespaces = unusedNamespaces[1:]
 	t.Cleanup(func() {
 		if t.Failed() {
-			out, _ := world.Kubectl(context.Background(), "get", "pods,azureidentities,azureidentitybindings", "-o", "wide", "-n", s.name)
-			logs, _ := world.Kubectl(context.Background(), "logs", "-n", cluster.ChartNamespace, "-l", "app.kubernetes.io/component=nmi", "--prefix", "--tail", "15")
+			out, _ := testCluster.Kubectl(context.Background(), "get", "pods,azureidentities,azureidentitybindings", "-o", "wide", "-n", s.name)
+			logs, _ := testCluster.Kubectl(context.Background(), "logs", "-n", cluster.ChartNamespace, "-l", "app.kubernetes.io/component=nmi", "--prefix", "--tail", "15")
 			t.Logf("namespace %s:\n%s\nNMI:\n%s", s.name, out, logs)
 		}
-		_, _ = world.Kubectl(context.Background(), "delete", "namespace", s.name, "--wait=false")
+		_, _ = testCluster.Kubectl(context.Background(), "delete", "namespace", s.name, "--wait=false")
 	})
 	return s
 }
 
-// Namespaces for all tests are made at the start: pods need a ServiceAccount, and the controller that makes it takes a
-// minute to come back after a test in which the API server was away.
-const spaceCount = 100
+// The namespaces of all tests are created at the start: a pod needs the namespace's default ServiceAccount, and the
+// controller that creates it takes a minute to recover after a test that stopped the API server.
+const namespaceCount = 100
 
-var spaces []string
+var unusedNamespaces []string
 
-func makeSpaces(ctx context.Context) error {
+func createNamespaces(ctx context.Context) error {
 	var yaml strings.Builder
-	for i := range spaceCount {
-		spaces = append(spaces, fmt.Sprintf("test-%d", i+1))
-		fmt.Fprintf(&yaml, "---\n{apiVersion: v1, kind: Namespace, metadata: {name: %s}}\n", spaces[i])
+	for i := range namespaceCount {
+		unusedNamespaces = append(unusedNamespaces, fmt.Sprintf("test-%d", i+1))
+		fmt.Fprintf(&yaml, "---\n{apiVersion: v1, kind: Namespace, metadata: {name: %s}}\n", unusedNamespaces[i])
 	}
-	if err := world.Apply(ctx, yaml.String()); err != nil {
+	if err := testCluster.Apply(ctx, yaml.String()); err != nil {
 		return err
 	}
-	waiting, cancel := context.WithTimeout(ctx, time.Minute)
+	waitCtx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for {
-		out, err := world.Kubectl(waiting, "get", "serviceaccounts", "-A", "--field-selector", "metadata.name=default", "-o", "name")
+		out, err := testCluster.Kubectl(waitCtx, "get", "serviceaccounts", "-A", "--field-selector", "metadata.name=default", "-o", "name")
 		if err != nil {
-			return fmt.Errorf("waiting for the ServiceAccounts of the tests' namespaces: %w", err)
+			return fmt.Errorf("waiting for the default ServiceAccounts of the tests' namespaces: %w", err)
 		}
-		if strings.Count(out, "\n") >= spaceCount {
+		if strings.Count(out, "\n") >= namespaceCount {
 			return nil
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
 }
 
-func (s *space) apply(yaml string) {
+func (s *testNamespace) apply(yaml string) {
 	s.t.Helper()
-	must(s.t, world.Apply(s.t.Context(), yaml))
+	must(s.t, testCluster.Apply(s.t.Context(), yaml))
 }
 
-// bind makes AzureIdentity and binding of one name, for pods with the label selector.
-func (s *space) bind(name, selector string, id azure.Identity) {
+// bind creates an AzureIdentity of that name and a binding for the pods that have the selector as their label.
+func (s *testNamespace) bind(name, selector string, id azure.Identity) {
 	s.t.Helper()
 	s.apply(fmt.Sprintf(`
 apiVersion: aadpodidentity.k8s.io/v1
@@ -201,8 +202,8 @@ spec: {azureIdentity: %[2]s, selector: %[3]s}
 `, s.name, name, selector, id.ClientID, id.ResourceID))
 }
 
-// podYAML is a pod of the test image; args are podclient's.
-func (s *space) podYAML(name, label, node string, args ...string) string {
+// podYAML returns the manifest of a pod that runs podclient with args.
+func (s *testNamespace) podYAML(name, label, node string, args ...string) string {
 	text, _ := json.Marshal(args)
 	return fmt.Sprintf(`
 ---
@@ -216,15 +217,15 @@ spec:
 `, s.name, name, label, node, cluster.TestImage, text)
 }
 
-// pod starts a pod that idles, and waits until it runs.
-func (s *space) pod(name, label, node string) {
+// pod starts a pod that does nothing, and waits until it is ready.
+func (s *testNamespace) pod(name, label, node string) {
 	s.t.Helper()
 	s.apply(s.podYAML(name, label, node, "pause"))
-	_, err := world.Kubectl(s.t.Context(), "wait", "--for=condition=Ready", "pod/"+name, "-n", s.name, "--timeout=60s")
+	_, err := testCluster.Kubectl(s.t.Context(), "wait", "--for=condition=Ready", "pod/"+name, "-n", s.name, "--timeout=60s")
 	must(s.t, err)
 }
 
-// answer is what curl got in a pod.
+// answer is a response that curl received in a pod.
 type answer struct {
 	status  int
 	body    map[string]string
@@ -235,8 +236,8 @@ type answer struct {
 func (a answer) token() string  { return a.body["access_token"] }
 func (a answer) reason() string { return a.body["reason"] }
 
-// ask runs an unmodified curl in the pod's network and asks for a token.
-func (s *space) ask(pod, resource string, query ...string) answer {
+// ask requests a token with an unmodified curl in the pod's network namespace.
+func (s *testNamespace) ask(pod, resource string, query ...string) answer {
 	s.t.Helper()
 	target := "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource=" + url.QueryEscape(resource)
 	if len(query) > 0 {
@@ -245,14 +246,14 @@ func (s *space) ask(pod, resource string, query ...string) answer {
 	return s.curl(pod, "-H", "Metadata: true", target)
 }
 
-// curl runs an unmodified curl in the pod's network. A connection that fails is status 0.
-func (s *space) curl(pod string, args ...string) answer {
+// curl runs an unmodified curl in the pod's network namespace. The status is 0 if the connection failed.
+func (s *testNamespace) curl(pod string, args ...string) answer {
 	s.t.Helper()
-	cmd, err := world.InPodCommand(s.t.Context(), s.name, pod, "curl", append([]string{"-s", "--max-time", "30", "--path-as-is", "-D", "/dev/stderr", "-w", "\n%{http_code}"}, args...)...)
+	cmd, err := testCluster.InPodCommand(s.t.Context(), s.name, pod, "curl", append([]string{"-s", "--max-time", "30", "--path-as-is", "-D", "/dev/stderr", "-w", "\n%{http_code}"}, args...)...)
 	must(s.t, err)
 	var out, headers strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &headers
-	_ = cmd.Run() // its status is in what it prints
+	_ = cmd.Run() // the status is part of the output
 	text, code, _ := cutLast(out.String(), "\n")
 	a := answer{raw: text, body: map[string]string{}, headers: headers.String()}
 	_, _ = fmt.Sscan(code, &a.status)
@@ -268,30 +269,31 @@ func cutLast(s, sep string) (string, string, bool) {
 	return s[:i], s[i+len(sep):], true
 }
 
-// mustHaveTokenOf checks signature, audience, application and object of the answer's token.
-func (s *space) mustHaveTokenOf(a answer, id azure.Identity, resource string) {
+// mustHaveTokenOf checks the signature, the audience and the client and object IDs of the token in the answer.
+func (s *testNamespace) mustHaveTokenOf(a answer, id azure.Identity, resource string) {
 	s.t.Helper()
 	if a.status != 200 {
 		s.t.Fatalf("status %d: %s", a.status, a.raw)
 	}
-	claims, err := cloud.Verify(a.token())
+	claims, err := fakeAzure.Verify(a.token())
 	must(s.t, err)
 	if claims.AppID != id.ClientID || claims.ObjectID != id.ObjectID || claims.Audience != resource || claims.TenantID != id.TenantID {
-		s.t.Fatalf("this is a token of appid %s, oid %s for %s; want %+v for %s", claims.AppID, claims.ObjectID, claims.Audience, id, resource)
+		s.t.Fatalf("the token has appid %s, oid %s and audience %s; want %+v and %s", claims.AppID, claims.ObjectID, claims.Audience, id, resource)
 	}
 	if a.body["client_id"] != id.ClientID || a.body["resource"] != resource || a.body["token_type"] != "Bearer" || a.body["expires_in"] == "" || a.body["not_before"] == "" {
-		s.t.Fatalf("the answer around the token is %s", a.raw)
+		s.t.Fatalf("the other fields of the answer are wrong: %s", a.raw)
 	}
 }
 
-func (s *space) mustBeRefused(a answer, status int, reason string) {
+func (s *testNamespace) mustBeRefused(a answer, status int, reason string) {
 	s.t.Helper()
 	if a.status != status || a.reason() != reason || a.token() != "" {
 		s.t.Errorf("got %d %s; want %d and reason %s", a.status, a.raw, status, reason)
 	}
 }
 
-// eventually asks until the answer is nil. It is for what other programs do in their own time.
+// eventually calls check until it returns nil. It fails the test after the time limit. Limits are generous: on a busy
+// computer everything takes longer, and only a test that fails waits that long.
 func eventually(t *testing.T, within time.Duration, check func() error) {
 	t.Helper()
 	deadline := time.Now().Add(within)
@@ -301,51 +303,51 @@ func eventually(t *testing.T, within time.Duration, check func() error) {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("not within %s: %v", within, err)
+			t.Fatalf("still not true after %s: %v", within, err)
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
 }
 
-// nothingFromPods checks that no packet of a pod has reached the real metadata service since the stand-in's counts were
+// checkNoPodReachedIMDS checks that no packet of a pod has reached the fake IMDS since the counts of the fake Azure were
 // last reset.
-func nothingFromPods(t *testing.T) {
+func checkNoPodReachedIMDS(t *testing.T) {
 	t.Helper()
-	stats, err := cloud.Stats(t.Context())
+	stats, err := fakeAzure.Stats(t.Context())
 	must(t, err)
 	if stats.IMDS.RequestsFromPods != 0 || stats.IMDS.ConnectionsFromPods != 0 {
-		entries, _ := cloud.Log(t.Context(), 0)
+		entries, _ := fakeAzure.Log(t.Context(), 0)
 		for _, e := range entries {
 			if e.FromPod {
 				t.Logf("%+v", e)
 			}
 		}
-		t.Errorf("%d requests and %d connections of pods reached the metadata service", stats.IMDS.RequestsFromPods, stats.IMDS.ConnectionsFromPods)
+		t.Errorf("%d requests and %d connections of pods reached IMDS", stats.IMDS.RequestsFromPods, stats.IMDS.ConnectionsFromPods)
 	}
 }
 
-// nmiPod returns the name of NMI's pod on the node.
+// nmiPod returns the name of the NMI pod on the node.
 func nmiPod(t *testing.T, node string) string {
 	t.Helper()
-	out, err := world.Kubectl(t.Context(), "get", "pods", "-n", cluster.ChartNamespace, "-l", "app.kubernetes.io/component=nmi",
+	out, err := testCluster.Kubectl(t.Context(), "get", "pods", "-n", cluster.ChartNamespace, "-l", "app.kubernetes.io/component=nmi",
 		"--field-selector", "spec.nodeName="+node, "-o", "jsonpath={.items[*].metadata.name}")
 	must(t, err)
 	if strings.Contains(out, " ") || out == "" {
-		t.Fatalf("NMI's pods on %s: %q", node, out)
+		t.Fatalf("the NMI pods on %s are %q; want one", node, out)
 	}
 	return out
 }
 
-// nmiReady reports whether NMI of the node says it is ready.
+// nmiReady returns nil if the readiness probe of NMI on the node succeeds.
 func nmiReady(ctx context.Context, node string) error {
-	_, err := world.InNode(ctx, node, "curl", "-sf", "--max-time", "2", "http://127.0.0.1:8085/readyz")
+	_, err := testCluster.InNode(ctx, node, "curl", "-sf", "--max-time", "2", "http://127.0.0.1:8085/readyz")
 	return err
 }
 
-// metric reads the sum of a metric of a node's NMI over all series whose labels contain all of the given texts.
+// metric returns the sum of a metric of NMI on the node over all series whose labels contain all of the given texts.
 func metric(t *testing.T, node, name string, labels ...string) float64 {
 	t.Helper()
-	out, err := world.InNode(t.Context(), node, "curl", "-sf", "--max-time", "5", "http://127.0.0.1:9090/metrics")
+	out, err := testCluster.InNode(t.Context(), node, "curl", "-sf", "--max-time", "5", "http://127.0.0.1:9090/metrics")
 	must(t, err)
 	var sum float64
 lines:

@@ -15,37 +15,37 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-func TestUninstallLeavesTheNodesAsTheyWere(t *testing.T) {
-	must(t, world.InstallChart(t.Context(), "--set", "nmi.uninstall=true"))
-	for _, node := range world.Nodes() {
-		now, err := stateOf(t.Context(), node)
+func TestUninstallRestoresTheNodes(t *testing.T) {
+	must(t, testCluster.InstallChart(t.Context(), "--set", "nmi.uninstall=true"))
+	for _, node := range testCluster.Nodes() {
+		now, err := readNodeState(t.Context(), node)
 		must(t, err)
-		was := before[node]
+		was := initialState[node]
 		for _, part := range []struct{ what, was, now string }{
 			{"rules", was.rules, now.rules}, {"links", was.links, now.links}, {"addresses", was.addresses, now.addresses}, {"sysctls", was.sysctls, now.sysctls},
 		} {
 			if part.what == "rules" {
-				// The network plugin's own rules for pods come and go; ours carry our name.
+				// The network plugin adds and removes rules of its own for pods; NMI's rules have its name.
 				if strings.Contains(strings.ToLower(part.now), "podidentity") || strings.Contains(part.now, "169.254") {
-					t.Errorf("%s: rules are left:\n%s", node, part.now)
+					t.Errorf("%s: uninstall left rules:\n%s", node, part.now)
 				}
 				continue
 			}
 			if removed := strings.ReplaceAll(part.now, "cni0", ""); strings.Contains(removed, "podidentity") || strings.Contains(removed, "169.254.25.79") {
-				t.Errorf("%s: %s are left:\n%s", node, part.what, part.now)
+				t.Errorf("%s: uninstall left %s:\n%s", node, part.what, part.now)
 			}
 		}
 		if was.sysctls != withoutCNI(now.sysctls) {
 			t.Errorf("%s: sysctls were\n%s\nand are\n%s", node, was.sysctls, now.sysctls)
 		}
 	}
-	must(t, world.InstallChart(t.Context()))
-	for _, node := range world.Nodes() {
+	must(t, testCluster.InstallChart(t.Context()))
+	for _, node := range testCluster.Nodes() {
 		must(t, nmiReady(t.Context(), node))
 	}
 }
 
-// withoutCNI leaves out what belongs to the bridge of the network plugin, which comes with the first pod.
+// withoutCNI removes the lines about the network plugin's bridge, which the plugin creates with the first pod.
 func withoutCNI(s string) string {
 	var kept strings.Builder
 	for line := range strings.Lines(s) {
@@ -56,8 +56,8 @@ func withoutCNI(s string) string {
 	return kept.String()
 }
 
-func TestLogAndMetricsSayWhatThePodIsTold(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestLogAndMetricsAgreeWithTheAnswer(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("good", "app", "node1")
 	s.pod("bad", "none", "node1")
@@ -66,13 +66,13 @@ func TestLogAndMetricsSayWhatThePodIsTold(t *testing.T) {
 	s.mustHaveTokenOf(token, id, vault)
 	s.mustBeRefused(s.ask("bad", vault), 400, "no_matching_binding")
 	if now := metric(t, "node1", "podidentity_nmi_decisions_total", `reason="no_matching_binding"`); now != refusals+1 {
-		t.Errorf("the refusals went from %v to %v", refusals, now)
+		t.Errorf("the number of refusals went from %v to %v", refusals, now)
 	}
 	if n := metric(t, "node1", "aadpodidentity_nmi_operations_duration_seconds_count", `operation_type="token"`, `status_code="200"`); n == 0 {
-		t.Error("no request is in the predecessor's histogram")
+		t.Error("the histogram of AAD Pod Identity counted no request")
 	}
 	eventually(t, 10*time.Second, func() error {
-		logs, err := world.Kubectl(t.Context(), "logs", "-n", cluster.ChartNamespace, nmiPod(t, "node1"), "--tail", "200")
+		logs, err := testCluster.Kubectl(t.Context(), "logs", "-n", cluster.ChartNamespace, nmiPod(t, "node1"), "--tail", "200")
 		if err != nil {
 			return err
 		}
@@ -104,8 +104,8 @@ func buildNMI(ctx context.Context) (string, error) {
 	return file, nil
 }
 
-// lonelyNMI is an NMI run by hand on a cluster that has no definitions of our resources.
-type lonelyNMI struct {
+// withoutCRDsResult is what NMI does on a cluster without the custom resource definitions.
+type withoutCRDsResult struct {
 	readiness, log string
 	exit           error
 	rulesAfterExit string
@@ -114,10 +114,10 @@ type lonelyNMI struct {
 
 const waitingForCRDs = "waiting for the custom resource definitions"
 
-func runWithoutCRDs(ctx context.Context) (l lonelyNMI, err error) {
+func runWithoutCRDs(ctx context.Context) (l withoutCRDsResult, err error) {
 	const node = "node1"
-	// Bounded, should this program be killed meanwhile.
-	cmd, err := world.InNodeCommand(ctx, node, "timeout", "60", nmiBinary, "--node="+node, "--kubeconfig="+world.Kubeconfig())
+	// With a time limit, in case the test process is killed.
+	cmd, err := testCluster.InNodeCommand(ctx, node, "timeout", "60", nmiBinary, "--node="+node, "--kubeconfig="+testCluster.Kubeconfig())
 	if err != nil {
 		return l, err
 	}
@@ -130,7 +130,7 @@ func runWithoutCRDs(ctx context.Context) (l lonelyNMI, err error) {
 	if err := cmd.Start(); err != nil {
 		return l, err
 	}
-	// It looks for the definitions, and looks again.
+	// Until NMI has checked for the definitions twice.
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end) && strings.Count(l.log, waitingForCRDs) < 2; time.Sleep(200 * time.Millisecond) {
 		text, err := os.ReadFile(file.Name())
 		if err != nil {
@@ -138,47 +138,47 @@ func runWithoutCRDs(ctx context.Context) (l lonelyNMI, err error) {
 		}
 		l.log = string(text)
 	}
-	if l.readiness, err = world.InNode(ctx, node, "curl", "-s", "--max-time", "2", "http://127.0.0.1:8085/readyz"); err != nil {
-		return l, fmt.Errorf("NMI did not live on without definitions: %w\n%s", err, l.log)
+	if l.readiness, err = testCluster.InNode(ctx, node, "curl", "-s", "--max-time", "2", "http://127.0.0.1:8085/readyz"); err != nil {
+		return l, fmt.Errorf("NMI does not keep running without the definitions: %w\n%s", err, l.log)
 	}
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		return l, err
 	}
 	l.exit = cmd.Wait()
-	state, err := stateOf(ctx, node)
+	state, err := readNodeState(ctx, node)
 	if err != nil {
 		return l, err
 	}
 	l.rulesAfterExit = state.rules
-	for range 2 { // the second time there is nothing to do
-		if _, err := world.InNode(ctx, node, nmiBinary, "uninstall"); err != nil {
+	for range 2 { // the second time, nothing is left to remove
+		if _, err := testCluster.InNode(ctx, node, nmiBinary, "uninstall"); err != nil {
 			return l, err
 		}
 	}
-	l.afterUninstall, err = stateOf(ctx, node)
+	l.afterUninstall, err = readNodeState(ctx, node)
 	return l, err
 }
 
-func TestWithoutDefinitionsNMIWaitsAndSaysSoWithItsRulesInPlace(t *testing.T) {
+func TestWithoutDefinitionsNMIWaitsWithItsRulesInPlace(t *testing.T) {
 	l := withoutCRDs
 	if !strings.Contains(l.readiness, "the cluster does not have azureidentities.aadpodidentity.k8s.io") {
-		t.Errorf("/readyz said %q", l.readiness)
+		t.Errorf("/readyz answered %q", l.readiness)
 	}
 	if n := strings.Count(l.log, waitingForCRDs); n != 2 {
-		t.Errorf("it said so %d times, not twice:\n%s", n, l.log)
+		t.Errorf("NMI logged %d times that it waits; want twice:\n%s", n, l.log)
 	}
 	if l.exit != nil {
-		t.Errorf("on SIGTERM: %v", l.exit)
+		t.Errorf("exit after SIGTERM: %v", l.exit)
 	}
 	if !strings.Contains(l.rulesAfterExit, "DNAT --to-destination 169.254.25.79:2579") || !strings.Contains(l.rulesAfterExit, "-d 169.254.169.254/32") {
-		t.Errorf("its rules did not stay:\n%s", l.rulesAfterExit)
+		t.Errorf("the rules are gone after NMI has ended:\n%s", l.rulesAfterExit)
 	}
-	if was := before["node1"]; withoutTables(l.afterUninstall) != withoutTables(was) {
-		t.Errorf("after uninstall the node was not as before:\n%+v\nand\n%+v", was, l.afterUninstall)
+	if was := initialState["node1"]; withoutTables(l.afterUninstall) != withoutTables(was) {
+		t.Errorf("uninstall did not restore the node: it was\n%+v\nand is\n%+v", was, l.afterUninstall)
 	}
 }
 
-// withoutTables leaves out tables and built-in chains without rules: iptables makes them at first use, and has no way to
+// withoutTables removes tables and empty built-in chains from the rules: iptables creates them at first use and cannot
 // remove them.
 func withoutTables(s nodeState) nodeState {
 	var kept strings.Builder
@@ -191,11 +191,11 @@ func withoutTables(s nodeState) nodeState {
 	return s
 }
 
-func TestWhatCannotWorkIsRefusedWithOneSentenceAndNothingChanged(t *testing.T) {
+func TestNMIRefusesToStartWithOneErrorAndChangesNothing(t *testing.T) {
 	nmi := nmiBinary
 	kubelet := filepath.Join(t.TempDir(), "kubelet")
 	must(t, os.WriteFile(kubelet, []byte("KUBELET_FLAGS=--network-plugin=kubenet"), 0o600))
-	account := "--kubeconfig=" + world.Kubeconfig()
+	account := "--kubeconfig=" + testCluster.Kubeconfig()
 	cases := []struct {
 		name string
 		args []string
@@ -212,44 +212,44 @@ func TestWhatCannotWorkIsRefusedWithOneSentenceAndNothingChanged(t *testing.T) {
 		{"no such back end", []string{nmi, "--node=node1", "--iptables-backend=ebtables"}, "--iptables-backend"},
 		{"unknown mode", []string{nmi, "--node=node1", "--operation-mode=both"}, "--operation-mode"},
 	}
-	was, err := stateOf(t.Context(), "node1")
+	was, err := readNodeState(t.Context(), "node1")
 	must(t, err)
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			cmd, err := world.InNodeCommand(t.Context(), "node1", c.args[0], c.args[1:]...)
+			cmd, err := testCluster.InNodeCommand(t.Context(), "node1", c.args[0], c.args[1:]...)
 			must(t, err)
 			var stderr bytes.Buffer
 			cmd.Stderr = &stderr
 			if err := cmd.Run(); err == nil {
-				t.Error("its exit status is 0")
+				t.Error("the exit status is 0")
 			}
-			var sentences []string
+			var messages []string
 			for line := range strings.Lines(stderr.String()) {
 				if !strings.HasPrefix(line, "{") { // the log
-					sentences = append(sentences, line)
+					messages = append(messages, line)
 				}
 			}
-			if len(sentences) != 1 || !strings.Contains(sentences[0], c.want) {
-				t.Errorf("it says %q; want one line about %q\n%s", sentences, c.want, stderr.String())
+			if len(messages) != 1 || !strings.Contains(messages[0], c.want) {
+				t.Errorf("the messages are %q; want one line about %q\n%s", messages, c.want, stderr.String())
 			}
-			if now, err := stateOf(t.Context(), "node1"); err != nil || now != was {
+			if now, err := readNodeState(t.Context(), "node1"); err != nil || now != was {
 				t.Errorf("the node was\n%+v\nand is\n%+v (%v)", was, now, err)
 			}
 		})
 	}
 }
 
-func TestManifestsAreAcceptedAndRefusedByTheAPIServerAsByTheSchema(t *testing.T) {
+func TestTheAPIServerAcceptsAndRefusesTheManifestsLikeTheSchema(t *testing.T) {
 	for _, kind := range []string{"accepted", "refused"} {
 		files, err := filepath.Glob("crds/testdata/" + kind + "/*.yaml")
 		must(t, err)
 		if len(files) < 3 {
-			t.Fatalf("%d files of manifests that are %s", len(files), kind)
+			t.Fatalf("only %d manifests are in %s", len(files), kind)
 		}
 		for _, file := range files {
 			text, err := os.ReadFile(file)
 			must(t, err)
-			_, err = world.Kubectl(t.Context(), "apply", "--dry-run=server", "--validate=warn", "-f", file)
+			_, err = testCluster.Kubectl(t.Context(), "apply", "--dry-run=server", "--validate=warn", "-f", file)
 			if kind == "accepted" {
 				if err != nil {
 					t.Errorf("%s: %v", file, err)
@@ -259,7 +259,7 @@ func TestManifestsAreAcceptedAndRefusedByTheAPIServerAsByTheSchema(t *testing.T)
 			first, _, _ := strings.Cut(string(text), "\n")
 			want := strings.TrimSpace(strings.TrimPrefix(first, "# want:"))
 			if want == "" || want == first {
-				t.Fatalf("%s does not say what is wanted", file)
+				t.Fatalf("%s does not begin with the expected error (# want: …)", file)
 			}
 			if err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("%s: %v; want %q", file, err, want)

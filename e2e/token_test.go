@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// outcome is the line that podclient prints.
+// outcome is the line that podclient writes.
 type outcome struct {
 	Status     int
 	Body       string
@@ -16,13 +16,13 @@ type outcome struct {
 	DurationMS float64 `json:"duration_ms"`
 }
 
-func TestTwentyPodsThatAskInTheirFirstMillisecondAllGetTheirToken(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestTwentyPodsThatRequestATokenInTheirFirstMillisecondAllGetOne(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
-	must(t, cloud.ResetLog(t.Context()))
+	must(t, fakeAzure.ResetLog(t.Context()))
 	yaml := ""
 	for i := range 20 {
-		yaml += s.podYAML(fmt.Sprintf("p%02d", i), "app", world.Nodes()[i%2], "token", "--resource", vault)
+		yaml += s.podYAML(fmt.Sprintf("p%02d", i), "app", testCluster.Nodes()[i%2], "token", "--resource", vault)
 	}
 	s.apply(yaml)
 	var slowest float64
@@ -30,7 +30,7 @@ func TestTwentyPodsThatAskInTheirFirstMillisecondAllGetTheirToken(t *testing.T) 
 		name := fmt.Sprintf("p%02d", i)
 		var got outcome
 		eventually(t, 90*time.Second, func() error {
-			out, err := world.Kubectl(t.Context(), "logs", name, "-n", s.name)
+			out, err := testCluster.Kubectl(t.Context(), "logs", name, "-n", s.name)
 			if err != nil {
 				return err
 			}
@@ -45,32 +45,32 @@ func TestTwentyPodsThatAskInTheirFirstMillisecondAllGetTheirToken(t *testing.T) 
 		s.mustHaveTokenOf(a, id, vault)
 		slowest = max(slowest, got.DurationMS)
 	}
-	t.Logf("the slowest of 20 first tokens took %.0f ms", slowest)
-	nothingFromPods(t)
-	if stats, err := cloud.Stats(t.Context()); err != nil || stats.IMDS.Token.Requests > 2 {
-		t.Errorf("20 pods of one identity on two nodes cost %d calls to IMDS (%v); one a node is enough", stats.IMDS.Token.Requests, err)
+	t.Logf("the slowest first token of 20 pods took %.0f ms", slowest)
+	checkNoPodReachedIMDS(t)
+	if stats, err := fakeAzure.Stats(t.Context()); err != nil || stats.IMDS.Token.Requests > 2 {
+		t.Errorf("20 pods with one identity on two nodes caused %d requests to IMDS (%v); want at most one per node", stats.IMDS.Token.Requests, err)
 	}
 }
 
 func TestAPodGetsTheTokenOfItsBindingAndNoOther(t *testing.T) {
-	s, mine, others := newSpace(t), newIdentity(t), newIdentity(t)
-	elsewhere := newSpace(t)
+	s, mine, others := newNamespace(t), newIdentity(t), newIdentity(t)
+	elsewhere := newNamespace(t)
 	s.bind("mine", "mine", mine)
 	elsewhere.bind("others", "mine", others) // the same selector in another namespace
 	s.pod("bound", "mine", "node1")
 	s.apply(s.podYAML("unbound", "nothing", "node1", "pause") +
 		strings.Replace(s.podYAML("unlabelled", "x", "node1", "pause"), `aadpodidbinding: "x"`, `app: "x"`, 1))
-	s.ready()
+	s.waitForPods()
 
 	s.mustHaveTokenOf(s.ask("bound", vault), mine, vault)
-	s.mustHaveTokenOf(s.ask("bound", vault+"/"), mine, vault+"/") // a resource of its own
+	s.mustHaveTokenOf(s.ask("bound", vault+"/"), mine, vault+"/") // another resource
 	s.mustHaveTokenOf(s.ask("bound", vault, "bypass_cache=true"), mine, vault)
 	s.mustBeRefused(s.ask("bound", vault, "client_id="+others.ClientID), 400, "identity_not_bound")
 
 	refused := s.ask("unbound", vault)
 	s.mustBeRefused(refused, 400, "no_matching_binding")
 	if refused.body["error"] != "invalid_request" || refused.body["error_description"] != "Identity not found" || !strings.Contains(refused.body["detail"], "nothing") {
-		t.Errorf("the refusal reads %s", refused.raw)
+		t.Errorf("the refusal is %s", refused.raw)
 	}
 	if a := s.ask("unlabelled", vault); a.reason() != "pod_not_labelled" {
 		t.Errorf("got %d %s", a.status, a.raw)
@@ -78,15 +78,15 @@ func TestAPodGetsTheTokenOfItsBindingAndNoOther(t *testing.T) {
 	s.mustBeRefused(s.ask("unbound", vault, "client_id="+mine.ClientID), 400, "no_matching_binding")
 }
 
-func TestTwoIdentitiesAreToldApartByEachSelector(t *testing.T) {
-	s, a, b := newSpace(t), newIdentity(t), newIdentity(t)
+func TestEachSelectorChoosesBetweenTwoIdentities(t *testing.T) {
+	s, a, b := newNamespace(t), newIdentity(t), newIdentity(t)
 	s.bind("a", "both", a)
 	s.bind("b", "both", b)
 	s.pod("p", "both", "node2")
 	got := s.ask("p", vault)
 	s.mustBeRefused(got, 400, "multiple_identities")
 	if got.body["error_description"] != "Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request" {
-		t.Errorf("IMDS words it otherwise: %s", got.raw)
+		t.Errorf("the description differs from that of IMDS: %s", got.raw)
 	}
 	for _, id := range []struct {
 		query string
@@ -105,8 +105,8 @@ func TestTwoIdentitiesAreToldApartByEachSelector(t *testing.T) {
 	s.mustBeRefused(s.ask("p", vault, "client_id="+a.ClientID, "object_id="+a.ObjectID), 400, "request_malformed")
 }
 
-func TestAnExceptedPodIsServedByTheMachinesIdentities(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestAnExceptedPodGetsTheIdentitiesOfTheMachine(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.pod("agent", "agent", "node1")
 	s.mustBeRefused(s.ask("agent", vault, "client_id="+id.ClientID), 400, "no_matching_binding")
 	s.apply(fmt.Sprintf(`{apiVersion: aadpodidentity.k8s.io/v1, kind: AzurePodIdentityException, metadata: {namespace: %s, name: agents}, spec: {podLabels: {aadpodidbinding: AGENT}}}`, s.name))
@@ -118,12 +118,12 @@ func TestAnExceptedPodIsServedByTheMachinesIdentities(t *testing.T) {
 	})
 	s.mustHaveTokenOf(s.ask("agent", vault, "client_id="+id.ClientID), id, vault)
 	if a := s.ask("agent", vault); a.status != 200 {
-		t.Errorf("the machine's own identity: %d %s", a.status, a.raw)
+		t.Errorf("the system-assigned identity: %d %s", a.status, a.raw)
 	}
 }
 
-func TestWhatIsTakenAwayIsRefusedWithinOneWatchEvent(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestARevokedIdentityIsRefusedWithinOneWatchEvent(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
 	s.mustHaveTokenOf(s.ask("p", vault), id, vault)
@@ -136,32 +136,32 @@ func TestWhatIsTakenAwayIsRefusedWithinOneWatchEvent(t *testing.T) {
 			}
 			return nil
 		})
-		t.Logf("%s: in force after %.0f ms, kubectl and curl included", what, float64(time.Since(start).Milliseconds()))
+		t.Logf("%s: effective after %.0f ms, including kubectl and curl", what, float64(time.Since(start).Milliseconds()))
 	}
-	_, err := world.Kubectl(t.Context(), "label", "pod", "p", "-n", s.name, "--overwrite", "aadpodidbinding=none")
+	_, err := testCluster.Kubectl(t.Context(), "label", "pod", "p", "-n", s.name, "--overwrite", "aadpodidbinding=none")
 	must(t, err)
 	until("label changed", true)
-	_, err = world.Kubectl(t.Context(), "label", "pod", "p", "-n", s.name, "--overwrite", "aadpodidbinding=app")
+	_, err = testCluster.Kubectl(t.Context(), "label", "pod", "p", "-n", s.name, "--overwrite", "aadpodidbinding=app")
 	must(t, err)
 	until("label changed back", false)
-	_, err = world.Kubectl(t.Context(), "delete", "azureidentitybinding", "app-binding", "-n", s.name)
+	_, err = testCluster.Kubectl(t.Context(), "delete", "azureidentitybinding", "app-binding", "-n", s.name)
 	must(t, err)
 	until("binding deleted", true)
 }
 
-// An identity that exists in Kubernetes but is not attached to the machine.
-func TestAnIdentityThatAzureDoesNotHaveIsToldInIMDSsWords(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
-	must(t, cloud.Detach(t.Context(), id.ClientID))
+// The AzureIdentity exists in Kubernetes, but the identity is not attached to the machine.
+func TestAnIdentityThatIsNotAttachedIsRefusedWithTheErrorOfIMDS(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
+	must(t, fakeAzure.Detach(t.Context(), id.ClientID))
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
 	got := s.ask("p", vault)
 	s.mustBeRefused(got, 400, "upstream_refused")
 	if got.body["error_description"] != "Identity not found" || !strings.Contains(got.body["detail"], s.name+"/app") {
-		t.Errorf("the refusal reads %s", got.raw)
+		t.Errorf("the refusal is %s", got.raw)
 	}
-	must(t, cloud.AddIdentity(t.Context(), id))
-	eventually(t, 10*time.Second, func() error { // a failure is kept for some seconds
+	must(t, fakeAzure.AddIdentity(t.Context(), id))
+	eventually(t, 10*time.Second, func() error { // NMI caches a failure for some seconds
 		if a := s.ask("p", vault); a.status != 200 {
 			return fmt.Errorf("got %d %s", a.status, a.raw)
 		}
@@ -169,15 +169,15 @@ func TestAnIdentityThatAzureDoesNotHaveIsToldInIMDSsWords(t *testing.T) {
 	})
 }
 
-func TestTheAnswerCountsDown(t *testing.T) {
-	s, id := newSpace(t), newIdentity(t)
+func TestExpiresInCountsDown(t *testing.T) {
+	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
 	first := s.ask("p", vault)
 	eventually(t, 10*time.Second, func() error {
 		later := s.ask("p", vault)
 		if later.token() != first.token() {
-			t.Fatal("the second answer has another token")
+			t.Fatal("the second answer has a different token")
 		}
 		var a, b int
 		_, _ = fmt.Sscan(first.body["expires_in"], &a)

@@ -1,19 +1,19 @@
-// client.js asks for one token by @azure/identity, exactly as an application that knows nothing of Pod Identity does,
-// and prints how it went as one JSON line, of the same form as goclient's. NODE_PATH says which version of the library.
+// client.js requests one token with @azure/identity, as an application does that knows nothing of Pod Identity, and
+// prints the result as one JSON line in the format of goclient. NODE_PATH selects the version of the library.
 //
 //   node client.js managed|default [--resource URI] [--client-id ID | --object-id ID | --resource-id ID] [--chain]
 "use strict";
 
 const { ChainedTokenCredential, DefaultAzureCredential, ManagedIdentityCredential } = require("@azure/identity");
 
-// What the library asks and receives is noted where Node itself tells it, so that the library's own pipeline is as it
-// is. It is said on standard error: whoever tests how a client waits has to know that it does.
-const answers = [];
+// Node's diagnostics channels report requests and responses without a change to the library's pipeline. Each is written
+// to standard error, so that a test knows when the client waits for a response.
+const statuses = [];
 const { channel } = require("diagnostics_channel");
-channel("http.client.request.start").subscribe(() => console.error("asking"));
+channel("http.client.request.start").subscribe(() => console.error("request"));
 channel("http.client.response.finish").subscribe(({ response }) => {
-  answers.push(response.statusCode);
-  console.error("answer", response.statusCode);
+  statuses.push(response.statusCode);
+  console.error("response", response.statusCode);
 });
 
 const [kind, ...rest] = process.argv.slice(2);
@@ -37,13 +37,13 @@ async function main() {
   const start = process.hrtime.bigint();
   const result = {};
   try {
-    const asked = options.chain ? new ChainedTokenCredential(credential(), next) : credential();
-    const got = await asked.getToken(options.resource + "/.default");
+    const used = options.chain ? new ChainedTokenCredential(credential(), next) : credential();
+    const got = await used.getToken(options.resource + "/.default");
     Object.assign(result, { ok: true, token: got.token, expires_on: Math.floor(got.expiresOnTimestamp / 1000) });
   } catch (e) {
     Object.assign(result, { ok: false, kind: e.name, error: e.message });
   }
-  result.answers = answers;
+  result.statuses = statuses;
   result.duration_ms = Number(process.hrtime.bigint() - start) / 1e6;
   console.log(JSON.stringify(result));
 }

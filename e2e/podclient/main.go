@@ -1,8 +1,8 @@
-// Podclient is the program in the test cluster's own images: the process that holds a pod's sandbox, and a client that
-// asks for a token the way the most impatient application would.
+// Podclient is the program in the images of the test cluster: the process of a pod's sandbox, and a client that requests
+// a token as soon as it starts.
 //
-// It protects the end-to-end tests against a kind client: it sends one request, as early as a process can, and never
-// tries again, so that what it reports is what the first try of any application would have met.
+// It protects the end-to-end tests against a client that hides failures: it sends one request, as early as a process can,
+// and never retries. So it reports what the first request of any application gets.
 package main
 
 import (
@@ -16,16 +16,16 @@ import (
 const usage = `usage:
   podclient pause                     wait for a signal
   podclient sleep DURATION            wait that long, then exit 0 (for example 30s)
-  podclient token [FLAGS]             ask once for a token, print the outcome as one JSON line, then wait for a signal
+  podclient token [FLAGS]             request a token once, print the outcome as one JSON line, then wait for a signal
 flags of token:
   --resource URI      audience of the token (default https://management.azure.com/)
   --query K=V[&…]     further parameters, for example client_id=…
   --url URL           the whole URL, instead of the above
-  --exit              exit after the request: 0 if a token came, else 1
+  --exit              exit after the request: 0 if it got a token, else 1
 `
 
 func main() {
-	// main starts here within a millisecond of the exec; whatever is not needed for a subcommand comes after it.
+	// main starts within a millisecond of the exec. Work that a subcommand does not need must not come before it.
 	args := os.Args[1:]
 	if len(args) == 0 {
 		args = []string{"pause"}
@@ -44,7 +44,7 @@ func main() {
 	}
 }
 
-// waitForSignal also buries orphans: in a sandbox this process is PID 1 of a pod that shares its PID namespace.
+// waitForSignal also reaps orphans: in a sandbox this process is PID 1 of a pod that shares its PID namespace.
 func waitForSignal() {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGCHLD)

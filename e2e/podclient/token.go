@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// outcome is the line that `token` prints; tests read it from the pod's log.
+// outcome is the line that `podclient token` prints. Tests read it from the pod's log.
 type outcome struct {
 	Started    time.Time         `json:"started"`
 	Status     int               `json:"status"` // 0: no answer, see error
@@ -22,8 +22,8 @@ type outcome struct {
 	DurationMS float64           `json:"duration_ms"`
 }
 
-// longestAnswer is far more than any answer of the token endpoint.
-const longestAnswer = 1 << 20
+// maxResponse is far more than any response of the token endpoint.
+const maxResponse = 1 << 20
 
 func token(args []string) int {
 	started := time.Now()
@@ -58,8 +58,7 @@ func token(args []string) int {
 	return 1
 }
 
-// ask sends one request over one connection. net/http's client would try again on its own in some cases, and follow
-// redirects.
+// ask sends one request over one connection. The client of net/http retries in some cases, and follows redirects.
 func ask(target string, timeout time.Duration) (result outcome) {
 	err := func() error {
 		u, err := url.Parse(target)
@@ -98,7 +97,7 @@ func ask(target string, timeout time.Duration) (result outcome) {
 		for name, values := range resp.Header {
 			result.Headers[name] = values[0]
 		}
-		body, err := io.ReadAll(io.LimitReader(resp.Body, longestAnswer))
+		body, err := io.ReadAll(io.LimitReader(resp.Body, maxResponse))
 		result.Body = string(body)
 		return err
 	}()

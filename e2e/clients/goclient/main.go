@@ -1,8 +1,8 @@
-// Goclient asks for one token by a Go library of Azure, exactly as an application that knows nothing of Pod Identity
-// does, and prints how it went as one JSON line.
+// Goclient requests one token with a Go library of Azure, as an application does that knows nothing of Pod Identity, and
+// prints the result as one JSON line.
 //
-// It protects the end-to-end tests against our own reading of the protocol: the requests, the waiting and the errors
-// are the libraries' own. Only what they receive is noted on the way.
+// It protects the end-to-end tests against a misreading of the protocol: requests, retries and errors are those of the
+// libraries. This program only records the statuses of the responses.
 package main
 
 import (
@@ -27,26 +27,26 @@ import (
 const usage = `usage: goclient managed|default|adal [FLAGS]
   managed   azidentity's ManagedIdentityCredential
   default   azidentity's DefaultAzureCredential; AZURE_CLIENT_ID may name an identity
-  adal      the library before it
+  adal      the predecessor of azidentity
 flags:
   --resource URI       audience of the token (default https://vault.azure.net)
   --client-id, --object-id, --resource-id
                        the identity; at most one
-  --chain              ask a chain of this credential and one that always has an answer
+  --chain              use a chain of this credential and one that always returns a token
 `
 
-// outcome is the line that is printed. The JavaScript client prints the same.
+// outcome is the line that the program prints. The JavaScript client prints the same fields.
 type outcome struct {
 	OK         bool    `json:"ok"`
 	Token      string  `json:"token,omitempty"`
 	ExpiresOn  int64   `json:"expires_on,omitempty"`
 	Kind       string  `json:"kind,omitempty"` // type of the error
 	Error      string  `json:"error,omitempty"`
-	Answers    []int   `json:"answers"` // HTTP statuses in their order
+	Statuses   []int   `json:"statuses"` // of the responses, in their order
 	DurationMS float64 `json:"duration_ms"`
 }
 
-// request is what the command line asks for.
+// request has the values of the command line.
 type request struct {
 	resource, clientID, objectID, resourceID string
 	chain                                    bool
@@ -67,16 +67,16 @@ func main() {
 	if err := flags.Parse(os.Args[2:]); err != nil {
 		fail(err.Error())
 	}
-	get := map[string]func(request, *answers) (azcore.AccessToken, error){
+	get := map[string]func(request, *recorder) (azcore.AccessToken, error){
 		"managed": managed, "default": defaultCredential, "adal": legacy,
 	}[os.Args[1]]
 	if get == nil {
 		fail(fmt.Sprintf("unknown subcommand %q", os.Args[1]))
 	}
-	seen := &answers{}
+	rec := &recorder{}
 	start := time.Now()
-	token, err := get(r, seen)
-	result := outcome{OK: err == nil, Answers: seen.statuses(), DurationMS: float64(time.Since(start).Microseconds()) / 1000}
+	token, err := get(r, rec)
+	result := outcome{OK: err == nil, Statuses: rec.statuses(), DurationMS: float64(time.Since(start).Microseconds()) / 1000}
 	if err != nil {
 		result.Kind, result.Error = kind(err), err.Error()
 	} else {
@@ -85,8 +85,8 @@ func main() {
 	_ = json.NewEncoder(os.Stdout).Encode(result)
 }
 
-func managed(r request, seen *answers) (azcore.AccessToken, error) {
-	options := &azidentity.ManagedIdentityCredentialOptions{ClientOptions: seen.options()}
+func managed(r request, rec *recorder) (azcore.AccessToken, error) {
+	options := &azidentity.ManagedIdentityCredentialOptions{ClientOptions: rec.options()}
 	switch {
 	case r.clientID != "":
 		options.ID = azidentity.ClientID(r.clientID)
@@ -102,8 +102,8 @@ func managed(r request, seen *answers) (azcore.AccessToken, error) {
 	return ask(r, credential)
 }
 
-func defaultCredential(r request, seen *answers) (azcore.AccessToken, error) {
-	credential, err := azidentity.NewDefaultAzureCredential(&azidentity.DefaultAzureCredentialOptions{ClientOptions: seen.options()})
+func defaultCredential(r request, rec *recorder) (azcore.AccessToken, error) {
+	credential, err := azidentity.NewDefaultAzureCredential(&azidentity.DefaultAzureCredentialOptions{ClientOptions: rec.options()})
 	if err != nil {
 		return azcore.AccessToken{}, err
 	}
@@ -120,15 +120,15 @@ func ask(r request, credential azcore.TokenCredential) (azcore.AccessToken, erro
 	return credential.GetToken(context.Background(), policy.TokenRequestOptions{Scopes: []string{r.resource + "/.default"}})
 }
 
-// next is the credential after the one that is tried out.
+// next is the second credential of the chain.
 type next struct{}
 
 func (next) GetToken(context.Context, policy.TokenRequestOptions) (azcore.AccessToken, error) {
 	return azcore.AccessToken{Token: "of the next credential", ExpiresOn: time.Now().Add(time.Hour)}, nil
 }
 
-// legacy begins with the library's own look whether there is an IMDS, as applications do that know several sources.
-func legacy(r request, seen *answers) (azcore.AccessToken, error) {
+// legacy first checks with the library whether IMDS is available, as applications do that support several token sources.
+func legacy(r request, rec *recorder) (azcore.AccessToken, error) {
 	ctx := context.Background()
 	if !adal.MSIAvailable(ctx, nil) {
 		return azcore.AccessToken{}, errors.New("adal.MSIAvailable says no")
@@ -137,52 +137,52 @@ func legacy(r request, seen *answers) (azcore.AccessToken, error) {
 	if err != nil {
 		return azcore.AccessToken{}, err
 	}
-	token.SetSender(seen)
+	token.SetSender(rec)
 	if err := token.EnsureFreshWithContext(ctx); err != nil {
 		return azcore.AccessToken{}, err
 	}
 	return azcore.AccessToken{Token: token.OAuthToken(), ExpiresOn: token.Token().Expires()}, nil
 }
 
-// answers notes what the library receives, and says on standard error that it asks and what it is told: whoever tests
-// how a client waits has to know that it does.
-type answers struct {
+// recorder keeps the statuses that the library receives. It writes each request and response to standard error, so that
+// a test knows when the client waits for a response.
+type recorder struct {
 	mu   sync.Mutex
 	list []int
 }
 
-func (a *answers) options() azcore.ClientOptions {
+func (a *recorder) options() azcore.ClientOptions {
 	return azcore.ClientOptions{PerRetryPolicies: []policy.Policy{perRetry{a}}}
 }
 
-type perRetry struct{ *answers }
+type perRetry struct{ *recorder }
 
-func (p perRetry) Do(r *policy.Request) (*http.Response, error) { return p.note(r.Next) }
+func (p perRetry) Do(r *policy.Request) (*http.Response, error) { return p.record(r.Next) }
 
 // Do is adal's sender.
-func (a *answers) Do(r *http.Request) (*http.Response, error) {
-	return a.note(func() (*http.Response, error) { return http.DefaultClient.Do(r) })
+func (a *recorder) Do(r *http.Request) (*http.Response, error) {
+	return a.record(func() (*http.Response, error) { return http.DefaultClient.Do(r) })
 }
 
-func (a *answers) note(send func() (*http.Response, error)) (*http.Response, error) {
-	fmt.Fprintln(os.Stderr, "asking")
+func (a *recorder) record(send func() (*http.Response, error)) (*http.Response, error) {
+	fmt.Fprintln(os.Stderr, "request")
 	resp, err := send()
 	if err == nil {
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		a.list = append(a.list, resp.StatusCode)
-		fmt.Fprintln(os.Stderr, "answer", resp.StatusCode)
+		fmt.Fprintln(os.Stderr, "response", resp.StatusCode)
 	}
 	return resp, err
 }
 
-func (a *answers) statuses() []int {
+func (a *recorder) statuses() []int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return append([]int{}, a.list...)
 }
 
-// kind is the name of the error's type without its package: it tells an application, and a chain, what to do.
+// kind is the name of the error's type without its package. Applications and chains decide by it what to do.
 func kind(err error) string {
 	name := fmt.Sprintf("%T", err)
 	return name[strings.LastIndex(name, ".")+1:]

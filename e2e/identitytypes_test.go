@@ -19,7 +19,7 @@ func newApp(t *testing.T, change func(*azure.App)) azure.Identity {
 	n := serial.Add(1)
 	a := azure.App{ClientID: fmt.Sprintf("a9900000-0000-4000-8000-%012d", n), ObjectID: fmt.Sprintf("a9900001-0000-4000-8000-%012d", n)}
 	change(&a)
-	must(t, cloud.AddApp(t.Context(), a))
+	must(t, fakeAzure.AddApp(t.Context(), a))
 	return azure.Identity{ClientID: a.ClientID, ObjectID: a.ObjectID, TenantID: cluster.TenantID}
 }
 
@@ -33,22 +33,22 @@ func withSecret(values ...string) func(*azure.App) {
 
 const exchangeAudience = "api://AzureADTokenExchange"
 
-// trust lets the ServiceAccount's tokens stand for the application or managed identity.
+// trust adds a federated credential for the ServiceAccount to the application or managed identity.
 func trust(t *testing.T, id azure.Identity, namespace, account string) {
 	t.Helper()
-	must(t, world.Trust(t.Context(), id.ClientID, namespace, account))
+	must(t, testCluster.Trust(t.Context(), id.ClientID, namespace, account))
 }
 
-// clusterIssuer is what the API server writes into tokens of ServiceAccounts.
+// clusterIssuer is the issuer of the cluster's ServiceAccount tokens.
 func clusterIssuer(t *testing.T) string {
 	t.Helper()
-	issuer, _, err := world.Issuer(t.Context())
+	issuer, _, err := testCluster.Issuer(t.Context())
 	must(t, err)
 	return issuer
 }
 
-// boundYAML is an AzureIdentity with the spec and its binding, as bind makes them.
-func (s *space) boundYAML(name, selector, spec string) string {
+// boundYAML returns the manifests of an AzureIdentity with that spec and of its binding.
+func (s *testNamespace) boundYAML(name, selector, spec string) string {
 	return fmt.Sprintf(`
 ---
 apiVersion: aadpodidentity.k8s.io/v1
@@ -63,8 +63,8 @@ spec: {azureIdentity: %[2]s, selector: %[3]s}
 `, s.name, name, selector, spec)
 }
 
-// bySecretSpec is the spec of a service principal (1: with a client secret, 2: with a certificate) and its Secret.
-// further are more fields.
+// bySecretSpec is the spec of a service principal (type 1: with a client secret, 2: with a certificate) that refers to
+// the Secret. further are additional fields.
 func bySecretSpec(kind int, id azure.Identity, secret string, further ...string) string {
 	fields := append([]string{fmt.Sprintf("type: %d, clientID: %s, tenantID: %q, clientPassword: {name: %s}", kind, id.ClientID, id.TenantID, secret)}, further...)
 	return "{" + strings.Join(fields, ", ") + "}"
@@ -74,25 +74,25 @@ func federatedSpec(id azure.Identity) string {
 	return fmt.Sprintf("{type: 3, clientID: %s, tenantID: %s}", id.ClientID, id.TenantID)
 }
 
-func (s *space) secretYAML(name string, data map[string][]byte) string {
-	text, _ := json.Marshal(data) // []byte becomes base64, as a Secret has it
+func (s *testNamespace) secretYAML(name string, data map[string][]byte) string {
+	text, _ := json.Marshal(data) // []byte is encoded as base64, like the data of a Secret
 	return fmt.Sprintf(`
 ---
 {apiVersion: v1, kind: Secret, metadata: {namespace: %s, name: %s}, data: %s}
 `, s.name, name, text)
 }
 
-// ready waits until the pods of the namespace run.
-func (s *space) ready() {
+// waitForPods waits until all pods of the namespace are ready.
+func (s *testNamespace) waitForPods() {
 	s.t.Helper()
-	_, err := world.Kubectl(s.t.Context(), "wait", "--for=condition=Ready", "pod", "--all", "-n", s.name, "--timeout=90s")
+	_, err := testCluster.Kubectl(s.t.Context(), "wait", "--for=condition=Ready", "pod", "--all", "-n", s.name, "--timeout=90s")
 	must(s.t, err)
 }
 
-func TestAServicePrincipalProvesItselfWithASecret(t *testing.T) {
-	s := newSpace(t)
+func TestAServicePrincipalAuthenticatesWithASecret(t *testing.T) {
+	s := newNamespace(t)
 	named, only, other := newApp(t, withSecret("named")), newApp(t, withSecret("only")), newApp(t, withSecret("several"))
-	// Programs that write files leave an end of line behind.
+	// Editors end a file with a newline.
 	s.apply(s.secretYAML("named", map[string][]byte{"clientSecret": []byte("named"), "beside": []byte("x")}) +
 		s.secretYAML("only", map[string][]byte{"whatever": []byte("only\n")}) +
 		s.secretYAML("several", map[string][]byte{"first": []byte("several"), "second": []byte("x")}) +
@@ -100,26 +100,26 @@ func TestAServicePrincipalProvesItselfWithASecret(t *testing.T) {
 		s.boundYAML("only", "app", bySecretSpec(1, only, "only")) +
 		s.boundYAML("several", "app", bySecretSpec(1, other, "several")))
 	s.pod("p", "app", "node1")
-	must(t, cloud.ResetLog(t.Context()))
+	must(t, fakeAzure.ResetLog(t.Context()))
 	for _, id := range []azure.Identity{named, only} {
 		s.mustHaveTokenOf(s.ask("p", vault, "client_id="+id.ClientID), id, vault)
-		s.mustHaveTokenOf(s.ask("p", vault+"/", "client_id="+id.ClientID), id, vault+"/") // a resource of its own
+		s.mustHaveTokenOf(s.ask("p", vault+"/", "client_id="+id.ClientID), id, vault+"/") // another resource
 		s.mustHaveTokenOf(s.ask("p", vault, "client_id="+id.ClientID), id, vault)
 	}
 	refused := s.ask("p", vault, "client_id="+other.ClientID)
 	s.mustBeRefused(refused, 403, "secret_invalid")
 	if !strings.Contains(refused.body["detail"], s.name+"/several") || !strings.Contains(refused.body["detail"], "clientSecret") {
-		t.Errorf("the refusal does not say what is missing where: %s", refused.raw)
+		t.Errorf("the refusal does not name the Secret and the key: %s", refused.raw)
 	}
-	stats, err := cloud.Stats(t.Context())
+	stats, err := fakeAzure.Stats(t.Context())
 	must(t, err)
 	if stats.Entra.ByProof[azure.ProofSecret] != 4 || stats.Entra.Token.Requests != 4 || stats.IMDS.Token.Requests != 0 {
-		t.Errorf("six tokens of four kinds cost %v at Entra ID and %d at IMDS", stats.Entra.ByProof, stats.IMDS.Token.Requests)
+		t.Errorf("six requests for four different tokens caused %v at Entra ID and %d requests to IMDS", stats.Entra.ByProof, stats.IMDS.Token.Requests)
 	}
 }
 
-func TestACertificateIsTakenInEachFormThatPeopleHaveItIn(t *testing.T) {
-	s := newSpace(t)
+func TestEachCommonFormatOfACertificateIsAccepted(t *testing.T) {
+	s := newNamespace(t)
 	byRSA, byP256 := newCertificate(t, rsaKey(t), nil), newCertificate(t, ecKey(t, elliptic.P256()), nil)
 	byP384, byP521 := newCertificate(t, ecKey(t, elliptic.P384()), nil), newCertificate(t, ecKey(t, elliptic.P521()), nil)
 	issued := newCertificate(t, rsaKey(t), &byRSA)
@@ -138,9 +138,9 @@ func TestACertificateIsTakenInEachFormThatPeopleHaveItIn(t *testing.T) {
 		{"pfx-chain", issued, issued.pfx(t, password), password},
 		{"pfx-p256", byP256, byP256.pfx(t, password), password},
 		{"pem-rsa", byRSA, slices.Concat(byRSA.key, byRSA.cert), ""},
-		{"pem-rsa-old", byRSA, slices.Concat(byRSA.cert, byRSA.oldKey(t)), ""},
+		{"pem-rsa-old", byRSA, slices.Concat(byRSA.cert, byRSA.legacyKey(t)), ""},
 		{"pem-chain", issued, slices.Concat(issued.key, issued.chain, issued.cert), ""},
-		{"pem-p256-old", byP256, slices.Concat(byP256.oldKey(t), byP256.cert), ""},
+		{"pem-p256-old", byP256, slices.Concat(byP256.legacyKey(t), byP256.cert), ""},
 		{"pem-p384", byP384, slices.Concat(byP384.key, byP384.cert), ""},
 		{"pem-p521", byP521, slices.Concat(byP521.cert, byP521.key), ""},
 	}
@@ -155,8 +155,8 @@ func TestACertificateIsTakenInEachFormThatPeopleHaveItIn(t *testing.T) {
 		yaml += s.secretYAML(c.form, data) + s.boundYAML(c.form, "app", bySecretSpec(2, apps[c.form], c.form))
 	}
 	s.apply(yaml)
-	s.ready()
-	must(t, cloud.ResetLog(t.Context()))
+	s.waitForPods()
+	must(t, fakeAzure.ResetLog(t.Context()))
 	for _, c := range cases {
 		id := apps[c.form]
 		a := s.ask("p", vault, "client_id="+id.ClientID)
@@ -166,62 +166,62 @@ func TestACertificateIsTakenInEachFormThatPeopleHaveItIn(t *testing.T) {
 		}
 		s.mustHaveTokenOf(a, id, vault)
 	}
-	if stats, err := cloud.Stats(t.Context()); err != nil || stats.Entra.ByProof[azure.ProofCertificate] != len(cases) || stats.Entra.Token.Requests != len(cases) {
-		t.Errorf("%d tokens cost %v at Entra ID (%v)", len(cases), stats.Entra.ByProof, err)
+	if stats, err := fakeAzure.Stats(t.Context()); err != nil || stats.Entra.ByProof[azure.ProofCertificate] != len(cases) || stats.Entra.Token.Requests != len(cases) {
+		t.Errorf("%d tokens caused %v at Entra ID (%v)", len(cases), stats.Entra.ByProof, err)
 	}
 }
 
 func TestAPodsServiceAccountIsExchangedForAToken(t *testing.T) {
-	s, app, managed := newSpace(t), newApp(t, func(*azure.App) {}), newIdentity(t)
-	must(t, cloud.Detach(t.Context(), managed.ClientID)) // the machine needs no part in it
+	s, app, managed := newNamespace(t), newApp(t, func(*azure.App) {}), newIdentity(t)
+	must(t, fakeAzure.Detach(t.Context(), managed.ClientID)) // a federated identity need not be attached to the machine
 	trust(t, app, s.name, "worker")
 	trust(t, managed, s.name, "worker")
 	s.apply(fmt.Sprintf("{apiVersion: v1, kind: ServiceAccount, metadata: {namespace: %s, name: worker}}", s.name) +
 		s.boundYAML("app", "fed", federatedSpec(app)) + s.boundYAML("managed", "fed", federatedSpec(managed)) +
 		asAccount("worker", s.podYAML("p", "fed", "node1", "pause")+s.podYAML("sister", "fed", "node1", "pause")))
-	s.ready()
-	must(t, cloud.ResetLog(t.Context()))
+	s.waitForPods()
+	must(t, fakeAzure.ResetLog(t.Context()))
 	for _, id := range []azure.Identity{app, managed} {
 		a := s.ask("p", vault, "client_id="+id.ClientID)
 		s.mustHaveTokenOf(a, id, vault)
 		if again := s.ask("sister", vault, "client_id="+id.ClientID); again.token() != a.token() {
-			t.Errorf("a pod of the same ServiceAccount got %d and another token: %s", again.status, again.raw)
+			t.Errorf("a pod with the same ServiceAccount got status %d and a different token: %s", again.status, again.raw)
 		}
 	}
-	entries, err := cloud.Log(t.Context(), 0)
+	entries, err := fakeAzure.Log(t.Context(), 0)
 	must(t, err)
 	tokens := 0
 	for _, e := range entries {
 		if e.Service == "imds" && e.Class == "token" {
-			t.Errorf("IMDS was asked: %+v", e)
+			t.Errorf("IMDS received a token request: %+v", e)
 		}
 		if e.Service == "entra" && e.Class == "token" {
 			tokens++
 			if e.Proof != azure.ProofFederated || e.Subject != "system:serviceaccount:"+s.name+":worker" {
-				t.Errorf("Entra ID was asked with %+v", e)
+				t.Errorf("Entra ID received %+v", e)
 			}
 		}
 	}
 	if tokens != 2 {
-		t.Errorf("two tokens cost %d calls to Entra ID", tokens)
+		t.Errorf("two tokens caused %d requests to Entra ID", tokens)
 	}
 }
 
-// asAccount lets the pods run as the ServiceAccount.
+// asAccount sets the ServiceAccount of the pods.
 func asAccount(name, yaml string) string {
 	return strings.ReplaceAll(yaml, "\nspec:\n  nodeSelector:", "\nspec:\n  serviceAccountName: "+name+"\n  nodeSelector:")
 }
 
-func TestAuxiliaryTenantsComeAsAnArray(t *testing.T) {
-	s := newSpace(t)
+func TestTokensOfAuxiliaryTenantsAreAnArray(t *testing.T) {
+	s := newNamespace(t)
 	tenants := []string{cluster.TenantID, "a0000000-0000-4000-8000-00000000000a", "a0000000-0000-4000-8000-00000000000b"}
 	id := newApp(t, func(a *azure.App) { a.Tenants = tenants; withSecret("many")(a) })
-	partly := newApp(t, withSecret("one")) // is in the first tenant only
+	partly := newApp(t, withSecret("one")) // registered in the first tenant only
 	s.apply(s.secretYAML("many", map[string][]byte{"clientSecret": []byte("many")}) + s.secretYAML("one", map[string][]byte{"clientSecret": []byte("one")}) +
 		s.boundYAML("many", "app", bySecretSpec(1, id, "many", fmt.Sprintf("auxiliaryTenantIDs: [%s, %s]", tenants[1], strings.ToUpper(tenants[2])))) +
 		s.boundYAML("partly", "app", bySecretSpec(1, partly, "one", fmt.Sprintf("auxiliaryTenantIDs: [%s]", tenants[1]))))
 	s.pod("p", "app", "node1")
-	must(t, cloud.ResetLog(t.Context()))
+	must(t, fakeAzure.ResetLog(t.Context()))
 	for range 2 { // the second from the cache
 		a := s.ask("p", vault, "client_id="+id.ClientID)
 		var all []map[string]string
@@ -232,47 +232,47 @@ func TestAuxiliaryTenantsComeAsAnArray(t *testing.T) {
 			in := id
 			in.TenantID = tenants[i]
 			text, _ := json.Marshal(one)
-			claims, err := cloud.Verify(one["access_token"])
+			claims, err := fakeAzure.Verify(one["access_token"])
 			must(t, err)
 			if in.TenantID = claims.TenantID; !strings.EqualFold(in.TenantID, tenants[i]) {
-				t.Errorf("token %d is of tenant %s, want %s", i, claims.TenantID, tenants[i])
+				t.Errorf("token %d is from tenant %s, want %s", i, claims.TenantID, tenants[i])
 			}
 			s.mustHaveTokenOf(answer{status: 200, body: one, raw: string(text)}, in, vault)
 		}
 	}
-	if stats, err := cloud.Stats(t.Context()); err != nil || stats.Entra.Token.Requests != 3 {
-		t.Errorf("three tenants cost %d calls to Entra ID (%v)", stats.Entra.Token.Requests, err)
+	if stats, err := fakeAzure.Stats(t.Context()); err != nil || stats.Entra.Token.Requests != 3 {
+		t.Errorf("three tenants caused %d requests to Entra ID (%v)", stats.Entra.Token.Requests, err)
 	}
 	refused := s.ask("p", vault, "client_id="+partly.ClientID)
 	s.mustBeRefused(refused, 403, "upstream_refused")
 	if !strings.Contains(refused.body["error_description"], "AADSTS") {
-		t.Errorf("a tenant that says no is not told: %s", refused.raw)
+		t.Errorf("the error of the tenant that refuses is missing: %s", refused.raw)
 	}
 	eventually(t, 5*time.Second, func() error {
 		lines := s.lines("node1")
 		line := lines[len(lines)-1]
 		if line.Reason != "upstream_refused" || line.CorrelationID == "" || !strings.Contains(refused.raw, line.CorrelationID) {
-			return fmt.Errorf("the last line is %s", line.raw)
+			return fmt.Errorf("the last line of the log is %s", line.raw)
 		}
 		if line.TokenID != "" {
-			t.Fatalf("the audit names a token that was handed to nobody: %s", line.raw)
+			t.Fatalf("the audit log names a token that no client received: %s", line.raw)
 		}
 		return nil
 	})
 }
 
 func TestAnIdentityCanNameItsOwnAuthority(t *testing.T) {
-	s := newSpace(t)
+	s := newNamespace(t)
 	endpoints := []string{"https://login.microsoftonline.com", "https://LOGIN.microsoftonline.com:443/", "https://10.10.0.254/"}
-	crossed := newCertificate(t, rsaKey(t), nil)
+	shared := newCertificate(t, rsaKey(t), nil)
 	apps := make([]azure.Identity, len(endpoints))
-	yaml := s.secretYAML("both", map[string][]byte{"certificate": slices.Concat(crossed.key, crossed.cert)}) + s.podYAML("p", "app", "node2", "pause")
+	yaml := s.secretYAML("both", map[string][]byte{"certificate": slices.Concat(shared.key, shared.cert)}) + s.podYAML("p", "app", "node2", "pause")
 	for i, endpoint := range endpoints {
-		apps[i] = newApp(t, func(a *azure.App) { a.Certificates = []string{string(crossed.cert)} })
+		apps[i] = newApp(t, func(a *azure.App) { a.Certificates = []string{string(shared.cert)} })
 		yaml += s.boundYAML(fmt.Sprintf("e%d", i), "app", bySecretSpec(2, apps[i], "both", fmt.Sprintf("adEndpoint: %q", endpoint)))
 	}
 	s.apply(yaml)
-	s.ready()
+	s.waitForPods()
 	for i, id := range apps {
 		a := s.ask("p", vault, "client_id="+id.ClientID)
 		if a.status != 200 {
@@ -283,33 +283,33 @@ func TestAnIdentityCanNameItsOwnAuthority(t *testing.T) {
 	}
 }
 
-func TestIdentitiesOfDifferentTypesAreToldApartOnOnePod(t *testing.T) {
-	s, managed := newSpace(t), newIdentity(t)
-	proof := newCertificate(t, rsaKey(t), nil)
-	bySecret, byCertificate := newApp(t, withSecret("hush")), newApp(t, func(a *azure.App) { a.Certificates = []string{string(proof.cert)} })
+func TestAPodCanUseIdentitiesOfAllTypes(t *testing.T) {
+	s, managed := newNamespace(t), newIdentity(t)
+	cert := newCertificate(t, rsaKey(t), nil)
+	bySecret, byCertificate := newApp(t, withSecret("hush")), newApp(t, func(a *azure.App) { a.Certificates = []string{string(cert.cert)} })
 	federated := newApp(t, func(*azure.App) {})
 	trust(t, federated, s.name, "default")
 	s.bind("managed", "all", managed)
 	s.apply(s.secretYAML("secret", map[string][]byte{"clientSecret": []byte("hush")}) +
-		s.secretYAML("certificate", map[string][]byte{"certificate": slices.Concat(proof.cert, proof.key)}) +
+		s.secretYAML("certificate", map[string][]byte{"certificate": slices.Concat(cert.cert, cert.key)}) +
 		s.boundYAML("secret", "all", bySecretSpec(1, bySecret, "secret")) +
 		s.boundYAML("certificate", "all", bySecretSpec(2, byCertificate, "certificate")) +
 		s.boundYAML("federated", "all", federatedSpec(federated)) +
 		s.podYAML("by-object", "all", "node1", "pause") + s.podYAML("by-client", "all", "node2", "pause"))
-	s.ready()
+	s.waitForPods()
 	s.mustBeRefused(s.ask("by-client", vault), 400, "multiple_identities")
 	for _, id := range []azure.Identity{managed, bySecret, byCertificate, federated} {
-		// On a node where no token has told the object IDs yet.
+		// On a node where NMI does not know the object IDs from earlier tokens.
 		s.mustHaveTokenOf(s.ask("by-object", vault, "object_id="+strings.ToUpper(id.ObjectID)), id, vault)
 		s.mustHaveTokenOf(s.ask("by-client", vault, "client_id="+strings.ToUpper(id.ClientID)), id, vault)
 	}
 	s.mustBeRefused(s.ask("by-object", vault, "object_id=0b1ec700-0000-4000-8000-ffffffffffff"), 400, "identity_not_bound")
 }
 
-// lines are what NMI of the node has written of late about pods of the namespace.
-func (s *space) lines(node string) []logLine {
+// lines are the recent lines of NMI's log on the node about pods of the namespace.
+func (s *testNamespace) lines(node string) []logLine {
 	s.t.Helper()
-	out, err := world.Kubectl(s.t.Context(), "logs", "-n", cluster.ChartNamespace, nmiPod(s.t, node), "--since", (3 * time.Minute).String())
+	out, err := testCluster.Kubectl(s.t.Context(), "logs", "-n", cluster.ChartNamespace, nmiPod(s.t, node), "--since", (3 * time.Minute).String())
 	must(s.t, err)
 	var lines []logLine
 	for text := range strings.Lines(out) {
@@ -323,7 +323,7 @@ func (s *space) lines(node string) []logLine {
 	return lines
 }
 
-// logLine is a line of NMI's log about a request.
+// logLine is a line of NMI's log about a token request.
 type logLine struct {
 	Logger         string
 	PodNamespace   string `json:"pod_namespace"`
@@ -342,17 +342,17 @@ type logLine struct {
 	raw            string
 }
 
-// refusalEvents are the events about refused tokens, by pod.
-func (s *space) refusalEvents() map[string][]event {
+// refusalEvents are the events about refused token requests, by pod.
+func (s *testNamespace) refusalEvents() map[string][]event {
 	s.t.Helper()
-	out, err := world.Kubectl(s.t.Context(), "get", "events", "-n", s.name, "--field-selector", "reason=TokenRefused", "-o", "json")
+	out, err := testCluster.Kubectl(s.t.Context(), "get", "events", "-n", s.name, "--field-selector", "reason=TokenRefused", "-o", "json")
 	must(s.t, err)
 	var list struct{ Items []event }
 	must(s.t, json.Unmarshal([]byte(out), &list))
 	byPod := map[string][]event{}
 	for _, e := range list.Items {
 		if e.Type != "Warning" || e.InvolvedObject.Kind != "Pod" {
-			s.t.Errorf("an event is %+v", e)
+			s.t.Errorf("unexpected event: %+v", e)
 		}
 		byPod[e.InvolvedObject.Name] = append(byPod[e.InvolvedObject.Name], e)
 	}

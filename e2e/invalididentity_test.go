@@ -12,24 +12,24 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// marker begins every secret of the tests of bad input. Of 24 characters: the base64 form of what begins with it begins
-// with its own.
+// marker is the beginning of every secret in the tests of invalid identities. It has 24 characters, so that the base64
+// form of a text that begins with it begins with the base64 form of marker.
 const marker = "hush0hush1hush2hush3hush"
 
-// mistake is an identity that cannot work, and what whoever made it is told.
-type mistake struct {
+// invalidIdentity is an AzureIdentity that cannot work, and the expected refusal.
+type invalidIdentity struct {
 	name   string // of pod, label, AzureIdentity and Secret
 	spec   string
 	data   map[string][]byte // of the Secret; nil: there is none
 	status int
 	reason string
-	says   []string // in error_description or detail
+	want   []string // in error_description or detail
 }
 
-func mistakes(t *testing.T, s *space) []mistake {
+func invalidIdentities(t *testing.T, s *testNamespace) []invalidIdentity {
 	t.Helper()
 	good, other := newCertificate(t, rsaKey(t), nil), newCertificate(t, rsaKey(t), nil)
-	over := expiredCertificate(t, rsaKey(t))
+	expired := expiredCertificate(t, rsaKey(t))
 	app := newApp(t, func(a *azure.App) {
 		a.Secrets = []azure.AppSecret{{Value: marker + "-right"}, {Value: marker + "-old", Expires: time.Now().Add(-time.Hour)}}
 		a.Certificates = []string{string(good.cert)}
@@ -40,7 +40,7 @@ func mistakes(t *testing.T, s *space) []mistake {
 	secret := func(name string, further ...string) string { return bySecretSpec(1, app, name, further...) }
 	named := func(name string) string { return "Secret " + s.name + "/" + name }
 	identity := func(name string) string { return s.name + "/" + name }
-	all := []mistake{
+	all := []invalidIdentity{
 		{"wrong-secret", secret("wrong-secret"), map[string][]byte{"clientSecret": []byte(marker + "-wrong")}, 403, "upstream_refused",
 			[]string{"AADSTS7000215", "Correlation ID: ", named("wrong-secret")}},
 		{"old-secret", secret("old-secret"), map[string][]byte{"only": []byte(marker + "-old")}, 403, "upstream_refused", []string{"AADSTS7000222", named("old-secret")}},
@@ -52,11 +52,11 @@ func mistakes(t *testing.T, s *space) []mistake {
 		{"node-loopback", secret("node-loopback", `adEndpoint: "https://localhost:2579/"`), right, 403, "upstream_refused", []string{"adEndpoint"}},
 	}
 	invalid := func(name, reason string, kind int, data map[string][]byte, further ...string) {
-		says := named(name)
+		want := named(name)
 		if reason == "identity_invalid" {
-			says = identity(name)
+			want = identity(name)
 		}
-		all = append(all, mistake{name, bySecretSpec(kind, app, name, further...), data, 403, reason, []string{says}})
+		all = append(all, invalidIdentity{name, bySecretSpec(kind, app, name, further...), data, 403, reason, []string{want}})
 	}
 	invalid("no-secret", "secret_missing", 1, nil)
 	invalid("empty", "secret_invalid", 1, map[string][]byte{})
@@ -71,24 +71,24 @@ func mistakes(t *testing.T, s *space) []mistake {
 	invalid("key-alone", "secret_invalid", 2, map[string][]byte{"certificate": good.key})
 	invalid("foreign-key", "secret_invalid", 2, map[string][]byte{"certificate": slices.Concat(good.cert, other.key)})
 	invalid("foreign-certificate", "upstream_refused", 2, map[string][]byte{"certificate": slices.Concat(other.cert, other.key)})
-	invalid("expired", "secret_invalid", 2, map[string][]byte{"certificate": slices.Concat(over.cert, over.key)})
+	invalid("expired", "secret_invalid", 2, map[string][]byte{"certificate": slices.Concat(expired.cert, expired.key)})
 	invalid("tenant-common", "identity_invalid", 1, right, "tenantID: common")
 	invalid("tenant-path", "identity_invalid", 1, right, "tenantID: ../x")
 	invalid("auxiliary", "identity_invalid", 1, right, `auxiliaryTenantIDs: ["a b"]`)
 	invalid("plain-http", "identity_invalid", 1, right, `adEndpoint: "http://login.microsoftonline.com/"`)
 	invalid("endpoint-path", "identity_invalid", 1, right, `adEndpoint: "https://login.microsoftonline.com/common"`)
 	for i, m := range all {
-		if strings.Count(m.spec, "tenantID:") == 2 { // the later one is meant
+		if strings.Count(m.spec, "tenantID:") == 2 { // keep only the second one
 			all[i].spec = strings.Replace(m.spec, fmt.Sprintf("tenantID: %q, ", app.TenantID), "", 1)
 		}
 	}
 	return all
 }
 
-// Each mistake is told once and the same in the answer, the log and an event, and harms nobody else.
-func TestEachMistakeIsToldWhereItIsLookedForAndHarmsNobodyElse(t *testing.T) {
-	s := newSpace(t)
-	all := mistakes(t, s)
+// The answer, the log and an event report the same reason, and other pods are not affected.
+func TestAnInvalidIdentityIsReportedEverywhereAndAffectsNoOtherPod(t *testing.T) {
+	s := newNamespace(t)
+	all := invalidIdentities(t, s)
 	fine := newApp(t, withSecret(marker+"-fine"))
 	yaml := s.secretYAML("fine", map[string][]byte{"clientSecret": []byte(marker + "-fine")}) +
 		s.boundYAML("fine", "fine", bySecretSpec(1, fine, "fine")) + s.podYAML("fine", "fine", "node1", "pause")
@@ -99,9 +99,9 @@ func TestEachMistakeIsToldWhereItIsLookedForAndHarmsNobodyElse(t *testing.T) {
 		}
 	}
 	s.apply(yaml)
-	s.ready()
+	s.waitForPods()
 	s.mustHaveTokenOf(s.ask("fine", vault), fine, vault)
-	running := restarts(t, "node1")
+	restartsBefore := restarts(t, "node1")
 	l := s.startLoad("fine", 1, vault)
 	answers := map[string]answer{}
 	for _, m := range all {
@@ -110,31 +110,31 @@ func TestEachMistakeIsToldWhereItIsLookedForAndHarmsNobodyElse(t *testing.T) {
 		if a.status != m.status || a.reason() != m.reason || a.token() != "" || a.body["error"] == "" || a.body["error_description"] == "" {
 			t.Errorf("%s: got %d %s; want %d and reason %s", m.name, a.status, a.raw, m.status, m.reason)
 		}
-		for _, want := range m.says {
+		for _, want := range m.want {
 			if !strings.Contains(a.body["error_description"]+"\n"+a.body["detail"], want) {
 				t.Errorf("%s: %q is not in %s", m.name, want, a.raw)
 			}
 		}
 		if again := strings.Contains(a.headers, "Retry-After: "); again != (m.status == 503) {
-			t.Errorf("%s: the client is told %s", m.name, a.headers)
+			t.Errorf("%s: the headers of the answer are %s", m.name, a.headers)
 		}
 	}
 	for range 3 {
-		s.ask("wrong-secret", vault) // the same event
+		s.ask("wrong-secret", vault) // must not create another event
 	}
 	s.mustBeRefused(s.ask("fine", "https://nothing.invalid"), 400, "upstream_refused")
-	l.end()
-	if good := l.statuses[200]; len(l.statuses) != 1 || good == 0 {
-		t.Errorf("another pod of the node felt it: %s", l)
+	l.stop()
+	if tokens := l.statuses[200]; len(l.statuses) != 1 || tokens == 0 {
+		t.Errorf("the invalid identities affected another pod of the node: %s", l)
 	}
-	if now := restarts(t, "node1"); now != running {
-		t.Errorf("NMI's restarts went from %s to %s", running, now)
+	if now := restarts(t, "node1"); now != restartsBefore {
+		t.Errorf("NMI's restarts went from %s to %s", restartsBefore, now)
 	}
-	s.mistakesAreInLogAndEvents(all)
-	s.nothingLeaks("node1", answers)
+	s.checkLogAndEvents(all)
+	s.checkNoSecretLeaks("node1", answers)
 }
 
-func (s *space) mistakesAreInLogAndEvents(all []mistake) {
+func (s *testNamespace) checkLogAndEvents(all []invalidIdentity) {
 	s.t.Helper()
 	eventually(s.t, 30*time.Second, func() error {
 		logged := map[string][]logLine{}
@@ -146,15 +146,15 @@ func (s *space) mistakesAreInLogAndEvents(all []mistake) {
 		events := s.refusalEvents()
 		for _, m := range all {
 			if len(logged[m.name]) == 0 {
-				return fmt.Errorf("no line is about pod %s", m.name)
+				return fmt.Errorf("the log has no line about pod %s", m.name)
 			}
 			if line := logged[m.name][0]; line.Reason != m.reason || line.Status != m.status {
-				return fmt.Errorf("logged of pod %s: %s", m.name, line.raw)
+				return fmt.Errorf("the log has about pod %s: %s", m.name, line.raw)
 			}
 			if e := events[m.name]; len(e) == 0 {
-				// Not more than one a second is written; what does not fit is told with the next of its kind.
+				// NMI writes at most one event a second. It writes a skipped one with the next refusal of its kind.
 				s.ask(m.name, vault)
-				return fmt.Errorf("no event is about pod %s", m.name)
+				return fmt.Errorf("there is no event about pod %s", m.name)
 			} else if len(e) > 1 || !strings.Contains(e[0].Message, m.reason) {
 				return fmt.Errorf("events of pod %s: %+v", m.name, e)
 			}
@@ -163,36 +163,36 @@ func (s *space) mistakesAreInLogAndEvents(all []mistake) {
 	})
 }
 
-// nothingLeaks looks for what Secrets held, in every form that a program would write it in.
-func (s *space) nothingLeaks(node string, answers map[string]answer) {
+// checkNoSecretLeaks searches everything that NMI writes for the contents of the Secrets, as text and as base64.
+func (s *testNamespace) checkNoSecretLeaks(node string, answers map[string]answer) {
 	s.t.Helper()
-	places := map[string]string{}
+	outputs := map[string]string{}
 	for name, a := range answers {
-		places["the answer to "+name] = a.headers + a.raw
+		outputs["the answer to "+name] = a.headers + a.raw
 	}
 	var err error
-	places["NMI's log"], err = world.Kubectl(s.t.Context(), "logs", "-n", cluster.ChartNamespace, nmiPod(s.t, node))
+	outputs["NMI's log"], err = testCluster.Kubectl(s.t.Context(), "logs", "-n", cluster.ChartNamespace, nmiPod(s.t, node))
 	must(s.t, err)
-	places["the metrics"], err = world.InNode(s.t.Context(), node, "curl", "-sf", "--max-time", "5", "http://127.0.0.1:9090/metrics")
+	outputs["the metrics"], err = testCluster.InNode(s.t.Context(), node, "curl", "-sf", "--max-time", "5", "http://127.0.0.1:9090/metrics")
 	must(s.t, err)
-	places["the events"], err = world.Kubectl(s.t.Context(), "get", "events", "-A", "-o", "yaml")
+	outputs["the events"], err = testCluster.Kubectl(s.t.Context(), "get", "events", "-A", "-o", "yaml")
 	must(s.t, err)
-	places["the identities"], err = world.Kubectl(s.t.Context(), "get", "azureidentities,azureidentitybindings,pods", "-n", s.name, "-o", "yaml")
+	outputs["the identities"], err = testCluster.Kubectl(s.t.Context(), "get", "azureidentities,azureidentitybindings,pods", "-n", s.name, "-o", "yaml")
 	must(s.t, err)
-	for place, text := range places {
+	for output, text := range outputs {
 		for _, mark := range []string{marker, base64.StdEncoding.EncodeToString([]byte(marker)), "BEGIN", "eyJ"} {
 			if i := strings.Index(text, mark); i >= 0 {
-				s.t.Errorf("%s holds %q: …%s…", place, mark, text[max(0, i-200):min(len(text), i+100)])
+				s.t.Errorf("%s contains %q: …%s…", output, mark, text[max(0, i-200):min(len(text), i+100)])
 			}
 		}
 	}
 }
 
-// restarts tells NMI's pod of the node and how often its container was started again.
+// restarts returns the name of the NMI pod on the node and its restart count.
 func restarts(t *testing.T, node string) string {
 	t.Helper()
 	pod := nmiPod(t, node)
-	out, err := world.Kubectl(t.Context(), "get", "pod", pod, "-n", cluster.ChartNamespace, "-o", "jsonpath={.status.containerStatuses[*].restartCount}")
+	out, err := testCluster.Kubectl(t.Context(), "get", "pod", pod, "-n", cluster.ChartNamespace, "-o", "jsonpath={.status.containerStatuses[*].restartCount}")
 	must(t, err)
 	return pod + " " + out
 }
