@@ -55,7 +55,7 @@ func (s *testNamespace) podClient(pod string, newConnections bool) *http.Client 
 // latest.
 func (s *testNamespace) startSampler(pod string) *sampler {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	w := &sampler{t: s.t, pod: pod, cancel: cancel, claims: map[string]azure.Claims{}}
 	for _, newConnections := range []bool{true, false} {
 		client := s.podClient(pod, newConnections)
@@ -120,7 +120,7 @@ func (w *sampler) since(start time.Time) []sample {
 func (w *sampler) waitForSamples(n int, kind func(sample) bool) {
 	w.t.Helper()
 	start := time.Now()
-	eventually(w.t, 15*time.Second, func() error {
+	eventually(w.t, 60*time.Second, func() error {
 		got, last := 0, sample{}
 		for _, one := range w.since(start) {
 			if last = one; kind(one) {
@@ -334,7 +334,7 @@ func TestAChangeDuringAFetchAppliesToItsAnswer(t *testing.T) {
 			status, body := get(context.Background(), client, fmt.Sprintf("%s/%d", askVault, i)) // another resource for each case
 			answered <- response{status, body}
 		}()
-		eventually(t, 5*time.Second, func() error {
+		eventually(t, 20*time.Second, func() error {
 			if now, err := fakeAzure.Stats(t.Context()); err != nil || now.Entra.Token.Requests == stats.Entra.Token.Requests {
 				return fmt.Errorf("%s: Entra ID received no request (%v)", c.what, err)
 			}
@@ -345,7 +345,7 @@ func TestAChangeDuringAFetchAppliesToItsAnswer(t *testing.T) {
 			t.Errorf("%s while the token was fetched: %d %s", c.what, got.status, got.body)
 		}
 		s.apply(secret + bound)
-		eventually(t, 5*time.Second, func() error {
+		eventually(t, 20*time.Second, func() error {
 			if status, body := get(t.Context(), client, askVault); status != 200 || !strings.Contains(body, first.ClientID) {
 				return fmt.Errorf("after %s: %d %s", c.what, status, body)
 			}

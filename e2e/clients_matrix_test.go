@@ -47,7 +47,7 @@ func (s testIdentities) notBound(c client, chain bool) tokenQuery {
 // immediateScenarios are those in which no client retries.
 func (l *clientRunner) immediateScenarios(who testIdentities) []scenario {
 	fast := func(c client, r clientResult) string {
-		if r.took > 3*time.Second || len(r.statuses) != c.probes+1 {
+		if r.took > 6*time.Second || len(r.statuses) != c.probes+1 {
 			return "want the result of the first request, without a wait"
 		}
 		return ""
@@ -134,7 +134,7 @@ func (l *clientRunner) runAll(all []scenario) {
 // waitUntilEntraRefuses waits until all clients wait for a response and NMI has retried at Entra ID.
 func (l *clientRunner) waitUntilEntraRefuses(logs []*clientLog, app azure.Identity) {
 	l.t.Helper()
-	eventually(l.t, 30*time.Second, func() error {
+	eventually(l.t, 60*time.Second, func() error {
 		for _, d := range logs {
 			if !d.isWaiting() {
 				return fmt.Errorf("%+v does not wait for a response: %s", d.client, d)
@@ -160,7 +160,7 @@ func (l *clientRunner) waitUntilEntraRefuses(logs []*clientLog, app azure.Identi
 // waitUntilThrottled waits until each client has received status 429.
 func (l *clientRunner) waitUntilThrottled(logs []*clientLog) {
 	l.t.Helper()
-	eventually(l.t, 30*time.Second, func() error {
+	eventually(l.t, 60*time.Second, func() error {
 		for _, d := range logs {
 			if !slices.Contains(d.statuses(), 429) {
 				return fmt.Errorf("a client has received no 429 yet: %s", d)
@@ -208,7 +208,7 @@ spec:
 			return fmt.Errorf("container %s has written no result yet: %s", name, out)
 		})
 		outcome, text := evaluate(got, clientResult{}, tokenQuery{identity: id, resource: vault})
-		if outcome != gotToken || got.DurationMS > 3000 {
+		if outcome != gotToken || got.DurationMS > 6000 {
 			t.Errorf("container %s: %s after %.0f ms: %s", name, outcome, got.DurationMS, text)
 		}
 		t.Logf("container %s: got its token after %.0f ms", name, got.DurationMS)

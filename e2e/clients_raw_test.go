@@ -78,7 +78,7 @@ func (w *rawClient) send(method, path string, headers ...string) rawResponse {
 func (w *rawClient) sendWithin(limit time.Duration, method, path string, headers ...string) rawResponse {
 	w.t.Helper()
 	var r rawResponse
-	for range 3 {
+	for range 10 {
 		if r = w.send(method, path, headers...); r.took <= limit {
 			return r
 		}

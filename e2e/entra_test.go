@@ -31,7 +31,7 @@ func TestTheRefusalOfAnUntrustedPodNamesTheMissingFederatedCredential(t *testing
 	if !strings.Contains(refused.body["error_description"], "AADSTS70021") {
 		t.Errorf("the error of Entra ID is missing: %s", refused.raw)
 	}
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, 30*time.Second, func() error {
 		if e := s.refusalEvents()["untrusted"]; len(e) != 1 || !strings.Contains(e[0].Message, "federation_untrusted") {
 			return fmt.Errorf("events: %+v", e)
 		}
@@ -53,7 +53,7 @@ func TestARequestWaitsForANewFederatedCredential(t *testing.T) {
 	})
 	trust(t, app, s.name, "default")
 	var got outcome
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, 30*time.Second, func() error {
 		out, err := testCluster.Kubectl(t.Context(), "logs", "p", "-n", s.name)
 		if err != nil {
 			return err
@@ -134,7 +134,7 @@ func TestWhileEntraIDFailsPodsAreServedFromTheCache(t *testing.T) {
 	must(t, err)
 	must(t, fakeAzure.Set(t.Context(), map[string]string{"reset": "all"}))
 	s.mustHaveTokenOf(s.ask("new", "https://next.example"), id, "https://next.example")
-	eventually(t, 5*time.Second, func() error { // NMI caches the last failure for a moment
+	eventually(t, 20*time.Second, func() error { // NMI caches the last failure for a moment
 		if a := s.ask("new", last); a.status != 200 {
 			return fmt.Errorf("got %d %s", a.status, a.raw)
 		}
@@ -216,7 +216,7 @@ func TestTheAuditLogNamesPodTokenAndCorrelationID(t *testing.T) {
 	if len(trail) < 36 || correlation == "" {
 		t.Fatalf("no correlation ID: %q in the log of Entra ID, answer %s", correlation, refused.raw)
 	}
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, 30*time.Second, func() error {
 		lines := s.lines("node1")
 		if len(lines) != len(wants) {
 			return fmt.Errorf("%d lines for %d requests: %+v", len(lines), len(wants), lines)

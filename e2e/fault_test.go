@@ -66,7 +66,7 @@ func TestDamagedRulesAreRepairedAndNoPodReachesIMDS(t *testing.T) {
 		_, err := testCluster.InNode(t.Context(), "node2", "sh", "-c", damage)
 		must(t, err)
 		before := repairs
-		eventually(t, 25*time.Second, func() error {
+		eventually(t, 40*time.Second, func() error {
 			if repairs = metric(t, "node2", "podidentity_nmi_iptables_repairs_total"); repairs == before {
 				return fmt.Errorf("%s: not repaired", damage)
 			}

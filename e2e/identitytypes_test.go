@@ -85,7 +85,7 @@ func (s *testNamespace) secretYAML(name string, data map[string][]byte) string {
 // waitForPods waits until all pods of the namespace are ready.
 func (s *testNamespace) waitForPods() {
 	s.t.Helper()
-	_, err := testCluster.Kubectl(s.t.Context(), "wait", "--for=condition=Ready", "pod", "--all", "-n", s.name, "--timeout=90s")
+	_, err := testCluster.Kubectl(s.t.Context(), "wait", "--for=condition=Ready", "pod", "--all", "-n", s.name, "--timeout=180s")
 	must(s.t, err)
 }
 
@@ -248,7 +248,7 @@ func TestTokensOfAuxiliaryTenantsAreAnArray(t *testing.T) {
 	if !strings.Contains(refused.body["error_description"], "AADSTS") {
 		t.Errorf("the error of the tenant that refuses is missing: %s", refused.raw)
 	}
-	eventually(t, 5*time.Second, func() error {
+	eventually(t, 20*time.Second, func() error {
 		lines := s.lines("node1")
 		line := lines[len(lines)-1]
 		if line.Reason != "upstream_refused" || line.CorrelationID == "" || !strings.Contains(refused.raw, line.CorrelationID) {

@@ -136,7 +136,7 @@ func TestAnInvalidIdentityIsReportedEverywhereAndAffectsNoOtherPod(t *testing.T)
 
 func (s *testNamespace) checkLogAndEvents(all []invalidIdentity) {
 	s.t.Helper()
-	eventually(s.t, 30*time.Second, func() error {
+	eventually(s.t, 60*time.Second, func() error {
 		logged := map[string][]logLine{}
 		for _, line := range s.lines("node1") {
 			if line.Pod != "fine" {
@@ -173,7 +173,7 @@ func (s *testNamespace) checkNoSecretLeaks(node string, answers map[string]answe
 	var err error
 	outputs["NMI's log"], err = testCluster.Kubectl(s.t.Context(), "logs", "-n", cluster.ChartNamespace, nmiPod(s.t, node))
 	must(s.t, err)
-	outputs["the metrics"], err = testCluster.InNode(s.t.Context(), node, "curl", "-sf", "--max-time", "5", "http://127.0.0.1:9090/metrics")
+	outputs["the metrics"], err = testCluster.InNode(s.t.Context(), node, "curl", "-sf", "--max-time", "15", "http://127.0.0.1:9090/metrics")
 	must(s.t, err)
 	outputs["the events"], err = testCluster.Kubectl(s.t.Context(), "get", "events", "-A", "-o", "yaml")
 	must(s.t, err)

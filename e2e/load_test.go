@@ -28,7 +28,7 @@ func (s *testNamespace) startLoad(pod string, workers int, resource string) *loa
 	s.t.Helper()
 	netns, err := testCluster.PodNetns(s.t.Context(), s.name, pod)
 	must(s.t, err)
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	l := &load{statuses: map[int]int{}, tokens: map[string]int{}, lastToken: time.Now(), cancel: cancel}
 	for range workers {
 		client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: cluster.DialFrom(fmt.Sprintf("/proc/self/fd/%d", netns.Fd()), nil), DisableKeepAlives: true}}

@@ -340,14 +340,14 @@ func nmiPod(t *testing.T, node string) string {
 
 // nmiReady returns nil if the readiness probe of NMI on the node succeeds.
 func nmiReady(ctx context.Context, node string) error {
-	_, err := testCluster.InNode(ctx, node, "curl", "-sf", "--max-time", "2", "http://127.0.0.1:8085/readyz")
+	_, err := testCluster.InNode(ctx, node, "curl", "-sf", "--max-time", "10", "http://127.0.0.1:8085/readyz")
 	return err
 }
 
 // metric returns the sum of a metric of NMI on the node over all series whose labels contain all of the given texts.
 func metric(t *testing.T, node, name string, labels ...string) float64 {
 	t.Helper()
-	out, err := testCluster.InNode(t.Context(), node, "curl", "-sf", "--max-time", "5", "http://127.0.0.1:9090/metrics")
+	out, err := testCluster.InNode(t.Context(), node, "curl", "-sf", "--max-time", "15", "http://127.0.0.1:9090/metrics")
 	must(t, err)
 	var sum float64
 lines:

@@ -71,7 +71,7 @@ func TestLogAndMetricsAgreeWithTheAnswer(t *testing.T) {
 	if n := metric(t, "node1", "aadpodidentity_nmi_operations_duration_seconds_count", `operation_type="token"`, `status_code="200"`); n == 0 {
 		t.Error("the histogram of AAD Pod Identity counted no request")
 	}
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, 30*time.Second, func() error {
 		logs, err := testCluster.Kubectl(t.Context(), "logs", "-n", cluster.ChartNamespace, nmiPod(t, "node1"), "--tail", "200")
 		if err != nil {
 			return err

@@ -110,7 +110,7 @@ func TestAnExceptedPodGetsTheIdentitiesOfTheMachine(t *testing.T) {
 	s.pod("agent", "agent", "node1")
 	s.mustBeRefused(s.ask("agent", vault, "client_id="+id.ClientID), 400, "no_matching_binding")
 	s.apply(fmt.Sprintf(`{apiVersion: aadpodidentity.k8s.io/v1, kind: AzurePodIdentityException, metadata: {namespace: %s, name: agents}, spec: {podLabels: {aadpodidbinding: AGENT}}}`, s.name))
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, 20*time.Second, func() error {
 		if a := s.ask("agent", vault, "client_id="+id.ClientID); a.status != 200 {
 			return fmt.Errorf("got %d %s", a.status, a.raw)
 		}
@@ -130,7 +130,7 @@ func TestARevokedIdentityIsRefusedWithinOneWatchEvent(t *testing.T) {
 	until := func(what string, refused bool) {
 		t.Helper()
 		start := time.Now()
-		eventually(t, 5*time.Second, func() error {
+		eventually(t, 10*time.Second, func() error {
 			if a := s.ask("p", vault); (a.status != 200) != refused {
 				return fmt.Errorf("got %d %s", a.status, a.raw)
 			}
@@ -161,7 +161,7 @@ func TestAnIdentityThatIsNotAttachedIsRefusedWithTheErrorOfIMDS(t *testing.T) {
 		t.Errorf("the refusal is %s", got.raw)
 	}
 	must(t, fakeAzure.AddIdentity(t.Context(), id))
-	eventually(t, 10*time.Second, func() error { // NMI caches a failure for some seconds
+	eventually(t, 30*time.Second, func() error { // NMI caches a failure for some seconds
 		if a := s.ask("p", vault); a.status != 200 {
 			return fmt.Errorf("got %d %s", a.status, a.raw)
 		}
@@ -174,7 +174,7 @@ func TestExpiresInCountsDown(t *testing.T) {
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
 	first := s.ask("p", vault)
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, 20*time.Second, func() error {
 		later := s.ask("p", vault)
 		if later.token() != first.token() {
 			t.Fatal("the second answer has a different token")

@@ -70,7 +70,7 @@ func TestKnownPodsGetTokensWhileTheAPIServerIsDown(t *testing.T) {
 	_, err := testCluster.Kubectl(t.Context(), "label", "pod", "p", "-n", s.name, "--overwrite", "aadpodidbinding=other")
 	must(t, err)
 	restarted := time.Now()
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, 30*time.Second, func() error {
 		a := s.ask("p", vault)
 		if a.status == 200 && a.body["client_id"] == other.ClientID {
 			return nil
