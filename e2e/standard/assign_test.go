@@ -27,20 +27,20 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// history is what the assignments of a namespace went through, in the order in which a watch told it.
-type history struct {
+// stateHistory has the states of a namespace's assignments in the order of the watch events.
+type stateHistory struct {
 	mu     sync.Mutex
 	states []string
 }
 
 const gone = "gone"
 
-func (s *space) history() *history {
+func (s *testNamespace) recordStates() *stateHistory {
 	s.t.Helper()
 	w, err := s.kube.Watch(s.t.Context(), &v1.AzureAssignedIdentityList{}, client.InNamespace(s.name))
 	must(s.t, err)
 	s.t.Cleanup(w.Stop)
-	h := &history{}
+	h := &stateHistory{}
 	go func() {
 		for e := range w.ResultChan() {
 			a, ok := e.Object.(*v1.AzureAssignedIdentity)
@@ -52,7 +52,7 @@ func (s *space) history() *history {
 			case e.Type == watch.Deleted:
 				state = gone
 			case a.Status.Status == v1.AssignmentLegacy:
-				state = string(v1.AssignmentCreated) // MIC has not said a word yet, which means the same
+				state = string(v1.AssignmentCreated) // an empty status, before MIC writes one, means the same
 			}
 			h.mu.Lock()
 			h.states = append(h.states, state)
@@ -62,132 +62,132 @@ func (s *space) history() *history {
 	return h
 }
 
-// is compares with what the states were to be, one after the other.
-func (h *history) is(want ...string) error {
+// is returns nil if these were the states, without repetitions.
+func (h *stateHistory) is(want ...string) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if got := slices.Compact(slices.Clone(h.states)); !slices.Equal(got, want) {
-		return fmt.Errorf("the states were %v, not %v", got, want)
+		return fmt.Errorf("the states were %v; want %v", got, want)
 	}
 	return nil
 }
 
-func fromFirstToLastPod(t *testing.T, l *layout) {
-	s, id := l.newSpace(t), l.newIdentity(t)
-	states := s.history()
+func fromFirstToLastPod(t *testing.T, l *testEnvironment) {
+	s, id := l.newNamespace(t), l.newIdentity(t)
+	states := s.recordStates()
 	s.bind("app", "app", managed(id))
-	s.start("p", "app", "node1", "token", "--resource", vault)
+	s.startPod("p", "app", "node1", "token", "--resource", vault)
 
 	first := s.outcome("p")
 	first.answer().mustBeOf(t, l, id)
 	updates := l.updates(t, id)
 	if len(updates) != 1 || !first.Started.Before(updates[0].End) {
-		t.Fatalf("the request that began at %s did not have to wait for %+v", first.Started, updates)
+		t.Fatalf("the request that began at %s did not wait for one of the updates %+v", first.Started, updates)
 	}
-	t.Logf("the first request was answered %.1f s after it was sent, %.1f s after ARM had attached the identity",
+	t.Logf("the first request took %.1f s; its answer came %.1f s after ARM had attached the identity",
 		first.DurationMS/1000, first.Started.Add(first.answer().took).Sub(updates[0].End).Seconds())
-	a := s.untilAssigned("p", "app", id)
+	a := s.waitUntilAssigned("p", "app", id)
 	if a.Labels[v1.NodeNameLabel] != "node1" || len(a.OwnerReferences) != 1 || a.OwnerReferences[0].Name != "p" {
-		t.Errorf("the assignment is labelled %v and owned by %v", a.Labels, a.OwnerReferences)
+		t.Errorf("the assignment has the labels %v and the owners %v", a.Labels, a.OwnerReferences)
 	}
-	p := s.in("p")
+	p := s.clientIn("p")
 	p.ask().mustBeOf(t, l, id)
 
-	told := s.end("p")
-	l.mustGoAfterDelay(t, "node1", id, told)
-	s.untilReleased("")
+	deleted := s.deletePod("p")
+	l.mustBeDetachedAfterDelay(t, "node1", id, deleted)
+	s.waitUntilReleased("")
 	eventually(t, 5*time.Second, func() error {
 		return states.is(string(v1.AssignmentCreated), string(v1.AssignmentAssigned), string(v1.AssignmentUnassigned), gone)
 	})
 	if updates := l.updates(t, id); len(updates) != 2 {
-		t.Errorf("to attach and to detach took %+v", updates)
+		t.Errorf("want one update to attach and one to detach the identity; got %+v", updates)
 	}
 }
 
-func sharedIdentity(t *testing.T, l *layout) {
-	s, id := l.newSpace(t), l.newIdentity(t)
-	here, there := l.neighbours()
+func sharedIdentity(t *testing.T, l *testEnvironment) {
+	s, id := l.newNamespace(t), l.newIdentity(t)
+	here, there := l.nodesOfOneMachine()
 	s.bind("app", "app", managed(id))
-	s.start("a", "app", here)
-	s.start("b", "app", there)
-	s.in("a").untilOf(id)
-	b := s.in("b")
-	b.untilOf(id)
-	s.end("a")
-	s.untilReleased("a") // at once: nothing is to be detached with it
+	s.startPod("a", "app", here)
+	s.startPod("b", "app", there)
+	s.clientIn("a").waitForTokenOf(id)
+	b := s.clientIn("b")
+	b.waitForTokenOf(id)
+	s.deletePod("a")
+	s.waitUntilReleased("a") // without a delay, because the identity stays attached
 	time.Sleep(detachDelay + 2*time.Second)
 	b.ask(fresh).mustBeOf(t, l, id)
-	told := s.end("b")
-	l.mustGoAfterDelay(t, there, id, told)
+	deleted := s.deletePod("b")
+	l.mustBeDetachedAfterDelay(t, there, id, deleted)
 	if changes := l.changes(t, there, id); len(changes) != 2 {
-		t.Errorf("the machine saw %+v", changes)
+		t.Errorf("want the identity attached and detached once; got %+v", changes)
 	}
-	s.untilReleased("")
+	s.waitUntilReleased("")
 }
 
-func movedPod(t *testing.T, l *layout) {
-	s, id := l.newSpace(t), l.newIdentity(t)
+func recreatedPod(t *testing.T, l *testEnvironment) {
+	s, id := l.newNamespace(t), l.newIdentity(t)
 	s.bind("app", "app", managed(id))
-	s.start("web-0", "app", "node1")
-	s.in("web-0").untilOf(id)
-	told := s.end("web-0")
-	s.start("web-0", "app", "node2")
-	s.in("web-0").untilOf(id)
-	eventually(t, inTime, func() error {
+	s.startPod("web-0", "app", "node1")
+	s.clientIn("web-0").waitForTokenOf(id)
+	deleted := s.deletePod("web-0")
+	s.startPod("web-0", "app", "node2")
+	s.clientIn("web-0").waitForTokenOf(id)
+	eventually(t, updateTimeout, func() error {
 		have := s.assignments("web-0")
 		if len(have) != 1 || have[0].Spec.NodeName != "node2" || have[0].Labels[v1.NodeNameLabel] != "node2" || have[0].Status.Status != v1.AssignmentAssigned {
-			return fmt.Errorf("on node2 the pod has %s", brief(have))
+			return fmt.Errorf("after its move to node2 the pod has %s", describe(have))
 		}
 		return nil
 	})
 	if !l.vms {
 		if changes := l.changes(t, "node2", id); len(changes) != 1 {
-			t.Errorf("the pod stayed on its scale set, which saw %+v", changes)
+			t.Errorf("the pod stayed on its scale set, but the scale set was changed: %+v", changes)
 		}
 		return
 	}
-	l.mustGoAfterDelay(t, "node1", id, told)
-	s.in("web-0").ask(fresh).mustBeOf(t, l, id)
+	l.mustBeDetachedAfterDelay(t, "node1", id, deleted)
+	s.clientIn("web-0").ask(fresh).mustBeOf(t, l, id)
 }
 
-func completedJob(t *testing.T, l *layout) {
-	s, id := l.newSpace(t), l.newIdentity(t)
+func completedJob(t *testing.T, l *testEnvironment) {
+	s, id := l.newNamespace(t), l.newIdentity(t)
 	s.bind("app", "app", managed(id))
 	job := &batchv1.Job{ObjectMeta: s.meta("job")}
 	job.Spec.Template.Labels = map[string]string{v1.BindingLabel: s.label("app")}
 	job.Spec.Template.Spec = podSpec("node1", "token", "--resource", vault, "--exit")
 	job.Spec.Template.Spec.RestartPolicy = corev1.RestartPolicyNever
-	s.make(job)
+	s.create(job)
 	var pods corev1.PodList
-	eventually(t, inTime, func() error {
+	eventually(t, updateTimeout, func() error {
 		must(t, s.kube.List(t.Context(), &pods, client.InNamespace(s.name)))
 		if len(pods.Items) != 1 || pods.Items[0].Status.Phase != corev1.PodSucceeded {
-			return fmt.Errorf("the Job's pods are %s", asJSON(pods.Items))
+			return fmt.Errorf("the pods of the Job are %s", asJSON(pods.Items))
 		}
 		return nil
 	})
 	s.outcome(pods.Items[0].Name).answer().mustBeOf(t, l, id)
-	l.untilDetached(t, "node1", id)
-	s.untilReleased("")
-	must(t, s.kube.Get(t.Context(), client.ObjectKeyFromObject(&pods.Items[0]), new(corev1.Pod))) // which is still there
+	l.waitUntilDetached(t, "node1", id)
+	s.waitUntilReleased("")
+	must(t, s.kube.Get(t.Context(), client.ObjectKeyFromObject(&pods.Items[0]), new(corev1.Pod))) // the completed pod still exists
 }
 
-func deletedNamespace(t *testing.T, l *layout) {
-	s, elsewhere, id := l.newSpace(t), l.newSpace(t), l.newIdentity(t)
+func deletedNamespace(t *testing.T, l *testEnvironment) {
+	s, elsewhere, id := l.newNamespace(t), l.newNamespace(t), l.newIdentity(t)
 	elsewhere.bind("app", "app", managed(id))
 	p := &corev1.Pod{ObjectMeta: s.meta("p"), Spec: podSpec("node1")}
 	p.Labels = map[string]string{v1.BindingLabel: elsewhere.label("app")}
-	s.make(p)
-	s.in("p").untilOf(id)
+	s.create(p)
+	s.clientIn("p").waitForTokenOf(id)
 	space := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: s.name}}
-	told := time.Now()
+	deleted := time.Now()
 	must(t, l.kube.Delete(t.Context(), space))
-	l.untilGone(t, space)
-	l.mustGoAfterDelay(t, "node1", id, told) // of which no object tells any more
+	l.waitUntilDeleted(t, space)
+	l.mustBeDetachedAfterDelay(t, "node1", id, deleted) // although no object refers to it any more
 }
 
-func withoutMachine(t *testing.T, l *layout) {
-	s := l.newSpace(t)
+func identitiesWithoutMachine(t *testing.T, l *testEnvironment) {
+	s := l.newNamespace(t)
 	bySecret, byCertificate, federated := s.newApp("hush", nil), s.newApp("", s.pkcs12()), s.newApp("", nil)
 	must(t, l.Trust(t.Context(), federated.ClientID, s.name, "default"))
 	of := func(kind v1.IdentityType, id azure.Identity) v1.AzureIdentitySpec {
@@ -200,28 +200,28 @@ func withoutMachine(t *testing.T, l *layout) {
 	s.bind("by-secret", "app", of(v1.ServicePrincipal, bySecret))
 	s.bind("by-certificate", "app", of(v1.ServicePrincipalCertificate, byCertificate))
 	s.bind("federated", "app", of(v1.Federated, federated))
-	s.start("p", "app", "node1")
-	p := s.in("p")
+	s.startPod("p", "app", "node1")
+	p := s.clientIn("p")
 	for _, id := range []azure.Identity{bySecret, byCertificate, federated} {
 		a := p.ask("client_id=" + id.ClientID)
 		a.mustBeOf(t, l, id)
 		if a.took > armDelay {
-			t.Errorf("a token that ARM has nothing to do with took %s", a.took)
+			t.Errorf("a token that needs no update of the machine took %s", a.took)
 		}
 	}
 	eventually(t, 5*time.Second, func() error {
 		have := s.assignments("p")
 		if len(have) != 3 || slices.ContainsFunc(have, func(a v1.AzureAssignedIdentity) bool { return a.Status.Status != v1.AssignmentAssigned }) {
-			return fmt.Errorf("the pod has %s", brief(have))
+			return fmt.Errorf("the pod has %s", describe(have))
 		}
 		return nil
 	})
-	s.end("p")
-	s.untilReleased("")
+	s.deletePod("p")
+	s.waitUntilReleased("")
 }
 
-// newApp registers an application in Entra ID, and makes a Secret of its name.
-func (s *space) newApp(secret string, certificate map[string][]byte) azure.Identity {
+// newApp registers an application in Entra ID, and creates a Secret with its client ID as the name.
+func (s *testNamespace) newApp(secret string, certificate map[string][]byte) azure.Identity {
 	s.t.Helper()
 	n := s.serial.Add(1)
 	app := azure.App{ClientID: fmt.Sprintf("a9900000-0000-4000-8000-%012d", n), ObjectID: fmt.Sprintf("a9900001-0000-4000-8000-%012d", n)}
@@ -234,12 +234,12 @@ func (s *space) newApp(secret string, certificate map[string][]byte) azure.Ident
 		data = map[string][]byte{"certificate": certificate["certificate"], "password": nil}
 	}
 	must(s.t, s.cloud.AddApp(s.t.Context(), app))
-	s.make(&corev1.Secret{ObjectMeta: s.meta(app.ClientID), Data: data})
+	s.create(&corev1.Secret{ObjectMeta: s.meta(app.ClientID), Data: data})
 	return azure.Identity{ClientID: app.ClientID, ObjectID: app.ObjectID, TenantID: cluster.TenantID}
 }
 
-// pkcs12 issues a certificate: as Entra ID is told it, and with its key as a Secret has it.
-func (s *space) pkcs12() map[string][]byte {
+// pkcs12 issues a certificate: as PEM for Entra ID, and as a PKCS #12 file with its key for a Secret.
+func (s *testNamespace) pkcs12() map[string][]byte {
 	s.t.Helper()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	must(s.t, err)

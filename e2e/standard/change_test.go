@@ -13,46 +13,46 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// untilOf asks until a token of the identity comes, as a client does that is told to come again. NMI hears of a change a
-// moment after the API server has it, so a token of what was before is no fault.
-func (a asking) untilOf(id azure.Identity, query ...string) {
+// waitForTokenOf requests tokens until one is for the identity, as a client does that retries. NMI observes a change a
+// moment after the API server has it, so a token for the previous identity is not an error.
+func (a podClient) waitForTokenOf(id azure.Identity, query ...string) {
 	a.s.t.Helper()
-	eventually(a.s.t, inTime, func() error {
+	eventually(a.s.t, updateTimeout, func() error {
 		got := a.ask(query...)
 		if got.status != 200 && got.status != 503 {
-			a.s.t.Fatalf("a pod that is to have its identity is told %d %s", got.status, got.raw)
+			a.s.t.Fatalf("a pod that waits for its identity receives %d %s", got.status, got.raw)
 		}
-		return got.isOf(a.s.layout, id)
+		return got.isOf(a.s.testEnvironment, id)
 	})
 }
 
-// hasOnly waits until that is the only assignment of the pod.
-func (s *space) hasOnly(pod, identity string, id azure.Identity) (a v1.AzureAssignedIdentity) {
+// waitForOnlyAssignment waits until that is the only assignment of the pod.
+func (s *testNamespace) waitForOnlyAssignment(pod, identity string, id azure.Identity) (a v1.AzureAssignedIdentity) {
 	s.t.Helper()
-	a = s.untilAssigned(pod, identity, id)
+	a = s.waitUntilAssigned(pod, identity, id)
 	eventually(s.t, 10*time.Second, func() error {
 		if have := s.assignments(pod); len(have) != 1 {
-			return fmt.Errorf("pod %s has %s", pod, brief(have))
+			return fmt.Errorf("pod %s has %s", pod, describe(have))
 		}
 		return nil
 	})
 	return a
 }
 
-func editedResourceID(t *testing.T, l *layout) {
-	s, before, after := l.newSpace(t), l.newIdentity(t), l.newIdentity(t)
+func editedResourceID(t *testing.T, l *testEnvironment) {
+	s, before, after := l.newNamespace(t), l.newIdentity(t), l.newIdentity(t)
 	s.bind("app", "app", managed(before))
-	s.start("p", "app", "node1")
-	p := s.in("p")
-	p.untilOf(before)
-	first := s.hasOnly("p", "app", before)
+	s.startPod("p", "app", "node1")
+	p := s.clientIn("p")
+	p.waitForTokenOf(before)
+	first := s.waitForOnlyAssignment("p", "app", before)
 
 	respelled := managed(before)
 	respelled.ResourceID = strings.ToLower(respelled.ResourceID)
 	s.edit("app", respelled)
 	eventually(t, 10*time.Second, func() error {
-		if a := s.hasOnly("p", "app", before); a.Name != first.Name || a.Spec.AzureIdentityRef.Spec.ResourceID != respelled.ResourceID {
-			return fmt.Errorf("what is spelled otherwise is the same resource, and the assignment is to say so: %s", brief(s.assignments("p")))
+		if a := s.waitForOnlyAssignment("p", "app", before); a.Name != first.Name || a.Spec.AzureIdentityRef.Spec.ResourceID != respelled.ResourceID {
+			return fmt.Errorf("the same resource ID in other letter case must change the assignment and not replace it: %s", describe(s.assignments("p")))
 		}
 		return nil
 	})
@@ -60,89 +60,88 @@ func editedResourceID(t *testing.T, l *layout) {
 
 	edited := time.Now()
 	s.edit("app", managed(after))
-	p.untilOf(after)
-	l.mustGoAfterDelay(t, "node1", before, edited)
-	if a := s.hasOnly("p", "app", after); a.Name == first.Name {
-		t.Errorf("another identity has the assignment %s of the one before", a.Name)
+	p.waitForTokenOf(after)
+	l.mustBeDetachedAfterDelay(t, "node1", before, edited)
+	if a := s.waitForOnlyAssignment("p", "app", after); a.Name == first.Name {
+		t.Errorf("the new identity has the same assignment %s as the old one", a.Name)
 	}
 	p.ask(fresh).mustBeOf(t, l, after)
 	if updates := l.updates(t, before); len(updates) != 2 {
-		t.Errorf("to attach and to detach took %+v", updates)
+		t.Errorf("want one update to attach and one to detach the identity; got %+v", updates)
 	}
 }
 
-func editedClientID(t *testing.T, l *layout) {
-	s, id, elsewhere := l.newSpace(t), l.newIdentity(t), l.newIdentity(t)
+func editedClientID(t *testing.T, l *testEnvironment) {
+	s, id, elsewhere := l.newNamespace(t), l.newIdentity(t), l.newIdentity(t)
 	wrong := managed(id)
 	wrong.ClientID = elsewhere.ClientID
 	s.bind("app", "app", wrong)
-	s.start("p", "app", "node1")
-	assigned := s.hasOnly("p", "app", id)
-	p := s.in("p")
-	held := make(chan answer, 1)
-	go func() { held <- p.ask() }()
+	s.startPod("p", "app", "node1")
+	assigned := s.waitForOnlyAssignment("p", "app", id)
+	p := s.clientIn("p")
+	answers := make(chan answer, 1)
+	go func() { answers <- p.ask() }()
 	select {
-	case a := <-held:
-		t.Errorf("the machine's service does not know the client ID, perhaps not yet: %d %s", a.status, a.raw)
-		held <- a
+	case a := <-answers:
+		t.Errorf("IMDS may not know the client ID yet, so the request must wait; got %d %s", a.status, a.raw)
+		answers <- a
 	case <-time.After(2 * time.Second):
 	}
 	s.edit("app", managed(id))
-	(<-held).mustBeOf(t, l, id)
+	(<-answers).mustBeOf(t, l, id)
 	eventually(t, 5*time.Second, func() error {
-		if a := s.hasOnly("p", "app", id); a.Name != assigned.Name || a.Spec.AzureIdentityRef.Spec.ClientID != id.ClientID {
-			return fmt.Errorf("the assignment does not say so: %s", brief(s.assignments("p")))
+		if a := s.waitForOnlyAssignment("p", "app", id); a.Name != assigned.Name || a.Spec.AzureIdentityRef.Spec.ClientID != id.ClientID {
+			return fmt.Errorf("the assignment does not have the new client ID: %s", describe(s.assignments("p")))
 		}
 		return nil
 	})
 	if updates := l.updates(t, id); len(updates) != 1 {
-		t.Errorf("a client ID is nothing to ARM, which was asked for %+v", updates)
+		t.Errorf("another client ID needs no update of the machine; got %+v", updates)
 	}
 	s.edit("app", wrong)
-	hasty := p
-	hasty.from.Timeout = 2 * time.Second
-	eventually(t, 5*time.Second, func() error {
-		if a := hasty.ask(); a.status == 200 {
-			return fmt.Errorf("there is still a token of the client ID that was: %s", a.raw)
+	p.http.Timeout = 2 * time.Second
+	eventually(t, 20*time.Second, func() error {
+		if a := p.ask(); a.status == 200 {
+			return fmt.Errorf("the pod still gets a token for the previous client ID: %s", a.raw)
 		}
 		return nil
 	})
 }
 
-func deletedBinding(t *testing.T, l *layout) {
-	s, id := l.newSpace(t), l.newIdentity(t)
+func deletedBinding(t *testing.T, l *testEnvironment) {
+	s, id := l.newNamespace(t), l.newIdentity(t)
 	s.bind("app", "app", managed(id))
-	s.start("p", "app", "node1")
-	p := s.in("p")
-	p.untilOf(id)
-	told := time.Now()
+	s.startPod("p", "app", "node1")
+	p := s.clientIn("p")
+	p.waitForTokenOf(id)
+	deleted := time.Now()
 	must(t, l.kube.Delete(t.Context(), &v1.AzureIdentityBinding{ObjectMeta: s.meta("app")}))
 	eventually(t, 5*time.Second, func() error {
 		if a := p.ask(); a.status == 200 {
-			return fmt.Errorf("there is still a token: %s", a.raw)
+			return fmt.Errorf("the pod still gets a token: %s", a.raw)
 		}
 		return nil
 	})
 	p.ask().mustBeRefused(t, 400, "no_matching_binding")
 	if !l.attached(t, "node1", id) {
-		t.Error("the identity was detached without a delay")
+		t.Error("the identity was detached before the detach delay")
 	}
-	l.mustGoAfterDelay(t, "node1", id, told)
-	s.untilReleased("p")
+	l.mustBeDetachedAfterDelay(t, "node1", id, deleted)
+	s.waitUntilReleased("p")
 }
 
-func changedLabel(t *testing.T, l *layout) {
-	s, before, after := l.newSpace(t), l.newIdentity(t), l.newIdentity(t)
+func changedLabel(t *testing.T, l *testEnvironment) {
+	s, before, after := l.newNamespace(t), l.newIdentity(t), l.newIdentity(t)
 	s.bind("before", "before", managed(before))
 	s.bind("after", "after", managed(after))
-	s.start("p", "before", "node1")
-	p := s.in("p")
-	p.untilOf(before)
-	told := time.Now()
+	s.startPod("p", "before", "node1")
+	p := s.clientIn("p")
+	p.waitForTokenOf(before)
+	deleted := time.Now()
 	label := client.RawPatch("application/merge-patch+json", fmt.Appendf(nil, `{"metadata":{"labels":{%q:%q}}}`, v1.BindingLabel, s.label("after")))
 	must(t, l.kube.Patch(t.Context(), &corev1.Pod{ObjectMeta: s.meta("p")}, label))
-	p.untilOf(after)
-	l.mustGoAfterDelay(t, "node1", before, told)
-	s.hasOnly("p", "after", after)
+	p.waitForTokenOf(after)
+	l.mustBeDetachedAfterDelay(t, "node1", before, deleted)
+	s.waitForOnlyAssignment("p", "after", after)
 	p.ask(fresh).mustBeOf(t, l, after)
 }

@@ -14,75 +14,75 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-func detachedByHand(t *testing.T, l *layout) {
-	s, id := l.newSpace(t), l.newIdentity(t)
+func manuallyDetached(t *testing.T, l *testEnvironment) {
+	s, id := l.newNamespace(t), l.newIdentity(t)
 	s.bind("app", "app", managed(id))
-	s.start("p", "app", "node1")
-	p := s.in("p")
-	p.untilOf(id)
-	s.untilAssigned("p", "app", id)
+	s.startPod("p", "app", "node1")
+	p := s.clientIn("p")
+	p.waitForTokenOf(id)
+	s.waitUntilAssigned("p", "app", id)
 	must(t, l.cloud.DetachFrom(t.Context(), "node1", id.ResourceID))
 	detached := time.Now()
-	eventually(t, inTime, func() error {
+	eventually(t, updateTimeout, func() error {
 		if !l.attached(t, "node1", id) {
 			return fmt.Errorf("the identity is not attached again")
 		}
 		return nil
 	})
 	t.Logf("attached again after %.1f s", time.Since(detached).Seconds())
-	s.untilAssigned("p", "app", id)
+	s.waitUntilAssigned("p", "app", id)
 	p.ask(fresh).mustBeOf(t, l, id)
-	told := s.end("p")
-	l.mustGoAfterDelay(t, "node1", id, told)
+	deleted := s.deletePod("p")
+	l.mustBeDetachedAfterDelay(t, "node1", id, deleted)
 }
 
-func attachedByHand(t *testing.T, l *layout) {
-	s, id := l.newSpace(t), l.foreign[0]
+func manuallyAttached(t *testing.T, l *testEnvironment) {
+	s, id := l.newNamespace(t), l.foreign[0]
 	s.bind("app", "app", managed(id))
-	s.start("p", "app", "node1")
-	s.in("p").ask().mustBeOf(t, l, id)
-	s.end("p")
-	s.untilReleased("p")
+	s.startPod("p", "app", "node1")
+	s.clientIn("p").ask().mustBeOf(t, l, id)
+	s.deletePod("p")
+	s.waitUntilReleased("p")
 	if patches := l.patches(t, id); len(patches) != 0 {
-		t.Errorf("ARM was asked to attach or detach what was there: %+v", patches)
+		t.Errorf("MIC sent a PATCH for an identity that was attached manually: %+v", patches)
 	}
 }
 
-func immutableIdentity(t *testing.T, l *layout) {
-	s, id := l.newSpace(t), l.stays
+func immutableIdentity(t *testing.T, l *testEnvironment) {
+	s, id := l.newNamespace(t), l.immutable
 	s.bind("app", "app", managed(id))
-	s.start("p", "app", "node1")
-	s.in("p").untilOf(id)
-	s.end("p")
-	s.untilReleased("p")
-	eventually(t, inTime, func() error {
+	s.startPod("p", "app", "node1")
+	s.clientIn("p").waitForTokenOf(id)
+	s.deletePod("p")
+	s.waitUntilReleased("p")
+	eventually(t, updateTimeout, func() error {
 		if l.inLedgers(t, id) {
-			return fmt.Errorf("MIC still has in mind to detach it")
+			return fmt.Errorf("the identity is still in MIC's ledger")
 		}
 		return nil
 	})
 	if !l.attached(t, "node1", id) {
-		t.Errorf("what happened to it: %+v", l.changes(t, "node1", id))
+		t.Errorf("the immutable identity was detached: %+v", l.changes(t, "node1", id))
 	}
 }
 
-// ledgers are where MIC writes down what it attached.
-func (l *layout) ledgers(t *testing.T) []corev1.ConfigMap {
+// ledgers are the ConfigMaps in which MIC records what it attached.
+func (l *testEnvironment) ledgers(t *testing.T) []corev1.ConfigMap {
 	t.Helper()
 	var all corev1.ConfigMapList
 	must(t, l.kube.List(t.Context(), &all, client.InNamespace(cluster.ChartNamespace), client.HasLabels{"podidentity.io/ledger"}))
 	return all.Items
 }
 
-func (l *layout) inLedgers(t *testing.T, id azure.Identity) bool {
+func (l *testEnvironment) inLedgers(t *testing.T, id azure.Identity) bool {
 	t.Helper()
 	return slices.ContainsFunc(l.ledgers(t), func(c corev1.ConfigMap) bool {
 		return strings.Contains(c.Data["attached"], azure.FoldID(id.ResourceID))
 	})
 }
 
-// howARMWasAsked looks back over all that the tests before made MIC do.
-func howARMWasAsked(t *testing.T, l *layout) {
+// requestsToARM checks all requests of the tests before.
+func requestsToARM(t *testing.T, l *testEnvironment) {
 	log, err := l.cloud.ARMLog(t.Context(), 0)
 	must(t, err)
 	var patches int
@@ -92,19 +92,19 @@ func howARMWasAsked(t *testing.T, l *layout) {
 		}
 		patches++
 		if r.Overlap {
-			t.Errorf("while another update of the machine was under way: %+v", r)
+			t.Errorf("a PATCH was sent during another update of the machine: %+v", r)
 		}
 		if !strings.Contains(r.Type, "SystemAssigned") {
-			t.Errorf("an update would have taken the machine its own identity: %+v", r)
+			t.Errorf("a PATCH would have removed the machine's system-assigned identity: %+v", r)
 		}
 		if r.IfMatch == "" {
-			t.Errorf("an update that does not say on the ground of what: %+v", r)
+			t.Errorf("a PATCH has no If-Match header: %+v", r)
 		}
 	}
 	changes, err := l.cloud.ARMChanges(t.Context(), 0)
 	must(t, err)
 	for _, c := range changes {
-		for _, id := range append(l.foreign, l.stays) {
+		for _, id := range append(l.foreign, l.immutable) {
 			if !c.Attached && c.Identity == azure.FoldID(id.ResourceID) {
 				t.Errorf("MIC detached %s: %+v", id.ResourceID, c)
 			}
@@ -113,7 +113,7 @@ func howARMWasAsked(t *testing.T, l *layout) {
 	stats, err := l.cloud.Stats(t.Context())
 	must(t, err)
 	if stats.IMDS.RequestsFromPods != 0 || stats.IMDS.ConnectionsFromPods != 0 {
-		t.Errorf("%d requests and %d connections of pods reached the metadata service", stats.IMDS.RequestsFromPods, stats.IMDS.ConnectionsFromPods)
+		t.Errorf("%d requests and %d connections of pods reached IMDS", stats.IMDS.RequestsFromPods, stats.IMDS.ConnectionsFromPods)
 	}
-	t.Logf("ARM was sent %d requests, of which %d PATCHes", len(log), patches)
+	t.Logf("ARM received %d requests, %d of them PATCHes", len(log), patches)
 }

@@ -19,30 +19,30 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-func anUpdateOutlivesItsLeaders(t *testing.T, l *layout) {
-	l.untilQuiet(t)
+func leaderChangesDuringUpdate(t *testing.T, l *testEnvironment) {
+	l.waitUntilEmpty(t)
 	takes := time.Minute // what Azure takes for a scale set
 	if l.vms {
 		takes = 25 * time.Second // and for a virtual machine
 	}
 	must(t, l.cloud.SetDelay(t.Context(), "node1", takes))
 	defer func() { must(t, l.cloud.SetDelay(t.Context(), "node1", -1)) }()
-	s, id, later := l.newSpace(t), l.newIdentity(t), l.newIdentity(t)
+	s, id, later := l.newNamespace(t), l.newIdentity(t), l.newIdentity(t)
 	s.bind("app", "app", managed(id))
-	s.start("p", "app", "node1")
+	s.startPod("p", "app", "node1")
 	eventually(t, 30*time.Second, func() error {
 		for _, ledger := range l.ledgers(t) {
 			if strings.Contains(ledger.Data["update"], "token") {
 				return nil
 			}
 		}
-		return fmt.Errorf("no update is under way: %+v", l.patches(t, id))
+		return fmt.Errorf("no update is in progress: %+v", l.patches(t, id))
 	})
 	s.bind("later", "later", managed(later))
-	s.start("q", "later", "node1")
+	s.startPod("q", "later", "node1")
 	eventually(t, 10*time.Second, func() error {
 		if have := s.assignments("q"); len(have) != 1 {
-			return fmt.Errorf("MIC does not know of another pod: %s", brief(have))
+			return fmt.Errorf("MIC has not created the assignment of the second pod: %s", describe(have))
 		}
 		return nil
 	})
@@ -53,50 +53,50 @@ func anUpdateOutlivesItsLeaders(t *testing.T, l *layout) {
 	l.killMIC(t, first)
 	killed := time.Now()
 	second, holder := l.leader(t, holder)
-	t.Logf("MIC was killed, and %s leads %.1f s later", second, time.Since(killed).Seconds())
+	t.Logf("%s became the leader %.1f s after the first leader was killed", second, time.Since(killed).Seconds())
 	must(t, l.kube.Delete(t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: cluster.ChartNamespace, Name: second}}))
 	deleted := time.Now()
 	third, _ := l.leader(t, holder)
-	t.Logf("its pod was deleted, and %s leads %.1f s later", third, time.Since(deleted).Seconds())
+	t.Logf("%s became the leader %.1f s after the pod of the second leader was deleted", third, time.Since(deleted).Seconds())
 
 	patches := l.patches(t, id)
 	if len(patches) != 1 || !time.Now().Before(patches[0].End) {
-		t.Fatalf("the leaders were to change while this was under way: %+v", patches)
+		t.Fatalf("this update ended before both changes of the leader: %+v", patches)
 	}
-	p := s.in("p")
+	p := s.clientIn("p")
 	eventually(t, takes+30*time.Second, func() error {
 		a := p.ask()
 		if a.status != 200 && (a.status != 503 || a.body["reason"] != "assignment_pending" || a.header.Get("Retry-After") != "5") {
-			t.Errorf("a pod whose identity is on its way is told %d %v %s", a.status, a.header, a.raw)
+			t.Errorf("a pod whose identity is being attached receives %d %v %s", a.status, a.header, a.raw)
 		}
 		return a.isOf(l, id)
 	})
-	t.Logf("the pod had its token %.1f s after the update", time.Since(patches[0].End).Seconds())
-	s.untilAssigned("p", "app", id)
+	t.Logf("the pod got its token %.1f s after the end of the update", time.Since(patches[0].End).Seconds())
+	s.waitUntilAssigned("p", "app", id)
 	if patches := l.patches(t, id); len(patches) != 1 || patches[0].Overlap {
 		t.Errorf("the update was sent again: %+v", patches)
 	}
 }
 
-// untilQuiet waits until MIC has taken away all that the tests before have left.
-func (l *layout) untilQuiet(t *testing.T) {
+// waitUntilEmpty waits until MIC has removed all assignments and ledger entries of the tests before.
+func (l *testEnvironment) waitUntilEmpty(t *testing.T) {
 	t.Helper()
 	must(t, l.cloud.Set(t.Context(), map[string]string{"arm.delay": "0s"}))
 	defer func() { must(t, l.cloud.Set(t.Context(), map[string]string{"arm.delay": armDelay.String()})) }()
-	eventually(t, inTime, func() error {
+	eventually(t, updateTimeout, func() error {
 		var left v1.AzureAssignedIdentityList
 		if err := l.kube.List(t.Context(), &left); err != nil || len(left.Items) > 0 {
-			return fmt.Errorf("there still are %s (%v)", brief(left.Items), err)
+			return fmt.Errorf("there still are %s (error: %v)", describe(left.Items), err)
 		}
 		if ledgers := l.ledgers(t); len(ledgers) > 0 {
-			return fmt.Errorf("there still are identities that MIC attached: %s", asJSON(ledgers))
+			return fmt.Errorf("there still are ledgers: %s", asJSON(ledgers))
 		}
 		return nil
 	})
 }
 
-// killMIC sends SIGKILL to the process of MIC in a pod. The kubelet starts another.
-func (l *layout) killMIC(t *testing.T, pod string) {
+// killMIC sends SIGKILL to the MIC process in a pod. The kubelet restarts it.
+func (l *testEnvironment) killMIC(t *testing.T, pod string) {
 	t.Helper()
 	pids, err := l.PodPIDs(t.Context(), cluster.ChartNamespace, pod)
 	must(t, err)
@@ -107,12 +107,12 @@ func (l *layout) killMIC(t *testing.T, pod string) {
 			return
 		}
 	}
-	t.Fatalf("no process of MIC in %s among %v", pod, pids)
+	t.Fatalf("none of the processes %v of pod %s is MIC", pids, pod)
 }
 
-// planChangesNothing runs `mic plan` in a pod of MIC, with its arguments, while one identity is being attached to node1's
-// machine for pod p and another one is to follow for pod q.
-func (s *space) planChangesNothing(id, later azure.Identity) {
+// planChangesNothing runs `mic plan` in a pod of MIC, with the pod's arguments. At that time an update of node1's machine
+// attaches one identity for pod p, and the next update will attach the other one for pod q.
+func (s *testNamespace) planChangesNothing(id, later azure.Identity) {
 	s.t.Helper()
 	pods, err := s.micPods(s.t.Context())
 	must(s.t, err)
@@ -138,30 +138,30 @@ func (s *space) planChangesNothing(id, later azure.Identity) {
 		"MIC did not attach it", "2 waiting to be Assigned",
 	} {
 		if !strings.Contains(out, want) {
-			s.t.Errorf("the plan does not say %q", want)
+			s.t.Errorf("the plan does not contain %q", want)
 		}
 	}
 	patch := regexp.MustCompile("PATCH " + regexp.QuoteMeta(m.ID) + ".*").FindString(out)
 	if !strings.Contains(patch, later.ResourceID) || strings.Contains(patch, id.ResourceID) {
-		s.t.Errorf("the update that follows is %s", patch)
+		s.t.Errorf("the next update in the plan is %s", patch)
 	}
 	if now := versions(); now != before {
-		s.t.Errorf("after the plan there is\n%snot\n%s", now, before)
+		s.t.Errorf("after the plan the objects are\n%sbefore it they were\n%s", now, before)
 	}
 	if patches := s.patches(s.t, id); len(patches) != 1 {
 		s.t.Errorf("the plan changed the machine: %+v", patches)
 	}
 }
 
-func metricsOfMIC(t *testing.T, l *layout) {
-	s := l.newSpace(t)
+func metricsOfMIC(t *testing.T, l *testEnvironment) {
+	s := l.newNamespace(t)
 	s.bind("app", "app", v1.AzureIdentitySpec{Type: v1.Federated, ClientID: "a9900000-0000-4000-8000-00000000ffff", TenantID: cluster.TenantID})
-	s.start("p", "app", "node1")
-	s.untilAssigned("p", "app", azure.Identity{})
-	s.end("p")
-	s.untilReleased("p")
+	s.startPod("p", "app", "node1")
+	s.waitUntilAssigned("p", "app", azure.Identity{})
+	s.deletePod("p")
+	s.waitUntilReleased("p")
 	leader, _ := l.leader(t, "")
-	status, _, body, err := get(t.Context(), l.from(t, cluster.ChartNamespace, leader), "http://127.0.0.1:8888/metrics")
+	status, _, body, err := get(t.Context(), l.httpClient(t, cluster.ChartNamespace, leader), "http://127.0.0.1:8888/metrics")
 	if err != nil || status != 200 {
 		t.Fatalf("the metrics: %d %v", status, err)
 	}
@@ -188,10 +188,10 @@ func metricsOfMIC(t *testing.T, l *layout) {
 	}
 }
 
-// sample is the value of the first line of metrics that begins in that way.
-func sample(metrics, begin string) (v float64, ok bool) {
+// sample is the value of the first metric whose line has the prefix.
+func sample(metrics, prefix string) (v float64, ok bool) {
 	for line := range strings.Lines(metrics) {
-		if strings.HasPrefix(line, begin) {
+		if strings.HasPrefix(line, prefix) {
 			_, err := fmt.Sscan(line[strings.LastIndexByte(line, ' ')+1:], &v)
 			return v, err == nil
 		}

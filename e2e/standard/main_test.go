@@ -12,57 +12,57 @@ import (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	// Tests that run side by side spend their time waiting for Azure, not for a processor.
+	// Parallel tests mostly wait for the fake Azure, not for a CPU.
 	if err := flag.Set("test.parallel", "64"); err != nil {
 		fmt.Fprintln(os.Stderr, "standard:", err)
 		os.Exit(1)
 	}
-	ctrllog.SetLogger(logr.Discard()) // nothing of the client's is worth it
+	ctrllog.SetLogger(logr.Discard()) // the client's log does not help to understand a failure
 	os.Exit(m.Run())
 }
 
-// trial is a test for each of the layouts.
-type trial struct {
+// testCase is a test that runs on each layout of the nodes.
+type testCase struct {
 	name string
-	run  func(*testing.T, *layout)
+	run  func(*testing.T, *testEnvironment)
 }
 
-// sideBySide have namespaces and identities of their own. The first one begins while no MIC runs, before the others do.
-var sideBySide = []trial{
-	{"what the predecessor left is taken over without a pod losing its token", thePredecessorsObjects},
-	{"a first request waits for the identity, which goes after the last pod", fromFirstToLastPod},
-	{"an identity that another pod uses stays", sharedIdentity},
-	{"a resource ID that is edited is another identity", editedResourceID},
-	{"a client ID that is edited is in force at once", editedClientID},
-	{"a binding that is deleted is out of force at once", deletedBinding},
-	{"a label that is changed brings another identity", changedLabel},
-	{"a pod that is made again on another node keeps its identity", movedPod},
-	{"a Job that is done needs nothing", completedJob},
-	{"an identity that Azure refuses harms no other, and comes when that is mended", refusedIdentities},
-	{"an identity that somebody detached is attached again", detachedByHand},
-	{"an identity that somebody else attached is never detached", attachedByHand},
-	{"an identity that is to stay is never detached", immutableIdentity},
-	{"identities that need no machine are assigned without ARM", withoutMachine},
-	{"a namespace is not kept from going", deletedNamespace},
+// parallelTests use their own namespaces and identities. The first one starts before the others, while no MIC runs.
+var parallelTests = []testCase{
+	{"the assignments of AAD Pod Identity are taken over and no pod loses its token", takeOverFromAADPodIdentity},
+	{"the first request waits for the identity, which is detached after the last pod", fromFirstToLastPod},
+	{"an identity that another pod uses stays attached", sharedIdentity},
+	{"an edited resource ID is another identity", editedResourceID},
+	{"an edited client ID takes effect immediately", editedClientID},
+	{"a deleted binding takes effect immediately", deletedBinding},
+	{"a changed label selects another identity", changedLabel},
+	{"a pod that is recreated on another node keeps its identity", recreatedPod},
+	{"a completed Job uses no identity", completedJob},
+	{"an identity that Azure refuses affects no other, and is assigned after a repair", refusedIdentities},
+	{"a manually detached identity is attached again", manuallyDetached},
+	{"a manually attached identity is never detached", manuallyAttached},
+	{"an immutable identity is never detached", immutableIdentity},
+	{"identities that are not attached to a machine are assigned without ARM", identitiesWithoutMachine},
+	{"a namespace can be deleted", deletedNamespace},
 }
 
-// oneByOne change what all others rely on.
-var oneByOne = []trial{
-	{"an update outlives two leaders and is made once", anUpdateOutlivesItsLeaders},
-	{"MIC counts what it does", metricsOfMIC},
-	{"ARM was asked as it wants to be", howARMWasAsked},
-	{"MIC and NMI take away what they made", uninstall},
+// sequentialTests change what all other tests depend on.
+var sequentialTests = []testCase{
+	{"an update survives two changes of the leader and is sent once", leaderChangesDuringUpdate},
+	{"MIC has metrics", metricsOfMIC},
+	{"the requests to ARM follow its rules", requestsToARM},
+	{"MIC and NMI remove what they created", uninstall},
 }
 
-func TestInOneScaleSet(t *testing.T) { start(t, nil).run(t, sideBySide, oneByOne) }
+func TestInOneScaleSet(t *testing.T) { start(t, nil).run(t, parallelTests, sequentialTests) }
 
 func TestAsTwoVirtualMachines(t *testing.T) {
-	start(t, twoVMs).run(t, append(sideBySide, trial{"a machine about which ARM is silent holds up no other", silentMachine}), oneByOne)
+	start(t, twoVMs).run(t, append(parallelTests, testCase{"a machine for which ARM does not answer delays no other", unresponsiveMachine}), sequentialTests)
 }
 
-func (l *layout) run(t *testing.T, together, apart []trial) {
-	t.Run("side by side", func(t *testing.T) {
-		for i, one := range together {
+func (l *testEnvironment) run(t *testing.T, parallel, sequential []testCase) {
+	t.Run("parallel", func(t *testing.T) {
+		for i, one := range parallel {
 			t.Run(one.name, func(t *testing.T) {
 				if i > 0 {
 					t.Parallel()
@@ -71,7 +71,7 @@ func (l *layout) run(t *testing.T, together, apart []trial) {
 			})
 		}
 	})
-	for _, one := range apart {
+	for _, one := range sequential {
 		t.Run(one.name, func(t *testing.T) { one.run(t, l) })
 	}
 }

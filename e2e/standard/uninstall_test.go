@@ -15,13 +15,13 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// uninstall goes the way that the chart's notes say, while a pod uses an identity.
-func uninstall(t *testing.T, l *layout) {
-	s, id := l.newSpace(t), l.newIdentity(t)
+// uninstall follows the steps in the chart's notes while a pod uses an identity.
+func uninstall(t *testing.T, l *testEnvironment) {
+	s, id := l.newNamespace(t), l.newIdentity(t)
 	s.bind("app", "app", managed(id))
-	s.start("p", "app", "node1")
-	p := s.in("p")
-	p.untilOf(id)
+	s.startPod("p", "app", "node1")
+	p := s.clientIn("p")
+	p.waitForTokenOf(id)
 
 	must(t, l.cloud.Set(t.Context(), map[string]string{"arm.delay": "1s"}))
 	repo, err := cluster.RepoDir()
@@ -34,32 +34,32 @@ func uninstall(t *testing.T, l *layout) {
 	var left v1.AzureAssignedIdentityList
 	must(t, l.kube.List(t.Context(), &left))
 	if ledgers := l.ledgers(t); len(left.Items)+len(ledgers) > 0 {
-		t.Errorf("MIC left %s and %s", brief(left.Items), asJSON(ledgers))
+		t.Errorf("MIC did not remove %s and the ledgers %s", describe(left.Items), asJSON(ledgers))
 	}
 	var want []string
-	for _, id := range append(l.foreign, l.stays) {
+	for _, id := range append(l.foreign, l.immutable) {
 		want = append(want, azure.FoldID(id.ResourceID))
 	}
 	slices.Sort(want)
 	machines, err := l.cloud.Machines(t.Context())
 	must(t, err)
 	for _, m := range machines {
-		if l.vms && slices.Contains(m.Nodes, "node2") { // where no pod used it
-			want = slices.DeleteFunc(slices.Clone(want), func(key string) bool { return key == azure.FoldID(l.stays.ResourceID) })
+		if l.vms && slices.Contains(m.Nodes, "node2") { // no pod on node2 used the immutable identity
+			want = slices.DeleteFunc(slices.Clone(want), func(key string) bool { return key == azure.FoldID(l.immutable.ResourceID) })
 		}
 		if !slices.Equal(m.Identities, want) || m.SystemAssigned == nil {
-			t.Errorf("%s is left with %v, not with %v", m.ID, m.Identities, want)
+			t.Errorf("%s has the identities %v; want %v and the system-assigned one", m.ID, m.Identities, want)
 		}
 	}
 	if a := p.ask("client_id=" + id.ClientID); a.status != 400 || a.body["reason"] != "" {
-		t.Errorf("without NMI the machine's own service answers, which does not know the identity: %d %s", a.status, a.raw)
+		t.Errorf("want the answer of the fake IMDS, which has no such identity; got %d %s", a.status, a.raw)
 	}
 
 	l.helm(t, "uninstall", "podidentity", "--wait")
 	for _, name := range []string{s.name, cluster.ChartNamespace} {
 		must(t, l.kube.Delete(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}))
 	}
-	eventually(t, inTime, func() error { // also those of all tests before
+	eventually(t, updateTimeout, func() error { // also those of all other tests
 		out, err := l.Kubectl(t.Context(), "get", "namespaces")
 		if err == nil && (strings.Contains(out, "Terminating") || strings.Contains(out, "test-")) {
 			err = fmt.Errorf("namespaces are left:\n%s", out)
@@ -68,7 +68,7 @@ func uninstall(t *testing.T, l *layout) {
 	})
 }
 
-func (l *layout) helm(t *testing.T, args ...string) {
+func (l *testEnvironment) helm(t *testing.T, args ...string) {
 	t.Helper()
 	cmd, err := l.HelmCommand(t.Context(), append(args, "-n", cluster.ChartNamespace)...)
 	must(t, err)

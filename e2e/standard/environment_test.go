@@ -28,39 +28,41 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// Settings of MIC and ARM that the tests know of.
+// Settings of MIC and the fake ARM that the tests depend on.
 const (
 	detachDelay = 5 * time.Second
-	// armDelay is how long ARM takes for an update. MIC begins the next one of a machine ten seconds after the last began.
+	// armDelay is the duration of an update in ARM. MIC starts the next update of a machine at the earliest ten seconds after
+	// the start of the last one.
 	armDelay = 8 * time.Second
-	// inTime is how long something that needs an update of a machine may take at the most: one may have begun just before,
-	// and what the other tests of this machine do at the same time may be in the way.
-	inTime = 60 * time.Second
+	// updateTimeout is the longest time that anything may take that needs an update of a machine. Another update may have
+	// started just before, and other tests change the same machine at the same time.
+	updateTimeout = 60 * time.Second
 
 	micName = "podidentity-mic"
-	// toStay is the client ID of the identity that MIC is told never to detach.
-	toStay = "c11e0000-0000-4000-8000-0000000057a7"
+	// immutableClientID is the client ID of the identity that MIC is configured never to detach.
+	immutableClientID = "c11e0000-0000-4000-8000-0000000057a7"
 )
 
-// layout is a cluster with the chart in standard mode, and one way in which its nodes stand on machines of Azure.
-type layout struct {
+// testEnvironment is a cluster with the chart in standard mode. Its nodes are in one scale set, or each is a virtual
+// machine.
+type testEnvironment struct {
 	*cluster.Cluster
-	kube    client.WithWatch
-	cloud   *azure.Client
-	vms     bool             // each node is a virtual machine; else both are in one scale set
-	foreign []azure.Identity // attached to all machines before MIC was there
-	stays   azure.Identity   // see toStay
+	kube      client.WithWatch
+	cloud     *azure.Client
+	vms       bool             // each node is a virtual machine; else both are in one scale set
+	foreign   []azure.Identity // attached to all machines before MIC was there
+	immutable azure.Identity   // see immutableClientID
 
 	serial atomic.Int32
 }
 
 func twoVMs(o *cluster.Options) { o.ProviderIDs = cluster.TwoVMs() }
 
-// start starts a cluster, attaches to its machines what is there without MIC (an identity of the kubelet, and that of
-// somebody else), and installs the chart.
-func start(t *testing.T, change func(*cluster.Options)) *layout {
+// start starts a cluster, attaches two identities that MIC does not manage to its machines (such as the kubelet has), and
+// installs the chart.
+func start(t *testing.T, change func(*cluster.Options)) *testEnvironment {
 	t.Helper()
-	// Before the cluster, which others on this machine may wait for.
+	// Before the cluster starts: other test processes on this computer may wait until it has stopped.
 	_, errMIC := cluster.BuildMICImage(t.Context())
 	_, errNMI := cluster.BuildNMIImage(t.Context(), nil)
 	must(t, errors.Join(errMIC, errNMI))
@@ -69,15 +71,15 @@ func start(t *testing.T, change func(*cluster.Options)) *layout {
 	if change != nil {
 		change(&options)
 	}
-	world, err := cluster.Start(t.Context(), options)
+	c, err := cluster.Start(t.Context(), options)
 	must(t, err)
 	t.Cleanup(func() {
-		if err := world.Stop(); err != nil {
+		if err := c.Stop(); err != nil {
 			t.Error("stopping the cluster:", err)
 		}
 	})
-	l := &layout{Cluster: world, cloud: world.Azure(), vms: change != nil}
-	l.kube = newClient(t, world)
+	l := &testEnvironment{Cluster: c, cloud: c.Azure(), vms: change != nil}
+	l.kube = newClient(t, c)
 	for range 2 {
 		id := l.newIdentity(t)
 		for _, node := range l.Nodes() {
@@ -85,22 +87,22 @@ func start(t *testing.T, change func(*cluster.Options)) *layout {
 		}
 		l.foreign = append(l.foreign, id)
 	}
-	l.stays = l.identity(0)
-	l.stays.ClientID = toStay
-	must(t, l.cloud.DefineIdentity(t.Context(), l.stays))
+	l.immutable = l.identity(0)
+	l.immutable.ClientID = immutableClientID
+	must(t, l.cloud.DefineIdentity(t.Context(), l.immutable))
 	must(t, l.cloud.Set(t.Context(), map[string]string{"arm.delay": armDelay.String(), "arm.casing": string(azure.CasingChanging)}))
 	must(t, l.InstallStandard(t.Context(),
 		"--set", "mic.detachDelay="+detachDelay.String(), "--set", "mic.identityAssignmentReconcileInterval=10s",
-		"--set", "mic.leaderElection.duration=5s", "--set", "mic.immutableUserMSIs={"+toStay+"}"))
+		"--set", "mic.leaderElection.duration=5s", "--set", "mic.immutableUserMSIs={"+immutableClientID+"}"))
 	fmt.Printf("standard: cluster and chart are up after %.1f s\n", time.Since(began).Seconds())
 	return l
 }
 
-func newClient(t *testing.T, world *cluster.Cluster) client.WithWatch {
+func newClient(t *testing.T, c *cluster.Cluster) client.WithWatch {
 	t.Helper()
-	config, err := clientcmd.BuildConfigFromFlags("", world.Kubeconfig())
+	config, err := clientcmd.BuildConfigFromFlags("", c.Kubeconfig())
 	must(t, err)
-	config.Dial, config.QPS = world.DialContext, -1
+	config.Dial, config.QPS = c.DialContext, -1
 	scheme := runtime.NewScheme()
 	must(t, errors.Join(clientgoscheme.AddToScheme(scheme), v1.AddToScheme(scheme)))
 	kube, err := client.NewWithWatch(config, client.Options{Scheme: scheme})
@@ -115,7 +117,7 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// eventually asks until the answer is nil. It is for what other programs do in their own time.
+// eventually calls check until it returns nil. It fails the test after the time limit.
 func eventually(t *testing.T, within time.Duration, check func() error) {
 	t.Helper()
 	deadline := time.Now().Add(within)
@@ -125,14 +127,14 @@ func eventually(t *testing.T, within time.Duration, check func() error) {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("not within %s: %v", within, err)
+			t.Fatalf("still not true after %s: %v", within, err)
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
 }
 
-// identity is a managed identity that does not exist yet.
-func (l *layout) identity(n int32) azure.Identity {
+// identity returns the IDs of the nth identity. It does not create the identity.
+func (l *testEnvironment) identity(n int32) azure.Identity {
 	return azure.Identity{
 		ClientID:   fmt.Sprintf("c11e0000-0000-4000-8000-%012d", n),
 		ObjectID:   fmt.Sprintf("0b1ec700-0000-4000-8000-%012d", n),
@@ -141,32 +143,32 @@ func (l *layout) identity(n int32) azure.Identity {
 	}
 }
 
-// newIdentity makes a managed identity that is attached nowhere.
-func (l *layout) newIdentity(t *testing.T) azure.Identity {
+// newIdentity creates a managed identity that is attached nowhere.
+func (l *testEnvironment) newIdentity(t *testing.T) azure.Identity {
 	t.Helper()
 	id := l.identity(l.serial.Add(1))
 	must(t, l.cloud.DefineIdentity(t.Context(), id))
 	return id
 }
 
-// neighbours are two nodes whose pods use the same machine.
-func (l *layout) neighbours() (string, string) {
+// nodesOfOneMachine returns two nodes that are on the same machine, or the same node twice.
+func (l *testEnvironment) nodesOfOneMachine() (string, string) {
 	if l.vms {
 		return "node1", "node1"
 	}
 	return "node1", "node2"
 }
 
-func (l *layout) attached(t *testing.T, node string, id azure.Identity) bool {
+func (l *testEnvironment) attached(t *testing.T, node string, id azure.Identity) bool {
 	t.Helper()
 	m, err := l.cloud.Machine(t.Context(), node)
 	must(t, err)
 	return slices.Contains(m.Identities, azure.FoldID(id.ResourceID))
 }
 
-func (l *layout) untilDetached(t *testing.T, node string, id azure.Identity) {
+func (l *testEnvironment) waitUntilDetached(t *testing.T, node string, id azure.Identity) {
 	t.Helper()
-	eventually(t, inTime, func() error {
+	eventually(t, updateTimeout, func() error {
 		if l.attached(t, node, id) {
 			return fmt.Errorf("%s is still attached to the machine of %s", id.ResourceID, node)
 		}
@@ -174,8 +176,8 @@ func (l *layout) untilDetached(t *testing.T, node string, id azure.Identity) {
 	})
 }
 
-// changes are those of one identity on the machine of a node, the oldest first.
-func (l *layout) changes(t *testing.T, node string, id azure.Identity) []azure.ARMChange {
+// changes are the changes of one identity on the machine of a node, in their order.
+func (l *testEnvironment) changes(t *testing.T, node string, id azure.Identity) []azure.ARMChange {
 	t.Helper()
 	all, err := l.cloud.ARMChanges(t.Context(), 0)
 	must(t, err)
@@ -186,8 +188,8 @@ func (l *layout) changes(t *testing.T, node string, id azure.Identity) []azure.A
 	})
 }
 
-// patches are the requests that were to attach or detach an identity, whatever came of them.
-func (l *layout) patches(t *testing.T, id azure.Identity) []azure.ARMRequest {
+// patches are the PATCH requests that attach or detach an identity, whether they succeeded or not.
+func (l *testEnvironment) patches(t *testing.T, id azure.Identity) []azure.ARMRequest {
 	t.Helper()
 	all, err := l.cloud.ARMLog(t.Context(), 0)
 	must(t, err)
@@ -197,16 +199,16 @@ func (l *layout) patches(t *testing.T, id azure.Identity) []azure.ARMRequest {
 	})
 }
 
-// updates are those that ARM carried out. Others may have been refused for the sake of an identity of another test.
-func (l *layout) updates(t *testing.T, id azure.Identity) []azure.ARMRequest {
+// updates are the patches that ARM accepted. ARM may have refused others because of an identity of another test.
+func (l *testEnvironment) updates(t *testing.T, id azure.Identity) []azure.ARMRequest {
 	t.Helper()
 	return slices.DeleteFunc(l.patches(t, id), func(r azure.ARMRequest) bool { return !r.Accepted })
 }
 
-// mustGoAfterDelay waits until MIC has detached an identity, and checks that it let the delay pass before it asked ARM.
-func (l *layout) mustGoAfterDelay(t *testing.T, node string, id azure.Identity, unused time.Time) {
+// mustBeDetachedAfterDelay waits until MIC has detached an identity, and checks that the update started after the delay.
+func (l *testEnvironment) mustBeDetachedAfterDelay(t *testing.T, node string, id azure.Identity, unused time.Time) {
 	t.Helper()
-	l.untilDetached(t, node, id)
+	l.waitUntilDetached(t, node, id)
 	changes := l.changes(t, node, id)
 	last := changes[len(changes)-1]
 	for _, r := range l.updates(t, id) {
@@ -214,12 +216,12 @@ func (l *layout) mustGoAfterDelay(t *testing.T, node string, id azure.Identity, 
 			return
 		}
 	}
-	t.Errorf("%s was in use until %s; what happened to it on the machine of %s: %+v", id.ResourceID, unused, node, changes)
+	t.Errorf("%s was in use until %s and was detached before the delay; its changes on the machine of %s: %+v", id.ResourceID, unused, node, changes)
 }
 
-func (l *layout) untilGone(t *testing.T, o client.Object) {
+func (l *testEnvironment) waitUntilDeleted(t *testing.T, o client.Object) {
 	t.Helper()
-	eventually(t, inTime, func() error {
+	eventually(t, updateTimeout, func() error {
 		err := l.kube.Get(t.Context(), client.ObjectKeyFromObject(o), o)
 		if apierrors.IsNotFound(err) {
 			return nil
@@ -229,13 +231,13 @@ func (l *layout) untilGone(t *testing.T, o client.Object) {
 }
 
 // micPods are the pods of MIC.
-func (l *layout) micPods(ctx context.Context) ([]corev1.Pod, error) {
+func (l *testEnvironment) micPods(ctx context.Context) ([]corev1.Pod, error) {
 	var pods corev1.PodList
 	err := l.kube.List(ctx, &pods, client.InNamespace(cluster.ChartNamespace), client.MatchingLabels{"app.kubernetes.io/component": "mic"})
 	return pods.Items, err
 }
 
-func (l *layout) lease(t *testing.T) string {
+func (l *testEnvironment) lease(t *testing.T) string {
 	t.Helper()
 	var lease coordinationv1.Lease
 	must(t, l.kube.Get(t.Context(), client.ObjectKey{Namespace: cluster.ChartNamespace, Name: "aad-pod-identity-mic"}, &lease))
@@ -245,22 +247,23 @@ func (l *layout) lease(t *testing.T) string {
 	return *lease.Spec.HolderIdentity
 }
 
-// leader is the pod of the MIC that leads, and what the lease has of it, which another process in that pod would change.
-func (l *layout) leader(t *testing.T, before string) (pod, holder string) {
+// leader waits until the Lease has another holder than before. It returns the holder and the name of its pod. A restarted
+// process in the same pod is another holder.
+func (l *testEnvironment) leader(t *testing.T, before string) (pod, holder string) {
 	t.Helper()
 	eventually(t, 30*time.Second, func() error {
 		holder = l.lease(t)
 		pod, _, _ = strings.Cut(holder, "_")
 		if pod == "" || holder == before {
-			return fmt.Errorf("nobody has taken over from %q", before)
+			return fmt.Errorf("the holder of the Lease is still %q", before)
 		}
 		return nil
 	})
 	return pod, holder
 }
 
-// scaleMIC returns when there are as many pods of MIC, and they are ready.
-func (l *layout) scaleMIC(t *testing.T, replicas int) {
+// scaleMIC sets the number of MIC's replicas and waits until that many pods are ready.
+func (l *testEnvironment) scaleMIC(t *testing.T, replicas int) {
 	t.Helper()
 	var mic appsv1.Deployment
 	must(t, l.kube.Get(t.Context(), client.ObjectKey{Namespace: cluster.ChartNamespace, Name: micName}, &mic))
@@ -269,7 +272,7 @@ func (l *layout) scaleMIC(t *testing.T, replicas int) {
 	eventually(t, time.Minute, func() error {
 		pods, err := l.micPods(t.Context())
 		if err != nil || len(pods) != replicas {
-			return fmt.Errorf("%d pods of MIC (%v)", len(pods), err)
+			return fmt.Errorf("MIC has %d pods (%v)", len(pods), err)
 		}
 		for _, p := range pods {
 			if !isReady(&p) {
@@ -286,8 +289,8 @@ func isReady(p *corev1.Pod) bool {
 	})
 }
 
-// from is a client in the network of a pod.
-func (l *layout) from(t *testing.T, namespace, pod string) *http.Client {
+// httpClient is an HTTP client in the network namespace of a pod.
+func (l *testEnvironment) httpClient(t *testing.T, namespace, pod string) *http.Client {
 	t.Helper()
 	var netns *os.File
 	eventually(t, 30*time.Second, func() (err error) {

@@ -20,31 +20,31 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// space is the Kubernetes namespace of one test.
-type space struct {
-	*layout
+// testNamespace is the Kubernetes namespace of one test.
+type testNamespace struct {
+	*testEnvironment
 	t    *testing.T
 	name string
 }
 
-func (l *layout) newSpace(t *testing.T) *space {
+func (l *testEnvironment) newNamespace(t *testing.T) *testNamespace {
 	t.Helper()
-	s := &space{l, t, fmt.Sprintf("test-%d", l.serial.Add(1))}
-	s.make(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: s.name}})
+	s := &testNamespace{l, t, fmt.Sprintf("test-%d", l.serial.Add(1))}
+	s.create(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: s.name}})
 	t.Cleanup(func() {
 		if t.Failed() {
-			s.tell()
+			s.logState()
 		}
 		_ = l.kube.Delete(context.Background(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: s.name}})
 	})
-	eventually(t, time.Minute, func() error { // no pod is let in before
+	eventually(t, time.Minute, func() error { // without it, the API server refuses pods
 		return l.kube.Get(t.Context(), client.ObjectKey{Namespace: s.name, Name: "default"}, new(corev1.ServiceAccount))
 	})
 	return s
 }
 
-// tell says how things stand after a failure.
-func (s *space) tell() {
+// logState logs the objects, events and logs after a failure.
+func (s *testNamespace) logState() {
 	ctx := context.Background()
 	objects, _ := s.Kubectl(ctx, "get", "pods,jobs,azureidentities,azureidentitybindings,azureassignedidentities", "-o", "wide", "-n", s.name)
 	events, _ := s.Kubectl(ctx, "get", "events", "-n", s.name, "--field-selector", "type=Warning")
@@ -54,24 +54,24 @@ func (s *space) tell() {
 	s.t.Logf("namespace %s:\n%s\n%s\nNMI:\n%s\nMIC:\n%s\nmachines: %+v", s.name, objects, events, nmi, mic, machines)
 }
 
-func (s *space) make(objects ...client.Object) {
+func (s *testNamespace) create(objects ...client.Object) {
 	s.t.Helper()
 	for _, o := range objects {
 		must(s.t, s.kube.Create(s.t.Context(), o))
 	}
 }
 
-func (s *space) meta(name string) metav1.ObjectMeta {
+func (s *testNamespace) meta(name string) metav1.ObjectMeta {
 	return metav1.ObjectMeta{Namespace: s.name, Name: name}
 }
 
-// label makes a label's value one of this test: bindings select pods of all namespaces.
-func (s *space) label(value string) string { return s.name + "-" + value }
+// label makes the value of a label unique to this test: bindings select pods in all namespaces.
+func (s *testNamespace) label(value string) string { return s.name + "-" + value }
 
-// bind makes an AzureIdentity, and a binding of its name for pods with the label.
-func (s *space) bind(name, label string, spec v1.AzureIdentitySpec) {
+// bind creates an AzureIdentity, and a binding of the same name for pods with the label.
+func (s *testNamespace) bind(name, label string, spec v1.AzureIdentitySpec) {
 	s.t.Helper()
-	s.make(&v1.AzureIdentity{ObjectMeta: s.meta(name), Spec: spec},
+	s.create(&v1.AzureIdentity{ObjectMeta: s.meta(name), Spec: spec},
 		&v1.AzureIdentityBinding{ObjectMeta: s.meta(name), Spec: v1.AzureIdentityBindingSpec{AzureIdentity: name, Selector: s.label(label)}})
 }
 
@@ -79,8 +79,8 @@ func managed(id azure.Identity) v1.AzureIdentitySpec {
 	return v1.AzureIdentitySpec{ResourceID: id.ResourceID, ClientID: id.ClientID}
 }
 
-// edit changes fields of the spec of an AzureIdentity.
-func (s *space) edit(name string, spec v1.AzureIdentitySpec) {
+// edit replaces the spec of an AzureIdentity.
+func (s *testNamespace) edit(name string, spec v1.AzureIdentitySpec) {
 	s.t.Helper()
 	var i v1.AzureIdentity
 	must(s.t, s.kube.Get(s.t.Context(), client.ObjectKey{Namespace: s.name, Name: name}, &i))
@@ -89,7 +89,7 @@ func (s *space) edit(name string, spec v1.AzureIdentitySpec) {
 	must(s.t, s.kube.Patch(s.t.Context(), &i, client.MergeFrom(before)))
 }
 
-// podSpec is that of a pod of the test image; args are podclient's.
+// podSpec is the spec of a pod that runs podclient with args.
 func podSpec(node string, args ...string) corev1.PodSpec {
 	grace := int64(1)
 	return corev1.PodSpec{
@@ -99,42 +99,42 @@ func podSpec(node string, args ...string) corev1.PodSpec {
 	}
 }
 
-// start makes a pod, which idles unless there are other args.
-func (s *space) start(name, label, node string, args ...string) {
+// startPod creates a pod that runs podclient with args. Without args it does nothing.
+func (s *testNamespace) startPod(name, label, node string, args ...string) {
 	s.t.Helper()
 	p := &corev1.Pod{ObjectMeta: s.meta(name), Spec: podSpec(node, args...)}
 	p.Labels = map[string]string{v1.BindingLabel: s.label(label)}
-	s.make(p)
+	s.create(p)
 }
 
-// end deletes a pod, waits until it is gone, and returns when it was told to go.
-func (s *space) end(name string) time.Time {
+// deletePod deletes a pod and waits until it is gone. It returns the time of the delete request.
+func (s *testNamespace) deletePod(name string) time.Time {
 	s.t.Helper()
-	told := time.Now()
+	deleted := time.Now()
 	must(s.t, s.kube.Delete(s.t.Context(), &corev1.Pod{ObjectMeta: s.meta(name)}))
-	s.untilGone(s.t, &corev1.Pod{ObjectMeta: s.meta(name)})
-	return told
+	s.waitUntilDeleted(s.t, &corev1.Pod{ObjectMeta: s.meta(name)})
+	return deleted
 }
 
-// assignments are those of a pod, or with "" of all pods.
-func (s *space) assignments(pod string) []v1.AzureAssignedIdentity {
+// assignments are the assignments of a pod, or with "" of all pods of the namespace.
+func (s *testNamespace) assignments(pod string) []v1.AzureAssignedIdentity {
 	s.t.Helper()
 	var all v1.AzureAssignedIdentityList
 	must(s.t, s.kube.List(s.t.Context(), &all, client.InNamespace(s.name)))
 	return slices.DeleteFunc(all.Items, func(a v1.AzureAssignedIdentity) bool { return pod != "" && a.Spec.Pod != pod })
 }
 
-// untilAssigned waits until a pod has an AzureIdentity, as the resource that it is now, whatever else it has.
-func (s *space) untilAssigned(pod, identity string, id azure.Identity) (a v1.AzureAssignedIdentity) {
+// waitUntilAssigned waits until an AzureIdentity with the resource ID of id is assigned to a pod, among others or alone.
+func (s *testNamespace) waitUntilAssigned(pod, identity string, id azure.Identity) (a v1.AzureAssignedIdentity) {
 	s.t.Helper()
-	eventually(s.t, inTime, func() error {
+	eventually(s.t, updateTimeout, func() error {
 		have := s.assignments(pod)
 		i := slices.IndexFunc(have, func(a v1.AzureAssignedIdentity) bool {
 			ref := a.Spec.AzureIdentityRef
 			return ref.Metadata.Name == identity && azure.FoldID(ref.Spec.ResourceID) == azure.FoldID(id.ResourceID)
 		})
 		if i < 0 || have[i].Status.Status != v1.AssignmentAssigned {
-			return fmt.Errorf("pod %s is not assigned %s: %s", pod, identity, brief(have))
+			return fmt.Errorf("pod %s does not have %s assigned: %s", pod, identity, describe(have))
 		}
 		a = have[i]
 		return nil
@@ -142,18 +142,18 @@ func (s *space) untilAssigned(pod, identity string, id azure.Identity) (a v1.Azu
 	return a
 }
 
-// untilReleased waits until a pod, or with "" the namespace, has no assignments.
-func (s *space) untilReleased(pod string) {
+// waitUntilReleased waits until a pod has no assignments, or with "" until the namespace has none.
+func (s *testNamespace) waitUntilReleased(pod string) {
 	s.t.Helper()
-	eventually(s.t, inTime, func() error {
+	eventually(s.t, updateTimeout, func() error {
 		if have := s.assignments(pod); len(have) > 0 {
-			return fmt.Errorf("pod %s still has %s", pod, brief(have))
+			return fmt.Errorf("pod %s still has %s", pod, describe(have))
 		}
 		return nil
 	})
 }
 
-func brief(assignments []v1.AzureAssignedIdentity) string {
+func describe(assignments []v1.AzureAssignedIdentity) string {
 	var out []string
 	for _, a := range assignments {
 		out = append(out, fmt.Sprintf("%s (%s on %s: %q %s)", a.Name, a.Spec.AzureIdentityRef.Spec.ResourceID, a.Spec.NodeName, a.Status.Status, a.Status.Message))
@@ -163,7 +163,7 @@ func brief(assignments []v1.AzureAssignedIdentity) string {
 
 const vault = "https://vault.azure.net"
 
-// answer is what a pod got from the metadata service.
+// answer is the response to a token request of a pod.
 type answer struct {
 	status int
 	body   map[string]string
@@ -172,25 +172,25 @@ type answer struct {
 	took   time.Duration
 }
 
-// asking lets a pod ask for tokens.
-type asking struct {
-	s    *space
-	from *http.Client
+// podClient requests tokens in the network namespace of a pod.
+type podClient struct {
+	s    *testNamespace
+	http *http.Client
 }
 
-func (s *space) in(pod string) asking {
+func (s *testNamespace) clientIn(pod string) podClient {
 	s.t.Helper()
-	return asking{s, s.from(s.t, s.name, pod)}
+	return podClient{s, s.httpClient(s.t, s.name, pod)}
 }
 
-// fresh is a parameter of the request that keeps NMI from answering from its cache.
+// fresh is the request parameter that makes NMI bypass its cache.
 const fresh = "bypass_cache=true"
 
-// ask asks for a token of the Key Vault. A connection that fails is status 0.
-func (a asking) ask(query ...string) answer {
+// ask requests a token for Key Vault. The status is 0 if the connection failed.
+func (a podClient) ask(query ...string) answer {
 	target := "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource=" + url.QueryEscape(vault)
 	began := time.Now()
-	status, header, body, err := get(a.s.t.Context(), a.from, strings.Join(append([]string{target}, query...), "&"))
+	status, header, body, err := get(a.s.t.Context(), a.http, strings.Join(append([]string{target}, query...), "&"))
 	if err != nil {
 		return answer{raw: err.Error(), took: time.Since(began)}
 	}
@@ -203,15 +203,15 @@ func newAnswer(status int, header http.Header, body string, took time.Duration) 
 	return a
 }
 
-// mustBeOf checks the signature of the answer's token, and whose it is.
-func (a answer) mustBeOf(t *testing.T, l *layout, id azure.Identity) {
+// mustBeOf checks the signature of the token in the answer, and that it is for the identity.
+func (a answer) mustBeOf(t *testing.T, l *testEnvironment, id azure.Identity) {
 	t.Helper()
 	if err := a.isOf(l, id); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func (a answer) isOf(l *layout, id azure.Identity) error {
+func (a answer) isOf(l *testEnvironment, id azure.Identity) error {
 	if a.status != http.StatusOK {
 		return fmt.Errorf("status %d after %s: %s", a.status, a.took, a.raw)
 	}
@@ -220,7 +220,7 @@ func (a answer) isOf(l *layout, id azure.Identity) error {
 		return err
 	}
 	if claims.AppID != id.ClientID || claims.ObjectID != id.ObjectID || claims.Audience != vault || a.body["client_id"] != id.ClientID {
-		return fmt.Errorf("this is a token of appid %s, oid %s for %s; want %+v", claims.AppID, claims.ObjectID, claims.Audience, id)
+		return fmt.Errorf("the token has appid %s, oid %s and audience %s; want %+v", claims.AppID, claims.ObjectID, claims.Audience, id)
 	}
 	return nil
 }
@@ -232,7 +232,7 @@ func (a answer) mustBeRefused(t *testing.T, status int, reason string) {
 	}
 }
 
-// outcome is what the program of a pod got that asks as soon as it runs.
+// outcome is the line that podclient writes.
 type outcome struct {
 	Started    time.Time
 	Status     int
@@ -242,9 +242,9 @@ type outcome struct {
 	DurationMS float64 `json:"duration_ms"`
 }
 
-func (s *space) outcome(pod string) (got outcome) {
+func (s *testNamespace) outcome(pod string) (got outcome) {
 	s.t.Helper()
-	eventually(s.t, inTime, func() error {
+	eventually(s.t, updateTimeout, func() error {
 		out, err := s.Kubectl(s.t.Context(), "logs", pod, "-n", s.name)
 		if err != nil {
 			return err
@@ -261,8 +261,8 @@ func (o outcome) answer() answer {
 	return newAnswer(o.Status, nil, o.Body+o.Error, time.Duration(o.DurationMS*float64(time.Millisecond)))
 }
 
-// events are the messages of the warnings about an object.
-func (s *space) events(kind, name string) string {
+// events are the Warning Events about an object, as text.
+func (s *testNamespace) events(kind, name string) string {
 	s.t.Helper()
 	var all corev1.EventList
 	must(s.t, s.kube.List(s.t.Context(), &all, client.InNamespace(s.name)))

@@ -13,42 +13,42 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// thePredecessorsObjects changes over from AAD Pod Identity: for a pod that runs, and for one that ended while no MIC was
-// there to see it.
-func thePredecessorsObjects(t *testing.T, l *layout) {
-	s, used, orphan := l.newSpace(t), l.newIdentity(t), l.newIdentity(t)
+// takeOverFromAADPodIdentity migrates the assignments of AAD Pod Identity: one of a running pod, and one of a pod that
+// ended while no MIC ran.
+func takeOverFromAADPodIdentity(t *testing.T, l *testEnvironment) {
+	s, used, orphan := l.newNamespace(t), l.newIdentity(t), l.newIdentity(t)
 	l.scaleMIC(t, 0)
 	s.bind("app", "app", managed(used))
 	s.bind("old", "old", managed(orphan))
 	for _, id := range []azure.Identity{used, orphan} {
 		must(t, l.cloud.AttachTo(t.Context(), "node1", id.ResourceID))
 	}
-	s.start("p", "app", "node1")
-	usedBefore, orphanBefore := s.asPredecessor("p", "app"), s.asPredecessor("gone", "old")
-	v := s.in("p").vigil()
-	v.good(20)
+	s.startPod("p", "app", "node1")
+	usedBefore, orphanBefore := s.createAADPodIdentityAssignment("p", "app"), s.createAADPodIdentityAssignment("gone", "old")
+	v := s.clientIn("p").startPolling()
+	v.waitForTokens(20)
 	l.scaleMIC(t, 2)
 	t.Parallel()
 
-	a := s.hasOnly("p", "app", used)
+	a := s.waitForOnlyAssignment("p", "app", used)
 	if len(a.OwnerReferences) != 1 || a.OwnerReferences[0].Name != "p" {
-		t.Errorf("the assignment is owned by %+v", a.OwnerReferences)
+		t.Errorf("the owners of the assignment are %+v", a.OwnerReferences)
 	}
-	l.untilGone(t, usedBefore)
-	v.good(20)
+	l.waitUntilDeleted(t, usedBefore)
+	v.waitForTokens(20)
 	v.end()
 	if changes := l.changes(t, "node1", used); len(changes) != 1 {
-		t.Errorf("an identity that was in use all the time saw %+v", changes)
+		t.Errorf("an identity that was in use all the time was changed: %+v", changes)
 	}
-	told := s.end("p")
-	l.mustGoAfterDelay(t, "node1", used, told)
-	l.untilDetached(t, "node1", orphan)
-	s.untilReleased("p")
-	l.untilGone(t, orphanBefore)
+	deleted := s.deletePod("p")
+	l.mustBeDetachedAfterDelay(t, "node1", used, deleted)
+	l.waitUntilDetached(t, "node1", orphan)
+	s.waitUntilReleased("p")
+	l.waitUntilDeleted(t, orphanBefore)
 }
 
-// asPredecessor makes an AzureAssignedIdentity as AAD Pod Identity wrote them, for a pod on node1.
-func (s *space) asPredecessor(pod, identity string) *v1.AzureAssignedIdentity {
+// createAADPodIdentityAssignment creates an AzureAssignedIdentity in the form of AAD Pod Identity, for a pod on node1.
+func (s *testNamespace) createAADPodIdentityAssignment(pod, identity string) *v1.AzureAssignedIdentity {
 	s.t.Helper()
 	var i v1.AzureIdentity
 	var b v1.AzureIdentityBinding
@@ -61,15 +61,15 @@ func (s *space) asPredecessor(pod, identity string) *v1.AzureAssignedIdentity {
 		},
 		Spec: v1.AzureAssignedIdentitySpec{AzureIdentityRef: i.Copy(), AzureBindingRef: b.Copy(), Pod: pod, PodNamespace: s.name, NodeName: "node1"},
 	}
-	s.make(o)
+	s.create(o)
 	o.Status.Status = v1.AssignmentAssigned
 	must(s.t, s.kube.Status().Update(s.t.Context(), o))
 	return o
 }
 
-// vigil asks for tokens all the time, every other one a new one of the machine's metadata service.
-type vigil struct {
-	asking
+// tokenPoller requests tokens continuously. Every second request bypasses NMI's cache and reaches IMDS.
+type tokenPoller struct {
+	podClient
 	stop chan struct{}
 	done sync.WaitGroup
 
@@ -77,8 +77,8 @@ type vigil struct {
 	tokens, refused int
 }
 
-func (a asking) vigil() *vigil {
-	v := &vigil{asking: a, stop: make(chan struct{})}
+func (a podClient) startPolling() *tokenPoller {
+	v := &tokenPoller{podClient: a, stop: make(chan struct{})}
 	v.done.Go(func() {
 		for i := 0; ; i++ {
 			select {
@@ -98,7 +98,7 @@ func (a asking) vigil() *vigil {
 			if got.status == 200 {
 				v.tokens++
 			} else if v.refused++; v.refused == 1 {
-				v.s.t.Errorf("after %d tokens a pod that has its identity is told %d %s", v.tokens, got.status, got.raw)
+				v.s.t.Errorf("after %d tokens, a pod that has its identity receives %d %s", v.tokens, got.status, got.raw)
 			}
 			v.mu.Unlock()
 		}
@@ -107,8 +107,8 @@ func (a asking) vigil() *vigil {
 	return v
 }
 
-// good waits for n tokens from now on.
-func (v *vigil) good(n int) {
+// waitForTokens waits for n more tokens.
+func (v *tokenPoller) waitForTokens(n int) {
 	v.s.t.Helper()
 	count := func() int {
 		v.mu.Lock()
@@ -118,13 +118,13 @@ func (v *vigil) good(n int) {
 	from := count()
 	eventually(v.s.t, 20*time.Second, func() error {
 		if got := count() - from; got < n {
-			return fmt.Errorf("%d of %d tokens", got, n)
+			return fmt.Errorf("received %d of %d tokens", got, n)
 		}
 		return nil
 	})
 }
 
-func (v *vigil) end() {
+func (v *tokenPoller) end() {
 	select {
 	case <-v.stop:
 	default:
