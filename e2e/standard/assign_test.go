@@ -96,7 +96,7 @@ func fromFirstToLastPod(t *testing.T, l *testEnvironment) {
 	deleted := s.deletePod("p")
 	l.mustBeDetachedAfterDelay(t, "node1", id, deleted)
 	s.waitUntilReleased("")
-	eventually(t, 5*time.Second, func() error {
+	eventually(t, 20*time.Second, func() error {
 		return states.is(string(v1.AssignmentCreated), string(v1.AssignmentAssigned), string(v1.AssignmentUnassigned), gone)
 	})
 	if updates := l.updates(t, id); len(updates) != 2 {
@@ -209,7 +209,7 @@ func identitiesWithoutMachine(t *testing.T, l *testEnvironment) {
 			t.Errorf("a token that needs no update of the machine took %s", a.took)
 		}
 	}
-	eventually(t, 5*time.Second, func() error {
+	eventually(t, 20*time.Second, func() error {
 		have := s.assignments("p")
 		if len(have) != 3 || slices.ContainsFunc(have, func(a v1.AzureAssignedIdentity) bool { return a.Status.Status != v1.AssignmentAssigned }) {
 			return fmt.Errorf("the pod has %s", describe(have))

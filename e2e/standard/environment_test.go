@@ -36,7 +36,7 @@ const (
 	armDelay = 8 * time.Second
 	// updateTimeout is the longest time that anything may take that needs an update of a machine. Another update may have
 	// started just before, and other tests change the same machine at the same time.
-	updateTimeout = 60 * time.Second
+	updateTimeout = 120 * time.Second
 
 	micName = "podidentity-mic"
 	// immutableClientID is the client ID of the identity that MIC is configured never to detach.
@@ -251,7 +251,7 @@ func (l *testEnvironment) lease(t *testing.T) string {
 // process in the same pod is another holder.
 func (l *testEnvironment) leader(t *testing.T, before string) (pod, holder string) {
 	t.Helper()
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, 60*time.Second, func() error {
 		holder = l.lease(t)
 		pod, _, _ = strings.Cut(holder, "_")
 		if pod == "" || holder == before {
@@ -293,7 +293,7 @@ func isReady(p *corev1.Pod) bool {
 func (l *testEnvironment) httpClient(t *testing.T, namespace, pod string) *http.Client {
 	t.Helper()
 	var netns *os.File
-	eventually(t, 30*time.Second, func() (err error) {
+	eventually(t, 60*time.Second, func() (err error) {
 		netns, err = l.PodNetns(t.Context(), namespace, pod)
 		return err
 	})

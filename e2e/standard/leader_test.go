@@ -40,7 +40,7 @@ func leaderChangesDuringUpdate(t *testing.T, l *testEnvironment) {
 	})
 	s.bind("later", "later", managed(later))
 	s.startPod("q", "later", "node1")
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, 30*time.Second, func() error {
 		if have := s.assignments("q"); len(have) != 1 {
 			return fmt.Errorf("MIC has not created the assignment of the second pod: %s", describe(have))
 		}

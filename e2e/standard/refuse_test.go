@@ -36,7 +36,7 @@ func refusedIdentities(t *testing.T, l *testEnvironment) {
 		{"misspelled", wrong.ResourceID, misspelled, "see that the managed identity exists"},
 	} {
 		eventually(t, updateTimeout, func() error { return s.checkWaiting("p", bad.name, bad.resource, bad.advice) })
-		eventually(t, 10*time.Second, func() error {
+		eventually(t, 30*time.Second, func() error {
 			for kind, object := range map[string]string{"Pod": "p", "AzureIdentityBinding": bad.name} {
 				if events := s.events(kind, object); !strings.Contains(events, bad.advice) || !containsFold(events, bad.resource) {
 					return fmt.Errorf("the Events of %s %s are %q", kind, object, events)
@@ -69,7 +69,7 @@ func refusedIdentities(t *testing.T, l *testEnvironment) {
 	p.waitForTokenOf(denied, of(denied))
 	t.Logf("the denied identity is assigned %.0f s after MIC got the right to assign it", time.Since(repaired).Seconds())
 	p.ask(of(good), fresh).mustBeOf(t, l, good)
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, 30*time.Second, func() error {
 		have := s.assignments("p")
 		if len(have) != 3 || slices.ContainsFunc(have, func(a v1.AzureAssignedIdentity) bool {
 			return a.Status.Status != v1.AssignmentAssigned || a.Status.Message != ""
