@@ -69,7 +69,7 @@ func (n *node) prepareTokens(ctx, watching context.Context) error {
 			assignedSince: n.watch.assignedSince,
 			ending:        ctx.Done(),
 			places:        newPlaces(maxWaiting, maxWaitingPerSource),
-			observe:       n.metrics.assignmentWaits(),
+			observe:       n.metrics.AssignmentWaits(),
 		}
 	}
 	return nil

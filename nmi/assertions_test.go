@@ -13,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/nmi/nmitest"
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
@@ -20,7 +21,7 @@ func TestTheAPIServerVouchesForEachPodOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newFakeCluster(t)
 		a := c.newAssertions()
-		p := pod("app", "uid-1", "10.0.0.1")
+		p := nmitest.Pod("app", "uid-1", "10.0.0.1")
 		p.Spec.ServiceAccountName = "robot"
 		c.pods["uid-1"] = p
 		var all sync.WaitGroup
@@ -87,7 +88,7 @@ func TestAPodThatTheAPIServerDoesNotVouchForGetsNothing(t *testing.T) {
 				cluster := newFakeCluster(t)
 				cluster.refuses = c.err
 				a := cluster.newAssertions()
-				p := pod("app", "uid-1", "10.0.0.1")
+				p := nmitest.Pod("app", "uid-1", "10.0.0.1")
 				var e *token.Error
 				for range 10 {
 					if err := a.attest(t.Context(), p); !errors.As(err, &e) || e.Class != c.class || e.Reason != c.reason || !strings.Contains(e.Detail, c.says) {
@@ -111,7 +112,7 @@ func TestAPodThatTheAPIServerDoesNotVouchForGetsNothing(t *testing.T) {
 func TestAPodThatTheWatchDoesNotHaveYetIsExchangedAllTheSame(t *testing.T) {
 	c := newFakeCluster(t)
 	a := c.newAssertions()
-	if err := a.attest(t.Context(), pod("app", "uid-1", "10.0.0.1")); err != nil {
+	if err := a.attest(t.Context(), nmitest.Pod("app", "uid-1", "10.0.0.1")); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := a.Assertion(t.Context(), "uid-1", token.Ref{Namespace: "ns", Name: "default"}); err != nil || got != "assertion-of-ns/default" || len(c.requests) != 1 {
@@ -121,7 +122,7 @@ func TestAPodThatTheWatchDoesNotHaveYetIsExchangedAllTheSame(t *testing.T) {
 
 func TestAnAssertionIsOnlyForAPodOfTheServiceAccount(t *testing.T) {
 	c := newFakeCluster(t)
-	c.pods["uid-1"] = pod("app", "uid-1", "10.0.0.1")
+	c.pods["uid-1"] = nmitest.Pod("app", "uid-1", "10.0.0.1")
 	for _, ref := range []token.Ref{{Namespace: "ns", Name: "other"}, {Namespace: "elsewhere", Name: "default"}} {
 		var e *token.Error
 		if _, err := c.newAssertions().Assertion(t.Context(), "uid-1", ref); !errors.As(err, &e) || e.Reason != identity.PodStale {

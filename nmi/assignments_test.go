@@ -19,6 +19,8 @@ import (
 
 	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/nmi/nmitest"
+	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
 // cluster is a node but for its rules, with an API server and a metadata service that the test speaks for. The service
@@ -55,8 +57,8 @@ func startCluster(t *testing.T, api *fakeAPI, configure func(*Config)) *cluster 
 	cfg.Node, cfg.OperationMode = "node1", "Standard"
 	cfg.MetadataIP, cfg.MetadataPort = address.Addr().String(), int(address.Port())
 	configure(&cfg)
-	c.node = &node{cfg: cfg, logs: Loggers{Main: zap.NewNop(), Audit: zap.NewNop()}, metrics: newMetrics(), health: newHealth(), filled: make(chan struct{})}
-	tell := listening{podGone: c.podGone, identityChanged: c.identityChanged, failed: c.metrics.apiFailed}
+	c.node = &node{cfg: cfg, logs: telemetry.Loggers{Main: zap.NewNop(), Audit: zap.NewNop()}, metrics: telemetry.NewMetrics(), health: newHealth(), filled: make(chan struct{})}
+	tell := listening{podGone: c.podGone, identityChanged: c.identityChanged, failed: c.metrics.APIFailed}
 	var err error
 	if c.watch, err = newWatch(c.api.config(), cfg.Node, cfg.rules(), tell); err != nil {
 		t.Fatal(err)
@@ -117,7 +119,7 @@ func resourceID(name string) string {
 }
 
 func podIn(ns, name, uid, ip, label string) *corev1.Pod {
-	return with(pod(name, uid, ip), func(p *corev1.Pod) { p.Namespace, p.Labels = ns, map[string]string{v1.BindingLabel: label} })
+	return nmitest.With(nmitest.Pod(name, uid, ip), func(p *corev1.Pod) { p.Namespace, p.Labels = ns, map[string]string{v1.BindingLabel: label} })
 }
 
 func azureIdentity(ns, name, client string) *v1.AzureIdentity {
@@ -206,7 +208,7 @@ func TestAnAssignmentIsOfOnePodOnly(t *testing.T) {
 
 	// Made anew under its name, while what the first one had is still there.
 	c.api.remove(one)
-	again := with(one.DeepCopy(), func(p *corev1.Pod) { p.UID, p.Status.PodIPs[0].IP = types.UID("3"), "10.0.0.3" })
+	again := nmitest.With(one.DeepCopy(), func(p *corev1.Pod) { p.UID, p.Status.PodIPs[0].IP = types.UID("3"), "10.0.0.3" })
 	c.api.set(again)
 	c.expect(c.begin("10.0.0.3"), 503, "assignment_pending")
 
@@ -242,12 +244,12 @@ func TestManagedModeDoesNotLookAtAssignments(t *testing.T) {
 	if asked := c.api.watched(v1.AzureAssignedIdentities); len(asked) != 0 || len(c.watch.all()) != 4 || c.tokens.waiting != nil {
 		t.Errorf("assignments were watched: %q, by %d informers", asked, len(c.watch.all()))
 	}
-	families, err := c.metrics.registry.Gather()
+	families, err := c.metrics.Registry.Gather()
 	if err != nil || len(families) == 0 {
 		t.Fatal(err)
 	}
 	for _, f := range families {
-		if f.GetName() == metricWaits {
+		if f.GetName() == telemetry.MetricWaits {
 			t.Errorf("there is a metric %s", f.GetName())
 		}
 	}
@@ -288,13 +290,13 @@ func TestATombstoneIsNewsToo(t *testing.T) {
 	defer stop()
 	handler := w.telling(func(o any) topic { return topic{ofPod, "ns/" + o.(*corev1.Pod).Name} })
 	handler.OnDelete(cache.DeletedFinalStateUnknown{Key: "ns/p"}) // of which nothing is known
-	handler.OnDelete(cache.DeletedFinalStateUnknown{Key: "ns/p", Obj: pod("p", "1")})
+	handler.OnDelete(cache.DeletedFinalStateUnknown{Key: "ns/p", Obj: nmitest.Pod("p", "1")})
 	select {
 	case <-told:
 	default:
 		t.Error("nobody was told")
 	}
-	handler.OnUpdate(pod("p", "1"), pod("p", "1"))
+	handler.OnUpdate(nmitest.Pod("p", "1"), nmitest.Pod("p", "1"))
 	select {
 	case <-told:
 		t.Error("what has not changed was told")

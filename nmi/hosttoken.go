@@ -14,6 +14,7 @@ import (
 
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/metadata"
+	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
 // hostTokens answers /host/token: programs of the node that ask for a token on behalf of one of its pods. The Secrets
@@ -37,7 +38,7 @@ func (s hostTokens) answer(x *exchange, r *http.Request) {
 		refusal = metadata.Forbidden(identity.RouteBlocked, "Tokens on behalf of pods are given to programs of this node only")
 	}
 	if refusal != nil {
-		s.metrics.decision(refusal.Reason)
+		s.metrics.Decision(refusal.Reason)
 		x.refuse(refusal)
 		return
 	}
@@ -66,7 +67,7 @@ func (n *node) serveHostTokens(ctx context.Context, s *server) {
 	for said := false; ; said = true {
 		l, err := net.Listen("tcp4", address)
 		if err == nil {
-			n.logs.Main.Info("programs of this node may ask for tokens of its pods", zap.String(keyAddress, address))
+			n.logs.Main.Info("programs of this node may ask for tokens of its pods", zap.String(telemetry.KeyAddress, address))
 			server := newHTTPServer(hostTokens{s}, n.cfg.held())
 			ended := make(chan struct{})
 			stop := context.AfterFunc(ctx, func() {
@@ -75,7 +76,7 @@ func (n *node) serveHostTokens(ctx context.Context, s *server) {
 				defer cancel()
 				_ = server.Shutdown(ending) // what is still under way then is cut off
 			})
-			err = server.Serve(newFairListener(l, n.metrics.connections))
+			err = server.Serve(newFairListener(l, n.metrics.Connections))
 			if !stop() {
 				<-ended
 				return
@@ -86,7 +87,7 @@ func (n *node) serveHostTokens(ctx context.Context, s *server) {
 			if errors.Is(err, syscall.EADDRINUSE) {
 				hint = "; another NMI may have it. It is tried again; --host-token=false does without"
 			}
-			n.logs.Main.Warn("/host/token is not served"+hint, zap.String(keyAddress, address), zap.Error(err))
+			n.logs.Main.Warn("/host/token is not served"+hint, zap.String(telemetry.KeyAddress, address), zap.Error(err))
 		}
 		select {
 		case <-time.After(hostTokenRetry):

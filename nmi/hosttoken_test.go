@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
 func (b *bench) askHost(source, target, namespace, name string) (int, string) {
@@ -90,13 +91,13 @@ func TestEachTokenRequestHasOneLineInTheAudit(t *testing.T) {
 		t.Fatalf("%d lines in the audit, %d in the log", len(lines), b.lines.Len())
 	}
 	issued, refused := lines[0], lines[1]
-	for key, want := range map[string]any{keyNamespace: "ns", keyPod: "x", keyPodUID: "1", keyAccount: "default", keyIdentity: "ns/x",
-		keyResource: "https://vault.azure.net", keyReason: "allowed", keyCache: "fetched", keyTokenID: "id-of-" + clientX, keyEntra: "correlation"} {
+	for key, want := range map[string]any{telemetry.KeyNamespace: "ns", telemetry.KeyPod: "x", telemetry.KeyPodUID: "1", telemetry.KeyAccount: "default", telemetry.KeyIdentity: "ns/x",
+		telemetry.KeyResource: "https://vault.azure.net", telemetry.KeyReason: "allowed", telemetry.KeyCache: "fetched", telemetry.KeyTokenID: "id-of-" + clientX, telemetry.KeyEntra: "correlation"} {
 		if got := issued.ContextMap()[key]; got != want {
 			t.Errorf("%s is %v, want %v", key, got, want)
 		}
 	}
-	if issued.Level != zap.InfoLevel || refused.Level != zap.WarnLevel || refused.ContextMap()[keyReason] != "pod_not_labelled" {
+	if issued.Level != zap.InfoLevel || refused.Level != zap.WarnLevel || refused.ContextMap()[telemetry.KeyReason] != "pod_not_labelled" {
 		t.Errorf("%v, %v", issued, refused)
 	}
 }

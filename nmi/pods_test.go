@@ -13,22 +13,10 @@ import (
 	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/cache"
+
+	"github.com/podidentity/podidentity/nmi/nmitest"
 )
-
-func pod(name, uid string, ips ...string) *corev1.Pod {
-	p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, UID: types.UID(uid)}, Status: corev1.PodStatus{Phase: corev1.PodRunning}}
-	for _, ip := range ips {
-		p.Status.PodIPs = append(p.Status.PodIPs, corev1.PodIP{IP: ip})
-	}
-	return p
-}
-
-func with(p *corev1.Pod, change func(*corev1.Pod)) *corev1.Pod {
-	change(p)
-	return p
-}
 
 // node1 is a podFinder over an index that the test fills.
 type node1 struct {
@@ -71,15 +59,15 @@ func (n *node1) name(ctx context.Context, ip string) (string, error) {
 }
 
 func TestAPodIsKnownByEachOfItsOwnAddressesWhileItLives(t *testing.T) {
-	hostNetwork := with(pod("host", "2", "10.0.0.2"), func(p *corev1.Pod) { p.Spec.HostNetwork = true })
-	done := with(pod("done", "3", "10.0.0.3"), func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded })
-	failed := with(pod("failed", "4", "10.0.0.4"), func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })
-	pending := with(pod("pending", "5", "10.0.0.5"), func(p *corev1.Pod) { p.Status.Phase = corev1.PodPending })
-	terminating := with(pod("terminating", "6", "10.0.0.6"), func(p *corev1.Pod) { p.DeletionTimestamp = &metav1.Time{} })
-	old := with(pod("old", "7"), func(p *corev1.Pod) { p.Status.PodIP = "10.0.0.7" })
-	successor := pod("successor", "8", "10.0.0.3") // of a finished pod's address
+	hostNetwork := nmitest.With(nmitest.Pod("host", "2", "10.0.0.2"), func(p *corev1.Pod) { p.Spec.HostNetwork = true })
+	done := nmitest.With(nmitest.Pod("done", "3", "10.0.0.3"), func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded })
+	failed := nmitest.With(nmitest.Pod("failed", "4", "10.0.0.4"), func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })
+	pending := nmitest.With(nmitest.Pod("pending", "5", "10.0.0.5"), func(p *corev1.Pod) { p.Status.Phase = corev1.PodPending })
+	terminating := nmitest.With(nmitest.Pod("terminating", "6", "10.0.0.6"), func(p *corev1.Pod) { p.DeletionTimestamp = &metav1.Time{} })
+	old := nmitest.With(nmitest.Pod("old", "7"), func(p *corev1.Pod) { p.Status.PodIP = "10.0.0.7" })
+	successor := nmitest.Pod("successor", "8", "10.0.0.3") // of a finished pod's address
 	synctest.Test(t, func(t *testing.T) {
-		n := newNode1(pod("two", "1", "10.0.0.1", "fd00::1"), hostNetwork, done, failed, pending, terminating, old, successor)
+		n := newNode1(nmitest.Pod("two", "1", "10.0.0.1", "fd00::1"), hostNetwork, done, failed, pending, terminating, old, successor)
 		for ip, want := range map[string]string{
 			"10.0.0.1": "two", "fd00::1": "two", "::ffff:10.0.0.1": "two", "10.0.0.5": "pending", "10.0.0.6": "terminating", "10.0.0.7": "old", "10.0.0.3": "successor",
 		} {
@@ -98,8 +86,8 @@ func TestAPodIsKnownByEachOfItsOwnAddressesWhileItLives(t *testing.T) {
 func TestAPodThatAsksBeforeTheWatchKnowsItWaitsNoLongerThanNeeded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n, start := newNode1(), time.Now()
-		time.AfterFunc(time.Second, func() { n.add(pod("other", "1", "10.0.0.2")) })
-		time.AfterFunc(1200*time.Millisecond, func() { n.add(pod("new", "2", "10.0.0.1")) })
+		time.AfterFunc(time.Second, func() { n.add(nmitest.Pod("other", "1", "10.0.0.2")) })
+		time.AfterFunc(1200*time.Millisecond, func() { n.add(nmitest.Pod("new", "2", "10.0.0.1")) })
 		if got, err := n.name(t.Context(), "10.0.0.1"); got != "new" || time.Since(start) != 1200*time.Millisecond {
 			t.Errorf("%q, %v after %s", got, err, time.Since(start))
 		}
@@ -111,8 +99,8 @@ func TestAPodThatAsksBeforeTheWatchKnowsItWaitsNoLongerThanNeeded(t *testing.T) 
 
 func TestAnAddressThatTwoPodsHaveIsNobodysUntilOneIsGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		old := pod("old", "1", "10.0.0.1")
-		n := newNode1(old, pod("new", "2", "10.0.0.1"))
+		old := nmitest.Pod("old", "1", "10.0.0.1")
+		n := newNode1(old, nmitest.Pod("new", "2", "10.0.0.1"))
 		n.answer = func() ([]*corev1.Pod, error) { return nil, errors.New("away") }
 		if got, err := n.name(t.Context(), "10.0.0.1"); !errors.Is(err, errPodAmbiguous) {
 			t.Errorf("%q, %v", got, err)
@@ -129,7 +117,7 @@ func TestTheAPIServerIsAskedOnceForAllWhoWait(t *testing.T) {
 		n := newNode1()
 		n.answer = func() ([]*corev1.Pod, error) {
 			time.Sleep(100 * time.Millisecond)
-			return []*corev1.Pod{pod("a", "1", "10.0.0.1"), pod("b", "2", "10.0.0.2"), pod("b2", "3", "10.0.0.2")}, nil
+			return []*corev1.Pod{nmitest.Pod("a", "1", "10.0.0.1"), nmitest.Pod("b", "2", "10.0.0.2"), nmitest.Pod("b2", "3", "10.0.0.2")}, nil
 		}
 		var wg sync.WaitGroup
 		for range 50 {
@@ -179,7 +167,7 @@ func TestACallerThatLeavesStopsWaiting(t *testing.T) {
 }
 
 func TestWhatIsKeptOfAPodIsWhatIsRead(t *testing.T) {
-	p := pod("p", "1", "10.0.0.1")
+	p := nmitest.Pod("p", "1", "10.0.0.1")
 	p.Labels = map[string]string{"aadpodidbinding": "app"}
 	p.Annotations = map[string]string{"a": "b"}
 	p.ManagedFields = []metav1.ManagedFieldsEntry{{Manager: "m"}}
@@ -189,7 +177,7 @@ func TestWhatIsKeptOfAPodIsWhatIsRead(t *testing.T) {
 	if _, err := trim(p); err != nil {
 		t.Fatal(err)
 	}
-	want := pod("p", "1", "10.0.0.1")
+	want := nmitest.Pod("p", "1", "10.0.0.1")
 	want.Labels, want.ResourceVersion = p.Labels, "7"
 	want.Spec = corev1.PodSpec{NodeName: "n", HostNetwork: true, ServiceAccountName: "sa"}
 	if p.String() != want.String() {

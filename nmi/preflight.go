@@ -11,6 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
 // preflightTimeout bounds a question to the API server before the rules are in. Without an answer NMI goes on: a node
@@ -27,7 +28,7 @@ func (w *watch) checkNode(ctx context.Context, log *zap.Logger) error {
 	case apierrors.IsNotFound(err):
 		return fmt.Errorf("--node %s: the cluster has no node of this name; give the name that kubectl get nodes shows for this machine", w.node)
 	default:
-		log.Warn("could not check that the cluster has this node", zap.String(keyNode, w.node), zap.Error(err))
+		log.Warn("could not check that the cluster has this node", zap.String(telemetry.KeyNode, w.node), zap.Error(err))
 	}
 	return nil
 }

@@ -16,6 +16,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	apiwatch "k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/tools/cache"
+
+	"github.com/podidentity/podidentity/nmi/nmitest"
 )
 
 func TestAfterAnOutageAllWatchesGoOnWithinSecondsAndOneQuestionServesThem(t *testing.T) {
@@ -105,7 +107,7 @@ func TestAWatchThatIsTooOldToGoOnStaysStaleUntilAllObjectsHaveComeAnew(t *testin
 		}
 		all := true
 		fake, w = open(metav1.ListOptions{SendInitialEvents: &all})
-		fake.Add(pod("app", "1", "10.0.0.1"))
+		fake.Add(nmitest.Pod("app", "1", "10.0.0.1"))
 		time.Sleep(10 * settle)
 		if c.stale() == "" {
 			t.Fatal("there may be more objects to come")
@@ -126,7 +128,7 @@ func TestAWatchThatEndsInTheMiddleOfAnEventEndsWhole(t *testing.T) {
 		c, fake := newConnection(nil, nil), apiwatch.NewFakeWithOptions(apiwatch.FakeOptions{ChannelSize: 1})
 		c.note("pods", true)
 		w := c.caughtUp("pods", metav1.ListOptions{}, fake)
-		fake.Add(pod("app", "1", "10.0.0.1"))
+		fake.Add(nmitest.Pod("app", "1", "10.0.0.1"))
 		synctest.Wait() // it holds the event
 		w.Stop()
 		w.Stop()

@@ -23,27 +23,28 @@ import (
 	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/iptables"
 	"github.com/podidentity/podidentity/metadata"
+	"github.com/podidentity/podidentity/nmi/telemetry"
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
 // node is one NMI at work.
 type node struct {
 	cfg     Config
-	logs    Loggers
-	metrics *metrics
+	logs    telemetry.Loggers
+	metrics *telemetry.Metrics
 	health  *health
 	capture *iptables.Capture
 	watch   *watch
 	sources *token.Sources
 	cache   *token.Cache
 	tokens  *tokens
-	events  *events       // nil if they are switched off
-	filled  chan struct{} // closed once all caches have been filled
+	events  *telemetry.Events // nil if they are switched off
+	filled  chan struct{}     // closed once all caches have been filled
 }
 
 // Run serves the pods of this node until ctx ends. The rules that capture their traffic stay in place when it returns:
 // removing them is Uninstall's. An error that comes before the rules were touched has changed nothing on the node.
-func Run(ctx context.Context, cfg Config, logs Loggers) error {
+func Run(ctx context.Context, cfg Config, logs telemetry.Loggers) error {
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
@@ -59,12 +60,12 @@ func Run(ctx context.Context, cfg Config, logs Loggers) error {
 	if err := keepSecretsInMemory(); err != nil {
 		return err
 	}
-	n := &node{cfg: cfg, logs: logs, metrics: newMetrics(), health: newHealth(), capture: capture, filled: make(chan struct{})}
+	n := &node{cfg: cfg, logs: logs, metrics: telemetry.NewMetrics(), health: newHealth(), capture: capture, filled: make(chan struct{})}
 	kube, err := kubeConfig(cfg)
 	if err != nil {
 		return err
 	}
-	tell := listening{podGone: n.podGone, identityChanged: n.identityChanged, failed: n.metrics.apiFailed}
+	tell := listening{podGone: n.podGone, identityChanged: n.identityChanged, failed: n.metrics.APIFailed}
 	if n.watch, err = newWatch(kube, cfg.Node, cfg.rules(), tell); err != nil {
 		return fmt.Errorf("preparing to watch the cluster: %w", err)
 	}
@@ -80,13 +81,13 @@ func Run(ctx context.Context, cfg Config, logs Loggers) error {
 		return err
 	}
 	defer n.cache.Close()
-	n.metrics.cacheSize(n.cache.Len)
-	n.metrics.staleWatches(n.watch.connection.staleCount)
+	n.metrics.CacheSize(n.cache.Len)
+	n.metrics.StaleWatches(n.watch.connection.staleCount)
 	if cfg.Events {
-		if n.events, err = newEvents(cfg.Node, n.watch.writeEvent); err != nil {
+		if n.events, err = telemetry.NewEvents(cfg.Node, n.watch.writeEvent); err != nil {
 			return err
 		}
-		go n.events.run(watching)
+		go n.events.Run(watching)
 	}
 	if err := n.watch.checkNode(ctx, logs.Main); err != nil {
 		return err
@@ -125,7 +126,7 @@ func (n *node) run(ctx, watching context.Context) error {
 	pods := n.newServer()
 	main := newHTTPServer(pods, n.cfg.held())
 	defer main.Close()
-	serve("pods", main, newFairListener(l.pods, n.metrics.connections))
+	serve("pods", main, newFairListener(l.pods, n.metrics.Connections))
 	n.health.set(needListener, nil)
 	serve("probes", newHTTPServer(n.health.handler(), 0), l.probes)
 	serve("metrics", newHTTPServer(n.metricsHandler(), 0), l.metrics)
@@ -137,7 +138,7 @@ func (n *node) run(ctx, watching context.Context) error {
 	if err := n.capture.Install(ctx); err != nil {
 		return fmt.Errorf("capturing metadata requests of pods: %w", err)
 	}
-	n.logs.Main.Info("metadata requests of pods are captured", zap.Stringer(keyBackend, n.capture.Backend()), zap.String(keyNode, n.cfg.Node))
+	n.logs.Main.Info("metadata requests of pods are captured", zap.Stringer(telemetry.KeyBackend, n.capture.Backend()), zap.String(telemetry.KeyNode, n.cfg.Node))
 	go n.keepRules(ctx)
 	go n.load(watching)
 	go n.sweep(watching)
@@ -237,14 +238,14 @@ func (n *node) newServer() *server {
 		tokens:        n.tokens,
 	}
 	if n.events != nil {
-		s.refused = n.events.refused
+		s.refused = n.events.Refused
 	}
 	return s
 }
 
 func (n *node) metricsHandler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("/metrics", promhttp.HandlerFor(n.metrics.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
+	mux.Handle("/metrics", promhttp.HandlerFor(n.metrics.Registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
 	return mux
 }
 
@@ -328,13 +329,13 @@ func (n *node) keepRules(ctx context.Context) {
 		}
 		repaired, err := n.capture.Sync(ctx)
 		for _, what := range repaired {
-			n.metrics.repairs.WithLabelValues(what).Inc()
+			n.metrics.Repairs.WithLabelValues(what).Inc()
 		}
 		if len(repaired) > 0 {
-			n.logs.Main.Warn("something had changed the rules of this node; they are as they should be again", zap.Strings(keyRepaired, repaired))
+			n.logs.Main.Warn("something had changed the rules of this node; they are as they should be again", zap.Strings(telemetry.KeyRepaired, repaired))
 		}
 		if err != nil && ctx.Err() == nil {
-			n.metrics.syncErrors.Inc()
+			n.metrics.SyncErrors.Inc()
 			n.logs.Main.Error("looking after the rules", zap.Error(err))
 		}
 		if ctx.Err() == nil {
@@ -345,7 +346,7 @@ func (n *node) keepRules(ctx context.Context) {
 
 // watchFailed counts what client-go logs itself.
 func (n *node) watchFailed(ctx context.Context, r *cache.Reflector, err error) {
-	n.metrics.apiFailed(apiWatch)
+	n.metrics.APIFailed(telemetry.APIWatch)
 	cache.DefaultWatchErrorHandler(ctx, r, err)
 	if apierrors.IsForbidden(err) {
 		n.health.explain(needCaches, fmt.Errorf("%w; the ClusterRole of the chart allows it, if its operationMode is %s", err, strings.ToLower(n.cfg.OperationMode)))

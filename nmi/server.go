@@ -16,6 +16,7 @@ import (
 
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/metadata"
+	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
 // Limits of the server. Pods are hostile until proven otherwise.
@@ -38,8 +39,8 @@ type server struct {
 	tenantID string
 	// blockInstance refuses descriptions of the machine.
 	blockInstance bool
-	metrics       *metrics
-	logs          Loggers
+	metrics       *telemetry.Metrics
+	logs          telemetry.Loggers
 	// refused is told of each pod that gets no token.
 	refused func(*corev1.Pod, *metadata.Error)
 }
@@ -87,11 +88,11 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, answer func(*exch
 	defer exchanges.Put(x)
 	*x = exchange{ResponseWriter: w, id: requestID(), start: time.Now(), fields: x.fields[:0]}
 	w.Header()["X-Ms-Request-Id"] = []string{x.id}
-	s.metrics.inFlight.Inc()
+	s.metrics.InFlight.Inc()
 	answer(x, r)
-	s.metrics.inFlight.Dec()
+	s.metrics.InFlight.Dec()
 	took := time.Since(x.start)
-	s.metrics.request(x.req.Route, x.status, took)
+	s.metrics.Request(x.req.Route, x.status, took)
 	s.logLine(x, took)
 }
 
@@ -102,7 +103,7 @@ func (s *server) answer(x *exchange, r *http.Request) {
 	var refusal *metadata.Error
 	if x.req, refusal = metadata.Parse(r, s.rules); refusal != nil {
 		if x.req.Route == metadata.RouteToken {
-			s.metrics.decision(refusal.Reason)
+			s.metrics.Decision(refusal.Reason)
 		}
 		x.refuse(refusal)
 		return
@@ -152,11 +153,11 @@ func (s *server) concluded(x *exchange, r *http.Request, refusal *metadata.Error
 	if r.Context().Err() != nil {
 		// Nobody is left to answer.
 		x.reason, x.status = identity.ClientGone, statusClientGone
-		s.metrics.decision(x.reason)
+		s.metrics.Decision(x.reason)
 		return false
 	}
 	if refusal != nil {
-		s.metrics.decision(refusal.Reason)
+		s.metrics.Decision(refusal.Reason)
 		x.refuse(refusal)
 		if x.pod != nil && s.refused != nil {
 			s.refused(x.pod, refusal)
@@ -164,7 +165,7 @@ func (s *server) concluded(x *exchange, r *http.Request, refusal *metadata.Error
 		return false
 	}
 	x.reason = x.caller.reason
-	s.metrics.decision(x.reason)
+	s.metrics.Decision(x.reason)
 	return true
 }
 
@@ -187,33 +188,33 @@ func (s *server) logLine(x *exchange, took time.Duration) {
 	if entry == nil {
 		return
 	}
-	fields := append(x.fields, zap.String(keyRequest, x.id), zap.String(keyRoute, string(x.req.Route)), zap.Int(keyStatus, x.status),
-		zap.String(keyReason, string(x.reason)), zap.Stringer(keySource, x.source))
+	fields := append(x.fields, zap.String(telemetry.KeyRequest, x.id), zap.String(telemetry.KeyRoute, string(x.req.Route)), zap.Int(telemetry.KeyStatus, x.status),
+		zap.String(telemetry.KeyReason, string(x.reason)), zap.Stringer(telemetry.KeySource, x.source))
 	if x.detail != "" {
-		fields = append(fields, zap.String(keyDetail, x.detail))
+		fields = append(fields, zap.String(telemetry.KeyDetail, x.detail))
 	}
 	if x.pod != nil {
-		fields = append(fields, zap.String(keyNamespace, x.pod.Namespace), zap.String(keyPod, x.pod.Name), zap.String(keyPodUID, string(x.pod.UID)),
-			zap.String(keyAccount, serviceAccountOf(x.pod).Name))
+		fields = append(fields, zap.String(telemetry.KeyNamespace, x.pod.Namespace), zap.String(telemetry.KeyPod, x.pod.Name), zap.String(telemetry.KeyPodUID, string(x.pod.UID)),
+			zap.String(telemetry.KeyAccount, serviceAccountOf(x.pod).Name))
 	}
 	if x.identity != nil {
-		fields = append(fields, zap.String(keyIdentity, x.identity.Key()), zap.String(keyClientID, shorten(x.identity.ClientID)))
+		fields = append(fields, zap.String(telemetry.KeyIdentity, x.identity.Key()), zap.String(telemetry.KeyClientID, telemetry.Shorten(x.identity.ClientID)))
 	} else if asked := x.req.Selector.ClientID; asked != "" {
-		fields = append(fields, zap.String(keyClientID, shorten(asked)))
+		fields = append(fields, zap.String(telemetry.KeyClientID, telemetry.Shorten(asked)))
 	}
 	if x.req.Resource != "" {
-		fields = append(fields, zap.String(keyResource, clip(x.req.Resource)))
+		fields = append(fields, zap.String(telemetry.KeyResource, telemetry.Clip(x.req.Resource)))
 	}
 	if x.origin != "" {
-		fields = append(fields, zap.String(keyCache, string(x.origin)))
+		fields = append(fields, zap.String(telemetry.KeyCache, string(x.origin)))
 	}
 	if x.tokenID != "" {
-		fields = append(fields, zap.String(keyTokenID, x.tokenID))
+		fields = append(fields, zap.String(telemetry.KeyTokenID, x.tokenID))
 	}
 	if x.correlationID != "" {
-		fields = append(fields, zap.String(keyEntra, clip(x.correlationID)))
+		fields = append(fields, zap.String(telemetry.KeyEntra, telemetry.Clip(x.correlationID)))
 	}
-	x.fields = append(fields, zap.Float64(keyDurationMS, float64(took.Microseconds())/1000))
+	x.fields = append(fields, zap.Float64(telemetry.KeyDurationMS, float64(took.Microseconds())/1000))
 	entry.Write(x.fields...)
 }
 

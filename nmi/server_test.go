@@ -21,6 +21,8 @@ import (
 
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/metadata"
+	"github.com/podidentity/podidentity/nmi/nmitest"
+	"github.com/podidentity/podidentity/nmi/telemetry"
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
@@ -77,9 +79,9 @@ func newBench(t *testing.T) *bench {
 		p.Labels = map[string]string{"aadpodidbinding": label}
 		return p
 	}
-	n := newNode1(labelled(pod("x", "1", "10.0.0.1"), "x"), labelled(pod("both", "2", "10.0.0.2"), "both"), pod("none", "3", "10.0.0.3"),
-		labelled(pod("free", "4", "10.0.0.4"), "free"), labelled(pod("sp", "5", "10.0.0.5"), "sp"),
-		labelled(pod("thief", "8", "10.0.0.8"), "thief"), labelled(pod("fed", "9", "10.0.0.9"), "fed"), pod("twin1", "6", "10.0.0.6"), pod("twin2", "7", "10.0.0.6"))
+	n := newNode1(labelled(nmitest.Pod("x", "1", "10.0.0.1"), "x"), labelled(nmitest.Pod("both", "2", "10.0.0.2"), "both"), nmitest.Pod("none", "3", "10.0.0.3"),
+		labelled(nmitest.Pod("free", "4", "10.0.0.4"), "free"), labelled(nmitest.Pod("sp", "5", "10.0.0.5"), "sp"),
+		labelled(nmitest.Pod("thief", "8", "10.0.0.8"), "thief"), labelled(nmitest.Pod("fed", "9", "10.0.0.9"), "fed"), nmitest.Pod("twin1", "6", "10.0.0.6"), nmitest.Pod("twin2", "7", "10.0.0.6"))
 	n.timeout = 50 * time.Millisecond
 	id := func(name, client string) identity.Identity {
 		return identity.Identity{Namespace: "ns", Name: name, ClientID: client, ResourceID: "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/" + name}
@@ -98,7 +100,7 @@ func newBench(t *testing.T) *bench {
 	}
 	core, lines := observer.New(zap.InfoLevel)
 	b := &bench{azure: &azure{}, lines: lines, facts: facts, cluster: newFakeCluster(t)}
-	m := newMetrics()
+	m := telemetry.NewMetrics()
 	c, err := token.NewCache(b.azure, 100, func(string, token.Principal) bool { return true }, m)
 	if err != nil {
 		t.Fatal(err)
@@ -109,7 +111,7 @@ func newBench(t *testing.T) *bench {
 		t.Fatal(err)
 	}
 	b.server = &server{
-		metrics: m, logs: Loggers{Main: zap.New(core), Audit: zap.NewNop()}, tenantID: "the-tenant",
+		metrics: m, logs: telemetry.Loggers{Main: zap.New(core), Audit: zap.NewNop()}, tenantID: "the-tenant",
 		upstream: metadata.NewUpstream(netip.MustParseAddrPort("127.0.0.1:1")),
 		tokens: &tokens{
 			pods:   n.podFinder,
@@ -175,7 +177,7 @@ func TestEachPodGetsItsOwnTokenAndNoOther(t *testing.T) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			b.lines.TakeAll()
-			before := testutil.ToFloat64(b.metrics.decisions.WithLabelValues(string(c.reason)))
+			before := testutil.ToFloat64(b.metrics.Decisions.WithLabelValues(string(c.reason)))
 			status, body := b.ask(c.source, getPath+c.query)
 			if status != c.status || body["access_token"] != c.token {
 				t.Errorf("got %d %v", status, body)
@@ -190,10 +192,10 @@ func TestEachPodGetsItsOwnTokenAndNoOther(t *testing.T) {
 				t.Errorf("status %d with Retry-After %q", status, body["Retry-After"])
 			}
 			lines := b.lines.TakeAll()
-			if len(lines) != 1 || lines[0].ContextMap()[keyReason] != string(c.reason) {
+			if len(lines) != 1 || lines[0].ContextMap()[telemetry.KeyReason] != string(c.reason) {
 				t.Errorf("the log says %v", lines)
 			}
-			if after := testutil.ToFloat64(b.metrics.decisions.WithLabelValues(string(c.reason))); after != before+1 {
+			if after := testutil.ToFloat64(b.metrics.Decisions.WithLabelValues(string(c.reason))); after != before+1 {
 				t.Errorf("the metric went from %v to %v", before, after)
 			}
 		})
@@ -280,7 +282,7 @@ func TestNoTokenAndNoWholeClientIDIsLogged(t *testing.T) {
 	b.ask("10.0.0.1", getPath+"&client_id="+strings.Repeat("z", 2000))
 	for _, line := range b.lines.TakeAll() {
 		text := fmt.Sprint(line.ContextMap())
-		if strings.Contains(text, "token-of-") || strings.Contains(text, "client_id:"+clientX) || len(line.ContextMap()[keyClientID].(string)) > 20 {
+		if strings.Contains(text, "token-of-") || strings.Contains(text, "client_id:"+clientX) || len(line.ContextMap()[telemetry.KeyClientID].(string)) > 20 {
 			t.Errorf("logged: %s", text)
 		}
 	}
@@ -295,7 +297,7 @@ func TestAClientThatLeavesIsNotedAndNotAnswered(t *testing.T) {
 	r.Header.Set("Metadata", "true")
 	w := httptest.NewRecorder()
 	b.ServeHTTP(w, r)
-	if line := b.lines.TakeAll()[0].ContextMap(); w.Body.Len() != 0 || line[keyReason] != "client_gone" {
+	if line := b.lines.TakeAll()[0].ContextMap(); w.Body.Len() != 0 || line[telemetry.KeyReason] != "client_gone" {
 		t.Errorf("answered %s, logged %v", w.Body, line)
 	}
 }

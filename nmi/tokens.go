@@ -14,6 +14,7 @@ import (
 
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/metadata"
+	"github.com/podidentity/podidentity/nmi/telemetry"
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
@@ -28,7 +29,7 @@ type tokens struct {
 	principals *principals
 	objectIDs  *lru.Cache[token.Principal, string] // as tokens have told them, by outline
 	cache      *token.Cache
-	metrics    *metrics
+	metrics    *telemetry.Metrics
 	waiting    *waiting // nil in managed mode
 }
 
@@ -70,7 +71,7 @@ func (l lookup) String() string {
 // findPod names the pod that is asked for, within the time that lookups have.
 func (t *tokens) findPod(ctx context.Context, by lookup) (*corev1.Pod, *metadata.Error) {
 	start := time.Now()
-	defer func() { t.metrics.lookups.Observe(time.Since(start).Seconds()) }()
+	defer func() { t.metrics.Lookups.Observe(time.Since(start).Seconds()) }()
 	if err := t.ready(ctx, t.pods.timeout); err != nil {
 		return nil, metadata.Unavailable(identity.NotReady, "NMI has not loaded the cluster's objects yet: "+err.Error(), 2*time.Second)
 	}

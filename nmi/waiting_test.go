@@ -16,6 +16,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/nmi/telemetry"
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
@@ -461,21 +462,24 @@ func TestOneCauseIsOneEventHoweverOftenAPodComesAgain(t *testing.T) {
 	inStandardMode(t, func(t *testing.T, s *standard) {
 		s.tokens.waiting.most = 0
 		told := map[string]bool{}
-		e, err := newEvents("node1", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.refused = e.refused
-		for range 50 {
-			s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentPending, 0)
-		}
-		for len(e.queue) > 0 {
-			event := <-e.queue
+		e, err := telemetry.NewEvents("node1", func(_ context.Context, event *corev1.Event) error {
 			told[fmt.Sprint(event.InvolvedObject.Name, event.Message)] = true
 			if !strings.HasPrefix(event.Message, "assignment_pending: AzureIdentity ns/x") {
 				t.Errorf("told %q", event.Message)
 			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
 		}
+		s.refused = e.Refused
+		for range 50 {
+			s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentPending, 0)
+		}
+		writing, stop := context.WithCancel(t.Context())
+		defer stop()
+		go e.Run(writing)
+		synctest.Wait()
 		if len(told) != 1 {
 			t.Errorf("told %v", told)
 		}

@@ -23,6 +23,7 @@ import (
 	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/internal/kube"
+	"github.com/podidentity/podidentity/nmi/telemetry"
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
@@ -81,7 +82,7 @@ func newWatch(config *rest.Config, node string, rules identity.Rules, tell liste
 		return nil, err
 	}
 
-	w.connection = newConnection(func(ctx context.Context) error { return w.core.Get().AbsPath("/readyz").Do(ctx).Error() }, func() { tell.failed(apiWatch) })
+	w.connection = newConnection(func(ctx context.Context) error { return w.core.Get().AbsPath("/readyz").Do(ctx).Error() }, func() { tell.failed(telemetry.APIWatch) })
 	source := func(c rest.Interface, resource string, which fields.Selector) *cache.ListWatch {
 		return w.connection.mend(resource, cache.NewListWatchFromClient(c, resource, metav1.NamespaceAll, which))
 	}
@@ -186,7 +187,7 @@ func (w *watch) secret(ref token.Ref) *cache.ListWatch {
 func (w *watch) readSecret(ctx context.Context, ref token.Ref) (*corev1.Secret, error) {
 	var secret corev1.Secret
 	err := w.core.Get().Namespace(ref.Namespace).Resource("secrets").Name(ref.Name).Do(ctx).Into(&secret)
-	return &secret, w.count(apiReadSecret, err)
+	return &secret, w.count(telemetry.APIReadSecret, err)
 }
 
 // count notes a question that failed.
@@ -207,17 +208,17 @@ func (w *watch) writeEvent(ctx context.Context, e *corev1.Event) error {
 		}
 		err = events(w.core.Patch(types.MergePatchType)).Name(e.Name).Body(patch).Do(ctx).Error()
 		if !apierrors.IsNotFound(err) {
-			return w.count(apiWriteEvent, err)
+			return w.count(telemetry.APIWriteEvent, err)
 		}
 	}
-	return w.count(apiWriteEvent, events(w.core.Post()).Body(e).Do(ctx).Error())
+	return w.count(telemetry.APIWriteEvent, events(w.core.Post()).Body(e).Do(ctx).Error())
 }
 
 // requestToken asks the API server for a token of a ServiceAccount.
 func (w *watch) requestToken(ctx context.Context, namespace, serviceAccount string, r *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error) {
 	var answer authenticationv1.TokenRequest
 	err := w.core.Post().Namespace(namespace).Resource("serviceaccounts").Name(serviceAccount).SubResource("token").Body(r).Do(ctx).Into(&answer)
-	return &answer, w.count(apiRequestToken, err)
+	return &answer, w.count(telemetry.APIRequestToken, err)
 }
 
 // facts collects what the decision needs to know about the pod.
@@ -263,7 +264,7 @@ func (w *watch) facts(pod *corev1.Pod) (identity.Facts, error) {
 func (w *watch) livePods(ctx context.Context) ([]*corev1.Pod, error) {
 	var list corev1.PodList
 	err := w.core.Get().Resource("pods").Param("fieldSelector", fields.OneTermEqualSelector("spec.nodeName", w.node).String()).Do(ctx).Into(&list)
-	if w.count(apiListPods, err) != nil {
+	if w.count(telemetry.APIListPods, err) != nil {
 		return nil, fmt.Errorf("listing the pods of node %s: %w", w.node, err)
 	}
 	pods := make([]*corev1.Pod, len(list.Items))

@@ -16,6 +16,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/podidentity/podidentity/nmi"
+	"github.com/podidentity/podidentity/nmi/telemetry"
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
@@ -55,7 +56,7 @@ token endpoint; "nmi uninstall" removes them.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return o.withLoggers(func(logs nmi.Loggers) error {
+			return o.withLoggers(func(logs telemetry.Loggers) error {
 				logs.Main.Info("starting", zap.String("version", version))
 				return nmi.Run(cmd.Context(), o.config(version), logs)
 			})
@@ -76,7 +77,7 @@ func uninstall(o *options) *cobra.Command {
 From then on pods reach the machine's own metadata service. It may be run again at any time.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return o.withLoggers(func(logs nmi.Loggers) error {
+			return o.withLoggers(func(logs telemetry.Loggers) error {
 				if err := nmi.Uninstall(cmd.Context(), o.config(version), logs.Main); err != nil {
 					return err
 				}
@@ -103,7 +104,7 @@ func parsePKCS12() *cobra.Command {
 	}
 }
 
-func (o *options) withLoggers(do func(nmi.Loggers) error) error {
+func (o *options) withLoggers(do func(telemetry.Loggers) error) error {
 	level, err := zapcore.ParseLevel(o.logLevel)
 	if err != nil {
 		return fmt.Errorf("--log-level %q is unknown; give debug, info, warn or error", o.logLevel)
@@ -115,7 +116,7 @@ func (o *options) withLoggers(do func(nmi.Loggers) error) error {
 	if o.logFormat != "json" && o.logFormat != "text" {
 		return fmt.Errorf("--log-format %q is unknown; give json or text", o.logFormat)
 	}
-	logs, stop := nmi.NewLoggers(zapcore.Lock(os.Stderr), level, auditLevel, o.logFormat == "text")
+	logs, stop := telemetry.NewLoggers(zapcore.Lock(os.Stderr), level, auditLevel, o.logFormat == "text")
 	defer stop()
 	klog.SetLogger(zapr.NewLogger(logs.Main))
 	return do(logs)

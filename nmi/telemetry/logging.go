@@ -1,4 +1,4 @@
-package nmi
+package telemetry
 
 import (
 	"strings"
@@ -10,27 +10,27 @@ import (
 
 // Keys of log lines. A token or a secret is under none of them.
 const (
-	keyRequest    = "request_id"
-	keyRoute      = "route"
-	keyStatus     = "status"
-	keyReason     = "reason"
-	keyDetail     = "detail"
-	keySource     = "source"
-	keyNamespace  = "pod_namespace"
-	keyPod        = "pod"
-	keyPodUID     = "pod_uid"
-	keyAccount    = "service_account"
-	keyIdentity   = "identity"
-	keyClientID   = "client_id"
-	keyResource   = "resource"
-	keyCache      = "cache"
-	keyTokenID    = "token_id"
-	keyEntra      = "correlation_id"
-	keyDurationMS = "duration_ms"
-	keyNode       = "node"
-	keyRepaired   = "repaired"
-	keyBackend    = "backend"
-	keyAddress    = "address"
+	KeyRequest    = "request_id"
+	KeyRoute      = "route"
+	KeyStatus     = "status"
+	KeyReason     = "reason"
+	KeyDetail     = "detail"
+	KeySource     = "source"
+	KeyNamespace  = "pod_namespace"
+	KeyPod        = "pod"
+	KeyPodUID     = "pod_uid"
+	KeyAccount    = "service_account"
+	KeyIdentity   = "identity"
+	KeyClientID   = "client_id"
+	KeyResource   = "resource"
+	KeyCache      = "cache"
+	KeyTokenID    = "token_id"
+	KeyEntra      = "correlation_id"
+	KeyDurationMS = "duration_ms"
+	KeyNode       = "node"
+	KeyRepaired   = "repaired"
+	KeyBackend    = "backend"
+	KeyAddress    = "address"
 )
 
 // flushEvery bounds how late a line appears. Lines are collected because writing each by itself costs more than
@@ -61,16 +61,16 @@ func NewLoggers(w zapcore.WriteSyncer, level, auditLevel zapcore.Level, text boo
 	}, func() { _ = buffered.Stop() }
 }
 
-// shorten keeps enough of an ID to recognise it and not enough to use it. It bounds a client's text, too.
-func shorten(id string) string {
+// Shorten keeps enough of an ID to recognise it and not enough to use it. It bounds a client's text, too.
+func Shorten(id string) string {
 	if len(id) <= 8 {
 		return id
 	}
 	return id[:4] + "…" + id[len(id)-4:]
 }
 
-// clip bounds a client's text in a log line; the encoder escapes it.
-func clip(s string) string { return cut(s, 256) }
+// Clip bounds a client's text in a log line; the encoder escapes it.
+func Clip(s string) string { return cut(s, 256) }
 
 // cut returns at most the first bytes of a text, and no half of a character.
 func cut(s string, most int) string {

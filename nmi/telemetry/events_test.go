@@ -1,4 +1,4 @@
-package nmi
+package telemetry
 
 import (
 	"context"
@@ -12,12 +12,13 @@ import (
 
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/metadata"
+	"github.com/podidentity/podidentity/nmi/nmitest"
 )
 
-func inEventBubble(t *testing.T, test func(e *events, written func() []*corev1.Event)) {
+func inEventBubble(t *testing.T, test func(e *Events, written func() []*corev1.Event)) {
 	synctest.Test(t, func(t *testing.T) {
 		var all []*corev1.Event
-		e, err := newEvents("node1", func(_ context.Context, event *corev1.Event) error {
+		e, err := NewEvents("node1", func(_ context.Context, event *corev1.Event) error {
 			all = append(all, event)
 			return nil
 		})
@@ -27,7 +28,7 @@ func inEventBubble(t *testing.T, test func(e *events, written func() []*corev1.E
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() {
-			e.run(ctx)
+			e.Run(ctx)
 			close(done)
 		}()
 		test(e, func() []*corev1.Event {
@@ -44,22 +45,22 @@ func refusalOf(detail string) *metadata.Error {
 }
 
 func TestAPodIsToldOfARefusalOnceInAWhile(t *testing.T) {
-	inEventBubble(t, func(e *events, written func() []*corev1.Event) {
-		p := pod("app", "uid-1", "10.0.0.1")
+	inEventBubble(t, func(e *Events, written func() []*corev1.Event) {
+		p := nmitest.Pod("app", "uid-1", "10.0.0.1")
 		for range 1000 {
-			e.refused(p, refusalOf("no binding"))
+			e.Refused(p, refusalOf("no binding"))
 		}
 		got := written()
 		if len(got) != 1 || got[0].Message != "no_matching_binding: no binding" || got[0].InvolvedObject.UID != "uid-1" || got[0].Namespace != "ns" || got[0].Type != "Warning" || got[0].Reason != "TokenRefused" {
 			t.Fatalf("written: %+v", got)
 		}
-		e.refused(p, refusalOf("another thing"))
-		e.refused(pod("app", "uid-2", "10.0.0.1"), refusalOf("no binding"))
+		e.Refused(p, refusalOf("another thing"))
+		e.Refused(nmitest.Pod("app", "uid-2", "10.0.0.1"), refusalOf("no binding"))
 		if got = written(); len(got) != 3 {
 			t.Errorf("another refusal and another pod: %d events", len(got))
 		}
 		time.Sleep(eventAgain)
-		e.refused(p, refusalOf("no binding"))
+		e.Refused(p, refusalOf("no binding"))
 		if got = written(); len(got) != 4 || got[3].Name != got[0].Name || got[3].Count != 1001 || !got[3].FirstTimestamp.Equal(&got[0].FirstTimestamp) {
 			t.Errorf("later: %+v", got[len(got)-1])
 		}
@@ -67,10 +68,10 @@ func TestAPodIsToldOfARefusalOnceInAWhile(t *testing.T) {
 }
 
 func TestAPodThatIsRefusedInEverNewWaysDoesNotFloodTheCluster(t *testing.T) {
-	inEventBubble(t, func(e *events, written func() []*corev1.Event) {
-		p := pod(strings.Repeat("long", 60), "uid-1", "10.0.0.1")
+	inEventBubble(t, func(e *Events, written func() []*corev1.Event) {
+		p := nmitest.Pod(strings.Repeat("long", 60), "uid-1", "10.0.0.1")
 		for i := range 10_000 {
-			e.refused(p, refusalOf(fmt.Sprint(strings.Repeat("€", 800), i)))
+			e.Refused(p, refusalOf(fmt.Sprint(strings.Repeat("€", 800), i)))
 		}
 		got := written()
 		if len(got) != eventBurst {

@@ -1,4 +1,4 @@
-package nmi
+package telemetry
 
 import (
 	"context"
@@ -32,11 +32,11 @@ const (
 	maxEventText = 1000 // the API server takes 1024 bytes
 )
 
-// events tells the refusals of pods as Events of the cluster, so that `kubectl describe pod` shows why.
+// Events tells the refusals of pods as Events of the cluster, so that `kubectl describe pod` shows why.
 //
 // It is written by hand because client-go's recorder brings the machinery of patches and schemas with it, whose memory
 // would be paid on every node.
-type events struct {
+type Events struct {
 	write func(context.Context, *corev1.Event) error // creates it, or replaces the one of its name
 	node  string
 	queue chan *corev1.Event
@@ -59,13 +59,13 @@ type refusalCount struct {
 	count int32
 }
 
-func newEvents(node string, write func(context.Context, *corev1.Event) error) (*events, error) {
+func NewEvents(node string, write func(context.Context, *corev1.Event) error) (*Events, error) {
 	told, err := simplelru.NewLRU[refusalKey, *refusalCount](eventsKept, nil)
-	return &events{write: write, node: node, queue: make(chan *corev1.Event, eventQueue), limiter: rate.NewLimiter(eventRate, eventBurst), told: told}, err
+	return &Events{write: write, node: node, queue: make(chan *corev1.Event, eventQueue), limiter: rate.NewLimiter(eventRate, eventBurst), told: told}, err
 }
 
-// refused notes that a pod was refused a token. It does not wait.
-func (e *events) refused(pod *corev1.Pod, refusal *metadata.Error) {
+// Refused notes that a pod was refused a token. It does not wait.
+func (e *Events) Refused(pod *corev1.Pod, refusal *metadata.Error) {
 	text := refusal.Detail
 	if text == "" {
 		text = refusal.Description
@@ -90,7 +90,7 @@ func (e *events) refused(pod *corev1.Pod, refusal *metadata.Error) {
 	}
 }
 
-func (e *events) event(pod *corev1.Pod, known *refusalCount, reason identity.Reason, text string, now time.Time) *corev1.Event {
+func (e *Events) event(pod *corev1.Pod, known *refusalCount, reason identity.Reason, text string, now time.Time) *corev1.Event {
 	return &corev1.Event{
 		ObjectMeta:          metav1.ObjectMeta{Namespace: pod.Namespace, Name: known.name},
 		InvolvedObject:      corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID},
@@ -106,8 +106,8 @@ func (e *events) event(pod *corev1.Pod, known *refusalCount, reason identity.Rea
 	}
 }
 
-// run writes events until ctx ends. One that cannot be written is lost: the log has it too.
-func (e *events) run(ctx context.Context) {
+// Run writes events until ctx ends. One that cannot be written is lost: the log has it too.
+func (e *Events) Run(ctx context.Context) {
 	for {
 		select {
 		case event := <-e.queue:
