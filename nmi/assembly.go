@@ -5,11 +5,13 @@ import (
 	"errors"
 	"time"
 
-	lru "github.com/hashicorp/golang-lru/v2"
 	"golang.org/x/sys/unix"
 
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/nmi/credentials"
+	"github.com/podidentity/podidentity/nmi/limit"
+	"github.com/podidentity/podidentity/nmi/request"
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
@@ -24,63 +26,63 @@ func (n *node) prepareTokens(ctx, watching context.Context) error {
 	if err != nil {
 		return err
 	}
-	proofs := &principals{
-		authority:    authority,
-		byResourceID: n.cfg.ManagedIdentityBy == ByResourceID,
-		secrets:      newSecrets(watching, n.watch.secret, n.watch.readSecret, n.secretChanged),
-		assertions:   newAssertions(n.watch.requestToken, n.watch.pod),
+	n.proofs = &credentials.Principals{
+		Authority:    authority,
+		ByResourceID: n.cfg.ManagedIdentityBy == ByResourceID,
+		Secrets:      credentials.NewSecrets(watching, n.watch.Secret, n.watch.ReadSecret, n.secretChanged),
+		Assertions:   credentials.NewAssertions(n.watch.RequestToken, n.watch.Pod),
 	}
 	managed, err := token.NewManagedIdentities(n.cfg.imds(), n.cfg.UserAgent)
 	if err != nil {
 		return err
 	}
-	entra, err := token.NewEntra(token.EntraConfig{RootCAs: roots, UserAgent: n.cfg.UserAgent, Secrets: proofs.secrets, Assertions: proofs.assertions})
+	entra, err := token.NewEntra(token.EntraConfig{RootCAs: roots, UserAgent: n.cfg.UserAgent, Secrets: n.proofs.Secrets, Assertions: n.proofs.Assertions})
 	if err != nil {
 		return err
 	}
 	n.sources = &token.Sources{ManagedIdentities: managed, Entra: entra}
 	allowed := func(uid string, p token.Principal) bool {
-		pod, alive := n.watch.pod(uid)
-		return alive && n.tokens.allowed(pod, p)
+		pod, alive := n.watch.Pod(uid)
+		return alive && n.tokens.Allowed(pod, p)
 	}
 	if n.cache, err = token.NewCache(n.sources, token.DefaultSize, allowed, n.metrics); err != nil {
 		return err
 	}
-	objectIDs, err := lru.New[token.Principal, string](objectIDsKept)
-	if err != nil {
-		return err
-	}
-	n.tokens = &tokens{
-		pods:       newPodFinder(n.watch, n.cfg.PodLookup),
-		facts:      n.watch.facts,
-		latest:     n.watch.latest,
-		ready:      n.waitFilled,
-		stale:      n.watch.connection.stale,
-		rules:      n.cfg.rules(),
-		principals: proofs,
-		objectIDs:  objectIDs,
-		cache:      n.cache,
-		metrics:    n.metrics,
+	n.tokens, err = request.New(n.request(ctx))
+	return err
+}
+
+// request says what a token request needs. Requests wait for assignments until ctx ends.
+func (n *node) request(ctx context.Context) request.Config {
+	c := request.Config{
+		Rules:      n.cfg.rules(),
+		Pods:       n.watch.PodFinder(n.cfg.PodLookup),
+		PodLookup:  n.cfg.PodLookup,
+		Cluster:    n.watch,
+		Ready:      n.watch.WaitFilled,
+		Principals: n.proofs,
+		Cache:      n.cache,
+		Metrics:    n.metrics,
 	}
 	if n.cfg.standard() {
-		n.tokens.waiting = &waiting{
-			most:          n.cfg.AssignmentWait,
-			news:          &n.watch.news,
-			assignedSince: n.watch.assignedSince,
-			ending:        ctx.Done(),
-			places:        newPlaces(maxWaiting, maxWaitingPerSource),
-			observe:       n.metrics.AssignmentWaits(),
+		c.Waiting = &request.Waiting{
+			Most:          n.cfg.AssignmentWait,
+			News:          &n.watch.News,
+			AssignedSince: n.watch.AssignedSince,
+			Ending:        ctx.Done(),
+			Places:        limit.NewPlaces(limit.MaxWaiting, limit.MaxWaitingPerSource),
+			Observe:       n.metrics.AssignmentWaits(),
 		}
 	}
-	return nil
+	return c
 }
 
 // What hangs on an object goes with it.
 
 func (n *node) podGone(uid string) {
 	n.cache.Release(uid)
-	n.tokens.principals.secrets.release(uid)
-	n.tokens.principals.assertions.release(uid)
+	n.proofs.Secrets.Release(uid)
+	n.proofs.Assertions.Release(uid)
 }
 
 // sweepEvery is how often is looked for pods that went while a request of theirs was under way, which noted them again.
@@ -96,8 +98,8 @@ func (n *node) sweep(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		for _, uid := range append(n.tokens.principals.secrets.pods(), n.tokens.principals.assertions.pods()...) {
-			if _, alive := n.watch.pod(uid); !alive {
+		for _, uid := range append(n.proofs.Secrets.Pods(), n.proofs.Assertions.Pods()...) {
+			if _, alive := n.watch.Pod(uid); !alive {
 				n.podGone(uid)
 			}
 		}
@@ -105,7 +107,7 @@ func (n *node) sweep(ctx context.Context) {
 }
 
 func (n *node) identityChanged(old identity.Identity) {
-	n.drop(func(p token.Principal) bool { return n.tokens.principals.stands(old, p) })
+	n.drop(func(p token.Principal) bool { return n.proofs.Stands(old, p) })
 }
 
 func (n *node) secretChanged(ref token.Ref, revision string) {

@@ -1,7 +1,6 @@
 package nmi
 
 import (
-	"context"
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
@@ -11,11 +10,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/podidentity/podidentity/nmi/cluster"
+	"github.com/podidentity/podidentity/nmi/health"
+
 	"go.uber.org/zap"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/tools/cache"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/identity"
@@ -23,9 +24,9 @@ import (
 	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
-// cluster is a node but for its rules, with an API server and a metadata service that the test speaks for. The service
+// testNode is a node but for its rules, with an API server and a metadata service that the test speaks for. The service
 // gives a token for every client ID.
-type cluster struct {
+type testNode struct {
 	*node
 	t      *testing.T
 	api    *fakeAPI
@@ -34,18 +35,18 @@ type cluster struct {
 	failed chan struct{} // one for each failure of a watch
 }
 
-func newCluster(t *testing.T, configure func(*Config), objects ...object) *cluster {
+func newTestNode(t *testing.T, configure func(*Config), objects ...object) *testNode {
 	t.Helper()
-	c := startCluster(t, newFakeAPI(t, objects...), configure)
-	if err := c.waitFilled(t.Context(), 20*time.Second); err != nil {
+	c := startTestNode(t, newFakeAPI(t, objects...), configure)
+	if err := c.watch.WaitFilled(t.Context(), 20*time.Second); err != nil {
 		t.Fatal(err)
 	}
 	return c
 }
 
-func startCluster(t *testing.T, api *fakeAPI, configure func(*Config)) *cluster {
+func startTestNode(t *testing.T, api *fakeAPI, configure func(*Config)) *testNode {
 	t.Helper()
-	c := &cluster{t: t, api: api, looks: make(chan struct{}, 1000), failed: make(chan struct{}, 1000)}
+	c := &testNode{t: t, api: api, looks: make(chan struct{}, 1000), failed: make(chan struct{}, 1000)}
 	imds := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		client := r.URL.Query().Get("client_id")
 		w.Header().Set("Content-Type", "application/json")
@@ -57,37 +58,41 @@ func startCluster(t *testing.T, api *fakeAPI, configure func(*Config)) *cluster 
 	cfg.Node, cfg.OperationMode = "node1", "Standard"
 	cfg.MetadataIP, cfg.MetadataPort = address.Addr().String(), int(address.Port())
 	configure(&cfg)
-	c.node = &node{cfg: cfg, logs: telemetry.Loggers{Main: zap.NewNop(), Audit: zap.NewNop()}, metrics: telemetry.NewMetrics(), health: newHealth(), filled: make(chan struct{})}
-	tell := listening{podGone: c.podGone, identityChanged: c.identityChanged, failed: c.metrics.APIFailed}
-	var err error
-	if c.watch, err = newWatch(c.api.config(), cfg.Node, cfg.rules(), tell); err != nil {
-		t.Fatal(err)
-	}
-	for _, informer := range c.watch.all() {
-		if err := informer.SetWatchErrorHandlerWithContext(func(ctx context.Context, r *cache.Reflector, err error) {
-			c.watchFailed(ctx, r, err)
+	c.node = &node{cfg: cfg, logs: telemetry.Loggers{Main: zap.NewNop(), Audit: zap.NewNop()}, metrics: telemetry.NewMetrics(), health: health.New()}
+	watching := c.cluster(c.api.config())
+	watching.Callbacks.Failed = func(operation string) {
+		c.metrics.APIFailed(operation)
+		if operation == telemetry.APIWatch {
 			c.failed <- struct{}{}
-		}); err != nil {
-			t.Fatal(err)
 		}
+	}
+	var err error
+	if c.watch, err = cluster.New(watching); err != nil {
+		t.Fatal(err)
 	}
 	if err := c.prepareTokens(t.Context(), t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(c.cache.Close)
-	c.tokens.facts = func(pod *corev1.Pod) (identity.Facts, error) {
-		defer func() { c.looks <- struct{}{} }()
-		return c.watch.facts(pod)
-	}
+	c.tokens.Cluster = c
 	c.server = c.newServer()
-	go c.load(t.Context())
+	go c.watch.Run(t.Context())
 	return c
 }
 
-func (c *cluster) begin(source string) <-chan answer {
+// Facts, Latest and Stale are those of the node; each look at the facts is reported.
+func (c *testNode) Facts(pod *corev1.Pod) (identity.Facts, error) {
+	defer func() { c.looks <- struct{}{} }()
+	return c.watch.Facts(pod)
+}
+
+func (c *testNode) Latest(pod *corev1.Pod) *corev1.Pod { return c.watch.Latest(pod) }
+func (c *testNode) Stale() string                      { return c.watch.Stale() }
+
+func (c *testNode) begin(source string) <-chan answer {
 	done, start := make(chan answer, 1), time.Now()
 	go func() {
-		r := httptest.NewRequest(http.MethodGet, getPath, nil)
+		r := httptest.NewRequest(http.MethodGet, nmitest.TokenPath, nil)
 		r.RemoteAddr = source + ":40000"
 		r.Header.Set("Metadata", "true")
 		w := httptest.NewRecorder()
@@ -100,22 +105,18 @@ func (c *cluster) begin(source string) <-chan answer {
 }
 
 // held sends a request and returns once it is held: it looks once more after it has asked to be told.
-func (c *cluster) held(source string) <-chan answer {
+func (c *testNode) held(source string) <-chan answer {
 	r := c.begin(source)
 	<-c.looks
 	<-c.looks
 	return r
 }
 
-func (c *cluster) expect(request <-chan answer, status int, says string) {
+func (c *testNode) expect(request <-chan answer, status int, says string) {
 	c.t.Helper()
 	if a := <-request; a.status != status || !strings.Contains(a.body["access_token"]+a.body["reason"], says) {
 		c.t.Errorf("got %d %v; want %d and something of %q", a.status, a.body, status, says)
 	}
-}
-
-func resourceID(name string) string {
-	return "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/" + name
 }
 
 func podIn(ns, name, uid, ip, label string) *corev1.Pod {
@@ -123,7 +124,7 @@ func podIn(ns, name, uid, ip, label string) *corev1.Pod {
 }
 
 func azureIdentity(ns, name, client string) *v1.AzureIdentity {
-	return &v1.AzureIdentity{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: name}, Spec: v1.AzureIdentitySpec{ClientID: client, ResourceID: resourceID(name)}}
+	return &v1.AzureIdentity{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: name}, Spec: v1.AzureIdentitySpec{ClientID: client, ResourceID: nmitest.ResourceID(name)}}
 }
 
 func binding(ns, name, selector string) *v1.AzureIdentityBinding {
@@ -146,8 +147,8 @@ func predecessors(o *v1.AzureAssignedIdentity) *v1.AzureAssignedIdentity {
 }
 
 func TestTheNodeHearsOfAnAssignmentAtOnce(t *testing.T) {
-	p, i := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("b", "x", clientX)
-	c := newCluster(t, func(*Config) {}, p, i, binding("b", "x", "app"))
+	p, i := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("b", "x", nmitest.ClientX)
+	c := newTestNode(t, func(*Config) {}, p, i, binding("b", "x", "app"))
 	if got := c.api.watched(v1.AzureAssignedIdentities); !slices.Equal(got, []string{"nodename=node1"}) {
 		t.Errorf("assignments are watched by %q", got)
 	}
@@ -158,19 +159,19 @@ func TestTheNodeHearsOfAnAssignmentAtOnce(t *testing.T) {
 	<-c.looks
 	start := time.Now()
 	c.api.set(assignedTo(p, i, v1.AssignmentAssigned))
-	c.expect(r, 200, "token-of-"+clientX)
+	c.expect(r, 200, "token-of-"+nmitest.ClientX)
 	if took := time.Since(start); took > 2*time.Second {
 		t.Errorf("it took %s from the event to the answer", took)
 	} else {
 		t.Logf("%s from the event to the answer", took)
 	}
-	if waiting := c.watch.news.readers; len(waiting) != 0 {
-		t.Errorf("still waited for: %v", waiting)
+	if n := c.watch.News.Readers(); n != 0 {
+		t.Errorf("still waited for: %d topics", n)
 	}
 }
 
 func TestTheNodeHearsOfWhatEndsAWait(t *testing.T) {
-	p, i, b := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("b", "x", clientX), binding("b", "x", "app")
+	p, i, b := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("b", "x", nmitest.ClientX), binding("b", "x", "app")
 	for _, c := range []struct {
 		name   string
 		happen func(*fakeAPI)
@@ -191,7 +192,7 @@ func TestTheNodeHearsOfWhatEndsAWait(t *testing.T) {
 		{"the pod is labelled otherwise", func(f *fakeAPI) { f.set(podIn("a", "p", "1", "10.0.0.1", "others")) }, 400, "no_matching_binding"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			n := newCluster(t, func(*Config) {}, p, i, b)
+			n := newTestNode(t, func(*Config) {}, p, i, b)
 			r := n.held("10.0.0.1")
 			c.happen(n.api)
 			n.expect(r, c.status, c.says)
@@ -200,10 +201,10 @@ func TestTheNodeHearsOfWhatEndsAWait(t *testing.T) {
 }
 
 func TestAnAssignmentIsOfOnePodOnly(t *testing.T) {
-	x := azureIdentity("b", "x", clientX)
+	x := azureIdentity("b", "x", nmitest.ClientX)
 	one, other := podIn("a", "p", "1", "10.0.0.1", "app"), podIn("c", "p", "2", "10.0.0.2", "app")
-	c := newCluster(t, func(c *Config) { c.AssignmentWait = 0 }, one, other, x, binding("b", "x", "app"), assignedTo(one, x, v1.AssignmentAssigned))
-	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+clientX)
+	c := newTestNode(t, func(c *Config) { c.AssignmentWait = 0 }, one, other, x, binding("b", "x", "app"), assignedTo(one, x, v1.AssignmentAssigned))
+	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+nmitest.ClientX)
 	c.expect(c.begin("10.0.0.2"), 503, "assignment_pending") // of the same name, in another namespace
 
 	// Made anew under its name, while what the first one had is still there.
@@ -215,34 +216,34 @@ func TestAnAssignmentIsOfOnePodOnly(t *testing.T) {
 	// What the predecessor wrote names no UID.
 	c.api.set(predecessors(assignedTo(other, x, "")))
 	c.assigned(other, x)
-	c.expect(c.begin("10.0.0.2"), 200, "token-of-"+clientX)
+	c.expect(c.begin("10.0.0.2"), 200, "token-of-"+nmitest.ClientX)
 }
 
 // assigned returns once the node has heard of an assignment.
-func (c *cluster) assigned(p *corev1.Pod, i *v1.AzureIdentity) {
+func (c *testNode) assigned(p *corev1.Pod, i *v1.AzureIdentity) {
 	id := identity.FromAzureIdentity(i)
-	told, stop := c.watch.news.read(topic{ofPod, p.Namespace + "/" + p.Name})
+	told, stop := c.watch.News.Read(cluster.OfPod(p.Namespace, p.Name))
 	defer stop()
-	for c.watch.assignedSince(p, &id).IsZero() {
+	for c.watch.AssignedSince(p, &id).IsZero() {
 		<-told
 	}
 }
 
 func TestWithForcedNamespacesOnlyThePodsOwnCounts(t *testing.T) {
-	x, own := azureIdentity("b", "x", clientX), azureIdentity("a", "y", clientY)
+	x, own := azureIdentity("b", "x", nmitest.ClientX), azureIdentity("a", "y", nmitest.ClientY)
 	p, q := podIn("a", "p", "1", "10.0.0.1", "app"), podIn("c", "q", "2", "10.0.0.2", "app")
-	c := newCluster(t, func(c *Config) { c.ForceNamespaced = true }, p, q, x, own, binding("b", "x", "app"), binding("a", "y", "app"),
+	c := newTestNode(t, func(c *Config) { c.ForceNamespaced = true }, p, q, x, own, binding("b", "x", "app"), binding("a", "y", "app"),
 		assignedTo(p, own, v1.AssignmentAssigned), assignedTo(q, x, v1.AssignmentAssigned))
-	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+clientY)
+	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+nmitest.ClientY)
 	c.expect(c.begin("10.0.0.2"), 400, "no_matching_binding")
 }
 
 func TestManagedModeDoesNotLookAtAssignments(t *testing.T) {
-	p, i := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("a", "x", clientX)
-	c := newCluster(t, func(c *Config) { c.OperationMode = ModeManaged }, p, i, binding("a", "x", "app"), binding("b", "x", "app"))
-	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+clientX)
-	if asked := c.api.watched(v1.AzureAssignedIdentities); len(asked) != 0 || len(c.watch.all()) != 4 || c.tokens.waiting != nil {
-		t.Errorf("assignments were watched: %q, by %d informers", asked, len(c.watch.all()))
+	p, i := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("a", "x", nmitest.ClientX)
+	c := newTestNode(t, func(c *Config) { c.OperationMode = ModeManaged }, p, i, binding("a", "x", "app"), binding("b", "x", "app"))
+	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+nmitest.ClientX)
+	if asked := c.api.watched(v1.AzureAssignedIdentities); len(asked) != 0 || len(c.watch.All()) != 4 || c.tokens.Waiting != nil {
+		t.Errorf("assignments were watched: %q, by %d informers", asked, len(c.watch.All()))
 	}
 	families, err := c.metrics.Registry.Gather()
 	if err != nil || len(families) == 0 {
@@ -258,48 +259,17 @@ func TestManagedModeDoesNotLookAtAssignments(t *testing.T) {
 func TestANodeThatMayNotReadAssignmentsSaysWhatItLacks(t *testing.T) {
 	api := newFakeAPI(t)
 	api.forbidden = v1.AzureAssignedIdentities
-	c := startCluster(t, api, func(c *Config) { c.PodLookup = 100 * time.Millisecond })
+	c := startTestNode(t, api, func(c *Config) { c.PodLookup = 100 * time.Millisecond })
 	<-c.failed
-	if err := c.health.ready(); !strings.Contains(err.Error(), "azureassignedidentities is forbidden") || !strings.Contains(err.Error(), "operationMode is standard") {
+	if err := c.health.Ready(); !strings.Contains(err.Error(), "azureassignedidentities is forbidden") || !strings.Contains(err.Error(), "operationMode is standard") {
 		t.Errorf("it is said: %v", err)
 	}
 	c.expect(c.begin("10.0.0.1"), 503, "not_ready")
 }
 
-func TestWhatIsKeptOfAnAssignmentIsWhatIsRead(t *testing.T) {
-	p, i := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("b", "x", clientX)
-	o := assignedTo(p, i, v1.AssignmentAssigned)
-	o.Annotations = map[string]string{"a": "b"}
-	trimmed, err := trim(o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	again, _ := trim(trimmed)
-	got := trimmed.(*kept[assignment]).value
-	if again != trimmed || got.Assignment != identity.FromAzureAssignedIdentity(o) || time.Since(got.received) > time.Minute {
-		t.Errorf("kept: %+v", got)
-	}
-	if keys, err := podOfAssignment(trimmed); err != nil || !slices.Equal(keys, []string{"a/p"}) {
-		t.Errorf("found by %q, %v", keys, err)
-	}
-}
-
-func TestATombstoneIsNewsToo(t *testing.T) {
-	var w watch
-	told, stop := w.news.read(topic{ofPod, "ns/p"})
-	defer stop()
-	handler := w.telling(func(o any) topic { return topic{ofPod, "ns/" + o.(*corev1.Pod).Name} })
-	handler.OnDelete(cache.DeletedFinalStateUnknown{Key: "ns/p"}) // of which nothing is known
-	handler.OnDelete(cache.DeletedFinalStateUnknown{Key: "ns/p", Obj: nmitest.Pod("p", "1")})
-	select {
-	case <-told:
-	default:
-		t.Error("nobody was told")
-	}
-	handler.OnUpdate(nmitest.Pod("p", "1"), nmitest.Pod("p", "1"))
-	select {
-	case <-told:
-		t.Error("what has not changed was told")
-	default:
-	}
+// answer is what a request got, and after what time.
+type answer struct {
+	status int
+	body   map[string]string
+	took   time.Duration
 }

@@ -10,6 +10,8 @@ import (
 
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/iptables"
+	"github.com/podidentity/podidentity/nmi/request"
+	"github.com/podidentity/podidentity/nmi/server"
 )
 
 // Config is everything NMI can be told. DefaultConfig has the defaults; cmd/nmi makes flags of the fields.
@@ -85,12 +87,6 @@ const (
 	ModeStandard = "standard" // MIC attaches them
 )
 
-// maxAssignmentWait is what client libraries give one request at least; they would not hear a later answer.
-const maxAssignmentWait = time.Minute
-
-// profilePort serves pprof, on loopback only, where it is switched on.
-const profilePort = 6060
-
 // Validate reports all that is wrong with the configuration, one sentence each.
 func (c Config) Validate() error {
 	var problems []error
@@ -126,8 +122,8 @@ func (c Config) Validate() error {
 	port("metadata-port", c.MetadataPort)
 	port("http-probe-port", c.ProbePort)
 	port("prometheus-port", c.PrometheusPort)
-	if c.ProbePort == c.PrometheusPort || c.Profile && (c.ProbePort == profilePort || c.PrometheusPort == profilePort) {
-		bad("--http-probe-port, --prometheus-port and the profiler's %d must differ", profilePort)
+	if c.ProbePort == c.PrometheusPort || c.Profile && (c.ProbePort == server.ProfilePort || c.PrometheusPort == server.ProfilePort) {
+		bad("--http-probe-port, --prometheus-port and the profiler's %d must differ", server.ProfilePort)
 	}
 	if _, err := identity.ParseAuthority(c.Authority); err != nil {
 		bad("--authority-host: %w", err)
@@ -136,7 +132,7 @@ func (c Config) Validate() error {
 		bad("--managed-identity-by %q is unknown; give %s or %s", c.ManagedIdentityBy, ByClientID, ByResourceID)
 	}
 	within("iptables-sync-interval", c.SyncInterval, time.Second, 10*time.Minute)
-	within("assignment-wait", c.AssignmentWait, 0, maxAssignmentWait)
+	within("assignment-wait", c.AssignmentWait, 0, request.MaxAssignmentWait)
 	within("pod-lookup-timeout", c.PodLookup, 100*time.Millisecond, 20*time.Second)
 	within("shutdown-timeout", c.Shutdown, time.Second, 5*time.Minute)
 	return errors.Join(problems...)
@@ -186,6 +182,15 @@ func (c Config) listen() netip.AddrPort {
 
 func (c Config) imds() netip.AddrPort {
 	return netip.AddrPortFrom(netip.MustParseAddr(c.MetadataIP), uint16(c.MetadataPort))
+}
+
+// server is what the configuration says about serving.
+func (c Config) server() server.Config {
+	return server.Config{
+		Listen: c.listen(), ProbePort: c.ProbePort, PrometheusPort: c.PrometheusPort, Profile: c.Profile,
+		IMDS: c.imds(), HeaderOptional: !c.MetadataHeaderRequired, TenantID: c.TenantID, BlockInstance: c.BlockInstanceMetadata,
+		Held: c.held(), Shutdown: c.Shutdown,
+	}
 }
 
 // Capture returns what the configuration says about rules on the node.

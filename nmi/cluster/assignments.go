@@ -1,0 +1,120 @@
+package cluster
+
+import (
+	"reflect"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/client-go/tools/cache"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/identity"
+)
+
+// byPod is the index of assignments by their pod, namespace/name.
+const byPod = "pod"
+
+// assignment is what is kept of an AzureAssignedIdentity.
+type assignment struct {
+	identity.Assignment
+	// received is when this state of it came: a little after MIC wrote it, or when the watch began.
+	received time.Time
+}
+
+// watchAssignments adds to the watch what standard mode needs: the assignments on this node, and news of all changes that
+// a request may wait for.
+func (w *Watch) watchAssignments() error {
+	mine := func(o *metav1.ListOptions) {
+		o.LabelSelector = labels.Set{v1.NodeNameLabel: v1.NodeNameLabelValue(w.node)}.String()
+	}
+	source := cache.NewFilteredListWatchFromClient(w.crds, v1.AzureAssignedIdentities, metav1.NamespaceAll, mine)
+	w.assignments = cache.NewSharedIndexInformer(w.connection.mend(v1.AzureAssignedIdentities, source), &v1.AzureAssignedIdentity{}, 0, cache.Indexers{byPod: podOfAssignment})
+	for _, handled := range []struct {
+		informer cache.SharedIndexInformer
+		handler  cache.ResourceEventHandler
+	}{
+		{w.pods, w.telling(func(o any) Topic {
+			pod := o.(*corev1.Pod)
+			return OfPod(pod.Namespace, pod.Name)
+		})},
+		{w.assignments, w.telling(func(o any) Topic {
+			a := o.(*Kept[assignment]).Value
+			return OfPod(a.PodNamespace, a.PodName)
+		})},
+		{w.bindings, w.telling(func(o any) Topic { return OfBindings(o.(*Kept[identity.Binding]).Value.Selector) })},
+		{w.exceptions, w.telling(func(o any) Topic { return OfExceptions(o.(*Kept[identity.Exception]).Value.Namespace) })},
+		{w.identities, w.telling(func(any) Topic { return OfIdentities() })},
+	} {
+		if _, err := handled.informer.AddEventHandler(handled.handler); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// telling returns a handler that tells the news of each object that changed.
+func (w *Watch) telling(about func(any) Topic) cache.ResourceEventHandler {
+	return cache.ResourceEventHandlerFuncs{
+		AddFunc: func(o any) { w.News.Tell(about(o)) },
+		UpdateFunc: func(old, now any) {
+			if same(old, now) {
+				return
+			}
+			before, after := about(old), about(now)
+			w.News.Tell(after)
+			if before != after {
+				w.News.Tell(before)
+			}
+		},
+		DeleteFunc: func(o any) {
+			if gone := LastState(o); gone != nil {
+				w.News.Tell(about(gone))
+			}
+		},
+	}
+}
+
+// same reports whether two states of an object mean the same: after a watch has begun anew, all objects come again.
+func same(old, now any) bool {
+	if i, ok := old.(*Kept[identity.Identity]); ok {
+		return i.Value.Equal(now.(*Kept[identity.Identity]).Value)
+	}
+	if b, ok := old.(*Kept[identity.Binding]); ok {
+		return b.Value == now.(*Kept[identity.Binding]).Value
+	}
+	return reflect.DeepEqual(old, now)
+}
+
+func podOfAssignment(o any) ([]string, error) {
+	a, ok := o.(*Kept[assignment])
+	if !ok {
+		return nil, nil
+	}
+	return []string{a.Value.PodNamespace + "/" + a.Value.PodName}, nil
+}
+
+// assignmentsOf returns what is assigned to the pods of this name.
+func (w *Watch) assignmentsOf(pod *corev1.Pod) ([]any, error) {
+	return w.assignments.GetIndexer().ByIndex(byPod, pod.Namespace+"/"+pod.Name)
+}
+
+// AssignedSince returns since when the identity is known to be assigned to the machine of the pod, and the zero time if it
+// is not.
+func (w *Watch) AssignedSince(pod *corev1.Pod, id *identity.Identity) time.Time {
+	var since time.Time
+	found, _ := w.assignmentsOf(pod) // fails for an index that does not exist, and facts would have failed before
+	for _, o := range found {
+		a := &o.(*Kept[assignment]).Value
+		if a.Usable() && a.Covers(Subject(pod), id) && (since.IsZero() || a.received.Before(since)) {
+			since = a.received
+		}
+	}
+	return since
+}
+
+// Subject is the pod as the decision knows it.
+func Subject(pod *corev1.Pod) identity.Pod {
+	return identity.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), Labels: pod.Labels}
+}

@@ -1,0 +1,62 @@
+package nmi
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestAConfigurationThatCannotWorkIsRefusedWithASentence(t *testing.T) {
+	cases := []struct {
+		name   string
+		change func(*Config)
+		want   string
+	}{
+		{"no node", func(c *Config) { c.Node = "" }, "--node"},
+		{"a wait without end", func(c *Config) { c.AssignmentWait = time.Hour }, "--assignment-wait 1h"},
+		{"an unknown mode", func(c *Config) { c.OperationMode = "x" }, `"x"`},
+		{"loopback", func(c *Config) { c.ListenAddress = "127.0.0.1" }, "link-local"},
+		{"the metadata address itself", func(c *Config) { c.ListenAddress = c.MetadataIP }, "address of its own"},
+		{"no address", func(c *Config) { c.MetadataIP = "imds" }, "--metadata-ip"},
+		{"a back end that is none", func(c *Config) { c.Backend = "ebtables" }, "--iptables-backend"},
+		{"port 0", func(c *Config) { c.ListenPort = 0 }, "--nmi-port 0"},
+		{"port 70000", func(c *Config) { c.MetadataPort = 70000 }, "--metadata-port 70000"},
+		{"one port for two", func(c *Config) { c.ProbePort = c.PrometheusPort }, "must differ"},
+		{"too often", func(c *Config) { c.SyncInterval = time.Millisecond }, "--iptables-sync-interval 1ms"},
+		{"too long", func(c *Config) { c.PodLookup = time.Hour }, "--pod-lookup-timeout"},
+		{"no time to stop", func(c *Config) { c.Shutdown = 0 }, "--shutdown-timeout"},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			config := DefaultConfig()
+			config.Node = "n"
+			if err := config.Validate(); err != nil {
+				t.Fatal(err)
+			}
+			c.change(&config)
+			if err := config.Validate(); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("got %v; want something about %q", err, c.want)
+			}
+		})
+	}
+}
+
+func TestKubenetIsRefusedUnlessAllowed(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "kubelet")
+	config := Config{KubeletConfig: file}
+	if err := config.checkKubenet(); err != nil {
+		t.Errorf("no file: %v", err)
+	}
+	if err := os.WriteFile(file, []byte("KUBELET_FLAGS=--network-plugin=kubenet --x\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := config.checkKubenet(); err == nil || !strings.Contains(err.Error(), "--allow-network-plugin-kubenet") {
+		t.Errorf("got %v", err)
+	}
+	config.AllowKubenet = true
+	if err := config.checkKubenet(); err != nil {
+		t.Errorf("allowed: %v", err)
+	}
+}

@@ -1,0 +1,137 @@
+package credentials
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/nmi/nmitest"
+	"github.com/podidentity/podidentity/nmi/token"
+)
+
+func TestTheAPIServerVouchesForEachPodOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := nmitest.NewKubernetes(t)
+		a := newAssertions(c)
+		p := nmitest.Pod("app", "uid-1", "10.0.0.1")
+		p.Spec.ServiceAccountName = "robot"
+		c.Pods["uid-1"] = p
+		var all sync.WaitGroup
+		for range 20 {
+			all.Go(func() {
+				if err := a.attest(t.Context(), p); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		account := token.Ref{Namespace: "ns", Name: "robot"}
+		got, err := a.Assertion(t.Context(), "uid-1", account)
+		if err != nil || got != "assertion-of-ns/robot" || len(c.Requests) != 1 {
+			t.Fatalf("got %q, %v with %d requests", got, err, len(c.Requests))
+		}
+		spec := c.Requests[0].Spec
+		if spec.BoundObjectRef == nil || spec.BoundObjectRef.Kind != "Pod" || spec.BoundObjectRef.Name != "app" || spec.BoundObjectRef.UID != "uid-1" ||
+			!slices.Equal(spec.Audiences, []string{"api://AzureADTokenExchange"}) || *spec.ExpirationSeconds != 600 {
+			t.Errorf("asked for %+v", spec)
+		}
+		// A token near its end is of no use for an exchange, but the pod has been vouched for.
+		time.Sleep(assertionLife - assertionSpare + time.Second)
+		if err := a.attest(t.Context(), p); err != nil || len(c.Requests) != 1 {
+			t.Errorf("%v, %d requests", err, len(c.Requests))
+		}
+		if _, err := a.Assertion(t.Context(), "uid-1", account); err != nil || len(c.Requests) != 2 {
+			t.Errorf("%v, %d requests", err, len(c.Requests))
+		}
+		// A server that is away takes nothing back; one that says no does.
+		time.Sleep(assertionLife)
+		c.Refuses = errors.New("connection refused")
+		if _, err := a.Assertion(t.Context(), "uid-1", account); err == nil || a.attest(t.Context(), p) != nil {
+			t.Errorf("while it is away: %v", err)
+		}
+		time.Sleep(refusedFor + time.Millisecond)
+		c.Refuses = apierrors.NewNotFound(schema.GroupResource{Resource: "pods"}, "app")
+		if _, err := a.Assertion(t.Context(), "uid-1", account); err == nil || a.attest(t.Context(), p) == nil {
+			t.Errorf("once it has said no: %v", err)
+		}
+		a.Release("uid-1")
+		if len(a.held) != 0 || len(a.vouched) != 0 {
+			t.Error("a pod that is gone is kept")
+		}
+	})
+}
+
+func TestAPodThatTheAPIServerDoesNotVouchForGetsNothing(t *testing.T) {
+	resource := schema.GroupResource{Resource: "serviceaccounts/token"}
+	for _, c := range []struct {
+		name   string
+		err    error
+		class  token.Class
+		reason identity.Reason
+		says   string
+	}{
+		{"no right", apierrors.NewForbidden(resource, "default", errors.New("no role")), token.Denied, identity.ServiceAccountForbidden, "nmi.federatedNamespaces"},
+		{"deleted", apierrors.NewNotFound(schema.GroupResource{Resource: "pods"}, "app"), token.Unavailable, identity.PodStale, "ns/app"},
+		{"made again", apierrors.NewConflict(resource, "app", errors.New("another UID")), token.Unavailable, identity.PodStale, "ns/app"},
+		{"away", errors.New("connection refused"), token.Unavailable, "", "API server"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				cluster := nmitest.NewKubernetes(t)
+				cluster.Refuses = c.err
+				a := newAssertions(cluster)
+				p := nmitest.Pod("app", "uid-1", "10.0.0.1")
+				var e *token.Error
+				for range 10 {
+					if err := a.attest(t.Context(), p); !errors.As(err, &e) || e.Class != c.class || e.Reason != c.reason || !strings.Contains(e.Detail, c.says) {
+						t.Fatalf("got %v", err)
+					}
+				}
+				if len(cluster.Requests) != 1 {
+					t.Errorf("the API server was asked %d times", len(cluster.Requests))
+				}
+				cluster.Refuses = nil
+				time.Sleep(refusedFor + time.Millisecond)
+				if err := a.attest(t.Context(), p); err != nil {
+					t.Errorf("later: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// The API server has told of it by a list; the watch is a moment behind.
+func TestAPodThatTheWatchDoesNotHaveYetIsExchangedAllTheSame(t *testing.T) {
+	c := nmitest.NewKubernetes(t)
+	a := newAssertions(c)
+	if err := a.attest(t.Context(), nmitest.Pod("app", "uid-1", "10.0.0.1")); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := a.Assertion(t.Context(), "uid-1", token.Ref{Namespace: "ns", Name: "default"}); err != nil || got != "assertion-of-ns/default" || len(c.Requests) != 1 {
+		t.Errorf("got %q, %v with %d requests", got, err, len(c.Requests))
+	}
+}
+
+func TestAnAssertionIsOnlyForAPodOfTheServiceAccount(t *testing.T) {
+	c := nmitest.NewKubernetes(t)
+	c.Pods["uid-1"] = nmitest.Pod("app", "uid-1", "10.0.0.1")
+	for _, ref := range []token.Ref{{Namespace: "ns", Name: "other"}, {Namespace: "elsewhere", Name: "default"}} {
+		var e *token.Error
+		if _, err := newAssertions(c).Assertion(t.Context(), "uid-1", ref); !errors.As(err, &e) || e.Reason != identity.PodStale {
+			t.Errorf("%s: %v", ref, err)
+		}
+	}
+	if _, err := newAssertions(c).Assertion(t.Context(), "uid-2", token.Ref{Namespace: "ns", Name: "default"}); err == nil || len(c.Requests) != 0 {
+		t.Errorf("for a pod that is gone: %v", err)
+	}
+}
+
+func newAssertions(c *nmitest.Kubernetes) *Assertions { return NewAssertions(c.RequestToken, c.Pod) }

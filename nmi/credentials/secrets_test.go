@@ -1,0 +1,118 @@
+package credentials
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/nmi/nmitest"
+	"github.com/podidentity/podidentity/nmi/token"
+)
+
+var passwordRef = token.Ref{Namespace: "ns", Name: "password"}
+
+func mustContent(t *testing.T, s *Secrets, pod, want string) token.SecretContent {
+	t.Helper()
+	got, err := s.forPod(t.Context(), passwordRef, pod)
+	if err != nil || string(got.Data["clientSecret"]) != want {
+		t.Fatalf("got %q, %v; want %q", got.Data["clientSecret"], err, want)
+	}
+	return got
+}
+
+func TestASecretIsWatchedAsLongAsAPodUsesIt(t *testing.T) {
+	c := nmitest.NewKubernetes(t)
+	s := newSecrets(t, c)
+	first := mustContent(t, s, "1", "first")
+	if again := mustContent(t, s, "2", "first"); again.Revision != first.Revision || c.Watches != 1 {
+		t.Errorf("two pods made %d watches", c.Watches)
+	}
+	c.Secrets.Modify(nmitest.Secret("second"))
+	if gone := <-c.Changed; gone != first.Revision {
+		t.Errorf("revision %s is said to be gone, not %s", gone, first.Revision)
+	}
+	second := mustContent(t, s, "1", "second")
+	if second.Revision == first.Revision {
+		t.Error("another content has the same revision")
+	}
+	s.Release("1")
+	mustContent(t, s, "2", "second")
+	if c.Watches != 1 {
+		t.Errorf("the watch began anew: %d", c.Watches)
+	}
+	s.Release("2")
+	if gone := <-c.Changed; gone != second.Revision || len(s.watched) != 0 || len(s.holders) != 0 {
+		t.Errorf("after the last pod: %d watched, %d pods, %s dropped", len(s.watched), len(s.holders), gone)
+	}
+	if got, err := s.Secret(t.Context(), passwordRef); err != nil || string(got.Data["clientSecret"]) != "read" || len(s.watched) != 0 {
+		t.Errorf("a fetch for nobody in particular: %v, %d watched", err, len(s.watched))
+	}
+}
+
+func TestARemovedSecretIsMissingAtOnce(t *testing.T) {
+	c := nmitest.NewKubernetes(t)
+	s := newSecrets(t, c)
+	first := mustContent(t, s, "1", "first")
+	c.Secrets.Delete(nmitest.Secret("first"))
+	if gone := <-c.Changed; gone != first.Revision {
+		t.Errorf("revision %s is said to be gone", gone)
+	}
+	var e *token.Error
+	if _, err := s.forPod(t.Context(), passwordRef, "1"); !errors.As(err, &e) || e.Reason != identity.SecretMissing || !strings.Contains(e.Detail, "ns/password") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestASecretThatMayNotBeReadIsAskedForAgainAfterAWhile(t *testing.T) {
+	c := nmitest.NewKubernetes(t)
+	c.Forbidden = true
+	s := newSecrets(t, c)
+	var e *token.Error
+	for range 20 {
+		if _, err := s.forPod(t.Context(), passwordRef, "1"); !errors.As(err, &e) || e.Reason != identity.SecretUnreadable || e.Class != token.Denied || !strings.Contains(e.Detail, "nmi.secretNamespaces") {
+			t.Fatalf("got %v", err)
+		}
+	}
+	if c.Watches != 1 {
+		t.Errorf("the API server was asked %d times", c.Watches)
+	}
+	c.Mu.Lock()
+	c.Forbidden = false
+	c.Mu.Unlock()
+	s.mu.Lock()
+	s.watched[passwordRef].until = time.Now().Add(-time.Second)
+	s.mu.Unlock()
+	mustContent(t, s, "1", "first")
+}
+
+func TestOnePodCannotHaveEverySecretWatched(t *testing.T) {
+	c := nmitest.NewKubernetes(t)
+	s := newSecrets(t, c)
+	for i := range podSecrets {
+		if _, err := s.watch(token.Ref{Namespace: "ns", Name: strings.Repeat("x", i+1)}, "1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.forPod(t.Context(), passwordRef, "1"); !errors.Is(err, token.ErrPodThrottled) {
+		t.Errorf("got %v", err)
+	}
+	mustContent(t, s, "2", "first")
+}
+
+func TestRevisionsTellContentsApart(t *testing.T) {
+	seen := map[string]bool{}
+	for _, data := range []map[string][]byte{{}, {"a": {}}, {"a": []byte("b")}, {"ab": {}}, {"a": {}, "b": {}}, {"": []byte("ab")}} {
+		seen[content(&corev1.Secret{Data: data}).Revision] = true
+	}
+	if len(seen) != 6 {
+		t.Errorf("6 contents have %d revisions", len(seen))
+	}
+}
+
+func newSecrets(t *testing.T, c *nmitest.Kubernetes) *Secrets {
+	return NewSecrets(t.Context(), c.Source, c.ReadSecret, c.SecretChanged)
+}

@@ -1,0 +1,133 @@
+package request
+
+import (
+	"context"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/nmi/cluster"
+	"github.com/podidentity/podidentity/nmi/limit"
+	"github.com/podidentity/podidentity/nmi/nmitest"
+	"github.com/podidentity/podidentity/nmi/token"
+)
+
+// lateAzure does not know an identity until some time.
+type lateAzure struct {
+	*nmitest.TokenSource
+	knows time.Time
+	times []time.Duration // of its refusals
+	start time.Time
+	code  string
+}
+
+func (a *lateAzure) Fetch(ctx context.Context, call token.Call) (token.Token, error) {
+	if time.Now().Before(a.knows) {
+		a.Mu.Lock()
+		defer a.Mu.Unlock()
+		a.times = append(a.times, time.Since(a.start))
+		return token.Token{}, &token.Error{Class: token.Denied, Status: 400, Code: a.code, Description: "Identity not found"}
+	}
+	return a.TokenSource.Fetch(ctx, call)
+}
+
+// late makes the source one that hears of identities only after a while, and the assignments as old as told.
+func (s *standard) late(after, age time.Duration) *lateAzure {
+	a := &lateAzure{TokenSource: s.azure, start: time.Now(), knows: time.Now().Add(after), code: "invalid_request"}
+	c, err := token.NewCache(a, 100, func(string, token.Principal) bool { return true }, s.metrics)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(c.Close)
+	s.tokens.Cache = c
+	since := time.Now().Add(-age)
+	s.tokens.Waiting.AssignedSince = func(*corev1.Pod, *identity.Identity) time.Time { return since }
+	return a
+}
+
+func TestAnIdentityThatTheMachineHasNotHeardOfYetIsAskedForAgain(t *testing.T) {
+	for after, took := range map[time.Duration]time.Duration{500 * time.Millisecond: time.Second, 2 * time.Second: 3 * time.Second, 10 * time.Second: 12 * time.Second, 24 * time.Second: 25 * time.Second} {
+		t.Run(after.String(), func(t *testing.T) {
+			inStandardMode(t, func(t *testing.T, s *standard) {
+				s.assign("x", "x", identity.StateAssigned, "")
+				s.late(after, 0)
+				s.expect(s.begin("10.0.0.1", ""), 200, "", took)
+				s.waited(map[string]int{WaitAssigned: 1})
+			})
+		})
+	}
+}
+
+func TestAnIdentityThatTheMachineNeverHearsOfIsRefusedAfterAMinute(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standard) {
+		s.assign("x", "x", identity.StateAssigned, "")
+		s.late(time.Hour, 0)
+		body := s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentPending, 25*time.Second)
+		if !strings.Contains(body["detail"], "Identity not found") {
+			t.Errorf("it is told %v", body)
+		}
+		s.waited(map[string]int{WaitTimeout: 1})
+		time.Sleep(10 * time.Second)
+		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 25*time.Second) // what is left of the minute
+		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 0)
+	})
+	inStandardMode(t, func(t *testing.T, s *standard) {
+		s.assign("x", "x", identity.StateAssigned, "")
+		s.late(time.Hour, settling)
+		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 0)
+		s.waited(map[string]int{})
+	})
+	inStandardMode(t, func(t *testing.T, s *standard) {
+		s.assign("x", "x", identity.StateAssigned, "")
+		s.late(time.Hour, 0).code = "invalid_resource"
+		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 0)
+	})
+}
+
+func TestAWaitForTheMachineEndsWhenTheBindingGoes(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standard) {
+		s.assign("x", "x", identity.StateAssigned, "")
+		s.late(time.Hour, 0)
+		r := s.begin("10.0.0.1", "")
+		time.Sleep(4 * time.Second)
+		s.change(cluster.OfBindings("x"), func(f *identity.Facts) { f.Bindings = nil })
+		s.expect(r, 400, identity.NoMatchingBinding, 4*time.Second)
+		s.waited(map[string]int{WaitRefused: 1})
+	})
+}
+
+// A hundred requests that wait for the same token, and news all the time, cost the machine's service what one does.
+func TestAllWhoWaitForTheMachineShareTheirQuestions(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standard) {
+		s.tokens.Waiting.Places = limit.NewPlaces(2000, 2000)
+		s.assign("x", "x", identity.StateAssigned, "")
+		a := s.late(20*time.Second, 0)
+		var wg sync.WaitGroup
+		for i := range 100 {
+			wg.Go(func() {
+				time.Sleep(time.Duration(i) * 50 * time.Millisecond)
+				status, body := s.ask("10.0.0.1", nmitest.TokenPath)
+				if status != 200 {
+					t.Errorf("%d %v", status, body)
+				}
+			})
+		}
+		for range 40 {
+			time.Sleep(500 * time.Millisecond)
+			s.change(cluster.OfPod("ns", "x"), func(*identity.Facts) {})
+		}
+		wg.Wait()
+		for i := 1; i < len(a.times); i++ {
+			if a.times[i]-a.times[i-1] < time.Second {
+				t.Errorf("it was asked at %s and at %s", a.times[i-1], a.times[i])
+			}
+		}
+		if len(a.times) < 8 {
+			t.Errorf("asked only at %v", a.times)
+		}
+	})
+}
