@@ -102,30 +102,22 @@ func TestPlanAndUninstallTakeTheArgumentsOfAMICThatRuns(t *testing.T) {
 }
 
 func TestHoldSaysThatAllIsDoneUntilItIsToldToEnd(t *testing.T) {
-	free, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, err := net.Listen("tcp", ":0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	port := free.Addr().(*net.TCPAddr).Port
-	free.Close()
-	ctx, end := context.WithTimeout(t.Context(), 20*time.Second)
+	port := listener.Addr().(*net.TCPAddr).Port
+	ctx, end := context.WithTimeout(t.Context(), time.Minute)
 	defer end()
 	ended := make(chan error, 1)
-	go func() { ended <- hold(ctx, port) }()
-	url := "http://127.0.0.1:" + strconv.Itoa(port) + "/readyz"
-	for {
-		response, err := http.Get(url)
-		if err == nil {
-			response.Body.Close()
-			if response.StatusCode != http.StatusOK {
-				t.Errorf("readyz is %s", response.Status)
-			}
-			break
-		}
-		if ctx.Err() != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(time.Millisecond)
+	go func() { ended <- holdOn(ctx, listener) }()
+	response, err := http.Get("http://127.0.0.1:" + strconv.Itoa(port) + "/readyz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		t.Errorf("readyz is %s", response.Status)
 	}
 	taken := hold(ctx, port)
 	if taken == nil || !strings.Contains(taken.Error(), "all is removed") {

@@ -16,6 +16,11 @@ func hold(ctx context.Context, port int) error {
 	if err != nil {
 		return fmt.Errorf("all is removed, but telling so failed: %w", err)
 	}
+	return holdOn(ctx, listener)
+}
+
+// holdOn is hold with a listener that is already open.
+func holdOn(ctx context.Context, listener net.Listener) error {
 	server := &http.Server{
 		Handler:           http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") }),
 		ReadHeaderTimeout: 5 * time.Second,
