@@ -233,3 +233,25 @@ func receiverType(expr ast.Expr) string {
 	}
 	return "unknown"
 }
+
+// Go's build cache holds a package once for each version of each module that it depends on. A version that differs
+// between the modules of this repository makes Go compile most dependencies twice.
+func TestModulesRequireTheSameVersions(t *testing.T) {
+	required := map[string]string{} // module → version, of the modules read so far
+	for _, folder := range []string{".", "e2e"} {
+		text, err := os.ReadFile(filepath.Join("..", "..", folder, "go.mod"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, line := range strings.Split(string(text), "\n") {
+			fields := strings.Fields(strings.TrimPrefix(line, "require "))
+			if len(fields) < 2 || !strings.HasPrefix(fields[1], "v") || strings.Contains(line, "=>") {
+				continue
+			}
+			if version, ok := required[fields[0]]; ok && version != fields[1] {
+				t.Errorf("%s/go.mod requires %s %s, another module %s: run go get %[2]s@… there", folder, fields[0], fields[1], version)
+			}
+			required[fields[0]] = fields[1]
+		}
+	}
+}
