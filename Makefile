@@ -6,78 +6,130 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 FUZZ    ?= 10m
 STORIES ?= 100000
 
+# One set of build flags for programs, tests and tools, so that each package is compiled once and then found in Go's
+# build cache. The race detector needs cgo and a second set: see the target race.
+export GOFLAGS     := $(filter-out -trimpath,$(GOFLAGS)) -trimpath
+export CGO_ENABLED := 0
+
 .DEFAULT_GOAL := help
-.PHONY: help build cross test unit lint generate verify-generated chart e2e tools prerequisites \
-	demo bench cluster-up cluster-down fuzz clean
+.PHONY: help build cross check format lint unit values race random chart arm64 generate verify-generated \
+	e2e e2e-cluster e2e-managed e2e-standard programs test prerequisites demo bench cluster-up cluster-down fuzz clean
 
-help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+help: ## print this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
-build: ## bin/nmi and bin/mic for this machine
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/ ./cmd/...
+build: ## build bin/nmi and bin/mic for this computer
+	$(GO) build -ldflags "$(LDFLAGS)" -o bin/ ./cmd/...
 
-cross: ## check that nmi and mic build for amd64 and arm64
+cross: ## build bin/ARCH/nmi and bin/ARCH/mic for amd64 and arm64
 	for arch in amd64 arm64; do \
-		CGO_ENABLED=0 GOARCH=$$arch $(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/$$arch/ ./cmd/... || exit 1; done
+		GOARCH=$$arch $(GO) build -ldflags "$(LDFLAGS)" -o bin/$$arch/ ./cmd/... || exit 1; done
 
 bin/cluster: FORCE
 	$(GO) -C e2e build -o ../bin/cluster ./cmd/cluster
 FORCE:
 
-demo: bin/cluster ## the product at work on a cluster on this machine, with explanations; takes all down again
+demo: bin/cluster ## show the product on a cluster on this computer, with explanations; removes everything afterwards
 	$(GO) -C e2e run ./cmd/demo
 
 bench: bin/cluster ## measure; prints the figures and writes bench.json
 	$(GO) -C e2e run ./cmd/bench -o ../bench.json
 
-cluster-up: bin/cluster ## the demo's cluster, left running
+cluster-up: bin/cluster ## start the demo's cluster and leave it running
 	bin/cluster up
 
-cluster-down: bin/cluster ## take it down
+cluster-down: bin/cluster ## remove the cluster
 	bin/cluster down
 
-test: prerequisites ## everything that CI runs
-	$(MAKE) -j2 --output-sync=target lint verify-generated cross unit
-	$(MAKE) e2e
-	@echo "all tests passed"
+# The short loop: no cluster, no race detector.
+check: ## format, lint and unit tests: what to run before each commit
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory unit
 
-# Tests that need root fail without it; none is skipped, and a skip would be a failure.
-GOTEST := sh e2e/gotest.sh $(GO)
-
-unit: ## unit, fuzz seeds and kernel tests, with the race detector
-	$(GOTEST) . -race ./...
-	$(GOTEST) e2e -race ./azure
-	$(GOTEST) e2e -race -run 'Whatever|KilledAtAny' ./mic
-	$(GOTEST) e2e ./crds ./chart ./mic ./docs ./cmd/reference
-
-e2e: bin/cluster ## end-to-end tests on a real cluster
-	$(GOTEST) e2e -p 1 -timeout 40m ./cluster ./cmd/bench . ./standard
-
-lint: tools ## gofmt, go vet and staticcheck
+lint: bin/staticcheck ## gofmt, go vet and staticcheck
 	@test -z "$$(gofmt -l . | tee /dev/stderr)" || { echo "run gofmt -w on these" >&2; exit 1; }
-	$(GO) vet ./... && $(GO) -C e2e vet ./...
+	$(GO) vet ./... && $(GO) -C e2e vet ./... && $(GO) -C tools vet ./...
 	bin/staticcheck ./... && cd e2e && ../bin/staticcheck ./...
 
-tools:
-	$(GO) -C e2e build -o ../bin/controller-gen sigs.k8s.io/controller-tools/cmd/controller-gen
+bin/staticcheck: FORCE
 	$(GO) -C e2e build -o ../bin/staticcheck honnef.co/go/tools/cmd/staticcheck
+bin/controller-gen: FORCE
+	$(GO) -C e2e build -o ../bin/controller-gen sigs.k8s.io/controller-tools/cmd/controller-gen
+
+# Each test that needs root fails without it. A skipped test is a failure.
+GOTEST := sh e2e/gotest.sh $(GO)
+
+unit: ## unit, fuzz seed and kernel tests, without the race detector
+	$(GOTEST) . ./...
+	$(GOTEST) e2e ./azure
+
+# Packages whose goroutines share data. The others are functions on values, and are tested without the race detector.
+RACE := ./nmi/... ./mic/... ./iptables/... ./internal/...
+
+race: ## the tests of packages with goroutines, with the race detector
+	CGO_ENABLED=1 $(GOTEST) . -race $(RACE)
+	CGO_ENABLED=1 $(GOTEST) e2e -race ./azure
+	CGO_ENABLED=1 $(GOTEST) e2e -race -run 'Whatever|KilledAtAny' ./mic
+
+values: # the unit tests that race leaves out
+	$(GOTEST) . $$($(GO) list ./... | grep -vxF "$$($(GO) list $(RACE))")
+
+random: ## random sequences of events for MIC, with an API server and Azure in memory
+	$(GOTEST) e2e ./mic
+
+chart: ## the tests of CRDs, chart and documents, with an API server
+	$(GOTEST) e2e ./crds ./chart ./docs ./cmd/reference
+
+# A type check of the programs and all their dependencies takes 23 CPU seconds. Compiling them for a second architecture
+# takes minutes, in each run with an empty build cache. What is lost: no compiler, assembler or linker for arm64 runs in
+# `make test`. `make cross` and the Dockerfile run them.
+arm64: ## check that nmi and mic type check for arm64
+	$(GO) -C tools run ./typecheck .. arm64 ./cmd/...
+
+e2e: e2e-cluster e2e-managed e2e-standard ## end-to-end tests on a real cluster
+
+e2e-cluster: bin/cluster # the cluster itself
+	$(GOTEST) e2e -p 1 -timeout 40m ./cluster ./cmd/bench
+
+e2e-managed: bin/cluster # NMI without MIC
+	$(GOTEST) e2e -timeout 40m .
+
+e2e-standard: bin/cluster # NMI and MIC
+	$(GOTEST) e2e -timeout 40m ./standard
+
+# The steps of `make test` are in rows. The rows run side by side: the steps of one row mostly wait for a cluster, those
+# of the other mostly compute. What both rows use is compiled before.
+ROW_cluster := e2e-cluster e2e-managed e2e-standard
+ROW_compute := lint verify-generated arm64 values race random chart
+
+test: prerequisites ## everything that CI runs; prints how long each step took
+	@sh .ci/step.sh --start
+	@$(MAKE) --no-print-directory row-first && $(MAKE) --no-print-directory -j row-cluster row-compute; \
+		status=$$?; sh .ci/step.sh --table; exit $$status
+	@echo "all tests passed"
+
+ROW_first := programs
+row-%:
+	@for step in $(ROW_$*); do sh .ci/step.sh $$step $(MAKE) --no-print-directory -j1 $$step || exit 1; done
+
+programs: bin/cluster # what clusters run
 
 CRDS := deploy/podidentity/crds
-generate: tools ## deep copies, CRDs and the reference in docs/
+generate: bin/controller-gen ## generate deep copies, CRDs and the reference in docs/
 	bin/controller-gen object crd paths=./api/... output:crd:dir=$(CRDS)
 	$(GO) -C e2e run ./cmd/reference
 
-verify-generated: tools ## fail if generated files are not up to date
+verify-generated: bin/controller-gen ## check that generated files are up to date
 	@t=$$(mktemp -d) && trap 'rm -rf '$$t EXIT && \
 	bin/controller-gen object crd paths=./api/... output:object:dir=$$t output:crd:dir=$$t/crds && \
 	diff $$t/zz_generated.deepcopy.go api/v1/zz_generated.deepcopy.go && diff -r $$t/crds $(CRDS) || \
 	{ echo "generated files are not up to date; run make generate and commit" >&2; exit 1; }
 	$(GO) -C e2e run ./cmd/reference -check
 
-prerequisites: ## install the Debian packages that the tests need on this machine
+prerequisites: ## install the Debian packages that the tests need on this computer
 	sh e2e/prerequisites.sh
 
-fuzz: ## each fuzz target for FUZZ (10m), and STORIES (100000) fresh stories of MIC
+fuzz: ## run each fuzz target for FUZZ (10m), and STORIES (100000) new random sequences of events for MIC
 	$(GO) -C e2e test ./mic -run Whatever -fresh -stories $(STORIES) -timeout 0
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzPath$$' -fuzztime $(FUZZ)
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzParseRequest$$' -fuzztime $(FUZZ)
@@ -88,5 +140,5 @@ fuzz: ## each fuzz target for FUZZ (10m), and STORIES (100000) fresh stories of 
 	$(GO) test ./nmi/token -run '^$$' -fuzz '^FuzzSecret$$' -fuzztime $(FUZZ) -fuzzminimizetime 1x
 	$(GO) test ./nmi/token -run '^$$' -fuzz '^FuzzCertificate$$' -fuzztime $(FUZZ) -fuzzminimizetime 1x
 
-clean: ## remove what was built here
+clean: ## remove what the build wrote
 	rm -rf bin bench.json

@@ -1,11 +1,17 @@
 #!/bin/sh
-# Installs the Debian packages with the programs that tests and demo run on the machine itself. It says so, and does
-# nothing when they are there.
+# Installs the Debian packages whose programs the tests and the demo run on this computer. It prints what it installs,
+# and does nothing if nothing is missing.
 set -eu
 missing=
-need() { # PROGRAM PACKAGE
-	command -v "$1" >/dev/null || case " $missing " in *" $2 "*) ;; *) missing="$missing $2" ;; esac
+need() { # PROGRAM PACKAGE...
+	program=$1
+	shift
+	command -v "$program" >/dev/null && return
+	for package in "$@"; do
+		case " $missing " in *" $package "*) ;; *) missing="$missing $package" ;; esac
+	done
 }
+need gcc gcc libc6-dev # for Go's race detector
 need iptables-nft iptables
 need iptables-legacy iptables
 need ip iproute2
@@ -19,6 +25,6 @@ need node nodejs
 need npm npm
 [ -n "$missing" ] || exit 0
 [ "$(id -u)" = 0 ] || { echo "these Debian packages are missing:$missing; install them, or run this as root" >&2; exit 1; }
-echo "installing the Debian packages that are missing:$missing"
+echo "installing the missing Debian packages:$missing"
 apt-get -qq update
 DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends -y $missing >/dev/null
