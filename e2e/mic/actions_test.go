@@ -15,57 +15,57 @@ import (
 
 // Names that stories use. There are few, so that things meet.
 var (
-	namespaces = []string{"blue", "green", "red"}
-	podNames   = []string{"p0", "p1", "p2", "p3"}
-	selectors  = []string{"s0", "s1", "s2"}
-	names      = []string{"i0", "i1", "i2"} // of AzureIdentities
+	namespaces    = []string{"blue", "green", "red"}
+	podNames      = []string{"p0", "p1", "p2", "p3"}
+	selectors     = []string{"s0", "s1", "s2"}
+	identityNames = []string{"i0", "i1", "i2"} // of AzureIdentities
 )
 
-// events are all that can happen.
-var events = []event{
-	{12, (*story).createPod},
-	{3, (*story).schedulePod},
-	{6, (*story).deletePod},
-	{3, (*story).replacePod},
-	{3, (*story).finishPod},
-	{4, (*story).relabelPod},
-	{4, (*story).createBinding},
-	{4, (*story).deleteBinding},
-	{3, (*story).editBinding},
-	{3, (*story).createIdentity},
-	{3, (*story).deleteIdentity},
-	{5, (*story).editIdentity},
-	{2, (*story).deleteNode},
-	{2, (*story).createNode},
-	{1, (*story).deleteNamespace},
-	{2, (*story).deleteAssignment},
-	{3, (*story).changeDelay},
-	{7, (*story).disturbARM},
-	{4, (*story).refuseIdentity},
-	{2, (*story).acceptIdentity},
-	{3, (*story).detachByHand},
-	{2, (*story).attachByHand},
-	{1, (*story).setMachineState},
-	{3, (*story).disturbAPI},
-	{2, (*story).takeAPIAway},
-	{2, (*story).expireWatches},
-	{2, (*story).delayWatch},
-	{6, (*story).crash},
-	{2, (*story).handOver},
+// actions are all that can happen.
+var actions = []action{
+	{12, (*sequence).createPod},
+	{3, (*sequence).schedulePod},
+	{6, (*sequence).deletePod},
+	{3, (*sequence).replacePod},
+	{3, (*sequence).finishPod},
+	{4, (*sequence).relabelPod},
+	{4, (*sequence).createBinding},
+	{4, (*sequence).deleteBinding},
+	{3, (*sequence).editBinding},
+	{3, (*sequence).createIdentity},
+	{3, (*sequence).deleteIdentity},
+	{5, (*sequence).editIdentity},
+	{2, (*sequence).deleteNode},
+	{2, (*sequence).createNode},
+	{1, (*sequence).deleteNamespace},
+	{2, (*sequence).deleteAssignment},
+	{3, (*sequence).changeDelay},
+	{7, (*sequence).failARMRequests},
+	{4, (*sequence).makeIdentityRefused},
+	{2, (*sequence).makeIdentityAccepted},
+	{3, (*sequence).detachManually},
+	{2, (*sequence).attachManually},
+	{1, (*sequence).setMachineState},
+	{3, (*sequence).failAPIRequests},
+	{2, (*sequence).makeAPIUnavailable},
+	{2, (*sequence).expireWatches},
+	{2, (*sequence).delayWatch},
+	{6, (*sequence).crashLeader},
+	{2, (*sequence).changeLeader},
 }
 
 func key(o metav1.Object) string { return o.GetNamespace() + "/" + o.GetName() }
 
 // anyOf picks one of the objects of a kind that satisfy a condition.
-func anyOf[T any](s *story, r *rand.Rand, which func(*T) bool) *T {
-	found := slices.DeleteFunc(all[T](s.api), func(o *T) bool { return !which(o) })
+func anyOf[T any](s *sequence, r *rand.Rand, which func(*T) bool) *T {
+	found := slices.DeleteFunc(listObjects[T](s.api), func(o *T) bool { return !which(o) })
 	if len(found) == 0 {
 		return nil
 	}
 	return found[r.IntN(len(found))]
 }
 
-func (s *story) anyNode(r *rand.Rand) string {
+func (s *sequence) anyNode(r *rand.Rand) string {
 	n := anyOf(s, r, func(*corev1.Node) bool { return true })
 	if n == nil || r.IntN(12) == 0 {
 		return ""
@@ -73,40 +73,40 @@ func (s *story) anyNode(r *rand.Rand) string {
 	return n.Name
 }
 
-func (s *story) createPod(r *rand.Rand) string {
+func (s *sequence) createPod(r *rand.Rand) string {
 	selector := pick(r, append(selectors, "")...)
-	p, err := put(s.api, newPod(pick(r, namespaces...), pick(r, podNames...), s.anyNode(r), selector))
+	p, err := createObject(s.api, newPod(pick(r, namespaces...), pick(r, podNames...), s.anyNode(r), selector))
 	if err != nil {
 		return ""
 	}
 	return fmt.Sprintf("pod %s (%s) with %q on %q", key(p), p.UID, selector, p.Spec.NodeName)
 }
 
-func (s *story) schedulePod(r *rand.Rand) string {
+func (s *sequence) schedulePod(r *rand.Rand) string {
 	p := anyOf(s, r, func(p *corev1.Pod) bool { return p.Spec.NodeName == "" })
 	node := s.anyNode(r)
 	if p == nil || node == "" {
 		return ""
 	}
-	edit(s.api, p.Namespace, p.Name, func(p *corev1.Pod) { p.Spec.NodeName, p.Status.Phase = node, corev1.PodRunning })
+	editObject(s.api, p.Namespace, p.Name, func(p *corev1.Pod) { p.Spec.NodeName, p.Status.Phase = node, corev1.PodRunning })
 	return fmt.Sprintf("pod %s goes to %s", key(p), node)
 }
 
-func (s *story) deletePod(r *rand.Rand) string {
+func (s *sequence) deletePod(r *rand.Rand) string {
 	p := anyOf(s, r, func(p *corev1.Pod) bool { return p.DeletionTimestamp == nil })
 	if p == nil {
 		return ""
 	}
 	if r.IntN(3) == 0 {
-		drop[corev1.Pod](s.api, p.Namespace, p.Name, 0)
+		deleteObject[corev1.Pod](s.api, p.Namespace, p.Name, 0)
 		return fmt.Sprintf("pod %s is deleted by force", key(p))
 	}
-	drop[corev1.Pod](s.api, p.Namespace, p.Name)
+	deleteObject[corev1.Pod](s.api, p.Namespace, p.Name)
 	return fmt.Sprintf("pod %s is deleted", key(p))
 }
 
 // replacePod is a pod of a StatefulSet: another one of the same name follows at once, perhaps elsewhere.
-func (s *story) replacePod(r *rand.Rand) string {
+func (s *sequence) replacePod(r *rand.Rand) string {
 	p := anyOf(s, r, func(*corev1.Pod) bool { return true })
 	if p == nil {
 		return ""
@@ -115,31 +115,31 @@ func (s *story) replacePod(r *rand.Rand) string {
 	if r.IntN(3) == 0 {
 		selector = pick(r, selectors...)
 	}
-	drop[corev1.Pod](s.api, p.Namespace, p.Name, 0)
-	again, err := put(s.api, newPod(p.Namespace, p.Name, s.anyNode(r), selector))
+	deleteObject[corev1.Pod](s.api, p.Namespace, p.Name, 0)
+	again, err := createObject(s.api, newPod(p.Namespace, p.Name, s.anyNode(r), selector))
 	if err != nil {
 		return fmt.Sprintf("pod %s is gone", key(p))
 	}
 	return fmt.Sprintf("pod %s is replaced by %s with %q on %q", key(p), again.UID, selector, again.Spec.NodeName)
 }
 
-func (s *story) finishPod(r *rand.Rand) string {
+func (s *sequence) finishPod(r *rand.Rand) string {
 	p := anyOf(s, r, func(p *corev1.Pod) bool { return p.Status.Phase == corev1.PodRunning })
 	if p == nil {
 		return ""
 	}
 	phase := pick(r, corev1.PodSucceeded, corev1.PodFailed)
-	edit(s.api, p.Namespace, p.Name, func(p *corev1.Pod) { p.Status.Phase = phase })
+	editObject(s.api, p.Namespace, p.Name, func(p *corev1.Pod) { p.Status.Phase = phase })
 	return fmt.Sprintf("pod %s has %s", key(p), strings.ToLower(string(phase)))
 }
 
-func (s *story) relabelPod(r *rand.Rand) string {
+func (s *sequence) relabelPod(r *rand.Rand) string {
 	p := anyOf(s, r, func(*corev1.Pod) bool { return true })
 	if p == nil {
 		return ""
 	}
 	selector := pick(r, append(selectors, "")...)
-	edit(s.api, p.Namespace, p.Name, func(p *corev1.Pod) {
+	editObject(s.api, p.Namespace, p.Name, func(p *corev1.Pod) {
 		if p.Labels = map[string]string{v1.BindingLabel: selector}; selector == "" {
 			p.Labels = nil
 		}
@@ -147,9 +147,9 @@ func (s *story) relabelPod(r *rand.Rand) string {
 	return fmt.Sprintf("pod %s has %q now", key(p), selector)
 }
 
-func (s *story) createBinding(r *rand.Rand) string {
-	namespace, name, selector := pick(r, namespaces...), pick(r, names...), pick(r, selectors...)
-	b, err := put(s.api, &v1.AzureIdentityBinding{
+func (s *sequence) createBinding(r *rand.Rand) string {
+	namespace, name, selector := pick(r, namespaces...), pick(r, identityNames...), pick(r, selectors...)
+	b, err := createObject(s.api, &v1.AzureIdentityBinding{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: fmt.Sprintf("%s-%s", name, selector)},
 		Spec:       v1.AzureIdentityBindingSpec{AzureIdentity: name, Selector: selector},
 	})
@@ -159,40 +159,40 @@ func (s *story) createBinding(r *rand.Rand) string {
 	return fmt.Sprintf("binding %s: %s to %q", key(b), name, selector)
 }
 
-func (s *story) deleteBinding(r *rand.Rand) string {
+func (s *sequence) deleteBinding(r *rand.Rand) string {
 	b := anyOf(s, r, func(*v1.AzureIdentityBinding) bool { return true })
 	if b == nil {
 		return ""
 	}
-	drop[v1.AzureIdentityBinding](s.api, b.Namespace, b.Name)
+	deleteObject[v1.AzureIdentityBinding](s.api, b.Namespace, b.Name)
 	if r.IntN(3) > 0 {
 		return fmt.Sprintf("binding %s is deleted", key(b))
 	}
-	s.later(random(r, 0, 3*time.Minute), func() {
-		if _, err := put(s.api, &v1.AzureIdentityBinding{ObjectMeta: metav1.ObjectMeta{Namespace: b.Namespace, Name: b.Name}, Spec: b.Spec}); err == nil {
-			s.tell("   binding %s is there again", key(b))
+	s.schedule(randomDuration(r, 0, 3*time.Minute), func() {
+		if _, err := createObject(s.api, &v1.AzureIdentityBinding{ObjectMeta: metav1.ObjectMeta{Namespace: b.Namespace, Name: b.Name}, Spec: b.Spec}); err == nil {
+			s.logf("   binding %s is there again", key(b))
 		}
 	})
 	return fmt.Sprintf("binding %s is deleted for a while", key(b))
 }
 
-func (s *story) editBinding(r *rand.Rand) string {
+func (s *sequence) editBinding(r *rand.Rand) string {
 	b := anyOf(s, r, func(*v1.AzureIdentityBinding) bool { return true })
 	if b == nil {
 		return ""
 	}
 	name, selector := b.Spec.AzureIdentity, b.Spec.Selector
 	if r.IntN(2) == 0 {
-		name = pick(r, names...)
+		name = pick(r, identityNames...)
 	} else {
 		selector = pick(r, selectors...)
 	}
-	edit(s.api, b.Namespace, b.Name, func(b *v1.AzureIdentityBinding) { b.Spec.AzureIdentity, b.Spec.Selector = name, selector })
+	editObject(s.api, b.Namespace, b.Name, func(b *v1.AzureIdentityBinding) { b.Spec.AzureIdentity, b.Spec.Selector = name, selector })
 	return fmt.Sprintf("binding %s gives %s to %q now", key(b), name, selector)
 }
 
 // randomIdentity is the spec of an AzureIdentity: mostly a managed identity, spelled in any case.
-func (s *story) randomIdentity(r *rand.Rand) v1.AzureIdentitySpec {
+func (s *sequence) randomIdentity(r *rand.Rand) v1.AzureIdentitySpec {
 	switch n := r.IntN(20); {
 	case n == 0:
 		return v1.AzureIdentitySpec{Type: v1.ServicePrincipal, TenantID: "contoso.example", ClientID: clientID("sp"), ClientPassword: corev1.SecretReference{Name: "secret"}}
@@ -218,32 +218,32 @@ func describeSpec(i v1.AzureIdentitySpec) string {
 	return fmt.Sprintf("type %d %s", i.Type, i.ResourceID[strings.LastIndex(i.ResourceID, "/")+1:])
 }
 
-func (s *story) createIdentity(r *rand.Rand) string {
-	i := &v1.AzureIdentity{ObjectMeta: metav1.ObjectMeta{Namespace: pick(r, namespaces...), Name: pick(r, names...)}, Spec: s.randomIdentity(r)}
-	if _, err := put(s.api, i); err != nil {
+func (s *sequence) createIdentity(r *rand.Rand) string {
+	i := &v1.AzureIdentity{ObjectMeta: metav1.ObjectMeta{Namespace: pick(r, namespaces...), Name: pick(r, identityNames...)}, Spec: s.randomIdentity(r)}
+	if _, err := createObject(s.api, i); err != nil {
 		return ""
 	}
 	return fmt.Sprintf("identity %s: %s", key(i), describeSpec(i.Spec))
 }
 
-func (s *story) deleteIdentity(r *rand.Rand) string {
+func (s *sequence) deleteIdentity(r *rand.Rand) string {
 	i := anyOf(s, r, func(*v1.AzureIdentity) bool { return true })
 	if i == nil {
 		return ""
 	}
-	drop[v1.AzureIdentity](s.api, i.Namespace, i.Name)
+	deleteObject[v1.AzureIdentity](s.api, i.Namespace, i.Name)
 	if r.IntN(3) > 0 {
 		return fmt.Sprintf("identity %s is deleted", key(i))
 	}
-	s.later(random(r, 0, 3*time.Minute), func() {
-		if _, err := put(s.api, &v1.AzureIdentity{ObjectMeta: metav1.ObjectMeta{Namespace: i.Namespace, Name: i.Name}, Spec: i.Spec}); err == nil {
-			s.tell("   identity %s is there again", key(i))
+	s.schedule(randomDuration(r, 0, 3*time.Minute), func() {
+		if _, err := createObject(s.api, &v1.AzureIdentity{ObjectMeta: metav1.ObjectMeta{Namespace: i.Namespace, Name: i.Name}, Spec: i.Spec}); err == nil {
+			s.logf("   identity %s is there again", key(i))
 		}
 	})
 	return fmt.Sprintf("identity %s is deleted for a while", key(i))
 }
 
-func (s *story) editIdentity(r *rand.Rand) string {
+func (s *sequence) editIdentity(r *rand.Rand) string {
 	i := anyOf(s, r, func(*v1.AzureIdentity) bool { return true })
 	if i == nil {
 		return ""
@@ -251,10 +251,10 @@ func (s *story) editIdentity(r *rand.Rand) string {
 	text := ""
 	switch spec := s.randomIdentity(r); r.IntN(4) {
 	case 0:
-		edit(s.api, i.Namespace, i.Name, func(i *v1.AzureIdentity) { i.Spec.ClientID = clientID(fmt.Sprint(r.IntN(100))) })
+		editObject(s.api, i.Namespace, i.Name, func(i *v1.AzureIdentity) { i.Spec.ClientID = clientID(fmt.Sprint(r.IntN(100))) })
 		text = "another client ID"
 	case 1:
-		edit(s.api, i.Namespace, i.Name, func(i *v1.AzureIdentity) {
+		editObject(s.api, i.Namespace, i.Name, func(i *v1.AzureIdentity) {
 			if _, ok := i.Annotations[v1.BehaviorAnnotation]; ok {
 				i.Annotations = nil
 				text = "no annotation any more"
@@ -264,7 +264,7 @@ func (s *story) editIdentity(r *rand.Rand) string {
 			text = "the annotation that keeps it to its namespace"
 		})
 	default:
-		edit(s.api, i.Namespace, i.Name, func(i *v1.AzureIdentity) { i.Spec = spec })
+		editObject(s.api, i.Namespace, i.Name, func(i *v1.AzureIdentity) { i.Spec = spec })
 		text = describeSpec(spec)
 	}
 	return fmt.Sprintf("identity %s has %s now", key(i), text)
@@ -272,83 +272,83 @@ func (s *story) editIdentity(r *rand.Rand) string {
 
 // deleteNode takes a node away; its pods go some time later, or before. A node of which the predecessor wrote is left:
 // without it nobody can tell which machine that was about.
-func (s *story) deleteNode(r *rand.Rand) string {
+func (s *sequence) deleteNode(r *rand.Rand) string {
 	n := anyOf(s, r, func(*corev1.Node) bool { return true })
-	if n == nil || anyOf(s, r, func(a *v1.AzureAssignedIdentity) bool { return ownerOf(a) == "" && a.Spec.NodeName == n.Name }) != nil {
+	if n == nil || anyOf(s, r, func(a *v1.AzureAssignedIdentity) bool { return ownerPodUID(a) == "" && a.Spec.NodeName == n.Name }) != nil {
 		return ""
 	}
-	drop[corev1.Node](s.api, "", n.Name)
+	deleteObject[corev1.Node](s.api, "", n.Name)
 	text := fmt.Sprintf("node %s is gone", n.Name)
-	if id := machineOf(n.Spec.ProviderID); strings.Contains(id, "/virtualmachines/") && r.IntN(2) == 0 {
-		s.machineDeleted(id)
+	if id := machineOfProviderID(n.Spec.ProviderID); strings.Contains(id, "/virtualmachines/") && r.IntN(2) == 0 {
+		s.deleteMachine(id)
 		text += " and so is its machine"
 	}
-	s.later(random(r, 0, time.Minute), func() { s.dropPodsOf(n.Name) })
+	s.schedule(randomDuration(r, 0, time.Minute), func() { s.deletePodsOf(n.Name) })
 	return text
 }
 
-func (s *story) dropPodsOf(node string) {
-	for _, n := range all[corev1.Node](s.api) {
+func (s *sequence) deletePodsOf(node string) {
+	for _, n := range listObjects[corev1.Node](s.api) {
 		if n.Name == node {
 			return // it is back
 		}
 	}
-	for _, p := range all[corev1.Pod](s.api) {
+	for _, p := range listObjects[corev1.Pod](s.api) {
 		if p.Spec.NodeName == node {
-			drop[corev1.Pod](s.api, p.Namespace, p.Name, 0)
+			deleteObject[corev1.Pod](s.api, p.Namespace, p.Name, 0)
 		}
 	}
 }
 
 // createNode adds one that is missing, at first perhaps without a provider ID.
-func (s *story) createNode(r *rand.Rand) string {
+func (s *sequence) createNode(r *rand.Rand) string {
 	for name, providerID := range sorted(nodeProviders) {
-		if _, ok := get[corev1.Node](s.api, "", name); ok {
+		if _, ok := getObject[corev1.Node](s.api, "", name); ok {
 			continue
 		}
-		s.dropPodsOf(name)
+		s.deletePodsOf(name)
 		first := providerID
 		if r.IntN(3) == 0 {
 			first = ""
-			s.later(random(r, 0, 30*time.Second), func() {
-				edit(s.api, "", name, func(n *corev1.Node) { n.Spec.ProviderID = providerID })
+			s.schedule(randomDuration(r, 0, 30*time.Second), func() {
+				editObject(s.api, "", name, func(n *corev1.Node) { n.Spec.ProviderID = providerID })
 			})
 		}
-		s.addMachine(machineOf(providerID))
-		s.node(name, first)
-		return fmt.Sprintf("node %s (provider ID %q at first)", name, short(first))
+		s.addMachine(machineOfProviderID(providerID))
+		s.addNode(name, first)
+		return fmt.Sprintf("node %s (provider ID %q at first)", name, lastSegment(first))
 	}
 	return ""
 }
 
 // deleteNamespace deletes one; it comes back empty.
-func (s *story) deleteNamespace(r *rand.Rand) string {
+func (s *sequence) deleteNamespace(r *rand.Rand) string {
 	name := pick(r, namespaces...)
-	if !drop[corev1.Namespace](s.api, "", name) {
+	if !deleteObject[corev1.Namespace](s.api, "", name) {
 		return ""
 	}
-	s.later(3*time.Minute, func() { s.restoreNamespace(name) })
+	s.schedule(3*time.Minute, func() { s.restoreNamespace(name) })
 	return fmt.Sprintf("namespace %s is deleted", name)
 }
 
-func (s *story) restoreNamespace(name string) {
-	if _, there := get[corev1.Namespace](s.api, "", name); !there {
-		s.namespace(name)
+func (s *sequence) restoreNamespace(name string) {
+	if _, there := getObject[corev1.Namespace](s.api, "", name); !there {
+		s.addNamespace(name)
 	}
 }
 
 // deleteAssignment is somebody who tidies up by hand, perhaps with more force than is good. What the predecessor attached
 // is written down nowhere else than in its assignments, so they keep their finalizer.
-func (s *story) deleteAssignment(r *rand.Rand) string {
+func (s *sequence) deleteAssignment(r *rand.Rand) string {
 	a := anyOf(s, r, func(*v1.AzureAssignedIdentity) bool { return true })
 	if a == nil {
 		return ""
 	}
-	text := fmt.Sprintf("%s is deleted by hand", describe(a))
-	if r.IntN(3) == 0 && ownerOf(a) != "" {
-		edit(s.api, a.Namespace, a.Name, func(a *v1.AzureAssignedIdentity) { a.Finalizers = nil })
+	text := fmt.Sprintf("%s is deleted by hand", describeAssignment(a))
+	if r.IntN(3) == 0 && ownerPodUID(a) != "" {
+		editObject(s.api, a.Namespace, a.Name, func(a *v1.AzureAssignedIdentity) { a.Finalizers = nil })
 		text += ", without its finalizer"
 	}
-	drop[v1.AzureAssignedIdentity](s.api, a.Namespace, a.Name)
+	deleteObject[v1.AzureAssignedIdentity](s.api, a.Namespace, a.Name)
 	return text
 }

@@ -9,8 +9,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// later does some work of the cluster's own after a while.
-func (s *apiServer) later(d time.Duration, work func()) {
+// schedule does some work of the cluster's own after a while.
+func (s *apiServer) schedule(d time.Duration, work func()) {
 	time.AfterFunc(d, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -25,8 +25,8 @@ func isRunning(pod *object) bool {
 	return node != "" && phase != "Succeeded" && phase != "Failed"
 }
 
-// stop is the end of a deleted pod: the kubelet has stopped it.
-func (s *apiServer) stop(k *kind, key objectKey, uid types.UID) {
+// finishPodDeletion is the end of a deleted pod: the kubelet has stopped it.
+func (s *apiServer) finishPodDeletion(k *kind, key objectKey, uid types.UID) {
 	if old, ok := k.objects[key]; ok && old.GetUID() == uid {
 		s.commit(k, old, old.DeepCopy(), len(old.GetFinalizers()) == 0)
 	}
@@ -37,14 +37,14 @@ func (s *apiServer) collectDependents(owner types.UID) {
 	for _, k := range s.kinds {
 		for key, o := range k.objects {
 			if slices.ContainsFunc(o.GetOwnerReferences(), func(r metav1.OwnerReference) bool { return r.UID == owner }) {
-				s.later(s.collectDelay, func() { s.collect(k, key, o.GetUID()) })
+				s.schedule(s.collectDelay, func() { s.collectGarbage(k, key, o.GetUID()) })
 			}
 		}
 	}
 }
 
-// collect deletes an object if none of its owners is there. An owner is looked for in the object's own namespace only.
-func (s *apiServer) collect(k *kind, key objectKey, uid types.UID) {
+// collectGarbage deletes an object if none of its owners is there. An owner is looked for in the object's own namespace only.
+func (s *apiServer) collectGarbage(k *kind, key objectKey, uid types.UID) {
 	o, ok := k.objects[key]
 	if !ok || o.GetUID() != uid || len(o.GetOwnerReferences()) == 0 {
 		return
@@ -65,8 +65,8 @@ func (s *apiServer) collect(k *kind, key objectKey, uid types.UID) {
 	_, _ = s.remove(k, key, metav1.DeleteOptions{}) // it was there a moment ago
 }
 
-// empty deletes what is in a namespace that is being deleted, again and again until nothing is, and then itself.
-func (s *apiServer) empty(name string) {
+// emptyNamespace deletes what is in a namespace that is being deleted, again and again until nothing is, and then itself.
+func (s *apiServer) emptyNamespace(name string) {
 	namespaces := s.kinds["namespaces"]
 	namespace, ok := namespaces.objects[objectKey{"", name}]
 	if !ok || namespace.GetDeletionTimestamp() == nil {
@@ -85,7 +85,7 @@ func (s *apiServer) empty(name string) {
 		}
 	}
 	if left > 0 {
-		s.later(s.namespaceDelay, func() { s.empty(name) })
+		s.schedule(s.namespaceDelay, func() { s.emptyNamespace(name) })
 		return
 	}
 	s.commit(namespaces, namespace, namespace.DeepCopy(), true)

@@ -13,31 +13,31 @@ import (
 
 // apiFaults is what is wrong with the API server; guarded by its mutex.
 type apiFaults struct {
-	away             bool                     // nobody answers
-	failures         []int                    // HTTP status of the next requests; 0 is none: the connection is lost after a while
-	lag              map[string]time.Duration // how late watches of a resource are
-	withoutWatchList bool                     // refuses to begin a watch with all objects, as old servers do
-	bookmarks        bool
+	unavailable bool                     // nobody answers
+	failures    []int                    // HTTP status of the next requests; 0 is none: the connection is lost after a while
+	watchDelay  map[string]time.Duration // how late watches of a resource are
+	noWatchList bool                     // refuses to begin a watch with all objects, as old servers do
+	bookmarks   bool
 }
 
-var errRefused = errors.New("dial tcp 10.0.0.1:443: connect: connection refused")
+var errConnectionRefused = errors.New("dial tcp 10.0.0.1:443: connect: connection refused")
 
-// lostAfter is how long a client waits until HTTP/2 tells it that nobody is there any more.
-const lostAfter = 45 * time.Second
+// connectionLostAfter is how long a client waits until HTTP/2 tells it that nobody is there any more.
+const connectionLostAfter = 45 * time.Second
 
-// disturb is the error that a call meets instead of the server.
-func (s *apiServer) disturb(ctx context.Context, c *call) error {
+// injectedFault is the error that a call meets instead of the server.
+func (s *apiServer) injectedFault(ctx context.Context, c *call) error {
 	s.mu.Lock()
-	away, status := s.faults.away, -1
+	away, status := s.faults.unavailable, -1
 	if !away && len(s.faults.failures) > 0 {
 		status, s.faults.failures = s.faults.failures[0], s.faults.failures[1:]
 	}
 	s.mu.Unlock()
 	switch {
 	case away:
-		return errRefused
+		return errConnectionRefused
 	case status == 0:
-		if err := pause(ctx, lostAfter); err != nil {
+		if err := pause(ctx, connectionLostAfter); err != nil {
 			return err
 		}
 		return errors.New("http2: client connection lost")
@@ -49,60 +49,60 @@ func (s *apiServer) disturb(ctx context.Context, c *call) error {
 	return nil
 }
 
-// goAway lets nobody in, and breaks what is open.
-func (s *apiServer) goAway() {
+// makeUnavailable lets nobody in, and breaks what is open.
+func (s *apiServer) makeUnavailable() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.faults.away = true
-	s.cutAll()
+	s.faults.unavailable = true
+	s.abortWatches()
 }
 
-func (s *apiServer) comeBack() {
+func (s *apiServer) makeAvailable() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.faults.away = false
+	s.faults.unavailable = false
 }
 
-// failNext answers the next requests with these statuses.
-func (s *apiServer) failNext(statuses ...int) {
+// failNextRequests answers the next requests with these statuses.
+func (s *apiServer) failNextRequests(statuses ...int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.faults.failures = append(s.faults.failures, statuses...)
 }
 
-// lagBehind delays what watches of a resource tell.
-func (s *apiServer) lagBehind(resource string, d time.Duration) {
+// delayWatches delays what watches of a resource tell.
+func (s *apiServer) delayWatches(resource string, d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.faults.lag == nil {
-		s.faults.lag = map[string]time.Duration{}
+	if s.faults.watchDelay == nil {
+		s.faults.watchDelay = map[string]time.Duration{}
 	}
-	s.faults.lag[resource] = d
+	s.faults.watchDelay[resource] = d
 }
 
-// forget cuts all watches, and none can go on where it was: clients have to list again.
-func (s *apiServer) forget() {
+// expireWatches cuts all watches, and none can go on where it was: clients have to list again.
+func (s *apiServer) expireWatches() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.version++
 	for _, k := range s.kinds {
 		k.compacted = s.version
 	}
-	s.cutAll()
+	s.abortWatches()
 }
 
-// cutAll breaks the open watches; s.mu is held.
-func (s *apiServer) cutAll() {
+// abortWatches breaks the open watches; s.mu is held.
+func (s *apiServer) abortWatches() {
 	for _, k := range s.kinds {
 		for w := range k.streams {
-			w.cut(io.ErrUnexpectedEOF)
+			w.abort(io.ErrUnexpectedEOF)
 		}
 	}
 }
 
-// recover ends all faults.
-func (s *apiServer) recover() {
+// clearFaults ends all faults.
+func (s *apiServer) clearFaults() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.faults.away, s.faults.failures, s.faults.lag = false, nil, nil
+	s.faults.unavailable, s.faults.failures, s.faults.watchDelay = false, nil, nil
 }

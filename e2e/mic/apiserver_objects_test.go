@@ -25,7 +25,7 @@ func kindFor[T any](s *apiServer) *kind {
 	return k
 }
 
-func typed[T any](o *object) *T {
+func decodeObject[T any](o *object) *T {
 	v := new(T)
 	if err := json.Unmarshal(o.raw, v); err != nil {
 		panic(err)
@@ -33,21 +33,21 @@ func typed[T any](o *object) *T {
 	return v
 }
 
-func untyped[T any](v *T) *unstructured.Unstructured {
+func encodeObject[T any](v *T) *unstructured.Unstructured {
 	u := &unstructured.Unstructured{}
-	if err := utiljson.Unmarshal(mustEncode(v), &u.Object); err != nil {
+	if err := utiljson.Unmarshal(mustMarshal(v), &u.Object); err != nil {
 		panic(err)
 	}
 	return u
 }
 
-// put creates an object with its status, or gives the error of the server.
-func put[T any](s *apiServer, v *T) (*T, error) {
+// createObject creates an object with its status, or gives the error of the server.
+func createObject[T any](s *apiServer, v *T) (*T, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	k, u := kindFor[T](s), untyped(v)
+	k, u := kindFor[T](s), encodeObject(v)
 	if k.namespaced {
-		if err := s.mayCreateIn(k, u); err != nil {
+		if err := s.checkNamespace(k, u); err != nil {
 			return nil, err
 		}
 	}
@@ -58,11 +58,11 @@ func put[T any](s *apiServer, v *T) (*T, error) {
 	if err != nil {
 		return nil, err
 	}
-	return typed[T](o), nil
+	return decodeObject[T](o), nil
 }
 
-// edit changes an object, status and all; false if it is not there.
-func edit[T any](s *apiServer, namespace, name string, change func(*T)) bool {
+// editObject changes an object, status and all; false if it is not there.
+func editObject[T any](s *apiServer, namespace, name string, change func(*T)) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	k := kindFor[T](s)
@@ -70,16 +70,16 @@ func edit[T any](s *apiServer, namespace, name string, change func(*T)) bool {
 	if !ok {
 		return false
 	}
-	v := typed[T](old)
+	v := decodeObject[T](old)
 	change(v)
-	if _, err := s.replace(k, old, untyped(v)); err != nil {
+	if _, err := s.replace(k, old, encodeObject(v)); err != nil {
 		panic(fmt.Sprintf("edit of %s %s/%s: %v", k.resource, namespace, name, err))
 	}
 	return true
 }
 
-// drop deletes an object as kubectl does, or at once; false if it is not there.
-func drop[T any](s *apiServer, namespace, name string, grace ...int64) bool {
+// deleteObject deletes an object as kubectl does, or at once; false if it is not there.
+func deleteObject[T any](s *apiServer, namespace, name string, grace ...int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var options metav1.DeleteOptions
@@ -90,41 +90,41 @@ func drop[T any](s *apiServer, namespace, name string, grace ...int64) bool {
 	return err == nil
 }
 
-func get[T any](s *apiServer, namespace, name string) (*T, bool) {
+func getObject[T any](s *apiServer, namespace, name string) (*T, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	o, ok := kindFor[T](s).objects[objectKey{namespace, name}]
 	if !ok {
 		return nil, false
 	}
-	return typed[T](o), true
+	return decodeObject[T](o), true
 }
 
-// all returns the objects of a kind, by namespace and name, to be read only.
-func all[T any](s *apiServer) []*T {
+// listObjects returns the objects of a kind, by namespace and name, to be read only.
+func listObjects[T any](s *apiServer) []*T {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	selected, err := s.selected(&call{kind: kindFor[T](s)})
+	selected, err := s.selectObjects(&call{kind: kindFor[T](s)})
 	if err != nil {
 		panic(err)
 	}
 	found := make([]*T, len(selected))
 	for i, o := range selected {
-		found[i] = seen[T](o)
+		found[i] = decodedObject[T](o)
 	}
 	return found
 }
 
-// seen is the object in its Go type, to be read only. s.mu is held.
-func seen[T any](o *object) *T {
-	if o.asType == nil {
-		o.asType = typed[T](o)
+// decodedObject is the object in its Go type, to be read only. s.mu is held.
+func decodedObject[T any](o *object) *T {
+	if o.decoded == nil {
+		o.decoded = decodeObject[T](o)
 	}
-	return o.asType.(*T)
+	return o.decoded.(*T)
 }
 
-// at returns what objects of a kind there were when the server had a version, to be read only.
-func at[T any](s *apiServer, version int64) []*T {
+// listObjectsAt returns what objects of a kind there were when the server had a version, to be read only.
+func listObjectsAt[T any](s *apiServer, version int64) []*T {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	there := map[objectKey]*object{}
@@ -132,13 +132,13 @@ func at[T any](s *apiServer, version int64) []*T {
 		if c.version > version {
 			break
 		}
-		if there[c.now.key] = c.now; c.gone {
-			delete(there, c.now.key)
+		if there[c.after.key] = c.after; c.deleted {
+			delete(there, c.after.key)
 		}
 	}
 	found := make([]*T, 0, len(there))
 	for _, o := range there {
-		found = append(found, seen[T](o))
+		found = append(found, decodedObject[T](o))
 	}
 	return found
 }
@@ -159,8 +159,8 @@ func (s *apiServer) versionAt(when time.Time, resources ...string) (version int6
 	return version
 }
 
-// changedBetween returns the times of changes after the one and up to the other.
-func changedBetween[T any](s *apiServer, after, until time.Time) (times []time.Time) {
+// changeTimes returns the times of changes after the one and up to the other.
+func changeTimes[T any](s *apiServer, after, until time.Time) (times []time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, c := range kindFor[T](s).history {
@@ -171,12 +171,12 @@ func changedBetween[T any](s *apiServer, after, until time.Time) (times []time.T
 	return times
 }
 
-// everyState returns all states that objects of a kind ever had, to be read only.
-func everyState[T any](s *apiServer) (states []*T) {
+// allStates returns all states that objects of a kind ever had, to be read only.
+func allStates[T any](s *apiServer) (states []*T) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, c := range kindFor[T](s).history {
-		states = append(states, seen[T](c.now))
+		states = append(states, decodedObject[T](c.after))
 	}
 	return states
 }

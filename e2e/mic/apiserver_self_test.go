@@ -22,12 +22,12 @@ import (
 
 // The tests of this package are worth as much as the API server that they stand on.
 
-// throughClient runs a test with clients of the API server in memory.
-func throughClient(t *testing.T, test func(*testing.T, *apiServer, *kubernetes.Clientset, rest.Interface)) {
+// runWithClients runs a test with clients of the API server in memory.
+func runWithClients(t *testing.T, test func(*testing.T, *apiServer, *kubernetes.Clientset, rest.Interface)) {
 	synctest.Test(t, func(t *testing.T) {
-		s, l := newAPIServer(), newLine("test", 1)
-		defer l.cut()
-		if _, err := put(s, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "ns"}}); err != nil {
+		s, l := newAPIServer(), newConnection("test", 1)
+		defer l.disconnect()
+		if _, err := createObject(s, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "ns"}}); err != nil {
 			t.Fatal(err)
 		}
 		scheme := runtime.NewScheme()
@@ -35,7 +35,7 @@ func throughClient(t *testing.T, test func(*testing.T, *apiServer, *kubernetes.C
 		if err := v1.AddToScheme(scheme); err != nil {
 			t.Fatal(err)
 		}
-		config := &rest.Config{Host: "http://api.test", Transport: l.api(s), QPS: -1}
+		config := &rest.Config{Host: "http://api.test", Transport: l.apiTransport(s), QPS: -1}
 		config.GroupVersion, config.APIPath, config.NegotiatedSerializer = &v1.GroupVersion, "/apis", serializer.NewCodecFactory(scheme).WithoutConversion()
 		custom, err := rest.RESTClientFor(config)
 		if err != nil {
@@ -45,18 +45,18 @@ func throughClient(t *testing.T, test func(*testing.T, *apiServer, *kubernetes.C
 	})
 }
 
-func assignment() *v1.AzureAssignedIdentity {
+func newAssignment() *v1.AzureAssignedIdentity {
 	return &v1.AzureAssignedIdentity{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "a", Finalizers: []string{v1.AssignedIdentityFinalizer}},
 		Status:     v1.AzureAssignedIdentityStatus{Status: v1.AssignmentAssigned},
 	}
 }
 
-func TestTheAPIServerKeepsStatusApartFromTheRest(t *testing.T) {
-	throughClient(t, func(t *testing.T, s *apiServer, _ *kubernetes.Clientset, custom rest.Interface) {
+func TestTheFakeAPIServerUpdatesStatusOnlyThroughTheSubresource(t *testing.T) {
+	runWithClients(t, func(t *testing.T, s *apiServer, _ *kubernetes.Clientset, custom rest.Interface) {
 		var made, changed v1.AzureAssignedIdentity
 		at := func(r *rest.Request) *rest.Request { return r.Namespace("ns").Resource(v1.AzureAssignedIdentities) }
-		if err := at(custom.Post()).Body(assignment()).Do(t.Context()).Into(&made); err != nil || made.Status.Status != "" {
+		if err := at(custom.Post()).Body(newAssignment()).Do(t.Context()).Into(&made); err != nil || made.Status.Status != "" {
 			t.Fatalf("created: %+v, %v", made.Status, err)
 		}
 		made.Status.Status, made.Spec.Pod = v1.AssignmentCreated, "p"
@@ -77,21 +77,21 @@ func TestTheAPIServerKeepsStatusApartFromTheRest(t *testing.T) {
 	})
 }
 
-func TestTheAPIServerHoldsWhatHasFinalizersAndCollectsWhatHasNoOwner(t *testing.T) {
-	throughClient(t, func(t *testing.T, s *apiServer, _ *kubernetes.Clientset, custom rest.Interface) {
-		p, err := put(s, newPod("ns", "p", "", ""))
+func TestTheFakeAPIServerKeepsObjectsWithFinalizersAndCollectsOrphans(t *testing.T) {
+	runWithClients(t, func(t *testing.T, s *apiServer, _ *kubernetes.Clientset, custom rest.Interface) {
+		p, err := createObject(s, newPod("ns", "p", "", ""))
 		if err != nil {
 			t.Fatal(err)
 		}
-		a := assignment()
+		a := newAssignment()
 		a.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "Pod", Name: "p", UID: p.UID}}
-		if _, err := put(s, a); err != nil {
+		if _, err := createObject(s, a); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Minute)
-		drop[corev1.Pod](s, "ns", "p")
+		deleteObject[corev1.Pod](s, "ns", "p")
 		time.Sleep(2 * time.Second)
-		now, there := get[v1.AzureAssignedIdentity](s, "ns", "a")
+		now, there := getObject[v1.AzureAssignedIdentity](s, "ns", "a")
 		if !there || now.DeletionTimestamp == nil {
 			t.Fatalf("there: %t, %+v", there, now)
 		}
@@ -99,34 +99,34 @@ func TestTheAPIServerHoldsWhatHasFinalizersAndCollectsWhatHasNoOwner(t *testing.
 		if err := request.Body([]byte(`[{"op":"add","path":"/metadata/finalizers/-","value":"x/y"}]`)).Do(t.Context()).Error(); !apierrors.IsInvalid(err) {
 			t.Errorf("another finalizer: %v", err)
 		}
-		edit(s, "ns", "a", func(a *v1.AzureAssignedIdentity) { a.Finalizers = nil })
-		if _, there := get[v1.AzureAssignedIdentity](s, "ns", "a"); there {
+		editObject(s, "ns", "a", func(a *v1.AzureAssignedIdentity) { a.Finalizers = nil })
+		if _, there := getObject[v1.AzureAssignedIdentity](s, "ns", "a"); there {
 			t.Error("it is still there")
 		}
 	})
 }
 
-func TestTheAPIServerEndsANamespaceWhenNothingIsLeftInIt(t *testing.T) {
-	throughClient(t, func(t *testing.T, s *apiServer, core *kubernetes.Clientset, _ rest.Interface) {
-		if _, err := put(s, assignment()); err != nil {
+func TestTheFakeAPIServerDeletesANamespaceWhenItIsEmpty(t *testing.T) {
+	runWithClients(t, func(t *testing.T, s *apiServer, core *kubernetes.Clientset, _ rest.Interface) {
+		if _, err := createObject(s, newAssignment()); err != nil {
 			t.Fatal(err)
 		}
-		drop[corev1.Namespace](s, "", "ns")
+		deleteObject[corev1.Namespace](s, "", "ns")
 		time.Sleep(time.Minute)
 		_, err := core.CoreV1().ConfigMaps("ns").Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "c"}}, metav1.CreateOptions{})
 		if !apierrors.IsForbidden(err) || !apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) {
 			t.Errorf("created in a namespace that is going: %v", err)
 		}
-		edit(s, "ns", "a", func(a *v1.AzureAssignedIdentity) { a.Finalizers = nil })
+		editObject(s, "ns", "a", func(a *v1.AzureAssignedIdentity) { a.Finalizers = nil })
 		time.Sleep(2 * time.Second)
-		if _, there := get[corev1.Namespace](s, "", "ns"); there {
+		if _, there := getObject[corev1.Namespace](s, "", "ns"); there {
 			t.Error("the namespace is still there")
 		}
 	})
 }
 
-func TestTheAPIServersWatchesSeeObjectsComeGoAndExpire(t *testing.T) {
-	throughClient(t, func(t *testing.T, s *apiServer, core *kubernetes.Clientset, _ rest.Interface) {
+func TestWatchesOfTheFakeAPIServerReportAddedModifiedDeletedAndExpired(t *testing.T) {
+	runWithClients(t, func(t *testing.T, s *apiServer, core *kubernetes.Clientset, _ rest.Interface) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		w, err := core.CoreV1().Pods("").Watch(ctx, metav1.ListOptions{LabelSelector: v1.BindingLabel, ResourceVersion: "1000"})
@@ -134,21 +134,21 @@ func TestTheAPIServersWatchesSeeObjectsComeGoAndExpire(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer w.Stop()
-		if _, err := put(s, newPod("ns", "p", "", "")); err != nil {
+		if _, err := createObject(s, newPod("ns", "p", "", "")); err != nil {
 			t.Fatal(err)
 		}
 		label := func(value string) {
-			edit(s, "ns", "p", func(p *corev1.Pod) { p.Labels = map[string]string{v1.BindingLabel: value} })
+			editObject(s, "ns", "p", func(p *corev1.Pod) { p.Labels = map[string]string{v1.BindingLabel: value} })
 		}
 		label("x")
 		label("y")
-		edit(s, "ns", "p", func(p *corev1.Pod) { p.Labels = nil })
+		editObject(s, "ns", "p", func(p *corev1.Pod) { p.Labels = nil })
 		for _, want := range []watch.EventType{watch.Added, watch.Modified, watch.Deleted} {
 			if e := <-w.ResultChan(); e.Type != want {
 				t.Errorf("%s, want %s", e.Type, want)
 			}
 		}
-		s.forget()
+		s.expireWatches()
 		if e, open := <-w.ResultChan(); open {
 			t.Errorf("after the cut: %v", e)
 		}
@@ -163,8 +163,8 @@ func TestTheAPIServersWatchesSeeObjectsComeGoAndExpire(t *testing.T) {
 	})
 }
 
-func TestTheAPIServerRefusesNamesAndLabelsThatARealOneRefuses(t *testing.T) {
-	throughClient(t, func(t *testing.T, s *apiServer, _ *kubernetes.Clientset, custom rest.Interface) {
+func TestTheFakeAPIServerRejectsInvalidNamesLabelsAndOwners(t *testing.T) {
+	runWithClients(t, func(t *testing.T, s *apiServer, _ *kubernetes.Clientset, custom rest.Interface) {
 		for name, spoil := range map[string]func(*v1.AzureAssignedIdentity){
 			"name": func(a *v1.AzureAssignedIdentity) { a.Name = "Upper" },
 			"label": func(a *v1.AzureAssignedIdentity) {
@@ -175,7 +175,7 @@ func TestTheAPIServerRefusesNamesAndLabelsThatARealOneRefuses(t *testing.T) {
 			},
 			"copy": func(a *v1.AzureAssignedIdentity) { a.Spec.AzureIdentityRef = &v1.AzureIdentityCopy{} },
 		} {
-			a := assignment()
+			a := newAssignment()
 			spoil(a)
 			if err := custom.Post().Namespace("ns").Resource(v1.AzureAssignedIdentities).Body(a).Do(t.Context()).Error(); !apierrors.IsInvalid(err) {
 				t.Errorf("%s: %v", name, err)

@@ -29,9 +29,9 @@ import (
 // object is one state of one object. It is never changed.
 type object struct {
 	*unstructured.Unstructured
-	key    objectKey
-	raw    []byte
-	asType any // see seen
+	key     objectKey
+	raw     []byte
+	decoded any // see seen
 }
 
 // change is one entry of a resource's history.
@@ -39,8 +39,8 @@ type change struct {
 	version int64
 	at      time.Time
 	before  *object // nil: it was created
-	now     *object
-	gone    bool // now is its last state
+	after   *object
+	deleted bool // now is its last state
 }
 
 // commit stores the next state of an object and tells the watches. Only here is anything changed.
@@ -60,10 +60,10 @@ func (s *apiServer) commit(k *kind, before *object, u *unstructured.Unstructured
 	} else {
 		k.objects[key] = o
 	}
-	c := change{version: s.version, at: time.Now(), before: before, now: o, gone: gone}
+	c := change{version: s.version, at: time.Now(), before: before, after: o, deleted: gone}
 	k.history = append(k.history, c)
 	for w := range k.streams {
-		w.tell(c, s.faults.lag[k.resource])
+		w.sendChange(c, s.faults.watchDelay[k.resource])
 	}
 	return o
 }
@@ -79,7 +79,7 @@ func (s *apiServer) create(k *kind, namespace string, u *unstructured.Unstructur
 		if u.GetNamespace() != namespace {
 			return nil, apierrors.NewBadRequest("the namespace of the provided object does not match the namespace sent on the request")
 		}
-		if err := s.mayCreateIn(k, u); err != nil {
+		if err := s.checkNamespace(k, u); err != nil {
 			return nil, err
 		}
 	}
@@ -95,8 +95,8 @@ func (s *apiServer) create(k *kind, namespace string, u *unstructured.Unstructur
 	return s.insert(k, u)
 }
 
-// mayCreateIn is what the NamespaceLifecycle admission says.
-func (s *apiServer) mayCreateIn(k *kind, u *unstructured.Unstructured) error {
+// checkNamespace is what the NamespaceLifecycle admission says.
+func (s *apiServer) checkNamespace(k *kind, u *unstructured.Unstructured) error {
 	namespace, ok := s.kinds["namespaces"].objects[objectKey{"", u.GetNamespace()}]
 	if !ok {
 		return apierrors.NewNotFound(s.kinds["namespaces"].groupResource(), u.GetNamespace())
@@ -121,7 +121,7 @@ func (s *apiServer) insert(k *kind, u *unstructured.Unstructured) (*object, erro
 	}
 	o := s.commit(k, nil, u, false)
 	if len(u.GetOwnerReferences()) > 0 {
-		s.later(s.collectDelay, func() { s.collect(k, objectKey{u.GetNamespace(), u.GetName()}, u.GetUID()) })
+		s.schedule(s.collectDelay, func() { s.collectGarbage(k, objectKey{u.GetNamespace(), u.GetName()}, u.GetUID()) })
 	}
 	return o, nil
 }
@@ -264,9 +264,9 @@ func (s *apiServer) remove(k *kind, key objectKey, options metav1.DeleteOptions)
 	o := s.commit(k, old, u, false)
 	switch {
 	case runs:
-		s.later(s.podStop, func() { s.stop(k, key, u.GetUID()) })
+		s.schedule(s.podStop, func() { s.finishPodDeletion(k, key, u.GetUID()) })
 	case isNamespace:
-		s.later(s.namespaceDelay, func() { s.empty(key.name) })
+		s.schedule(s.namespaceDelay, func() { s.emptyNamespace(key.name) })
 	}
 	return o, nil
 }
@@ -329,8 +329,8 @@ func (c *call) deleteOptions() (o metav1.DeleteOptions, err error) {
 	return o, nil
 }
 
-// selects is the call's label and field selector.
-func (c *call) selects() (func(*object) bool, error) {
+// selector is the call's label and field selector.
+func (c *call) selector() (func(*object) bool, error) {
 	byLabel, err := labels.Parse(c.query.Get("labelSelector"))
 	if err != nil {
 		return nil, apierrors.NewBadRequest(err.Error())

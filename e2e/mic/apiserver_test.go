@@ -48,7 +48,7 @@ type kind struct {
 	objects   map[objectKey]*object
 	history   []change // everything that ever happened
 	compacted int64    // watches cannot begin before this version
-	streams   map[*stream]struct{}
+	streams   map[*watchStream]struct{}
 }
 
 type objectKey struct{ namespace, name string }
@@ -77,7 +77,7 @@ func newAPIServer() *apiServer {
 func (s *apiServer) add(gv schema.GroupVersion, resource string, example any, k kind) {
 	k.goType = reflect.TypeOf(example)
 	k.GroupVersionKind, k.resource = gv.WithKind(k.goType.Name()), resource
-	k.objects, k.streams = map[objectKey]*object{}, map[*stream]struct{}{}
+	k.objects, k.streams = map[objectKey]*object{}, map[*watchStream]struct{}{}
 	s.kinds[k.groupResource().String()] = &k
 }
 
@@ -176,7 +176,7 @@ func (s *apiServer) serve(ctx context.Context, c *call) (*http.Response, error) 
 		if !ok {
 			return nil, apierrors.NewNotFound(c.kind.groupResource(), c.name)
 		}
-		return c.answer(http.StatusOK, o)
+		return c.objectResponse(http.StatusOK, o)
 	case "list":
 		return s.list(c)
 	case "watch":
@@ -187,33 +187,33 @@ func (s *apiServer) serve(ctx context.Context, c *call) (*http.Response, error) 
 			return nil, err
 		}
 		o, err := s.create(c.kind, c.namespace, u)
-		return c.written(http.StatusCreated, o, err)
+		return c.writeResponse(http.StatusCreated, o, err)
 	case "update":
 		u, err := c.decode()
 		if err != nil {
 			return nil, err
 		}
 		o, err := s.update(c.kind, objectKey{c.namespace, c.name}, c.sub, u)
-		return c.written(http.StatusOK, o, err)
+		return c.writeResponse(http.StatusOK, o, err)
 	case "patch":
 		o, err := s.patch(c)
-		return c.written(http.StatusOK, o, err)
+		return c.writeResponse(http.StatusOK, o, err)
 	case "delete":
 		options, err := c.deleteOptions()
 		if err != nil {
 			return nil, err
 		}
 		o, err := s.remove(c.kind, objectKey{c.namespace, c.name}, options)
-		return c.written(http.StatusOK, o, err)
+		return c.writeResponse(http.StatusOK, o, err)
 	}
 	return nil, apierrors.NewMethodNotSupported(c.kind.groupResource(), c.verb)
 }
 
-func (c *call) written(status int, o *object, err error) (*http.Response, error) {
+func (c *call) writeResponse(status int, o *object, err error) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
-	return c.answer(status, o)
+	return c.objectResponse(status, o)
 }
 
 // discover answers what clients ask for that are not told which resources there are.

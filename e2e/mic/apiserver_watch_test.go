@@ -23,8 +23,8 @@ func (c *call) wantsMetadataOnly() bool {
 	return strings.Contains(c.header.Get("Accept"), "as=PartialObjectMetadata")
 }
 
-// encoded is the object in the form the client asked for.
-func (c *call) encoded(o *object) []byte {
+// encode is the object in the form the client asked for.
+func (c *call) encode(o *object) []byte {
 	if !c.wantsMetadataOnly() {
 		return o.raw
 	}
@@ -35,12 +35,12 @@ func (c *call) encoded(o *object) []byte {
 	return raw
 }
 
-func (c *call) answer(status int, o *object) (*http.Response, error) {
-	return textResponse(status, "application/json", c.encoded(o)), nil
+func (c *call) objectResponse(status int, o *object) (*http.Response, error) {
+	return textResponse(status, "application/json", c.encode(o)), nil
 }
 
 func (s *apiServer) list(c *call) (*http.Response, error) {
-	selected, err := s.selected(c)
+	selected, err := s.selectObjects(c)
 	if err != nil {
 		return nil, err
 	}
@@ -54,15 +54,15 @@ func (s *apiServer) list(c *call) (*http.Response, error) {
 		if i > 0 {
 			b.WriteByte(',')
 		}
-		b.Write(c.encoded(o))
+		b.Write(c.encode(o))
 	}
 	b.WriteString(`]}`)
 	return textResponse(http.StatusOK, "application/json", b.Bytes()), nil
 }
 
-// selected is what a list has, by namespace and name.
-func (s *apiServer) selected(c *call) ([]*object, error) {
-	match, err := c.selects()
+// selectObjects is what a list has, by namespace and name.
+func (s *apiServer) selectObjects(c *call) ([]*object, error) {
+	match, err := c.selector()
 	if err != nil {
 		return nil, err
 	}
@@ -78,118 +78,118 @@ func (s *apiServer) selected(c *call) ([]*object, error) {
 	return found, nil
 }
 
-// stream is the body of a watch. A reader of it that waits is durably blocked, as faked time needs it.
-type stream struct {
-	server  *apiServer
-	call    *call
-	matches func(*object) bool
-	ctx     context.Context
-	ends    *time.Timer
-	marks   *time.Timer
+// watchStream is the body of a watch. A reader of it that waits is durably blocked, as faked time needs it.
+type watchStream struct {
+	server    *apiServer
+	call      *call
+	matches   func(*object) bool
+	ctx       context.Context
+	timeout   *time.Timer
+	bookmarks *time.Timer
 
-	mu     sync.Mutex
-	frames []frame
-	rest   []byte // of a frame that is partly read
-	last   time.Time
-	wake   chan struct{}
-	end    error // once the frames are read
+	mu      sync.Mutex
+	frames  []frame
+	unread  []byte // of a frame that is partly read
+	lastDue time.Time
+	wake    chan struct{}
+	err     error // once the frames are read
 }
 
 // frame is one event and when the client gets to see it.
 type frame struct {
-	at   time.Time
+	due  time.Time
 	data []byte
 }
 
 const (
-	bookmarkEvery  = time.Minute
-	watchAtMost    = 30 * time.Minute
-	initialsAnnote = "k8s.io/initial-events-end"
+	bookmarkInterval        = time.Minute
+	maxWatchDuration        = 30 * time.Minute
+	initialEventsAnnotation = "k8s.io/initial-events-end"
 )
 
 func (s *apiServer) watch(ctx context.Context, c *call) (*http.Response, error) {
-	match, err := c.selects()
+	match, err := c.selector()
 	if err != nil {
 		return nil, err
 	}
-	w := &stream{server: s, call: c, matches: match, ctx: ctx, wake: make(chan struct{}, 1)}
+	w := &watchStream{server: s, call: c, matches: match, ctx: ctx, wake: make(chan struct{}, 1)}
 	initial := c.query.Get("sendInitialEvents") == "true"
-	if initial && s.faults.withoutWatchList {
+	if initial && s.faults.noWatchList {
 		return nil, apierrors.NewInvalid(metav1.SchemeGroupVersion.WithKind("ListOptions").GroupKind(), "", field.ErrorList{field.Forbidden(field.NewPath("sendInitialEvents"), "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled")})
 	}
 	since, err := strconv.ParseInt(c.query.Get("resourceVersion"), 10, 64)
 	switch fresh := err != nil || since == 0; {
 	case initial || fresh:
-		all, err := s.selected(c)
+		all, err := s.selectObjects(c)
 		if err != nil {
 			return nil, err
 		}
 		for _, o := range all {
-			w.send("ADDED", c.encoded(o), 0)
+			w.send("ADDED", c.encode(o), 0)
 		}
 		if initial {
 			w.send("BOOKMARK", w.bookmark(s.version, true), 0)
 		}
 	case since < c.kind.compacted:
-		w.send("ERROR", expired(since), 0)
-		w.finish(io.EOF)
+		w.send("ERROR", expiredStatus(since), 0)
+		w.closeAfterFrames(io.EOF)
 	default:
 		for _, one := range c.kind.history {
 			if one.version > since {
-				w.tell(one, 0)
+				w.sendChange(one, 0)
 			}
 		}
 	}
-	w.open()
+	w.register()
 	r := textResponse(http.StatusOK, "application/json", nil)
 	r.ContentLength, r.Body = -1, w
 	return r, nil
 }
 
-// open lets the stream hear of changes and ends it when the client's time is up. The server is locked.
-func (w *stream) open() {
-	if w.end != nil {
+// register lets the stream hear of changes and ends it when the client's time is up. The server is locked.
+func (w *watchStream) register() {
+	if w.err != nil {
 		return
 	}
 	w.call.kind.streams[w] = struct{}{}
-	lasts := watchAtMost
+	lasts := maxWatchDuration
 	if seconds, err := strconv.Atoi(w.call.query.Get("timeoutSeconds")); err == nil && seconds > 0 {
 		lasts = min(lasts, time.Duration(seconds)*time.Second)
 	}
-	w.ends = time.AfterFunc(lasts, func() { w.finish(io.EOF) })
+	w.timeout = time.AfterFunc(lasts, func() { w.closeAfterFrames(io.EOF) })
 	if w.server.faults.bookmarks && w.call.query.Get("allowWatchBookmarks") == "true" {
-		w.marks = time.AfterFunc(bookmarkEvery, w.mark)
+		w.bookmarks = time.AfterFunc(bookmarkInterval, w.sendBookmark)
 	}
 }
 
-func (w *stream) mark() {
+func (w *watchStream) sendBookmark() {
 	w.server.mu.Lock()
 	defer w.server.mu.Unlock()
 	if _, ok := w.call.kind.streams[w]; ok {
-		w.send("BOOKMARK", w.bookmark(w.server.version, false), w.server.faults.lag[w.call.kind.resource])
-		w.marks.Reset(bookmarkEvery)
+		w.send("BOOKMARK", w.bookmark(w.server.version, false), w.server.faults.watchDelay[w.call.kind.resource])
+		w.bookmarks.Reset(bookmarkInterval)
 	}
 }
 
-func (w *stream) bookmark(version int64, initial bool) []byte {
+func (w *watchStream) bookmark(version int64, initial bool) []byte {
 	meta := metav1.ObjectMeta{ResourceVersion: strconv.FormatInt(version, 10)}
 	if initial {
-		meta.Annotations = map[string]string{initialsAnnote: "true"}
+		meta.Annotations = map[string]string{initialEventsAnnotation: "true"}
 	}
 	kind, apiVersion := w.call.kind.Kind, w.call.kind.GroupVersion().String()
 	if w.call.wantsMetadataOnly() {
 		kind, apiVersion = "PartialObjectMetadata", "meta.k8s.io/v1"
 	}
-	return mustEncode(metav1.PartialObjectMetadata{TypeMeta: metav1.TypeMeta{Kind: kind, APIVersion: apiVersion}, ObjectMeta: meta})
+	return mustMarshal(metav1.PartialObjectMetadata{TypeMeta: metav1.TypeMeta{Kind: kind, APIVersion: apiVersion}, ObjectMeta: meta})
 }
 
-func expired(version int64) []byte {
+func expiredStatus(version int64) []byte {
 	status := apierrors.NewResourceExpired("too old resource version: " + strconv.FormatInt(version, 10)).Status()
 	status.TypeMeta = metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}
-	return mustEncode(status)
+	return mustMarshal(status)
 }
 
-func mustEncode(v any) []byte {
+func mustMarshal(v any) []byte {
 	data, err := json.Marshal(v)
 	if err != nil {
 		panic(err)
@@ -197,63 +197,63 @@ func mustEncode(v any) []byte {
 	return data
 }
 
-// tell passes a change on if the client sees it: an object may come into what it selected, or leave it.
-func (w *stream) tell(c change, lag time.Duration) {
+// sendChange passes a change on if the client sees it: an object may come into what it selected, or leave it.
+func (w *watchStream) sendChange(c change, lag time.Duration) {
 	before := c.before != nil && w.matches(c.before)
-	now := !c.gone && w.matches(c.now)
+	now := !c.deleted && w.matches(c.after)
 	switch {
 	case before && now:
-		w.send("MODIFIED", w.call.encoded(c.now), lag)
+		w.send("MODIFIED", w.call.encode(c.after), lag)
 	case now:
-		w.send("ADDED", w.call.encoded(c.now), lag)
+		w.send("ADDED", w.call.encode(c.after), lag)
 	case before:
-		w.send("DELETED", w.call.encoded(c.now), lag)
+		w.send("DELETED", w.call.encode(c.after), lag)
 	}
 }
 
-func (w *stream) send(kind string, raw []byte, lag time.Duration) {
+func (w *watchStream) send(kind string, raw []byte, lag time.Duration) {
 	data := make([]byte, 0, len(raw)+40)
 	data = append(data, `{"type":"`+kind+`","object":`...)
 	data = append(append(data, raw...), '}', '\n')
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.end != nil {
+	if w.err != nil {
 		return
 	}
-	if at := time.Now().Add(lag); at.After(w.last) {
-		w.last = at
+	if at := time.Now().Add(lag); at.After(w.lastDue) {
+		w.lastDue = at
 	}
-	w.frames = append(w.frames, frame{w.last, data})
+	w.frames = append(w.frames, frame{w.lastDue, data})
 	w.notify()
 }
 
 // notify wakes a reader; w.mu is held.
-func (w *stream) notify() {
+func (w *watchStream) notify() {
 	select {
 	case w.wake <- struct{}{}:
 	default:
 	}
 }
 
-// finish ends the stream after what was sent.
-func (w *stream) finish(err error) {
+// closeAfterFrames ends the stream after what was sent.
+func (w *watchStream) closeAfterFrames(err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.end == nil {
-		w.end = err
+	if w.err == nil {
+		w.err = err
 	}
 	w.notify()
 }
 
-// cut ends it at once.
-func (w *stream) cut(err error) {
+// abort ends it at once.
+func (w *watchStream) abort(err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.frames, w.rest, w.end = nil, nil, err
+	w.frames, w.unread, w.err = nil, nil, err
 	w.notify()
 }
 
-func (w *stream) Read(p []byte) (int, error) {
+func (w *watchStream) Read(p []byte) (int, error) {
 	for {
 		n, wait, err := w.next(p)
 		if n > 0 || err != nil {
@@ -273,33 +273,33 @@ func (w *stream) Read(p []byte) (int, error) {
 }
 
 // next reads what is there, or says how long to wait; 0 is until the next event.
-func (w *stream) next(p []byte) (n int, wait time.Duration, err error) {
+func (w *watchStream) next(p []byte) (n int, wait time.Duration, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.rest) == 0 && len(w.frames) > 0 {
-		if wait := time.Until(w.frames[0].at); wait > 0 {
+	if len(w.unread) == 0 && len(w.frames) > 0 {
+		if wait := time.Until(w.frames[0].due); wait > 0 {
 			return 0, wait, nil
 		}
-		w.rest, w.frames = w.frames[0].data, w.frames[1:]
+		w.unread, w.frames = w.frames[0].data, w.frames[1:]
 	}
-	if len(w.rest) == 0 {
-		return 0, 0, w.end
+	if len(w.unread) == 0 {
+		return 0, 0, w.err
 	}
-	n = copy(p, w.rest)
-	w.rest = w.rest[n:]
+	n = copy(p, w.unread)
+	w.unread = w.unread[n:]
 	return n, 0, nil
 }
 
-func (w *stream) Close() error {
+func (w *watchStream) Close() error {
 	w.server.mu.Lock()
 	defer w.server.mu.Unlock()
 	delete(w.call.kind.streams, w)
-	if w.ends != nil {
-		w.ends.Stop()
+	if w.timeout != nil {
+		w.timeout.Stop()
 	}
-	if w.marks != nil {
-		w.marks.Stop()
+	if w.bookmarks != nil {
+		w.bookmarks.Stop()
 	}
-	w.cut(io.ErrClosedPipe)
+	w.abort(io.ErrClosedPipe)
 	return nil
 }

@@ -13,32 +13,32 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 )
 
-// line is what one controller process talks through: every request of it, to the API server or to ARM, passes here on
+// connection is what one controller process talks through: every request of it, to the API server or to ARM, passes here on
 // its way there and back. Killing a process is cutting its line: what has arrived is done, and nothing else ever
 // arrives.
-type line struct {
-	name  string
-	alive context.Context
-	cut   context.CancelFunc
-	// latency is the longest time a request takes on its way, and its answer on the way back. Each takes a time of
+type connection struct {
+	name       string
+	ctx        context.Context
+	disconnect context.CancelFunc
+	// maxLatency is the longest time a request takes on its way, and its answer on the way back. Each takes a time of
 	// its own that depends on nothing but what it asks and how often that was asked.
-	latency time.Duration
-	seed    uint64
+	maxLatency time.Duration
+	seed       uint64
 
 	trace func(request, string) // is told of each request that takes effect; may be nil
 
-	mu     sync.Mutex
-	asked  map[string]uint64
-	before func(request) error // before the request takes effect; may wait
-	after  func(request) error // when it has taken effect and the answer is not sent
+	mu            sync.Mutex
+	requestCounts map[string]uint64
+	before        func(request) error // before the request takes effect; may wait
+	after         func(request) error // when it has taken effect and the answer is not sent
 }
 
 // request is what a line lets through.
 type request struct {
-	ctx   context.Context
-	to    string // toAPI, toARM or toDiscovery
-	what  string // such as "create azureassignedidentities ns/name", "PATCH /subscriptions/…"
-	write bool
+	ctx         context.Context
+	target      string // toAPI, toARM or toDiscovery
+	description string // such as "create azureassignedidentities ns/name", "PATCH /subscriptions/…"
+	isWrite     bool
 }
 
 const (
@@ -49,56 +49,56 @@ const (
 	toDiscovery = "discovery"
 )
 
-var errCut = errors.New("connection reset: the process is gone")
+var errProcessKilled = errors.New("connection reset: the process is gone")
 
-func newLine(name string, seed uint64) *line {
+func newConnection(name string, seed uint64) *connection {
 	ctx, cancel := context.WithCancel(context.Background())
-	return &line{name: name, alive: ctx, cut: cancel, latency: 20 * time.Millisecond, seed: seed, asked: map[string]uint64{}}
+	return &connection{name: name, ctx: ctx, disconnect: cancel, maxLatency: 20 * time.Millisecond, seed: seed, requestCounts: map[string]uint64{}}
 }
 
 // hook sets what happens to requests from now on; nil is nothing.
-func (l *line) hook(before, after func(request) error) {
+func (l *connection) hook(before, after func(request) error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.before, l.after = before, after
 }
 
-func (l *line) hooks() (before, after func(request) error) {
+func (l *connection) hooks() (before, after func(request) error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.before, l.after
 }
 
-// pass carries one request there and its answer back.
-func (l *line) pass(r request, effect func(context.Context) (*http.Response, error)) (*http.Response, error) {
+// roundTrip carries one request there and its answer back.
+func (l *connection) roundTrip(r request, effect func(context.Context) (*http.Response, error)) (*http.Response, error) {
 	ctx, cancel := context.WithCancel(r.ctx)
-	unhook := context.AfterFunc(l.alive, cancel)
+	unhook := context.AfterFunc(l.ctx, cancel)
 	done := func() { unhook(); cancel() }
 	r.ctx = ctx
 	var there, back time.Duration
-	if r.to != toDiscovery {
-		there, back = l.times(r)
+	if r.target != toDiscovery {
+		there, back = l.latencies(r)
 	}
-	response, err := l.exchange(r, there, back, effect)
+	response, err := l.send(r, there, back, effect)
 	if err != nil {
 		done()
-		if l.alive.Err() != nil {
-			err = errCut
+		if l.ctx.Err() != nil {
+			err = errProcessKilled
 		}
 		return nil, err
 	}
-	response.Body = &closing{response.Body, done}
+	response.Body = &closeNotifier{response.Body, done}
 	return response, nil
 }
 
-func (l *line) exchange(r request, there, back time.Duration, effect func(context.Context) (*http.Response, error)) (*http.Response, error) {
+func (l *connection) send(r request, there, back time.Duration, effect func(context.Context) (*http.Response, error)) (*http.Response, error) {
 	if err := pause(r.ctx, there); err != nil {
 		return nil, err
 	}
 	before, _ := l.hooks()
 	if before != nil {
 		if err := before(r); err != nil {
-			return failed(err)
+			return errorResponse(err)
 		}
 	}
 	if err := r.ctx.Err(); err != nil {
@@ -106,7 +106,7 @@ func (l *line) exchange(r request, there, back time.Duration, effect func(contex
 	}
 	response, err := effect(r.ctx)
 	if l.trace != nil {
-		l.trace(r, outcomeOf(response, err))
+		l.trace(r, outcomeText(response, err))
 	}
 	if err != nil {
 		return nil, err
@@ -120,20 +120,20 @@ func (l *line) exchange(r request, there, back time.Duration, effect func(contex
 	}
 	if err != nil {
 		_ = response.Body.Close()
-		return failed(err)
+		return errorResponse(err)
 	}
 	return response, nil
 }
 
-func outcomeOf(r *http.Response, err error) string {
+func outcomeText(r *http.Response, err error) string {
 	if err != nil {
 		return err.Error()
 	}
 	return r.Status
 }
 
-// failed is the answer of an API server that refuses, or the end of a connection.
-func failed(err error) (*http.Response, error) {
+// errorResponse is the answer of an API server that refuses, or the end of a connection.
+func errorResponse(err error) (*http.Response, error) {
 	var status apierrors.APIStatus
 	if errors.As(err, &status) {
 		return statusResponse(err), nil
@@ -141,15 +141,15 @@ func failed(err error) (*http.Response, error) {
 	return nil, err
 }
 
-// times draws how long this request takes.
-func (l *line) times(r request) (there, back time.Duration) {
+// latencies draws how long this request takes.
+func (l *connection) latencies(r request) (there, back time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.asked[r.what]++
+	l.requestCounts[r.description]++
 	h := fnv.New64a()
-	fmt.Fprint(h, l.seed, r.to, r.what, l.asked[r.what])
+	fmt.Fprint(h, l.seed, r.target, r.description, l.requestCounts[r.description])
 	n := h.Sum64()
-	return time.Duration(n % uint64(l.latency)), time.Duration((n >> 32) % uint64(l.latency))
+	return time.Duration(n % uint64(l.maxLatency)), time.Duration((n >> 32) % uint64(l.maxLatency))
 }
 
 func pause(ctx context.Context, d time.Duration) error {
@@ -166,19 +166,19 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// closing frees what belongs to a request when its answer is read.
-type closing struct {
+// closeNotifier frees what belongs to a request when its answer is read.
+type closeNotifier struct {
 	io.ReadCloser
 	done func()
 }
 
-func (c *closing) Close() error {
+func (c *closeNotifier) Close() error {
 	defer c.done()
 	return c.ReadCloser.Close()
 }
 
-// api is the way to the API server.
-func (l *line) api(s *apiServer) http.RoundTripper {
+// apiTransport is the way to the API server.
+func (l *connection) apiTransport(s *apiServer) http.RoundTripper {
 	return roundTripper(func(r *http.Request) (*http.Response, error) {
 		c, err := s.parse(r)
 		if err != nil {
@@ -188,9 +188,9 @@ func (l *line) api(s *apiServer) http.RoundTripper {
 		if c.kind == nil {
 			to = toDiscovery
 		}
-		return l.pass(request{r.Context(), to, c.String(), c.isWrite()}, func(ctx context.Context) (*http.Response, error) {
-			if err := s.disturb(ctx, c); err != nil {
-				return failed(err)
+		return l.roundTrip(request{r.Context(), to, c.String(), c.isWrite()}, func(ctx context.Context) (*http.Response, error) {
+			if err := s.injectedFault(ctx, c); err != nil {
+				return errorResponse(err)
 			}
 			response, err := s.serve(ctx, c)
 			if err != nil {

@@ -23,15 +23,15 @@ import (
 )
 
 var (
-	seedFlag  = flag.Uint64("seed", 0, "repeat the story with this seed")
-	stepsFlag = flag.String("steps", "", "with -seed: play only these steps, such as 2,3,7")
-	traceFlag = flag.Bool("trace", false, "with -seed: print what the controller sends and logs")
-	countFlag = flag.Int("stories", 0, "how many stories to play")
-	freshFlag = flag.Bool("fresh", false, "play stories that nobody has played before, in place of the same ones each time")
+	seedFlag      = flag.Uint64("seed", 0, "repeat the story with this seed")
+	stepsFlag     = flag.String("steps", "", "with -seed: play only these steps, such as 2,3,7")
+	traceFlag     = flag.Bool("trace", false, "with -seed: print what the controller sends and logs")
+	sequencesFlag = flag.Int("stories", 0, "how many stories to play")
+	freshFlag     = flag.Bool("fresh", false, "play stories that nobody has played before, in place of the same ones each time")
 )
 
-// begin sets the scene: Azure's habits, machines, nodes, some objects, perhaps those of the predecessor, and a leader.
-func (s *story) begin() {
+// setUp sets the scene: Azure's habits, machines, nodes, some objects, perhaps those of the predecessor, and a leader.
+func (s *sequence) setUp() {
 	r := rand.New(rand.NewPCG(s.seed, 1<<32))
 	s.arm.Change(func(a *azure.ARMSettings) {
 		a.Delay = pick(r, 0, 0, 3*time.Second, 30*time.Second)
@@ -41,28 +41,28 @@ func (s *story) begin() {
 		a.LateErrors, a.Early, a.NoETags, a.Limits = r.IntN(3) == 0, r.IntN(3) == 0, r.IntN(5) == 0, r.IntN(5) == 0
 	})
 	s.api.mu.Lock()
-	s.api.faults.withoutWatchList, s.api.faults.bookmarks = r.IntN(4) == 0, r.IntN(4) == 0
+	s.api.faults.noWatchList, s.api.faults.bookmarks = r.IntN(4) == 0, r.IntN(4) == 0
 	s.api.mu.Unlock()
 	for _, name := range managedNames {
 		if name != "ghost" {
-			s.managed(name)
+			s.defineManagedIdentity(name)
 		}
 	}
 	for _, name := range []string{"kubelet", "other"} {
-		s.managed(name)
+		s.defineManagedIdentity(name)
 		s.neverBound[azure.FoldID(identityID(name))] = true
 	}
-	s.bad[azure.FoldID(identityID("ghost"))] = true
+	s.refused[azure.FoldID(identityID("ghost"))] = true
 	if r.IntN(3) == 0 {
 		s.cfg.Immutable = []string{clientID("u0")}
 		s.immutable[azure.FoldID(identityID("u0"))] = true
 	}
 	for _, name := range namespaces {
-		s.namespace(name)
+		s.addNamespace(name)
 	}
 	for name, providerID := range sorted(nodeProviders) {
-		s.addMachine(machineOf(providerID))
-		s.node(name, providerID)
+		s.addMachine(machineOfProviderID(providerID))
+		s.addNode(name, providerID)
 	}
 	for range 4 {
 		s.createIdentity(r)
@@ -72,70 +72,70 @@ func (s *story) begin() {
 		s.createPod(r)
 	}
 	if r.IntN(3) == 0 {
-		s.predecessor(r)
+		s.addLegacyAssignments(r)
 	}
-	s.tell("   %s", s.scene())
-	s.lead()
+	s.logf("   %s", s.describeState())
+	s.startLeader()
 }
 
-// predecessor writes what the predecessor would have left behind: assignments in its own form, of pods that are there and
+// addLegacyAssignments writes what the predecessor would have left behind: assignments in its own form, of pods that are there and
 // of one that is not.
-func (s *story) predecessor(r *rand.Rand) {
+func (s *sequence) addLegacyAssignments(r *rand.Rand) {
 	now := s.objectsAt(time.Now())
-	for _, c := range append(slices.Clone(now.claims), claim{pod: "red/gone", node: "n0", identity: "red/i0", machine: machineOf(nodeProviders["n0"]), resource: azure.FoldID(identityID("u1"))}) {
+	for _, c := range append(slices.Clone(now.expected), expectedAssignment{pod: "red/gone", node: "n0", identity: "red/i0", machine: machineOfProviderID(nodeProviders["n0"]), resource: azure.FoldID(identityID("u1"))}) {
 		state := pick(r, v1.AssignmentAssigned, v1.AssignmentAssigned, v1.AssignmentCreated, v1.AssignmentLegacy)
-		if c.resource != "" && (c.machine == "" || !s.defined[c.resource]) {
+		if c.resource != "" && (c.machine == "" || !s.existing[c.resource]) {
 			state = v1.AssignmentCreated
 		}
-		if s.legacy(c, state) && state != v1.AssignmentCreated && c.resource != "" {
-			s.must(s.arm.Attach(c.machine, c.resource))
+		if s.addLegacyAssignment(c, state) && state != v1.AssignmentCreated && c.resource != "" {
+			s.requireNoError(s.arm.Attach(c.machine, c.resource))
 		}
 	}
 }
 
-// legacy is an assignment as the predecessor wrote it; false if its name was taken.
-func (s *story) legacy(c claim, state v1.AssignmentState) bool {
-	podNamespace, pod := cut(c.pod)
-	namespace, name := cut(c.identity)
-	_, err := put(s.api, &v1.AzureAssignedIdentity{
+// addLegacyAssignment is an assignment as the predecessor wrote it; false if its name was taken.
+func (s *sequence) addLegacyAssignment(c expectedAssignment, state v1.AssignmentState) bool {
+	podNamespace, pod := splitKey(c.pod)
+	namespace, name := splitKey(c.identity)
+	_, err := createObject(s.api, &v1.AzureAssignedIdentity{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: pod + "-" + podNamespace + "-" + name,
 			Labels: map[string]string{v1.NodeNameLabel: c.node}, Finalizers: []string{v1.AssignedIdentityFinalizer}},
 		Spec: v1.AzureAssignedIdentitySpec{Pod: pod, PodNamespace: podNamespace, NodeName: c.node,
-			AzureIdentityRef: (&v1.AzureIdentity{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}, Spec: v1.AzureIdentitySpec{Type: c.kind, ResourceID: c.resource}}).Copy(),
+			AzureIdentityRef: (&v1.AzureIdentity{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}, Spec: v1.AzureIdentitySpec{Type: c.identityType, ResourceID: c.resource}}).Copy(),
 			AzureBindingRef:  (&v1.AzureIdentityBinding{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}}).Copy()},
 		Status: v1.AzureAssignedIdentityStatus{Status: state},
 	})
 	if err == nil {
-		s.tell("   the predecessor assigned %s (%s) to pod %s on %s: %q", c.identity, short(c.resource), c.pod, c.node, state)
+		s.logf("   the predecessor assigned %s (%s) to pod %s on %s: %q", c.identity, lastSegment(c.resource), c.pod, c.node, state)
 	}
 	return err == nil
 }
 
-func (s *story) scene() string {
+func (s *sequence) describeState() string {
 	text := fmt.Sprintf("%+v; immutable: %v", s.arm.Settings(), s.cfg.Immutable)
-	for _, i := range all[v1.AzureIdentity](s.api) {
+	for _, i := range listObjects[v1.AzureIdentity](s.api) {
 		text += fmt.Sprintf("\n   identity %s: %s", key(i), describeSpec(i.Spec))
 	}
-	for _, b := range all[v1.AzureIdentityBinding](s.api) {
+	for _, b := range listObjects[v1.AzureIdentityBinding](s.api) {
 		text += fmt.Sprintf("\n   binding %s: %s to %q", key(b), b.Spec.AzureIdentity, b.Spec.Selector)
 	}
-	for _, p := range all[corev1.Pod](s.api) {
+	for _, p := range listObjects[corev1.Pod](s.api) {
 		text += fmt.Sprintf("\n   pod %s (%s) with %q on %q", key(p), p.UID, p.Labels[v1.BindingLabel], p.Spec.NodeName)
 	}
 	return text
 }
 
-// playStory plays the steps of a seed, all of them or some.
-func playStory(t *testing.T, seed uint64, steps []int) (o outcome) {
+// runSequence plays the steps of a seed, all of them or some.
+func runSequence(t *testing.T, seed uint64, steps []int) (o outcome) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStory(t, seed)
+		s := newSequence(t, seed)
 		defer s.close()
 		if *traceFlag {
-			s.traced()
+			s.traceRequests()
 		}
-		s.begin()
-		s.play(steps)
-		o.wrong = append(s.rest(), s.harmDone(s.watchNeeds)...)
+		s.setUp()
+		s.run(steps)
+		o.errors = append(s.converge(), s.violations(s.maxWatchDelay)...)
 		o.log = s.log
 	})
 	return o
@@ -161,13 +161,13 @@ func stepsOf(seed uint64) []int {
 	return steps
 }
 
-// shrink leaves out every step without which things go wrong as well.
-func shrink(t *testing.T, seed uint64, steps []int) (outcome, []int) {
+// minimizeSteps leaves out every step without which things go wrong as well.
+func minimizeSteps(t *testing.T, seed uint64, steps []int) (outcome, []int) {
 	var shortest outcome
 	for i := len(steps) - 1; i >= 0; i-- {
 		fewer := slices.Delete(slices.Clone(steps), i, i+1)
 		for range 2 {
-			if o := playStory(t, seed, fewer); len(o.wrong) > 0 {
+			if o := runSequence(t, seed, fewer); len(o.errors) > 0 {
 				steps, shortest = fewer, o
 				break
 			}
@@ -185,14 +185,14 @@ var formerFailures = []uint64{
 	1795338935932751759, 1795338935932752895, // an update of which Azure has lost sight
 }
 
-func TestWhateverHappensNothingInUseIsDetachedAndEverythingEndsAsWanted(t *testing.T) {
+func TestRandomSequencesDetachNothingInUseAndConverge(t *testing.T) {
 	// The same each time, so that what is found speaks of the code and not of the day; `make fuzz` plays fresh ones.
-	first, count := uint64(1), storiesByDefault
+	first, count := uint64(1), defaultSequences
 	if *freshFlag {
 		first = uint64(time.Now().UnixNano())
 	}
-	if *countFlag > 0 {
-		count = *countFlag
+	if *sequencesFlag > 0 {
+		count = *sequencesFlag
 	}
 	if *seedFlag != 0 {
 		first, count = *seedFlag, 1
@@ -208,13 +208,13 @@ func TestWhateverHappensNothingInUseIsDetachedAndEverythingEndsAsWanted(t *testi
 		workers.Go(func() {
 			for i := next.Add(1) - 1; int(i) < len(seeds) && failures.Load() < 5; i = next.Add(1) - 1 {
 				seed := seeds[i]
-				o := playStory(t, seed, stepsOf(seed))
-				if len(o.wrong) == 0 {
+				o := runSequence(t, seed, stepsOf(seed))
+				if len(o.errors) == 0 {
 					continue
 				}
 				failures.Add(1)
-				shortest, steps := shrink(t, seed, stepsOf(seed))
-				if len(shortest.wrong) == 0 {
+				shortest, steps := minimizeSteps(t, seed, stepsOf(seed))
+				if len(shortest.errors) == 0 {
 					shortest = o
 				}
 				t.Errorf("seed %d went wrong; steps %v:\n%s", seed, steps, shortest)

@@ -2,4 +2,4 @@
 
 package mic
 
-const storiesByDefault = 10_000
+const defaultSequences = 10_000

@@ -15,68 +15,68 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// story is a world to which things happen: steps, each of which depends on nothing but the seed, its number and how the
+// sequence is a world to which things happen: steps, each of which depends on nothing but the seed, its number and how the
 // cluster and Azure are at the time, so that a step that is left out does not make the others different ones.
-type story struct {
-	*world
+type sequence struct {
+	*simulation
 	mu      sync.Mutex // of log
 	log     []string
-	pending []deferred
+	pending []scheduled
 	crashes chan *process
 	leader  *process // nil while there is none
 
-	watchNeeds time.Duration // for a change to be known to the controller, at most
-	restart    time.Duration // from a crash to the next start
+	maxWatchDelay time.Duration // for a change to be known to the controller, at most
+	restartDelay  time.Duration // from a crash to the next start
 }
 
-// deferred is something that happens later by itself.
-type deferred struct {
-	at time.Time
-	do func()
+// scheduled is something that happens later by itself.
+type scheduled struct {
+	at  time.Time
+	run func()
 }
 
-// event is one kind of step. do says what it did, or "" if there was nothing to do.
-type event struct {
+// action is one kind of step. do says what it did, or "" if there was nothing to do.
+type action struct {
 	weight int
-	do     func(*story, *rand.Rand) string
+	run    func(*sequence, *rand.Rand) string
 }
 
-func newStory(t testing.TB, seed uint64) *story {
-	s := &story{world: newWorld(t), crashes: make(chan *process, 16), watchNeeds: 2 * time.Second}
+func newSequence(t testing.TB, seed uint64) *sequence {
+	s := &sequence{simulation: newSimulation(t), crashes: make(chan *process, 16), maxWatchDelay: 2 * time.Second}
 	s.seed = seed
 	return s
 }
 
-func (s *story) tell(format string, args ...any) {
+func (s *sequence) logf(format string, args ...any) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.log = append(s.log, clock(time.Now())+" "+fmt.Sprintf(format, args...))
+	s.log = append(s.log, formatTime(time.Now())+" "+fmt.Sprintf(format, args...))
 }
 
-// traced adds to the story what the controller sends and logs.
-func (s *story) traced() {
-	s.trace = func(process string) func(request, string) {
+// traceRequests adds to the story what the controller sends and logs.
+func (s *sequence) traceRequests() {
+	s.newTrace = func(process string) func(request, string) {
 		return func(r request, outcome string) {
-			if r.write || r.to == toARM {
-				s.tell("      %s: %s: %s", process, r.what, outcome)
+			if r.isWrite || r.target == toARM {
+				s.logf("      %s: %s: %s", process, r.description, outcome)
 			}
 		}
 	}
 	encoder := zapcore.NewConsoleEncoder(zapcore.EncoderConfig{MessageKey: "m"})
-	s.world.log = zap.New(zapcore.NewCore(encoder, zapcore.AddSync(logLines{s}), zap.DebugLevel))
+	s.simulation.log = zap.New(zapcore.NewCore(encoder, zapcore.AddSync(logWriter{s}), zap.DebugLevel))
 }
 
-type logLines struct{ *story }
+type logWriter struct{ *sequence }
 
-func (l logLines) Write(line []byte) (int, error) {
-	l.tell("      log: %s", strings.TrimSpace(string(line)))
+func (l logWriter) Write(line []byte) (int, error) {
+	l.logf("      log: %s", strings.TrimSpace(string(line)))
 	return len(line), nil
 }
 
-// play makes the steps with these numbers happen.
-func (s *story) play(steps []int) {
+// run makes the steps with these numbers happen.
+func (s *sequence) run(steps []int) {
 	total := 0
-	for _, e := range events {
+	for _, e := range actions {
 		total += e.weight
 	}
 	for _, step := range steps {
@@ -85,9 +85,9 @@ func (s *story) play(steps []int) {
 		// What cannot happen at the moment is replaced by something that can.
 		for range 10 {
 			n := r.IntN(total)
-			i := slices.IndexFunc(events, func(e event) bool { n -= e.weight; return n < 0 })
-			if text := events[i].do(s, r); text != "" {
-				s.tell("%2d %s", step, text)
+			i := slices.IndexFunc(actions, func(e action) bool { n -= e.weight; return n < 0 })
+			if text := actions[i].run(s, r); text != "" {
+				s.logf("%2d %s", step, text)
 				break
 			}
 		}
@@ -99,34 +99,34 @@ func randomPause(r *rand.Rand) time.Duration {
 	case n < 5:
 		return 0
 	case n < 12:
-		return random(r, 0, 1500*time.Millisecond)
+		return randomDuration(r, 0, 1500*time.Millisecond)
 	case n < 16:
-		return random(r, 2*time.Second, 15*time.Second)
+		return randomDuration(r, 2*time.Second, 15*time.Second)
 	case n < 19:
-		return random(r, 15*time.Second, 150*time.Second)
+		return randomDuration(r, 15*time.Second, 150*time.Second)
 	}
-	return random(r, 3*time.Minute, 6*time.Minute)
+	return randomDuration(r, 3*time.Minute, 6*time.Minute)
 }
 
-func random(r *rand.Rand, least, most time.Duration) time.Duration {
+func randomDuration(r *rand.Rand, least, most time.Duration) time.Duration {
 	return least + time.Duration(r.Int64N(int64(most-least))).Truncate(time.Millisecond)
 }
 
 func pick[T any](r *rand.Rand, from ...T) T { return from[r.IntN(len(from))] }
 
-// later makes something happen after a while.
-func (s *story) later(d time.Duration, do func()) {
-	s.pending = append(s.pending, deferred{time.Now().Add(d), do})
-	slices.SortStableFunc(s.pending, func(a, b deferred) int { return a.at.Compare(b.at) })
+// schedule makes something happen after a while.
+func (s *sequence) schedule(d time.Duration, do func()) {
+	s.pending = append(s.pending, scheduled{time.Now().Add(d), do})
+	slices.SortStableFunc(s.pending, func(a, b scheduled) int { return a.at.Compare(b.at) })
 }
 
 // wait lets time pass.
-func (s *story) wait(d time.Duration) {
+func (s *sequence) wait(d time.Duration) {
 	for end := time.Now().Add(d); ; {
 		for len(s.pending) > 0 && !s.pending[0].at.After(time.Now()) {
 			next := s.pending[0]
 			s.pending = s.pending[1:]
-			next.do()
+			next.run()
 		}
 		until := end
 		if len(s.pending) > 0 && s.pending[0].at.Before(until) {
@@ -138,77 +138,77 @@ func (s *story) wait(d time.Duration) {
 				return
 			}
 		case p := <-s.crashes:
-			s.crashed(p)
+			s.handleCrash(p)
 		}
 	}
 }
 
-// crashed is what follows when a process has died by itself.
-func (s *story) crashed(p *process) {
+// handleCrash is what follows when a process has died by itself.
+func (s *sequence) handleCrash(p *process) {
 	p.kill()
 	if s.leader == p {
 		s.leader = nil
-		s.later(s.restart, s.lead)
+		s.schedule(s.restartDelay, s.startLeader)
 	}
 }
 
-// lead starts a leader if there is none.
-func (s *story) lead() {
+// startLeader starts a leader if there is none.
+func (s *sequence) startLeader() {
 	if s.leader == nil {
 		s.leader = s.start()
-		s.tell("   %s leads", s.leader.line.name)
+		s.logf("   %s leads", s.leader.conn.name)
 	}
 }
 
-// rest ends all faults, waits until nothing is wrong any more, and then some more, and says what was wrong in the end.
-func (s *story) rest() []string {
+// converge ends all faults, waits until nothing is wrong any more, and then some more, and says what was wrong in the end.
+func (s *sequence) converge() []string {
 	for len(s.pending) > 0 {
 		next := s.pending[0]
 		s.pending = s.pending[1:]
-		next.do()
+		next.run()
 	}
 	if s.leader != nil {
-		s.leader.line.hook(nil, nil)
+		s.leader.conn.hook(nil, nil)
 	}
-	s.api.recover()
+	s.api.clearFaults()
 	s.arm.ClearFaults("")
-	for id := range s.bad {
-		if _, defined := s.defined[id]; defined {
-			s.must(s.arm.SetIdentityFault(azure.IdentityFault{Identity: id, Denied: true}))
+	for id := range s.refused {
+		if _, defined := s.existing[id]; defined {
+			s.requireNoError(s.arm.SetIdentityFault(azure.IdentityFault{Identity: id, Denied: true}))
 		}
 	}
 	for _, m := range s.arm.Machines() {
-		s.must(s.arm.SetProvisioningState(m.ID, ""))
+		s.requireNoError(s.arm.SetProvisioningState(m.ID, ""))
 	}
-	s.lead()
-	s.tell("   all faults are over")
+	s.startLeader()
+	s.logf("   all faults are over")
 	var wrong []string
-	for range mostMinutesToRest {
+	for range maxMinutesToConverge {
 		s.wait(time.Minute)
-		if wrong = s.wrongAtRest(); len(wrong) == 0 {
+		if wrong = s.convergenceErrors(); len(wrong) == 0 {
 			break
 		}
 	}
 	if len(wrong) > 0 {
-		return append([]string{fmt.Sprintf("not at rest %d minutes after the last fault:", mostMinutesToRest)}, wrong...)
+		return append([]string{fmt.Sprintf("not at rest %d minutes after the last fault:", maxMinutesToConverge)}, wrong...)
 	}
-	s.tell("   at rest")
+	s.logf("   at rest")
 	s.wait(4 * time.Minute)
-	if wrong = s.wrongAtRest(); len(wrong) > 0 {
+	if wrong = s.convergenceErrors(); len(wrong) > 0 {
 		return append([]string{"at rest, and some minutes later not any more:"}, wrong...)
 	}
 	return nil
 }
 
-// mostMinutesToRest is enough for every pause that the controller makes after a failure.
-const mostMinutesToRest = 50
+// maxMinutesToConverge is enough for every pause that the controller makes after a failure.
+const maxMinutesToConverge = 50
 
 // outcome of a story: what was wrong, and all that happened.
 type outcome struct {
-	wrong []string
-	log   []string
+	errors []string
+	log    []string
 }
 
 func (o outcome) String() string {
-	return strings.Join(o.log, "\n") + "\n\n" + strings.Join(o.wrong, "\n")
+	return strings.Join(o.log, "\n") + "\n\n" + strings.Join(o.errors, "\n")
 }

@@ -46,32 +46,32 @@ func clientID(name string) string {
 	return fmt.Sprintf("00000000-0000-4000-8000-%012x", []byte(fmt.Sprintf("%-6.6s", name)))
 }
 
-// world is one test's cluster, Azure and controllers.
-type world struct {
-	t         testing.TB
-	api       *apiServer
-	arm       *azure.ARM
-	cfg       mic.Config
-	log       *zap.Logger
-	trace     func(process string) func(request, string) // nil: no trace
-	onStart   func(*process)                             // before it does anything; may be nil
-	own       []string                                   // client IDs of MIC's own identities
-	seed      uint64
-	processes []*process
-	known     map[int64]*objects // by version
-	azureFacts
+// simulation is one test's cluster, Azure and controllers.
+type simulation struct {
+	t                testing.TB
+	api              *apiServer
+	arm              *azure.ARM
+	cfg              mic.Config
+	log              *zap.Logger
+	newTrace         func(process string) func(request, string) // nil: no trace
+	onStart          func(*process)                             // before it does anything; may be nil
+	ownIdentities    []string                                   // client IDs of MIC's own identities
+	seed             uint64
+	processes        []*process
+	objectsByVersion map[int64]*objects // by version
+	azureState
 }
 
-func newWorld(t testing.TB) *world {
-	w := &world{t: t, api: newAPIServer(), arm: azure.NewARM(azure.ARMOptions{}), cfg: mic.DefaultConfig(), log: zap.NewNop(), known: map[int64]*objects{}, azureFacts: newAzureFacts()}
+func newSimulation(t testing.TB) *simulation {
+	w := &simulation{t: t, api: newAPIServer(), arm: azure.NewARM(azure.ARMOptions{}), cfg: mic.DefaultConfig(), log: zap.NewNop(), objectsByVersion: map[int64]*objects{}, azureState: newAzureState()}
 	w.cfg.Namespace, w.cfg.Workers = micNamespace, 4
-	w.namespace(micNamespace)
-	w.namespace("default")
+	w.addNamespace(micNamespace)
+	w.addNamespace("default")
 	return w
 }
 
 // close ends all controllers; a bubble ends only when everything in it has.
-func (w *world) close() {
+func (w *simulation) close() {
 	for _, p := range w.processes {
 		p.kill()
 	}
@@ -79,41 +79,41 @@ func (w *world) close() {
 		select {
 		case <-p.done:
 		case <-time.After(10 * time.Minute):
-			w.t.Errorf("%s: Run has not returned ten minutes after its context ended", p.line.name)
+			w.t.Errorf("%s: Run has not returned ten minutes after its context ended", p.conn.name)
 			<-p.done
 		}
 		if p.err != nil {
-			w.t.Errorf("%s: %v", p.line.name, p.err)
+			w.t.Errorf("%s: %v", p.conn.name, p.err)
 		}
 	}
 }
 
 // process is a controller that leads, or did.
 type process struct {
-	line *line
+	conn *connection
 	stop context.CancelFunc // it loses the lease
 	done chan struct{}
 	err  error
 }
 
 // start makes another controller the leader.
-func (w *world) start() *process {
+func (w *simulation) start() *process {
 	ctx, cancel := context.WithCancel(context.Background())
-	p := &process{line: newLine(fmt.Sprintf("mic-%d", len(w.processes)+1), w.seed+uint64(len(w.processes))), stop: cancel, done: make(chan struct{})}
+	p := &process{conn: newConnection(fmt.Sprintf("mic-%d", len(w.processes)+1), w.seed+uint64(len(w.processes))), stop: cancel, done: make(chan struct{})}
 	w.processes = append(w.processes, p)
 	if w.onStart != nil {
 		w.onStart(p)
 	}
-	if w.trace != nil {
-		p.line.trace = w.trace(p.line.name)
+	if w.newTrace != nil {
+		p.conn.trace = w.newTrace(p.conn.name)
 	}
-	client, err := micazure.New(micazure.Config{}, micazure.Options{Transport: p.line.azure(w.arm), Credential: credential{}})
+	client, err := micazure.New(micazure.Config{}, micazure.Options{Transport: p.conn.armTransport(w.arm), Credential: credential{}})
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	c, err := mic.New(w.cfg, mic.Deps{
-		Kube:     &rest.Config{Host: "http://api.test", Transport: p.line.api(w.api)},
-		Machines: machines{client, w.own}, Log: w.log.Named(p.line.name), Registry: prometheus.NewRegistry(),
+		Kube:     &rest.Config{Host: "http://api.test", Transport: p.conn.apiTransport(w.api)},
+		Machines: machinesClient{client, w.ownIdentities}, Log: w.log.Named(p.conn.name), Registry: prometheus.NewRegistry(),
 	})
 	if err != nil {
 		w.t.Fatal(err)
@@ -127,7 +127,7 @@ func (w *world) start() *process {
 
 // kill is SIGKILL: nothing that it sends arrives any more, and nothing that was answered reaches it.
 func (p *process) kill() {
-	p.line.cut()
+	p.conn.disconnect()
 	p.stop()
 }
 
@@ -136,32 +136,32 @@ func (p *process) crashAt(n int, applied bool, killed func()) {
 	var left atomic.Int64
 	left.Store(int64(n))
 	die := func(r request) error {
-		if !r.write || left.Add(-1) != 0 {
+		if !r.isWrite || left.Add(-1) != 0 {
 			return nil
 		}
-		p.line.cut()
+		p.conn.disconnect()
 		killed()
-		return errCut
+		return errProcessKilled
 	}
 	if applied {
-		p.line.hook(nil, die)
+		p.conn.hook(nil, die)
 	} else {
-		p.line.hook(die, nil)
+		p.conn.hook(die, nil)
 	}
 }
 
-// leave ends its term as a leader that steps down does, and waits until it has.
-func (p *process) leave() {
+// stepDown ends its term as a leader that steps down does, and waits until it has.
+func (p *process) stepDown() {
 	p.stop()
 	<-p.done
 }
 
-type machines struct {
+type machinesClient struct {
 	*micazure.Client
 	own []string
 }
 
-func (m machines) OwnIdentities() []string { return m.own }
+func (m machinesClient) OwnIdentities() []string { return m.own }
 
 type credential struct{}
 
@@ -169,11 +169,11 @@ func (credential) GetToken(context.Context, policy.TokenRequestOptions) (azcore.
 	return azcore.AccessToken{Token: "mic", ExpiresOn: time.Now().Add(24 * time.Hour)}, nil
 }
 
-// azure is the way to ARM.
-func (l *line) azure(arm *azure.ARM) policy.Transporter {
+// armTransport is the way to ARM.
+func (l *connection) armTransport(arm *azure.ARM) policy.Transporter {
 	return transporter(func(r *http.Request) (*http.Response, error) {
 		q := request{r.Context(), toARM, r.Method + " " + azure.FoldID(r.URL.Path), r.Method == http.MethodPatch}
-		return l.pass(q, func(ctx context.Context) (*http.Response, error) { return arm.Do(r.WithContext(ctx)) })
+		return l.roundTrip(q, func(ctx context.Context) (*http.Response, error) { return arm.Do(r.WithContext(ctx)) })
 	})
 }
 
@@ -183,73 +183,73 @@ func (f transporter) Do(r *http.Request) (*http.Response, error) { return f(r) }
 
 // The objects of the cluster, as short as they can be.
 
-func (w *world) must(err error) {
+func (w *simulation) requireNoError(err error) {
 	w.t.Helper()
 	if err != nil {
 		w.t.Fatal(err)
 	}
 }
 
-func (w *world) namespace(name string) {
-	_, err := put(w.api, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NamespaceStatus{Phase: corev1.NamespaceActive}})
-	w.must(err)
+func (w *simulation) addNamespace(name string) {
+	_, err := createObject(w.api, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NamespaceStatus{Phase: corev1.NamespaceActive}})
+	w.requireNoError(err)
 }
 
-// scaleSet makes one with nodes on it.
-func (w *world) scaleSet(name string, nodes ...string) string {
+// addScaleSet makes one with nodes on it.
+func (w *simulation) addScaleSet(name string, nodes ...string) string {
 	id := scaleSetID(name)
-	w.must(w.arm.AddMachine(azure.Machine{ID: id}))
+	w.requireNoError(w.arm.AddMachine(azure.Machine{ID: id}))
 	for i, node := range nodes {
-		w.node(node, fmt.Sprintf("azure://%s/virtualMachines/%d", id, i))
+		w.addNode(node, fmt.Sprintf("azure://%s/virtualMachines/%d", id, i))
 	}
 	return id
 }
 
-// virtualMachine makes one that is a node.
-func (w *world) virtualMachine(name string) string {
+// addVirtualMachine makes one that is a node.
+func (w *simulation) addVirtualMachine(name string) string {
 	id := virtualMachineID(name)
-	w.must(w.arm.AddMachine(azure.Machine{ID: id}))
-	w.node(name, "azure://"+id)
+	w.requireNoError(w.arm.AddMachine(azure.Machine{ID: id}))
+	w.addNode(name, "azure://"+id)
 	return id
 }
 
-func (w *world) node(name, providerID string) {
-	_, err := put(w.api, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.NodeSpec{ProviderID: providerID}})
-	w.must(err)
+func (w *simulation) addNode(name, providerID string) {
+	_, err := createObject(w.api, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.NodeSpec{ProviderID: providerID}})
+	w.requireNoError(err)
 }
 
-// managedIdentity makes one in Azure, and returns its resource ID.
-func (w *world) managedIdentity(name string) string {
+// addManagedIdentity makes one in Azure, and returns its resource ID.
+func (w *simulation) addManagedIdentity(name string) string {
 	id := identityID(name)
-	w.must(w.arm.DefineIdentity(azure.Identity{ResourceID: id, ClientID: clientID(name), ObjectID: clientID("o" + name)}))
+	w.requireNoError(w.arm.DefineIdentity(azure.Identity{ResourceID: id, ClientID: clientID(name), ObjectID: clientID("o" + name)}))
 	return id
 }
 
-// identity makes an AzureIdentity of type 0. key is namespace/name.
-func (w *world) identity(key, resourceID string) {
+// addAzureIdentity makes an AzureIdentity of type 0. key is namespace/name.
+func (w *simulation) addAzureIdentity(key, resourceID string) {
 	namespace, name, _ := strings.Cut(key, "/")
-	_, err := put(w.api, &v1.AzureIdentity{
+	_, err := createObject(w.api, &v1.AzureIdentity{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
 		Spec:       v1.AzureIdentitySpec{ResourceID: resourceID, ClientID: clientID(resourceID[strings.LastIndex(resourceID, "/")+1:])},
 	})
-	w.must(err)
+	w.requireNoError(err)
 }
 
-// bind binds an AzureIdentity, by namespace/name, to the pods with a selector.
-func (w *world) bind(key, selector string) {
+// addBinding binds an AzureIdentity, by namespace/name, to the pods with a selector.
+func (w *simulation) addBinding(key, selector string) {
 	namespace, name, _ := strings.Cut(key, "/")
-	_, err := put(w.api, &v1.AzureIdentityBinding{
+	_, err := createObject(w.api, &v1.AzureIdentityBinding{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name + "-" + selector},
 		Spec:       v1.AzureIdentityBindingSpec{AzureIdentity: name, Selector: selector},
 	})
-	w.must(err)
+	w.requireNoError(err)
 }
 
-// give is an AzureIdentity for a managed identity of the same name, bound to the pods with that selector.
-func (w *world) give(namespace, name string) string {
-	id := w.managedIdentity(name)
-	w.identity(namespace+"/"+name, id)
-	w.bind(namespace+"/"+name, name)
+// addBoundIdentity is an AzureIdentity for a managed identity of the same name, bound to the pods with that selector.
+func (w *simulation) addBoundIdentity(namespace, name string) string {
+	id := w.addManagedIdentity(name)
+	w.addAzureIdentity(namespace+"/"+name, id)
+	w.addBinding(namespace+"/"+name, name)
 	return id
 }
 
@@ -264,17 +264,17 @@ func newPod(namespace, name, node, selector string) *corev1.Pod {
 	return p
 }
 
-// pod makes a pod, by namespace/name, that runs on a node.
-func (w *world) pod(key, node, selector string) *corev1.Pod {
+// addPod makes a pod, by namespace/name, that runs on a node.
+func (w *simulation) addPod(key, node, selector string) *corev1.Pod {
 	namespace, name, _ := strings.Cut(key, "/")
-	p, err := put(w.api, newPod(namespace, name, node, selector))
-	w.must(err)
+	p, err := createObject(w.api, newPod(namespace, name, node, selector))
+	w.requireNoError(err)
 	return p
 }
 
-// assignments returns those of a pod, by namespace/name.
-func (w *world) assignments(pod string) (found []*v1.AzureAssignedIdentity) {
-	for _, a := range all[v1.AzureAssignedIdentity](w.api) {
+// assignmentsOf returns those of a pod, by namespace/name.
+func (w *simulation) assignmentsOf(pod string) (found []*v1.AzureAssignedIdentity) {
+	for _, a := range listObjects[v1.AzureAssignedIdentity](w.api) {
 		if a.Spec.PodNamespace+"/"+a.Spec.Pod == pod {
 			found = append(found, a)
 		}
@@ -282,8 +282,8 @@ func (w *world) assignments(pod string) (found []*v1.AzureAssignedIdentity) {
 	return found
 }
 
-// patches returns the updates that ARM was asked for, of one machine or ("") all.
-func (w *world) patches(machine string) (found []azure.ARMRequest) {
+// patchRequests returns the updates that ARM was asked for, of one machine or ("") all.
+func (w *simulation) patchRequests(machine string) (found []azure.ARMRequest) {
 	for _, r := range w.arm.Log(0) {
 		if r.Operation == azure.OpPatch && (machine == "" || r.Resource == azure.FoldID(machine)) {
 			found = append(found, r)
@@ -292,7 +292,7 @@ func (w *world) patches(machine string) (found []azure.ARMRequest) {
 	return found
 }
 
-func cut(key string) (namespace, name string) {
+func splitKey(key string) (namespace, name string) {
 	namespace, name, _ = strings.Cut(key, "/")
 	return namespace, name
 }
