@@ -4,7 +4,7 @@ GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 FUZZ    ?= 10m
-STORIES ?= 100000
+SEQUENCES ?= 100000
 
 # One set of build flags for programs, tests and tools, so that each package is compiled once and then found in Go's
 # build cache. The race detector needs cgo and a second set: see the target race.
@@ -69,7 +69,7 @@ RACE := ./nmi/... ./mic/... ./iptables/... ./internal/...
 race: ## the tests of packages with goroutines, with the race detector
 	CGO_ENABLED=1 $(GOTEST) . -race $(RACE)
 	CGO_ENABLED=1 $(GOTEST) e2e -race ./azure
-	CGO_ENABLED=1 $(GOTEST) e2e -race -run 'Whatever|KilledAtAny' ./mic
+	CGO_ENABLED=1 $(GOTEST) e2e -race -run 'RandomSequences|KilledAtAny' ./mic
 
 values: # the unit tests that race leaves out
 	$(GOTEST) . $$($(GO) list ./... | grep -vxF "$$($(GO) list $(RACE))")
@@ -129,8 +129,8 @@ verify-generated: bin/controller-gen ## check that generated files are up to dat
 prerequisites: ## install the Debian packages that the tests need on this computer
 	sh e2e/prerequisites.sh
 
-fuzz: ## run each fuzz target for FUZZ (10m), and STORIES (100000) new random sequences of events for MIC
-	$(GO) -C e2e test ./mic -run Whatever -fresh -stories $(STORIES) -timeout 0
+fuzz: ## run each fuzz target for FUZZ (10m), and SEQUENCES (100000) new random sequences of events for MIC
+	$(GO) -C e2e test ./mic -run RandomSequences -fresh -sequences $(SEQUENCES) -timeout 0
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzPath$$' -fuzztime $(FUZZ)
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzParseRequest$$' -fuzztime $(FUZZ)
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzParseHostToken$$' -fuzztime $(FUZZ)

@@ -16,10 +16,11 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// Managed identities that AzureIdentities name. Azure does not know the last one.
+// managedNames are the managed identities that AzureIdentities reference. The last one does not exist in Azure.
 var managedNames = []string{"u0", "u1", "u2", "u3", "ghost"}
 
-// nodeProviders are the nodes of stories. Two spell their scale set differently; two are on nothing that Azure knows.
+// nodeProviders are the provider IDs of the nodes, by name. n0 and n1 spell the ID of their scale set differently; n5 is
+// not on Azure.
 var nodeProviders = map[string]string{
 	"n0": "azure://" + scaleSetID("Set-A") + "/virtualMachines/0",
 	"n1": "azure://" + strings.ToLower(scaleSetID("Set-A")) + "/virtualMachines/1",
@@ -39,7 +40,7 @@ func sorted[V any](m map[string]V) iter.Seq2[string, V] {
 	}
 }
 
-// addMachine makes a machine, with an identity on it that MIC has no business with.
+// addMachine creates a machine with an identity attached that MIC must not touch.
 func (s *sequence) addMachine(id string) {
 	if _, there := s.arm.Machine(id); there || id == "" {
 		return
@@ -63,10 +64,10 @@ func (s *sequence) anyMachine(r *rand.Rand) azure.Machine {
 func (s *sequence) changeDelay(r *rand.Rand) string {
 	delay := pick(r, 0, 0, 3*time.Second, 20*time.Second, 60*time.Second)
 	s.arm.Change(func(a *azure.ARMSettings) { a.Delay = delay })
-	return fmt.Sprintf("updates take Azure %s", delay)
+	return fmt.Sprintf("Azure takes %s for an update", delay)
 }
 
-// failARMRequests makes some of the next requests go wrong.
+// failARMRequests injects a random fault into some of the next requests to ARM.
 func (s *sequence) failARMRequests(r *rand.Rand) string {
 	f := azure.ARMFault{Count: 1 + r.IntN(4), Operation: pick(r, azure.OpGet, azure.OpPatch, azure.OpPatch, azure.OpPoll, "")}
 	if r.IntN(2) == 0 {
@@ -91,11 +92,11 @@ func (s *sequence) failARMRequests(r *rand.Rand) string {
 		f.Latency = randomDuration(r, time.Second, 40*time.Second)
 	}
 	s.requireNoError(s.arm.SetFault(f))
-	return fmt.Sprintf("the next %d requests %q of %q: status %d, retry after %d, hang %t, drop %t, fails %t, late %s, yet applied: %t",
+	return fmt.Sprintf("fault for the next %d requests %q to %q: status %d, retry after %d, hang %t, drop %t, fails %t, latency %s, applied: %t",
 		f.Count, f.Operation, lastSegment(f.Resource), f.Status, f.RetryAfter, f.Hang, f.Drop, f.Fails, f.Latency, f.Apply)
 }
 
-// makeIdentityRefused makes Azure refuse one from now on: MIC may not assign it, or it does not exist any more.
+// makeIdentityRefused makes Azure refuse an identity from now on: MIC may not assign it, or it no longer exists.
 func (s *sequence) makeIdentityRefused(r *rand.Rand) string {
 	id := azure.FoldID(identityID(pick(r, managedNames[:4]...)))
 	naming := pick(r, azure.NamedInDetails, azure.NamedInText, azure.Unnamed)
@@ -107,10 +108,10 @@ func (s *sequence) makeIdentityRefused(r *rand.Rand) string {
 		return fmt.Sprintf("%s is deleted in Azure", lastSegment(id))
 	case 1:
 		s.requireNoError(s.arm.SetIdentityFault(azure.IdentityFault{Identity: id, Denied: true, Naming: naming}))
-		return fmt.Sprintf("%s may not be assigned by MIC (named: %s)", lastSegment(id), naming)
+		return fmt.Sprintf("MIC may not assign %s (error names it: %s)", lastSegment(id), naming)
 	default:
 		s.requireNoError(s.arm.SetIdentityFault(azure.IdentityFault{Identity: id, Missing: true, Naming: naming}))
-		return fmt.Sprintf("Azure does not find %s (named: %s)", lastSegment(id), naming)
+		return fmt.Sprintf("Azure does not find %s (error names it: %s)", lastSegment(id), naming)
 	}
 }
 
@@ -123,10 +124,10 @@ func (s *sequence) makeIdentityAccepted(r *rand.Rand) string {
 	delete(s.refused, id)
 	s.defineManagedIdentity(lastSegment(id))
 	s.requireNoError(s.arm.SetIdentityFault(azure.IdentityFault{Identity: id}))
-	return fmt.Sprintf("%s can be assigned again", lastSegment(id))
+	return fmt.Sprintf("Azure accepts %s again", lastSegment(id))
 }
 
-// defineManagedIdentity is managedIdentity, and notes that it exists.
+// defineManagedIdentity calls addManagedIdentity and records that the identity exists.
 func (s *sequence) defineManagedIdentity(name string) {
 	s.existing[azure.FoldID(s.addManagedIdentity(name))] = true
 }
@@ -138,10 +139,10 @@ func (s *sequence) detachManually(r *rand.Rand) string {
 	}
 	id := m.Identities[r.IntN(len(m.Identities))]
 	s.detachExternally(m.ID, id)
-	return fmt.Sprintf("%s is detached from %s by hand", lastSegment(id), lastSegment(m.ID))
+	return fmt.Sprintf("%s is detached from %s externally", lastSegment(id), lastSegment(m.ID))
 }
 
-// attachManually attaches an identity that MIC has not had to do with so far.
+// attachManually attaches an identity that MIC has not assigned or recorded so far.
 func (s *sequence) attachManually(r *rand.Rand) string {
 	m := s.anyMachine(r)
 	id := identityID(pick(r, "other", "u0", "u1", "u2", "u3"))
@@ -149,9 +150,9 @@ func (s *sequence) attachManually(r *rand.Rand) string {
 	if s.arm.Attached(m.ID, id) || !s.existing[folded] || s.arm.Settings().NoETags && lastSegment(folded) != "other" {
 		return ""
 	}
-	heardOf := func(a *v1.AzureAssignedIdentity) bool { return identityOfAssignment(a) == folded }
+	refersToIt := func(a *v1.AzureAssignedIdentity) bool { return identityOfAssignment(a) == folded }
 	for _, c := range allStates[v1.AzureAssignedIdentity](s.api) {
-		if heardOf(c) {
+		if refersToIt(c) {
 			return ""
 		}
 	}
@@ -161,7 +162,7 @@ func (s *sequence) attachManually(r *rand.Rand) string {
 		}
 	}
 	s.attachExternally(m.ID, id)
-	return fmt.Sprintf("%s is attached to %s by somebody else", lastSegment(id), lastSegment(m.ID))
+	return fmt.Sprintf("%s is attached to %s externally", lastSegment(id), lastSegment(m.ID))
 }
 
 func (s *sequence) setMachineState(r *rand.Rand) string {
@@ -172,7 +173,7 @@ func (s *sequence) setMachineState(r *rand.Rand) string {
 			s.requireNoError(s.arm.SetProvisioningState(m.ID, ""))
 		}
 	})
-	return fmt.Sprintf("%s is %s", lastSegment(m.ID), state)
+	return fmt.Sprintf("%s has provisioning state %s", lastSegment(m.ID), state)
 }
 
 func (s *sequence) failAPIRequests(r *rand.Rand) string {
@@ -181,7 +182,7 @@ func (s *sequence) failAPIRequests(r *rand.Rand) string {
 		statuses = append(statuses, pick(r, 500, 503, 504, 429, 0))
 	}
 	s.api.failNextRequests(statuses...)
-	return fmt.Sprintf("the next requests to the API server: %v", statuses)
+	return fmt.Sprintf("the next requests to the API server fail with %v", statuses)
 }
 
 func (s *sequence) makeAPIUnavailable(r *rand.Rand) string {
@@ -189,24 +190,24 @@ func (s *sequence) makeAPIUnavailable(r *rand.Rand) string {
 	s.api.makeUnavailable()
 	s.schedule(d, func() {
 		s.api.makeAvailable()
-		s.logf("   the API server is back")
+		s.logf("   the API server is available again")
 	})
-	return fmt.Sprintf("the API server is away for %s", d)
+	return fmt.Sprintf("the API server is unavailable for %s", d)
 }
 
 func (s *sequence) expireWatches(*rand.Rand) string {
 	s.api.expireWatches()
-	return "watches cannot go on where they were"
+	return "watches are closed and their resource versions have expired"
 }
 
 func (s *sequence) delayWatch(r *rand.Rand) string {
 	resource, d := pick(r, "pods", "nodes", "azureidentities", "azureidentitybindings", "azureassignedidentities", "namespaces"), randomDuration(r, time.Second, 20*time.Second)
 	s.api.delayWatches(resource, d)
 	s.maxWatchDelay += d
-	return fmt.Sprintf("watches of %s are %s late", resource, d)
+	return fmt.Sprintf("watches of %s are delayed by %s", resource, d)
 }
 
-// crashLeader kills the leader now or at one of its next writes, before or after that has taken effect.
+// crashLeader kills the leader now or at one of its next writes, before or after the write takes effect.
 func (s *sequence) crashLeader(r *rand.Rand) string {
 	p := s.leader
 	s.restartDelay = randomDuration(r, 0, pick(r, time.Second, time.Minute, 4*time.Minute))
@@ -216,13 +217,13 @@ func (s *sequence) crashLeader(r *rand.Rand) string {
 	n, applied := r.IntN(6), r.IntN(2) == 0
 	if n == 0 {
 		s.handleCrash(p)
-		return fmt.Sprintf("%s is killed, to be back after %s", p.conn.name, s.restartDelay)
+		return fmt.Sprintf("%s is killed; the next starts after %s", p.conn.name, s.restartDelay)
 	}
 	p.crashAt(n, applied, func() { s.crashes <- p })
-	return fmt.Sprintf("%s is to be killed at write %d from now, applied: %t, to be back after %s", p.conn.name, n, applied, s.restartDelay)
+	return fmt.Sprintf("%s will be killed at its write %d from now, applied: %t; the next starts after %s", p.conn.name, n, applied, s.restartDelay)
 }
 
-// changeLeader makes another one the leader while the last one is stepping down.
+// changeLeader starts another leader while the previous one is stepping down.
 func (s *sequence) changeLeader(*rand.Rand) string {
 	if s.leader == nil {
 		return ""
@@ -230,5 +231,5 @@ func (s *sequence) changeLeader(*rand.Rand) string {
 	s.leader.stop()
 	s.leader = nil
 	s.startLeader()
-	return "the lease goes to another MIC"
+	return "the leader loses the lease and steps down"
 }

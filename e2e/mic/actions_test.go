@@ -13,7 +13,7 @@ import (
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
-// Names that stories use. There are few, so that things meet.
+// Names of the objects. There are few, so that actions concern the same objects.
 var (
 	namespaces    = []string{"blue", "green", "red"}
 	podNames      = []string{"p0", "p1", "p2", "p3"}
@@ -21,7 +21,7 @@ var (
 	identityNames = []string{"i0", "i1", "i2"} // of AzureIdentities
 )
 
-// actions are all that can happen.
+// actions are all kinds of steps.
 var actions = []action{
 	{12, (*sequence).createPod},
 	{3, (*sequence).schedulePod},
@@ -56,7 +56,7 @@ var actions = []action{
 
 func key(o metav1.Object) string { return o.GetNamespace() + "/" + o.GetName() }
 
-// anyOf picks one of the objects of a kind that satisfy a condition.
+// anyOf picks one of the objects of a kind that satisfy a condition; nil if there is none.
 func anyOf[T any](s *sequence, r *rand.Rand, which func(*T) bool) *T {
 	found := slices.DeleteFunc(listObjects[T](s.api), func(o *T) bool { return !which(o) })
 	if len(found) == 0 {
@@ -89,7 +89,7 @@ func (s *sequence) schedulePod(r *rand.Rand) string {
 		return ""
 	}
 	editObject(s.api, p.Namespace, p.Name, func(p *corev1.Pod) { p.Spec.NodeName, p.Status.Phase = node, corev1.PodRunning })
-	return fmt.Sprintf("pod %s goes to %s", key(p), node)
+	return fmt.Sprintf("pod %s is scheduled to %s", key(p), node)
 }
 
 func (s *sequence) deletePod(r *rand.Rand) string {
@@ -99,13 +99,14 @@ func (s *sequence) deletePod(r *rand.Rand) string {
 	}
 	if r.IntN(3) == 0 {
 		deleteObject[corev1.Pod](s.api, p.Namespace, p.Name, 0)
-		return fmt.Sprintf("pod %s is deleted by force", key(p))
+		return fmt.Sprintf("pod %s is deleted with grace period 0", key(p))
 	}
 	deleteObject[corev1.Pod](s.api, p.Namespace, p.Name)
 	return fmt.Sprintf("pod %s is deleted", key(p))
 }
 
-// replacePod is a pod of a StatefulSet: another one of the same name follows at once, perhaps elsewhere.
+// replacePod replaces a pod as a StatefulSet does: another pod of the same name follows at once, possibly on another
+// node.
 func (s *sequence) replacePod(r *rand.Rand) string {
 	p := anyOf(s, r, func(*corev1.Pod) bool { return true })
 	if p == nil {
@@ -118,7 +119,7 @@ func (s *sequence) replacePod(r *rand.Rand) string {
 	deleteObject[corev1.Pod](s.api, p.Namespace, p.Name, 0)
 	again, err := createObject(s.api, newPod(p.Namespace, p.Name, s.anyNode(r), selector))
 	if err != nil {
-		return fmt.Sprintf("pod %s is gone", key(p))
+		return fmt.Sprintf("pod %s is deleted with grace period 0", key(p))
 	}
 	return fmt.Sprintf("pod %s is replaced by %s with %q on %q", key(p), again.UID, selector, again.Spec.NodeName)
 }
@@ -130,7 +131,7 @@ func (s *sequence) finishPod(r *rand.Rand) string {
 	}
 	phase := pick(r, corev1.PodSucceeded, corev1.PodFailed)
 	editObject(s.api, p.Namespace, p.Name, func(p *corev1.Pod) { p.Status.Phase = phase })
-	return fmt.Sprintf("pod %s has %s", key(p), strings.ToLower(string(phase)))
+	return fmt.Sprintf("pod %s has phase %s", key(p), phase)
 }
 
 func (s *sequence) relabelPod(r *rand.Rand) string {
@@ -144,7 +145,7 @@ func (s *sequence) relabelPod(r *rand.Rand) string {
 			p.Labels = nil
 		}
 	})
-	return fmt.Sprintf("pod %s has %q now", key(p), selector)
+	return fmt.Sprintf("pod %s has label %q now", key(p), selector)
 }
 
 func (s *sequence) createBinding(r *rand.Rand) string {
@@ -156,7 +157,7 @@ func (s *sequence) createBinding(r *rand.Rand) string {
 	if err != nil {
 		return ""
 	}
-	return fmt.Sprintf("binding %s: %s to %q", key(b), name, selector)
+	return fmt.Sprintf("binding %s: %s for %q", key(b), name, selector)
 }
 
 func (s *sequence) deleteBinding(r *rand.Rand) string {
@@ -170,7 +171,7 @@ func (s *sequence) deleteBinding(r *rand.Rand) string {
 	}
 	s.schedule(randomDuration(r, 0, 3*time.Minute), func() {
 		if _, err := createObject(s.api, &v1.AzureIdentityBinding{ObjectMeta: metav1.ObjectMeta{Namespace: b.Namespace, Name: b.Name}, Spec: b.Spec}); err == nil {
-			s.logf("   binding %s is there again", key(b))
+			s.logf("   binding %s is created again", key(b))
 		}
 	})
 	return fmt.Sprintf("binding %s is deleted for a while", key(b))
@@ -188,10 +189,10 @@ func (s *sequence) editBinding(r *rand.Rand) string {
 		selector = pick(r, selectors...)
 	}
 	editObject(s.api, b.Namespace, b.Name, func(b *v1.AzureIdentityBinding) { b.Spec.AzureIdentity, b.Spec.Selector = name, selector })
-	return fmt.Sprintf("binding %s gives %s to %q now", key(b), name, selector)
+	return fmt.Sprintf("binding %s is for %s and %q now", key(b), name, selector)
 }
 
-// randomIdentity is the spec of an AzureIdentity: mostly a managed identity, spelled in any case.
+// randomIdentity returns the spec of an AzureIdentity: mostly a managed identity, with its ID in random letter case.
 func (s *sequence) randomIdentity(r *rand.Rand) v1.AzureIdentitySpec {
 	switch n := r.IntN(20); {
 	case n == 0:
@@ -237,7 +238,7 @@ func (s *sequence) deleteIdentity(r *rand.Rand) string {
 	}
 	s.schedule(randomDuration(r, 0, 3*time.Minute), func() {
 		if _, err := createObject(s.api, &v1.AzureIdentity{ObjectMeta: metav1.ObjectMeta{Namespace: i.Namespace, Name: i.Name}, Spec: i.Spec}); err == nil {
-			s.logf("   identity %s is there again", key(i))
+			s.logf("   identity %s is created again", key(i))
 		}
 	})
 	return fmt.Sprintf("identity %s is deleted for a while", key(i))
@@ -257,11 +258,11 @@ func (s *sequence) editIdentity(r *rand.Rand) string {
 		editObject(s.api, i.Namespace, i.Name, func(i *v1.AzureIdentity) {
 			if _, ok := i.Annotations[v1.BehaviorAnnotation]; ok {
 				i.Annotations = nil
-				text = "no annotation any more"
+				text = "no annotation"
 				return
 			}
 			i.Annotations = map[string]string{v1.BehaviorAnnotation: v1.BehaviorNamespaced}
-			text = "the annotation that keeps it to its namespace"
+			text = "the annotation that restricts it to its namespace"
 		})
 	default:
 		editObject(s.api, i.Namespace, i.Name, func(i *v1.AzureIdentity) { i.Spec = spec })
@@ -270,18 +271,18 @@ func (s *sequence) editIdentity(r *rand.Rand) string {
 	return fmt.Sprintf("identity %s has %s now", key(i), text)
 }
 
-// deleteNode takes a node away; its pods go some time later, or before. A node of which the predecessor wrote is left:
-// without it nobody can tell which machine that was about.
+// deleteNode deletes a node, and its pods some time later. A node with assignments of AAD Pod Identity is kept: without
+// the node nobody can tell which machine they belong to.
 func (s *sequence) deleteNode(r *rand.Rand) string {
 	n := anyOf(s, r, func(*corev1.Node) bool { return true })
 	if n == nil || anyOf(s, r, func(a *v1.AzureAssignedIdentity) bool { return ownerPodUID(a) == "" && a.Spec.NodeName == n.Name }) != nil {
 		return ""
 	}
 	deleteObject[corev1.Node](s.api, "", n.Name)
-	text := fmt.Sprintf("node %s is gone", n.Name)
+	text := fmt.Sprintf("node %s is deleted", n.Name)
 	if id := machineOfProviderID(n.Spec.ProviderID); strings.Contains(id, "/virtualmachines/") && r.IntN(2) == 0 {
 		s.deleteMachine(id)
-		text += " and so is its machine"
+		text += " and its machine too"
 	}
 	s.schedule(randomDuration(r, 0, time.Minute), func() { s.deletePodsOf(n.Name) })
 	return text
@@ -290,7 +291,7 @@ func (s *sequence) deleteNode(r *rand.Rand) string {
 func (s *sequence) deletePodsOf(node string) {
 	for _, n := range listObjects[corev1.Node](s.api) {
 		if n.Name == node {
-			return // it is back
+			return // the node exists again
 		}
 	}
 	for _, p := range listObjects[corev1.Pod](s.api) {
@@ -300,7 +301,7 @@ func (s *sequence) deletePodsOf(node string) {
 	}
 }
 
-// createNode adds one that is missing, at first perhaps without a provider ID.
+// createNode creates a missing node, at first possibly without a provider ID.
 func (s *sequence) createNode(r *rand.Rand) string {
 	for name, providerID := range sorted(nodeProviders) {
 		if _, ok := getObject[corev1.Node](s.api, "", name); ok {
@@ -321,7 +322,7 @@ func (s *sequence) createNode(r *rand.Rand) string {
 	return ""
 }
 
-// deleteNamespace deletes one; it comes back empty.
+// deleteNamespace deletes a namespace; it is created again later, empty.
 func (s *sequence) deleteNamespace(r *rand.Rand) string {
 	name := pick(r, namespaces...)
 	if !deleteObject[corev1.Namespace](s.api, "", name) {
@@ -337,17 +338,17 @@ func (s *sequence) restoreNamespace(name string) {
 	}
 }
 
-// deleteAssignment is somebody who tidies up by hand, perhaps with more force than is good. What the predecessor attached
-// is written down nowhere else than in its assignments, so they keep their finalizer.
+// deleteAssignment deletes an assignment as a user would, possibly after removing its finalizer. What AAD Pod Identity
+// attached is recorded only in its assignments, so those keep their finalizer.
 func (s *sequence) deleteAssignment(r *rand.Rand) string {
 	a := anyOf(s, r, func(*v1.AzureAssignedIdentity) bool { return true })
 	if a == nil {
 		return ""
 	}
-	text := fmt.Sprintf("%s is deleted by hand", describeAssignment(a))
+	text := fmt.Sprintf("%s is deleted by a user", describeAssignment(a))
 	if r.IntN(3) == 0 && ownerPodUID(a) != "" {
 		editObject(s.api, a.Namespace, a.Name, func(a *v1.AzureAssignedIdentity) { a.Finalizers = nil })
-		text += ", without its finalizer"
+		text += ", after removing its finalizer"
 	}
 	deleteObject[v1.AzureAssignedIdentity](s.api, a.Namespace, a.Name)
 	return text

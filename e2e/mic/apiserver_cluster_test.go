@@ -9,7 +9,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// schedule does some work of the cluster's own after a while.
+// schedule runs work of a cluster component after d.
 func (s *apiServer) schedule(d time.Duration, work func()) {
 	time.AfterFunc(d, func() {
 		s.mu.Lock()
@@ -18,21 +18,21 @@ func (s *apiServer) schedule(d time.Duration, work func()) {
 	})
 }
 
-// isRunning tells a pod that a kubelet has to stop before it can go.
+// isRunning reports whether a kubelet has to stop the pod before it can be deleted.
 func isRunning(pod *object) bool {
 	node, _, _ := unstructured.NestedString(pod.Object, "spec", "nodeName")
 	phase, _, _ := unstructured.NestedString(pod.Object, "status", "phase")
 	return node != "" && phase != "Succeeded" && phase != "Failed"
 }
 
-// finishPodDeletion is the end of a deleted pod: the kubelet has stopped it.
+// finishPodDeletion removes a deleted pod, as the kubelet does when it has stopped the pod's containers.
 func (s *apiServer) finishPodDeletion(k *kind, key objectKey, uid types.UID) {
 	if old, ok := k.objects[key]; ok && old.GetUID() == uid {
 		s.commit(k, old, old.DeepCopy(), len(old.GetFinalizers()) == 0)
 	}
 }
 
-// collectDependents is the garbage collector hearing of an object's end.
+// collectDependents is the garbage collector's reaction to the deletion of an object.
 func (s *apiServer) collectDependents(owner types.UID) {
 	for _, k := range s.kinds {
 		for key, o := range k.objects {
@@ -43,7 +43,7 @@ func (s *apiServer) collectDependents(owner types.UID) {
 	}
 }
 
-// collectGarbage deletes an object if none of its owners is there. An owner is looked for in the object's own namespace only.
+// collectGarbage deletes an object if none of its owners exists. Owners are looked up in the object's own namespace only.
 func (s *apiServer) collectGarbage(k *kind, key objectKey, uid types.UID) {
 	o, ok := k.objects[key]
 	if !ok || o.GetUID() != uid || len(o.GetOwnerReferences()) == 0 {
@@ -52,7 +52,7 @@ func (s *apiServer) collectGarbage(k *kind, key objectKey, uid types.UID) {
 	for _, r := range o.GetOwnerReferences() {
 		owners := s.kindOf(func(k *kind) bool { return k.Kind == r.Kind && k.GroupVersion().String() == r.APIVersion })
 		if owners == nil {
-			return // the collector does not know the kind and leaves it alone
+			return // the garbage collector does not delete what has an owner of an unknown kind
 		}
 		at := objectKey{name: r.Name}
 		if owners.namespaced {
@@ -62,10 +62,11 @@ func (s *apiServer) collectGarbage(k *kind, key objectKey, uid types.UID) {
 			return
 		}
 	}
-	_, _ = s.remove(k, key, metav1.DeleteOptions{}) // it was there a moment ago
+	_, _ = s.remove(k, key, metav1.DeleteOptions{}) // it exists: see above
 }
 
-// emptyNamespace deletes what is in a namespace that is being deleted, again and again until nothing is, and then itself.
+// emptyNamespace deletes the content of a namespace that is being deleted, repeatedly until it is empty, and then the
+// namespace itself.
 func (s *apiServer) emptyNamespace(name string) {
 	namespaces := s.kinds["namespaces"]
 	namespace, ok := namespaces.objects[objectKey{"", name}]

@@ -11,21 +11,21 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 )
 
-// apiFaults is what is wrong with the API server; guarded by its mutex.
+// apiFaults are the faults of the API server; guarded by its mutex.
 type apiFaults struct {
-	unavailable bool                     // nobody answers
-	failures    []int                    // HTTP status of the next requests; 0 is none: the connection is lost after a while
-	watchDelay  map[string]time.Duration // how late watches of a resource are
-	noWatchList bool                     // refuses to begin a watch with all objects, as old servers do
+	unavailable bool                     // connections are refused
+	failures    []int                    // HTTP status of the next requests; 0: the connection is lost after a while, without a response
+	watchDelay  map[string]time.Duration // how long events of a resource are delayed
+	noWatchList bool                     // reject watches with sendInitialEvents, as old servers do
 	bookmarks   bool
 }
 
 var errConnectionRefused = errors.New("dial tcp 10.0.0.1:443: connect: connection refused")
 
-// connectionLostAfter is how long a client waits until HTTP/2 tells it that nobody is there any more.
+// connectionLostAfter is how long a client waits until HTTP/2 pings detect a dead connection.
 const connectionLostAfter = 45 * time.Second
 
-// injectedFault is the error that a call meets instead of the server.
+// injectedFault returns the error that the client gets instead of the server's response.
 func (s *apiServer) injectedFault(ctx context.Context, c *call) error {
 	s.mu.Lock()
 	away, status := s.faults.unavailable, -1
@@ -44,12 +44,12 @@ func (s *apiServer) injectedFault(ctx context.Context, c *call) error {
 	case status == http.StatusTooManyRequests:
 		return apierrors.NewTooManyRequests("too many requests, please try again later", 1)
 	case status > 0:
-		return apierrors.NewGenericServerResponse(status, c.verb, schema.GroupResource{}, c.name, "switched", 0, true)
+		return apierrors.NewGenericServerResponse(status, c.verb, schema.GroupResource{}, c.name, "injected fault", 0, true)
 	}
 	return nil
 }
 
-// makeUnavailable lets nobody in, and breaks what is open.
+// makeUnavailable refuses new connections and aborts open watches.
 func (s *apiServer) makeUnavailable() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -63,14 +63,14 @@ func (s *apiServer) makeAvailable() {
 	s.faults.unavailable = false
 }
 
-// failNextRequests answers the next requests with these statuses.
+// failNextRequests makes the next requests fail with these HTTP statuses.
 func (s *apiServer) failNextRequests(statuses ...int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.faults.failures = append(s.faults.failures, statuses...)
 }
 
-// delayWatches delays what watches of a resource tell.
+// delayWatches delays the events of a resource.
 func (s *apiServer) delayWatches(resource string, d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -80,7 +80,7 @@ func (s *apiServer) delayWatches(resource string, d time.Duration) {
 	s.faults.watchDelay[resource] = d
 }
 
-// expireWatches cuts all watches, and none can go on where it was: clients have to list again.
+// expireWatches aborts all watches and compacts the history: no watch can resume, and clients have to list again.
 func (s *apiServer) expireWatches() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -91,7 +91,7 @@ func (s *apiServer) expireWatches() {
 	s.abortWatches()
 }
 
-// abortWatches breaks the open watches; s.mu is held.
+// abortWatches aborts the open watches; s.mu is held.
 func (s *apiServer) abortWatches() {
 	for _, k := range s.kinds {
 		for w := range k.streams {
@@ -100,7 +100,7 @@ func (s *apiServer) abortWatches() {
 	}
 }
 
-// clearFaults ends all faults.
+// clearFaults removes all faults.
 func (s *apiServer) clearFaults() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -14,13 +14,14 @@ import (
 	utiljson "k8s.io/apimachinery/pkg/util/json"
 )
 
-// Tests look at and change the cluster without HTTP, faults and subresources, as its other inhabitants would.
+// Tests read and change objects directly, without HTTP, faults and subresources. They act for all other clients of the
+// API server.
 
 func kindFor[T any](s *apiServer) *kind {
 	t := reflect.TypeFor[T]()
 	k := s.kindOf(func(k *kind) bool { return k.goType == t })
 	if k == nil {
-		panic(fmt.Sprintf("the API server knows no %s", t))
+		panic(fmt.Sprintf("the fake API server does not serve %s", t))
 	}
 	return k
 }
@@ -41,7 +42,7 @@ func encodeObject[T any](v *T) *unstructured.Unstructured {
 	return u
 }
 
-// createObject creates an object with its status, or gives the error of the server.
+// createObject creates an object with its status, or returns the error of the server.
 func createObject[T any](s *apiServer, v *T) (*T, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -61,7 +62,7 @@ func createObject[T any](s *apiServer, v *T) (*T, error) {
 	return decodeObject[T](o), nil
 }
 
-// editObject changes an object, status and all; false if it is not there.
+// editObject changes an object including its status; false if it does not exist.
 func editObject[T any](s *apiServer, namespace, name string, change func(*T)) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -73,12 +74,12 @@ func editObject[T any](s *apiServer, namespace, name string, change func(*T)) bo
 	v := decodeObject[T](old)
 	change(v)
 	if _, err := s.replace(k, old, encodeObject(v)); err != nil {
-		panic(fmt.Sprintf("edit of %s %s/%s: %v", k.resource, namespace, name, err))
+		panic(fmt.Sprintf("editing %s %s/%s: %v", k.resource, namespace, name, err))
 	}
 	return true
 }
 
-// deleteObject deletes an object as kubectl does, or at once; false if it is not there.
+// deleteObject deletes an object with the default grace period or the given one; false if it does not exist.
 func deleteObject[T any](s *apiServer, namespace, name string, grace ...int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -100,7 +101,7 @@ func getObject[T any](s *apiServer, namespace, name string) (*T, bool) {
 	return decodeObject[T](o), true
 }
 
-// listObjects returns the objects of a kind, by namespace and name, to be read only.
+// listObjects returns the objects of a kind, sorted by namespace and name. Callers must not change them.
 func listObjects[T any](s *apiServer) []*T {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -115,7 +116,7 @@ func listObjects[T any](s *apiServer) []*T {
 	return found
 }
 
-// decodedObject is the object in its Go type, to be read only. s.mu is held.
+// decodedObject returns the object in its Go type. Callers must not change it. s.mu is held.
 func decodedObject[T any](o *object) *T {
 	if o.decoded == nil {
 		o.decoded = decodeObject[T](o)
@@ -123,27 +124,28 @@ func decodedObject[T any](o *object) *T {
 	return o.decoded.(*T)
 }
 
-// listObjectsAt returns what objects of a kind there were when the server had a version, to be read only.
+// listObjectsAt returns the objects of a kind as of a version of the server. Callers must not change them.
 func listObjectsAt[T any](s *apiServer, version int64) []*T {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	there := map[objectKey]*object{}
+	existing := map[objectKey]*object{}
 	for _, c := range kindFor[T](s).history {
 		if c.version > version {
 			break
 		}
-		if there[c.after.key] = c.after; c.deleted {
-			delete(there, c.after.key)
+		if existing[c.after.key] = c.after; c.deleted {
+			delete(existing, c.after.key)
 		}
 	}
-	found := make([]*T, 0, len(there))
-	for _, o := range there {
+	found := make([]*T, 0, len(existing))
+	for _, o := range existing {
 		found = append(found, decodedObject[T](o))
 	}
 	return found
 }
 
-// versionAt is the version of the last change of any of these resources up to some time; without any, of all.
+// versionAt returns the version of the last change of any of these resources up to some time; without arguments, of all
+// resources.
 func (s *apiServer) versionAt(when time.Time, resources ...string) (version int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -159,7 +161,7 @@ func (s *apiServer) versionAt(when time.Time, resources ...string) (version int6
 	return version
 }
 
-// changeTimes returns the times of changes after the one and up to the other.
+// changeTimes returns the times of changes of a kind after one time and up to another.
 func changeTimes[T any](s *apiServer, after, until time.Time) (times []time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -171,7 +173,7 @@ func changeTimes[T any](s *apiServer, after, until time.Time) (times []time.Time
 	return times
 }
 
-// allStates returns all states that objects of a kind ever had, to be read only.
+// allStates returns all states that objects of a kind ever had. Callers must not change them.
 func allStates[T any](s *apiServer) (states []*T) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -20,9 +20,10 @@ import (
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
-// The tests of this package are worth as much as the API server that they stand on.
+// The tests of this package depend on the fake API server, so the fake has tests of its own. compare_test.go compares it
+// with a real one.
 
-// runWithClients runs a test with clients of the API server in memory.
+// runWithClients runs a test with clients of the fake API server.
 func runWithClients(t *testing.T, test func(*testing.T, *apiServer, *kubernetes.Clientset, rest.Interface)) {
 	synctest.Test(t, func(t *testing.T) {
 		s, l := newAPIServer(), newConnection("test", 1)
@@ -64,7 +65,7 @@ func TestTheFakeAPIServerUpdatesStatusOnlyThroughTheSubresource(t *testing.T) {
 			t.Errorf("updated: %+v, %v", changed, err)
 		}
 		if err := at(custom.Put()).Name("a").Body(&made).Do(t.Context()).Error(); !apierrors.IsConflict(err) {
-			t.Errorf("updated from an old version: %v", err)
+			t.Errorf("updating an old version: %v", err)
 		}
 		patch := []byte(`{"spec":{"pod":"q"},"status":{"status":"Assigned"}}`)
 		if err := at(custom.Patch(types.MergePatchType)).Name("a").SubResource("status").Body(patch).Do(t.Context()).Into(&changed); err != nil || changed.Status.Status != v1.AssignmentAssigned || changed.Spec.Pod != "p" {
@@ -72,7 +73,7 @@ func TestTheFakeAPIServerUpdatesStatusOnlyThroughTheSubresource(t *testing.T) {
 		}
 		changed.ResourceVersion = ""
 		if err := at(custom.Put()).Name("a").Body(&changed).Do(t.Context()).Error(); !apierrors.IsInvalid(err) {
-			t.Errorf("updated without a version: %v", err)
+			t.Errorf("updating without a version: %v", err)
 		}
 	})
 }
@@ -91,17 +92,17 @@ func TestTheFakeAPIServerKeepsObjectsWithFinalizersAndCollectsOrphans(t *testing
 		time.Sleep(time.Minute)
 		deleteObject[corev1.Pod](s, "ns", "p")
 		time.Sleep(2 * time.Second)
-		now, there := getObject[v1.AzureAssignedIdentity](s, "ns", "a")
-		if !there || now.DeletionTimestamp == nil {
-			t.Fatalf("there: %t, %+v", there, now)
+		now, exists := getObject[v1.AzureAssignedIdentity](s, "ns", "a")
+		if !exists || now.DeletionTimestamp == nil {
+			t.Fatalf("exists: %t, %+v", exists, now)
 		}
 		request := custom.Patch(types.JSONPatchType).Namespace("ns").Resource(v1.AzureAssignedIdentities).Name("a")
 		if err := request.Body([]byte(`[{"op":"add","path":"/metadata/finalizers/-","value":"x/y"}]`)).Do(t.Context()).Error(); !apierrors.IsInvalid(err) {
-			t.Errorf("another finalizer: %v", err)
+			t.Errorf("adding a finalizer: %v", err)
 		}
 		editObject(s, "ns", "a", func(a *v1.AzureAssignedIdentity) { a.Finalizers = nil })
-		if _, there := getObject[v1.AzureAssignedIdentity](s, "ns", "a"); there {
-			t.Error("it is still there")
+		if _, exists := getObject[v1.AzureAssignedIdentity](s, "ns", "a"); exists {
+			t.Error("the object still exists")
 		}
 	})
 }
@@ -115,12 +116,12 @@ func TestTheFakeAPIServerDeletesANamespaceWhenItIsEmpty(t *testing.T) {
 		time.Sleep(time.Minute)
 		_, err := core.CoreV1().ConfigMaps("ns").Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "c"}}, metav1.CreateOptions{})
 		if !apierrors.IsForbidden(err) || !apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) {
-			t.Errorf("created in a namespace that is going: %v", err)
+			t.Errorf("creating in a terminating namespace: %v", err)
 		}
 		editObject(s, "ns", "a", func(a *v1.AzureAssignedIdentity) { a.Finalizers = nil })
 		time.Sleep(2 * time.Second)
-		if _, there := getObject[corev1.Namespace](s, "", "ns"); there {
-			t.Error("the namespace is still there")
+		if _, exists := getObject[corev1.Namespace](s, "", "ns"); exists {
+			t.Error("the namespace still exists")
 		}
 	})
 }
@@ -150,7 +151,7 @@ func TestWatchesOfTheFakeAPIServerReportAddedModifiedDeletedAndExpired(t *testin
 		}
 		s.expireWatches()
 		if e, open := <-w.ResultChan(); open {
-			t.Errorf("after the cut: %v", e)
+			t.Errorf("after the abort: %v", e)
 		}
 		again, err := core.CoreV1().Pods("").Watch(ctx, metav1.ListOptions{ResourceVersion: "1001"})
 		if err != nil {
@@ -158,7 +159,7 @@ func TestWatchesOfTheFakeAPIServerReportAddedModifiedDeletedAndExpired(t *testin
 		}
 		defer again.Stop()
 		if e := <-again.ResultChan(); e.Type != watch.Error || !apierrors.IsResourceExpired(apierrors.FromObject(e.Object)) {
-			t.Errorf("from an old version: %+v", e)
+			t.Errorf("watching from an expired version: %+v", e)
 		}
 	})
 }

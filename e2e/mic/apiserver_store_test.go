@@ -26,31 +26,31 @@ import (
 	"k8s.io/client-go/kubernetes/scheme"
 )
 
-// object is one state of one object. It is never changed.
+// object is one state of one API object. It is immutable.
 type object struct {
 	*unstructured.Unstructured
 	key     objectKey
 	raw     []byte
-	decoded any // see seen
+	decoded any // see decodedObject
 }
 
-// change is one entry of a resource's history.
+// change is one entry of the history of a resource.
 type change struct {
 	version int64
 	at      time.Time
-	before  *object // nil: it was created
+	before  *object // nil: the object was created
 	after   *object
-	deleted bool // now is its last state
+	deleted bool // after is the object's last state
 }
 
-// commit stores the next state of an object and tells the watches. Only here is anything changed.
+// commit stores the next state of an object and sends it to the watches. It is the only function that changes objects.
 func (s *apiServer) commit(k *kind, before *object, u *unstructured.Unstructured, gone bool) *object {
 	s.version++
 	u.SetGroupVersionKind(k.GroupVersionKind)
 	u.SetResourceVersion(strconv.FormatInt(s.version, 10))
 	raw, err := json.Marshal(u.Object)
 	if err != nil {
-		panic(err) // it was JSON before
+		panic(err) // it was decoded from JSON
 	}
 	key := objectKey{u.GetNamespace(), u.GetName()}
 	o := &object{Unstructured: u, key: key, raw: raw}
@@ -95,7 +95,7 @@ func (s *apiServer) create(k *kind, namespace string, u *unstructured.Unstructur
 	return s.insert(k, u)
 }
 
-// checkNamespace is what the NamespaceLifecycle admission says.
+// checkNamespace is the NamespaceLifecycle admission: no object is created in a missing or terminating namespace.
 func (s *apiServer) checkNamespace(k *kind, u *unstructured.Unstructured) error {
 	namespace, ok := s.kinds["namespaces"].objects[objectKey{"", u.GetNamespace()}]
 	if !ok {
@@ -109,7 +109,7 @@ func (s *apiServer) checkNamespace(k *kind, u *unstructured.Unstructured) error 
 	return err
 }
 
-// insert stores a new object as it is, with its status.
+// insert stores a new object with its status.
 func (s *apiServer) insert(k *kind, u *unstructured.Unstructured) (*object, error) {
 	s.uids++
 	u.SetUID(types.UID(fmt.Sprintf("00000000-0000-4000-8000-%012d", s.uids)))
@@ -126,7 +126,7 @@ func (s *apiServer) insert(k *kind, u *unstructured.Unstructured) (*object, erro
 	return o, nil
 }
 
-// update replaces the object, or of its subresource only the status.
+// update replaces an object, or only its status for the subresource status.
 func (s *apiServer) update(k *kind, key objectKey, sub string, u *unstructured.Unstructured) (*object, error) {
 	old, ok := k.objects[key]
 	if u.GetNamespace() == "" {
@@ -161,7 +161,7 @@ func setOrRemove(u *unstructured.Unstructured, key string, v any) {
 	}
 }
 
-// replace stores the next state of an object as it is, with its status; what the server alone decides stays.
+// replace stores the next state of an object with its status. Fields that only the server sets keep their values.
 func (s *apiServer) replace(k *kind, old *object, u *unstructured.Unstructured) (*object, error) {
 	u.SetUID(old.GetUID())
 	u.SetCreationTimestamp(old.GetCreationTimestamp())
@@ -217,7 +217,7 @@ func (k *kind) applyPatch(contentType string, old, body []byte) ([]byte, error) 
 		if p, err = jsonpatch.DecodePatch(body); err == nil {
 			patched, err = p.Apply(old)
 		}
-		if err != nil { // a failed test among them: as the real one says it
+		if err != nil { // a failed test operation too, as in a real API server
 			return nil, apierrors.NewGenericServerResponse(http.StatusUnprocessableEntity, "patch", k.groupResource(), "", err.Error(), 0, true)
 		}
 	case types.StrategicMergePatchType:
@@ -235,10 +235,10 @@ func (k *kind) applyPatch(contentType string, old, body []byte) ([]byte, error) 
 }
 
 func unsupportedPatch(k *kind, contentType string) error {
-	return apierrors.NewGenericServerResponse(http.StatusUnsupportedMediaType, "patch", k.groupResource(), "", "no patch of type "+contentType, 0, true)
+	return apierrors.NewGenericServerResponse(http.StatusUnsupportedMediaType, "patch", k.groupResource(), "", "unsupported patch type "+contentType, 0, true)
 }
 
-// remove deletes an object, or marks it as to be deleted while finalizers or a running pod hold it.
+// remove deletes an object, or sets its deletionTimestamp if finalizers or running containers delay the deletion.
 func (s *apiServer) remove(k *kind, key objectKey, options metav1.DeleteOptions) (*object, error) {
 	old, ok := k.objects[key]
 	if !ok {
@@ -271,7 +271,7 @@ func (s *apiServer) remove(k *kind, key objectKey, options metav1.DeleteOptions)
 	return o, nil
 }
 
-// validate is what every kind's metadata has to satisfy, and the copies in an assignment.
+// validate checks the metadata of an object, and the copies in an assignment.
 func (s *apiServer) validate(k *kind, u *unstructured.Unstructured) error {
 	var meta metav1.ObjectMeta
 	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object["metadata"].(map[string]any), &meta); err != nil {
@@ -292,7 +292,7 @@ func (s *apiServer) validate(k *kind, u *unstructured.Unstructured) error {
 
 var decoder = serializer.NewCodecFactory(scheme.Scheme).UniversalDeserializer()
 
-// decode reads the object of a request, JSON or protobuf.
+// decode decodes the object in the body of a request, JSON or protobuf.
 func (c *call) decode() (*unstructured.Unstructured, error) {
 	body := c.body
 	if strings.HasPrefix(string(body), "k8s\x00") {
@@ -329,7 +329,7 @@ func (c *call) deleteOptions() (o metav1.DeleteOptions, err error) {
 	return o, nil
 }
 
-// selector is the call's label and field selector.
+// selector returns a filter for the namespace and the selectors of the call.
 func (c *call) selector() (func(*object) bool, error) {
 	byLabel, err := labels.Parse(c.query.Get("labelSelector"))
 	if err != nil {

@@ -23,31 +23,31 @@ import (
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
-// apiServer is a Kubernetes API server in memory, with what belongs to it: garbage collection, the end of namespaces,
-// and kubelets that stop deleted pods. It refuses what a real one refuses, as far as a controller can meet it.
+// apiServer is a fake Kubernetes API server in memory. It includes the garbage collector, the namespace controller and
+// kubelets that stop deleted pods. It rejects the requests of a controller that a real API server rejects.
 type apiServer struct {
 	mu      sync.Mutex
-	kinds   map[string]*kind // by resource and group, as "leases.coordination.k8s.io"
+	kinds   map[string]*kind // by resource and group, such as "leases.coordination.k8s.io"
 	version int64
 	uids    int
 	faults  apiFaults
 
-	// How long the helpers of the cluster take.
+	// How long the garbage collector, the namespace controller and a kubelet take.
 	collectDelay, namespaceDelay, podStop time.Duration
 }
 
-// kind is one resource with all its objects.
+// kind is a resource with all its objects.
 type kind struct {
 	schema.GroupVersionKind
 	resource   string
 	namespaced bool
 	hasStatus  bool // status is a subresource
-	strict     bool // an update has to name the version that it changes, as custom resources ask for
+	strict     bool // an update must have a resourceVersion, as for custom resources
 	goType     reflect.Type
 
 	objects   map[objectKey]*object
-	history   []change // everything that ever happened
-	compacted int64    // watches cannot begin before this version
+	history   []change // all changes since the start
+	compacted int64    // watches cannot start before this version
 	streams   map[*watchStream]struct{}
 }
 
@@ -81,7 +81,7 @@ func (s *apiServer) add(gv schema.GroupVersion, resource string, example any, k 
 	s.kinds[k.groupResource().String()] = &k
 }
 
-// kindOf finds the resource of a Go type or of an owner reference.
+// kindOf returns the first kind that matches; nil if there is none.
 func (s *apiServer) kindOf(match func(*kind) bool) *kind {
 	for _, k := range s.kinds {
 		if match(k) {
@@ -113,14 +113,14 @@ func (c *call) String() string {
 	return strings.TrimSpace(text + " " + strings.Trim(c.namespace+"/"+c.name, "/"))
 }
 
-// isWrite tells calls that change something from those that only look.
+// isWrite reports whether the call can change anything.
 func (c *call) isWrite() bool { return c.verb != "get" && c.verb != "list" && c.verb != "watch" }
 
 var verbs = map[string]string{
 	http.MethodGet: "get", http.MethodPost: "create", http.MethodPut: "update", http.MethodPatch: "patch", http.MethodDelete: "delete",
 }
 
-// parse reads the request's path as /api/v1 and /apis/GROUP/VERSION have it.
+// parse parses a request and its path below /api/v1 or /apis/GROUP/VERSION.
 func (s *apiServer) parse(r *http.Request) (*call, error) {
 	c := &call{verb: verbs[r.Method], path: r.URL.Path, query: r.URL.Query(), header: r.Header}
 	if r.Body != nil {
@@ -137,7 +137,7 @@ func (s *apiServer) parse(r *http.Request) (*call, error) {
 	case rest[0] == "apis" && len(rest) > 3:
 		group, rest = rest[1], rest[3:]
 	default:
-		return c, nil // discovery and the like
+		return c, nil // discovery or a health check
 	}
 	if rest[0] == "namespaces" && len(rest) > 2 {
 		c.namespace, rest = rest[1], rest[2:]
@@ -160,7 +160,7 @@ func (s *apiServer) parse(r *http.Request) (*call, error) {
 	return c, nil
 }
 
-// serve carries one call out. Its error is for the client, as a Status.
+// serve handles one call. The client gets an error as a Status.
 func (s *apiServer) serve(ctx context.Context, c *call) (*http.Response, error) {
 	if c.kind == nil {
 		return s.discover(c)
@@ -216,7 +216,7 @@ func (c *call) writeResponse(status int, o *object, err error) (*http.Response, 
 	return c.objectResponse(status, o)
 }
 
-// discover answers what clients ask for that are not told which resources there are.
+// discover answers requests for discovery, health and the version.
 func (s *apiServer) discover(c *call) (*http.Response, error) {
 	parts := strings.Split(strings.Trim(c.path, "/"), "/")
 	switch {
@@ -284,7 +284,7 @@ func textResponse(status int, contentType string, body []byte) *http.Response {
 	}
 }
 
-// statusResponse is the answer to a call that failed.
+// statusResponse is the response to a call that failed.
 func statusResponse(err error) *http.Response {
 	var failure apierrors.APIStatus
 	if !errors.As(err, &failure) {
@@ -294,7 +294,7 @@ func statusResponse(err error) *http.Response {
 	status.TypeMeta = metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}
 	r, err := jsonResponse(int(status.Code), status)
 	if err != nil {
-		panic(err) // a Status always encodes
+		panic(err) // a Status can always be encoded
 	}
 	if status.Details != nil && status.Details.RetryAfterSeconds > 0 {
 		r.Header.Set("Retry-After", fmt.Sprint(status.Details.RetryAfterSeconds))

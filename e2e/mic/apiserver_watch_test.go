@@ -18,19 +18,19 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation/field"
 )
 
-// wantsMetadataOnly is how clients ask for objects without spec and status.
+// wantsMetadataOnly reports whether the client asks for objects without spec and status.
 func (c *call) wantsMetadataOnly() bool {
 	return strings.Contains(c.header.Get("Accept"), "as=PartialObjectMetadata")
 }
 
-// encode is the object in the form the client asked for.
+// encode returns the object in the form that the client asks for.
 func (c *call) encode(o *object) []byte {
 	if !c.wantsMetadataOnly() {
 		return o.raw
 	}
 	raw, err := json.Marshal(map[string]any{"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": o.Object["metadata"]})
 	if err != nil {
-		panic(err) // it was JSON before
+		panic(err) // it was decoded from JSON
 	}
 	return raw
 }
@@ -60,7 +60,7 @@ func (s *apiServer) list(c *call) (*http.Response, error) {
 	return textResponse(http.StatusOK, "application/json", b.Bytes()), nil
 }
 
-// selectObjects is what a list has, by namespace and name.
+// selectObjects returns the objects that the call selects, sorted by namespace and name.
 func (s *apiServer) selectObjects(c *call) ([]*object, error) {
 	match, err := c.selector()
 	if err != nil {
@@ -78,7 +78,8 @@ func (s *apiServer) selectObjects(c *call) ([]*object, error) {
 	return found, nil
 }
 
-// watchStream is the body of a watch. A reader of it that waits is durably blocked, as faked time needs it.
+// watchStream is the response body of a watch. A goroutine that waits in Read is durably blocked, so that the fake clock
+// can advance.
 type watchStream struct {
 	server    *apiServer
 	call      *call
@@ -89,13 +90,13 @@ type watchStream struct {
 
 	mu      sync.Mutex
 	frames  []frame
-	unread  []byte // of a frame that is partly read
+	unread  []byte // the rest of a frame that was partly read
 	lastDue time.Time
 	wake    chan struct{}
-	err     error // once the frames are read
+	err     error // returned once all frames are read
 }
 
-// frame is one event and when the client gets to see it.
+// frame is one event and the time when the client can read it.
 type frame struct {
 	due  time.Time
 	data []byte
@@ -146,7 +147,7 @@ func (s *apiServer) watch(ctx context.Context, c *call) (*http.Response, error) 
 	return r, nil
 }
 
-// register lets the stream hear of changes and ends it when the client's time is up. The server is locked.
+// register subscribes the stream to changes and closes it when the client's timeout expires. The server is locked.
 func (w *watchStream) register() {
 	if w.err != nil {
 		return
@@ -197,7 +198,7 @@ func mustMarshal(v any) []byte {
 	return data
 }
 
-// sendChange passes a change on if the client sees it: an object may come into what it selected, or leave it.
+// sendChange sends a change that concerns the selected objects. A change can add an object to the selection or remove it.
 func (w *watchStream) sendChange(c change, lag time.Duration) {
 	before := c.before != nil && w.matches(c.before)
 	now := !c.deleted && w.matches(c.after)
@@ -227,7 +228,7 @@ func (w *watchStream) send(kind string, raw []byte, lag time.Duration) {
 	w.notify()
 }
 
-// notify wakes a reader; w.mu is held.
+// notify wakes the reader; w.mu is held.
 func (w *watchStream) notify() {
 	select {
 	case w.wake <- struct{}{}:
@@ -235,7 +236,7 @@ func (w *watchStream) notify() {
 	}
 }
 
-// closeAfterFrames ends the stream after what was sent.
+// closeAfterFrames ends the stream once the reader has read all frames.
 func (w *watchStream) closeAfterFrames(err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -245,7 +246,7 @@ func (w *watchStream) closeAfterFrames(err error) {
 	w.notify()
 }
 
-// abort ends it at once.
+// abort ends the stream at once, with err.
 func (w *watchStream) abort(err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -272,7 +273,7 @@ func (w *watchStream) Read(p []byte) (int, error) {
 	}
 }
 
-// next reads what is there, or says how long to wait; 0 is until the next event.
+// next reads what is due. If nothing is, it returns how long to wait; 0 means until the next event.
 func (w *watchStream) next(p []byte) (n int, wait time.Duration, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

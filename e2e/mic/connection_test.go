@@ -13,27 +13,26 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 )
 
-// connection is what one controller process talks through: every request of it, to the API server or to ARM, passes here on
-// its way there and back. Killing a process is cutting its line: what has arrived is done, and nothing else ever
-// arrives.
+// connection carries all requests of one controller process, to the API server and to ARM, and their responses. To kill a
+// process is to disconnect it: requests that have arrived take effect, and nothing else arrives in either direction.
 type connection struct {
 	name       string
 	ctx        context.Context
 	disconnect context.CancelFunc
-	// maxLatency is the longest time a request takes on its way, and its answer on the way back. Each takes a time of
-	// its own that depends on nothing but what it asks and how often that was asked.
+	// maxLatency limits the latency of a request, and that of its response. Each latency depends only on the seed, the
+	// request and how often it was sent before.
 	maxLatency time.Duration
 	seed       uint64
 
-	trace func(request, string) // is told of each request that takes effect; may be nil
+	trace func(request, string) // called for each request that takes effect; may be nil
 
 	mu            sync.Mutex
 	requestCounts map[string]uint64
-	before        func(request) error // before the request takes effect; may wait
-	after         func(request) error // when it has taken effect and the answer is not sent
+	before        func(request) error // called before the request takes effect; may block
+	after         func(request) error // called when the request has taken effect, before the response is sent
 }
 
-// request is what a line lets through.
+// request describes a request to a hook.
 type request struct {
 	ctx         context.Context
 	target      string // toAPI, toARM or toDiscovery
@@ -44,19 +43,19 @@ type request struct {
 const (
 	toAPI = "api"
 	toARM = "arm"
-	// toDiscovery is the API server too. It answers in no time: controller-runtime asks it with a mutex locked, and
-	// time stands still while somebody waits for a mutex.
+	// toDiscovery is the API server too. These requests have no latency: controller-runtime sends them with a mutex
+	// locked, and the fake clock does not advance while a goroutine waits for a mutex.
 	toDiscovery = "discovery"
 )
 
-var errProcessKilled = errors.New("connection reset: the process is gone")
+var errProcessKilled = errors.New("connection reset: the process was killed")
 
 func newConnection(name string, seed uint64) *connection {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &connection{name: name, ctx: ctx, disconnect: cancel, maxLatency: 20 * time.Millisecond, seed: seed, requestCounts: map[string]uint64{}}
 }
 
-// hook sets what happens to requests from now on; nil is nothing.
+// hook sets the functions that are called for each request from now on; nil for none.
 func (l *connection) hook(before, after func(request) error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -69,7 +68,7 @@ func (l *connection) hooks() (before, after func(request) error) {
 	return l.before, l.after
 }
 
-// roundTrip carries one request there and its answer back.
+// roundTrip delivers one request and returns its response.
 func (l *connection) roundTrip(r request, effect func(context.Context) (*http.Response, error)) (*http.Response, error) {
 	ctx, cancel := context.WithCancel(r.ctx)
 	unhook := context.AfterFunc(l.ctx, cancel)
@@ -132,7 +131,7 @@ func outcomeText(r *http.Response, err error) string {
 	return r.Status
 }
 
-// errorResponse is the answer of an API server that refuses, or the end of a connection.
+// errorResponse is the response of the API server to a rejected request, or the error of a broken connection.
 func errorResponse(err error) (*http.Response, error) {
 	var status apierrors.APIStatus
 	if errors.As(err, &status) {
@@ -141,7 +140,7 @@ func errorResponse(err error) (*http.Response, error) {
 	return nil, err
 }
 
-// latencies draws how long this request takes.
+// latencies returns the latency of this request and that of its response.
 func (l *connection) latencies(r request) (there, back time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -166,7 +165,7 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// closeNotifier frees what belongs to a request when its answer is read.
+// closeNotifier is a response body that releases the request's resources when it is closed.
 type closeNotifier struct {
 	io.ReadCloser
 	done func()
@@ -177,7 +176,7 @@ func (c *closeNotifier) Close() error {
 	return c.ReadCloser.Close()
 }
 
-// apiTransport is the way to the API server.
+// apiTransport is the transport to the API server.
 func (l *connection) apiTransport(s *apiServer) http.RoundTripper {
 	return roundTripper(func(r *http.Request) (*http.Response, error) {
 		c, err := s.parse(r)

@@ -13,33 +13,33 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// convergenceErrors lists what is not as it has to be once everything has come to rest.
-func (w *simulation) convergenceErrors() (wrong []string) {
-	now := w.objectsAt(time.Now())
-	claims := now.expected
-	wrong = append(wrong, w.assignmentErrors(claims, now)...)
-	for _, m := range w.arm.Machines() {
-		wrong = append(wrong, w.machineErrors(m, claims)...)
+// convergenceErrors lists what differs from the desired state.
+func (sim *simulation) convergenceErrors() (wrong []string) {
+	now := sim.objectsAt(time.Now())
+	expected := now.expected
+	wrong = append(wrong, sim.assignmentErrors(expected, now)...)
+	for _, m := range sim.arm.Machines() {
+		wrong = append(wrong, sim.machineErrors(m, expected)...)
 	}
-	for _, o := range listObjects[corev1.ConfigMap](w.api) {
+	for _, o := range listObjects[corev1.ConfigMap](sim.api) {
 		if o.Namespace == micNamespace {
-			wrong = append(wrong, w.ledgerErrors(o, claims)...)
+			wrong = append(wrong, sim.ledgerErrors(o, expected)...)
 		}
 	}
 	return wrong
 }
 
-func (w *simulation) assignmentErrors(claims []expectedAssignment, now *objects) (wrong []string) {
-	left := listObjects[v1.AzureAssignedIdentity](w.api)
-	for _, c := range claims {
-		i := slices.IndexFunc(left, func(a *v1.AzureAssignedIdentity) bool { return ownerPodUID(a) != "" && c.matches(a) })
+func (sim *simulation) assignmentErrors(expected []expectedAssignment, now *objects) (wrong []string) {
+	remaining := listObjects[v1.AzureAssignedIdentity](sim.api)
+	for _, c := range expected {
+		i := slices.IndexFunc(remaining, func(a *v1.AzureAssignedIdentity) bool { return ownerPodUID(a) != "" && c.matches(a) })
 		if i < 0 {
 			wrong = append(wrong, fmt.Sprintf("pod %s has no AzureAssignedIdentity for %s (%s)", c.pod, c.identity, lastSegment(c.resource)))
 			continue
 		}
-		a := left[i]
-		left = slices.Delete(left, i, i+1)
-		want, message := w.expectedState(c)
+		a := remaining[i]
+		remaining = slices.Delete(remaining, i, i+1)
+		want, message := sim.expectedState(c)
 		if a.Status.Status != want || (a.Status.Message != "") != message || a.DeletionTimestamp != nil {
 			wrong = append(wrong, fmt.Sprintf("%s is %q (message %q, being deleted: %t); want %q, with a message: %t",
 				describeAssignment(a), a.Status.Status, a.Status.Message, a.DeletionTimestamp != nil, want, message))
@@ -53,44 +53,45 @@ func (w *simulation) assignmentErrors(claims []expectedAssignment, now *objects)
 			}
 		}
 	}
-	for _, a := range left {
-		wrong = append(wrong, fmt.Sprintf("%s is left over (%q, being deleted: %t)", describeAssignment(a), a.Status.Status, a.DeletionTimestamp != nil))
+	for _, a := range remaining {
+		wrong = append(wrong, fmt.Sprintf("%s should not exist (%q, being deleted: %t)", describeAssignment(a), a.Status.Status, a.DeletionTimestamp != nil))
 	}
 	return wrong
 }
 
-// expectedState is the state of an assignment at rest, and whether it says what is in the way.
-func (w *simulation) expectedState(c expectedAssignment) (v1.AssignmentState, bool) {
+// expectedState returns the state of an assignment after convergence, and whether its status has a message that names the
+// problem.
+func (sim *simulation) expectedState(c expectedAssignment) (v1.AssignmentState, bool) {
 	if c.identityType != v1.UserAssignedMSI {
 		return v1.AssignmentAssigned, false
 	}
-	if c.machine != "" && w.arm.Attached(c.machine, c.resource) {
+	if c.machine != "" && sim.arm.Attached(c.machine, c.resource) {
 		return v1.AssignmentAssigned, false
 	}
 	return v1.AssignmentCreated, true
 }
 
-func (w *simulation) machineErrors(m azure.Machine, claims []expectedAssignment) (wrong []string) {
+func (sim *simulation) machineErrors(m azure.Machine, expected []expectedAssignment) (wrong []string) {
 	id := azure.FoldID(m.ID)
-	var wanted []string
-	for _, c := range claims {
+	var needed []string
+	for _, c := range expected {
 		if c.machine == id && c.resource != "" {
-			wanted = append(wanted, c.resource)
+			needed = append(needed, c.resource)
 		}
 	}
-	for _, i := range wanted {
-		if !slices.Contains(m.Identities, i) && !w.refused[i] {
-			wrong = append(wrong, fmt.Sprintf("%s is not on %s, where a pod wants it", lastSegment(i), lastSegment(id)))
+	for _, i := range needed {
+		if !slices.Contains(m.Identities, i) && !sim.refused[i] {
+			wrong = append(wrong, fmt.Sprintf("%s is not attached to %s, where a pod needs it", lastSegment(i), lastSegment(id)))
 		}
 	}
-	for i := range w.foreign[id] {
+	for i := range sim.foreign[id] {
 		if !slices.Contains(m.Identities, i) {
-			wrong = append(wrong, fmt.Sprintf("%s is not on %s any more, where somebody else attached it", lastSegment(i), lastSegment(id)))
+			wrong = append(wrong, fmt.Sprintf("%s is no longer attached to %s, although somebody else attached it", lastSegment(i), lastSegment(id)))
 		}
 	}
 	for _, i := range m.Identities {
-		if !slices.Contains(wanted, i) && !w.foreign[id][i] && !w.immutable[i] {
-			wrong = append(wrong, fmt.Sprintf("%s is left on %s", lastSegment(i), lastSegment(id)))
+		if !slices.Contains(needed, i) && !sim.foreign[id][i] && !sim.immutable[i] {
+			wrong = append(wrong, fmt.Sprintf("%s is still attached to %s", lastSegment(i), lastSegment(id)))
 		}
 	}
 	return wrong
@@ -98,15 +99,15 @@ func (w *simulation) machineErrors(m azure.Machine, claims []expectedAssignment)
 
 var identityPattern = regexp.MustCompile(`(?i)/subscriptions/[^"/]+/resourcegroups/[^"/]+/providers/Microsoft\.ManagedIdentity/userAssignedIdentities/[^"/]+`)
 
-// ledgerErrors looks for identities that the controller remembers of a machine without need, whatever the form.
-func (w *simulation) ledgerErrors(o *corev1.ConfigMap, claims []expectedAssignment) (wrong []string) {
+// ledgerErrors finds identities that a ledger of MIC records for a machine although no pod needs them there.
+func (sim *simulation) ledgerErrors(o *corev1.ConfigMap, expected []expectedAssignment) (wrong []string) {
 	text := fmt.Sprint(o.Data)
 	for _, id := range identityPattern.FindAllString(text, -1) {
 		id = azure.FoldID(id)
-		if !slices.ContainsFunc(claims, func(c expectedAssignment) bool {
+		if !slices.ContainsFunc(expected, func(c expectedAssignment) bool {
 			return c.resource == id && c.machine != "" && strings.Contains(strings.ToLower(text), c.machine)
 		}) {
-			wrong = append(wrong, fmt.Sprintf("ConfigMap %s still has %s: %s", o.Name, lastSegment(id), text))
+			wrong = append(wrong, fmt.Sprintf("ConfigMap %s still records %s: %s", o.Name, lastSegment(id), text))
 		}
 	}
 	return wrong

@@ -15,8 +15,8 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// runWorkload is everything that MIC does for pods, from the take-over from the predecessor on: two pods get identities, one of
-// which they share; an identity is edited; identities lose their last pods; one pod stays.
+// runWorkload makes MIC do everything that it does for pods: it takes over an assignment of AAD Pod Identity; two pods get
+// identities, of which they share one; an identity is edited; identities lose their last pods; one pod stays.
 func (s *sequence) runWorkload() {
 	set := s.addScaleSet("Set-A", "n0", "n1")
 	s.attachForeignIdentity("kubelet", set)
@@ -46,16 +46,16 @@ func (s *sequence) runWorkload() {
 	s.wait(6 * time.Minute)
 }
 
-// attachForeignIdentity gives a machine an identity that is somebody else's.
-func (w *simulation) attachForeignIdentity(name, machine string) {
-	id := azure.FoldID(w.addManagedIdentity(name))
-	w.neverBound[id] = true
-	w.attachExternally(machine, id)
+// attachForeignIdentity attaches an identity to a machine that no AzureIdentity references.
+func (sim *simulation) attachForeignIdentity(name, machine string) {
+	id := azure.FoldID(sim.addManagedIdentity(name))
+	sim.neverBound[id] = true
+	sim.attachExternally(machine, id)
 }
 
-// runWorkloadWithCrash lives through it, with the first controller killed at one of its writes (0: never), and says what was
-// wrong, what the first controller wrote and whether it died.
-func runWorkloadWithCrash(t *testing.T, delay time.Duration, write int, applied bool) (wrong, writes []string, died bool) {
+// runWorkloadWithCrash runs the workload and kills the first controller at one of its writes (0: never). It returns the
+// errors, the writes of the first controller and whether it was killed.
+func runWorkloadWithCrash(t *testing.T, delay time.Duration, write int, applied bool) (wrong, writes []string, killed bool) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSequence(t, 1)
 		defer s.close()
@@ -72,16 +72,16 @@ func runWorkloadWithCrash(t *testing.T, delay time.Duration, write int, applied 
 			}
 		}
 		s.onStart = func(p *process) {
-			if write > 0 && !died {
-				died = true
+			if write > 0 && !killed {
+				killed = true
 				p.crashAt(write, applied, func() { s.crashes <- p })
 			}
 		}
 		s.runWorkload()
 		wrong = append(s.converge(), s.violations(s.maxWatchDelay)...)
-		died = len(s.processes) > 1
+		killed = len(s.processes) > 1
 	})
-	return wrong, writes, died
+	return wrong, writes, killed
 }
 
 func TestAControllerKilledAtAnyWriteConvergesToTheSameState(t *testing.T) {
@@ -102,11 +102,11 @@ func TestAControllerKilledAtAnyWriteConvergesToTheSameState(t *testing.T) {
 				name := fmt.Sprintf("updates take %s, killed %s write %d, %s", delay, when, i+1, what[strings.LastIndex(what[:len(what)-1], "/")+1:])
 				t.Run(name, func(t *testing.T) {
 					t.Parallel()
-					wrong, _, died := runWorkloadWithCrash(t, delay, i+1, applied)
+					wrong, _, killed := runWorkloadWithCrash(t, delay, i+1, applied)
 					if len(wrong) > 0 {
 						t.Error(strings.Join(wrong, "\n"))
 					}
-					if !died {
+					if !killed {
 						t.Error("it was not killed: there were fewer writes than the first time")
 					}
 				})

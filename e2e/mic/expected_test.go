@@ -10,38 +10,40 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// expectedAssignment is one identity that one pod is to have, worked out from the objects by other means than the controller's.
+// expectedAssignment is an identity that a pod should have. It is derived from the objects independently of the
+// controller's code.
 type expectedAssignment struct {
 	pod          string // namespace/name
 	uid          string
 	node         string
 	identity     string // namespace/name
 	identityType v1.IdentityType
-	resource     string // folded resource ID; "" for types that need no machine
-	machine      string // folded ID; "" if the node has none in Azure
+	resource     string // folded resource ID; "" for types that are not attached to a machine
+	machine      string // folded ID; "" if the node is not on Azure
 }
 
-// objects are those that decide who is to have what, at some time; to be read only.
+// objects are the objects, as of some time, that determine which pod should have which identity. Callers must not change
+// them.
 type objects struct {
 	pods       []*corev1.Pod
 	nodes      []*corev1.Node
 	identities []*v1.AzureIdentity
 	bindings   []*v1.AzureIdentityBinding
-	expected   []expectedAssignment // what follows from them
+	expected   []expectedAssignment // derived from the fields above
 }
 
 var decisiveResources = []string{"pods", "nodes", "azureidentities.aadpodidentity.k8s.io", "azureidentitybindings.aadpodidentity.k8s.io"}
 
-// objectsAt returns those of some time.
-func (w *simulation) objectsAt(when time.Time) *objects {
-	version := w.api.versionAt(when, decisiveResources...)
-	if o, ok := w.objectsByVersion[version]; ok {
+// objectsAt returns the objects as of some time.
+func (sim *simulation) objectsAt(when time.Time) *objects {
+	version := sim.api.versionAt(when, decisiveResources...)
+	if o, ok := sim.objectsByVersion[version]; ok {
 		return o
 	}
-	o := &objects{pods: listObjectsAt[corev1.Pod](w.api, version), nodes: listObjectsAt[corev1.Node](w.api, version),
-		identities: listObjectsAt[v1.AzureIdentity](w.api, version), bindings: listObjectsAt[v1.AzureIdentityBinding](w.api, version)}
+	o := &objects{pods: listObjectsAt[corev1.Pod](sim.api, version), nodes: listObjectsAt[corev1.Node](sim.api, version),
+		identities: listObjectsAt[v1.AzureIdentity](sim.api, version), bindings: listObjectsAt[v1.AzureIdentityBinding](sim.api, version)}
 	o.expected = o.expectedAssignments()
-	w.objectsByVersion[version] = o
+	sim.objectsByVersion[version] = o
 	return o
 }
 
@@ -83,13 +85,14 @@ func (o *objects) providerID(node string) (string, bool) {
 	return "", false
 }
 
-// isUsable tells identities of a form that could work from those that somebody has to correct first. Tests write no other
-// malformed ones than these.
+// isUsable reports whether an identity is well-formed. A resource ID that is not that of an identity is the only defect
+// that the tests create.
 func isUsable(i *v1.AzureIdentity) bool {
 	return i.Spec.Type != v1.UserAssignedMSI || strings.Contains(strings.ToLower(i.Spec.ResourceID), "/userassignedidentities/")
 }
 
-// machineOfProviderID is the virtual machine or scale set of a provider ID, folded, or "" if it is not Azure's.
+// machineOfProviderID returns the folded ID of the virtual machine or scale set of a provider ID, or "" if it is not one
+// of Azure.
 func machineOfProviderID(providerID string) string {
 	id, ok := strings.CutPrefix(strings.ToLower(providerID), "azure://")
 	if !ok {
@@ -102,7 +105,8 @@ func machineOfProviderID(providerID string) string {
 	return id
 }
 
-// identityOfAssignment is the identity that an assignment stands for on a machine; "" for types that need none.
+// identityOfAssignment returns the folded resource ID of the identity that an assignment needs on the machine; "" for
+// types that are not attached.
 func identityOfAssignment(a *v1.AzureAssignedIdentity) string {
 	if a.Spec.AzureIdentityRef == nil || a.Spec.AzureIdentityRef.Spec.Type != v1.UserAssignedMSI {
 		return ""
@@ -110,7 +114,7 @@ func identityOfAssignment(a *v1.AzureAssignedIdentity) string {
 	return azure.FoldID(a.Spec.AzureIdentityRef.Spec.ResourceID)
 }
 
-// ownerPodUID is the UID of the pod that owns an assignment; "" for those of the predecessor.
+// ownerPodUID returns the UID of the pod that owns an assignment; "" for assignments of AAD Pod Identity.
 func ownerPodUID(a *v1.AzureAssignedIdentity) string {
 	for _, r := range a.OwnerReferences {
 		if r.Kind == "Pod" {
@@ -120,7 +124,7 @@ func ownerPodUID(a *v1.AzureAssignedIdentity) string {
 	return ""
 }
 
-// matches reports whether an assignment is this claim's.
+// matches reports whether a is the expected assignment.
 func (c expectedAssignment) matches(a *v1.AzureAssignedIdentity) bool {
 	i := a.Spec.AzureIdentityRef
 	if i == nil || a.Spec.PodNamespace+"/"+a.Spec.Pod != c.pod || i.Metadata.Namespace+"/"+i.Metadata.Name != c.identity {
@@ -130,7 +134,7 @@ func (c expectedAssignment) matches(a *v1.AzureAssignedIdentity) bool {
 	return (owner == "" || owner == c.uid) && a.Spec.NodeName == c.node && i.Spec.Type == c.identityType && identityOfAssignment(a) == c.resource
 }
 
-// allowsTokens reports whether a pod gets tokens by an assignment in its state.
+// allowsTokens reports whether NMI gives tokens to the pod of an assignment in its state.
 func allowsTokens(a *v1.AzureAssignedIdentity) bool {
 	return a.Status.Status == v1.AssignmentAssigned || a.Status.Status == v1.AssignmentLegacy && ownerPodUID(a) == ""
 }

@@ -22,7 +22,7 @@ func TestAnExternallyDetachedIdentityIsAttachedAgain(t *testing.T) {
 		for range 5 {
 			time.Sleep(17 * time.Minute)
 			s.detachExternally(s.set, app)
-			s.eventually(3*time.Minute+10*time.Second, "it is attached again", s.attached(s.set, app))
+			s.eventually(3*time.Minute+10*time.Second, "the identity is attached again", s.attached(s.set, app))
 			s.waitAssigned(3*time.Second, "blue/p")
 		}
 		s.expectStable(10 * time.Minute)
@@ -80,7 +80,7 @@ func TestAThrottledSubscriptionGetsNoRequestUntilRetryAfterAndOthersDo(t *testin
 		time.Sleep(225 * time.Second)
 		for _, r := range s.arm.Log(0)[1:] {
 			if r.Resource != azure.FoldID(other) {
-				t.Errorf("%s: %s %s was asked of a subscription that is to be left alone", formatTime(r.Time), r.Operation, lastSegment(r.Resource))
+				t.Errorf("%s: %s %s was sent to a throttled subscription", formatTime(r.Time), r.Operation, lastSegment(r.Resource))
 			}
 		}
 		s.waitAssigned(90*time.Second, "blue/p", "blue/near")
@@ -122,7 +122,7 @@ func TestAnUpdateIsPlannedAgainAfterAConflict(t *testing.T) {
 					}
 				}
 				if gets < 3 {
-					t.Errorf("the machine was read %d times for three updates", gets)
+					t.Errorf("MIC read the machine %d times for three updates; want at least 3", gets)
 				}
 				s.expectStable(10 * time.Minute)
 			})
@@ -143,12 +143,12 @@ func TestMICChangesNothingWhileTheAPIServerIsUnavailable(t *testing.T) {
 		before := len(s.patchRequests(""))
 		s.consistently(20*time.Minute, "nothing is detached", func() bool { return s.attached(s.set, app)() && s.attached(s.set, gone)() })
 		if after := s.patchRequests(""); len(after) > before {
-			t.Errorf("updates while nothing can be written down: %v", patchSummaries(after[before:]))
+			t.Errorf("updates while the ledger cannot be written: %v", patchSummaries(after[before:]))
 		}
 		s.api.makeAvailable()
 		s.addPod("blue/r", "n1", "app")
 		s.waitAssigned(time.Minute, "blue/r")
-		s.eventually(2*time.Minute, "what nobody uses is detached", not(s.attached(s.set, gone)))
+		s.eventually(2*time.Minute, "the unused identity is detached", not(s.attached(s.set, gone)))
 		s.expectStable(10 * time.Minute)
 	})
 }
@@ -159,7 +159,7 @@ func TestAnIdentityBoundWhileTheWatchWasDisconnectedStaysAttached(t *testing.T) 
 		p := s.start()
 		s.addPod("blue/p", "n0", "app")
 		s.waitAssigned(2*time.Second, "blue/p")
-		// Everything works but the watch of bindings, which is told nothing for half an hour.
+		// Only the watch of bindings is disconnected, for twenty minutes.
 		deleteObject[v1.AzureIdentityBinding](s.api, "blue", "app-app")
 		time.Sleep(time.Minute)
 		p.conn.hook(func(r request) error {
@@ -171,7 +171,7 @@ func TestAnIdentityBoundWhileTheWatchWasDisconnectedStaysAttached(t *testing.T) 
 		s.api.expireWatches()
 		time.Sleep(10 * time.Second)
 		s.addBinding("blue/app", "app")
-		s.consistently(20*time.Minute, "it is attached", s.attached(s.set, app))
+		s.consistently(20*time.Minute, "the identity is attached", s.attached(s.set, app))
 	})
 }
 
@@ -184,7 +184,7 @@ func TestANewLeaderWaitsForTheUpdateOfAKilledLeader(t *testing.T) {
 		time.Sleep(20 * time.Second)
 		first.kill()
 		s.start()
-		s.consistently(40*time.Second, "it is not Assigned yet", func() bool { return !s.isAssigned("blue/p") })
+		s.consistently(40*time.Second, "the pod is not Assigned", func() bool { return !s.isAssigned("blue/p") })
 		s.waitAssigned(15*time.Second, "blue/p")
 		s.expectStable(10 * time.Minute)
 		if n := len(s.patchRequests("")); n != 1 {
@@ -193,7 +193,7 @@ func TestANewLeaderWaitsForTheUpdateOfAKilledLeader(t *testing.T) {
 	})
 }
 
-// A leader that is paused does not know that it is one no more. Wherever it stops, what it was about to do is done once.
+// A paused leader does not know that it has lost the lease. Wherever it is paused, its pending update takes effect once.
 func TestAPausedFormerLeaderRepeatsNoUpdate(t *testing.T) {
 	for _, at := range []string{"create configmaps mic", "PATCH"} {
 		for _, takes := range []time.Duration{0, time.Minute} {
@@ -225,7 +225,7 @@ func TestAPausedFormerLeaderRepeatsNoUpdate(t *testing.T) {
 					s.waitAssigned(3*time.Minute, "blue/p")
 					s.expectStable(10 * time.Minute)
 					if accepted := s.acceptedPatches(""); len(accepted) != 1 {
-						t.Errorf("%d updates were carried out: %v", len(accepted), patchSummaries(accepted))
+						t.Errorf("ARM accepted %d updates: %v", len(accepted), patchSummaries(accepted))
 					}
 				})
 			})
@@ -251,7 +251,7 @@ func TestAssignmentsOfAADPodIdentityAreTakenOverWithoutInterruption(t *testing.T
 		}
 		s.addPod("red/p", "n0", "app")
 		s.start()
-		s.consistently(10*time.Minute, "the pod may use its identity", func() bool {
+		s.consistently(10*time.Minute, "the pod can use its identity", func() bool {
 			for _, a := range s.assignmentsOf("red/p") {
 				if allowsTokens(a) {
 					return s.arm.Attached(s.set, app)
@@ -263,18 +263,18 @@ func TestAssignmentsOfAADPodIdentityAreTakenOverWithoutInterruption(t *testing.T
 			t.Errorf("%d assignments, the first owned by %q", len(found), ownerPodUID(found[0]))
 		}
 		if s.arm.Attached(s.set, stale) {
-			t.Error("what the predecessor attached for a pod that is gone is still there")
+			t.Error("the identity that AAD Pod Identity attached for a deleted pod is still attached")
 		}
 		s.expectStable(10 * time.Minute)
 		s.deletePod("red/p")
-		s.eventually(detachTimeout, "it is detached", not(s.attached(s.set, app)))
+		s.eventually(detachTimeout, "the identity is detached", not(s.attached(s.set, app)))
 		s.expectStable(10 * time.Minute)
 	})
 }
 
 func TestAnUpdateWithALostResponseIsCheckedAndNotRepeated(t *testing.T) {
 	for name, fault := range map[string]azure.ARMFault{
-		"connection cut": {Drop: true}, "hung": {Hang: true}, "bad gateway": {Status: http.StatusBadGateway},
+		"connection dropped": {Drop: true}, "hung": {Hang: true}, "bad gateway": {Status: http.StatusBadGateway},
 	} {
 		for _, takes := range []time.Duration{0, 40 * time.Second} {
 			t.Run(fmt.Sprintf("%s, update takes %s", name, takes), func(t *testing.T) {
@@ -309,7 +309,7 @@ func TestNothingIsAttachedThatTheLedgerDoesNotRecord(t *testing.T) {
 		s.addPod("blue/p", "n0", "app")
 		time.Sleep(20 * time.Minute)
 		if n := len(s.patchRequests("")); n > 0 {
-			t.Errorf("%d updates of which nothing is written down", n)
+			t.Errorf("%d updates that the ledger does not record", n)
 		}
 		p.conn.hook(nil, nil)
 		s.waitAssigned(90*time.Second, "blue/p")
@@ -321,8 +321,8 @@ func TestAnUpdateWhoseStatusCannotBeReadIsNotTakenForFinished(t *testing.T) {
 	for _, operation := range []string{azure.OpPoll, azure.OpGet} {
 		for _, status := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusConflict, http.StatusPreconditionFailed, http.StatusInternalServerError} {
 			for n := range 4 {
-				early, leaves := n&1 == 1, n&2 == 2
-				t.Run(fmt.Sprintf("%s answered %d, early %t, pod leaves meanwhile %t", operation, status, early, leaves), func(t *testing.T) {
+				early, deletePod := n&1 == 1, n&2 == 2
+				t.Run(fmt.Sprintf("%s fails with %d, early %t, pod is deleted during the update %t", operation, status, early, deletePod), func(t *testing.T) {
 					runScenario(t, func(t *testing.T, s *scenario) {
 						s.arm.Change(func(a *azure.ARMSettings) { a.Delay, a.Early = 30*time.Second, early })
 						app := s.addBoundIdentity("blue", "app")
@@ -330,17 +330,17 @@ func TestAnUpdateWhoseStatusCannotBeReadIsNotTakenForFinished(t *testing.T) {
 						s.addPod("blue/p", "n0", "app")
 						time.Sleep(5 * time.Second)
 						s.requireNoError(s.arm.SetFault(azure.ARMFault{Operation: operation, Status: status, Count: 3}))
-						if leaves {
+						if deletePod {
 							s.deletePod("blue/p")
-							s.eventually(10*time.Minute, "nothing is left", func() bool { return len(s.convergenceErrors()) == 0 })
+							s.eventually(10*time.Minute, "nothing is left behind", func() bool { return len(s.convergenceErrors()) == 0 })
 							s.expectStable(10 * time.Minute)
 							return
 						}
-						s.consistently(24*time.Second, "it is not Assigned yet", func() bool { return !s.isAssigned("blue/p") })
+						s.consistently(24*time.Second, "the pod is not Assigned", func() bool { return !s.isAssigned("blue/p") })
 						s.waitAssigned(5*time.Minute, "blue/p")
 						s.deletePod("blue/p")
-						s.eventually(detachTimeout+5*time.Minute, "it is detached", not(s.attached(s.set, app)))
-						s.eventually(time.Minute, "all is as it is to be", func() bool { return len(s.convergenceErrors()) == 0 })
+						s.eventually(detachTimeout+5*time.Minute, "the identity is detached", not(s.attached(s.set, app)))
+						s.eventually(time.Minute, "MIC has converged", func() bool { return len(s.convergenceErrors()) == 0 })
 						s.expectStable(10 * time.Minute)
 						if n := len(s.acceptedPatches("")); n != 2 {
 							t.Errorf("%d updates: %v", n, patchSummaries(s.acceptedPatches("")))

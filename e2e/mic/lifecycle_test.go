@@ -12,7 +12,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// detachTimeout is the grace time of an identity that nobody uses, and some more for MIC and Azure to act.
+// detachTimeout is MIC's delay before it detaches an unused identity, and some time for MIC and Azure to act.
 const detachTimeout = 2*time.Minute + 15*time.Second
 
 func TestAnIdentityIsAttachedForTheFirstPodAndDetachedAfterTheLast(t *testing.T) {
@@ -28,10 +28,10 @@ func TestAnIdentityIsAttachedForTheFirstPodAndDetachedAfterTheLast(t *testing.T)
 		}
 		s.deletePod("blue/p")
 		s.waitUnassigned(3*time.Second, "blue/p")
-		s.consistently(10*time.Minute, "the identity stays for the other pod", s.attached(s.set, app))
+		s.consistently(10*time.Minute, "the identity stays attached for the other pod", s.attached(s.set, app))
 		s.deletePod("blue/q")
-		s.consistently(110*time.Second, "the identity stays for a while", s.attached(s.set, app))
-		s.eventually(detachTimeout-110*time.Second, "it is detached", not(s.attached(s.set, app)))
+		s.consistently(110*time.Second, "the identity stays attached during the detach delay", s.attached(s.set, app))
+		s.eventually(detachTimeout-110*time.Second, "the identity is detached", not(s.attached(s.set, app)))
 		s.waitUnassigned(3*time.Second, "blue/q")
 		s.expectStable(10 * time.Minute)
 	})
@@ -65,7 +65,7 @@ func TestACompletedPodNeedsNoIdentity(t *testing.T) {
 				s.addPod("blue/p", "n0", "job")
 				s.waitAssigned(2*time.Second, "blue/p")
 				editObject(s.api, "blue", "p", func(p *corev1.Pod) { p.Status.Phase = phase })
-				s.eventually(detachTimeout, "its identity is detached", not(s.attached(s.set, job)))
+				s.eventually(detachTimeout, "the identity is detached", not(s.attached(s.set, job)))
 				s.waitUnassigned(3*time.Second, "blue/p")
 				s.expectStable(10 * time.Minute)
 			})
@@ -81,8 +81,8 @@ func TestAPodThatIsBeingDeletedKeepsItsIdentityWhileItRuns(t *testing.T) {
 		s.addPod("blue/p", "n0", "app")
 		s.waitAssigned(2*time.Second, "blue/p")
 		deleteObject[corev1.Pod](s.api, "blue", "p")
-		s.consistently(10*time.Minute-time.Second, "it is attached and Assigned", func() bool { return s.attached(s.set, app)() && s.isAssigned("blue/p") })
-		s.eventually(detachTimeout, "it is detached", not(s.attached(s.set, app)))
+		s.consistently(10*time.Minute-time.Second, "the identity is attached and Assigned", func() bool { return s.attached(s.set, app)() && s.isAssigned("blue/p") })
+		s.eventually(detachTimeout, "the identity is detached", not(s.attached(s.set, app)))
 		s.expectStable(10 * time.Minute)
 	})
 }
@@ -95,7 +95,7 @@ func TestPodsOfTheSameNameInTwoNamespacesAreTwoPods(t *testing.T) {
 		s.addPod("red/web-0", "n1", "app")
 		s.waitAssigned(2*time.Second, "blue/web-0", "red/web-0")
 		s.deletePod("blue/web-0")
-		s.consistently(20*time.Minute, "the other one keeps it", func() bool { return s.attached(s.set, app)() && s.isAssigned("red/web-0") })
+		s.consistently(20*time.Minute, "the other pod keeps the identity", func() bool { return s.attached(s.set, app)() && s.isAssigned("red/web-0") })
 		s.waitUnassigned(0, "blue/web-0")
 		s.expectStable(10 * time.Minute)
 	})
@@ -111,9 +111,9 @@ func TestAPodThatMovesGetsItsIdentityOnTheNewMachineBeforeTheOldOneLosesIt(t *te
 		s.addPod("blue/web-0", "vm", "app")
 		s.waitAssigned(3*time.Second, "blue/web-0")
 		if !s.arm.Attached(machine, app) || !s.arm.Attached(s.set, app) {
-			t.Error("it is not on both machines")
+			t.Error("the identity is not attached to both machines")
 		}
-		s.eventually(detachTimeout, "it is off the first machine", not(s.attached(s.set, app)))
+		s.eventually(detachTimeout, "the identity is detached from the first machine", not(s.attached(s.set, app)))
 		s.expectStable(10 * time.Minute)
 	})
 }
@@ -139,7 +139,7 @@ func TestAnIdentityAttachedExternallyJustBeforeMICsUpdateIsNeverDetached(t *test
 	runScenario(t, func(t *testing.T, s *scenario) {
 		app := s.addBoundIdentity("blue", "app")
 		p := s.start()
-		// The last moment: MIC has looked at the machine, and its update is on its way.
+		// The last moment: MIC has read the machine, and its update is on its way.
 		done := false
 		p.conn.hook(func(r request) error {
 			if r.target == toARM && r.isWrite && !done {
@@ -170,7 +170,7 @@ func TestImmutableIdentitiesAndMICsOwnAreNeverDetached(t *testing.T) {
 		s.deletePod("blue/q")
 		s.waitUnassigned(3*time.Second, "blue/p")
 		s.waitUnassigned(3*time.Second, "blue/q")
-		s.consistently(time.Hour, "both stay", func() bool { return s.attached(s.set, spared)() && s.attached(s.set, own)() })
+		s.consistently(time.Hour, "both identities stay attached", func() bool { return s.attached(s.set, spared)() && s.attached(s.set, own)() })
 		s.expectStable(time.Minute)
 	})
 }
@@ -195,7 +195,7 @@ func TestNothingIsDetachedBeforeTheCachesAreLoaded(t *testing.T) {
 					return nil
 				}, nil)
 				s.consistently(20*time.Minute, "nothing is detached", func() bool { return s.attached(s.set, app)() && s.attached(s.set, left)() })
-				s.eventually(detachTimeout, "what nobody uses is detached", not(s.attached(s.set, left)))
+				s.eventually(detachTimeout, "the unused identity is detached", not(s.attached(s.set, left)))
 				s.expectStable(10 * time.Minute)
 			})
 		})
@@ -213,7 +213,7 @@ func TestAssignmentsOfADeletedNodeAreDeleted(t *testing.T) {
 		deleteObject[corev1.Node](s.api, "", "vm")
 		s.waitUnassigned(5*time.Second, "blue/p")
 		s.deletePod("blue/p")
-		s.consistently(10*time.Minute, "the other one keeps its identity", func() bool { return s.attached(s.set, app)() && s.isAssigned("blue/q") })
+		s.consistently(10*time.Minute, "the other pod keeps its identity", func() bool { return s.attached(s.set, app)() && s.isAssigned("blue/q") })
 		s.expectStable(10 * time.Minute)
 	})
 }
@@ -229,7 +229,7 @@ func TestIdentitiesAreDetachedFromAScaleSetWithoutNodes(t *testing.T) {
 		}
 		s.deletePod("blue/p")
 		s.waitUnassigned(5*time.Second, "blue/p")
-		s.eventually(detachTimeout, "it is detached", not(s.attached(s.set, app)))
+		s.eventually(detachTimeout, "the identity is detached", not(s.attached(s.set, app)))
 		s.expectStable(10 * time.Minute)
 	})
 }
@@ -243,12 +243,12 @@ func TestTheDeletionOfANamespaceDoesNotWaitForAzure(t *testing.T) {
 		s.waitAssigned(2*time.Second, "green/p")
 		s.requireNoError(s.arm.SetFault(azure.ARMFault{Hang: true}))
 		deleteObject[corev1.Namespace](s.api, "", "green")
-		s.eventually(20*time.Second, "the namespace is gone", func() bool {
+		s.eventually(20*time.Second, "the namespace is deleted", func() bool {
 			_, there := getObject[corev1.Namespace](s.api, "", "green")
 			return !there
 		})
 		s.arm.ClearFaults("")
-		s.eventually(detachTimeout+time.Minute, "what it used is detached all the same", not(s.attached(s.set, app)))
+		s.eventually(detachTimeout+time.Minute, "its identity is detached later", not(s.attached(s.set, app)))
 		s.expectStable(10 * time.Minute)
 	})
 }
@@ -266,11 +266,11 @@ func TestADeletedAssignmentIsRecreated(t *testing.T) {
 					editObject(s.api, "blue", first.Name, func(a *v1.AzureAssignedIdentity) { a.Finalizers = nil })
 				}
 				deleteObject[v1.AzureAssignedIdentity](s.api, "blue", first.Name)
-				s.eventually(40*time.Second, "there is another one, Assigned", func() bool {
+				s.eventually(40*time.Second, "another assignment exists and is Assigned", func() bool {
 					found := s.assignmentsOf("blue/p")
 					return len(found) == 1 && found[0].UID != first.UID && s.isAssigned("blue/p")
 				})
-				s.consistently(10*time.Minute, "the identity is never off the machine", s.attached(s.set, app))
+				s.consistently(10*time.Minute, "the identity stays attached", s.attached(s.set, app))
 				s.expectStable(10 * time.Minute)
 				if n := len(s.patchRequests("")); n != 1 {
 					t.Errorf("%d updates", n)
@@ -287,13 +287,13 @@ func TestAnEditedAzureIdentityIsReplacedOnTheMachine(t *testing.T) {
 		s.addPod("blue/p", "n0", "app")
 		s.waitAssigned(2*time.Second, "blue/p")
 		editObject(s.api, "blue", "app", func(i *v1.AzureIdentity) { i.Spec.ResourceID, i.Spec.ClientID = second, clientID("second") })
-		s.eventually(13*time.Second, "the new one is attached", s.attached(s.set, second))
+		s.eventually(13*time.Second, "the new identity is attached", s.attached(s.set, second))
 		s.waitAssigned(3*time.Second, "blue/p")
-		s.eventually(detachTimeout, "the old one is detached", not(s.attached(s.set, first)))
+		s.eventually(detachTimeout, "the old identity is detached", not(s.attached(s.set, first)))
 		s.expectStable(10 * time.Minute)
 
 		editObject(s.api, "blue", "app", func(i *v1.AzureIdentity) {
-			i.Annotations = map[string]string{"note": "nothing that matters"}
+			i.Annotations = map[string]string{"note": "irrelevant"}
 			i.Spec.ResourceID = strings.ToLower(second) + "/"
 		})
 		s.expectStable(10 * time.Minute)
@@ -311,7 +311,7 @@ func TestAnIdentityIsDetachedWhenItsBindingNoLongerApplies(t *testing.T) {
 			editObject(s.api, "red", "p", func(p *corev1.Pod) { p.Labels[v1.BindingLabel] = "other" })
 		},
 		"label removed": func(s *scenario) { editObject(s.api, "red", "p", func(p *corev1.Pod) { p.Labels = nil }) },
-		"kept to its namespace": func(s *scenario) {
+		"restricted to its namespace": func(s *scenario) {
 			editObject(s.api, "blue", "app", func(i *v1.AzureIdentity) {
 				i.Annotations = map[string]string{v1.BehaviorAnnotation: v1.BehaviorNamespaced}
 			})
@@ -325,8 +325,8 @@ func TestAnIdentityIsDetachedWhenItsBindingNoLongerApplies(t *testing.T) {
 				s.addPod("red/p", "n0", "app")
 				s.waitAssigned(2*time.Second, "red/p")
 				change(s)
-				s.consistently(110*time.Second, "it stays for a while", s.attached(s.set, app))
-				s.eventually(detachTimeout-110*time.Second, "it is detached", not(s.attached(s.set, app)))
+				s.consistently(110*time.Second, "the identity stays attached during the detach delay", s.attached(s.set, app))
+				s.eventually(detachTimeout-110*time.Second, "the identity is detached", not(s.attached(s.set, app)))
 				s.waitUnassigned(3*time.Second, "red/p")
 				s.expectStable(10 * time.Minute)
 			})

@@ -11,9 +11,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// One of them remembers when it was last called: in faked time that can be 26 years in the future, and it waits.
+	// One of the handlers limits its rate by the time of its last call. With the fake clock that time can be 26 years in
+	// the future, and the handler would sleep until then.
 	utilruntime.ErrorHandlers = nil
-	klog.SetLogger(logr.Discard()) // lost connections, by the thousand
-	debug.SetGCPercent(400)        // stories are short, and most of their garbage dies with them
+	klog.SetLogger(logr.Discard()) // thousands of lost connections
+	debug.SetGCPercent(400)        // sequences are short, and most of their garbage is freed with them
 	os.Exit(m.Run())
 }

@@ -23,14 +23,15 @@ import (
 )
 
 var (
-	seedFlag      = flag.Uint64("seed", 0, "repeat the story with this seed")
-	stepsFlag     = flag.String("steps", "", "with -seed: play only these steps, such as 2,3,7")
+	seedFlag      = flag.Uint64("seed", 0, "repeat the sequence with this seed")
+	stepsFlag     = flag.String("steps", "", "with -seed: run only these steps, such as 2,3,7")
 	traceFlag     = flag.Bool("trace", false, "with -seed: print what the controller sends and logs")
-	sequencesFlag = flag.Int("stories", 0, "how many stories to play")
-	freshFlag     = flag.Bool("fresh", false, "play stories that nobody has played before, in place of the same ones each time")
+	sequencesFlag = flag.Int("sequences", 0, "how many random sequences to run")
+	freshFlag     = flag.Bool("fresh", false, "run new random sequences instead of the same ones each time")
 )
 
-// setUp sets the scene: Azure's habits, machines, nodes, some objects, perhaps those of the predecessor, and a leader.
+// setUp creates the initial state: the behaviour of Azure, machines, nodes, some objects, possibly assignments of AAD Pod
+// Identity, and a leader.
 func (s *sequence) setUp() {
 	r := rand.New(rand.NewPCG(s.seed, 1<<32))
 	s.arm.Change(func(a *azure.ARMSettings) {
@@ -78,8 +79,8 @@ func (s *sequence) setUp() {
 	s.startLeader()
 }
 
-// addLegacyAssignments writes what the predecessor would have left behind: assignments in its own form, of pods that are there and
-// of one that is not.
+// addLegacyAssignments creates what AAD Pod Identity would have left behind: assignments in its own form, of existing pods
+// and of a deleted one.
 func (s *sequence) addLegacyAssignments(r *rand.Rand) {
 	now := s.objectsAt(time.Now())
 	for _, c := range append(slices.Clone(now.expected), expectedAssignment{pod: "red/gone", node: "n0", identity: "red/i0", machine: machineOfProviderID(nodeProviders["n0"]), resource: azure.FoldID(identityID("u1"))}) {
@@ -93,7 +94,7 @@ func (s *sequence) addLegacyAssignments(r *rand.Rand) {
 	}
 }
 
-// addLegacyAssignment is an assignment as the predecessor wrote it; false if its name was taken.
+// addLegacyAssignment creates an assignment as AAD Pod Identity did; false if one of that name exists.
 func (s *sequence) addLegacyAssignment(c expectedAssignment, state v1.AssignmentState) bool {
 	podNamespace, pod := splitKey(c.pod)
 	namespace, name := splitKey(c.identity)
@@ -106,7 +107,7 @@ func (s *sequence) addLegacyAssignment(c expectedAssignment, state v1.Assignment
 		Status: v1.AzureAssignedIdentityStatus{Status: state},
 	})
 	if err == nil {
-		s.logf("   the predecessor assigned %s (%s) to pod %s on %s: %q", c.identity, lastSegment(c.resource), c.pod, c.node, state)
+		s.logf("   AAD Pod Identity assigned %s (%s) to pod %s on %s: %q", c.identity, lastSegment(c.resource), c.pod, c.node, state)
 	}
 	return err == nil
 }
@@ -117,7 +118,7 @@ func (s *sequence) describeState() string {
 		text += fmt.Sprintf("\n   identity %s: %s", key(i), describeSpec(i.Spec))
 	}
 	for _, b := range listObjects[v1.AzureIdentityBinding](s.api) {
-		text += fmt.Sprintf("\n   binding %s: %s to %q", key(b), b.Spec.AzureIdentity, b.Spec.Selector)
+		text += fmt.Sprintf("\n   binding %s: %s for %q", key(b), b.Spec.AzureIdentity, b.Spec.Selector)
 	}
 	for _, p := range listObjects[corev1.Pod](s.api) {
 		text += fmt.Sprintf("\n   pod %s (%s) with %q on %q", key(p), p.UID, p.Labels[v1.BindingLabel], p.Spec.NodeName)
@@ -125,7 +126,7 @@ func (s *sequence) describeState() string {
 	return text
 }
 
-// runSequence plays the steps of a seed, all of them or some.
+// runSequence runs steps of the sequence with this seed.
 func runSequence(t *testing.T, seed uint64, steps []int) (o outcome) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSequence(t, seed)
@@ -161,7 +162,7 @@ func stepsOf(seed uint64) []int {
 	return steps
 }
 
-// minimizeSteps leaves out every step without which things go wrong as well.
+// minimizeSteps removes each step without which the sequence still fails.
 func minimizeSteps(t *testing.T, seed uint64, steps []int) (outcome, []int) {
 	var shortest outcome
 	for i := len(steps) - 1; i >= 0; i-- {
@@ -176,17 +177,17 @@ func minimizeSteps(t *testing.T, seed uint64, steps []int) (outcome, []int) {
 	return shortest, steps
 }
 
-// formerFailures are seeds of stories in which something went wrong once.
+// formerFailures are seeds of sequences that failed once.
 var formerFailures = []uint64{
-	1795334226108038248, 1795334226108038490, // an assignment outlives what it was for
-	1795334378719304021, 1795334588804852191, 1795334588804853193, // an update taken for ended
-	1795335930879708681,                      // the predecessor's assignment for another node
-	1795336505139002702,                      // an update struck from the ledger because the machine could not be read after it
-	1795338935932751759, 1795338935932752895, // an update of which Azure has lost sight
+	1795334226108038248, 1795334226108038490, // an assignment remained although its pod no longer needed it
+	1795334378719304021, 1795334588804852191, 1795334588804853193, // an update was taken for finished
+	1795335930879708681,                      // an assignment of AAD Pod Identity for another node
+	1795336505139002702,                      // an update was removed from the ledger because the machine could not be read after it
+	1795338935932751759, 1795338935932752895, // Azure lost track of an update
 }
 
 func TestRandomSequencesDetachNothingInUseAndConverge(t *testing.T) {
-	// The same each time, so that what is found speaks of the code and not of the day; `make fuzz` plays fresh ones.
+	// The same sequences each time, so that the result depends only on the code. `make fuzz` runs new ones.
 	first, count := uint64(1), defaultSequences
 	if *freshFlag {
 		first = uint64(time.Now().UnixNano())
@@ -197,7 +198,7 @@ func TestRandomSequencesDetachNothingInUseAndConverge(t *testing.T) {
 	if *seedFlag != 0 {
 		first, count = *seedFlag, 1
 	}
-	t.Logf("seeds from %d on; repeat one with -seed", first)
+	t.Logf("seeds start at %d; repeat one with -seed", first)
 	seeds := append(slices.Clone(formerFailures), make([]uint64, count)...)
 	for i := range count {
 		seeds[len(formerFailures)+i] = first + uint64(i)
@@ -217,7 +218,7 @@ func TestRandomSequencesDetachNothingInUseAndConverge(t *testing.T) {
 				if len(shortest.errors) == 0 {
 					shortest = o
 				}
-				t.Errorf("seed %d went wrong; steps %v:\n%s", seed, steps, shortest)
+				t.Errorf("seed %d failed; steps %v:\n%s", seed, steps, shortest)
 			}
 		})
 	}

@@ -18,7 +18,7 @@ func TestAnIdentityThatAzureRefusesAffectsNoOther(t *testing.T) {
 	for _, late := range []bool{false, true} {
 		for _, naming := range []azure.Naming{azure.NamedInDetails, azure.NamedInText, azure.Unnamed} {
 			for _, bad := range []azure.IdentityFault{{Denied: true}, {Missing: true}} {
-				t.Run(fmt.Sprintf("denied %t, missing %t, told at the end %t, named in %s", bad.Denied, bad.Missing, late, naming), func(t *testing.T) {
+				t.Run(fmt.Sprintf("denied %t, missing %t, reported at the end %t, named in %s", bad.Denied, bad.Missing, late, naming), func(t *testing.T) {
 					runScenario(t, func(t *testing.T, s *scenario) {
 						s.arm.Change(func(a *azure.ARMSettings) { a.Naming, a.LateErrors = naming, late })
 						s.addBoundIdentity("blue", "bad")
@@ -49,11 +49,11 @@ func TestAnIdentityThatAzureRefusesAffectsNoOther(t *testing.T) {
 	}
 }
 
-// expectRefusalReported checks that whoever has to mend something is told what: in the assignment, by an Event on the pod and by one
-// on the binding.
+// expectRefusalReported checks that the refusal is reported to those who can correct it: in the status of the assignment,
+// by an Event on the pod and by one on the binding.
 func (s *scenario) expectRefusalReported(pod, binding string) {
 	s.t.Helper()
-	s.eventually(5*time.Second, "the assignment says what is in the way", func() bool {
+	s.eventually(5*time.Second, "the assignment has a message", func() bool {
 		found := s.assignmentsOf(pod)
 		return len(found) == 1 && found[0].Status.Status == v1.AssignmentCreated && found[0].Status.Message != ""
 	})
@@ -64,7 +64,7 @@ func (s *scenario) expectRefusalReported(pod, binding string) {
 	}
 }
 
-// expectRareRetries checks that an identity which Azure refuses is tried less and less often.
+// expectRareRetries checks that MIC backs off from an identity that Azure refuses.
 func (s *scenario) expectRareRetries(t *testing.T) {
 	before := len(s.patchRequests(""))
 	time.Sleep(time.Hour)
@@ -77,7 +77,7 @@ func (s *scenario) expectRareRetries(t *testing.T) {
 	}
 }
 
-// expectStableExcept checks that all is as it is to be, but for attempts with what Azure refuses.
+// expectStableExcept checks that MIC has converged and only retries the identity that Azure refuses.
 func (s *scenario) expectStableExcept(identity string) {
 	s.t.Helper()
 	for _, wrong := range s.convergenceErrors() {
@@ -87,7 +87,7 @@ func (s *scenario) expectStableExcept(identity string) {
 	time.Sleep(30 * time.Minute)
 	for _, p := range s.patchRequests("")[before:] {
 		if len(p.Remove) > 0 || len(p.Add) != 1 || p.Add[0] != azure.FoldID(identity) {
-			s.t.Errorf("an update without a reason: %v", patchSummaries([]azure.ARMRequest{p}))
+			s.t.Errorf("an unnecessary update: %v", patchSummaries([]azure.ARMRequest{p}))
 		}
 	}
 }
@@ -98,13 +98,13 @@ func TestACorrectedAzureIdentityIsAttachedSoonAfterTheEdit(t *testing.T) {
 		s.addBinding("blue/app", "app")
 		s.start()
 		s.addPod("blue/p", "n0", "app")
-		s.eventually(5*time.Second, "it is refused", func() bool {
+		s.eventually(5*time.Second, "the refusal is reported", func() bool {
 			found := s.assignmentsOf("blue/p")
 			return len(found) == 1 && found[0].Status.Message != ""
 		})
 		time.Sleep(time.Hour)
-		right := s.addManagedIdentity("right")
-		editObject(s.api, "blue", "app", func(i *v1.AzureIdentity) { i.Spec.ResourceID = right })
+		corrected := s.addManagedIdentity("right")
+		editObject(s.api, "blue", "app", func(i *v1.AzureIdentity) { i.Spec.ResourceID = corrected })
 		s.waitAssigned(5*time.Second, "blue/p")
 		s.expectStable(30 * time.Minute)
 	})
@@ -148,7 +148,7 @@ func TestMoreIdentitiesThanAzureAcceptsInOneUpdateAreSplitIntoSeveral(t *testing
 
 func TestABurstOfPodsIsAtMostTwoUpdates(t *testing.T) {
 	for _, takes := range []time.Duration{0, 50 * time.Second} {
-		t.Run(fmt.Sprintf("each takes %s", takes), func(t *testing.T) {
+		t.Run(fmt.Sprintf("an update takes %s", takes), func(t *testing.T) {
 			runScenario(t, func(t *testing.T, s *scenario) {
 				s.arm.Change(func(a *azure.ARMSettings) { a.Delay = takes })
 				s.cfg.Workers = 32
@@ -194,7 +194,7 @@ func TestIdentityTypesThatAreNotAttachedAreAssignedWithoutAzure(t *testing.T) {
 		s.waitUnassigned(3*time.Second, "blue/p")
 		s.expectStable(time.Hour)
 		if log := s.arm.Log(0); len(log) > 0 {
-			t.Errorf("ARM was asked %d times", len(log))
+			t.Errorf("ARM got %d requests", len(log))
 		}
 	})
 }
@@ -209,11 +209,11 @@ func TestNodesOutsideAzureAffectOnlyTheirOwnPods(t *testing.T) {
 				s.addPod("blue/p", "odd", "app")
 				s.addPod("blue/q", "n0", "app")
 				s.waitAssigned(2*time.Second, "blue/q")
-				s.eventually(5*time.Second, "the assignment says what is in the way", func() bool {
+				s.eventually(5*time.Second, "the assignment has a message", func() bool {
 					found := s.assignmentsOf("blue/p")
 					return len(found) == 1 && found[0].Status.Status == v1.AssignmentCreated && strings.Contains(found[0].Status.Message, "odd")
 				})
-				s.eventually(5*time.Second, "an Event says so too", func() bool { return len(s.events("Pod", "blue/p")) == 1 })
+				s.eventually(5*time.Second, "the pod has an Event", func() bool { return len(s.events("Pod", "blue/p")) == 1 })
 				editObject(s.api, "", "odd", func(n *corev1.Node) { n.Spec.ProviderID = "azure://" + s.set + "/virtualMachines/7" })
 				s.waitAssigned(3*time.Second, "blue/p")
 				s.expectStable(10 * time.Minute)

@@ -13,43 +13,43 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// runScenario runs a test in faked time, in a world with two namespaces and a scale set beneath two nodes, and looks in the
-// end for harm that the test itself did not look for.
+// runScenario runs a test with a fake clock in a simulation with two namespaces and a scale set with two nodes. In the end
+// it checks for violations that the test itself does not check for.
 func runScenario(t *testing.T, test func(*testing.T, *scenario)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		w := newSimulation(t)
-		defer w.close()
+		sim := newSimulation(t)
+		defer sim.close()
 		for _, name := range []string{"blue", "red"} {
-			w.addNamespace(name)
+			sim.addNamespace(name)
 		}
-		s := &scenario{simulation: w, t: t, set: w.addScaleSet("Set-A", "n0", "n1")}
-		w.attachForeignIdentity("kubelet", s.set)
+		s := &scenario{simulation: sim, t: t, set: sim.addScaleSet("Set-A", "n0", "n1")}
+		sim.attachForeignIdentity("kubelet", s.set)
 		test(t, s)
-		for _, harm := range w.violations(time.Second) {
-			t.Error(harm)
+		for _, violation := range sim.violations(time.Second) {
+			t.Error(violation)
 		}
 	})
 }
 
-// scenario is what most tests need.
+// scenario is the test environment of most tests.
 type scenario struct {
 	*simulation
 	t   *testing.T
-	set string // the scale set beneath n0 and n1
+	set string // the scale set of n0 and n1
 }
 
-// eventually waits until something holds, and fails the test if it does not in time.
-func (s *scenario) eventually(most time.Duration, what string, holds func() bool) {
+// eventually waits until a condition holds, and fails the test if it does not in time.
+func (s *scenario) eventually(timeout time.Duration, what string, holds func() bool) {
 	s.t.Helper()
-	for end := time.Now().Add(most); !holds(); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(timeout); !holds(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(end) {
-			s.t.Fatalf("%s: not within %s: %s; wrong is: %q", formatTime(time.Now()), most, what, s.convergenceErrors())
+			s.t.Fatalf("%s: not within %s: %s; not converged: %q", formatTime(time.Now()), timeout, what, s.convergenceErrors())
 		}
 	}
 }
 
-// consistently fails the test if something does not hold at any time from now on.
+// consistently fails the test if a condition does not hold at any time during d.
 func (s *scenario) consistently(d time.Duration, what string, holds func() bool) {
 	s.t.Helper()
 	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
@@ -59,32 +59,32 @@ func (s *scenario) consistently(d time.Duration, what string, holds func() bool)
 	}
 }
 
-// waitAssigned waits until all that pods are to have is Assigned.
-func (s *scenario) waitAssigned(most time.Duration, pods ...string) {
+// waitAssigned waits until all expected assignments of the pods are Assigned.
+func (s *scenario) waitAssigned(timeout time.Duration, pods ...string) {
 	s.t.Helper()
 	for _, pod := range pods {
-		s.eventually(most, pod+" has what it is to have", func() bool { return s.isAssigned(pod) })
+		s.eventually(timeout, pod+" has its assignments", func() bool { return s.isAssigned(pod) })
 	}
 }
 
 func (s *scenario) isAssigned(pod string) bool {
-	claimed, found := false, s.assignmentsOf(pod)
+	expected, found := false, s.assignmentsOf(pod)
 	for _, c := range s.objectsAt(time.Now()).expected {
 		if c.pod != pod {
 			continue
 		}
-		claimed = true
+		expected = true
 		if !slices.ContainsFunc(found, func(a *v1.AzureAssignedIdentity) bool { return ownerPodUID(a) != "" && c.matches(a) && allowsTokens(a) }) {
 			return false
 		}
 	}
-	return claimed
+	return expected
 }
 
-// waitUnassigned waits until a pod has no assignment left.
-func (s *scenario) waitUnassigned(most time.Duration, pod string) {
+// waitUnassigned waits until a pod has no assignment.
+func (s *scenario) waitUnassigned(timeout time.Duration, pod string) {
 	s.t.Helper()
-	s.eventually(most, pod+" has no assignment any more", func() bool { return len(s.assignmentsOf(pod)) == 0 })
+	s.eventually(timeout, pod+" has no assignment", func() bool { return len(s.assignmentsOf(pod)) == 0 })
 }
 
 func (s *scenario) deletePod(key string) {
@@ -94,21 +94,21 @@ func (s *scenario) deletePod(key string) {
 	}
 }
 
-// attached reports whether an identity is on a machine.
+// attached returns a condition: the identity is attached to the machine.
 func (s *scenario) attached(machine, identity string) func() bool {
 	return func() bool { return s.arm.Attached(machine, identity) }
 }
 
 func not(holds func() bool) func() bool { return func() bool { return !holds() } }
 
-// expectStable checks that nothing is left to do: all is as it is to be, and Azure is not asked to change anything.
+// expectStable checks that MIC has converged, and sends no update to Azure during d.
 func (s *scenario) expectStable(d time.Duration) {
 	s.t.Helper()
-	s.eventually(3*time.Second, "all is as it is to be", func() bool { return len(s.convergenceErrors()) == 0 })
+	s.eventually(3*time.Second, "MIC has converged", func() bool { return len(s.convergenceErrors()) == 0 })
 	before := len(s.patchRequests(""))
 	time.Sleep(d)
 	if after := s.patchRequests(""); len(after) > before {
-		s.t.Errorf("updates without a reason: %v", patchSummaries(after[before:]))
+		s.t.Errorf("unnecessary updates: %v", patchSummaries(after[before:]))
 	}
 	for _, wrong := range s.convergenceErrors() {
 		s.t.Error(wrong)
@@ -122,7 +122,7 @@ func patchSummaries(patches []azure.ARMRequest) (texts []string) {
 	return texts
 }
 
-// acceptedPatches are the updates that ARM carried out.
+// acceptedPatches returns the updates that ARM accepted.
 func (s *scenario) acceptedPatches(machine string) []azure.ARMRequest {
 	return slices.DeleteFunc(s.patchRequests(machine), func(r azure.ARMRequest) bool { return !r.Accepted })
 }

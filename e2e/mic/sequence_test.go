@@ -15,27 +15,27 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// sequence is a world to which things happen: steps, each of which depends on nothing but the seed, its number and how the
-// cluster and Azure are at the time, so that a step that is left out does not make the others different ones.
+// sequence is a random sequence of steps in a simulation. A step depends only on the seed, its number and the state of the
+// cluster and of Azure, so that leaving out a step does not change the others.
 type sequence struct {
 	*simulation
 	mu      sync.Mutex // of log
-	log     []string
+	log     []string   // what happened, line by line
 	pending []scheduled
 	crashes chan *process
 	leader  *process // nil while there is none
 
-	maxWatchDelay time.Duration // for a change to be known to the controller, at most
-	restartDelay  time.Duration // from a crash to the next start
+	maxWatchDelay time.Duration // until the controller has received a change
+	restartDelay  time.Duration // from a crash to the start of the next controller
 }
 
-// scheduled is something that happens later by itself.
+// scheduled is a function to run at some time.
 type scheduled struct {
 	at  time.Time
 	run func()
 }
 
-// action is one kind of step. do says what it did, or "" if there was nothing to do.
+// action is one kind of step. run returns a description of what it did, or "" if it was not possible.
 type action struct {
 	weight int
 	run    func(*sequence, *rand.Rand) string
@@ -53,7 +53,7 @@ func (s *sequence) logf(format string, args ...any) {
 	s.log = append(s.log, formatTime(time.Now())+" "+fmt.Sprintf(format, args...))
 }
 
-// traceRequests adds to the story what the controller sends and logs.
+// traceRequests adds the requests and the log of the controllers to the log of the sequence.
 func (s *sequence) traceRequests() {
 	s.newTrace = func(process string) func(request, string) {
 		return func(r request, outcome string) {
@@ -73,7 +73,7 @@ func (l logWriter) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// run makes the steps with these numbers happen.
+// run runs the steps with these numbers.
 func (s *sequence) run(steps []int) {
 	total := 0
 	for _, e := range actions {
@@ -82,7 +82,7 @@ func (s *sequence) run(steps []int) {
 	for _, step := range steps {
 		r := rand.New(rand.NewPCG(s.seed, uint64(step)))
 		s.wait(randomPause(r))
-		// What cannot happen at the moment is replaced by something that can.
+		// An action that is not possible in the current state is replaced by another one.
 		for range 10 {
 			n := r.IntN(total)
 			i := slices.IndexFunc(actions, func(e action) bool { n -= e.weight; return n < 0 })
@@ -108,19 +108,19 @@ func randomPause(r *rand.Rand) time.Duration {
 	return randomDuration(r, 3*time.Minute, 6*time.Minute)
 }
 
-func randomDuration(r *rand.Rand, least, most time.Duration) time.Duration {
-	return least + time.Duration(r.Int64N(int64(most-least))).Truncate(time.Millisecond)
+func randomDuration(r *rand.Rand, from, to time.Duration) time.Duration {
+	return from + time.Duration(r.Int64N(int64(to-from))).Truncate(time.Millisecond)
 }
 
 func pick[T any](r *rand.Rand, from ...T) T { return from[r.IntN(len(from))] }
 
-// schedule makes something happen after a while.
+// schedule runs a function after d.
 func (s *sequence) schedule(d time.Duration, do func()) {
 	s.pending = append(s.pending, scheduled{time.Now().Add(d), do})
 	slices.SortStableFunc(s.pending, func(a, b scheduled) int { return a.at.Compare(b.at) })
 }
 
-// wait lets time pass.
+// wait waits for d, runs the functions that are due and handles crashes.
 func (s *sequence) wait(d time.Duration) {
 	for end := time.Now().Add(d); ; {
 		for len(s.pending) > 0 && !s.pending[0].at.After(time.Now()) {
@@ -143,7 +143,7 @@ func (s *sequence) wait(d time.Duration) {
 	}
 }
 
-// handleCrash is what follows when a process has died by itself.
+// handleCrash disconnects a process that was killed and schedules the start of the next one.
 func (s *sequence) handleCrash(p *process) {
 	p.kill()
 	if s.leader == p {
@@ -156,11 +156,12 @@ func (s *sequence) handleCrash(p *process) {
 func (s *sequence) startLeader() {
 	if s.leader == nil {
 		s.leader = s.start()
-		s.logf("   %s leads", s.leader.conn.name)
+		s.logf("   %s becomes the leader", s.leader.conn.name)
 	}
 }
 
-// converge ends all faults, waits until nothing is wrong any more, and then some more, and says what was wrong in the end.
+// converge removes all faults and waits until MIC has converged, and then some more minutes. It returns what is wrong in
+// the end.
 func (s *sequence) converge() []string {
 	for len(s.pending) > 0 {
 		next := s.pending[0]
@@ -181,7 +182,7 @@ func (s *sequence) converge() []string {
 		s.requireNoError(s.arm.SetProvisioningState(m.ID, ""))
 	}
 	s.startLeader()
-	s.logf("   all faults are over")
+	s.logf("   all faults are removed")
 	var wrong []string
 	for range maxMinutesToConverge {
 		s.wait(time.Minute)
@@ -190,20 +191,20 @@ func (s *sequence) converge() []string {
 		}
 	}
 	if len(wrong) > 0 {
-		return append([]string{fmt.Sprintf("not at rest %d minutes after the last fault:", maxMinutesToConverge)}, wrong...)
+		return append([]string{fmt.Sprintf("not converged %d minutes after the last fault:", maxMinutesToConverge)}, wrong...)
 	}
-	s.logf("   at rest")
+	s.logf("   converged")
 	s.wait(4 * time.Minute)
 	if wrong = s.convergenceErrors(); len(wrong) > 0 {
-		return append([]string{"at rest, and some minutes later not any more:"}, wrong...)
+		return append([]string{"converged, but not any more some minutes later:"}, wrong...)
 	}
 	return nil
 }
 
-// maxMinutesToConverge is enough for every pause that the controller makes after a failure.
+// maxMinutesToConverge is longer than every backoff of the controller.
 const maxMinutesToConverge = 50
 
-// outcome of a story: what was wrong, and all that happened.
+// outcome is the result of a sequence: the errors and the log.
 type outcome struct {
 	errors []string
 	log    []string

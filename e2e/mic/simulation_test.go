@@ -41,82 +41,82 @@ func identityID(name string) string {
 	return subscription + "/resourceGroups/Identities/providers/Microsoft.ManagedIdentity/userAssignedIdentities/" + name
 }
 
-// clientID is a GUID made of the name.
+// clientID derives a GUID from a name.
 func clientID(name string) string {
 	return fmt.Sprintf("00000000-0000-4000-8000-%012x", []byte(fmt.Sprintf("%-6.6s", name)))
 }
 
-// simulation is one test's cluster, Azure and controllers.
+// simulation is the cluster, the Azure and the controllers of one test.
 type simulation struct {
 	t                testing.TB
 	api              *apiServer
 	arm              *azure.ARM
 	cfg              mic.Config
 	log              *zap.Logger
-	newTrace         func(process string) func(request, string) // nil: no trace
-	onStart          func(*process)                             // before it does anything; may be nil
+	newTrace         func(process string) func(request, string) // returns a connection's trace; nil: no trace
+	onStart          func(*process)                             // called before the process does anything; may be nil
 	ownIdentities    []string                                   // client IDs of MIC's own identities
 	seed             uint64
 	processes        []*process
-	objectsByVersion map[int64]*objects // by version
+	objectsByVersion map[int64]*objects // by version of the API server
 	azureState
 }
 
 func newSimulation(t testing.TB) *simulation {
-	w := &simulation{t: t, api: newAPIServer(), arm: azure.NewARM(azure.ARMOptions{}), cfg: mic.DefaultConfig(), log: zap.NewNop(), objectsByVersion: map[int64]*objects{}, azureState: newAzureState()}
-	w.cfg.Namespace, w.cfg.Workers = micNamespace, 4
-	w.addNamespace(micNamespace)
-	w.addNamespace("default")
-	return w
+	sim := &simulation{t: t, api: newAPIServer(), arm: azure.NewARM(azure.ARMOptions{}), cfg: mic.DefaultConfig(), log: zap.NewNop(), objectsByVersion: map[int64]*objects{}, azureState: newAzureState()}
+	sim.cfg.Namespace, sim.cfg.Workers = micNamespace, 4
+	sim.addNamespace(micNamespace)
+	sim.addNamespace("default")
+	return sim
 }
 
-// close ends all controllers; a bubble ends only when everything in it has.
-func (w *simulation) close() {
-	for _, p := range w.processes {
+// close ends all controllers: a synctest bubble ends only when all its goroutines have ended.
+func (sim *simulation) close() {
+	for _, p := range sim.processes {
 		p.kill()
 	}
-	for _, p := range w.processes {
+	for _, p := range sim.processes {
 		select {
 		case <-p.done:
 		case <-time.After(10 * time.Minute):
-			w.t.Errorf("%s: Run has not returned ten minutes after its context ended", p.conn.name)
+			sim.t.Errorf("%s: Run has not returned ten minutes after its context was cancelled", p.conn.name)
 			<-p.done
 		}
 		if p.err != nil {
-			w.t.Errorf("%s: %v", p.conn.name, p.err)
+			sim.t.Errorf("%s: %v", p.conn.name, p.err)
 		}
 	}
 }
 
-// process is a controller that leads, or did.
+// process is a controller that is or was the leader.
 type process struct {
 	conn *connection
-	stop context.CancelFunc // it loses the lease
+	stop context.CancelFunc // as if it lost the lease
 	done chan struct{}
 	err  error
 }
 
-// start makes another controller the leader.
-func (w *simulation) start() *process {
+// start starts another controller as the leader.
+func (sim *simulation) start() *process {
 	ctx, cancel := context.WithCancel(context.Background())
-	p := &process{conn: newConnection(fmt.Sprintf("mic-%d", len(w.processes)+1), w.seed+uint64(len(w.processes))), stop: cancel, done: make(chan struct{})}
-	w.processes = append(w.processes, p)
-	if w.onStart != nil {
-		w.onStart(p)
+	p := &process{conn: newConnection(fmt.Sprintf("mic-%d", len(sim.processes)+1), sim.seed+uint64(len(sim.processes))), stop: cancel, done: make(chan struct{})}
+	sim.processes = append(sim.processes, p)
+	if sim.onStart != nil {
+		sim.onStart(p)
 	}
-	if w.newTrace != nil {
-		p.conn.trace = w.newTrace(p.conn.name)
+	if sim.newTrace != nil {
+		p.conn.trace = sim.newTrace(p.conn.name)
 	}
-	client, err := micazure.New(micazure.Config{}, micazure.Options{Transport: p.conn.armTransport(w.arm), Credential: credential{}})
+	client, err := micazure.New(micazure.Config{}, micazure.Options{Transport: p.conn.armTransport(sim.arm), Credential: credential{}})
 	if err != nil {
-		w.t.Fatal(err)
+		sim.t.Fatal(err)
 	}
-	c, err := mic.New(w.cfg, mic.Deps{
-		Kube:     &rest.Config{Host: "http://api.test", Transport: p.conn.apiTransport(w.api)},
-		Machines: machinesClient{client, w.ownIdentities}, Log: w.log.Named(p.conn.name), Registry: prometheus.NewRegistry(),
+	c, err := mic.New(sim.cfg, mic.Deps{
+		Kube:     &rest.Config{Host: "http://api.test", Transport: p.conn.apiTransport(sim.api)},
+		Machines: machinesClient{client, sim.ownIdentities}, Log: sim.log.Named(p.conn.name), Registry: prometheus.NewRegistry(),
 	})
 	if err != nil {
-		w.t.Fatal(err)
+		sim.t.Fatal(err)
 	}
 	go func() {
 		defer close(p.done)
@@ -125,18 +125,18 @@ func (w *simulation) start() *process {
 	return p
 }
 
-// kill is SIGKILL: nothing that it sends arrives any more, and nothing that was answered reaches it.
+// kill acts like SIGKILL: no more requests of the process arrive, and no responses reach it.
 func (p *process) kill() {
 	p.conn.disconnect()
 	p.stop()
 }
 
-// crashAt kills it at its n-th write from now on, before it takes effect or after.
+// crashAt kills the process at its n-th write from now on, before the write takes effect or after.
 func (p *process) crashAt(n int, applied bool, killed func()) {
-	var left atomic.Int64
-	left.Store(int64(n))
+	var remaining atomic.Int64
+	remaining.Store(int64(n))
 	die := func(r request) error {
-		if !r.isWrite || left.Add(-1) != 0 {
+		if !r.isWrite || remaining.Add(-1) != 0 {
 			return nil
 		}
 		p.conn.disconnect()
@@ -150,7 +150,7 @@ func (p *process) crashAt(n int, applied bool, killed func()) {
 	}
 }
 
-// stepDown ends its term as a leader that steps down does, and waits until it has.
+// stepDown ends the controller in order, as a leader that loses the lease does, and waits until it has ended.
 func (p *process) stepDown() {
 	p.stop()
 	<-p.done
@@ -169,7 +169,7 @@ func (credential) GetToken(context.Context, policy.TokenRequestOptions) (azcore.
 	return azcore.AccessToken{Token: "mic", ExpiresOn: time.Now().Add(24 * time.Hour)}, nil
 }
 
-// armTransport is the way to ARM.
+// armTransport is the transport to ARM.
 func (l *connection) armTransport(arm *azure.ARM) policy.Transporter {
 	return transporter(func(r *http.Request) (*http.Response, error) {
 		q := request{r.Context(), toARM, r.Method + " " + azure.FoldID(r.URL.Path), r.Method == http.MethodPatch}
@@ -181,75 +181,75 @@ type transporter func(*http.Request) (*http.Response, error)
 
 func (f transporter) Do(r *http.Request) (*http.Response, error) { return f(r) }
 
-// The objects of the cluster, as short as they can be.
+// Functions that create objects with only the necessary fields.
 
-func (w *simulation) requireNoError(err error) {
-	w.t.Helper()
+func (sim *simulation) requireNoError(err error) {
+	sim.t.Helper()
 	if err != nil {
-		w.t.Fatal(err)
+		sim.t.Fatal(err)
 	}
 }
 
-func (w *simulation) addNamespace(name string) {
-	_, err := createObject(w.api, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NamespaceStatus{Phase: corev1.NamespaceActive}})
-	w.requireNoError(err)
+func (sim *simulation) addNamespace(name string) {
+	_, err := createObject(sim.api, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NamespaceStatus{Phase: corev1.NamespaceActive}})
+	sim.requireNoError(err)
 }
 
-// addScaleSet makes one with nodes on it.
-func (w *simulation) addScaleSet(name string, nodes ...string) string {
+// addScaleSet creates a scale set with nodes, and returns its ID.
+func (sim *simulation) addScaleSet(name string, nodes ...string) string {
 	id := scaleSetID(name)
-	w.requireNoError(w.arm.AddMachine(azure.Machine{ID: id}))
+	sim.requireNoError(sim.arm.AddMachine(azure.Machine{ID: id}))
 	for i, node := range nodes {
-		w.addNode(node, fmt.Sprintf("azure://%s/virtualMachines/%d", id, i))
+		sim.addNode(node, fmt.Sprintf("azure://%s/virtualMachines/%d", id, i))
 	}
 	return id
 }
 
-// addVirtualMachine makes one that is a node.
-func (w *simulation) addVirtualMachine(name string) string {
+// addVirtualMachine creates a virtual machine that is a node, and returns its ID.
+func (sim *simulation) addVirtualMachine(name string) string {
 	id := virtualMachineID(name)
-	w.requireNoError(w.arm.AddMachine(azure.Machine{ID: id}))
-	w.addNode(name, "azure://"+id)
+	sim.requireNoError(sim.arm.AddMachine(azure.Machine{ID: id}))
+	sim.addNode(name, "azure://"+id)
 	return id
 }
 
-func (w *simulation) addNode(name, providerID string) {
-	_, err := createObject(w.api, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.NodeSpec{ProviderID: providerID}})
-	w.requireNoError(err)
+func (sim *simulation) addNode(name, providerID string) {
+	_, err := createObject(sim.api, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.NodeSpec{ProviderID: providerID}})
+	sim.requireNoError(err)
 }
 
-// addManagedIdentity makes one in Azure, and returns its resource ID.
-func (w *simulation) addManagedIdentity(name string) string {
+// addManagedIdentity creates a managed identity in Azure, and returns its resource ID.
+func (sim *simulation) addManagedIdentity(name string) string {
 	id := identityID(name)
-	w.requireNoError(w.arm.DefineIdentity(azure.Identity{ResourceID: id, ClientID: clientID(name), ObjectID: clientID("o" + name)}))
+	sim.requireNoError(sim.arm.DefineIdentity(azure.Identity{ResourceID: id, ClientID: clientID(name), ObjectID: clientID("o" + name)}))
 	return id
 }
 
-// addAzureIdentity makes an AzureIdentity of type 0. key is namespace/name.
-func (w *simulation) addAzureIdentity(key, resourceID string) {
+// addAzureIdentity creates an AzureIdentity of type 0. key is namespace/name.
+func (sim *simulation) addAzureIdentity(key, resourceID string) {
 	namespace, name, _ := strings.Cut(key, "/")
-	_, err := createObject(w.api, &v1.AzureIdentity{
+	_, err := createObject(sim.api, &v1.AzureIdentity{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
 		Spec:       v1.AzureIdentitySpec{ResourceID: resourceID, ClientID: clientID(resourceID[strings.LastIndex(resourceID, "/")+1:])},
 	})
-	w.requireNoError(err)
+	sim.requireNoError(err)
 }
 
-// addBinding binds an AzureIdentity, by namespace/name, to the pods with a selector.
-func (w *simulation) addBinding(key, selector string) {
+// addBinding binds an AzureIdentity (namespace/name) to the pods with a selector.
+func (sim *simulation) addBinding(key, selector string) {
 	namespace, name, _ := strings.Cut(key, "/")
-	_, err := createObject(w.api, &v1.AzureIdentityBinding{
+	_, err := createObject(sim.api, &v1.AzureIdentityBinding{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name + "-" + selector},
 		Spec:       v1.AzureIdentityBindingSpec{AzureIdentity: name, Selector: selector},
 	})
-	w.requireNoError(err)
+	sim.requireNoError(err)
 }
 
-// addBoundIdentity is an AzureIdentity for a managed identity of the same name, bound to the pods with that selector.
-func (w *simulation) addBoundIdentity(namespace, name string) string {
-	id := w.addManagedIdentity(name)
-	w.addAzureIdentity(namespace+"/"+name, id)
-	w.addBinding(namespace+"/"+name, name)
+// addBoundIdentity creates a managed identity, an AzureIdentity and a binding; the name of all is also the selector.
+func (sim *simulation) addBoundIdentity(namespace, name string) string {
+	id := sim.addManagedIdentity(name)
+	sim.addAzureIdentity(namespace+"/"+name, id)
+	sim.addBinding(namespace+"/"+name, name)
 	return id
 }
 
@@ -264,17 +264,17 @@ func newPod(namespace, name, node, selector string) *corev1.Pod {
 	return p
 }
 
-// addPod makes a pod, by namespace/name, that runs on a node.
-func (w *simulation) addPod(key, node, selector string) *corev1.Pod {
+// addPod creates a pod (namespace/name) that runs on a node.
+func (sim *simulation) addPod(key, node, selector string) *corev1.Pod {
 	namespace, name, _ := strings.Cut(key, "/")
-	p, err := createObject(w.api, newPod(namespace, name, node, selector))
-	w.requireNoError(err)
+	p, err := createObject(sim.api, newPod(namespace, name, node, selector))
+	sim.requireNoError(err)
 	return p
 }
 
-// assignmentsOf returns those of a pod, by namespace/name.
-func (w *simulation) assignmentsOf(pod string) (found []*v1.AzureAssignedIdentity) {
-	for _, a := range listObjects[v1.AzureAssignedIdentity](w.api) {
+// assignmentsOf returns the assignments of a pod (namespace/name).
+func (sim *simulation) assignmentsOf(pod string) (found []*v1.AzureAssignedIdentity) {
+	for _, a := range listObjects[v1.AzureAssignedIdentity](sim.api) {
 		if a.Spec.PodNamespace+"/"+a.Spec.Pod == pod {
 			found = append(found, a)
 		}
@@ -282,9 +282,9 @@ func (w *simulation) assignmentsOf(pod string) (found []*v1.AzureAssignedIdentit
 	return found
 }
 
-// patchRequests returns the updates that ARM was asked for, of one machine or ("") all.
-func (w *simulation) patchRequests(machine string) (found []azure.ARMRequest) {
-	for _, r := range w.arm.Log(0) {
+// patchRequests returns the updates that ARM received for one machine or ("") all.
+func (sim *simulation) patchRequests(machine string) (found []azure.ARMRequest) {
+	for _, r := range sim.arm.Log(0) {
 		if r.Operation == azure.OpPatch && (machine == "" || r.Resource == azure.FoldID(machine)) {
 			found = append(found, r)
 		}
