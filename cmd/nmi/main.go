@@ -9,12 +9,10 @@ import (
 	"runtime/debug"
 	"syscall"
 
-	"github.com/go-logr/zapr"
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
-	"go.uber.org/zap/zapcore"
-	"k8s.io/klog/v2"
 
+	"github.com/podidentity/podidentity/cmd/nmi/options"
 	"github.com/podidentity/podidentity/nmi"
 	"github.com/podidentity/podidentity/nmi/telemetry"
 	"github.com/podidentity/podidentity/nmi/token"
@@ -42,7 +40,7 @@ func main() {
 }
 
 func command() *cobra.Command {
-	o := newOptions()
+	o := options.New()
 	run := &cobra.Command{
 		Use:   "nmi",
 		Short: "Give the pods of this node the Azure identities that are bound to them",
@@ -56,19 +54,19 @@ token endpoint; "nmi uninstall" removes them.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return o.withLoggers(func(logs telemetry.Loggers) error {
+			return o.WithLoggers(func(logs telemetry.Loggers) error {
 				logs.Main.Info("starting", zap.String("version", version))
-				return nmi.Run(cmd.Context(), o.config(version), logs)
+				return nmi.Run(cmd.Context(), o.Config(version), logs)
 			})
 		},
 	}
 	run.CompletionOptions.DisableDefaultCmd = true // nobody types this command often enough
-	o.addTo(run.Flags())
+	o.AddFlags(run.Flags())
 	run.AddCommand(uninstall(o), parsePKCS12())
 	return run
 }
 
-func uninstall(o *options) *cobra.Command {
+func uninstall(o *options.Options) *cobra.Command {
 	var hold bool
 	c := &cobra.Command{
 		Use:   "uninstall",
@@ -77,8 +75,8 @@ func uninstall(o *options) *cobra.Command {
 From then on pods reach the machine's own metadata service. It may be run again at any time.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return o.withLoggers(func(logs telemetry.Loggers) error {
-				if err := nmi.Uninstall(cmd.Context(), o.config(version), logs.Main); err != nil {
+			return o.WithLoggers(func(logs telemetry.Loggers) error {
+				if err := nmi.Uninstall(cmd.Context(), o.Config(version), logs.Main); err != nil {
 					return err
 				}
 				logs.Main.Info("uninstalled")
@@ -89,7 +87,7 @@ From then on pods reach the machine's own metadata service. It may be run again 
 			})
 		},
 	}
-	o.addCaptureTo(c.Flags())
+	o.AddCaptureFlags(c.Flags())
 	c.Flags().BoolVar(&hold, "hold", false, "stay when done, until a signal; for a DaemonSet that removes NMI from all nodes")
 	return c
 }
@@ -102,22 +100,4 @@ func parsePKCS12() *cobra.Command {
 		Args:   cobra.NoArgs,
 		RunE:   func(*cobra.Command, []string) error { return token.ParsePKCS12Main(os.Stdin, os.Stdout) },
 	}
-}
-
-func (o *options) withLoggers(do func(telemetry.Loggers) error) error {
-	level, err := zapcore.ParseLevel(o.logLevel)
-	if err != nil {
-		return fmt.Errorf("--log-level %q is unknown; give debug, info, warn or error", o.logLevel)
-	}
-	auditLevel, ok := map[string]zapcore.Level{"info": zapcore.InfoLevel, "warn": zapcore.WarnLevel, "off": zapcore.InvalidLevel}[o.auditLevel]
-	if !ok {
-		return fmt.Errorf("--audit-level %q is unknown; give info, warn or off", o.auditLevel)
-	}
-	if o.logFormat != "json" && o.logFormat != "text" {
-		return fmt.Errorf("--log-format %q is unknown; give json or text", o.logFormat)
-	}
-	logs, stop := telemetry.NewLoggers(zapcore.Lock(os.Stderr), level, auditLevel, o.logFormat == "text")
-	defer stop()
-	klog.SetLogger(zapr.NewLogger(logs.Main))
-	return do(logs)
 }

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/podidentity/podidentity/internal/text"
+
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	corev1 "k8s.io/api/core/v1"
@@ -205,12 +207,12 @@ func (s *Server) logLine(x *exchange, took time.Duration) {
 			zap.String(telemetry.KeyAccount, credentials.ServiceAccountOf(x.Pod).Name))
 	}
 	if x.Identity != nil {
-		fields = append(fields, zap.String(telemetry.KeyIdentity, x.Identity.Key()), zap.String(telemetry.KeyClientID, telemetry.Shorten(x.Identity.ClientID)))
+		fields = append(fields, zap.String(telemetry.KeyIdentity, x.Identity.Key()), zap.String(telemetry.KeyClientID, abbreviate(x.Identity.ClientID)))
 	} else if asked := x.req.Selector.ClientID; asked != "" {
-		fields = append(fields, zap.String(telemetry.KeyClientID, telemetry.Shorten(asked)))
+		fields = append(fields, zap.String(telemetry.KeyClientID, abbreviate(asked)))
 	}
 	if x.req.Resource != "" {
-		fields = append(fields, zap.String(telemetry.KeyResource, telemetry.Clip(x.req.Resource)))
+		fields = append(fields, zap.String(telemetry.KeyResource, truncate(x.req.Resource)))
 	}
 	if x.Origin != "" {
 		fields = append(fields, zap.String(telemetry.KeyCache, string(x.Origin)))
@@ -219,7 +221,7 @@ func (s *Server) logLine(x *exchange, took time.Duration) {
 		fields = append(fields, zap.String(telemetry.KeyTokenID, x.TokenID))
 	}
 	if x.CorrelationID != "" {
-		fields = append(fields, zap.String(telemetry.KeyEntra, telemetry.Clip(x.CorrelationID)))
+		fields = append(fields, zap.String(telemetry.KeyEntra, truncate(x.CorrelationID)))
 	}
 	x.fields = append(fields, zap.Float64(telemetry.KeyDurationMS, float64(took.Microseconds())/1000))
 	entry.Write(x.fields...)
@@ -234,3 +236,14 @@ func requestID() string {
 	}
 	return hex.EncodeToString(raw[:])
 }
+
+// abbreviate keeps enough of an ID to recognise it and not enough to use it. It bounds the length of a client's text, too.
+func abbreviate(id string) string {
+	if len(id) <= 8 {
+		return id
+	}
+	return id[:4] + "…" + id[len(id)-4:]
+}
+
+// truncate bounds a client's text in a log line; the encoder escapes it.
+func truncate(s string) string { return text.Truncate(s, 256) }

@@ -12,6 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/internal/text"
 	"github.com/podidentity/podidentity/metadata"
 )
 
@@ -90,13 +91,13 @@ func (e *Events) Refused(pod *corev1.Pod, refusal *metadata.Error) {
 	}
 }
 
-func (e *Events) event(pod *corev1.Pod, known *refusalCount, reason identity.Reason, text string, now time.Time) *corev1.Event {
+func (e *Events) event(pod *corev1.Pod, known *refusalCount, reason identity.Reason, detail string, now time.Time) *corev1.Event {
 	return &corev1.Event{
 		ObjectMeta:          metav1.ObjectMeta{Namespace: pod.Namespace, Name: known.name},
 		InvolvedObject:      corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID},
 		Type:                corev1.EventTypeWarning,
 		Reason:              eventReason,
-		Message:             cut(string(reason)+": "+text, maxEventText),
+		Message:             text.Truncate(string(reason)+": "+detail, maxEventText),
 		Source:              corev1.EventSource{Component: "podidentity-nmi", Host: e.node},
 		FirstTimestamp:      metav1.NewTime(known.first),
 		LastTimestamp:       metav1.NewTime(now),

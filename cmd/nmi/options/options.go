@@ -1,32 +1,40 @@
-package main
+// Package options defines the flags of nmi. It is a package of its own so that the reference of the flags is generated from it.
+package options
 
 import (
+	"fmt"
 	"os"
 	"strconv"
+
+	"github.com/go-logr/zapr"
+	"go.uber.org/zap/zapcore"
+	"k8s.io/klog/v2"
+
+	"github.com/podidentity/podidentity/nmi/telemetry"
 
 	"github.com/spf13/pflag"
 
 	"github.com/podidentity/podidentity/nmi"
 )
 
-// options are the flags. Names are the predecessor's where they mean the same.
-type options struct {
+// Options are the values of the flags. Names are the predecessor's where they mean the same.
+type Options struct {
 	cfg        nmi.Config
 	logLevel   string
 	logFormat  string
 	auditLevel string
 }
 
-func newOptions() *options {
-	o := &options{cfg: nmi.DefaultConfig(), logLevel: "info", logFormat: "json", auditLevel: "info"}
+func New() *Options {
+	o := &Options{cfg: nmi.DefaultConfig(), logLevel: "info", logFormat: "json", auditLevel: "info"}
 	o.cfg.Node = os.Getenv("NODE_NAME")
 	o.cfg.Kubeconfig = os.Getenv("KUBECONFIG")
 	o.cfg.ForceNamespaced, _ = strconv.ParseBool(os.Getenv("FORCENAMESPACED"))
 	return o
 }
 
-// addCaptureTo adds the flags that say what is captured and how, which removing it needs too.
-func (o *options) addCaptureTo(f *pflag.FlagSet) {
+// AddCaptureFlags adds the flags that say what is captured and how, which removing it needs too.
+func (o *Options) AddCaptureFlags(f *pflag.FlagSet) {
 	c := &o.cfg
 	f.StringVar(&c.ListenAddress, "nmi-listen-address", c.ListenAddress, "link-local `address` that NMI listens on; it gets a link of its own for it")
 	f.IntVar(&c.ListenPort, "nmi-port", c.ListenPort, "`port` that NMI listens on")
@@ -37,9 +45,9 @@ func (o *options) addCaptureTo(f *pflag.FlagSet) {
 	f.StringVar(&o.logFormat, "log-format", o.logFormat, "`format` of the log: json or text")
 }
 
-func (o *options) addTo(f *pflag.FlagSet) {
+func (o *Options) AddFlags(f *pflag.FlagSet) {
 	c := &o.cfg
-	o.addCaptureTo(f)
+	o.AddCaptureFlags(f)
 	f.StringVar(&c.Node, "node", c.Node, "`name` of this machine's Node; default from NODE_NAME")
 	f.StringVar(&c.Kubeconfig, "kubeconfig", c.Kubeconfig, "`file` that says how to reach the API server; default the pod's own account")
 	f.StringVar(&c.OperationMode, "operation-mode", c.OperationMode, "`mode` of the installation: managed (identities are attached to machines beforehand) or standard (MIC attaches them)")
@@ -90,10 +98,29 @@ func (o *options) addTo(f *pflag.FlagSet) {
 	}
 }
 
-func (o *options) config(version string) nmi.Config {
+func (o *Options) Config(version string) nmi.Config {
 	c := o.cfg
 	if c.UserAgent == "" {
 		c.UserAgent = "podidentity-nmi/" + version
 	}
 	return c
+}
+
+// WithLoggers calls do with the loggers that the flags describe.
+func (o *Options) WithLoggers(do func(telemetry.Loggers) error) error {
+	level, err := zapcore.ParseLevel(o.logLevel)
+	if err != nil {
+		return fmt.Errorf("--log-level %q is unknown; give debug, info, warn or error", o.logLevel)
+	}
+	auditLevel, ok := map[string]zapcore.Level{"info": zapcore.InfoLevel, "warn": zapcore.WarnLevel, "off": zapcore.InvalidLevel}[o.auditLevel]
+	if !ok {
+		return fmt.Errorf("--audit-level %q is unknown; give info, warn or off", o.auditLevel)
+	}
+	if o.logFormat != "json" && o.logFormat != "text" {
+		return fmt.Errorf("--log-format %q is unknown; give json or text", o.logFormat)
+	}
+	logs, stop := telemetry.NewLoggers(zapcore.Lock(os.Stderr), level, auditLevel, o.logFormat == "text")
+	defer stop()
+	klog.SetLogger(zapr.NewLogger(logs.Main))
+	return do(logs)
 }
