@@ -177,6 +177,12 @@ func buildProgram(ctx context.Context, module, pkg, name string) (string, error)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
+	// Two clusters that start at the same time build the same programs: the second waits, and finds them up to date.
+	lock, err := lockFile(filepath.Join(dir, ".lock"))
+	if err != nil {
+		return "", err
+	}
+	defer lock.Close()
 	path := filepath.Join(dir, name)
 	if _, err := run(goCommand(ctx, module, "build", "-trimpath", "-ldflags", "-s -w", "-o", path, pkg)); err != nil {
 		return "", fmt.Errorf("building %s: %w", name, err)

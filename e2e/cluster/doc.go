@@ -6,6 +6,9 @@
 // PID and host name namespaces of their own) and podid-azure (the stand-in for IMDS and Entra ID). No link leads from
 // them to the machine's own network, and none has a route out.
 //
+// With PODIDENTITY_CLUSTER=N in the environment all names and folders have the number N, so that two clusters run side by
+// side: podidN-cp and so on.
+//
 // What the package protects against:
 //
 //   - Packets in the wrong network. Nothing here sends a packet from the machine's own network namespace; whatever

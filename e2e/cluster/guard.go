@@ -97,5 +97,8 @@ func RequireRoot() error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("the cluster needs root (network, mount and PID namespaces, cgroups); this is user %d", os.Geteuid())
 	}
+	if err := checkInstance(); err != nil {
+		return err
+	}
 	return insideNewNetns(func() error { return nil })
 }

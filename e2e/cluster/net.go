@@ -25,7 +25,9 @@ const (
 	serviceCIDR = "10.96.0.0/16"
 	serviceIP   = "10.96.0.1" // the service kubernetes.default, first of serviceCIDR
 	apiPort     = "443"
+)
 
+var (
 	controlPlaneNetns = namePrefix + "cp"
 	azureNetns        = namePrefix + "azure"
 	bridgeName        = namePrefix + "br0"

@@ -197,14 +197,11 @@ func buildOnce(dir string, build func(dest string) error) error {
 	if _, err := os.Stat(dir); err == nil {
 		return nil
 	}
-	lock, err := os.OpenFile(filepath.Join(filepath.Dir(dir), ".lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	lock, err := lockFile(filepath.Join(filepath.Dir(dir), ".lock"))
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		return fmt.Errorf("waiting for another build in %s: %w", filepath.Dir(dir), err)
-	}
 	if _, err := os.Stat(dir); err == nil {
 		return nil
 	}
@@ -219,4 +216,17 @@ func buildOnce(dir string, build func(dest string) error) error {
 		return errors.Join(err, os.RemoveAll(partial))
 	}
 	return os.Rename(partial, dir)
+}
+
+// lockFile returns once no other program holds the lock. Closing the file releases it.
+func lockFile(path string) (*os.File, error) {
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX); err != nil {
+		file.Close()
+		return nil, fmt.Errorf("waiting for another build: locking %s: %w", path, err)
+	}
+	return file, nil
 }

@@ -8,15 +8,21 @@ import (
 	"strings"
 )
 
-const (
+// instance distinguishes clusters that run side by side on one computer: they share addresses, each in network
+// namespaces of its own, but neither names nor folders. The supervisor and bin/cluster inherit the variable.
+var instance = os.Getenv("PODIDENTITY_CLUSTER")
+
+var (
 	// namePrefix is on every network namespace, cgroup and link that is visible outside of the cluster, so that
 	// leftovers are found by name and nothing of somebody else is ever taken for ours.
-	namePrefix = "podid-"
+	namePrefix = "podid" + instance + "-"
 
 	// runDir holds all state of the running cluster, and is its lock. Not in /run: that is often a small tmpfs, and
 	// the nodes' image stores live here. Short, because socket paths may have 107 bytes at most.
-	runDir = "/var/lib/podidentity-e2e"
+	runDir = "/var/lib/podidentity-e2e" + instance
+)
 
+const (
 	// netnsDir is where iproute2 looks, so that `ip netns exec podid-node1 …` works too.
 	netnsDir = "/run/netns"
 
@@ -33,6 +39,14 @@ var (
 	defaultLogDir = filepath.Join(runDir, "logs")
 	adminConfig   = filepath.Join(pkiDir, "admin.kubeconfig")
 )
+
+// checkInstance refuses what cannot be part of a link's name, which may have 15 bytes at most.
+func checkInstance() error {
+	if len(instance) > 3 || strings.Trim(instance, "0123456789") != "" {
+		return fmt.Errorf("PODIDENTITY_CLUSTER is %q: it must be empty or a number below 1000", instance)
+	}
+	return nil
+}
 
 // adminEnv lets kubectl and helm work on the cluster, and on nothing else: the caches and settings of whoever runs them
 // are neither used nor changed.
