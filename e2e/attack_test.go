@@ -65,7 +65,7 @@ func TestNoPathAndNoHeaderBypassesTheDecision(t *testing.T) {
 				args = append(args, target)
 			}
 			a := s.curl("attacker", args...)
-			if a.token() != "" || strings.Contains(a.raw, "eyJ") || strings.Contains(a.raw, azure.DangerMark) {
+			if a.token() != "" || strings.Contains(a.raw, "eyJ") || strings.Contains(a.raw, azure.ForbiddenMark) {
 				t.Errorf("%s with %q returned %s", path, h, a.raw)
 			}
 			if a.status < 400 && !strings.HasPrefix(path, "/metadata/instance?") {

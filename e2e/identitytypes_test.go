@@ -113,8 +113,8 @@ func TestAServicePrincipalAuthenticatesWithASecret(t *testing.T) {
 	}
 	stats, err := fakeAzure.Stats(t.Context())
 	must(t, err)
-	if stats.Entra.ByProof[azure.ProofSecret] != 4 || stats.Entra.Token.Requests != 4 || stats.IMDS.Token.Requests != 0 {
-		t.Errorf("six requests for four different tokens caused %v at Entra ID and %d requests to IMDS", stats.Entra.ByProof, stats.IMDS.Token.Requests)
+	if stats.Entra.ByCredential[azure.CredentialSecret] != 4 || stats.Entra.Token.Requests != 4 || stats.IMDS.Token.Requests != 0 {
+		t.Errorf("six requests for four different tokens caused %v at Entra ID and %d requests to IMDS", stats.Entra.ByCredential, stats.IMDS.Token.Requests)
 	}
 }
 
@@ -166,8 +166,8 @@ func TestEachCommonFormatOfACertificateIsAccepted(t *testing.T) {
 		}
 		s.mustHaveTokenOf(a, id, vault)
 	}
-	if stats, err := fakeAzure.Stats(t.Context()); err != nil || stats.Entra.ByProof[azure.ProofCertificate] != len(cases) || stats.Entra.Token.Requests != len(cases) {
-		t.Errorf("%d tokens caused %v at Entra ID (%v)", len(cases), stats.Entra.ByProof, err)
+	if stats, err := fakeAzure.Stats(t.Context()); err != nil || stats.Entra.ByCredential[azure.CredentialCertificate] != len(cases) || stats.Entra.Token.Requests != len(cases) {
+		t.Errorf("%d tokens caused %v at Entra ID (%v)", len(cases), stats.Entra.ByCredential, err)
 	}
 }
 
@@ -197,7 +197,7 @@ func TestAPodsServiceAccountIsExchangedForAToken(t *testing.T) {
 		}
 		if e.Service == "entra" && e.Class == "token" {
 			tokens++
-			if e.Proof != azure.ProofFederated || e.Subject != "system:serviceaccount:"+s.name+":worker" {
+			if e.Credential != azure.CredentialFederated || e.Subject != "system:serviceaccount:"+s.name+":worker" {
 				t.Errorf("Entra ID received %+v", e)
 			}
 		}

@@ -77,7 +77,7 @@ func (d *directory) addFederated(clientID string, f FederatedCredential) error {
 	defer d.mu.Unlock()
 	key := strings.ToLower(clientID)
 	_, isApp := d.apps[key]
-	_, isIdentity := d.find(clientID)
+	_, isIdentity := d.findIdentity(clientID)
 	if !isApp && !isIdentity {
 		return fmt.Errorf("no application or user-assigned identity with clientID %q", clientID)
 	}

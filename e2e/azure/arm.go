@@ -21,18 +21,18 @@ type ARM struct {
 	o ARMOptions
 
 	// What follows is guarded by mu, which is never held while a request waits.
-	mu         sync.Mutex
-	settings   ARMSettings
-	identities map[string]Identity // those that exist, by folded resource ID
-	bad        map[string]IdentityFault
-	machines   map[string]*armMachine // by folded ID
-	running    map[*armMachine]bool   // those with operations
-	operations map[string]*armOperation
-	ended      []string // IDs of ended operations, oldest first
-	faults     map[faultKey]*ARMFault
-	limits     armLimits
-	records    armRecords
-	answers    int // for CasingChanging
+	mu             sync.Mutex
+	settings       ARMSettings
+	identities     map[string]Identity // those that exist, by folded resource ID
+	identityFaults map[string]IdentityFault
+	machines       map[string]*armMachine // by folded ID
+	running        map[*armMachine]bool   // those with operations
+	operations     map[string]*armOperation
+	ended          []string // IDs of ended operations, oldest first
+	faults         map[faultKey]*ARMFault
+	limits         armLimits
+	records        armRecords
+	answers        int // for CasingChanging
 }
 
 // ARMOptions make an ARM. The zero value is a good one.
@@ -117,7 +117,7 @@ func NewARM(o ARMOptions) *ARM {
 	}
 	return &ARM{
 		o: o, settings: DefaultARMSettings(),
-		identities: map[string]Identity{}, bad: map[string]IdentityFault{},
+		identities: map[string]Identity{}, identityFaults: map[string]IdentityFault{},
 		machines: map[string]*armMachine{}, running: map[*armMachine]bool{}, operations: map[string]*armOperation{},
 		faults: map[faultKey]*ARMFault{}, limits: armLimits{}, records: newARMRecords(o.LogCapacity),
 	}
@@ -134,13 +134,13 @@ func (a *ARM) Settings() ARMSettings {
 func (a *ARM) Change(change func(*ARMSettings)) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
+	a.finishDueOperations()
 	change(&a.settings)
 }
 
 // ServeHTTP answers a request. A dropped connection is reset or, where it
 // cannot be taken over, ends with http.ErrAbortHandler.
-func (a *ARM) ServeHTTP(w http.ResponseWriter, r *http.Request) { write(w, a.serve(r)) }
+func (a *ARM) ServeHTTP(w http.ResponseWriter, r *http.Request) { writeResponse(w, a.serve(r)) }
 
 // Do answers a client's request without a network between them. A dropped
 // connection is io.ErrUnexpectedEOF.

@@ -20,36 +20,36 @@ type machineRequest struct {
 }
 
 func (c *control) handleARM(mux *http.ServeMux) {
-	on := func(f func(machine string, q machineRequest) error) http.HandlerFunc {
-		return take(func(q machineRequest) error { return f(c.dir.machineOf(q.Machine), q) })
+	forMachine := func(f func(machine string, q machineRequest) error) http.HandlerFunc {
+		return acceptJSON(func(q machineRequest) error { return f(c.dir.machineOf(q.Machine), q) })
 	}
-	mux.HandleFunc("PUT /identities/define", take(func(id Identity) error { return c.dir.defineIdentity(id, nil) }))
-	mux.HandleFunc("GET /arm/machines", show(func() any { return c.dir.showMachines() }))
-	mux.HandleFunc("PUT /arm/machines", take(c.arm.AddMachine))
-	mux.HandleFunc("DELETE /arm/machines", on(func(machine string, _ machineRequest) error {
+	mux.HandleFunc("PUT /identities/define", acceptJSON(func(id Identity) error { return c.dir.defineIdentity(id, nil) }))
+	mux.HandleFunc("GET /arm/machines", serveJSON(func() any { return c.dir.showMachines() }))
+	mux.HandleFunc("PUT /arm/machines", acceptJSON(c.arm.AddMachine))
+	mux.HandleFunc("DELETE /arm/machines", forMachine(func(machine string, _ machineRequest) error {
 		c.arm.RemoveMachine(machine)
 		return nil
 	}))
-	mux.HandleFunc("PUT /arm/state", on(func(machine string, q machineRequest) error { return c.arm.SetProvisioningState(machine, q.State) }))
-	mux.HandleFunc("PUT /arm/delay", on(func(machine string, q machineRequest) error { return c.arm.SetDelay(machine, q.Delay) }))
-	mux.HandleFunc("POST /arm/attach", on(func(machine string, q machineRequest) error {
+	mux.HandleFunc("PUT /arm/state", forMachine(func(machine string, q machineRequest) error { return c.arm.SetProvisioningState(machine, q.State) }))
+	mux.HandleFunc("PUT /arm/delay", forMachine(func(machine string, q machineRequest) error { return c.arm.SetDelay(machine, q.Delay) }))
+	mux.HandleFunc("POST /arm/attach", forMachine(func(machine string, q machineRequest) error {
 		return c.arm.Attach(machine, c.dir.resourceOf(q.Identity))
 	}))
-	mux.HandleFunc("POST /arm/detach", on(func(machine string, q machineRequest) error {
+	mux.HandleFunc("POST /arm/detach", forMachine(func(machine string, q machineRequest) error {
 		return c.arm.Detach(machine, c.dir.resourceOf(q.Identity))
 	}))
-	mux.HandleFunc("GET /arm/faults", show(func() any { return c.arm.Faults() }))
-	mux.HandleFunc("PUT /arm/faults", take(func(f ARMFault) error {
+	mux.HandleFunc("GET /arm/faults", serveJSON(func() any { return c.arm.Faults() }))
+	mux.HandleFunc("PUT /arm/faults", acceptJSON(func(f ARMFault) error {
 		f.Resource = c.dir.machineOf(f.Resource)
 		return c.arm.SetFault(f)
 	}))
-	mux.HandleFunc("DELETE /arm/faults", on(func(machine string, _ machineRequest) error {
+	mux.HandleFunc("DELETE /arm/faults", forMachine(func(machine string, _ machineRequest) error {
 		c.arm.ClearFaults(machine)
 		return nil
 	}))
-	mux.HandleFunc("PUT /arm/identity-faults", take(c.arm.SetIdentityFault))
-	mux.HandleFunc("GET /arm/log", func(w http.ResponseWriter, r *http.Request) { lines(w, r, c.arm.Log) })
-	mux.HandleFunc("GET /arm/changes", func(w http.ResponseWriter, r *http.Request) { lines(w, r, c.arm.Changes) })
+	mux.HandleFunc("PUT /arm/identity-faults", acceptJSON(c.arm.SetIdentityFault))
+	mux.HandleFunc("GET /arm/log", func(w http.ResponseWriter, r *http.Request) { serveLines(w, r, c.arm.Log) })
+	mux.HandleFunc("GET /arm/changes", func(w http.ResponseWriter, r *http.Request) { serveLines(w, r, c.arm.Changes) })
 }
 
 // DefineIdentity creates or replaces a user-assigned identity that is attached

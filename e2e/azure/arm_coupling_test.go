@@ -23,7 +23,7 @@ func onMachines(c *Config) {
 
 const nodeC, nodeD = "127.0.5.1", "127.0.7.1"
 
-func (s *standIn) machine(ref string) Machine {
+func (s *fakeAzure) machine(ref string) Machine {
 	s.t.Helper()
 	m, err := s.Machine(s.t.Context(), ref)
 	s.must(err)
@@ -34,7 +34,7 @@ func TestAnIdentityYieldsTokensWhereItsMachineHasIt(t *testing.T) {
 	s := start(t, onMachines)
 	ctx := t.Context()
 	s.must(s.DefineIdentity(ctx, red))
-	yields := func() string {
+	provides := func() string {
 		var nodes []string
 		for node, source := range map[string]string{"a": nodeA, "b": nodeB, "c": nodeC, "d": nodeD} {
 			switch got := s.get(source, tokenQuery+"&client_id="+red.ClientID); {
@@ -48,7 +48,7 @@ func TestAnIdentityYieldsTokensWhereItsMachineHasIt(t *testing.T) {
 	}
 	must := func(want, when string) {
 		t.Helper()
-		if got := yields(); got != want {
+		if got := provides(); got != want {
 			t.Errorf("%s: tokens on %q, want %q", when, got, want)
 		}
 	}

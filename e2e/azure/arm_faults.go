@@ -92,7 +92,7 @@ func (a *ARM) ClearFaults(resource string) {
 	defer a.mu.Unlock()
 	if resource == "" {
 		clear(a.faults)
-		clear(a.bad)
+		clear(a.identityFaults)
 		return
 	}
 	maps.DeleteFunc(a.faults, func(k faultKey, _ *ARMFault) bool { return k.resource == FoldID(resource) })
@@ -124,9 +124,9 @@ func (a *ARM) SetIdentityFault(f IdentityFault) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if key := FoldID(f.Identity); f.Denied || f.Missing {
-		a.bad[key] = f
+		a.identityFaults[key] = f
 	} else {
-		delete(a.bad, key)
+		delete(a.identityFaults, key)
 	}
 	return nil
 }
@@ -145,8 +145,8 @@ func (a *ARM) naming(f IdentityFault) Naming {
 	return f.Naming
 }
 
-// takeFault returns what the request meets, and uses up counted ones.
-func (a *ARM) takeFault(x *armExchange) *ARMFault {
+// consumeFault returns what the request meets, and uses up counted ones.
+func (a *ARM) consumeFault(x *armRequestContext) *ARMFault {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, resource := range []string{x.machine.key(), FoldID("/subscriptions/" + segment(x.URL.Path, 1)), ""} {
@@ -177,7 +177,7 @@ var defaultCodes = map[int]string{
 	412: "PreconditionFailed", 429: "TooManyRequests", 500: "InternalServerError", 502: "BadGateway", 503: "ServerBusy", 504: "GatewayTimeout",
 }
 
-func (f *ARMFault) reply(x *armExchange, a *ARM) reply {
+func (f *ARMFault) response(x *armRequestContext, a *ARM) response {
 	e := &armError{Status: f.Status, Code: f.Code, Message: f.Message}
 	if e.Code == "" {
 		e.Code = defaultCodes[f.Status]

@@ -11,7 +11,7 @@ import (
 
 func TestAForced429EndsAfterItsCountAndIsOfItsResourceOnly(t *testing.T) {
 	for _, resource := range []string{setID, "/subscriptions/SUB/", ""} {
-		a := newManager(t)
+		a := newTestARM(t)
 		a.must(a.SetFault(ARMFault{Resource: resource, Status: 429, RetryAfter: 30, Count: 2}))
 		if got := a.do("GET", vmID+armV, ""); (got.status == 429) != (resource != setID) {
 			t.Errorf("%q: another machine got %d", resource, got.status)
@@ -30,7 +30,7 @@ func TestAForced429EndsAfterItsCountAndIsOfItsResourceOnly(t *testing.T) {
 			t.Errorf("%q: counted %+v", resource, a.Stats())
 		}
 	}
-	a := newManager(t)
+	a := newTestARM(t)
 	a.must(a.SetFault(ARMFault{Resource: "/subscriptions/other", Status: 429}))
 	if got := a.get(setID); got.names() != "red" {
 		t.Errorf("a fault of another subscription: %v", got)
@@ -38,7 +38,7 @@ func TestAForced429EndsAfterItsCountAndIsOfItsResourceOnly(t *testing.T) {
 }
 
 func TestTheMostSpecificFaultApplies(t *testing.T) {
-	a := newManager(t)
+	a := newTestARM(t)
 	for i, f := range []ARMFault{{}, {Operation: OpGet}, {Resource: "/subscriptions/sub"}, {Resource: strings.ToUpper(setID)}, {Resource: setID, Operation: OpGet}} {
 		f.Status = 500 + i
 		a.must(a.SetFault(f))
@@ -71,7 +71,7 @@ func TestAnAnswerIsLostBeforeOrAfterThePatchIsApplied(t *testing.T) {
 			"refused, applied":  {Status: 500, Code: "Busy", Apply: true},
 			"refused by denial": {Status: 403, Operation: OpPatch},
 		} {
-			a := newManager(t)
+			a := newTestARM(t)
 			f.Resource, f.Count = setID, 1
 			a.must(a.SetFault(f))
 			body := patchOf(both, "+"+blue.ResourceID)
@@ -105,7 +105,7 @@ func TestAnAnswerIsLostBeforeOrAfterThePatchIsApplied(t *testing.T) {
 
 func TestLatencyEndsWithTheClientsPatience(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newManager(t)
+		a := newTestARM(t)
 		a.must(a.SetFault(ARMFault{Operation: OpPatch, Latency: 40 * time.Second}))
 		start := time.Now()
 		if got := a.patchSet(both, "+"+blue.ResourceID).machine(t); got.names() != "blue red" || time.Since(start) != 40*time.Second {
@@ -123,7 +123,7 @@ func TestLatencyEndsWithTheClientsPatience(t *testing.T) {
 
 func TestPatchesThatAreAnsweredAtTheSameTimeOverlap(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newManager(t)
+		a := newTestARM(t)
 		a.must(a.SetFault(ARMFault{Resource: setID, Latency: 10 * time.Second}))
 		first := make(chan int)
 		go func() { first <- a.patchSet(both, "+"+blue.ResourceID).status }()
@@ -142,7 +142,7 @@ func TestPatchesThatAreAnsweredAtTheSameTimeOverlap(t *testing.T) {
 }
 
 func TestWrongFaultsAreRefusedByName(t *testing.T) {
-	a := newManager(t)
+	a := newTestARM(t)
 	for says, f := range map[string]ARMFault{
 		"neither the ID of a machine":   {Resource: "set", Status: 500},
 		"valid: get, patch, poll":       {Operation: "put", Status: 500},

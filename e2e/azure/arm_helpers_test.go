@@ -22,14 +22,14 @@ var green = userAssigned("green", 30)
 
 // manager is an ARM with a scale set and a virtual machine, and a client of it
 // without a network between them.
-type manager struct {
+type testARM struct {
 	*ARM
 	t *testing.T
 }
 
-func newManager(t *testing.T, change ...func(*ARMSettings)) *manager {
+func newTestARM(t *testing.T, change ...func(*ARMSettings)) *testARM {
 	t.Helper()
-	a := &manager{NewARM(ARMOptions{Tenant: tenant}), t}
+	a := &testARM{NewARM(ARMOptions{Tenant: tenant}), t}
 	for _, id := range []Identity{red, blue, green} {
 		a.must(a.DefineIdentity(id))
 	}
@@ -42,14 +42,14 @@ func newManager(t *testing.T, change ...func(*ARMSettings)) *manager {
 	return a
 }
 
-func (a *manager) must(err error) {
+func (a *testARM) must(err error) {
 	a.t.Helper()
 	if err != nil {
 		a.t.Fatal(err)
 	}
 }
 
-func (a *manager) try(ctx context.Context, method, target, body string, headers ...string) (answer, error) {
+func (a *testARM) try(ctx context.Context, method, target, body string, headers ...string) (answer, error) {
 	a.t.Helper()
 	r, err := http.NewRequestWithContext(ctx, method, "https://management.azure.com"+target, strings.NewReader(body))
 	a.must(err)
@@ -66,7 +66,7 @@ func (a *manager) try(ctx context.Context, method, target, body string, headers 
 	return answer{resp.StatusCode, resp.Header, string(text)}, err
 }
 
-func (a *manager) do(method, target, body string, headers ...string) answer {
+func (a *testARM) do(method, target, body string, headers ...string) answer {
 	a.t.Helper()
 	out, err := a.try(a.t.Context(), method, target, body, headers...)
 	a.must(err)
@@ -90,13 +90,13 @@ func patchOf(kind string, changes ...string) string {
 	return string(encode(map[string]any{"identity": identity}))
 }
 
-func (a *manager) patchSet(kind string, changes ...string) answer {
+func (a *testARM) patchSet(kind string, changes ...string) answer {
 	a.t.Helper()
 	return a.do("PATCH", setID+armV, patchOf(kind, changes...))
 }
 
 // get reads a machine through HTTP.
-func (a *manager) get(id string) armResource {
+func (a *testARM) get(id string) armResource {
 	a.t.Helper()
 	return a.do("GET", id+armV, "").machine(a.t)
 }
@@ -144,7 +144,7 @@ func (a answer) armError(t *testing.T) armError {
 	return doc.Error
 }
 
-func (a *manager) mustRefuse(got answer, status int, code string) armError {
+func (a *testARM) mustRefuse(got answer, status int, code string) armError {
 	a.t.Helper()
 	e := got.armError(a.t)
 	if got.status != status || e.Code != code {
@@ -160,7 +160,7 @@ type operationStatus struct {
 	again        string // Retry-After
 }
 
-func (a *manager) poll(began answer) operationStatus {
+func (a *testARM) poll(began answer) operationStatus {
 	a.t.Helper()
 	link := began.header.Get("Azure-AsyncOperation")
 	target, ok := strings.CutPrefix(link, "https://management.azure.com")
@@ -176,7 +176,7 @@ func (a *manager) poll(began answer) operationStatus {
 	return out
 }
 
-func (a *manager) lastRequest() ARMRequest {
+func (a *testARM) lastRequest() ARMRequest {
 	a.t.Helper()
 	log := a.Log(0)
 	if len(log) == 0 {
@@ -186,7 +186,7 @@ func (a *manager) lastRequest() ARMRequest {
 }
 
 // mustTimeOut sends a request that gets no answer within the time.
-func (a *manager) mustTimeOut(within time.Duration, method, target, body string) {
+func (a *testARM) mustTimeOut(within time.Duration, method, target, body string) {
 	a.t.Helper()
 	ctx, cancel := context.WithTimeout(a.t.Context(), within)
 	defer cancel()

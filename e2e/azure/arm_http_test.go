@@ -13,7 +13,7 @@ import (
 )
 
 func TestOddRequestsAreRefusedInARMsForm(t *testing.T) {
-	a := newManager(t)
+	a := newTestARM(t)
 	operations := "/subscriptions/Sub/providers/Microsoft.Compute/locations/westeurope/operations/"
 	for _, c := range []struct {
 		method, target string
@@ -38,20 +38,20 @@ func TestOddRequestsAreRefusedInARMsForm(t *testing.T) {
 			t.Errorf("%s %s: logged as %+v", c.method, c.target, e)
 		}
 	}
-	a.mustRefuse(a.do("PATCH", setID+armV, strings.Repeat(" ", largestBody+1)), 413, "RequestContentTooLarge")
+	a.mustRefuse(a.do("PATCH", setID+armV, strings.Repeat(" ", maxBodyBytes+1)), 413, "RequestContentTooLarge")
 	for _, target := range []string{strings.ToUpper(setID) + "?API-Version=2018-06-01", strings.ToLower(vmID) + "/?api-version=2026-04-01-preview"} {
 		if got := a.do("GET", target, ""); got.status != 200 {
 			t.Errorf("%s: %d %s", target, got.status, got.body)
 		}
 	}
-	began := newManager(t, delayed(time.Hour))
+	began := newTestARM(t, delayed(time.Hour))
 	link := began.patchSet("None").header.Get("Azure-AsyncOperation")
 	elsewhere := strings.Replace(strings.TrimPrefix(link, "https://management.azure.com"), "/Sub/", "/Other/", 1)
 	began.mustRefuse(began.do("GET", elsewhere, ""), 404, "NotFound")
 }
 
 func TestADroppedConnectionIsCutOnANetworkToo(t *testing.T) {
-	a := newManager(t)
+	a := newTestARM(t)
 	server := httptest.NewServer(a)
 	defer server.Close()
 	a.must(a.SetFault(ARMFault{Operation: OpGet, Count: 1, Drop: true}))
@@ -72,7 +72,7 @@ func TestADroppedConnectionIsCutOnANetworkToo(t *testing.T) {
 func TestOnlyTokensForARMAreLetIn(t *testing.T) {
 	good := Claims{Audience: "https://management.azure.com/", TenantID: tenant, ObjectID: guid(2), AppID: guid(1)}
 	claims, verifies := good, error(nil)
-	a := &manager{NewARM(ARMOptions{Tenant: tenant, Verify: func(token string) (Claims, error) {
+	a := &testARM{NewARM(ARMOptions{Tenant: tenant, Verify: func(token string) (Claims, error) {
 		if token != "t" {
 			t.Errorf("token %q", token)
 		}
@@ -113,7 +113,7 @@ func TestOnlyTokensForARMAreLetIn(t *testing.T) {
 
 func TestARMsLogsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := &manager{NewARM(ARMOptions{LogCapacity: 3}), t}
+		a := &testARM{NewARM(ARMOptions{LogCapacity: 3}), t}
 		a.must(a.DefineIdentity(red))
 		a.must(a.AddMachine(Machine{ID: vmID}))
 		for range 3 {

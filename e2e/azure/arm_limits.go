@@ -63,7 +63,7 @@ type throttling struct {
 // admit takes a token for the request, also while limits are not enforced, so
 // that switching them on midway counts right. It says how many are left. The
 // lock is held.
-func (a *ARM) admit(x *armExchange) (remaining string, refused *throttling) {
+func (a *ARM) admit(x *armRequestContext) (remaining string, refused *throttling) {
 	if _, exists := a.machines[x.machine.key()]; !exists {
 		return "", nil
 	}

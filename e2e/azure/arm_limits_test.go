@@ -10,7 +10,7 @@ import (
 
 func TestUpdatesOfAMachineAreThrottledAsDocumented(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newManager(t, func(s *ARMSettings) { s.Limits = true })
+		a := newTestARM(t, func(s *ARMSettings) { s.Limits = true })
 		patches := func(n int) (accepted int, last answer) {
 			for range n {
 				if last = a.patchSet(both, "+"+blue.ResourceID); last.status == 200 {
@@ -50,7 +50,7 @@ func TestUpdatesOfAMachineAreThrottledAsDocumented(t *testing.T) {
 
 func TestReadsAndPollsHaveBucketsOfTheirOwn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newManager(t, func(s *ARMSettings) { s.Limits, s.Delay = true, time.Minute })
+		a := newTestARM(t, func(s *ARMSettings) { s.Limits, s.Delay = true, time.Minute })
 		began := a.patchSet(both, "+"+blue.ResourceID)
 		poll := strings.TrimPrefix(began.header.Get("Azure-AsyncOperation"), "https://management.azure.com")
 		for target, most := range map[string]int{setID + armV: 36, vmID + armV: 36, poll: 45} {
@@ -69,7 +69,7 @@ func TestReadsAndPollsHaveBucketsOfTheirOwn(t *testing.T) {
 
 func TestASubscriptionHasABucketToo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newManager(t, func(s *ARMSettings) { s.Limits = true })
+		a := newTestARM(t, func(s *ARMSettings) { s.Limits = true })
 		throttled := 0
 		for i := range 126 {
 			id := fmt.Sprintf("%s%d", vmID, i)

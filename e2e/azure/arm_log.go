@@ -145,7 +145,7 @@ func (a *ARM) Log(since int) []ARMRequest {
 func (a *ARM) Changes(since int) []ARMChange {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
+	a.finishDueOperations()
 	return a.records.changes.since(since)
 }
 
@@ -153,7 +153,7 @@ func (a *ARM) Changes(since int) []ARMChange {
 func (a *ARM) ResetLog() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
+	a.finishDueOperations()
 	a.records.reset()
 }
 

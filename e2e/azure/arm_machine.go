@@ -10,7 +10,7 @@ import (
 
 // Machine is a virtual machine or a scale set, as it is at one moment.
 type Machine struct {
-	ID                string    `json:"id"`   // as spelled when it was added
+	ID                string    `json:"id"`   // as asSent when it was added
 	Kind              string    `json:"kind"` // KindVM or KindVMSS
 	ProvisioningState string    `json:"provisioning_state"`
 	ETag              string    `json:"etag"`
@@ -41,16 +41,16 @@ func (a *ARM) AddMachine(m Machine) error {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
-	add := &armMachine{computeID: id, delay: -1, settled: stateSucceeded, version: 1,
+	a.finishDueOperations()
+	add := &armMachine{computeID: id, delay: -1, idleState: stateSucceeded, version: 1,
 		set: identitySet{system: m.SystemAssigned, user: map[string]attachment{}}}
-	for _, spelled := range m.Identities {
-		key := FoldID(spelled)
+	for _, asSent := range m.Identities {
+		key := FoldID(asSent)
 		identity, ok := a.identities[key]
 		if !ok {
-			return fmt.Errorf("no user-assigned identity %q", spelled)
+			return fmt.Errorf("no user-assigned identity %q", asSent)
 		}
-		add.set.user[key] = attachment{spelled: spelled, identity: identity}
+		add.set.user[key] = attachment{asSent: asSent, identity: identity}
 	}
 	add.setState(m.ProvisioningState)
 	a.remove(add.key())
@@ -63,7 +63,7 @@ func (a *ARM) AddMachine(m Machine) error {
 func (a *ARM) RemoveMachine(id string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
+	a.finishDueOperations()
 	a.remove(FoldID(id))
 }
 
@@ -84,10 +84,10 @@ func (a *ARM) remove(key string) {
 func (a *ARM) Machines() []Machine {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
+	a.finishDueOperations()
 	out := make([]Machine, 0, len(a.machines))
 	for _, key := range slices.Sorted(maps.Keys(a.machines)) {
-		out = append(out, a.machines[key].show())
+		out = append(out, a.machines[key].snapshot())
 	}
 	return out
 }
@@ -96,15 +96,15 @@ func (a *ARM) Machines() []Machine {
 func (a *ARM) Machine(id string) (Machine, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
+	a.finishDueOperations()
 	m, ok := a.machines[FoldID(id)]
 	if !ok {
 		return Machine{}, false
 	}
-	return m.show(), true
+	return m.snapshot(), true
 }
 
-func (m *armMachine) show() Machine {
+func (m *armMachine) snapshot() Machine {
 	out := Machine{
 		ID: m.id, Kind: m.kind, ProvisioningState: m.provisioningState(), ETag: m.etag(),
 		SystemAssigned: m.set.system, Identities: slices.Sorted(maps.Keys(m.set.user)),
@@ -119,7 +119,7 @@ func (m *armMachine) show() Machine {
 func (a *ARM) change(id string, f func(*armMachine) error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
+	a.finishDueOperations()
 	m, ok := a.machines[FoldID(id)]
 	if !ok {
 		return fmt.Errorf("no machine %q; the machines are %s", id, strings.Join(slices.Sorted(maps.Keys(a.machines)), ", "))
@@ -140,9 +140,9 @@ func (a *ARM) SetProvisioningState(id, state string) error {
 func (m *armMachine) setState(state string) {
 	switch {
 	case state == "" || strings.EqualFold(state, stateSucceeded):
-		m.forced, m.settled = "", stateSucceeded
+		m.forced, m.idleState = "", stateSucceeded
 	case strings.EqualFold(state, stateFailed):
-		m.forced, m.settled = "", stateFailed
+		m.forced, m.idleState = "", stateFailed
 	default:
 		m.forced = state
 	}
@@ -167,7 +167,7 @@ func (a *ARM) Attach(machine, identity string) error {
 		}
 		set, now := m.set.clone(), a.o.Now()
 		if _, had := set.user[key]; !had {
-			set.user[key] = attachment{spelled: known.ResourceID, identity: known, since: now}
+			set.user[key] = attachment{asSent: known.ResourceID, identity: known, since: now}
 		}
 		a.replace(m, set, ARMChange{Time: now, ByHand: true})
 		m.version++
@@ -190,7 +190,7 @@ func (a *ARM) Detach(machine, identity string) error {
 func (a *ARM) Attached(machine, identity string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
+	a.finishDueOperations()
 	m, ok := a.machines[FoldID(machine)]
 	if ok {
 		_, ok = m.set.user[FoldID(identity)]
@@ -200,10 +200,10 @@ func (a *ARM) Attached(machine, identity string) bool {
 
 // yields tells whether IMDS on the machine gives tokens of the identity: it
 // exists, is the one that was attached, and that has come through to IMDS.
-func (a *ARM) yields(machine string, id Identity) bool {
+func (a *ARM) provides(machine string, id Identity) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
+	a.finishDueOperations()
 	m, ok := a.machines[machine]
 	if !ok {
 		return false
@@ -219,7 +219,7 @@ func (a *ARM) yields(machine string, id Identity) bool {
 func (a *ARM) systemAssigned(machine string) (*Identity, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
+	a.finishDueOperations()
 	m, ok := a.machines[machine]
 	if !ok {
 		return nil, false

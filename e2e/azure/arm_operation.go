@@ -16,7 +16,7 @@ type identitySet struct {
 }
 
 type attachment struct {
-	spelled  string // as in the request that attached it
+	asSent   string // as in the request that attached it
 	identity Identity
 	since    time.Time
 }
@@ -63,7 +63,7 @@ type armMachine struct {
 	set        identitySet
 	delay      time.Duration   // negative: the setting
 	forced     string          // provisioning state that was set by hand
-	settled    string          // provisioning state while nothing runs
+	idleState  string          // provisioning state while nothing runs
 	version    int             // its ETag
 	operations []*armOperation // the first one runs, the others are queued
 	patching   int             // PATCHes that are being answered
@@ -80,8 +80,8 @@ type armOperation struct {
 	ended      bool
 }
 
-// mostEnded operations can still be asked for after their end.
-const mostEnded = 10_000
+// maxEndedOperations operations can still be asked for after their end.
+const maxEndedOperations = 10_000
 
 func (m *armMachine) etag() string { return `"` + strconv.Itoa(m.version) + `"` }
 
@@ -92,12 +92,12 @@ func (m *armMachine) provisioningState() string {
 	case len(m.operations) > 0:
 		return stateUpdating
 	}
-	return m.settled
+	return m.idleState
 }
 
 // settle carries out all operations that have ended by now, in the order of
 // their ends. The lock is held.
-func (a *ARM) settle() {
+func (a *ARM) finishDueOperations() {
 	now := a.o.Now()
 	for {
 		var next *armMachine
@@ -123,13 +123,13 @@ func (a *ARM) finish(m *armMachine) {
 	if _, known := a.operations[o.id]; known {
 		a.ended = append(a.ended, o.id)
 	}
-	if len(a.ended) > mostEnded {
+	if len(a.ended) > maxEndedOperations {
 		delete(a.operations, a.ended[0])
 		a.ended = a.ended[1:]
 	}
-	m.settled = stateSucceeded
+	m.idleState = stateSucceeded
 	if o.failure != nil {
-		m.settled = stateFailed
+		m.idleState = stateFailed
 	}
 	if o.apply {
 		a.replace(m, m.set.after(o.delta), ARMChange{Time: o.end, OperationID: o.id})
@@ -215,9 +215,9 @@ func (a *ARM) deltaOf(m *armMachine, p identityPatch, at time.Time) *delta {
 		id := m.newSystemAssigned()
 		d.system = &id
 	}
-	for key, spelled := range p.add {
+	for key, asSent := range p.add {
 		if identity, ok := a.identities[key]; ok {
-			d.add[key] = attachment{spelled: spelled, identity: identity, since: at}
+			d.add[key] = attachment{asSent: asSent, identity: identity, since: at}
 		}
 	}
 	return d

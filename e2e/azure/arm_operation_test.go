@@ -15,7 +15,7 @@ func delayed(d time.Duration) func(*ARMSettings) {
 
 func TestAPatchThatTakesTimeChangesTheMachineAtItsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newManager(t, delayed(60*time.Second))
+		a := newTestARM(t, delayed(60*time.Second))
 		start := time.Now()
 		began := a.patchSet(both, "+"+blue.ResourceID, "-"+red.ResourceID)
 		if got := began.machine(t); got.state() != "Updating" || got.names() != "red" || began.header.Get("Retry-After") != "10" {
@@ -53,7 +53,7 @@ func TestAPatchThatTakesTimeChangesTheMachineAtItsEnd(t *testing.T) {
 
 func TestASecondPatchIsRefusedOrQueued(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newManager(t, delayed(40*time.Second))
+		a := newTestARM(t, delayed(40*time.Second))
 		start := time.Now()
 		a.patchSet(both, "+"+blue.ResourceID)
 		a.mustRefuse(a.patchSet(both, "+"+green.ResourceID), 409, "Conflict")
@@ -85,7 +85,7 @@ func TestASecondPatchIsRefusedOrQueued(t *testing.T) {
 
 func TestAMachineHasADelayOfItsOwn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newManager(t, delayed(60*time.Second))
+		a := newTestARM(t, delayed(60*time.Second))
 		a.must(a.SetDelay(strings.ToUpper(setID), 0))
 		if got := a.patchSet(both, "+"+blue.ResourceID); got.header.Get("Azure-AsyncOperation") != "" || got.machine(t).names() != "blue red" || got.machine(t).state() != "Succeeded" {
 			t.Errorf("at once: %v %s", got.header, got.body)
@@ -102,7 +102,7 @@ func TestAMachineHasADelayOfItsOwn(t *testing.T) {
 
 func TestAnOperationFailsAsItIsTold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newManager(t, delayed(20*time.Second))
+		a := newTestARM(t, delayed(20*time.Second))
 		for _, c := range []struct {
 			apply bool
 			names string
@@ -128,7 +128,7 @@ func TestAnOperationFailsAsItIsTold(t *testing.T) {
 
 func TestAMachineThatIsDeletedRefusesPatchesAndThenIsGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newManager(t, delayed(20*time.Second))
+		a := newTestARM(t, delayed(20*time.Second))
 		began := a.patchSet(both, "+"+blue.ResourceID)
 		a.must(a.SetProvisioningState(setID, "Deleting"))
 		if got := a.get(setID); got.state() != "Deleting" {
@@ -156,7 +156,7 @@ func TestAMachineThatIsDeletedRefusesPatchesAndThenIsGone(t *testing.T) {
 
 func TestAChangeByHandHoldsDuringAnOperation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newManager(t, delayed(20*time.Second))
+		a := newTestARM(t, delayed(20*time.Second))
 		a.patchSet(both, "+"+blue.ResourceID)
 		a.must(a.Attach(setID, green.ResourceID))
 		a.must(a.Detach(setID, strings.ToUpper(red.ResourceID)))
@@ -180,7 +180,7 @@ func TestAChangeByHandHoldsDuringAnOperation(t *testing.T) {
 
 func TestOperationsEndInTheOrderOfTheirEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newManager(t)
+		a := newTestARM(t)
 		var want, got []string
 		for i := range 10 {
 			id := vmID + strings.Repeat("x", i)
@@ -200,7 +200,7 @@ func TestOperationsEndInTheOrderOfTheirEnds(t *testing.T) {
 }
 
 func TestManyAtOnceLoseNothing(t *testing.T) {
-	a := newManager(t, func(s *ARMSettings) { s.Queue = true })
+	a := newTestARM(t, func(s *ARMSettings) { s.Queue = true })
 	var all []string
 	for i := range 40 {
 		id := userAssigned("many"+string(rune('a'+i%26))+strings.Repeat("x", i/26), 1000+2*i)

@@ -38,19 +38,19 @@ func parsePatch(body []byte) identityPatch {
 	}
 	p.given = true
 	seen := map[string]bool{}
-	for _, spelled := range slices.Sorted(maps.Keys(doc.Identity.UserAssignedIdentities)) {
-		key, value := FoldID(spelled), doc.Identity.UserAssignedIdentities[spelled]
+	for _, asSent := range slices.Sorted(maps.Keys(doc.Identity.UserAssignedIdentities)) {
+		key, value := FoldID(asSent), doc.Identity.UserAssignedIdentities[asSent]
 		switch {
-		case !userAssignedForm.MatchString(spelled):
-			p.malformed = append(p.malformed, spelled)
+		case !userAssignedForm.MatchString(asSent):
+			p.malformed = append(p.malformed, asSent)
 		case seen[key]:
-			p.failure = refusedBody("The identity '" + spelled + "' is specified more than once, in different case.")
+			p.failure = refusedBody("The identity '" + asSent + "' is specified more than once, in different case.")
 		case string(value) == "null":
 			p.remove = append(p.remove, key)
 		case value[0] == '{':
-			p.add[key] = spelled
+			p.add[key] = asSent
 		default:
-			p.failure = refusedBody("The value of userAssignedIdentities['" + spelled + "'] is neither an object nor null.")
+			p.failure = refusedBody("The value of userAssignedIdentities['" + asSent + "'] is neither an object nor null.")
 		}
 		seen[key] = true
 	}
@@ -95,14 +95,14 @@ func invalidParameter(target, message string) *armError {
 
 // patch carries a PATCH out, or refuses it in the order in which Azure checks:
 // first Resource Manager the linked resources, then the provider the rest.
-func (a *ARM) patch(x *armExchange, m *armMachine) reply {
+func (a *ARM) patch(x *armRequestContext, m *armMachine) response {
 	p := x.patch
 	if len(p.malformed) > 0 {
 		return a.refuse(x, &armError{Status: http.StatusBadRequest, Code: "LinkedInvalidPropertyId", Message: "Property id '" + p.malformed[0] +
 			"' at path 'identity.userAssignedIdentities' is invalid. Expect fully qualified resource Id that start with" +
 			" '/subscriptions/{subscriptionId}' or '/providers/{resourceProviderNamespace}/'."})
 	}
-	for _, check := range []func(*armExchange, *armMachine) *armError{a.checkBody, a.checkLinked, a.checkState} {
+	for _, check := range []func(*armRequestContext, *armMachine) *armError{a.checkBody, a.checkLinked, a.checkState} {
 		if err := check(x, m); err != nil {
 			return a.refuse(x, err)
 		}
@@ -116,7 +116,7 @@ func (a *ARM) patch(x *armExchange, m *armMachine) reply {
 	}
 	o := a.begin(m, p, failure, apply)
 	x.entry.Accepted, x.entry.OperationID, x.entry.Start, x.entry.End = true, o.id, o.start, o.end
-	out := a.show(x, m)
+	out := a.describe(x, m)
 	if !o.ended {
 		out.header["Azure-AsyncOperation"] = x.base() + "/subscriptions/" + m.subscription + "/providers/Microsoft.Compute/locations/" +
 			a.o.Location + "/operations/" + o.id + "?api-version=" + x.version
@@ -125,14 +125,14 @@ func (a *ARM) patch(x *armExchange, m *armMachine) reply {
 	return out
 }
 
-func (a *ARM) checkBody(x *armExchange, _ *armMachine) *armError { return x.patch.failure }
+func (a *ARM) checkBody(x *armRequestContext, _ *armMachine) *armError { return x.patch.failure }
 
 // checkLinked is whether the caller may assign the identities.
-func (a *ARM) checkLinked(x *armExchange, m *armMachine) *armError {
+func (a *ARM) checkLinked(x *armRequestContext, m *armMachine) *armError {
 	var named []string
 	denied, details := false, false
 	for _, key := range slices.Sorted(maps.Keys(x.patch.add)) {
-		bad := a.bad[key]
+		bad := a.identityFaults[key]
 		if !bad.Denied {
 			continue
 		}
@@ -164,7 +164,7 @@ func (a *ARM) checkLinked(x *armExchange, m *armMachine) *armError {
 }
 
 // checkState is whether the machine can be changed now, as the caller wants it.
-func (a *ARM) checkState(x *armExchange, m *armMachine) *armError {
+func (a *ARM) checkState(x *armRequestContext, m *armMachine) *armError {
 	what := "Virtual Machine"
 	if m.kind == KindVMSS {
 		what = "Virtual Machine Scale Set"
@@ -205,29 +205,29 @@ func (a *ARM) missing(m *armMachine, p identityPatch) *armError {
 	if !p.user {
 		return nil
 	}
-	spelled := maps.Clone(p.add)
+	asSent := maps.Clone(p.add)
 	if a.settings.Dangling {
 		for key, at := range m.projected().user {
 			if !slices.Contains(p.remove, key) {
-				spelled[key] = at.spelled
+				asSent[key] = at.asSent
 			}
 		}
 	}
 	var inText, inDetails []string
 	gone := false
-	for _, key := range slices.Sorted(maps.Keys(spelled)) {
+	for _, key := range slices.Sorted(maps.Keys(asSent)) {
 		_, exists := a.identities[key]
-		bad := a.bad[key]
+		bad := a.identityFaults[key]
 		if exists && !bad.Missing {
 			continue
 		}
 		gone = true
 		naming := a.naming(bad)
 		if naming != Unnamed {
-			inText = append(inText, spelled[key])
+			inText = append(inText, asSent[key])
 		}
 		if naming == NamedInDetails {
-			inDetails = append(inDetails, spelled[key])
+			inDetails = append(inDetails, asSent[key])
 		}
 	}
 	if !gone {

@@ -31,7 +31,7 @@ func TestAPatchMergesIdentitiesAndFollowsItsType(t *testing.T) {
 		"names the type and no map":     {patchOf("UserAssigned"), "UserAssigned", "red"},
 		"brings a null and an addition": {patchOf(both, "-"+red.ResourceID, "+"+green.ResourceID, "+"+blue.ResourceID), both, "blue green"},
 	} {
-		a := newManager(t)
+		a := newTestARM(t)
 		got := a.do("PATCH", setID+armV, c.body).machine(t)
 		if again := a.get(setID); got.kind() != c.kind || got.names() != c.names || got.state() != "Succeeded" || again.names() != got.names() || again.kind() != got.kind() {
 			t.Errorf("%s: type %s, identities %s, state %s; read again: %s, %s", name, got.kind(), got.names(), got.state(), again.kind(), again.names())
@@ -59,7 +59,7 @@ func TestAPatchThatCannotBeIsRefusedAndChangesNothing(t *testing.T) {
 		"neither object nor null":      {`{"identity":{"type":"UserAssigned","userAssignedIdentities":{"` + blue.ResourceID + `":true}}}`, 400, "InvalidRequestContent"},
 		"an identity that is not":      {patchOf(both, "+"+blue.ResourceID, "+"+ghost.ResourceID), 400, "FailedIdentityOperation"},
 	} {
-		a := newManager(t)
+		a := newTestARM(t)
 		before := a.get(setID)
 		a.mustRefuse(a.do("PATCH", setID+armV, c.body), c.status, c.code)
 		if e := a.lastRequest(); e.Accepted || e.Code != c.code || e.Status != c.status {
@@ -72,7 +72,7 @@ func TestAPatchThatCannotBeIsRefusedAndChangesNothing(t *testing.T) {
 }
 
 func TestTheAnswerHasTheIDsOfEachIdentityInARMsSpelling(t *testing.T) {
-	a := newManager(t)
+	a := newTestARM(t)
 	got := a.get(setID)
 	const id = "/subscriptions/s/resourcegroups/Group/providers/Microsoft.ManagedIdentity/userAssignedIdentities/red"
 	if one := got.Identity.UserAssignedIdentities[id]; one.ClientID != red.ClientID || one.PrincipalID != red.ObjectID {
@@ -106,7 +106,7 @@ func TestTheAnswerHasTheIDsOfEachIdentityInARMsSpelling(t *testing.T) {
 }
 
 func TestASystemAssignedIdentityComesAndGoesWithTheType(t *testing.T) {
-	a := newManager(t)
+	a := newTestARM(t)
 	got := a.do("PATCH", vmID+armV, patchOf("SystemAssigned")).machine(t)
 	if got.kind() != "SystemAssigned" || !isGUID(got.Identity.PrincipalID) {
 		t.Errorf("given: %+v", got.Identity)
@@ -138,7 +138,7 @@ func TestAMissingIdentityIsNamedAsSwitched(t *testing.T) {
 	for naming, want := range map[Naming][2]string{
 		NamedInDetails: {"ghost1", "ghost1 ghost2"}, NamedInText: {"ghost1", ""}, Unnamed: {"", ""},
 	} {
-		a := newManager(t, func(s *ARMSettings) { s.Naming = naming })
+		a := newTestARM(t, func(s *ARMSettings) { s.Naming = naming })
 		e := a.mustRefuse(a.do("PATCH", setID+armV, body), 400, "FailedIdentityOperation")
 		if got := [2]string{names(e, text), names(e, details)}; got != want {
 			t.Errorf("%s: names %q in the text and in details, want %q: %+v", naming, got, want, e)
@@ -162,7 +162,7 @@ func TestAMissingIdentityIsNamedAsSwitched(t *testing.T) {
 }
 
 func TestADeniedIdentityIsRefusedForAsLongAsItIs(t *testing.T) {
-	a := newManager(t)
+	a := newTestARM(t)
 	for _, c := range []struct {
 		naming      Naming
 		named, size int
@@ -189,7 +189,7 @@ func TestADeniedIdentityIsRefusedForAsLongAsItIs(t *testing.T) {
 }
 
 func TestADeletedIdentityStaysListed(t *testing.T) {
-	a := newManager(t)
+	a := newTestARM(t)
 	a.DeleteIdentity(strings.ToUpper(red.ResourceID))
 	if got := a.patchSet(both, "+"+blue.ResourceID).machine(t); got.names() != "blue red" {
 		t.Errorf("beside the deleted: %s", got.names())
@@ -207,7 +207,7 @@ func TestADeletedIdentityStaysListed(t *testing.T) {
 	again.ClientID = guid(77)
 	a.must(a.DefineIdentity(again))
 	client := func(r armResource) string {
-		return r.Identity.UserAssignedIdentities[CasingResourcegroups.spell(blue.ResourceID)].ClientID
+		return r.Identity.UserAssignedIdentities[CasingResourcegroups.apply(blue.ResourceID)].ClientID
 	}
 	if got := client(a.get(setID)); got != blue.ClientID {
 		t.Errorf("before it is added again: %s", got)
@@ -218,7 +218,7 @@ func TestADeletedIdentityStaysListed(t *testing.T) {
 }
 
 func TestAnETagThatIsNotTheResourcesIsRefused(t *testing.T) {
-	a := newManager(t)
+	a := newTestARM(t)
 	patch := patchOf(both, "+"+blue.ResourceID)
 	first := a.do("GET", setID+armV, "")
 	tag := first.header.Get("ETag")

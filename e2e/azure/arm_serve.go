@@ -15,8 +15,8 @@ const (
 	OpOther = "other"
 )
 
-// armExchange is one request to ARM and what becomes known of it.
-type armExchange struct {
+// armRequestContext is one request to ARM and what becomes known of it.
+type armRequestContext struct {
 	*http.Request
 	entry     ARMRequest
 	machine   computeID // of GET and PATCH, whether or not it exists
@@ -28,7 +28,7 @@ type armExchange struct {
 }
 
 // base is where the client found ARM.
-func (x *armExchange) base() string {
+func (x *armRequestContext) base() string {
 	host := x.Host
 	if host == "" {
 		host = x.URL.Host
@@ -41,15 +41,15 @@ func (x *armExchange) base() string {
 
 // serve answers a request. Its entry is logged before its answer is written:
 // who has the answer can read the entry.
-func (a *ARM) serve(r *http.Request) reply {
-	x := &armExchange{Request: r}
+func (a *ARM) serve(r *http.Request) response {
+	x := &armRequestContext{Request: r}
 	var body []byte
 	var err error
 	if r.Body != nil {
-		body, err = io.ReadAll(http.MaxBytesReader(nil, r.Body, largestBody))
+		body, err = io.ReadAll(http.MaxBytesReader(nil, r.Body, maxBodyBytes))
 	}
-	a.arrive(x, body)
-	var out reply
+	a.recordArrival(x, body)
+	var out response
 	if err != nil {
 		out = a.refuse(x, &armError{Status: http.StatusRequestEntityTooLarge, Code: "RequestContentTooLarge", Message: "The request body was not read: " + err.Error()})
 	} else {
@@ -58,21 +58,21 @@ func (a *ARM) serve(r *http.Request) reply {
 	if out.status != 0 {
 		out.header["X-Ms-Request-Id"], out.header["X-Ms-Correlation-Request-Id"] = newGUID(), x.entry.CorrelationID
 	}
-	a.depart(x, out.status)
+	a.recordResponse(x, out.status)
 	return out
 }
 
 var operationForm = regexp.MustCompile(`(?i)^/subscriptions/([^/]+)/providers/Microsoft\.Compute/locations/([^/]+)/operations/([^/]+)/?$`)
 
 // arrive reads what the request is for, and notes that it came.
-func (a *ARM) arrive(x *armExchange, body []byte) {
+func (a *ARM) recordArrival(x *armRequestContext, body []byte) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
+	a.finishDueOperations()
 	x.version = apiVersionOf(x.URL.RawQuery)
 	x.entry = ARMRequest{
-		Time: a.o.Now(), Operation: OpOther, Method: x.Method, Path: clip(x.URL.RequestURI()),
-		APIVersion: clip(x.version), IfMatch: clip(x.Header.Get("If-Match")), CorrelationID: newGUID(),
+		Time: a.o.Now(), Operation: OpOther, Method: x.Method, Path: truncate(x.URL.RequestURI()),
+		APIVersion: truncate(x.version), IfMatch: truncate(x.Header.Get("If-Match")), CorrelationID: newGUID(),
 	}
 	if m := operationForm.FindStringSubmatch(x.URL.Path); m != nil && x.Method == http.MethodGet {
 		x.entry.Operation, x.operation = OpPoll, m[3]
@@ -87,7 +87,7 @@ func (a *ARM) arrive(x *armExchange, body []byte) {
 			x.entry.Operation = OpGet
 		case http.MethodPatch:
 			x.entry.Operation, x.patch = OpPatch, parsePatch(body)
-			x.entry.Add, x.entry.Remove, x.entry.Type = sortedKeys(x.patch.add), x.patch.remove, clip(x.patch.text)
+			x.entry.Add, x.entry.Remove, x.entry.Type = sortedKeys(x.patch.add), x.patch.remove, truncate(x.patch.text)
 		}
 	}
 	m, exists := a.machines[x.machine.key()]
@@ -110,10 +110,10 @@ func apiVersionOf(query string) string {
 }
 
 // depart notes how the request ended.
-func (a *ARM) depart(x *armExchange, status int) {
+func (a *ARM) recordResponse(x *armRequestContext, status int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
+	a.finishDueOperations()
 	x.entry.Answered, x.entry.Status = a.o.Now(), status
 	if m, ok := a.machines[x.machine.key()]; ok && x.entry.Operation == OpPatch {
 		m.patching = max(0, m.patching-1) // it may have been replaced meanwhile
@@ -122,19 +122,19 @@ func (a *ARM) depart(x *armExchange, status int) {
 }
 
 // handle answers, or fails as it was told to.
-func (a *ARM) handle(x *armExchange) reply {
+func (a *ARM) handle(x *armRequestContext) response {
 	if err := a.authorise(x); err != nil {
 		out := a.refuse(x, err)
 		out.header["WWW-Authenticate"] = `Bearer authorization_uri="https://login.microsoftonline.com/` + a.o.Tenant +
 			`", error="invalid_token", error_description="` + err.Message + `"`
 		return out
 	}
-	f := a.takeFault(x)
+	f := a.consumeFault(x)
 	if f == nil {
 		return a.answer(x)
 	}
-	if !wait(x.Context(), f.Latency) {
-		return reply{} // the client left
+	if !sleep(x.Context(), f.Latency) {
+		return response{} // the client left
 	}
 	if !f.replaces() {
 		return a.answer(x)
@@ -146,28 +146,28 @@ func (a *ARM) handle(x *armExchange) reply {
 	}
 	switch {
 	case f.Drop:
-		return reply{}
+		return response{}
 	case f.Hang:
 		<-x.Context().Done()
-		return reply{}
+		return response{}
 	}
-	return f.reply(x, a)
+	return f.response(x, a)
 }
 
 // answer is what ARM says by itself.
-func (a *ARM) answer(x *armExchange) reply {
+func (a *ARM) answer(x *armRequestContext) response {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.settle()
+	a.finishDueOperations()
 	if err := checkVersion(x.version); err != nil {
 		return a.refuse(x, err)
 	}
 	if x.entry.Operation == OpOther {
 		return a.refuse(x, &armError{Status: http.StatusNotFound, Code: "NotFound",
-			Message: "The stand-in has nothing at " + x.Method + " " + clip(x.URL.Path) + "."})
+			Message: "The stand-in has nothing at " + x.Method + " " + truncate(x.URL.Path) + "."})
 	}
 	remaining, throttled := a.admit(x)
-	var out reply
+	var out response
 	o, known := a.operations[x.operation]
 	m, exists := a.machines[x.machine.key()]
 	switch {
@@ -184,7 +184,7 @@ func (a *ARM) answer(x *armExchange) reply {
 	case x.entry.Operation == OpPatch:
 		out = a.patch(x, m)
 	default:
-		out = a.show(x, m)
+		out = a.describe(x, m)
 	}
 	if remaining != "" {
 		out.header["X-Ms-Ratelimit-Remaining-Resource"] = remaining

@@ -15,7 +15,7 @@ import (
 var armAudiences = []string{"https://management.azure.com", "https://management.core.windows.net"}
 
 // authorise finds out who calls.
-func (a *ARM) authorise(x *armExchange) *armError {
+func (a *ARM) authorise(x *armRequestContext) *armError {
 	if a.o.Verify == nil {
 		return nil
 	}

@@ -153,19 +153,19 @@ func validateUserAssigned(id Identity) error {
 }
 
 // machine is the ARM resource beneath a node.
-type machine struct {
+type vmInstance struct {
 	subscription, resourceGroup, scaleSet, name, resourceID string
 }
 
 // machine reads the provider ID; without one, the node is instance 0 of a
 // scale set of its own.
-func (n Node) machine() machine {
+func (n Node) instance() vmInstance {
 	id := strings.TrimPrefix(n.ProviderID, "azure://")
 	if id == "" {
 		id = "/subscriptions/00000000-0000-0000-0000-000000000001/resourceGroups/stand-in/providers/" +
 			"Microsoft.Compute/virtualMachineScaleSets/" + n.Name + "/virtualMachines/0"
 	}
-	m := machine{name: n.Name, resourceID: id}
+	m := vmInstance{name: n.Name, resourceID: id}
 	segments := strings.Split(strings.Trim(id, "/"), "/")
 	for i := 0; i+1 < len(segments); i += 2 {
 		switch value := segments[i+1]; strings.ToLower(segments[i]) {
@@ -189,8 +189,8 @@ var instanceForm = regexp.MustCompile(`(?i)^(.+)/virtualMachines/[^/]+$`)
 
 // beneath is the resource in ARM whose identities the node has: the scale set
 // or, if it is in none, the virtual machine itself.
-func (n Node) beneath() (computeID, bool) {
-	id := n.machine().resourceID
+func (n Node) computeResource() (computeID, bool) {
+	id := n.instance().resourceID
 	if instance := instanceForm.FindStringSubmatch(id); instance != nil {
 		if set, ok := parseComputeID(instance[1]); ok && set.kind == KindVMSS {
 			return set, true

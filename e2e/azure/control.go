@@ -46,9 +46,9 @@ type control struct {
 
 func (c *control) handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /ready", show(func() any { return c.addresses }))
-	mux.HandleFunc("GET /keys", show(func() any { return c.keys }))
-	mux.HandleFunc("GET /stats", show(func() any {
+	mux.HandleFunc("GET /ready", serveJSON(func() any { return c.addresses }))
+	mux.HandleFunc("GET /keys", serveJSON(func() any { return c.keys }))
+	mux.HandleFunc("GET /stats", serveJSON(func() any {
 		stats := c.rec.stats()
 		stats.ARM = c.arm.Stats()
 		return stats
@@ -59,22 +59,22 @@ func (c *control) handler() http.Handler {
 		c.arm.ResetLog()
 		respond(w, nil)
 	})
-	mux.HandleFunc("GET /switches", show(func() any { return c.switches.all() }))
-	mux.HandleFunc("PATCH /switches", take(c.switches.set))
-	mux.HandleFunc("GET /identities", show(func() any { return c.dir.list() }))
-	mux.HandleFunc("PUT /identities", take(func(q identityRequest) error { return c.dir.addIdentity(q.Identity, q.Nodes) }))
-	mux.HandleFunc("POST /identities/detach", take(func(q detachRequest) error { return c.dir.detach(q.ID, q.Nodes) }))
-	mux.HandleFunc("DELETE /identities", take(func(q detachRequest) error {
+	mux.HandleFunc("GET /switches", serveJSON(func() any { return c.switches.all() }))
+	mux.HandleFunc("PATCH /switches", acceptJSON(c.switches.set))
+	mux.HandleFunc("GET /identities", serveJSON(func() any { return c.dir.listIdentities() }))
+	mux.HandleFunc("PUT /identities", acceptJSON(func(q identityRequest) error { return c.dir.addIdentity(q.Identity, q.Nodes) }))
+	mux.HandleFunc("POST /identities/detach", acceptJSON(func(q detachRequest) error { return c.dir.detach(q.ID, q.Nodes) }))
+	mux.HandleFunc("DELETE /identities", acceptJSON(func(q detachRequest) error {
 		c.dir.removeIdentity(q.ID)
 		return nil
 	}))
-	mux.HandleFunc("PUT /apps", take(c.dir.addApp))
-	mux.HandleFunc("DELETE /apps", take(func(q detachRequest) error {
+	mux.HandleFunc("PUT /apps", acceptJSON(c.dir.addApp))
+	mux.HandleFunc("DELETE /apps", acceptJSON(func(q detachRequest) error {
 		c.dir.removeApp(q.ID)
 		return nil
 	}))
-	mux.HandleFunc("PUT /federated", take(func(q federatedRequest) error { return c.dir.addFederated(q.ClientID, q.Credential) }))
-	mux.HandleFunc("DELETE /federated", take(func(q federatedRequest) error {
+	mux.HandleFunc("PUT /federated", acceptJSON(func(q federatedRequest) error { return c.dir.addFederated(q.ClientID, q.Credential) }))
+	mux.HandleFunc("DELETE /federated", acceptJSON(func(q federatedRequest) error {
 		c.dir.removeFederated(q.ClientID, q.Credential.Issuer, q.Credential.Subject)
 		return nil
 	}))
@@ -82,7 +82,7 @@ func (c *control) handler() http.Handler {
 	return mux
 }
 
-func show(value func() any) http.HandlerFunc {
+func serveJSON(value func() any) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		_, _ = w.Write(append(encode(value()), '\n'))
@@ -90,10 +90,10 @@ func show(value func() any) http.HandlerFunc {
 }
 
 // take decodes a body strictly, applies it, and answers 204 or 400.
-func take[T any](apply func(T) error) http.HandlerFunc {
+func acceptJSON[T any](apply func(T) error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		var q T
-		dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, largestBody))
+		dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBodyBytes))
 		dec.DisallowUnknownFields()
 		if err := dec.Decode(&q); err != nil {
 			respond(w, fmt.Errorf("decode the body: %w", err))
@@ -113,10 +113,10 @@ func respond(w http.ResponseWriter, err error) {
 	_, _ = w.Write(append(encode(controlError{err.Error()}), '\n'))
 }
 
-func (c *control) log(w http.ResponseWriter, r *http.Request) { lines(w, r, c.rec.entries) }
+func (c *control) log(w http.ResponseWriter, r *http.Request) { serveLines(w, r, c.rec.entries) }
 
 // lines answers JSON lines.
-func lines[T any](w http.ResponseWriter, r *http.Request, entries func(since int) []T) {
+func serveLines[T any](w http.ResponseWriter, r *http.Request, entries func(since int) []T) {
 	since := 0
 	if text := r.URL.Query().Get("since"); text != "" {
 		n, err := strconv.Atoi(text)

@@ -77,7 +77,7 @@ func newDirectory(cfg Config, arm *ARM) *directory {
 	}
 	for _, n := range cfg.Nodes {
 		d.attached[n.Name] = map[string]bool{}
-		if beneath, ok := n.beneath(); ok {
+		if beneath, ok := n.computeResource(); ok {
 			d.machines[n.Name] = beneath.key()
 			if have, shared := arm.Machine(beneath.id); !shared || have.SystemAssigned == nil {
 				// It cannot fail: the ID was just parsed.
@@ -111,7 +111,7 @@ func (d *directory) node(name string) (Node, bool) {
 }
 
 // pick expands "no names" and the empty name to every node.
-func (d *directory) pick(names []string) ([]string, error) {
+func (d *directory) selectNodes(names []string) ([]string, error) {
 	all := make([]string, len(d.nodes))
 	for i, n := range d.nodes {
 		all[i] = n.Name
@@ -130,7 +130,7 @@ func (d *directory) pick(names []string) ([]string, error) {
 // addIdentity is idempotent: it creates or replaces the identity of that
 // resource ID and attaches it to the nodes, beside where it already is.
 func (d *directory) addIdentity(id Identity, names []string) error {
-	nodes, err := d.pick(names)
+	nodes, err := d.selectNodes(names)
 	if err != nil {
 		return err
 	}
@@ -165,13 +165,13 @@ func (d *directory) defineIdentity(id Identity, nodes []string) error {
 
 // detach takes the identity off the nodes; one that is not attached is no error.
 func (d *directory) detach(ref string, names []string) error {
-	nodes, err := d.pick(names)
+	nodes, err := d.selectNodes(names)
 	if err != nil {
 		return err
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	key, ok := d.find(ref)
+	key, ok := d.findIdentity(ref)
 	if !ok {
 		return fmt.Errorf("no user-assigned identity %q", ref)
 	}
@@ -186,7 +186,7 @@ func (d *directory) detach(ref string, names []string) error {
 func (d *directory) removeIdentity(ref string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	key, ok := d.find(ref)
+	key, ok := d.findIdentity(ref)
 	if !ok {
 		return
 	}
@@ -199,7 +199,7 @@ func (d *directory) removeIdentity(ref string) {
 }
 
 // find takes a client, object or resource ID. The lock is held.
-func (d *directory) find(ref string) (string, bool) {
+func (d *directory) findIdentity(ref string) (string, bool) {
 	for key, id := range d.identities {
 		if strings.EqualFold(key, ref) || strings.EqualFold(id.ClientID, ref) || strings.EqualFold(id.ObjectID, ref) {
 			return key, true
@@ -208,7 +208,7 @@ func (d *directory) find(ref string) (string, bool) {
 	return "", false
 }
 
-func (d *directory) list() []AttachedIdentity {
+func (d *directory) listIdentities() []AttachedIdentity {
 	machines := d.arm.Machines()
 	d.mu.RLock()
 	defer d.mu.RUnlock()
@@ -261,7 +261,7 @@ func (d *directory) resolve(node string, sel selector) (Identity, error) {
 		return *system, nil
 	}
 	for key, id := range d.identities {
-		if sel.matches(id) && d.yields(node, key) {
+		if sel.matches(id) && d.provides(node, key) {
 			return id, nil
 		}
 	}
@@ -289,15 +289,15 @@ func (d *directory) systemAssigned(n Node) *Identity {
 		id.TenantID = d.tenant
 	}
 	if id.ResourceID == "" {
-		id.ResourceID = n.machine().resourceID
+		id.ResourceID = n.instance().resourceID
 	}
 	return &id
 }
 
 // yields tells whether IMDS of the node gives tokens of the identity. The lock
 // is held.
-func (d *directory) yields(node, key string) bool {
-	return d.attached[node][key] || d.arm.yields(d.machines[node], d.identities[key])
+func (d *directory) provides(node, key string) bool {
+	return d.attached[node][key] || d.arm.provides(d.machines[node], d.identities[key])
 }
 
 func (d *directory) defaultIdentity(node string, system *Identity) (Identity, error) {
@@ -306,7 +306,7 @@ func (d *directory) defaultIdentity(node string, system *Identity) (Identity, er
 	}
 	var only *Identity
 	for key, id := range d.identities {
-		if !d.yields(node, key) {
+		if !d.provides(node, key) {
 			continue
 		}
 		if only != nil {
@@ -332,7 +332,7 @@ func (d *directory) machineOf(ref string) string {
 func (d *directory) resourceOf(ref string) string {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
-	if key, ok := d.find(ref); ok {
+	if key, ok := d.findIdentity(ref); ok {
 		return d.identities[key].ResourceID
 	}
 	return ref

@@ -64,26 +64,26 @@ type entraErrorBody struct {
 	URI           string `json:"error_uri"`
 }
 
-func (s *entra) refuse(x *exchange, e *entraError) reply {
+func (s *entra) refuse(x *requestContext, e *entraError) response {
 	t, now := x.trace, s.now()
 	if x.entry.Error == "" {
 		x.entry.Error = e.Error()
 	}
-	out := jsonReply(e.status, entraErrorBody{
+	out := jsonResponse(e.status, entraErrorBody{
 		Error: e.oauth, Description: e.describe(t, now), Codes: []int{e.code},
 		Timestamp: now.UTC().Format(entraTime), TraceID: t.request, CorrelationID: t.correlation,
 		URI: fmt.Sprintf("https://%s/error?code=%d", x.Host, e.code),
 	})
-	return traced(x, uncached(out))
+	return withTraceHeaders(x, withoutCaching(out))
 }
 
-func uncached(out reply) reply {
+func withoutCaching(out response) response {
 	out.header = map[string]string{"Cache-Control": "no-store, no-cache"}
 	return out
 }
 
 // traced tells the client under which IDs the answer is found in the logs.
-func traced(x *exchange, out reply) reply {
+func withTraceHeaders(x *requestContext, out response) response {
 	if out.header == nil {
 		out.header = map[string]string{}
 	}
@@ -91,7 +91,7 @@ func traced(x *exchange, out reply) reply {
 	return out
 }
 
-func (s *entra) fail(x *exchange, status int) reply {
+func (s *entra) fail(x *requestContext, status int) response {
 	e := &entraError{status, "server_error", 90033, "A transient error has occurred. Please try again."}
 	switch {
 	case status == http.StatusTooManyRequests:
@@ -125,9 +125,9 @@ func entraClass(r *http.Request) string {
 	return "other"
 }
 
-func (s *entra) answer(x *exchange) reply { return traced(x, s.route(x)) }
+func (s *entra) answer(x *requestContext) response { return withTraceHeaders(x, s.route(x)) }
 
-func (s *entra) route(x *exchange) reply {
+func (s *entra) route(x *requestContext) response {
 	tenant, rest := splitTenant(x.Request)
 	want := http.MethodGet
 	if x.class == classToken {
@@ -141,7 +141,7 @@ func (s *entra) route(x *exchange) reply {
 	case "other":
 		return s.refuse(x, &entraError{http.StatusNotFound, "invalid_request", 90026, "Unrecognized request path."})
 	case "keys":
-		return jsonReply(200, s.issuer.jwks())
+		return jsonResponse(200, s.issuer.jwks())
 	case "instance-discovery":
 		return s.instanceDiscovery(x)
 	}
@@ -157,12 +157,12 @@ func (s *entra) route(x *exchange) reply {
 
 // openID names the endpoints on the very host the client asked: clients refuse
 // an issuer elsewhere.
-func (s *entra) openID(x *exchange, tenant string, v2 bool) reply {
+func (s *entra) openID(x *requestContext, tenant string, v2 bool) response {
 	base, infix, issuer := "https://"+x.Host+"/"+tenant, "", ""
 	if v2 {
 		infix, issuer = "/v2.0", "/v2.0"
 	}
-	return jsonReply(200, map[string]any{
+	return jsonResponse(200, map[string]any{
 		"issuer":                                base + issuer,
 		"token_endpoint":                        base + "/oauth2" + infix + "/token",
 		"authorization_endpoint":                base + "/oauth2" + infix + "/authorize",
@@ -176,7 +176,7 @@ func (s *entra) openID(x *exchange, tenant string, v2 bool) reply {
 }
 
 // instanceDiscovery vouches for the host itself and for nothing else.
-func (s *entra) instanceDiscovery(x *exchange) reply {
+func (s *entra) instanceDiscovery(x *requestContext) response {
 	u, err := url.Parse(x.URL.Query().Get("authorization_endpoint"))
 	tenant := s.dir.tenant
 	if err == nil {
@@ -184,7 +184,7 @@ func (s *entra) instanceDiscovery(x *exchange) reply {
 			tenant = first
 		}
 	}
-	return jsonReply(200, map[string]any{
+	return jsonResponse(200, map[string]any{
 		"tenant_discovery_endpoint": "https://" + x.Host + "/" + tenant + "/v2.0/.well-known/openid-configuration",
 		"api-version":               "1.1",
 		"metadata": []any{map[string]any{

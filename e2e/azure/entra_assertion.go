@@ -24,19 +24,19 @@ func selfIssued(claims jwt.RegisteredClaims, clientID string) bool {
 	return strings.EqualFold(claims.Issuer, clientID)
 }
 
-func (s *entra) proveByAssertion(x *exchange, p principal, tenant, assertion string) error {
+func (s *entra) authenticateByAssertion(x *requestContext, p principal, tenant, assertion string) error {
 	var claims jwt.RegisteredClaims
 	token, _, err := jwt.NewParser().ParseUnverified(assertion, &claims)
 	if err != nil {
 		return &entraError{401, "invalid_client", 50027, "JWT token is invalid or malformed."}
 	}
 	if selfIssued(claims, p.ClientID) {
-		return s.proveByCertificate(x, p, tenant, token, claims, assertion)
+		return s.authenticateByCertificate(x, p, tenant, token, claims, assertion)
 	}
-	return s.proveByFederation(p, token, claims, assertion)
+	return s.authenticateByFederation(p, token, claims, assertion)
 }
 
-func (s *entra) proveByCertificate(x *exchange, p principal, tenant string, token *jwt.Token, claims jwt.RegisteredClaims, assertion string) error {
+func (s *entra) authenticateByCertificate(x *requestContext, p principal, tenant string, token *jwt.Token, claims jwt.RegisteredClaims, assertion string) error {
 	if !strings.EqualFold(claims.Subject, p.ClientID) {
 		return &entraError{401, "invalid_client", 700021, "Client assertion application identifier doesn't match 'client_id' parameter."}
 	}
@@ -93,13 +93,13 @@ func algorithmsFor(key any) []string {
 func hasThumbprint(c *x509.Certificate, header map[string]any) bool {
 	sum256, sum1 := sha256.Sum256(c.Raw), sha1.Sum(c.Raw)
 	if v, ok := header["x5t#S256"].(string); ok {
-		return spells(v, sum256[:])
+		return encodes(v, sum256[:])
 	}
 	v, ok := header["x5t"].(string)
-	return ok && spells(v, sum1[:])
+	return ok && encodes(v, sum1[:])
 }
 
-func spells(text string, sum []byte) bool {
+func encodes(text string, sum []byte) bool {
 	urlForm := strings.NewReplacer("+", "-", "/", "_", "=", "").Replace(text)
 	return urlForm == base64.RawURLEncoding.EncodeToString(sum) || strings.EqualFold(text, hex.EncodeToString(sum))
 }
@@ -129,9 +129,9 @@ func (s *entra) verify(assertion string, key jwt.Keyfunc, algorithms ...string) 
 // cluster whose API server has an elliptic key is refused, however it is set up.
 var federatedAlgorithms = []string{"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}
 
-// proveByFederation compares issuer, then subject, then audience, each exactly
+// authenticateByFederation compares issuer, then subject, then audience, each exactly
 // as written, and names the first that fails.
-func (s *entra) proveByFederation(p principal, token *jwt.Token, claims jwt.RegisteredClaims, assertion string) error {
+func (s *entra) authenticateByFederation(p principal, token *jwt.Token, claims jwt.RegisteredClaims, assertion string) error {
 	if len(p.federated) == 0 {
 		return &entraError{401, "invalid_client", 70025, fmt.Sprintf(
 			"The client '%s' has no configured federated identity credentials.", p.ClientID)}

@@ -39,7 +39,7 @@ const (
 var app = App{ClientID: guid(30), ObjectID: guid(31), Secrets: []AppSecret{{Value: "hush"}}}
 
 // https trusts the stand-in's CA and no other.
-func (s *standIn) https() *http.Client {
+func (s *fakeAzure) https() *http.Client {
 	s.t.Helper()
 	ca, err := os.ReadFile(stateDir + "/" + CAFile)
 	s.must(err)
@@ -52,7 +52,7 @@ func (s *standIn) https() *http.Client {
 	return &http.Client{Transport: transport}
 }
 
-func (s *standIn) options() policy.ClientOptions {
+func (s *fakeAzure) options() policy.ClientOptions {
 	return policy.ClientOptions{
 		Cloud: cloud.Configuration{ActiveDirectoryAuthorityHost: "https://" + s.at.Entra}, Transport: s.https(),
 		Retry: policy.RetryOptions{MaxRetries: -1},
@@ -60,7 +60,7 @@ func (s *standIn) options() policy.ClientOptions {
 }
 
 // ask posts a form to the token endpoint and reads the answer.
-func (s *standIn) ask(path string, form url.Values) (int, map[string]any) {
+func (s *fakeAzure) ask(path string, form url.Values) (int, map[string]any) {
 	s.t.Helper()
 	resp, err := s.https().PostForm("https://"+s.at.Entra+path, form)
 	s.must(err)
@@ -80,7 +80,7 @@ func bySecret(change ...string) url.Values {
 	return v
 }
 
-func (s *standIn) tokenOf(cred azcore.TokenCredential, scope string) Claims {
+func (s *fakeAzure) tokenOf(cred azcore.TokenCredential, scope string) Claims {
 	s.t.Helper()
 	token, err := cred.GetToken(s.t.Context(), policy.TokenRequestOptions{Scopes: []string{scope}})
 	s.must(err)
@@ -98,7 +98,7 @@ func TestAnUnmodifiedClientGetsATokenWithASecret(t *testing.T) {
 	s.must(err)
 	claims := s.tokenOf(cred, "https://management.core.windows.net//.default")
 	if claims.Audience != "https://management.core.windows.net/" || claims.AppID != app.ClientID || claims.ObjectID != app.ObjectID ||
-		claims.TenantID != tenant || claims.AppIDACR != provedBySecret || claims.ResourceID != "" {
+		claims.TenantID != tenant || claims.AppIDACR != acrSecret || claims.ResourceID != "" {
 		t.Errorf("claims %+v", claims)
 	}
 	if e := s.lastEntry(); e.Service != serviceEntra || e.ClientID != app.ClientID || e.TokenID != claims.TokenID ||
@@ -140,7 +140,7 @@ func TestAnUnmodifiedClientGetsATokenWithACertificate(t *testing.T) {
 	cred, err := azidentity.NewClientCertificateCredential(tenant, a.ClientID, []*x509.Certificate{cert}, crypto.PrivateKey(key),
 		&azidentity.ClientCertificateCredentialOptions{ClientOptions: s.options(), DisableInstanceDiscovery: true})
 	s.must(err)
-	if claims := s.tokenOf(cred, vault); claims.AppIDACR != provedByKey || claims.Audience != "https://vault.azure.net" {
+	if claims := s.tokenOf(cred, vault); claims.AppIDACR != acrKey || claims.Audience != "https://vault.azure.net" {
 		t.Errorf("claims %+v", claims)
 	}
 }

@@ -34,25 +34,25 @@ type tokenAnswerV1 struct {
 
 // note fills in what a request says of itself, so that the log also has it of
 // those that a fault swallows.
-func (s *entra) note(x *exchange) {
+func (s *entra) annotate(x *requestContext) {
 	x.trace = newTrace(x.Header.Get("Client-Request-Id"))
 	x.entry.CorrelationID = x.trace.correlation
 	if x.class != classToken {
 		return
 	}
 	if form, err := url.ParseQuery(string(x.body)); err == nil {
-		x.entry.ClientID = clip(form.Get("client_id"))
-		x.entry.Proof, x.entry.Subject = proofIn(form)
+		x.entry.ClientID = truncate(form.Get("client_id"))
+		x.entry.Credential, x.entry.Subject = credentialIn(form)
 	}
 }
 
-// proofIn says how the client means to prove itself, true or not, and whose
+// credentialIn says how the client means to prove itself, true or not, and whose
 // token it shows if that is another issuer's.
-func proofIn(form url.Values) (kind, subject string) {
+func credentialIn(form url.Values) (kind, subject string) {
 	assertion := form.Get("client_assertion")
 	switch {
 	case assertion == "" && form.Get("client_secret") != "":
-		return ProofSecret, ""
+		return CredentialSecret, ""
 	case assertion == "":
 		return "", ""
 	}
@@ -61,13 +61,13 @@ func proofIn(form url.Values) (kind, subject string) {
 		return "", ""
 	}
 	if selfIssued(claims, form.Get("client_id")) {
-		return ProofCertificate, ""
+		return CredentialCertificate, ""
 	}
-	return ProofFederated, clip(claims.Subject)
+	return CredentialFederated, truncate(claims.Subject)
 }
 
-func (s *entra) token(x *exchange, tenant string, v2 bool) reply {
-	m, err := s.grant(x, tenant, v2)
+func (s *entra) token(x *requestContext, tenant string, v2 bool) response {
+	m, err := s.issueToken(x, tenant, v2)
 	if err != nil {
 		var e *entraError
 		if !errors.As(err, &e) {
@@ -79,9 +79,9 @@ func (s *entra) token(x *exchange, tenant string, v2 bool) reply {
 	left := m.expires().Sub(s.now())
 	if v2 {
 		n := int(left / time.Second)
-		return uncached(jsonReply(200, tokenAnswerV2{"Bearer", n, n, m.raw}))
+		return withoutCaching(jsonResponse(200, tokenAnswerV2{"Bearer", n, n, m.raw}))
 	}
-	return uncached(jsonReply(200, tokenAnswerV1{
+	return withoutCaching(jsonResponse(200, tokenAnswerV1{
 		TokenType: "Bearer", ExpiresIn: seconds(left), ExtExpiresIn: seconds(left),
 		ExpiresOn: strconv.FormatInt(m.expires().Unix(), 10),
 		NotBefore: strconv.FormatInt(m.claims.NotBefore.Unix(), 10),
@@ -90,7 +90,7 @@ func (s *entra) token(x *exchange, tenant string, v2 bool) reply {
 }
 
 // grant is the client credentials flow, with whichever proof the client sent.
-func (s *entra) grant(x *exchange, tenant string, v2 bool) (minted, error) {
+func (s *entra) issueToken(x *requestContext, tenant string, v2 bool) (minted, error) {
 	form, err := url.ParseQuery(string(x.body))
 	if err != nil {
 		return minted{}, &entraError{400, "invalid_request", 900144, "The request body is not a form."}
@@ -116,8 +116,8 @@ func (s *entra) grant(x *exchange, tenant string, v2 bool) (minted, error) {
 	if err != nil {
 		return minted{}, err
 	}
-	x.entry.Resource = clip(resource)
-	proof, err := s.prove(x, p, tenant, form)
+	x.entry.Resource = truncate(resource)
+	proof, err := s.authenticate(x, p, tenant, form)
 	if err != nil {
 		return minted{}, err
 	}
@@ -163,21 +163,21 @@ func requestedResource(form url.Values, v2 bool) (string, error) {
 const assertionType = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 
 // prove checks the client's proof and says of which kind it was.
-func (s *entra) prove(x *exchange, p principal, tenant string, form url.Values) (string, error) {
+func (s *entra) authenticate(x *requestContext, p principal, tenant string, form url.Values) (string, error) {
 	switch {
 	case form.Get("client_assertion") != "":
 		if t := form.Get("client_assertion_type"); t != assertionType {
 			return "", &entraError{400, "invalid_request", 50027, fmt.Sprintf("The client assertion type '%s' is not supported.", t)}
 		}
-		return provedByKey, s.proveByAssertion(x, p, tenant, form.Get("client_assertion"))
+		return acrKey, s.authenticateByAssertion(x, p, tenant, form.Get("client_assertion"))
 	case form.Get("client_secret") != "":
-		return provedBySecret, s.proveBySecret(p, form.Get("client_secret"))
+		return acrSecret, s.authenticateBySecret(p, form.Get("client_secret"))
 	}
 	return "", &entraError{401, "invalid_client", 7000218,
 		"The request body must contain the following parameter: 'client_assertion' or 'client_secret'."}
 }
 
-func (s *entra) proveBySecret(p principal, secret string) error {
+func (s *entra) authenticateBySecret(p principal, secret string) error {
 	expired := false
 	for _, have := range p.secrets {
 		if subtle.ConstantTimeCompare([]byte(have.Value), []byte(secret)) != 1 {

@@ -20,10 +20,10 @@ import (
 const (
 	tenant = "11111111-1111-1111-1111-111111111111"
 	// Loopback lends every caller an address of its own.
-	nodeA, podA = "127.0.1.1", "127.0.2.7"
-	nodeB, podB = "127.0.3.1", "127.0.4.7"
-	stranger    = "127.0.99.1"
-	tokenQuery  = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net"
+	nodeA, podA   = "127.0.1.1", "127.0.2.7"
+	nodeB, podB   = "127.0.3.1", "127.0.4.7"
+	unknownSource = "127.0.99.1"
+	tokenQuery    = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net"
 )
 
 var (
@@ -72,8 +72,8 @@ func (c *clock) advance(d time.Duration) {
 	c.t = c.t.Add(d)
 }
 
-// standIn is a running stand-in with two nodes, a and b.
-type standIn struct {
+// fakeAzure is a running stand-in with two nodes, a and b.
+type fakeAzure struct {
 	*Client
 	t     *testing.T
 	clock *clock
@@ -96,7 +96,7 @@ func testConfig(dir string) Config {
 	}
 }
 
-func start(t *testing.T, change ...func(*Config)) *standIn {
+func start(t *testing.T, change ...func(*Config)) *fakeAzure {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "azure") // short: it holds a unix socket
 	if err != nil {
@@ -106,7 +106,7 @@ func start(t *testing.T, change ...func(*Config)) *standIn {
 	for _, c := range change {
 		c(&cfg)
 	}
-	s := &standIn{Client: Dial(cfg.ControlSocket), t: t, clock: &clock{t: time.Now()}}
+	s := &fakeAzure{Client: Dial(cfg.ControlSocket), t: t, clock: &clock{t: time.Now()}}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- run(ctx, cfg, s.clock.now) }()
@@ -125,14 +125,14 @@ func start(t *testing.T, change ...func(*Config)) *standIn {
 	return s
 }
 
-func (s *standIn) must(err error) {
+func (s *fakeAzure) must(err error) {
 	s.t.Helper()
 	if err != nil {
 		s.t.Fatal(err)
 	}
 }
 
-func (s *standIn) set(pairs ...string) {
+func (s *fakeAzure) set(pairs ...string) {
 	s.t.Helper()
 	changes := map[string]string{}
 	for _, p := range pairs {
@@ -142,19 +142,19 @@ func (s *standIn) set(pairs ...string) {
 	s.must(s.Set(s.t.Context(), changes))
 }
 
-func (s *standIn) add(id Identity, nodes ...string) {
+func (s *fakeAzure) add(id Identity, nodes ...string) {
 	s.t.Helper()
 	s.must(s.AddIdentity(s.t.Context(), id, nodes...))
 }
 
-func (s *standIn) stats() Stats {
+func (s *fakeAzure) stats() Stats {
 	s.t.Helper()
 	st, err := s.Stats(s.t.Context())
 	s.must(err)
 	return st
 }
 
-func (s *standIn) lastEntry() Entry {
+func (s *fakeAzure) lastEntry() Entry {
 	s.t.Helper()
 	entries, err := s.Log(s.t.Context(), 0)
 	s.must(err)
@@ -184,7 +184,7 @@ func (a answer) token(t *testing.T) tokenAnswer {
 }
 
 // dialFrom connects to IMDS from one of the loopback addresses.
-func (s *standIn) dialFrom(source string) net.Conn {
+func (s *fakeAzure) dialFrom(source string) net.Conn {
 	s.t.Helper()
 	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}, Timeout: 10 * time.Second}
 	conn, err := d.DialContext(s.t.Context(), "tcp", s.at.IMDS)
@@ -193,7 +193,7 @@ func (s *standIn) dialFrom(source string) net.Conn {
 }
 
 // try sends a request exactly as written: no client library tidies the path.
-func (s *standIn) try(source, method, target string, headers ...string) (answer, error) {
+func (s *fakeAzure) try(source, method, target string, headers ...string) (answer, error) {
 	s.t.Helper()
 	conn := s.dialFrom(source)
 	defer conn.Close()
@@ -212,7 +212,7 @@ func (s *standIn) try(source, method, target string, headers ...string) (answer,
 	return answer{resp.StatusCode, resp.Header, string(body)}, err
 }
 
-func (s *standIn) send(source, method, target string, headers ...string) answer {
+func (s *fakeAzure) send(source, method, target string, headers ...string) answer {
 	s.t.Helper()
 	a, err := s.try(source, method, target, headers...)
 	s.must(err)
@@ -220,13 +220,13 @@ func (s *standIn) send(source, method, target string, headers ...string) answer 
 }
 
 // get is a well-formed request.
-func (s *standIn) get(source, target string) answer {
+func (s *fakeAzure) get(source, target string) answer {
 	s.t.Helper()
 	return s.send(source, "GET", target, "Metadata: true")
 }
 
 // until asks again and again, for at most ten seconds.
-func (s *standIn) until(what string, ok func() bool) {
+func (s *fakeAzure) waitUntil(what string, ok func() bool) {
 	s.t.Helper()
 	tick, deadline := time.NewTicker(5*time.Millisecond), time.After(10*time.Second)
 	defer tick.Stop()

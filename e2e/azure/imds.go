@@ -9,9 +9,9 @@ import (
 	"time"
 )
 
-// DangerMark is part of every answer of IMDS that a pod must never see
+// ForbiddenMark is part of every answer of IMDS that a pod must never see
 // (credentials of the machine, attested documents, approved maintenance).
-const DangerMark = "stand-in-danger"
+const ForbiddenMark = "fake-azure-forbidden"
 
 const imdsServer = "IMDS/150.870.65.1103"
 
@@ -84,12 +84,12 @@ type imdsError struct {
 }
 
 // refuse answers with IMDS's flat error.
-func refuse(x *exchange, status int, code, description string) reply {
+func refuse(x *requestContext, status int, code, description string) response {
 	x.entry.Error = description
-	return stamped(jsonReply(status, imdsError{code, description}))
+	return withServerHeader(jsonResponse(status, imdsError{code, description}))
 }
 
-func stamped(out reply) reply {
+func withServerHeader(out response) response {
 	if out.header == nil {
 		out.header = map[string]string{}
 	}
@@ -97,7 +97,7 @@ func stamped(out reply) reply {
 	return out
 }
 
-func (m *imds) fail(x *exchange, status int) reply {
+func (m *imds) fail(x *requestContext, status int) response {
 	code := "server_error"
 	switch {
 	case status == http.StatusTooManyRequests:
@@ -111,21 +111,21 @@ func (m *imds) fail(x *exchange, status int) reply {
 	case status < 500:
 		code = "invalid_request"
 	}
-	return stamped(jsonReply(status, imdsError{code, http.StatusText(status)}))
+	return withServerHeader(jsonResponse(status, imdsError{code, http.StatusText(status)}))
 }
 
 // badInstanceRequest is the form of errors outside of /metadata/identity.
-func badInstanceRequest(x *exchange, text string) reply {
+func badInstanceRequest(x *requestContext, text string) response {
 	x.entry.Error = text
-	return stamped(jsonReply(http.StatusBadRequest, map[string]string{"error": "Bad request. " + text}))
+	return withServerHeader(jsonResponse(http.StatusBadRequest, map[string]string{"error": "Bad request. " + text}))
 }
 
-func (m *imds) answer(x *exchange) reply {
+func (m *imds) answer(x *requestContext) response {
 	p := imdsPath(x.Request)
 	identityPath := strings.HasPrefix(p, "/metadata/identity/")
 	bad := badInstanceRequest
 	if identityPath {
-		bad = func(x *exchange, text string) reply { return refuse(x, 400, "invalid_request", text) }
+		bad = func(x *requestContext, text string) response { return refuse(x, 400, "invalid_request", text) }
 	}
 	if !strings.EqualFold(x.Header.Get("Metadata"), "true") {
 		return bad(x, "Required metadata header not specified")
@@ -159,46 +159,46 @@ func allowedMethod(p, method string) bool {
 	return method == http.MethodGet
 }
 
-func (m *imds) route(x *exchange, p string, q map[string]string) reply {
+func (m *imds) route(x *requestContext, p string, q map[string]string) response {
 	n, _ := m.dir.node(x.caller.node)
 	switch x.class {
 	case classToken:
 		return m.token(x, q)
 	case "info":
-		return stamped(jsonReply(200, map[string]string{"tenantId": m.dir.tenant}))
+		return withServerHeader(jsonResponse(200, map[string]string{"tenantId": m.dir.tenant}))
 	case "instance":
 		return m.instance(x, n, strings.TrimPrefix(p, pathInstance), q["format"])
 	case "versions":
-		return stamped(jsonReply(200, map[string][]string{"apiVersions": apiVersions}))
+		return withServerHeader(jsonResponse(200, map[string][]string{"apiVersions": apiVersions}))
 	case "loadbalancer":
-		return stamped(jsonReply(200, loadBalancer))
+		return withServerHeader(jsonResponse(200, loadBalancer))
 	case "scheduledevents":
 		if x.Method == http.MethodPost {
-			x.entry.Error = DangerMark
-			return stamped(reply{status: 200, contentType: "text/plain", body: []byte(DangerMark + ": maintenance approved")})
+			x.entry.Error = ForbiddenMark
+			return withServerHeader(response{status: 200, contentType: "text/plain", body: []byte(ForbiddenMark + ": maintenance approved")})
 		}
-		return stamped(jsonReply(200, map[string]any{"DocumentIncarnation": 1, "Events": []any{}}))
+		return withServerHeader(jsonResponse(200, map[string]any{"DocumentIncarnation": 1, "Events": []any{}}))
 	case "attested", "getplatformmetadata", "issuecredential":
-		return m.dangerous(x, n)
+		return m.forbiddenRoute(x, n)
 	}
 	return refuse(x, http.StatusNotFound, "not_found", "Not found")
 }
 
 // dangerous answers what no pod may get, recognisably.
-func (m *imds) dangerous(x *exchange, n Node) reply {
-	x.entry.Error = DangerMark
+func (m *imds) forbiddenRoute(x *requestContext, n Node) response {
+	x.entry.Error = ForbiddenMark
 	switch x.class {
 	case "attested":
-		return stamped(jsonReply(200, map[string]string{"encoding": "pkcs7", "signature": DangerMark + "-" + n.Name}))
+		return withServerHeader(jsonResponse(200, map[string]string{"encoding": "pkcs7", "signature": ForbiddenMark + "-" + n.Name}))
 	case "getplatformmetadata":
-		return stamped(jsonReply(200, map[string]any{
-			"cuId": map[string]string{"vmId": DangerMark}, "clientId": DangerMark,
-			"tenantId": m.dir.tenant, "attestationEndpoint": "https://" + DangerMark + ".invalid",
+		return withServerHeader(jsonResponse(200, map[string]any{
+			"cuId": map[string]string{"vmId": ForbiddenMark}, "clientId": ForbiddenMark,
+			"tenantId": m.dir.tenant, "attestationEndpoint": "https://" + ForbiddenMark + ".invalid",
 		}))
 	}
-	return stamped(jsonReply(200, map[string]string{
-		"client_id": DangerMark, "tenant_id": m.dir.tenant, "certificate": DangerMark,
-		"identity_type": "SystemAssigned", "mtls_authentication_endpoint": "https://" + DangerMark + ".invalid",
+	return withServerHeader(jsonResponse(200, map[string]string{
+		"client_id": ForbiddenMark, "tenant_id": m.dir.tenant, "certificate": ForbiddenMark,
+		"identity_type": "SystemAssigned", "mtls_authentication_endpoint": "https://" + ForbiddenMark + ".invalid",
 	}))
 }
 
@@ -209,9 +209,9 @@ const firstVersion = "2018-02-01" // the first with /metadata/identity
 // knownVersion compares dates as text.
 func knownVersion(v string) bool { return versionForm.MatchString(v) && v >= firstVersion }
 
-func (m *imds) badVersion(x *exchange) reply {
+func (m *imds) badVersion(x *requestContext) response {
 	x.entry.Error = "api-version is invalid or was not specified"
-	return stamped(jsonReply(http.StatusBadRequest, struct {
+	return withServerHeader(jsonResponse(http.StatusBadRequest, struct {
 		Error    string   `json:"error"`
 		Versions []string `json:"newest-versions"`
 	}{

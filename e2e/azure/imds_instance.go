@@ -25,7 +25,7 @@ var loadBalancer = map[string]any{"loadbalancer": map[string]any{
 // instanceDocument is what a virtual machine says of itself. All leaves are
 // strings.
 func instanceDocument(n Node) map[string]any {
-	m := n.machine()
+	m := n.instance()
 	address := ""
 	for _, p := range n.Sources {
 		if p.IsSingleIP() {
@@ -58,7 +58,7 @@ func instanceDocument(n Node) map[string]any {
 
 // instance serves the document or the part of it that the route names. A leaf
 // must be asked for as text; text of a branch is its list of keys.
-func (m *imds) instance(x *exchange, n Node, route, format string) reply {
+func (m *imds) instance(x *requestContext, n Node, route, format string) response {
 	var node any = instanceDocument(n)
 	for _, step := range strings.Split(strings.Trim(route, "/"), "/") {
 		if step == "" {
@@ -67,7 +67,7 @@ func (m *imds) instance(x *exchange, n Node, route, format string) reply {
 		var ok bool
 		if node, ok = child(node, step); !ok {
 			x.entry.Error = "no such route"
-			return stamped(jsonReply(http.StatusNotFound, map[string]string{"error": "Not found"}))
+			return withServerHeader(jsonResponse(http.StatusNotFound, map[string]string{"error": "Not found"}))
 		}
 	}
 	text := strings.EqualFold(format, "text")
@@ -76,10 +76,10 @@ func (m *imds) instance(x *exchange, n Node, route, format string) reply {
 		if !text {
 			return badInstanceRequest(x, "Requested resource is a leaf; specify format=text")
 		}
-		return stamped(textReply(200, v))
+		return withServerHeader(textResponse(200, v))
 	case map[string]any:
 		if text {
-			return stamped(textReply(200, listing(slices.Sorted(maps.Keys(v)), func(key string) any { return v[key] })))
+			return withServerHeader(textResponse(200, listing(slices.Sorted(maps.Keys(v)), func(key string) any { return v[key] })))
 		}
 	case []any:
 		if text {
@@ -87,10 +87,10 @@ func (m *imds) instance(x *exchange, n Node, route, format string) reply {
 			for i := range v {
 				keys[i] = strconv.Itoa(i)
 			}
-			return stamped(textReply(200, listing(keys, func(key string) any { c, _ := child(v, key); return c })))
+			return withServerHeader(textResponse(200, listing(keys, func(key string) any { c, _ := child(v, key); return c })))
 		}
 	}
-	return stamped(jsonReply(200, node))
+	return withServerHeader(jsonResponse(200, node))
 }
 
 func child(node any, step string) (any, bool) {

@@ -253,7 +253,7 @@ func TestDangerousEndpointsAnswerRecognisably(t *testing.T) {
 		{"POST", "/metadata/scheduledevents?api-version=2020-07-01", "scheduledevents"},
 	} {
 		a := s.send(nodeA, c.method, c.target, "Metadata: true", "Content-Length: 0")
-		if a.status != 200 || !strings.Contains(a.body, DangerMark) || s.stats().IMDS.ByClass[c.class] != 1 {
+		if a.status != 200 || !strings.Contains(a.body, ForbiddenMark) || s.stats().IMDS.ByClass[c.class] != 1 {
 			t.Errorf("%s %s: %d %s", c.method, c.target, a.status, a.body)
 		}
 	}
@@ -294,7 +294,7 @@ func TestHarmlessEndpointsAnswer(t *testing.T) {
 func TestARequestFromNowhereGetsNothing(t *testing.T) {
 	s := start(t)
 	s.add(red)
-	a := s.get(stranger, tokenQuery)
+	a := s.get(unknownSource, tokenQuery)
 	if a.status != 401 || !strings.Contains(a.body, "unknown_source") {
 		t.Errorf("%d %s", a.status, a.body)
 	}

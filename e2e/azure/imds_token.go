@@ -61,9 +61,9 @@ func selectorOf(q map[string]string) (selector, error) {
 	return sel, nil
 }
 
-func (m *imds) token(x *exchange, q map[string]string) reply {
+func (m *imds) token(x *requestContext, q map[string]string) response {
 	resource := q["resource"]
-	x.entry.Resource = clip(resource)
+	x.entry.Resource = truncate(resource)
 	if resource == "" {
 		return refuse(x, http.StatusBadRequest, "invalid_request", "Required audience parameter not specified")
 	}
@@ -85,7 +85,7 @@ func (m *imds) token(x *exchange, q map[string]string) reply {
 		return refuse(x, http.StatusInternalServerError, "unknown", err.Error())
 	}
 	x.entry.TokenID, x.entry.Cached = t.claims.TokenID, cached
-	return stamped(jsonReply(http.StatusOK, tokenAnswer{
+	return withServerHeader(jsonResponse(http.StatusOK, tokenAnswer{
 		AccessToken: t.raw, ClientID: id.ClientID,
 		ExpiresIn:    seconds(t.expires().Sub(m.now())),
 		ExpiresOn:    strconv.FormatInt(t.expires().Unix(), 10),
@@ -100,7 +100,7 @@ func seconds(d time.Duration) string { return strconv.FormatInt(int64(max(d, 0)/
 // fetch answers from the service's own cache, as the real one does for most of
 // a token's lifetime, or has a new token minted. The last five minutes, or
 // twelfth of a short lifetime, are never handed out.
-func (m *imds) fetch(x *exchange, key cacheKey, bypass bool) (minted, bool, error) {
+func (m *imds) fetch(x *requestContext, key cacheKey, bypass bool) (minted, bool, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !x.faults.cache {
@@ -110,7 +110,7 @@ func (m *imds) fetch(x *exchange, key cacheKey, bypass bool) (minted, bool, erro
 			return t, true, nil
 		}
 	}
-	t, err := m.issuer.mint(key.identity, key.resource, provedByKey, x.faults.tokenLifetime)
+	t, err := m.issuer.mint(key.identity, key.resource, acrKey, x.faults.tokenLifetime)
 	if err != nil {
 		return minted{}, false, err
 	}

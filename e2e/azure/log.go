@@ -18,9 +18,9 @@ const (
 
 // How the client of a token request to Entra ID proves itself.
 const (
-	ProofSecret      = "secret"
-	ProofCertificate = "certificate"
-	ProofFederated   = "federated"
+	CredentialSecret      = "secret"
+	CredentialCertificate = "certificate"
+	CredentialFederated   = "federated"
 )
 
 // Entry is one line of the request log. A request is logged before its answer
@@ -46,14 +46,14 @@ type Entry struct {
 	// Of Entra ID only: the ID that the answer's header Client-Request-Id has,
 	// how the client proved itself, and the subject of a federated token.
 	CorrelationID string  `json:"correlation_id,omitempty"`
-	Proof         string  `json:"proof,omitempty"`
+	Credential    string  `json:"credential,omitempty"`
 	Subject       string  `json:"subject,omitempty"`
 	DurationMS    float64 `json:"duration_ms"`
 }
 
 const (
-	logCapacity   = 100_000
-	longestLogged = 4 << 10 // of a path or a header value
+	logCapacity    = 100_000
+	maxLoggedBytes = 4 << 10 // of a path or a header value
 )
 
 // ring keeps the newest entries and counts what it lost. Who owns it holds the
@@ -109,15 +109,15 @@ func headersOf(r *http.Request) map[string]string {
 	out := map[string]string{}
 	for _, name := range loggedHeaders {
 		if values, ok := r.Header[name]; ok {
-			out[name] = clip(strings.Join(values, ", "))
+			out[name] = truncate(strings.Join(values, ", "))
 		}
 	}
 	return out
 }
 
-func clip(s string) string {
-	if len(s) > longestLogged {
-		return s[:longestLogged] + "…"
+func truncate(s string) string {
+	if len(s) > maxLoggedBytes {
+		return s[:maxLoggedBytes] + "…"
 	}
 	return s
 }

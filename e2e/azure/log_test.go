@@ -29,11 +29,11 @@ func TestTheLogTellsPodsFromNodesAndCountsTheirConnections(t *testing.T) {
 
 func TestAConnectionWithoutARequestIsSeen(t *testing.T) {
 	s := start(t)
-	for _, source := range []string{podA, stranger, nodeA} {
+	for _, source := range []string{podA, unknownSource, nodeA} {
 		conn := s.dialFrom(source)
 		defer conn.Close()
 	}
-	s.until("three connections", func() bool { return s.stats().IMDS.Connections == 3 })
+	s.waitUntil("three connections", func() bool { return s.stats().IMDS.Connections == 3 })
 	entries, err := s.Log(t.Context(), 0)
 	s.must(err)
 	if len(entries) != 2 || entries[0].Kind != KindConnection || entries[1].Kind != KindConnection {

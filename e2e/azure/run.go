@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// longestSocketPath is what the kernel allows (sun_path, with its closing 0).
-const longestSocketPath = 107
+// maxSocketPath is what the kernel allows (sun_path, with its closing 0).
+const maxSocketPath = 107
 
 // Run serves until the context ends, then returns nil. It opens everything
 // before it serves anything: an error means that nothing was started.
@@ -75,8 +75,8 @@ func listen(cfg Config) (_ *listeners, err error) {
 // listenUnix takes over the socket of a stand-in that is gone, never that of
 // one that runs.
 func listenUnix(path string) (net.Listener, error) {
-	if len(path) > longestSocketPath {
-		return nil, fmt.Errorf("control socket %s: the path is %d bytes long, the kernel allows %d", path, len(path), longestSocketPath)
+	if len(path) > maxSocketPath {
+		return nil, fmt.Errorf("control socket %s: the path is %d bytes long, the kernel allows %d", path, len(path), maxSocketPath)
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("control socket: %w", err)
@@ -115,12 +115,12 @@ func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func
 	}
 	imdsService := &service{
 		name: serviceIMDS, dir: dir, switches: sw, rec: rec, now: now,
-		classify: imdsClass, admit: newLimiter(now).admit, note: func(*exchange) {}, answer: metadata.answer, fail: metadata.fail,
+		classify: imdsClass, admit: newLimiter(now).admit, annotate: func(*requestContext) {}, answer: metadata.answer, fail: metadata.fail,
 	}
 	entraService := &service{
 		name: serviceEntra, dir: dir, switches: sw, rec: rec, now: now, classify: entraClass,
-		admit: func(string, string, bool) (func(), bool) { return func() {}, true },
-		note:  login.note, answer: login.answer, fail: login.fail,
+		admit:    func(string, string, bool) (func(), bool) { return func() {}, true },
+		annotate: login.annotate, answer: login.answer, fail: login.fail,
 	}
 	api := &control{dir: dir, arm: arm, switches: sw, rec: rec, keys: keys,
 		addresses: Addresses{IMDS: ls.imds.Addr().String(), Entra: ls.entra.Addr().String()}}

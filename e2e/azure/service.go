@@ -23,7 +23,7 @@ var services = []string{serviceIMDS, serviceEntra}
 // classToken is the class of requests for a token, in either service.
 const classToken = "token"
 
-const largestBody = 1 << 20
+const maxBodyBytes = 1 << 20
 
 // service is what IMDS and Entra ID have in common: the source of each
 // request, the faults, the log. The protocol is behind the functions.
@@ -36,13 +36,13 @@ type service struct {
 
 	classify func(*http.Request) string
 	admit    func(node, class string, enforce bool) (release func(), ok bool)
-	note     func(*exchange) // what a request says of itself, answered or not
-	answer   func(*exchange) reply
-	fail     func(x *exchange, status int) reply // the service's own form of that status
+	annotate func(*requestContext) // what a request says of itself, answered or not
+	answer   func(*requestContext) response
+	fail     func(x *requestContext, status int) response // the service's own form of that status
 }
 
 // exchange is one request and what becomes known of it.
-type exchange struct {
+type requestContext struct {
 	*http.Request
 	caller caller
 	class  string
@@ -53,19 +53,19 @@ type exchange struct {
 }
 
 // reply is a whole answer. Status 0 is none: the connection is cut.
-type reply struct {
+type response struct {
 	status      int
 	contentType string
 	header      map[string]string
 	body        []byte
 }
 
-func jsonReply(status int, v any) reply {
-	return reply{status: status, contentType: "application/json; charset=utf-8", body: encode(v)}
+func jsonResponse(status int, v any) response {
+	return response{status: status, contentType: "application/json; charset=utf-8", body: encode(v)}
 }
 
-func textReply(status int, text string) reply {
-	return reply{status: status, contentType: "text/plain; charset=utf-8", body: []byte(text)}
+func textResponse(status int, text string) response {
+	return response{status: status, contentType: "text/plain; charset=utf-8", body: []byte(text)}
 }
 
 func (s *service) callerOf(remote string) caller {
@@ -85,12 +85,12 @@ func (s *service) connState(conn net.Conn, state http.ConnState) {
 
 func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := s.now()
-	x := &exchange{Request: r, caller: s.callerOf(r.RemoteAddr), class: s.classify(r)}
-	x.faults = s.switches.take(s.name, x.class == classToken)
+	x := &requestContext{Request: r, caller: s.callerOf(r.RemoteAddr), class: s.classify(r)}
+	x.faults = s.switches.consume(s.name, x.class == classToken)
 	x.entry = &Entry{
 		Time: start, Kind: KindRequest, Service: s.name, Class: x.class,
 		Node: x.caller.node, Source: x.caller.source.String(), FromPod: x.caller.fromPod,
-		Method: r.Method, Path: clip(r.RequestURI), Headers: headersOf(r),
+		Method: r.Method, Path: truncate(r.RequestURI), Headers: headersOf(r),
 	}
 	end := s.rec.begin(s.name, x.class, x.caller)
 	defer end()
@@ -98,15 +98,15 @@ func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	x.entry.Status = out.status
 	x.entry.DurationMS = float64(s.now().Sub(start).Microseconds()) / 1000
 	s.rec.finish(*x.entry)
-	write(w, out)
+	writeResponse(w, out)
 }
 
 // handle reads the body first: only then does the server notice that a client
 // has left a hung request.
-func (s *service) handle(x *exchange, w http.ResponseWriter, r *http.Request) reply {
+func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Request) response {
 	var err error
-	x.body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, largestBody))
-	s.note(x)
+	x.body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, maxBodyBytes))
+	s.annotate(x)
 	if err != nil {
 		x.entry.Error = "body not read: " + err.Error()
 		return s.fail(x, http.StatusRequestEntityTooLarge)
@@ -116,29 +116,29 @@ func (s *service) handle(x *exchange, w http.ResponseWriter, r *http.Request) re
 	switch {
 	case x.faults.drop:
 		x.entry.Error = "dropped"
-		return reply{}
+		return response{}
 	case x.faults.hang:
 		<-r.Context().Done()
 		x.entry.Error = "hung until the client left"
-		return reply{}
-	case !wait(r.Context(), x.faults.latency):
+		return response{}
+	case !sleep(r.Context(), x.faults.latency):
 		x.entry.Error = "the client left"
-		return reply{}
+		return response{}
 	case x.faults.status != 0:
 		x.entry.Error = "switched"
-		return s.forced(x, x.faults.status)
+		return s.forcedResponse(x, x.faults.status)
 	case !admitted:
 		x.entry.Error = "over the limits"
-		return s.forced(x, http.StatusTooManyRequests)
+		return s.forcedResponse(x, http.StatusTooManyRequests)
 	}
 	return s.answer(x)
 }
 
 // forced is an error that a switch or a limit asks for.
-func (s *service) forced(x *exchange, status int) reply {
+func (s *service) forcedResponse(x *requestContext, status int) response {
 	out := s.fail(x, status)
 	if x.faults.plainErrors {
-		out = textReply(status, http.StatusText(status)+"\r\n")
+		out = textResponse(status, http.StatusText(status)+"\r\n")
 	}
 	if x.faults.retryAfter > 0 {
 		if out.header == nil {
@@ -150,7 +150,7 @@ func (s *service) forced(x *exchange, status int) reply {
 }
 
 // wait is false if the client left first.
-func wait(ctx context.Context, d time.Duration) bool {
+func sleep(ctx context.Context, d time.Duration) bool {
 	if d <= 0 {
 		return true
 	}
@@ -164,9 +164,9 @@ func wait(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-func write(w http.ResponseWriter, out reply) {
+func writeResponse(w http.ResponseWriter, out response) {
 	if out.status == 0 {
-		cut(w)
+		resetConnection(w)
 		return
 	}
 	for name, value := range out.header {
@@ -181,7 +181,7 @@ func write(w http.ResponseWriter, out reply) {
 // cut resets the connection, so that the client sees neither an answer nor an
 // orderly end. HTTP/2 connections cannot be taken over: aborting resets the
 // stream.
-func cut(w http.ResponseWriter) {
+func resetConnection(w http.ResponseWriter) {
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		panic(http.ErrAbortHandler)

@@ -28,8 +28,8 @@ type ServiceStats struct {
 	Token               Load              `json:"token"`         // token requests
 	TokenByNode         map[string]Load   `json:"token_by_node"` // "" is no node
 	ByClass             map[string]int    `json:"by_class"`
-	ByStatus            map[int]int       `json:"by_status"` // 0: no answer
-	ByProof             map[string]int    `json:"by_proof"`  // token requests to Entra ID that have ended
+	ByStatus            map[int]int       `json:"by_status"`     // 0: no answer
+	ByCredential        map[string]int    `json:"by_credential"` // token requests to Entra ID that have ended
 	Connections         int               `json:"connections"`
 	ConnectionsFromPods int               `json:"connections_from_pods"`
 	RequestsFromPods    int               `json:"requests_from_pods"`
@@ -53,7 +53,7 @@ type Stats struct {
 	Tokens     map[string]TokenStats `json:"tokens"`
 }
 
-const mostSources = 10_000
+const maxSources = 10_000
 
 // window holds the arrivals of the last second.
 type window struct{ arrivals []time.Time }
@@ -132,14 +132,14 @@ func (r *recorder) reset() {
 		for _, n := range m.byNode {
 			n.reset()
 		}
-		m.stats = ServiceStats{ByClass: map[string]int{}, ByStatus: map[int]int{}, ByProof: map[string]int{}, Sources: map[string]Source{}}
+		m.stats = ServiceStats{ByClass: map[string]int{}, ByStatus: map[int]int{}, ByCredential: map[string]int{}, Sources: map[string]Source{}}
 	}
 }
 
 func (m *serviceMeters) source(c caller, change func(*Source)) {
 	key := c.source.String()
 	s, ok := m.stats.Sources[key]
-	if !ok && len(m.stats.Sources) >= mostSources {
+	if !ok && len(m.stats.Sources) >= maxSources {
 		key, c = "other", caller{}
 		s = m.stats.Sources[key]
 	}
@@ -204,7 +204,7 @@ func (r *recorder) finish(e Entry) {
 	r.log.add(e)
 	r.meters[e.Service].stats.ByStatus[e.Status]++
 	if e.Service == serviceEntra && e.Class == classToken {
-		r.meters[e.Service].stats.ByProof[e.Proof]++
+		r.meters[e.Service].stats.ByCredential[e.Credential]++
 	}
 	if e.TokenID != "" {
 		t := r.tokens[e.ClientID]
@@ -239,6 +239,6 @@ func (m *serviceMeters) snapshot() ServiceStats {
 		s.TokenByNode[node] = one.Load
 	}
 	s.ByClass, s.ByStatus = maps.Clone(s.ByClass), maps.Clone(s.ByStatus)
-	s.ByProof, s.Sources = maps.Clone(s.ByProof), maps.Clone(s.Sources)
+	s.ByCredential, s.Sources = maps.Clone(s.ByCredential), maps.Clone(s.Sources)
 	return s
 }

@@ -255,7 +255,7 @@ func (s *switches) all() map[string]string {
 
 // take snapshots the switches for one request and uses up the counted ones.
 // In the result, status is what the request must be answered with, if any.
-func (s *switches) take(service string, isToken bool) faults {
+func (s *switches) consume(service string, isToken bool) faults {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	live := s.of[service]

@@ -113,12 +113,12 @@ func TestAHungRequestEndsWhenTheClientLeaves(t *testing.T) {
 		_, err := http.DefaultTransport.RoundTrip(req)
 		ended <- err
 	}()
-	s.until("the request hangs", func() bool { return s.stats().IMDS.Token.InFlight == 1 })
+	s.waitUntil("the request hangs", func() bool { return s.stats().IMDS.Token.InFlight == 1 })
 	leave()
 	if err := <-ended; err == nil {
 		t.Error("answered")
 	}
-	s.until("the request is logged", func() bool { return s.stats().IMDS.ByStatus[0] == 1 })
+	s.waitUntil("the request is logged", func() bool { return s.stats().IMDS.ByStatus[0] == 1 })
 	if got := s.stats().IMDS.All.Requests; got != 1 {
 		t.Errorf("%d requests", got)
 	}
@@ -183,7 +183,7 @@ func TestNoMoreThanFiveTokenRequestsRunAtOnce(t *testing.T) {
 			<-ctx.Done()
 		}()
 	}
-	s.until("five requests hang", func() bool { return s.stats().IMDS.Token.InFlight == 5 })
+	s.waitUntil("five requests hang", func() bool { return s.stats().IMDS.Token.InFlight == 5 })
 	s.set("imds.hang=false")
 	if a := s.get(nodeA, tokenQuery); a.status != 429 {
 		t.Errorf("the sixth: %d", a.status)

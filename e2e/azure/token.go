@@ -46,8 +46,8 @@ func (c Claims) GetAudience() (jwt.ClaimStrings, error)       { return jwt.Claim
 
 // How a principal proved itself (the appidacr claim).
 const (
-	provedBySecret = "1"
-	provedByKey    = "2" // certificate, federated token or managed identity
+	acrSecret = "1"
+	acrKey    = "2" // certificate, federated token or managed identity
 )
 
 // issuer signs tokens.

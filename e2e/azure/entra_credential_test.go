@@ -129,14 +129,14 @@ func TestLogAndCountsTellProofsApart(t *testing.T) {
 		form                 url.Values
 		proof, subject, says string
 	}{
-		{bySecret(), ProofSecret, "", ""},
-		{byAssertion(a.ClientID, own), ProofCertificate, "", ""},
-		{byAssertion(a.ClientID, c.token(t, clusterID, account, audience, time.Now().Add(time.Hour))), ProofFederated, account, ""},
-		{byAssertion(a.ClientID, c.token(t, clusterID, "other", audience, time.Now().Add(time.Hour))), ProofFederated, "other", "AADSTS700213"},
+		{bySecret(), CredentialSecret, "", ""},
+		{byAssertion(a.ClientID, own), CredentialCertificate, "", ""},
+		{byAssertion(a.ClientID, c.token(t, clusterID, account, audience, time.Now().Add(time.Hour))), CredentialFederated, account, ""},
+		{byAssertion(a.ClientID, c.token(t, clusterID, "other", audience, time.Now().Add(time.Hour))), CredentialFederated, "other", "AADSTS700213"},
 		{byAssertion(a.ClientID, "nonsense"), "", "", "AADSTS50027"},
 	} {
 		s.ask(endpoint, one.form)
-		if e := s.lastEntry(); e.Proof != one.proof || e.Subject != one.subject || e.ClientID != a.ClientID || !strings.Contains(e.Error, one.says) {
+		if e := s.lastEntry(); e.Credential != one.proof || e.Subject != one.subject || e.ClientID != a.ClientID || !strings.Contains(e.Error, one.says) {
 			t.Errorf("logged %+v, want %+v", e, one)
 		}
 	}
@@ -145,11 +145,11 @@ func TestLogAndCountsTellProofsApart(t *testing.T) {
 	resp, err := s.https().Get("https://" + s.at.Entra + "/" + tenant + "/v2.0/.well-known/openid-configuration")
 	s.must(err)
 	resp.Body.Close()
-	want := map[string]int{ProofSecret: 2, ProofCertificate: 1, ProofFederated: 2, "": 1}
-	if st := s.stats().Entra; !maps.Equal(st.ByProof, want) || st.ByClass["openid"] != 1 || st.Token.Requests != 6 {
+	want := map[string]int{CredentialSecret: 2, CredentialCertificate: 1, CredentialFederated: 2, "": 1}
+	if st := s.stats().Entra; !maps.Equal(st.ByCredential, want) || st.ByClass["openid"] != 1 || st.Token.Requests != 6 {
 		t.Errorf("counted %+v", st)
 	}
-	if n := len(s.stats().IMDS.ByProof); n != 0 {
+	if n := len(s.stats().IMDS.ByCredential); n != 0 {
 		t.Errorf("%d kinds of proof at IMDS, which knows none", n)
 	}
 }

@@ -26,12 +26,12 @@ func joined(words []string) string {
 // armClient uses ARM of a running stand-in through Azure's own libraries: the
 // token too comes over TLS, from the stand-in's Entra ID.
 type armClient struct {
-	*standIn
+	*fakeAzure
 	sets *armcompute.VirtualMachineScaleSetsClient
 	vms  *armcompute.VirtualMachinesClient
 }
 
-func (s *standIn) armClient() *armClient {
+func (s *fakeAzure) armClient() *armClient {
 	s.t.Helper()
 	s.must(s.AddApp(s.t.Context(), app))
 	options := s.options()

@@ -16,9 +16,9 @@ type armError struct {
 }
 
 // refuse answers with an error and logs its code.
-func (a *ARM) refuse(x *armExchange, e *armError) reply {
+func (a *ARM) refuse(x *armRequestContext, e *armError) response {
 	x.entry.Code = e.Code
-	out := jsonReply(e.Status, map[string]*armError{"error": e})
+	out := jsonResponse(e.Status, map[string]*armError{"error": e})
 	out.header = map[string]string{}
 	return out
 }
@@ -28,7 +28,7 @@ func notFound(c computeID) *armError {
 		"' under resource group '" + c.resourceGroup + "' was not found. For more details please go to https://aka.ms/ARMResourceNotFoundFix"}
 }
 
-func (a *ARM) retryAfter(out reply) {
+func (a *ARM) retryAfter(out response) {
 	if a.settings.RetryAfter > 0 {
 		out.header["Retry-After"] = strconv.Itoa(a.settings.RetryAfter)
 	}
@@ -59,7 +59,7 @@ type armAssigned struct {
 }
 
 // show answers with the machine as it is or, if so switched, as it will be.
-func (a *ARM) show(x *armExchange, m *armMachine) reply {
+func (a *ARM) describe(x *armRequestContext, m *armMachine) response {
 	doc := armResource{
 		Name: m.name, ID: m.id, Type: "Microsoft.Compute/" + m.resourceType, Location: a.o.Location,
 		Properties: map[string]any{"provisioningState": m.provisioningState()},
@@ -80,7 +80,7 @@ func (a *ARM) show(x *armExchange, m *armMachine) reply {
 	if !a.settings.NoETags {
 		doc.ETag, header["ETag"] = m.etag(), m.etag()
 	}
-	out := jsonReply(http.StatusOK, doc)
+	out := jsonResponse(http.StatusOK, doc)
 	out.header = header
 	return out
 }
@@ -104,7 +104,7 @@ func (a *ARM) identityOf(set identitySet) *armIdentity {
 			a.answers++
 		}
 		for _, at := range set.user {
-			out.UserAssignedIdentities[casing.spell(at.spelled)] = armAssigned{at.identity.ObjectID, at.identity.ClientID}
+			out.UserAssignedIdentities[casing.apply(at.asSent)] = armAssigned{at.identity.ObjectID, at.identity.ClientID}
 		}
 	}
 	if types == nil {
@@ -114,7 +114,7 @@ func (a *ARM) identityOf(set identitySet) *armIdentity {
 	return out
 }
 
-func (c Casing) spell(id string) string {
+func (c Casing) apply(id string) string {
 	switch c {
 	case CasingLower:
 		return strings.ToLower(id)
@@ -133,7 +133,7 @@ func (c Casing) spell(id string) string {
 const armTime = "2006-01-02T15:04:05.0000000+00:00"
 
 // poll answers with the status of an operation.
-func (a *ARM) poll(x *armExchange, o *armOperation) reply {
+func (a *ARM) poll(x *armRequestContext, o *armOperation) response {
 	doc := struct {
 		Start  string    `json:"startTime"`
 		End    string    `json:"endTime,omitempty"`
@@ -147,7 +147,7 @@ func (a *ARM) poll(x *armExchange, o *armOperation) reply {
 			doc.Status, x.entry.Code = "Failed", doc.Error.Code
 		}
 	}
-	out := jsonReply(http.StatusOK, doc)
+	out := jsonResponse(http.StatusOK, doc)
 	out.header = map[string]string{}
 	if !o.ended {
 		a.retryAfter(out)
