@@ -2,7 +2,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" }}
 {{- end }}
 
-{{/* Names are cut so that what is appended (-nmi, and the hashes of pods) still fits into a label. */}}
+{{/* Names are truncated so that suffixes (-nmi, and the hashes of pods) still fit into a label. */}}
 {{- define "podidentity.fullname" -}}
 {{- if .Values.fullnameOverride }}
 {{- .Values.fullnameOverride | trunc 48 | trimSuffix "-" }}
@@ -28,7 +28,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{ include "podidentity.fullname" . }}-nmi
 {{- end }}
 
-{{/* These select the pods, and can never change in a release. */}}
+{{/* The selector of the pods, which cannot change during the life of a release. */}}
 {{- define "podidentity.nmi.selector" -}}
 app.kubernetes.io/name: {{ include "podidentity.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -47,14 +47,14 @@ app.kubernetes.io/component: nmi
 {{ include "podidentity.fullname" . }}-mic
 {{- end }}
 
-{{/* These select the pods, and can never change in a release. */}}
+{{/* The selector of the pods, which cannot change during the life of a release. */}}
 {{- define "podidentity.mic.selector" -}}
 app.kubernetes.io/name: {{ include "podidentity.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: mic
 {{- end }}
 
-{{/* Carried by MIC's pods alone: who carries it, in the namespace of the release, is excepted from NMI. */}}
+{{/* Only MIC's pods have this label: a pod with it, in the namespace of the release, is excepted from NMI. */}}
 {{- define "podidentity.mic.exceptionLabel" -}}
 podidentity.io/mic: {{ include "podidentity.mic.name" . }}
 {{- end }}
@@ -71,19 +71,19 @@ podidentity.io/mic: {{ include "podidentity.mic.name" . }}
 {{- default .Release.Namespace .Values.mic.leaderElection.namespace }}
 {{- end }}
 
-{{/* Whether MIC is to remove what it did: if told so, and together with NMI. */}}
+{{/* Whether MIC removes what it did: if its own value says so, and whenever NMI is removed. */}}
 {{- define "podidentity.mic.uninstall" -}}
 {{- if or .Values.nmi.uninstall .Values.mic.uninstall }}true{{ end }}
 {{- end }}
 
-{{/* The file of the host that says how MIC reaches Azure; none where values say it. */}}
+{{/* The file of the host that says how MIC authenticates to Azure; none if values do. */}}
 {{- define "podidentity.mic.cloudConfig" -}}
 {{- if not (or .Values.adminsecret .Values.mic.workloadIdentity.enabled) }}
 {{- .Values.mic.cloudConfig }}
 {{- end }}
 {{- end }}
 
-{{/* Whether MIC may ask the machine's metadata service for its own tokens. */}}
+{{/* Whether MIC may request its own tokens from IMDS. */}}
 {{- define "podidentity.mic.asksIMDS" -}}
 {{- if .Values.adminsecret }}
 {{- if eq (toString .Values.adminsecret.useMSI) "true" }}true{{ end }}
@@ -108,7 +108,7 @@ podidentity.io/mic: {{ include "podidentity.mic.name" . }}
 {{- join " " $arguments }}
 {{- end }}
 
-{{/* Four fifths of a memory limit written in Ki, Mi or Gi, as Go writes it; nothing for any other limit. */}}
+{{/* Four fifths of a memory limit in Ki, Mi or Gi, in Go's notation; nothing for any other limit. */}}
 {{- define "podidentity.goMemoryLimit" -}}
 {{- $limit := dig "limits" "memory" "" . | toString }}
 {{- if regexMatch "^[0-9]+[KMG]i$" $limit }}
@@ -117,8 +117,8 @@ podidentity.io/mic: {{ include "podidentity.mic.name" . }}
 {{- end }}
 {{- end }}
 
-{{/* The entries of nmi.secretNamespaces or nmi.federatedNamespaces (value), which have names under a key of their own,
-all written alike, as JSON: no namespace is the whole cluster, and no names are all of them. */}}
+{{/* The entries of nmi.secretNamespaces or nmi.federatedNamespaces (value) as JSON, in one form for both although their
+names are under different keys (key). An empty namespace means the whole cluster, no names mean all of them. */}}
 {{- define "podidentity.scopes" -}}
 {{- $list := get .nmi .value | default list }}
 {{- $scopes := list }}
@@ -152,7 +152,7 @@ all written alike, as JSON: no namespace is the whole cluster, and no names are 
 {{- include "podidentity.scopes" (dict "nmi" .Values.nmi "value" "federatedNamespaces" "key" "serviceAccounts") }}
 {{- end }}
 
-{{/* A role and its binding to NMI's account, in the namespace of the scope or for the whole cluster. */}}
+{{/* A role and its binding to NMI's ServiceAccount, in the namespace of the scope or for the whole cluster. */}}
 {{- define "podidentity.nmi.grant" -}}
 {{- $kind := ternary "Role" "ClusterRole" (ne .scope.namespace "") }}
 {{- $name := printf "%s-%s" (include "podidentity.nmi.name" .root) .suffix }}
@@ -223,7 +223,7 @@ subjects:
 {{- end }}
 {{- end }}
 
-{{/* What the schema cannot say, or not in words. */}}
+{{/* Checks that the schema cannot express, or not with a readable message. */}}
 {{- define "podidentity.checks" -}}
 {{- if eq .Values.operationMode "standard" }}
 {{- include "podidentity.mic.checks" . }}
@@ -235,7 +235,7 @@ subjects:
 {{- if contains "PRIVATE KEY" (default "" .Values.nmi.caBundle) }}
 {{- fail "nmi.caBundle holds a private key; give certificates only, as they become a ConfigMap" }}
 {{- end }}
-{{- /* Nothing of this may be in the way of taking NMI off. */}}
+{{- /* None of this may prevent the removal of NMI. */}}
 {{- if not .Values.nmi.uninstall }}
 {{- $secrets := include "podidentity.nmi.secretScopes" . | fromJsonArray }}
 {{- $tokens := include "podidentity.nmi.tokenScopes" . | fromJsonArray }}
