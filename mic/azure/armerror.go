@@ -48,7 +48,7 @@ func (c cleaner) failure(operation string, requested map[string]bool, err error)
 	}
 	var answered *azcore.ResponseError
 	if !errors.As(err, &answered) || answered.RawResponse == nil {
-		e := c.unanswered(operation, err)
+		e := c.noResponse(operation, err)
 		if final := interface{ NonRetriable() }(nil); errors.As(err, &final) {
 			e.Class = Invalid // an address that is not ARM's, an answer beyond all bounds
 		}
@@ -56,22 +56,22 @@ func (c cleaner) failure(operation string, requested map[string]bool, err error)
 	}
 	resp := answered.RawResponse
 	body, _ := runtime.Payload(resp) // the transporter has read it whole
-	said := parseARMError(body)
+	parsed := parseARMError(body)
 	e := &Error{
 		Operation:     operation,
 		Status:        resp.StatusCode,
-		Code:          c.clean(cmp.Or(said.code, answered.ErrorCode), maxCode),
-		Message:       c.clean(said.message, maxMessage),
+		Code:          c.clean(cmp.Or(parsed.code, answered.ErrorCode), maxCode),
+		Message:       c.clean(parsed.message, maxMessage),
 		CorrelationID: text.OneLine(cmp.Or(resp.Header.Get("X-Ms-Correlation-Request-Id"), resp.Header.Get("X-Ms-Request-Id")), maxID),
 		RetryAfter:    retryAfter(resp.Header),
 	}
-	named := said.named(requested)
-	e.Class = classify(e.Status, e.Code, said.status, len(named) > 0)
+	named := parsed.named(requested)
+	e.Class = classify(e.Status, e.Code, parsed.status, len(named) > 0)
 	switch e.Class {
 	case BadIdentity:
 		e.Identities = named
 	case Throttled:
-		e.RetryAfter = cmp.Or(e.RetryAfter, untoldShut)
+		e.RetryAfter = cmp.Or(e.RetryAfter, defaultRetryAfter)
 	}
 	if e.Message == "" {
 		e.Message = cmp.Or(http.StatusText(e.Status), "unknown status") + ", without a word of why"
@@ -126,8 +126,8 @@ func classifyOperation(code, status string, named bool) Class {
 	return Unavailable
 }
 
-// plainly keeps of an error that is told in our own words what programs look for in it.
-func plainly(err error) error {
+// contextError keeps of an error that is told in our own words what programs look for in it.
+func contextError(err error) error {
 	for _, known := range []error{context.Canceled, context.DeadlineExceeded} {
 		if errors.Is(err, known) {
 			return known
@@ -150,25 +150,25 @@ const maxDepth = 16
 // parseARMError reads {"error":{"code","message","details":[...],"innererror","additionalInfo":[...]}}, and the same
 // within the answer to a poll. Not all of Azure keeps to the types that are documented, so nothing is taken for granted.
 func parseARMError(body []byte) *armError {
-	said := &armError{}
+	parsed := &armError{}
 	var root map[string]any
 	if json.Unmarshal(body, &root) != nil {
-		return said
+		return parsed
 	}
-	said.status, _ = root["status"].(string)
+	parsed.status, _ = root["status"].(string)
 	top, ok := root["error"].(map[string]any)
 	if !ok {
 		if _, resource := root["id"]; resource {
-			return said // an answer that is the machine itself names identities, but refuses none
+			return parsed // an answer that is the machine itself names identities, but refuses none
 		}
 		top = root
 	}
-	said.walk(top, maxDepth)
-	return said
+	parsed.walk(top, maxDepth)
+	return parsed
 }
 
-// ended reports whether the answer to a poll says that the update failed.
-func (a *armError) ended() bool {
+// updateFailed reports whether the answer to a poll says that the update failed.
+func (a *armError) updateFailed() bool {
 	switch strings.ToLower(a.status) {
 	case "failed", "canceled", "cancelled":
 		return true
@@ -191,7 +191,7 @@ func (a *armError) walk(v any, depth int) {
 			a.message = cmp.Or(message, a.message)
 		}
 		for _, key := range slices.Sorted(maps.Keys(v)) {
-			a.walkText(key)
+			a.addIdentities(key)
 			a.walk(v[key], depth-1)
 		}
 	case []any:
@@ -199,11 +199,11 @@ func (a *armError) walk(v any, depth int) {
 			a.walk(each, depth-1)
 		}
 	case string:
-		a.walkText(v)
+		a.addIdentities(v)
 	}
 }
 
-func (a *armError) walkText(s string) {
+func (a *armError) addIdentities(s string) {
 	found := findIdentities(s)
 	if len(found) == 1 && found[0] == Fold(s) {
 		a.exact = append(a.exact, found[0])

@@ -33,7 +33,7 @@ func armBody(code, message, more string) string {
 	return fmt.Sprintf(`{"error":{"code":%q,"message":%s%s}}`, code, text, more)
 }
 
-func TestARefusedUpdateIsSortedByWhatToDo(t *testing.T) {
+func TestARefusedUpdateIsClassified(t *testing.T) {
 	a, b := Fold(id("a")), Fold(id("b"))
 	cases := []struct {
 		name    string
@@ -81,7 +81,7 @@ func TestARefusedUpdateIsSortedByWhatToDo(t *testing.T) {
 		{"throttled", 429, armBody("OperationNotAllowed", "too many", ""), []string{"Retry-After: 17"},
 			Error{Class: Throttled, Code: "OperationNotAllowed", Message: "too many", RetryAfter: 17 * time.Second}},
 		{"throttled, and not said for how long", 429, ``, nil,
-			Error{Class: Throttled, Message: "Too Many Requests, without a word of why", RetryAfter: untoldShut}},
+			Error{Class: Throttled, Message: "Too Many Requests, without a word of why", RetryAfter: defaultRetryAfter}},
 		{"throttled for absurdly long", 429, ``, []string{"Retry-After: 99999999"},
 			Error{Class: Throttled, Message: "Too Many Requests, without a word of why", RetryAfter: time.Hour}},
 		{"throttled by milliseconds", 429, ``, []string{"X-Ms-Retry-After-Ms: 1500"},
@@ -123,7 +123,7 @@ func TestARefusedUpdateIsSortedByWhatToDo(t *testing.T) {
 	}
 }
 
-func TestAReadThatIsRefusedBlamesNoIdentity(t *testing.T) {
+func TestARefusedReadNamesNoIdentity(t *testing.T) {
 	arm := replies(replying(403, armBody("AuthorizationFailed", "no action 'Microsoft.Compute/virtualMachines/read' over scope '"+vm.ID()+"', but on "+id("a"), "")))
 	_, err := newClient(t, arm).Get(t.Context(), vm)
 	var failed *Error
@@ -132,7 +132,7 @@ func TestAReadThatIsRefusedBlamesNoIdentity(t *testing.T) {
 	}
 }
 
-func TestAnErrorIsOneLineOfSaneLength(t *testing.T) {
+func TestAnErrorIsOneLineOfBoundedLength(t *testing.T) {
 	names := make([]string, 150)
 	for i := range names {
 		names[i] = fmt.Sprintf("identity-%03d", i)
@@ -148,7 +148,7 @@ func TestAnErrorIsOneLineOfSaneLength(t *testing.T) {
 	}
 }
 
-func TestAnErrorSaysAllThatIsKnown(t *testing.T) {
+func TestAnErrorContainsAllThatIsKnown(t *testing.T) {
 	cases := []struct {
 		in   Error
 		want string
@@ -199,7 +199,7 @@ func FuzzARMError(f *testing.F) {
 	})
 }
 
-func TestTheTimeToWaitIsReadInAllItsForms(t *testing.T) {
+func TestRetryAfterIsReadInAllItsForms(t *testing.T) {
 	cases := []struct {
 		headers []string
 		want    time.Duration

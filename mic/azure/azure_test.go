@@ -13,8 +13,8 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 )
 
-// standIn answers requests in place of Azure, and remembers them.
-type standIn struct {
+// fakeAzure answers requests in place of Azure, and remembers them.
+type fakeAzure struct {
 	answer func(n int, r *http.Request) (*http.Response, error) // n counts from 1
 
 	mu   sync.Mutex
@@ -27,7 +27,7 @@ type seen struct {
 	at                time.Time
 }
 
-func (s *standIn) Do(r *http.Request) (*http.Response, error) {
+func (s *fakeAzure) Do(r *http.Request) (*http.Response, error) {
 	var body []byte
 	if r.Body != nil {
 		var err error
@@ -42,7 +42,7 @@ func (s *standIn) Do(r *http.Request) (*http.Response, error) {
 	return s.answer(n, r)
 }
 
-func (s *standIn) requests() []seen {
+func (s *fakeAzure) requests() []seen {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.seen
@@ -63,8 +63,8 @@ func reply(r *http.Request, status int, body string, headers ...string) (*http.R
 }
 
 // replies answers one after the other, and goes on with the last.
-func replies(each ...func(*http.Request) (*http.Response, error)) *standIn {
-	return &standIn{answer: func(n int, r *http.Request) (*http.Response, error) {
+func replies(each ...func(*http.Request) (*http.Response, error)) *fakeAzure {
+	return &fakeAzure{answer: func(n int, r *http.Request) (*http.Response, error) {
 		return each[min(n, len(each))-1](r)
 	}}
 }

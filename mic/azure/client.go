@@ -54,8 +54,8 @@ type Options struct {
 
 const (
 	requestTimeout = 30 * time.Second
-	pollMost       = 20 * time.Minute
-	pollEvery      = 5 * time.Second
+	maxPollTime    = 20 * time.Minute
+	pollInterval   = 5 * time.Second
 )
 
 // Client talks to ARM with one configuration. Two of them share nothing.
@@ -65,8 +65,8 @@ type Client struct {
 	tokens         *tokens
 	observer       Observer
 	requestTimeout time.Duration
-	pollMost       time.Duration
-	pollEvery      time.Duration
+	maxPollTime    time.Duration
+	pollInterval   time.Duration
 
 	mu            sync.Mutex
 	subscriptions map[string]*subscription // by folded ID; as many as the nodes name
@@ -104,21 +104,21 @@ func New(cfg Config, o Options) (*Client, error) {
 		tokens:         &tokens{own: own, scope: manager.Audience + "/.default"},
 		observer:       o.Observer,
 		requestTimeout: positive(o.RequestTimeout, requestTimeout),
-		pollMost:       positive(o.PollMost, pollMost),
-		pollEvery:      positive(o.PollEvery, pollEvery),
+		maxPollTime:    positive(o.PollMost, maxPollTime),
+		pollInterval:   positive(o.PollEvery, pollInterval),
 		subscriptions:  map[string]*subscription{},
 	}
 	c.arm = arm.ClientOptions{
 		DisableRPRegistration: true,
 		ClientOptions: policy.ClientOptions{
 			Cloud:           where,
-			Transport:       transporter{next: proxied, most: maxAnswer, host: strings.ToLower(endpoint.Hostname())},
+			Transport:       transporter{next: proxied, maxBytes: maxResponse, host: strings.ToLower(endpoint.Hostname())},
 			Telemetry:       policy.TelemetryOptions{ApplicationID: o.UserAgent},
-			PerCallPolicies: []policy.Policy{accepted{}},
+			PerCallPolicies: []policy.Policy{acceptedAsOK{}},
 			// Short, and never for what a 409, 412 or 429 says: the caller plans anew, or waits.
 			Retry: policy.RetryOptions{
 				MaxRetries: 2, RetryDelay: 250 * time.Millisecond, MaxRetryDelay: 2 * time.Second, TryTimeout: c.requestTimeout,
-				ShouldRetry: worthRetrying,
+				ShouldRetry: shouldRetry,
 			},
 		},
 	}
@@ -132,8 +132,8 @@ func positive(d, otherwise time.Duration) time.Duration {
 	return otherwise
 }
 
-// worthRetrying says whether to ask again at once. What took all its time once would take it again, and people wait.
-func worthRetrying(resp *http.Response, err error) bool {
+// shouldRetry says whether to ask again at once. What took all its time once would take it again, and people wait.
+func shouldRetry(resp *http.Response, err error) bool {
 	if err != nil {
 		return !timedOut(err)
 	}
@@ -149,10 +149,10 @@ func (c *Client) once(ctx context.Context) context.Context {
 	return policy.WithRetryOptions(ctx, policy.RetryOptions{MaxRetries: -1, TryTimeout: c.requestTimeout})
 }
 
-// accepted makes a 202 out of ARM's contract what the library knows: that an update has begun, and where to ask for it.
-type accepted struct{}
+// acceptedAsOK makes a 202 out of ARM's contract what the library knows: that an update has begun, and where to ask for it.
+type acceptedAsOK struct{}
 
-func (accepted) Do(r *policy.Request) (*http.Response, error) {
+func (acceptedAsOK) Do(r *policy.Request) (*http.Response, error) {
 	resp, err := r.Next()
 	if err == nil && r.Raw().Method == http.MethodPatch && resp.StatusCode == http.StatusAccepted &&
 		(resp.Header.Get("Azure-AsyncOperation") != "" || resp.Header.Get("Location") != "") {
@@ -168,7 +168,7 @@ func (c *Client) Get(ctx context.Context, r Resource) (State, error) {
 	if err != nil {
 		return state, err
 	}
-	err = c.call(ctx, r.Kind.String()+"_get", s, nothing, func(ctx context.Context) error {
+	err = c.call(ctx, r.Kind.String()+"_get", s, noIdentities, func(ctx context.Context) error {
 		var err error
 		state, err = s.machines[r.Kind].get(ctx, r)
 		return err
@@ -176,8 +176,8 @@ func (c *Client) Get(ctx context.Context, r Resource) (State, error) {
 	return state, err
 }
 
-// nothing are the identities of a request that has none.
-var nothing = map[string]bool{}
+// noIdentities are the identities of a request that has none.
+var noIdentities = map[string]bool{}
 
 // subscription returns what belongs to the machine's subscription.
 func (c *Client) subscription(r Resource) (*subscription, error) {
@@ -197,14 +197,14 @@ func (c *Client) subscription(r Resource) (*subscription, error) {
 }
 
 // call puts a question to ARM, unless the subscription is shut. Its error is an *Error.
-func (c *Client) call(ctx context.Context, operation string, s *subscription, requested map[string]bool, put func(context.Context) error) error {
+func (c *Client) call(ctx context.Context, operation string, s *subscription, requested map[string]bool, send func(context.Context) error) error {
 	if wait := s.retryAfter.Remaining(); wait > 0 {
 		return &Error{Class: Throttled, Operation: operation, RetryAfter: wait, Message: "Azure asked for the subscription to be left alone"}
 	}
 	start := time.Now()
 	err := c.tokens.ready(ctx)
 	if err == nil {
-		err = put(ctx)
+		err = send(ctx)
 	}
 	outcome := "ok"
 	var failed *Error

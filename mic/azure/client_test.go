@@ -20,7 +20,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-func TestAMachineIsReadAsARMTellsIt(t *testing.T) {
+func TestTheStateOfAMachineIsReadFromARM(t *testing.T) {
 	a := map[string]Identity{Fold(id("a")): {armID("a"), "client-a", "principal-a"}}
 	cases := []struct {
 		name, body string
@@ -54,7 +54,7 @@ func TestAMachineIsReadAsARMTellsIt(t *testing.T) {
 	}
 }
 
-func TestAReadIsTriedAgainAFewTimesAndNotForWhatWillNotPass(t *testing.T) {
+func TestAReadIsRetriedAfterTemporaryFailuresOnly(t *testing.T) {
 	reset := func(*http.Request) (*http.Response, error) { return nil, errors.New("connection reset by peer") }
 	cases := []struct {
 		name   string
@@ -74,7 +74,7 @@ func TestAReadIsTriedAgainAFewTimesAndNotForWhatWillNotPass(t *testing.T) {
 		{"throttled", replying(429, "", "Retry-After: 1"), Throttled, 1, 0, "again after 1s"},
 		{"refused", replying(403, ""), Denied, 1, 0, "Forbidden"},
 		{"no JSON", replying(200, "<html>"), Unavailable, 1, 0, "unmarshal"},
-		{"too large", replying(200, strings.Repeat(" ", maxAnswer+1)), Invalid, 1, 0, "larger than"},
+		{"too large", replying(200, strings.Repeat(" ", maxResponse+1)), Invalid, 1, 0, "larger than"},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -96,11 +96,11 @@ func TestAReadIsTriedAgainAFewTimesAndNotForWhatWillNotPass(t *testing.T) {
 	}
 }
 
-func TestA429ShutsItsSubscriptionAndNoOther(t *testing.T) {
+func TestA429ThrottlesOnlyItsSubscription(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		other := Resource{Kind: VirtualMachine, SubscriptionID: "Other", ResourceGroup: "Group", Name: "node"}
 		throttle := true
-		arm := &standIn{answer: func(_ int, r *http.Request) (*http.Response, error) {
+		arm := &fakeAzure{answer: func(_ int, r *http.Request) (*http.Response, error) {
 			if throttle && strings.Contains(r.URL.Path, "/Sub/") {
 				return reply(r, 429, "", "Retry-After: 60")
 			}
@@ -139,9 +139,9 @@ func TestA429ShutsItsSubscriptionAndNoOther(t *testing.T) {
 	})
 }
 
-func TestAnUpdateOnItsWayWaitsForItsSubscription(t *testing.T) {
+func TestARunningUpdateWaitsWhileItsSubscriptionIsThrottled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		arm := &standIn{answer: func(n int, r *http.Request) (*http.Response, error) {
+		arm := &fakeAzure{answer: func(n int, r *http.Request) (*http.Response, error) {
 			switch {
 			case r.Method == http.MethodPatch:
 				return begun(vm, "Retry-After: 5")(r)
@@ -164,9 +164,9 @@ func TestAnUpdateOnItsWayWaitsForItsSubscription(t *testing.T) {
 	})
 }
 
-func TestOneMachineThatHangsHoldsUpNoOther(t *testing.T) {
+func TestAHangingMachineDoesNotDelayOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		arm := &standIn{answer: func(_ int, r *http.Request) (*http.Response, error) {
+		arm := &fakeAzure{answer: func(_ int, r *http.Request) (*http.Response, error) {
 			if strings.Contains(r.URL.Path, "virtualMachineScaleSets") {
 				return hung(r)
 			}
@@ -222,7 +222,7 @@ func stack(t *testing.T, h http.HandlerFunc) (Config, Options) {
 	return cfg, Options{RootCAs: roots, Credential: credential(hasToken)}
 }
 
-func TestACloudOfOnesOwnIsReachedOverTLS(t *testing.T) {
+func TestACustomCloudIsReachedOverTLS(t *testing.T) {
 	var got []string
 	cfg, o := stack(t, func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
@@ -265,7 +265,7 @@ func TestACloudOfOnesOwnIsReachedOverTLS(t *testing.T) {
 	}
 }
 
-func TestAServerThatHangsAtAnyPointIsGivenUp(t *testing.T) {
+func TestARequestToAHangingServerTimesOut(t *testing.T) {
 	cases := map[string]func(w http.ResponseWriter){
 		"before its answer": func(http.ResponseWriter) {},
 		"within its answer": func(w http.ResponseWriter) {
@@ -294,7 +294,7 @@ func TestAServerThatHangsAtAnyPointIsGivenUp(t *testing.T) {
 	}
 }
 
-func TestAnAnswerThatComesBeforeTheRequestIsReadDoesNotRace(t *testing.T) {
+func TestAResponseBeforeTheRequestIsReadDoesNotRace(t *testing.T) {
 	cfg, o := stack(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) })
 	c, err := New(cfg, o)
 	if err != nil {

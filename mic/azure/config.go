@@ -74,7 +74,7 @@ func LoadConfig(path string, getenv func(string) string) (Config, error) {
 		}
 	}
 	cfg.ClientID, cfg.ClientSecret = withoutMSI(cfg.ClientID), Secret(withoutMSI(string(cfg.ClientSecret)))
-	if err := cfg.environ(getenv); err != nil {
+	if err := cfg.applyEnvironment(getenv); err != nil {
 		return Config{}, err
 	}
 	if isCustomCloud(cfg.Cloud) {
@@ -87,8 +87,8 @@ func LoadConfig(path string, getenv func(string) string) (Config, error) {
 	return cfg, nil
 }
 
-// environ takes what the environment says.
-func (c *Config) environ(getenv func(string) string) error {
+// applyEnvironment takes what the environment says.
+func (c *Config) applyEnvironment(getenv func(string) string) error {
 	get := func(name string) string { return strings.TrimSpace(getenv(name)) }
 	set := func(field *string, names ...string) {
 		for _, name := range names {

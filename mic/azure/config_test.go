@@ -163,7 +163,7 @@ func TestAConfigurationThatCannotBeReadSaysWhichFileAndWhatToDo(t *testing.T) {
 	}
 }
 
-func TestACloudIsKnownByItsNamesInAnyCase(t *testing.T) {
+func TestCloudNamesAreCaseInsensitive(t *testing.T) {
 	own := Environment{ResourceManagerEndpoint: "https://arm.stack/", TokenAudience: "https://audience"}
 	cases := []struct {
 		cfg  Config
@@ -195,7 +195,7 @@ func TestACloudIsKnownByItsNamesInAnyCase(t *testing.T) {
 	}
 }
 
-func TestACloudOfOnesOwnIsReadAsOtherProgramsWriteIt(t *testing.T) {
+func TestTheEnvironmentFileOfACustomCloudIsRead(t *testing.T) {
 	file := write(t, "", `{"name":"AzureStackCloud","managementPortalURL":"https://portal.stack/","serviceManagementEndpoint":"https://management.stack/guid",
 		"resourceManagerEndpoint":"https://arm.stack/","activeDirectoryEndpoint":"https://login.stack/","tokenAudience":"","resourceIdentifiers":{"graph":"N/A"}}`)
 	cfg, err := LoadConfig("", env("CLOUD", "AzureStackCloud", environmentFile, file))
@@ -208,7 +208,7 @@ func TestACloudOfOnesOwnIsReadAsOtherProgramsWriteIt(t *testing.T) {
 	}
 }
 
-func TestASecretIsNotTold(t *testing.T) {
+func TestASecretIsNotFormatted(t *testing.T) {
 	cfg := Config{TenantID: "tenant", ClientSecret: clientSecret}
 	encoded, err := json.Marshal(cfg)
 	if err != nil {
@@ -221,7 +221,7 @@ func TestASecretIsNotTold(t *testing.T) {
 	}
 }
 
-func TestMICsOwnIdentityIsKnown(t *testing.T) {
+func TestOwnIdentitiesReturnsMICsIdentity(t *testing.T) {
 	if own := (Config{UserAssignedIdentityID: "kubelet"}).OwnIdentities(); !slices.Equal(own, []string{"kubelet"}) {
 		t.Errorf("got %v", own)
 	}

@@ -22,7 +22,7 @@ import (
 type ownCredential struct {
 	azcore.TokenCredential
 	cleaner
-	who    string // for sentences
+	subject    string // for sentences
 	advice string // what to look at where Azure says no
 	// fromIMDS: the Instance Metadata Service answers, which says 404 when it is not ready.
 	fromIMDS bool
@@ -33,12 +33,12 @@ func (c Config) credential(where cloud.Configuration, direct, proxied policy.Tra
 	own := &ownCredential{cleaner: cleaner{c.ClientSecret}}
 	options := policy.ClientOptions{
 		Cloud:     where,
-		Transport: transporter{next: proxied, most: maxTokenAnswer},
+		Transport: transporter{next: proxied, maxBytes: maxTokenResponse},
 		Telemetry: policy.TelemetryOptions{ApplicationID: userAgent},
 		// Short: who asks comes again.
 		Retry: policy.RetryOptions{
 			MaxRetries: 2, RetryDelay: 250 * time.Millisecond, MaxRetryDelay: time.Second, TryTimeout: 10 * time.Second,
-			ShouldRetry: worthRetrying,
+			ShouldRetry: shouldRetry,
 		},
 	}
 	var err error
@@ -46,7 +46,7 @@ func (c Config) credential(where cloud.Configuration, direct, proxied policy.Tra
 	case c.UseWorkloadIdentity:
 		err = own.workloadIdentity(c, options)
 	case c.UseManagedIdentity:
-		options.Transport = transporter{next: direct, most: maxTokenAnswer}
+		options.Transport = transporter{next: direct, maxBytes: maxTokenResponse}
 		err = own.managedIdentity(c, options)
 	case c.ClientSecret != "":
 		err = own.servicePrincipal(c, options)
@@ -63,11 +63,11 @@ func (c Config) credential(where cloud.Configuration, direct, proxied policy.Tra
 
 func (own *ownCredential) managedIdentity(c Config, options policy.ClientOptions) error {
 	own.fromIMDS = true
-	own.who = "the machine's system-assigned identity"
+	own.subject = "the machine's system-assigned identity"
 	own.advice = "see that the machine MIC runs on has it, or name another as userAssignedIdentityID in " + c.source()
 	o := &azidentity.ManagedIdentityCredentialOptions{ClientOptions: options}
 	if id := c.UserAssignedIdentityID; id != "" {
-		own.who = "managed identity " + text.OneLine(id, maxMessage/2)
+		own.subject = "managed identity " + text.OneLine(id, maxMessage/2)
 		own.advice = "see that it is attached to the machine MIC runs on, and that userAssignedIdentityID in " + c.source() + " is its client ID"
 		o.ID = azidentity.ClientID(id)
 		if strings.HasPrefix(id, "/") {
@@ -76,7 +76,7 @@ func (own *ownCredential) managedIdentity(c Config, options policy.ClientOptions
 	}
 	credential, err := azidentity.NewManagedIdentityCredential(o)
 	own.TokenCredential = credential
-	return own.construction(err)
+	return own.creationError(err)
 }
 
 func (own *ownCredential) servicePrincipal(c Config, options policy.ClientOptions) error {
@@ -86,14 +86,14 @@ func (own *ownCredential) servicePrincipal(c Config, options policy.ClientOption
 	if err := needsAuthority(options.Cloud); err != nil {
 		return err
 	}
-	own.who = fmt.Sprintf("service principal %s of tenant %s", text.OneLine(c.ClientID, maxID), text.OneLine(c.TenantID, maxID))
+	own.subject = fmt.Sprintf("service principal %s of tenant %s", text.OneLine(c.ClientID, maxID), text.OneLine(c.TenantID, maxID))
 	own.advice = "correct tenantId, aadClientId and aadClientSecret in " + c.source()
 	credential, err := azidentity.NewClientSecretCredential(c.TenantID, c.ClientID, string(c.ClientSecret), &azidentity.ClientSecretCredentialOptions{
 		// The authority comes from the operator, so nobody needs to vouch for it.
 		ClientOptions: options, DisableInstanceDiscovery: true,
 	})
 	own.TokenCredential = credential
-	return own.construction(err)
+	return own.creationError(err)
 }
 
 func (own *ownCredential) workloadIdentity(c Config, options policy.ClientOptions) error {
@@ -103,13 +103,13 @@ func (own *ownCredential) workloadIdentity(c Config, options policy.ClientOption
 	if err := needsAuthority(options.Cloud); err != nil {
 		return err
 	}
-	own.who = fmt.Sprintf("workload identity %s of tenant %s", text.OneLine(c.ClientID, maxID), text.OneLine(c.TenantID, maxID))
+	own.subject = fmt.Sprintf("workload identity %s of tenant %s", text.OneLine(c.ClientID, maxID), text.OneLine(c.TenantID, maxID))
 	own.advice = "see that it has a federated credential for MIC's ServiceAccount"
 	// The token is replaced in its file from time to time, so the file is read each time.
 	assertion := func(ctx context.Context) (string, error) {
 		text, err := readFile(c.FederatedTokenFile)
-		if seen, _ := ctx.Value(wireKey{}).(*wire); seen != nil && err != nil {
-			*seen = wire{err: unreadableAssertion{err}}
+		if seen, _ := ctx.Value(lastResponseKey{}).(*lastResponse); seen != nil && err != nil {
+			*seen = lastResponse{err: unreadableAssertion{err}}
 		}
 		return string(text), err
 	}
@@ -117,15 +117,15 @@ func (own *ownCredential) workloadIdentity(c Config, options policy.ClientOption
 		ClientOptions: options, DisableInstanceDiscovery: true,
 	})
 	own.TokenCredential = credential
-	return own.construction(err)
+	return own.creationError(err)
 }
 
-// construction tells what azidentity has against the tenant or the client ID, which it does not quote.
-func (own *ownCredential) construction(err error) error {
+// creationError tells what azidentity has against the tenant or the client ID, which it does not quote.
+func (own *ownCredential) creationError(err error) error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf("%s: %s; %s", own.who, own.clean(err.Error(), maxMessage), own.advice)
+	return fmt.Errorf("%s: %s; %s", own.subject, own.clean(err.Error(), maxMessage), own.advice)
 }
 
 func needsAuthority(where cloud.Configuration) error {
@@ -144,23 +144,23 @@ func (u unreadableAssertion) Error() string {
 
 // failure sorts a failure to get a token by what was on the wire. The library's errors are not kept: they quote answers
 // in full.
-func (own *ownCredential) failure(w *wire, err error) *Error {
+func (own *ownCredential) failure(w *lastResponse, err error) *Error {
 	var unreadable unreadableAssertion
 	switch {
-	case errors.Is(err, errEnded):
-		return own.refusal(Unavailable, err.Error())
+	case errors.Is(err, errExpiredToken):
+		return own.tokenError(Unavailable, err.Error())
 	case errors.As(w.err, &unreadable):
-		return own.refusal(Denied, unreadable.Error())
+		return own.tokenError(Denied, unreadable.Error())
 	case w.err != nil && timedOut(w.err):
-		return own.refusal(Unavailable, "no answer in time")
+		return own.tokenError(Unavailable, "no answer in time")
 	case w.err != nil:
-		return own.refusal(Unavailable, w.err.Error())
+		return own.tokenError(Unavailable, w.err.Error())
 	case w.status == 0 && timedOut(err):
-		return own.refusal(Unavailable, "no answer in time")
+		return own.tokenError(Unavailable, "no answer in time")
 	case w.status == 0:
-		return own.unseen(err)
+		return own.givenCredentialFailure(err)
 	case w.status < 300:
-		return own.refusal(Unavailable, "the answer holds no token that can be used")
+		return own.tokenError(Unavailable, "the answer holds no token that can be used")
 	}
 	var body struct {
 		Error       string `json:"error"`
@@ -176,25 +176,25 @@ func (own *ownCredential) failure(w *wire, err error) *Error {
 	temporary := w.status >= 500 || w.status == http.StatusTooManyRequests || w.status == http.StatusRequestTimeout ||
 		own.fromIMDS && (w.status == http.StatusNotFound || w.status == http.StatusGone)
 	if temporary {
-		e := own.refusal(Unavailable, said)
+		e := own.tokenError(Unavailable, said)
 		e.RetryAfter = retryAfter(w.header)
 		return e
 	}
-	return own.refusal(Denied, said+"; "+own.advice)
+	return own.tokenError(Denied, said+"; "+own.advice)
 }
 
-// unseen sorts the failure of a credential that was given, of whose doings nothing is seen.
-func (own *ownCredential) unseen(err error) *Error {
+// givenCredentialFailure sorts the failure of a credential that was given, of whose doings nothing is seen.
+func (own *ownCredential) givenCredentialFailure(err error) *Error {
 	var answered *azidentity.AuthenticationFailedError
 	if errors.As(err, &answered) && answered.RawResponse != nil {
 		status := answered.RawResponse.StatusCode
 		if status >= 400 && status < 500 && status != http.StatusTooManyRequests {
-			return own.refusal(Denied, fmt.Sprintf("status %d", status))
+			return own.tokenError(Denied, fmt.Sprintf("status %d", status))
 		}
 	}
-	return own.refusal(Unavailable, err.Error())
+	return own.tokenError(Unavailable, err.Error())
 }
 
-func (own *ownCredential) refusal(class Class, what string) *Error {
-	return &Error{Class: class, Message: own.clean("no token for "+cmp.Or(own.who, "MIC")+": "+what, maxMessage)}
+func (own *ownCredential) tokenError(class Class, what string) *Error {
+	return &Error{Class: class, Message: own.clean("no token for "+cmp.Or(own.subject, "MIC")+": "+what, maxMessage)}
 }

@@ -22,10 +22,10 @@ import (
 const clientSecret = "the~client.secret-of-forty-characters-0123"
 
 // directory answers as Entra ID, the metadata service and ARM together: token is what a request for a token gets.
-func directory(token func(n int, r *http.Request) (*http.Response, error)) *standIn {
+func directory(token func(n int, r *http.Request) (*http.Response, error)) *fakeAzure {
 	n := 0
 	var mu sync.Mutex
-	return &standIn{answer: func(_ int, r *http.Request) (*http.Response, error) {
+	return &fakeAzure{answer: func(_ int, r *http.Request) (*http.Response, error) {
 		authority := "https://" + r.URL.Host
 		switch {
 		case strings.HasSuffix(r.URL.Path, "/.well-known/openid-configuration"):
@@ -41,7 +41,7 @@ func directory(token func(n int, r *http.Request) (*http.Response, error)) *stan
 	}}
 }
 
-func granted(_ int, r *http.Request) (*http.Response, error) {
+func issueToken(_ int, r *http.Request) (*http.Response, error) {
 	return reply(r, 200, fmt.Sprintf(`{"access_token":"%s","token_type":"Bearer","expires_in":86400,"expires_on":"%d","resource":"r"}`, bearer, time.Now().Add(24*time.Hour).Unix()))
 }
 
@@ -59,7 +59,7 @@ func tokenFile(t *testing.T, content string) string {
 	return path
 }
 
-func TestMICProvesItselfAsItIsConfigured(t *testing.T) {
+func TestMICAuthenticatesAsConfigured(t *testing.T) {
 	stack := Environment{ResourceManagerEndpoint: "https://management.stack/", ActiveDirectoryEndpoint: "https://login.stack/", ServiceManagementEndpoint: "https://audience.stack/x"}
 	cases := []struct {
 		name    string
@@ -95,7 +95,7 @@ func TestMICProvesItselfAsItIsConfigured(t *testing.T) {
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			azure := directory(granted)
+			azure := directory(issueToken)
 			client, err := New(c.cfg(t), Options{Transport: azure})
 			if err != nil {
 				t.Fatal(err)
@@ -166,7 +166,7 @@ func TestAConfigurationWithoutACredentialSaysWhatToDo(t *testing.T) {
 	}
 }
 
-func TestAFailureToGetATokenIsSortedAndTellsNoSecret(t *testing.T) {
+func TestATokenFailureIsClassifiedAndContainsNoSecret(t *testing.T) {
 	answering := func(status int, body string, headers ...string) func(int, *http.Request) (*http.Response, error) {
 		return func(_ int, r *http.Request) (*http.Response, error) { return reply(r, status, body, headers...) }
 	}
@@ -188,7 +188,7 @@ func TestAFailureToGetATokenIsSortedAndTellsNoSecret(t *testing.T) {
 		{"Entra ID is broken", secret, answering(503, `{}`), Unavailable, "status 503"},
 		{"no token in the answer", secret, answering(200, `{"secret":"`+clientSecret+`"}`), Unavailable, "no token that can be used"},
 		{"a token that has ended", secret, answering(200, `{"access_token":"`+bearer+`","token_type":"Bearer","expires_in":1}`), Unavailable, "compare the clocks"},
-		{"an answer without end", secret, answering(200, strings.Repeat("x", maxTokenAnswer+1)), Unavailable, "larger than"},
+		{"an answer without end", secret, answering(200, strings.Repeat("x", maxTokenResponse+1)), Unavailable, "larger than"},
 		{"nobody there", secret, func(int, *http.Request) (*http.Response, error) { return nil, errors.New("refused " + clientSecret) }, Unavailable, "refused [...]"},
 		{"Entra ID hangs", secret, func(_ int, r *http.Request) (*http.Response, error) { return hung(r) }, Unavailable, "no answer in time"},
 		{"not attached to the machine", managed, answering(400, `{"error":"invalid_request","error_description":"Identity not found"}`), Denied, "see that it is attached to the machine MIC runs on"},
@@ -198,7 +198,7 @@ func TestAFailureToGetATokenIsSortedAndTellsNoSecret(t *testing.T) {
 		{"the metadata service hangs", managed, func(_ int, r *http.Request) (*http.Response, error) { return hung(r) }, Unavailable, "no answer in time"},
 		{"no file", func(*testing.T) Config {
 			return Config{UseWorkloadIdentity: true, TenantID: "t", ClientID: "c", FederatedTokenFile: "/nowhere/token"}
-		}, granted, Denied, "/nowhere/token"},
+		}, issueToken, Denied, "/nowhere/token"},
 		{"no federated credential", func(t *testing.T) Config {
 			return Config{UseWorkloadIdentity: true, TenantID: "t", ClientID: "c", FederatedTokenFile: tokenFile(t, bearer)}
 		}, answering(401, `{"error":"invalid_client","error_description":"AADSTS700213: no match for `+bearer+`"}`), Denied, "no match for [...]; see that it has a federated credential"},
@@ -230,7 +230,7 @@ func TestAFailureToGetATokenIsSortedAndTellsNoSecret(t *testing.T) {
 	}
 }
 
-func TestTheFailureOfACredentialThatWasGivenIsSortedByItsAnswer(t *testing.T) {
+func TestTheFailureOfAGivenCredentialIsClassifiedByItsResponse(t *testing.T) {
 	answered := func(status int) error {
 		resp, _ := reply(nil, status, clientSecret)
 		return &azidentity.AuthenticationFailedError{RawResponse: resp}
@@ -254,7 +254,7 @@ func TestTheFailureOfACredentialThatWasGivenIsSortedByItsAnswer(t *testing.T) {
 	}
 }
 
-func TestATokenThatARMWantsDifferentIsFetchedAnew(t *testing.T) {
+func TestAClaimsChallengeOfARMFetchesAnotherToken(t *testing.T) {
 	fetched := 0
 	source := credential(func(context.Context) (azcore.AccessToken, error) {
 		fetched++
@@ -275,7 +275,7 @@ func TestATokenThatARMWantsDifferentIsFetchedAnew(t *testing.T) {
 	}
 }
 
-func TestWhoWaitsForATokenWaitsNoLongerThanHisTime(t *testing.T) {
+func TestWaitingForATokenEndsWithTheContext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		stuck := credential(func(ctx context.Context) (azcore.AccessToken, error) {
 			<-ctx.Done()
@@ -291,7 +291,7 @@ func TestWhoWaitsForATokenWaitsNoLongerThanHisTime(t *testing.T) {
 				defer cancel()
 				_, err := c.Get(ctx, vm)
 				var failed *Error
-				if took := time.Since(start); !errors.As(err, &failed) || failed.Class != Unavailable || took != min(most, fetchFor) {
+				if took := time.Since(start); !errors.As(err, &failed) || failed.Class != Unavailable || took != min(most, fetchTimeout) {
 					t.Errorf("%v after %s of %s", err, took, most)
 				}
 			})
@@ -300,7 +300,7 @@ func TestWhoWaitsForATokenWaitsNoLongerThanHisTime(t *testing.T) {
 	})
 }
 
-func TestATokenIsReplacedBeforeItEndsAndFailuresDoNotMatterUntilThen(t *testing.T) {
+func TestATokenIsRenewedBeforeItExpiresDespiteFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		fetched, broken := 0, false
 		source := credential(func(context.Context) (azcore.AccessToken, error) {

@@ -9,7 +9,7 @@ import (
 
 // Describe says in one line which update [Client.Begin] would send, as ARM would get it.
 func Describe(r Resource, basis State, add, remove []string) string {
-	p, err := plan(basis, add, remove)
+	p, err := newPatch(basis, add, remove)
 	if err != nil {
 		return err.Error()
 	}

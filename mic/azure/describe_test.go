@@ -2,7 +2,7 @@ package azure
 
 import "testing"
 
-func TestAnIDIsReadAsItWasWritten(t *testing.T) {
+func TestParseIDReadsWhatIDReturns(t *testing.T) {
 	for _, r := range []Resource{
 		{VirtualMachine, "5ab51e11-0000-4000-8000-000000000002", "rg", "vm-1"},
 		{ScaleSet, "5ab51e11-0000-4000-8000-000000000002", "MC_rg", "aks-nodes-vmss"},
@@ -18,7 +18,7 @@ func TestAnIDIsReadAsItWasWritten(t *testing.T) {
 	}
 }
 
-func TestWhatIsDescribedIsWhatIsSent(t *testing.T) {
+func TestDescribeReturnsWhatBeginSends(t *testing.T) {
 	r := Resource{ScaleSet, "s", "g", "nodes"}
 	basis := State{SystemAssigned: true, Identities: map[string]Identity{"/a": {ID: "/A"}, "/c": {ID: "/C"}}}
 	const want = `PATCH /subscriptions/s/resourceGroups/g/providers/Microsoft.Compute/virtualMachineScaleSets/nodes ` +

@@ -105,7 +105,7 @@ func (c cleaner) clean(s string, most int) string {
 	return text.OneLine(jwt.ReplaceAllString(s, redacted), most)
 }
 
-// unanswered makes an Error of a failure in which nothing was answered.
-func (c cleaner) unanswered(operation string, err error) *Error {
-	return &Error{Class: Unavailable, Operation: operation, Message: cmp.Or(c.clean(err.Error(), maxMessage), "no answer"), Err: plainly(err)}
+// noResponse makes an Error of a failure in which nothing was answered.
+func (c cleaner) noResponse(operation string, err error) *Error {
+	return &Error{Class: Unavailable, Operation: operation, Message: cmp.Or(c.clean(err.Error(), maxMessage), "no answer"), Err: contextError(err)}
 }

@@ -51,14 +51,14 @@ func (v virtualMachines) get(ctx context.Context, r Resource) (State, error) {
 
 func (v virtualMachines) update(ctx context.Context, r Resource, p patch, token string) (poller, error) {
 	update := armcompute.VirtualMachineUpdate{Identity: &armcompute.VirtualMachineIdentity{Type: &p.identityType, UserAssignedIdentities: p.identities}}
-	began, err := v.BeginUpdate(ctx, r.ResourceGroup, r.Name, update, &armcompute.VirtualMachinesClientBeginUpdateOptions{IfMatch: p.ifMatch(), ResumeToken: token})
+	started, err := v.BeginUpdate(ctx, r.ResourceGroup, r.Name, update, &armcompute.VirtualMachinesClientBeginUpdateOptions{IfMatch: p.ifMatch(), ResumeToken: token})
 	if err != nil {
 		return nil, err
 	}
-	read := func(u armcompute.VirtualMachinesClientUpdateResponse) reading {
+	read := func(u armcompute.VirtualMachinesClientUpdateResponse) parsedMachine {
 		return readVirtualMachine(u.VirtualMachine)
 	}
-	return updating[armcompute.VirtualMachinesClientUpdateResponse]{began, r, read}, nil
+	return updatePoller[armcompute.VirtualMachinesClientUpdateResponse]{started, r, read}, nil
 }
 
 type scaleSets struct {
@@ -75,24 +75,24 @@ func (s scaleSets) get(ctx context.Context, r Resource) (State, error) {
 
 func (s scaleSets) update(ctx context.Context, r Resource, p patch, token string) (poller, error) {
 	update := armcompute.VirtualMachineScaleSetUpdate{Identity: &armcompute.VirtualMachineScaleSetIdentity{Type: &p.identityType, UserAssignedIdentities: p.identities}}
-	began, err := s.BeginUpdate(ctx, r.ResourceGroup, r.Name, update, &armcompute.VirtualMachineScaleSetsClientBeginUpdateOptions{IfMatch: p.ifMatch(), ResumeToken: token})
+	started, err := s.BeginUpdate(ctx, r.ResourceGroup, r.Name, update, &armcompute.VirtualMachineScaleSetsClientBeginUpdateOptions{IfMatch: p.ifMatch(), ResumeToken: token})
 	if err != nil {
 		return nil, err
 	}
-	read := func(u armcompute.VirtualMachineScaleSetsClientUpdateResponse) reading {
+	read := func(u armcompute.VirtualMachineScaleSetsClientUpdateResponse) parsedMachine {
 		return readScaleSet(u.VirtualMachineScaleSet)
 	}
-	return updating[armcompute.VirtualMachineScaleSetsClientUpdateResponse]{began, r, read}, nil
+	return updatePoller[armcompute.VirtualMachineScaleSetsClientUpdateResponse]{started, r, read}, nil
 }
 
-// updating is the library's poller, and how its answer is read.
-type updating[T any] struct {
+// updatePoller is the library's poller, and how its answer is read.
+type updatePoller[T any] struct {
 	*runtime.Poller[T]
 	resource Resource
-	read     func(T) reading
+	read     func(T) parsedMachine
 }
 
-func (u updating[T]) outcome(ctx context.Context) (State, bool, error) {
+func (u updatePoller[T]) outcome(ctx context.Context) (State, bool, error) {
 	answer, err := u.Result(ctx)
 	if err != nil {
 		return State{}, false, err
@@ -101,14 +101,14 @@ func (u updating[T]) outcome(ctx context.Context) (State, bool, error) {
 	return got.state, Fold(got.id) == u.resource.Key(), nil
 }
 
-// reading is what is read of an answer. The rest of it, which may be long, is let go.
-type reading struct {
+// parsedMachine is what is read of an answer. The rest of it, which may be long, is let go.
+type parsedMachine struct {
 	id    string
 	state State
 }
 
-func readVirtualMachine(m armcompute.VirtualMachine) reading {
-	got := reading{id: stringValue(m.ID), state: State{ETag: stringValue(m.Etag)}}
+func readVirtualMachine(m armcompute.VirtualMachine) parsedMachine {
+	got := parsedMachine{id: stringValue(m.ID), state: State{ETag: stringValue(m.Etag)}}
 	if m.Properties != nil {
 		got.state.ProvisioningState = stringValue(m.Properties.ProvisioningState)
 	}
@@ -118,8 +118,8 @@ func readVirtualMachine(m armcompute.VirtualMachine) reading {
 	return got
 }
 
-func readScaleSet(m armcompute.VirtualMachineScaleSet) reading {
-	got := reading{id: stringValue(m.ID), state: State{ETag: stringValue(m.Etag)}}
+func readScaleSet(m armcompute.VirtualMachineScaleSet) parsedMachine {
+	got := parsedMachine{id: stringValue(m.ID), state: State{ETag: stringValue(m.Etag)}}
 	if m.Properties != nil {
 		got.state.ProvisioningState = stringValue(m.Properties.ProvisioningState)
 	}

@@ -9,8 +9,8 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 )
 
-// firstPoll is how soon is asked again for an update that was not done at once; the pauses double up to the Client's.
-const firstPoll = time.Second
+// initialPollInterval is how soon is asked again for an update that was not done at once; the pauses double up to the Client's.
+const initialPollInterval = time.Second
 
 // Operation is an update on its way. It belongs to one goroutine at a time.
 type Operation struct {
@@ -18,8 +18,8 @@ type Operation struct {
 	resource  Resource
 	s         *subscription
 	requested map[string]bool
-	until     time.Time
-	pause     time.Duration // before the next question
+	deadline  time.Time
+	wait      time.Duration // before the next question
 
 	poller poller // nil: done
 	token  string
@@ -29,7 +29,7 @@ type Operation struct {
 }
 
 func (c *Client) operation(r Resource, s *subscription, p poller, requested map[string]bool) *Operation {
-	o := &Operation{client: c, resource: r, s: s, requested: requested, until: time.Now().Add(c.pollMost), poller: p}
+	o := &Operation{client: c, resource: r, s: s, requested: requested, deadline: time.Now().Add(c.maxPollTime), poller: p}
 	if token, err := p.ResumeToken(); err == nil { // otherwise it is done
 		o.token = token
 	}
@@ -51,46 +51,46 @@ func (o *Operation) Wait(ctx context.Context) (State, error) {
 	if o.poller == nil {
 		return o.state, o.failed
 	}
-	every := firstPoll
+	every := initialPollInterval
 	var failed *Error // the last time
 	for {
-		if err := o.rest(ctx, failed); err != nil {
+		if err := o.waitForPoll(ctx, failed); err != nil {
 			return State{}, err
 		}
-		state, done, err := o.step(ctx)
+		state, done, err := o.pollOnce(ctx)
 		failed = nil
 		switch errors.As(err, &failed); {
 		case err == nil && done:
-			return o.end(state, nil)
+			return o.finish(state, nil)
 		case err == nil:
-		case failed.Class == Throttled, failed.Class == Unavailable && ctx.Err() == nil && !o.over(failed):
-			o.pause = max(o.pause, failed.RetryAfter)
-		case o.over(failed):
-			return o.end(State{}, err)
+		case failed.Class == Throttled, failed.Class == Unavailable && ctx.Err() == nil && !o.isFinal(failed):
+			o.wait = max(o.wait, failed.RetryAfter)
+		case o.isFinal(failed):
+			return o.finish(State{}, err)
 		default:
 			return State{}, err
 		}
-		if o.pause == 0 {
-			o.pause = min(every, o.client.pollEvery)
-			every = 2 * o.pause
+		if o.wait == 0 {
+			o.wait = min(every, o.client.pollInterval)
+			every = 2 * o.wait
 		}
 	}
 }
 
-// rest waits for the pause to be over, and for the subscription to be open again. failed is what went wrong last.
-func (o *Operation) rest(ctx context.Context, failed *Error) error {
+// waitForPoll waits for the pause to be over, and for the subscription to be open again. failed is what went wrong last.
+func (o *Operation) waitForPoll(ctx context.Context, failed *Error) error {
 	for {
 		shut := o.s.retryAfter.Remaining()
-		pause := max(o.pause, shut)
-		o.pause = 0
+		pause := max(o.wait, shut)
+		o.wait = 0
 		if ctx.Err() != nil {
 			return o.unfinished(Error{Class: Unavailable, Message: "given up: " + ctx.Err().Error(), Err: ctx.Err()})
 		}
 		if pause <= 0 {
 			return nil
 		}
-		if time.Until(o.until) < pause {
-			e := Error{Class: Unavailable, Message: fmt.Sprintf("the update has not ended within %s", o.client.pollMost), RetryAfter: pause}
+		if time.Until(o.deadline) < pause {
+			e := Error{Class: Unavailable, Message: fmt.Sprintf("the update has not ended within %s", o.client.maxPollTime), RetryAfter: pause}
 			if shut == pause {
 				e.Class = Throttled
 			}
@@ -113,9 +113,9 @@ func (o *Operation) unfinished(e Error) error {
 	return &e
 }
 
-// over reports whether a failure is the end of the update, and not only of a question about it. An update that fails
+// isFinal reports whether a failure is the end of the update, and not only of a question about it. An update that fails
 // says so in an answer that is a success itself; and what no question can mean, the update meant.
-func (o *Operation) over(e *Error) bool {
+func (o *Operation) isFinal(e *Error) bool {
 	switch e.Class {
 	case NotFound, Conflict, BadIdentity, Invalid:
 		return true
@@ -123,14 +123,14 @@ func (o *Operation) over(e *Error) bool {
 	return e.Status != 0 && e.Status < 300
 }
 
-func (o *Operation) end(state State, err error) (State, error) {
+func (o *Operation) finish(state State, err error) (State, error) {
 	o.poller, o.token, o.requested = nil, "", nil
 	o.state, o.failed = state, err
 	return state, err
 }
 
-// step puts one question: what became of the update, or how the machine is now that it is done.
-func (o *Operation) step(ctx context.Context) (state State, done bool, err error) {
+// pollOnce puts one question: what became of the update, or how the machine is now that it is done.
+func (o *Operation) pollOnce(ctx context.Context) (state State, done bool, err error) {
 	c, kind := o.client, o.resource.Kind.String()
 	if !o.poller.Done() {
 		err := c.call(ctx, kind+"_poll", o.s, o.requested, func(ctx context.Context) error {
@@ -139,10 +139,10 @@ func (o *Operation) step(ctx context.Context) (state State, done bool, err error
 				return err
 			}
 			if !o.poller.Done() {
-				o.pause = retryAfter(resp.Header)
+				o.wait = retryAfter(resp.Header)
 				return nil
 			}
-			if body, err := runtime.Payload(resp); err == nil && parseARMError(body).ended() {
+			if body, err := runtime.Payload(resp); err == nil && parseARMError(body).updateFailed() {
 				_, _, err = o.poller.outcome(ctx) // it asks nothing, and tells why
 				return err
 			}

@@ -46,7 +46,7 @@ func begin(t *testing.T, c *Client, r Resource) *Operation {
 	return o
 }
 
-func TestAnUpdateIsFollowedToItsEnd(t *testing.T) {
+func TestWaitPollsAnUpdateUntilItEnds(t *testing.T) {
 	refuses := errors.New("connection reset by peer")
 	cases := []struct {
 		name    string
@@ -110,7 +110,7 @@ func TestAnUpdateIsFollowedToItsEnd(t *testing.T) {
 	}
 }
 
-func TestAnUpdateThatFailsOnItsWayIsSortedLikeOneThatIsRefused(t *testing.T) {
+func TestAFailedUpdateIsClassifiedLikeARefusedOne(t *testing.T) {
 	a := Fold(id("a"))
 	cases := []struct {
 		name   string
@@ -153,7 +153,7 @@ func TestAnUpdateThatFailsOnItsWayIsSortedLikeOneThatIsRefused(t *testing.T) {
 	}
 }
 
-func TestAnotherClientTakesAnUpdateUp(t *testing.T) {
+func TestAnotherClientResumesAnUpdate(t *testing.T) {
 	for _, r := range []Resource{vm, vmss} {
 		synctest.Test(t, func(t *testing.T) {
 			o := begin(t, newClient(t, replies(begun(r))), r)
@@ -178,7 +178,7 @@ func TestAnotherClientTakesAnUpdateUp(t *testing.T) {
 	}
 }
 
-func TestAnUpdateThatWasTakenUpNamesWhateverAzureNames(t *testing.T) {
+func TestAResumedUpdateReportsAllIdentitiesThatAzureNames(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := begin(t, newClient(t, replies(begun(vm))), vm)
 		next, err := newClient(t, replies(failing("FailedIdentityOperation", missing("a")))).Resume(t.Context(), vm, o.Token())
@@ -193,7 +193,7 @@ func TestAnUpdateThatWasTakenUpNamesWhateverAzureNames(t *testing.T) {
 	})
 }
 
-func TestATokenThatMakesNoSenseIsRefusedAndNotTold(t *testing.T) {
+func TestAnInvalidResumeTokenIsRefusedAndNotQuoted(t *testing.T) {
 	o := begin(t, newClient(t, replies(begun(vm))), vm)
 	cases := []struct{ name, token string }{
 		{"none", ""},
@@ -216,7 +216,7 @@ func TestATokenThatMakesNoSenseIsRefusedAndNotTold(t *testing.T) {
 	}
 }
 
-func TestMICsTokenGoesToNobodyButARM(t *testing.T) {
+func TestMICsTokenIsSentToARMOnly(t *testing.T) {
 	cases := []struct {
 		name, url string
 		asked     bool
@@ -242,7 +242,7 @@ func TestMICsTokenGoesToNobodyButARM(t *testing.T) {
 	}
 }
 
-func TestWaitingEnds(t *testing.T) {
+func TestWaitTimesOut(t *testing.T) {
 	cases := []struct {
 		name    string
 		answers []func(*http.Request) (*http.Response, error)
@@ -286,7 +286,7 @@ func TestWaitingEnds(t *testing.T) {
 	}
 }
 
-func TestAnUpdateThatWasGivenUpIsWaitedForAgain(t *testing.T) {
+func TestWaitCanBeCalledAgainAfterATimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := begin(t, newClient(t, replies(begun(vm), inProgress("Retry-After: 60"), replying(403, armBody("AuthorizationFailed", "no", "")), succeeded, replying(200, describe(vm, "Succeeded", "UserAssigned", "a")))), vm)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)

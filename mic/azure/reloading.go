@@ -8,8 +8,8 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// reloadEvery is how often the configuration is looked at.
-const reloadEvery = 10 * time.Second
+// reloadInterval is how often the configuration is looked at.
+const reloadInterval = 10 * time.Second
 
 // Reloading is a Client that follows its configuration. What was begun with one goes on with it; what begins after a
 // change has the new one. A change that cannot be used is reported, and the Client there was stays.
@@ -21,15 +21,15 @@ type Reloading struct {
 	getenv  func(string) string
 	options Options
 	changed func(Config, error)
-	current atomic.Pointer[loaded]
+	current atomic.Pointer[activeConfig]
 
 	// What was reported last. It belongs to whoever looks: NewReloading, then Run.
 	last    Config
 	lastErr string
 }
 
-// loaded is what calls are made with.
-type loaded struct {
+// activeConfig is what calls are made with.
+type activeConfig struct {
 	cfg    Config
 	client *Client // nil: there was no usable configuration yet
 	err    error   // why
@@ -39,14 +39,14 @@ type loaded struct {
 // change: the configuration, or why it cannot be used.
 func NewReloading(path string, getenv func(string) string, o Options, changed func(Config, error)) *Reloading {
 	r := &Reloading{path: path, getenv: getenv, options: o, changed: changed}
-	r.report(r.look())
+	r.report(r.refresh())
 	return r
 }
 
 // Run looks at the configuration until ctx ends. What is compared is the content, so it does not matter whether a file is
 // edited or another put in its place.
 func (r *Reloading) Run(ctx context.Context) {
-	ticker := time.NewTicker(positive(r.Every, reloadEvery))
+	ticker := time.NewTicker(positive(r.Every, reloadInterval))
 	defer ticker.Stop()
 	for {
 		select {
@@ -54,15 +54,15 @@ func (r *Reloading) Run(ctx context.Context) {
 			return
 		case <-ticker.C:
 		}
-		cfg, err := r.look()
+		cfg, err := r.refresh()
 		if cfg != r.last || message(err) != r.lastErr {
 			r.report(cfg, err)
 		}
 	}
 }
 
-// look reads the configuration, and puts it into force if it is another one and can be used.
-func (r *Reloading) look() (Config, error) {
+// refresh reads the configuration, and puts it into force if it is another one and can be used.
+func (r *Reloading) refresh() (Config, error) {
 	cfg, err := LoadConfig(r.path, r.getenv)
 	now := r.current.Load()
 	if err == nil && now != nil && now.client != nil && now.cfg == cfg {
@@ -73,7 +73,7 @@ func (r *Reloading) look() (Config, error) {
 		client, err = New(cfg, r.options)
 	}
 	if err == nil || now == nil || now.client == nil {
-		r.current.Store(&loaded{cfg, client, err})
+		r.current.Store(&activeConfig{cfg, client, err})
 	}
 	return cfg, err
 }

@@ -39,8 +39,8 @@ func (r *reports) take() []string {
 }
 
 // anywhere answers for each cloud, with its host in the name of the identity.
-func anywhere() *standIn {
-	return &standIn{answer: func(_ int, r *http.Request) (*http.Response, error) {
+func anywhere() *fakeAzure {
+	return &fakeAzure{answer: func(_ int, r *http.Request) (*http.Response, error) {
 		return reply(r, 200, describe(vm, "Succeeded", "UserAssigned", strings.ReplaceAll(r.URL.Host, ".", "-")))
 	}}
 }
@@ -57,7 +57,7 @@ func replace(t *testing.T, path, content string) {
 	}
 }
 
-func TestAChangedConfigurationIsTakenUpAndReportedOnce(t *testing.T) {
+func TestAChangedConfigurationIsAppliedAndReportedOnce(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "azure.json")
 	synctest.Test(t, func(t *testing.T) {
 		write(t, path, in("AzurePublicCloud"))
@@ -103,7 +103,7 @@ func TestAChangedConfigurationIsTakenUpAndReportedOnce(t *testing.T) {
 	})
 }
 
-func TestWithoutAConfigurationCallsSayWhatIsWrongUntilThereIsOne(t *testing.T) {
+func TestCallsReportAnInvalidConfigurationUntilItIsCorrected(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "azure.json")
 	synctest.Test(t, func(t *testing.T) {
 		told := &reports{}
@@ -145,7 +145,7 @@ func TestWithoutAConfigurationCallsSayWhatIsWrongUntilThereIsOne(t *testing.T) {
 	})
 }
 
-func TestWhatWasBegunGoesOnWithTheConfigurationItWasBegunWith(t *testing.T) {
+func TestARunningUpdateKeepsItsConfiguration(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "azure.json")
 	synctest.Test(t, func(t *testing.T) {
 		write(t, path, in("AzurePublicCloud"))

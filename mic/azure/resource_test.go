@@ -7,7 +7,7 @@ import (
 	"unicode/utf8"
 )
 
-func TestAProviderIDNamesTheMachineThatHasTheIdentities(t *testing.T) {
+func TestAProviderIDIsParsedToItsMachine(t *testing.T) {
 	cases := []struct {
 		name, in string
 		want     Resource
@@ -40,7 +40,7 @@ func TestAProviderIDNamesTheMachineThatHasTheIdentities(t *testing.T) {
 	}
 }
 
-func TestANodeOfSomebodyElseIsNotAzures(t *testing.T) {
+func TestOtherProviderIDsAreNotAzure(t *testing.T) {
 	for _, s := range []string{"", "kind://docker/kind/node", "aws:///eu-1a/i-1", "gce://p/z/n", "node", "azurestack:///subscriptions/S"} {
 		if _, err := ParseProviderID(s); !errors.Is(err, ErrNotAzure) {
 			t.Errorf("%q: %v", s, err)
@@ -48,7 +48,7 @@ func TestANodeOfSomebodyElseIsNotAzures(t *testing.T) {
 	}
 }
 
-func TestAMalformedProviderIDIsRefusedAndSaidSo(t *testing.T) {
+func TestAMalformedProviderIDIsRefusedWithAReason(t *testing.T) {
 	const vm = "/subscriptions/S/resourceGroups/RG/providers/Microsoft.Compute/virtualMachines/"
 	cases := []struct{ name, in, says string }{
 		{"a host", "azure://host" + vm + "n", "between"},

@@ -7,8 +7,8 @@ import (
 )
 
 const (
-	// untoldShut is how long a 429 counts that does not say how long.
-	untoldShut = 10 * time.Second
+	// defaultRetryAfter is how long a 429 counts that does not say how long.
+	defaultRetryAfter = 10 * time.Second
 	// maxRetryAfter bounds what an answer can ask for. ARM's longest limits are by the hour.
 	maxRetryAfter = time.Hour
 )

@@ -11,14 +11,14 @@ import (
 )
 
 const (
-	// fetchFor bounds one attempt to get a token.
-	fetchFor = 30 * time.Second
-	// refreshAhead is how long before its end a token is replaced, unless Entra ID says when; usableFor is how long one
+	// fetchTimeout bounds one attempt to get a token.
+	fetchTimeout = 30 * time.Second
+	// refreshAhead is how long before its end a token is replaced, unless Entra ID says when; minValidity is how long one
 	// must still be good to be used.
-	refreshAhead, usableFor = 5 * time.Minute, time.Minute
-	// failedFor is how long a failure answers for all who ask, of whom there may be hundreds; more if the answer said so,
-	// but no more than mostFailedFor.
-	failedFor, mostFailedFor = 5 * time.Second, time.Minute
+	refreshAhead, minValidity = 5 * time.Minute, time.Minute
+	// failureTTL is how long a failure answers for all who ask, of whom there may be hundreds; more if the answer said so,
+	// but no more than maxFailureTTL.
+	failureTTL, maxFailureTTL = 5 * time.Second, time.Minute
 )
 
 // tokens holds MIC's token for ARM. The SDK's own holder lets one caller fetch it and the others wait without looking at
@@ -50,7 +50,7 @@ func (t *tokens) ready(ctx context.Context) error {
 // GetToken implements [azcore.TokenCredential].
 func (t *tokens) GetToken(ctx context.Context, o policy.TokenRequestOptions) (azcore.AccessToken, error) {
 	if o.Claims != "" { // ARM wants a token that takes account of something new
-		token, failed := t.ask(ctx, o)
+		token, failed := t.requestToken(ctx, o)
 		if failed != nil {
 			return azcore.AccessToken{}, failed
 		}
@@ -62,30 +62,30 @@ func (t *tokens) GetToken(ctx context.Context, o policy.TokenRequestOptions) (az
 func (t *tokens) get(ctx context.Context) (azcore.AccessToken, error) {
 	t.mu.Lock()
 	now := time.Now()
-	usable := t.token.ExpiresOn.After(now.Add(usableFor))
+	usable := t.token.ExpiresOn.After(now.Add(minValidity))
 	due := !t.token.ExpiresOn.After(now.Add(refreshAhead)) || !t.token.RefreshOn.IsZero() && now.After(t.token.RefreshOn)
 	held := now.Before(t.failedUntil)
 	if (!usable || due) && !held && t.fetch == nil {
 		t.fetch = &fetch{done: make(chan struct{})}
 		go t.run(t.fetch)
 	}
-	token, failed, under := t.token, t.failed, t.fetch
+	token, failed, running := t.token, t.failed, t.fetch
 	t.mu.Unlock()
 	switch {
 	case usable:
 		return token, nil
-	case under == nil:
+	case running == nil:
 		return azcore.AccessToken{}, failed
 	}
 	select {
-	case <-under.done:
+	case <-running.done:
 	case <-ctx.Done():
-		failed := t.own.refusal(Unavailable, "given up waiting for an answer")
+		failed := t.own.tokenError(Unavailable, "given up waiting for an answer")
 		failed.Err = ctx.Err()
 		return azcore.AccessToken{}, failed
 	}
-	if under.failed != nil {
-		return azcore.AccessToken{}, under.failed
+	if running.failed != nil {
+		return azcore.AccessToken{}, running.failed
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -94,25 +94,25 @@ func (t *tokens) get(ctx context.Context) (azcore.AccessToken, error) {
 
 // run fetches a token for all who want one.
 func (t *tokens) run(f *fetch) {
-	ctx, cancel := context.WithTimeout(context.Background(), fetchFor)
+	ctx, cancel := context.WithTimeout(context.Background(), fetchTimeout)
 	defer cancel()
-	got, failed := t.ask(ctx, policy.TokenRequestOptions{Scopes: []string{t.scope}})
+	got, failed := t.requestToken(ctx, policy.TokenRequestOptions{Scopes: []string{t.scope}})
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.fetch, t.failed, f.failed = nil, failed, failed
 	if failed == nil {
 		t.token, t.failedUntil = got, time.Time{}
 	} else {
-		t.failedUntil = time.Now().Add(min(max(failedFor, failed.RetryAfter), mostFailedFor))
+		t.failedUntil = time.Now().Add(min(max(failureTTL, failed.RetryAfter), maxFailureTTL))
 	}
 	close(f.done)
 }
 
-func (t *tokens) ask(ctx context.Context, o policy.TokenRequestOptions) (azcore.AccessToken, *Error) {
-	seen := &wire{}
-	got, err := t.own.GetToken(context.WithValue(ctx, wireKey{}, seen), o)
-	if err == nil && !got.ExpiresOn.After(time.Now().Add(usableFor)) {
-		err = errEnded
+func (t *tokens) requestToken(ctx context.Context, o policy.TokenRequestOptions) (azcore.AccessToken, *Error) {
+	seen := &lastResponse{}
+	got, err := t.own.GetToken(context.WithValue(ctx, lastResponseKey{}, seen), o)
+	if err == nil && !got.ExpiresOn.After(time.Now().Add(minValidity)) {
+		err = errExpiredToken
 	}
 	if err != nil {
 		return got, t.own.failure(seen, err)
@@ -120,4 +120,4 @@ func (t *tokens) ask(ctx context.Context, o policy.TokenRequestOptions) (azcore.
 	return got, nil
 }
 
-var errEnded = errors.New("the token that came has ended already; compare the clocks")
+var errExpiredToken = errors.New("the token that came has ended already; compare the clocks")

@@ -21,10 +21,10 @@ import (
 )
 
 const (
-	// maxAnswer bounds what is read of an answer of ARM. Scale sets with much configuration have some hundred KiB.
-	maxAnswer = 8 << 20
-	// maxTokenAnswer bounds what is read of an answer that should be a token.
-	maxTokenAnswer = 64 << 10
+	// maxResponse bounds what is read of an answer of ARM. Scale sets with much configuration have some hundred KiB.
+	maxResponse = 8 << 20
+	// maxTokenResponse bounds what is read of an answer that should be a token.
+	maxTokenResponse = 64 << 10
 )
 
 // httpClient is the way to Azure. Each request has a connection of its own, as HTTP/1.1 has it: one that hangs holds up
@@ -48,8 +48,8 @@ func httpClient(roots *x509.CertPool, proxy func(*http.Request) (*url.URL, error
 
 // transporter reads each answer whole, bounded, and within the time of its request.
 type transporter struct {
-	next policy.Transporter
-	most int64
+	next     policy.Transporter
+	maxBytes int64
 	// host is the only one that requests go to, besides those below it; empty means any. ARM tells where to poll, and a
 	// token to resume by is kept where others may write. MIC's token for ARM must not follow either elsewhere.
 	host string
@@ -57,12 +57,12 @@ type transporter struct {
 
 func (t transporter) Do(r *http.Request) (*http.Response, error) {
 	if to := strings.ToLower(r.URL.Hostname()); t.host != "" && (to != t.host && !strings.HasSuffix(to, "."+t.host) || r.URL.Scheme != "https") {
-		return nil, elsewhere(to)
+		return nil, foreignHost(to)
 	}
-	seen, _ := r.Context().Value(wireKey{}).(*wire)
+	seen, _ := r.Context().Value(lastResponseKey{}).(*lastResponse)
 	resp, err := t.exchange(r)
 	if seen != nil {
-		seen.note(resp, err)
+		seen.record(resp, err)
 	}
 	return resp, err
 }
@@ -77,12 +77,12 @@ func (t transporter) exchange(r *http.Request) (*http.Response, error) {
 		return nil, withoutURL(err)
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, t.most+1))
+	body, err := io.ReadAll(io.LimitReader(resp.Body, t.maxBytes+1))
 	if err != nil {
 		return nil, fmt.Errorf("the answer broke off: %w", withoutURL(err))
 	}
-	if int64(len(body)) > t.most {
-		return nil, tooLarge(t.most)
+	if int64(len(body)) > t.maxBytes {
+		return nil, tooLarge(t.maxBytes)
 	}
 	resp.Body = io.NopCloser(bytes.NewReader(body))
 	return resp, nil
@@ -97,15 +97,15 @@ func withoutURL(err error) error {
 	return err
 }
 
-// elsewhere is the refusal to send anything to a host that is not ARM.
-type elsewhere string
+// foreignHost is the refusal to send anything to a host that is not ARM.
+type foreignHost string
 
-func (e elsewhere) Error() string {
+func (e foreignHost) Error() string {
 	return fmt.Sprintf("%q is not the host of Azure Resource Manager, or not asked by https", text.OneLine(string(e), 253))
 }
 
 // NonRetriable keeps the Azure SDK from trying again.
-func (elsewhere) NonRetriable() {}
+func (foreignHost) NonRetriable() {}
 
 // tooLarge is an answer beyond the bound.
 type tooLarge int64
@@ -115,20 +115,20 @@ func (t tooLarge) Error() string { return fmt.Sprintf("the answer is larger than
 // NonRetriable keeps the Azure SDK from trying again.
 func (tooLarge) NonRetriable() {}
 
-type wireKey struct{}
+type lastResponseKey struct{}
 
-// wire is the last thing that was answered to a request for a token: the library's errors do not all tell the status
+// lastResponse is the last thing that was answered to a request for a token: the library's errors do not all tell the status
 // that they come from, and their texts quote answers in full. The attempts of a request follow one another, so it needs
 // no lock.
-type wire struct {
+type lastResponse struct {
 	status int
 	header http.Header
 	body   []byte
 	err    error
 }
 
-func (w *wire) note(resp *http.Response, err error) {
-	*w = wire{err: err}
+func (w *lastResponse) record(resp *http.Response, err error) {
+	*w = lastResponse{err: err}
 	if err != nil {
 		return
 	}

@@ -31,12 +31,12 @@ func (p patch) ifMatch() *string {
 	return &p.etag
 }
 
-// plan makes the patch that adds and removes identities. What is there already is not added, what is not there is not
+// newPatch makes the patch that adds and removes identities. What is there already is not added, what is not there is not
 // removed; a removal is spelled as ARM spells it. A patch without identities does nothing and is not to be sent.
 //
 // The type speaks of what is there afterwards. One without "UserAssigned" removes all user-assigned identities, so it is
 // only sent when basis has no other than those to be removed, and then names none.
-func plan(basis State, add, remove []string) (patch, error) {
+func newPatch(basis State, add, remove []string) (patch, error) {
 	p := patch{
 		identities: map[string]*armcompute.UserAssignedIdentitiesValue{},
 		requested:  map[string]bool{},
@@ -51,13 +51,13 @@ func plan(basis State, add, remove []string) (patch, error) {
 			left++
 		}
 	}
-	wanted := make(map[string]bool, len(add))
+	added := make(map[string]bool, len(add))
 	for _, id := range add {
-		wanted[Fold(id)] = true
+		added[Fold(id)] = true
 	}
 	for _, id := range remove {
 		folded := Fold(id)
-		if wanted[folded] {
+		if added[folded] {
 			return patch{}, fmt.Errorf("identity %s is to be both added and removed", text.OneLine(id, maxMessage/2))
 		}
 		if identity, there := basis.Identities[folded]; there && !p.requested[folded] {
@@ -89,7 +89,7 @@ func plan(basis State, add, remove []string) (patch, error) {
 // It sends once. After Unavailable the update may have begun nevertheless; only a Get tells. Its error is an *Error.
 func (c *Client) Begin(ctx context.Context, r Resource, basis State, add, remove []string) (*Operation, error) {
 	operation := r.Kind.String() + "_update"
-	p, err := plan(basis, add, remove)
+	p, err := newPatch(basis, add, remove)
 	if err != nil {
 		return nil, &Error{Class: Invalid, Operation: operation, Message: err.Error()}
 	}
@@ -100,19 +100,19 @@ func (c *Client) Begin(ctx context.Context, r Resource, basis State, add, remove
 	if err != nil {
 		return nil, err
 	}
-	var began poller
+	var started poller
 	var answer *http.Response
 	err = c.call(ctx, operation, s, p.requested, func(ctx context.Context) error {
 		var err error
-		began, err = s.machines[r.Kind].update(policy.WithCaptureResponse(c.once(ctx), &answer), r, p, "")
+		started, err = s.machines[r.Kind].update(policy.WithCaptureResponse(c.once(ctx), &answer), r, p, "")
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	o := c.operation(r, s, began, p.requested)
+	o := c.operation(r, s, started, p.requested)
 	if answer != nil {
-		o.pause = retryAfter(answer.Header)
+		o.wait = retryAfter(answer.Header)
 	}
 	return o, nil
 }
@@ -127,11 +127,11 @@ func (c *Client) Resume(ctx context.Context, r Resource, token string) (*Operati
 	if token == "" {
 		return nil, &Error{Class: Invalid, Operation: r.Kind.String() + "_poll", Message: "there is no token to resume by"}
 	}
-	taken, err := s.machines[r.Kind].update(ctx, r, patch{}, token)
-	if err != nil || taken.Done() {
+	resumed, err := s.machines[r.Kind].update(ctx, r, patch{}, token)
+	if err != nil || resumed.Done() {
 		// The library quotes the token, which holds addresses that are as good as passwords.
 		return nil, &Error{Class: Invalid, Operation: r.Kind.String() + "_poll", Message: "the token to resume by is none of an update of this kind"}
 	}
 	// Which identities were in the update is not known any more, so all count that an error names.
-	return c.operation(r, s, taken, nil), nil
+	return c.operation(r, s, resumed, nil), nil
 }

@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-func TestAnUpdateSaysTheDifferenceAndNothingElse(t *testing.T) {
+func TestAnUpdateContainsOnlyTheDifference(t *testing.T) {
 	cases := []struct {
 		name        string
 		basis       State
@@ -70,7 +70,7 @@ func TestAnUpdateSaysTheDifferenceAndNothingElse(t *testing.T) {
 	}
 }
 
-func TestAnUpdateThatCannotBeIsNotSent(t *testing.T) {
+func TestAnInvalidUpdateIsNotSent(t *testing.T) {
 	var many []string
 	var names []string
 	for i := range MaxIdentities/2 + 1 {
