@@ -16,12 +16,12 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// The codes, folded, by which ARM refuses an update for the sake of some of its identities: one does not exist, or MIC
-// may not assign it.
+// The error codes, folded, with which ARM refuses an update because of some of its identities: an identity does not exist, or
+// MIC may not assign it.
 var identityCodes = map[string]bool{"failedidentityoperation": true, "linkedauthorizationfailed": true}
 
-// operationCodes sorts an update that failed on its way, where no status says what it was. Codes that are not here are
-// faults of Azure, for all that can be known.
+// operationCodes classifies running updates that failed: for them there is no HTTP status to go by. All other codes are taken
+// as failures of Azure.
 var operationCodes = map[string]Class{
 	"authorizationfailed":              Denied,
 	"conflict":                         Conflict,
@@ -37,8 +37,8 @@ var operationCodes = map[string]Class{
 	"operationfailedduetoserverissues": Unavailable,
 }
 
-// failure sorts what a call to ARM brought. requested are the identities of the update, folded; nil if that is not
-// known, and then all identities count that the answer names. A read has an empty list.
+// failure converts the error of a call to ARM. requested are the identities of the update, folded. If it is nil, they are
+// unknown, and all identities in the response are reported. For a read it is empty.
 func (c cleaner) failure(operation string, requested map[string]bool, err error) *Error {
 	var own *Error
 	if errors.As(err, &own) {
@@ -50,12 +50,12 @@ func (c cleaner) failure(operation string, requested map[string]bool, err error)
 	if !errors.As(err, &answered) || answered.RawResponse == nil {
 		e := c.noResponse(operation, err)
 		if final := interface{ NonRetriable() }(nil); errors.As(err, &final) {
-			e.Class = Invalid // an address that is not ARM's, an answer beyond all bounds
+			e.Class = Invalid // an address that is not ARM's, or a response that is too large
 		}
 		return e
 	}
 	resp := answered.RawResponse
-	body, _ := runtime.Payload(resp) // the transporter has read it whole
+	body, _ := runtime.Payload(resp) // the transporter has read all of it
 	parsed := parseARMError(body)
 	e := &Error{
 		Operation:     operation,
@@ -74,15 +74,16 @@ func (c cleaner) failure(operation string, requested map[string]bool, err error)
 		e.RetryAfter = cmp.Or(e.RetryAfter, defaultRetryAfter)
 	}
 	if e.Message == "" {
-		e.Message = cmp.Or(http.StatusText(e.Status), "unknown status") + ", without a word of why"
+		e.Message = cmp.Or(http.StatusText(e.Status), "unknown status") + ", without an error message"
 		if e.Status < 300 {
-			e.Message = "the update failed, and Azure does not say why"
+			e.Message = "the update failed; Azure gave no reason"
 		}
 	}
 	return e
 }
 
-// classify goes by status and code. That a request was refused and the refusal names an identity of it says enough, too.
+// classify returns the class for a status and code. A refusal that names an identity of the request is a BadIdentity even if its
+// code is unknown.
 func classify(status int, code, operationStatus string, named bool) Class {
 	code = strings.ToLower(code)
 	switch {
@@ -110,7 +111,7 @@ func classify(status int, code, operationStatus string, named bool) Class {
 	return Invalid
 }
 
-// classifyOperation sorts an update that was begun and failed. The code is folded.
+// classifyOperation classifies a running update that failed. The code is folded.
 func classifyOperation(code, status string, named bool) Class {
 	class, known := operationCodes[code]
 	switch {
@@ -126,7 +127,8 @@ func classifyOperation(code, status string, named bool) Class {
 	return Unavailable
 }
 
-// contextError keeps of an error that is told in our own words what programs look for in it.
+// contextError returns the context error in err, or nil. The messages of this package replace the text of err; callers still
+// need errors.Is.
 func contextError(err error) error {
 	for _, known := range []error{context.Canceled, context.DeadlineExceeded} {
 		if errors.Is(err, known) {
@@ -136,19 +138,19 @@ func contextError(err error) error {
 	return nil
 }
 
-// armError is what the body of an answer says.
+// armError is the parsed body of an error response.
 type armError struct {
-	status        string // of an update on its way, such as "Failed"
+	status        string // of a running update, such as "Failed"
 	code, message string
-	// exact are the texts that are the ID of an identity and nothing else, folded; within are IDs found in sentences.
+	// exact are fields that consist only of the ID of an identity, folded; within are IDs found inside longer texts.
 	exact, within []string
 }
 
-// maxDepth bounds how deep an answer is looked into. Azure's errors have details of details of details.
+// maxDepth bounds the depth of a response that is searched. Azure's errors have nested details.
 const maxDepth = 16
 
 // parseARMError reads {"error":{"code","message","details":[...],"innererror","additionalInfo":[...]}}, and the same
-// within the answer to a poll. Not all of Azure keeps to the types that are documented, so nothing is taken for granted.
+// within a poll response. Some Azure services do not keep to the documented types, so each type is checked.
 func parseARMError(body []byte) *armError {
 	parsed := &armError{}
 	var root map[string]any
@@ -159,7 +161,7 @@ func parseARMError(body []byte) *armError {
 	top, ok := root["error"].(map[string]any)
 	if !ok {
 		if _, resource := root["id"]; resource {
-			return parsed // an answer that is the machine itself names identities, but refuses none
+			return parsed // the response is the machine itself: it contains identities, but refuses none
 		}
 		top = root
 	}
@@ -167,7 +169,7 @@ func parseARMError(body []byte) *armError {
 	return parsed
 }
 
-// updateFailed reports whether the answer to a poll says that the update failed.
+// updateFailed reports whether a poll response says that the update failed.
 func (a *armError) updateFailed() bool {
 	switch strings.ToLower(a.status) {
 	case "failed", "canceled", "cancelled":
@@ -176,7 +178,7 @@ func (a *armError) updateFailed() bool {
 	return false
 }
 
-// walk looks through a value. The outermost code counts, unless one within says that identities are the matter.
+// walk searches a value. It keeps the outermost code, unless a nested code is one of identityCodes.
 func (a *armError) walk(v any, depth int) {
 	if depth == 0 {
 		return
@@ -212,8 +214,8 @@ func (a *armError) addIdentities(s string) {
 	}
 }
 
-// named returns which of the requested identities the answer names: those in fields of their own, or else those in
-// sentences, which also tell what was being done to what else.
+// named returns the requested identities that the response names: those in fields of their own, or else those inside texts.
+// Texts come second because they may also name other resources.
 func (a *armError) named(requested map[string]bool) []string {
 	for _, found := range [][]string{a.exact, a.within} {
 		if requested != nil {
@@ -229,7 +231,7 @@ func (a *armError) named(requested map[string]bool) []string {
 
 const identityType = "/providers/microsoft.managedidentity/userassignedidentities/"
 
-// findIdentities returns the IDs of user-assigned identities in a text, folded.
+// findIdentities returns the IDs of user-assigned identities in a text, in lower case.
 func findIdentities(text string) []string {
 	var found []string
 	text = strings.ToLower(strings.ReplaceAll(text, `\/`, "/"))

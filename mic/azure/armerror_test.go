@@ -15,14 +15,14 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
-// linked is what ARM says when MIC may not assign some identities.
+// linked is the error message of ARM if MIC may not assign some identities.
 func linked(names ...string) string {
 	return `The client 'c' with object id 'o' has permission to perform action 'Microsoft.Compute/virtualMachines/write' on scope '` + vm.ID() +
 		`'; however, it does not have permission to perform action 'Microsoft.ManagedIdentity/userAssignedIdentities/assign/action' on the linked scope(s) '` +
 		strings.Join(mapped(names, armID), ",") + `' or the linked scope(s) are invalid.`
 }
 
-// missing is what it says when one does not exist.
+// missing is the error message if an identity does not exist.
 func missing(name string) string {
 	return `Identity operation for resource '` + vm.ID() + `' failed with error 'Failed to perform resource identity operation. Status: 'BadRequest'. Response: '{\"error\":{\"code\":\"BadRequest\",\"message\":\"Resource '` +
 		armID(name) + `' was not found.\"}}'.'.`
@@ -80,24 +80,24 @@ func TestARefusedUpdateIsClassified(t *testing.T) {
 			Error{Class: Conflict, Code: "PreconditionFailed", Message: "etag of " + id("a")}},
 		{"throttled", 429, armBody("OperationNotAllowed", "too many", ""), []string{"Retry-After: 17"},
 			Error{Class: Throttled, Code: "OperationNotAllowed", Message: "too many", RetryAfter: 17 * time.Second}},
-		{"throttled, and not said for how long", 429, ``, nil,
-			Error{Class: Throttled, Message: "Too Many Requests, without a word of why", RetryAfter: defaultRetryAfter}},
+		{"throttled, and without Retry-After", 429, ``, nil,
+			Error{Class: Throttled, Message: "Too Many Requests, without an error message", RetryAfter: defaultRetryAfter}},
 		{"throttled for absurdly long", 429, ``, []string{"Retry-After: 99999999"},
-			Error{Class: Throttled, Message: "Too Many Requests, without a word of why", RetryAfter: time.Hour}},
+			Error{Class: Throttled, Message: "Too Many Requests, without an error message", RetryAfter: time.Hour}},
 		{"throttled by milliseconds", 429, ``, []string{"X-Ms-Retry-After-Ms: 1500"},
-			Error{Class: Throttled, Message: "Too Many Requests, without a word of why", RetryAfter: 1500 * time.Millisecond}},
+			Error{Class: Throttled, Message: "Too Many Requests, without an error message", RetryAfter: 1500 * time.Millisecond}},
 		{"a fault of Azure, whatever it names", 500, armBody("FailedIdentityOperation", missing("a"), ""), nil,
 			Error{Class: Unavailable, Code: "FailedIdentityOperation", Message: missing("a")}},
 		{"a proxy answers", 502, "<html>\n<b>no</b></html>", nil,
-			Error{Class: Unavailable, Message: "Bad Gateway, without a word of why"}},
+			Error{Class: Unavailable, Message: "Bad Gateway, without an error message"}},
 		{"it makes no sense", 400, armBody("InvalidParameter", "what?\n\tagain", ""), nil,
 			Error{Class: Invalid, Code: "InvalidParameter", Message: "what? again"}},
 		{"the body is none of ARM's", 400, `["` + id("a") + `"]`, nil,
-			Error{Class: Invalid, Message: "Bad Request, without a word of why"}},
+			Error{Class: Invalid, Message: "Bad Request, without an error message"}},
 		{"nothing has its type", 400, `{"error":{"code":1,"message":["x"],"details":"` + id("a") + `","additionalInfo":null}}`, nil,
-			Error{Class: BadIdentity, Message: "Bad Request, without a word of why", Identities: []string{a}}},
+			Error{Class: BadIdentity, Message: "Bad Request, without an error message", Identities: []string{a}}},
 		{"sent elsewhere", 302, ``, []string{"Location: https://elsewhere/"},
-			Error{Class: Unavailable, Message: "Found, without a word of why"}},
+			Error{Class: Unavailable, Message: "Found, without an error message"}},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -117,7 +117,7 @@ func TestARefusedUpdateIsClassified(t *testing.T) {
 				t.Errorf("sent %d times", len(arm.requests()))
 			}
 			if line := got.Error(); strings.ContainsAny(line, "\n\t") || strings.Contains(line, bearer) {
-				t.Errorf("told as %q", line)
+				t.Errorf("the message is %q", line)
 			}
 		})
 	}
@@ -141,7 +141,7 @@ func TestAnErrorIsOneLineOfBoundedLength(t *testing.T) {
 	_, err := newClient(t, arm).Begin(t.Context(), vm, State{}, mapped(names, id), nil)
 	var failed *Error
 	if !errors.As(err, &failed) || len(failed.Identities) != 150 || !slices.IsSorted(failed.Identities) {
-		t.Errorf("%d identities are told of 150", len(failed.Identities))
+		t.Errorf("%d identities are reported of 150", len(failed.Identities))
 	}
 	if len(err.Error()) > 1500 {
 		t.Errorf("%d bytes", len(err.Error()))
@@ -154,7 +154,7 @@ func TestAnErrorContainsAllThatIsKnown(t *testing.T) {
 		want string
 	}{
 		{Error{Class: Throttled, Operation: "vm_get", Status: 429, Code: "TooManyRequests", Message: "slow down", CorrelationID: "id", RetryAfter: 1700 * time.Millisecond},
-			"vm_get: throttled, status 429, TooManyRequests: slow down (again after 2s) (correlation ID id)"},
+			"vm_get: throttled, status 429, TooManyRequests: slow down (retry after 2s) (correlation ID id)"},
 		{Error{Class: Unavailable, Operation: "vmss_poll", Err: context.Canceled}, "vmss_poll: unavailable: context canceled"},
 		{Error{Class: Unconfigured, Operation: "vm_get", Message: "no file"}, "vm_get: unconfigured: no file"},
 	}
@@ -178,23 +178,23 @@ func FuzzARMError(f *testing.F) {
 	}
 	requested := map[string]bool{Fold(id("a")): true, Fold(id("b")): true}
 	f.Fuzz(func(t *testing.T, status int, body string) {
-		said := parseARMError([]byte(body))
-		for _, named := range said.named(requested) {
+		parsed := parseARMError([]byte(body))
+		for _, named := range parsed.named(requested) {
 			if !requested[named] {
 				t.Errorf("%q was not in the request", named)
 			}
 		}
-		for _, named := range said.named(nil) {
+		for _, named := range parsed.named(nil) {
 			if named != strings.ToLower(named) || strings.Count(named, "/") != 8 {
 				t.Errorf("%q is no ID", named)
 			}
 		}
-		if class := classify(status, said.code, said.status, false); class == "" {
+		if class := classify(status, parsed.code, parsed.status, false); class == "" {
 			t.Error("it has no class")
 		}
-		e := &Error{Message: cleaner{}.clean(said.message, maxMessage), Code: cleaner{}.clean(said.code, maxCode)}
+		e := &Error{Message: cleaner{}.clean(parsed.message, maxMessage), Code: cleaner{}.clean(parsed.code, maxCode)}
 		if line := e.Error(); len(line) > 2000 || strings.Contains(line, "\n") {
-			t.Errorf("told as %q", line)
+			t.Errorf("the message is %q", line)
 		}
 	})
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 )
 
-// fakeAzure answers requests in place of Azure, and remembers them.
+// fakeAzure responds to requests in place of Azure, and records them.
 type fakeAzure struct {
 	answer func(n int, r *http.Request) (*http.Response, error) // n counts from 1
 
@@ -48,7 +48,7 @@ func (s *fakeAzure) requests() []seen {
 	return s.seen
 }
 
-// reply makes an answer; headers are "Name: value".
+// reply returns a response; headers are "Name: value".
 func reply(r *http.Request, status int, body string, headers ...string) (*http.Response, error) {
 	resp := &http.Response{
 		StatusCode: status, Status: http.StatusText(status), Request: r,
@@ -62,7 +62,7 @@ func reply(r *http.Request, status int, body string, headers ...string) (*http.R
 	return resp, nil
 }
 
-// replies answers one after the other, and goes on with the last.
+// replies responds with one function after the other, then always with the last.
 func replies(each ...func(*http.Request) (*http.Response, error)) *fakeAzure {
 	return &fakeAzure{answer: func(n int, r *http.Request) (*http.Response, error) {
 		return each[min(n, len(each))-1](r)
@@ -73,7 +73,7 @@ func replying(status int, body string, headers ...string) func(*http.Request) (*
 	return func(r *http.Request) (*http.Response, error) { return reply(r, status, body, headers...) }
 }
 
-// hung answers when the request's time is up, and not before.
+// hung responds only when the context of the request ends.
 func hung(r *http.Request) (*http.Response, error) {
 	<-r.Context().Done()
 	return nil, r.Context().Err()
@@ -129,7 +129,7 @@ func having(system bool, names ...string) State {
 	return s
 }
 
-// describe is how ARM tells a machine.
+// describe returns the JSON of a machine in ARM.
 func describe(r Resource, provisioning, identityType string, names ...string) string {
 	var ids []string
 	for _, name := range names {
@@ -142,18 +142,18 @@ func describe(r Resource, provisioning, identityType string, names ...string) st
 
 // calls is an Observer.
 type calls struct {
-	mu   sync.Mutex
-	told []string
+	mu       sync.Mutex
+	reported []string
 }
 
 func (c *calls) Called(operation, outcome string, _ time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.told = append(c.told, operation+" "+outcome)
+	c.reported = append(c.reported, operation+" "+outcome)
 }
 
 func (c *calls) all() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return strings.Join(c.told, ", ")
+	return strings.Join(c.reported, ", ")
 }

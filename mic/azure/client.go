@@ -1,11 +1,13 @@
-// Package azure reads and changes the identities of virtual machines and scale sets, through Azure Resource Manager.
+// Package azure reads and updates the identities of virtual machines and scale sets through Azure Resource Manager (ARM).
+// A "machine" here is a virtual machine or a scale set.
 //
-// What it protects against: an identity of somebody else that is lost, since an update says only what to add and what to
-// remove, keeps the type that goes with the rest, and holds for the state that it was planned from; one subscription that
-// Azure throttles and all others wait for; one answer that hangs and everybody waits for; and MIC's token or its client
-// secret in a log, or on its way to another host than Azure's.
+// It protects against:
+//   - removing an identity that MIC did not add: an update contains only what to add and what to remove, keeps the identity type that
+//     the remaining identities need, and applies only to the state it was planned from (ETag);
+//   - a throttled subscription, or a response that hangs, that delays the machines of other subscriptions;
+//   - MIC's token or client secret in a log, or sent to a host other than Azure's.
 //
-// It does not decide what to attach, and does not try again what costs: that is its caller's.
+// It does not decide which identities to attach, and does not retry updates: both are up to the caller.
 package azure
 
 import (
@@ -27,28 +29,28 @@ import (
 	"github.com/podidentity/podidentity/internal/outbound"
 )
 
-// Observer is told of each call to ARM when it has ended. operation is vm_get, vm_update, vm_poll, vmss_get, vmss_update
-// or vmss_poll; outcome is "ok" or the class of the failure.
+// Observer is called when a call to ARM ends. operation is vm_get, vm_update, vm_poll, vmss_get, vmss_update or vmss_poll;
+// outcome is "ok" or the class of the failure.
 type Observer interface {
 	Called(operation, outcome string, d time.Duration)
 }
 
-// Options are what a Client is told besides the configuration. The zero value is usable.
+// Options are the settings of a Client that are not in azure.json. The zero value is usable.
 type Options struct {
 	UserAgent string
-	// RootCAs are who may vouch for Azure; nil means the system's.
+	// RootCAs verify the certificates of Azure; nil means those of the system.
 	RootCAs *x509.CertPool
-	// Transport carries all requests, those for tokens too; nil means HTTP.
+	// Transport sends all requests, including those for tokens; nil means HTTP.
 	Transport policy.Transporter
-	// Credential is whom MIC is; nil means what the configuration says.
+	// Credential is MIC's credential; nil means the one in the configuration.
 	Credential azcore.TokenCredential
 	Observer   Observer
-	// RequestTimeout bounds one exchange with ARM; 0 means 30 s.
+	// RequestTimeout bounds one request to ARM; 0 means 30 s.
 	RequestTimeout time.Duration
-	// PollMost bounds how long an update is waited for; 0 means 20 minutes.
+	// PollMost bounds how long Wait polls an update; 0 means 20 minutes.
 	PollMost time.Duration
-	// PollEvery is how often is asked what became of an update, where ARM does not say. ARM lets one machine be asked 15
-	// times a minute; 0 means 5 s.
+	// PollEvery is the interval between polls of an update if ARM sends no Retry-After; 0 means 5 s. ARM allows 15 polls per
+	// minute for one machine.
 	PollEvery time.Duration
 }
 
@@ -58,7 +60,7 @@ const (
 	pollInterval   = 5 * time.Second
 )
 
-// Client talks to ARM with one configuration. Two of them share nothing.
+// Client is an ARM client with one configuration. Two Clients share nothing.
 type Client struct {
 	cleaner
 	arm            arm.ClientOptions
@@ -69,16 +71,16 @@ type Client struct {
 	pollInterval   time.Duration
 
 	mu            sync.Mutex
-	subscriptions map[string]*subscription // by folded ID; as many as the nodes name
+	subscriptions map[string]*subscription // by folded ID; bounded by the subscriptions in the nodes' provider IDs
 }
 
-// subscription is what is known of one. ARM throttles by subscription, so each has a door of its own.
+// subscription is the state of a subscription. ARM throttles each subscription, so each has its own gate.
 type subscription struct {
 	retryAfter outbound.RetryAfterGate
 	machines   [2]machines // by Kind
 }
 
-// New returns a Client. It sends nothing yet.
+// New returns a Client. It sends no request.
 func New(cfg Config, o Options) (*Client, error) {
 	where, err := cfg.cloud()
 	if err != nil {
@@ -87,7 +89,7 @@ func New(cfg Config, o Options) (*Client, error) {
 	manager := where.Services[cloud.ResourceManager]
 	endpoint, err := url.Parse(manager.Endpoint)
 	if err != nil {
-		return nil, fmt.Errorf("the address of Azure Resource Manager: %w", withoutURL(err))
+		return nil, fmt.Errorf("parsing the endpoint of Azure Resource Manager: %w", withoutURL(err))
 	}
 	direct, proxied := o.Transport, o.Transport
 	if o.Transport == nil {
@@ -115,7 +117,7 @@ func New(cfg Config, o Options) (*Client, error) {
 			Transport:       transporter{next: proxied, maxBytes: maxResponse, host: strings.ToLower(endpoint.Hostname())},
 			Telemetry:       policy.TelemetryOptions{ApplicationID: o.UserAgent},
 			PerCallPolicies: []policy.Policy{acceptedAsOK{}},
-			// Short, and never for what a 409, 412 or 429 says: the caller plans anew, or waits.
+			// Short, and never after 409, 412 or 429: the caller plans again, or waits.
 			Retry: policy.RetryOptions{
 				MaxRetries: 2, RetryDelay: 250 * time.Millisecond, MaxRetryDelay: 2 * time.Second, TryTimeout: c.requestTimeout,
 				ShouldRetry: shouldRetry,
@@ -132,7 +134,8 @@ func positive(d, otherwise time.Duration) time.Duration {
 	return otherwise
 }
 
-// shouldRetry says whether to ask again at once. What took all its time once would take it again, and people wait.
+// shouldRetry reports whether the SDK retries at once. It does not after a timeout: the next attempt would probably time out
+// too, while callers wait.
 func shouldRetry(resp *http.Response, err error) bool {
 	if err != nil {
 		return !timedOut(err)
@@ -144,12 +147,13 @@ func shouldRetry(resp *http.Response, err error) bool {
 	return false
 }
 
-// once is for what must not be sent twice.
+// once returns a context with which the SDK does not retry, for requests that must not be sent twice.
 func (c *Client) once(ctx context.Context) context.Context {
 	return policy.WithRetryOptions(ctx, policy.RetryOptions{MaxRetries: -1, TryTimeout: c.requestTimeout})
 }
 
-// acceptedAsOK makes a 202 out of ARM's contract what the library knows: that an update has begun, and where to ask for it.
+// acceptedAsOK changes the status of a 202 to 200. ARM's contract allows 202 for an update that started, but the SDK accepts
+// only 200 with the headers that say where to poll.
 type acceptedAsOK struct{}
 
 func (acceptedAsOK) Do(r *policy.Request) (*http.Response, error) {
@@ -179,7 +183,7 @@ func (c *Client) Get(ctx context.Context, r Resource) (State, error) {
 // noIdentities are the identities of a request that has none.
 var noIdentities = map[string]bool{}
 
-// subscription returns what belongs to the machine's subscription.
+// subscription returns the state of the machine's subscription, and creates it if there is none.
 func (c *Client) subscription(r Resource) (*subscription, error) {
 	key := strings.ToLower(r.SubscriptionID)
 	c.mu.Lock()
@@ -196,10 +200,10 @@ func (c *Client) subscription(r Resource) (*subscription, error) {
 	return s, nil
 }
 
-// call puts a question to ARM, unless the subscription is shut. Its error is an *Error.
+// call sends a request to ARM, unless the subscription is throttled. Its error is an *Error.
 func (c *Client) call(ctx context.Context, operation string, s *subscription, requested map[string]bool, send func(context.Context) error) error {
 	if wait := s.retryAfter.Remaining(); wait > 0 {
-		return &Error{Class: Throttled, Operation: operation, RetryAfter: wait, Message: "Azure asked for the subscription to be left alone"}
+		return &Error{Class: Throttled, Operation: operation, RetryAfter: wait, Message: "Azure throttles the subscription; waiting for Retry-After"}
 	}
 	start := time.Now()
 	err := c.tokens.ready(ctx)
@@ -224,16 +228,16 @@ func (c *Client) call(ctx context.Context, operation string, s *subscription, re
 	return nil
 }
 
-// failed sorts a failure, and says of one that took too long whose time was up.
+// failed classifies a failure. After a timeout its message says which timeout it was.
 func (c *Client) failed(ctx context.Context, operation string, requested map[string]bool, err error) *Error {
 	failed := c.failure(operation, requested, err)
 	var own *Error
 	switch cause := ctx.Err(); {
 	case failed.Status != 0 || failed.Err == nil || errors.As(err, &own):
 	case cause != nil:
-		failed.Err, failed.Message = cause, "given up: "+cause.Error()
+		failed.Err, failed.Message = cause, "stopped waiting for a response: "+cause.Error()
 	case errors.Is(failed.Err, context.DeadlineExceeded):
-		failed.Message = fmt.Sprintf("no answer within %s", c.requestTimeout)
+		failed.Message = fmt.Sprintf("no response within %s", c.requestTimeout)
 	}
 	return failed
 }

@@ -44,10 +44,10 @@ func TestTheStateOfAMachineIsReadFromARM(t *testing.T) {
 				}
 				request := arm.requests()[0]
 				if request.method != http.MethodGet || request.url != "https://management.azure.com"+r.ID()+"?api-version=2025-04-01" || !strings.HasPrefix(request.header.Get("User-Agent"), "test ") {
-					t.Errorf("asked %+v", request)
+					t.Errorf("sent %+v", request)
 				}
 				if observer.all() != r.Kind.String()+"_get ok" {
-					t.Errorf("told of %s", observer.all())
+					t.Errorf("observed %s", observer.all())
 				}
 			})
 		}
@@ -57,21 +57,21 @@ func TestTheStateOfAMachineIsReadFromARM(t *testing.T) {
 func TestAReadIsRetriedAfterTemporaryFailuresOnly(t *testing.T) {
 	reset := func(*http.Request) (*http.Response, error) { return nil, errors.New("connection reset by peer") }
 	cases := []struct {
-		name   string
-		answer func(*http.Request) (*http.Response, error)
-		class  Class
-		calls  int
-		most   time.Duration
-		says   string
+		name     string
+		answer   func(*http.Request) (*http.Response, error)
+		class    Class
+		calls    int
+		most     time.Duration
+		contains string
 	}{
 		{"broken", replying(500, ""), Unavailable, 3, 2 * time.Second, "Internal Server Error"},
 		{"busy", replying(503, "", "Retry-After: 1"), Unavailable, 3, 3 * time.Second, "Service Unavailable"},
-		{"busy for long", replying(503, "", "Retry-After: 60"), Unavailable, 1, 0, "again after 1m0s"},
+		{"busy for long", replying(503, "", "Retry-After: 60"), Unavailable, 1, 0, "retry after 1m0s"},
 		{"no connection", reset, Unavailable, 3, 2 * time.Second, "connection reset by peer"},
-		{"hung", hung, Unavailable, 1, 30 * time.Second, "no answer within 30s"},
+		{"hung", hung, Unavailable, 1, 30 * time.Second, "no response within 30s"},
 		{"conflict", replying(409, ""), Conflict, 1, 0, "Conflict"},
 		{"changed", replying(412, ""), Conflict, 1, 0, "Precondition"},
-		{"throttled", replying(429, "", "Retry-After: 1"), Throttled, 1, 0, "again after 1s"},
+		{"throttled", replying(429, "", "Retry-After: 1"), Throttled, 1, 0, "retry after 1s"},
 		{"refused", replying(403, ""), Denied, 1, 0, "Forbidden"},
 		{"no JSON", replying(200, "<html>"), Unavailable, 1, 0, "unmarshal"},
 		{"too large", replying(200, strings.Repeat(" ", maxResponse+1)), Invalid, 1, 0, "larger than"},
@@ -82,14 +82,14 @@ func TestAReadIsRetriedAfterTemporaryFailuresOnly(t *testing.T) {
 				arm, observer, start := replies(c.answer), &calls{}, time.Now()
 				_, err := newClient(t, arm, func(o *Options) { o.Observer = observer }).Get(t.Context(), vm)
 				var failed *Error
-				if !errors.As(err, &failed) || failed.Class != c.class || !strings.Contains(err.Error(), c.says) {
+				if !errors.As(err, &failed) || failed.Class != c.class || !strings.Contains(err.Error(), c.contains) {
 					t.Errorf("got %v", err)
 				}
 				if took := time.Since(start); len(arm.requests()) != c.calls || took > c.most {
-					t.Errorf("asked %d times in %s; want %d in %s", len(arm.requests()), took, c.calls, c.most)
+					t.Errorf("%d requests in %s; want %d in %s", len(arm.requests()), took, c.calls, c.most)
 				}
 				if observer.all() != "vm_get "+string(c.class) {
-					t.Errorf("told of %s", observer.all())
+					t.Errorf("observed %s", observer.all())
 				}
 			})
 		})
@@ -112,7 +112,7 @@ func TestA429ThrottlesOnlyItsSubscription(t *testing.T) {
 			t.Helper()
 			var failed *Error
 			if !errors.As(err, &failed) || failed.Class != Throttled || failed.RetryAfter != wait {
-				t.Errorf("%s: got %v; want to be told to wait %s", what, err, wait)
+				t.Errorf("%s: got %v; want a wait of %s", what, err, wait)
 			}
 		}
 		_, err := c.Get(t.Context(), vm)
@@ -123,7 +123,7 @@ func TestA429ThrottlesOnlyItsSubscription(t *testing.T) {
 		_, err = c.Begin(t.Context(), vm, State{}, []string{id("a")}, nil)
 		expect("an update", err, 40*time.Second)
 		if len(arm.requests()) != 1 || observer.all() != "vm_get throttled" {
-			t.Errorf("%d requests, told of %s; want one", len(arm.requests()), observer.all())
+			t.Errorf("%d requests, observed %s; want one", len(arm.requests()), observer.all())
 		}
 		if _, err := c.Get(t.Context(), other); err != nil {
 			t.Errorf("another subscription: %v", err)
@@ -177,7 +177,7 @@ func TestAHangingMachineDoesNotDelayOthers(t *testing.T) {
 		for range 10 {
 			wg.Go(func() {
 				if _, err := c.Get(t.Context(), vmss); err == nil {
-					t.Error("there was an answer")
+					t.Error("there was a response")
 				}
 			})
 		}
@@ -261,7 +261,7 @@ func TestACustomCloudIsReachedOverTLS(t *testing.T) {
 	}
 	var failed *Error
 	if _, err := c.Get(t.Context(), vmss); !errors.As(err, &failed) || failed.Class != Unavailable || !strings.Contains(err.Error(), "certificate") {
-		t.Errorf("nobody vouches for it, and yet: %v", err)
+		t.Errorf("an untrusted certificate: %v", err)
 	}
 }
 
@@ -287,7 +287,7 @@ func TestARequestToAHangingServerTimesOut(t *testing.T) {
 				t.Fatal(err)
 			}
 			var failed *Error
-			if _, err := c.Get(t.Context(), vm); !errors.As(err, &failed) || failed.Class != Unavailable || !strings.Contains(err.Error(), "no answer within 50ms") {
+			if _, err := c.Get(t.Context(), vm); !errors.As(err, &failed) || failed.Class != Unavailable || !strings.Contains(err.Error(), "no response within 50ms") {
 				t.Errorf("got %v", err)
 			}
 		})

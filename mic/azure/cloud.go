@@ -11,10 +11,10 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// environmentFile is the variable that names the file of a cloud of one's own.
+// environmentFile is the environment variable with the path of the file that describes a custom cloud.
 const environmentFile = "AZURE_ENVIRONMENT_FILEPATH"
 
-// Environment is where a cloud of one's own is, in the fields of the file that go-autorest and what stands on it read.
+// Environment has the endpoints of a custom cloud, in the format of go-autorest.
 type Environment struct {
 	ResourceManagerEndpoint   string `json:"resourceManagerEndpoint"`
 	ActiveDirectoryEndpoint   string `json:"activeDirectoryEndpoint"`
@@ -27,7 +27,7 @@ func isCustomCloud(name string) bool { return strings.EqualFold(name, "AzureStac
 func loadEnvironment(path string) (Environment, error) {
 	var e Environment
 	if path == "" {
-		return e, fmt.Errorf("cloud AzureStackCloud needs the environment variable %s; set it to the file that describes the cloud", environmentFile)
+		return e, fmt.Errorf("cloud AzureStackCloud requires the environment variable %s; set it to the path of the file that describes the cloud", environmentFile)
 	}
 	text, err := readFile(path)
 	if err != nil {
@@ -39,7 +39,7 @@ func loadEnvironment(path string) (Environment, error) {
 	return e, nil
 }
 
-// cloud returns where ARM and Entra ID are.
+// cloud returns the endpoints of ARM and Entra ID.
 func (c Config) cloud() (cloud.Configuration, error) {
 	var found cloud.Configuration
 	switch strings.ToLower(c.Cloud) {
@@ -56,7 +56,7 @@ func (c Config) cloud() (cloud.Configuration, error) {
 		}
 		found = custom
 	default:
-		return found, fmt.Errorf("cloud %q in %s is unknown; give AzurePublicCloud, AzureUSGovernmentCloud, AzureChinaCloud, or AzureStackCloud and %s", text.OneLine(c.Cloud, maxCode), c.source(), environmentFile)
+		return found, fmt.Errorf("cloud %q in %s is unknown; set AzurePublicCloud, AzureUSGovernmentCloud, AzureChinaCloud, or AzureStackCloud and %s", text.OneLine(c.Cloud, maxCode), c.source(), environmentFile)
 	}
 	if c.AuthorityHost != "" {
 		if !isHTTPS(c.AuthorityHost) {
@@ -70,7 +70,7 @@ func (c Config) cloud() (cloud.Configuration, error) {
 func (e Environment) cloud() (cloud.Configuration, error) {
 	audience := cmp.Or(e.TokenAudience, e.ServiceManagementEndpoint)
 	if !isHTTPS(e.ResourceManagerEndpoint) || audience == "" {
-		return cloud.Configuration{}, fmt.Errorf("cloud AzureStackCloud needs resourceManagerEndpoint, an https URL, and tokenAudience; write them into the file that %s names", environmentFile)
+		return cloud.Configuration{}, fmt.Errorf("cloud AzureStackCloud requires resourceManagerEndpoint, an https URL, and tokenAudience; add them to the file that %s names", environmentFile)
 	}
 	if e.ActiveDirectoryEndpoint != "" && !isHTTPS(e.ActiveDirectoryEndpoint) {
 		return cloud.Configuration{}, fmt.Errorf("activeDirectoryEndpoint %q is not an https URL; correct it in the file that %s names", text.OneLine(e.ActiveDirectoryEndpoint, maxMessage), environmentFile)

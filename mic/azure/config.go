@@ -14,7 +14,7 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// Secret is a text that is not told: formatting or encoding it gives something else.
+// Secret is a string that formatting and encoding replace by a placeholder.
 type Secret string
 
 const redacted = "[...]"
@@ -25,49 +25,49 @@ func (Secret) GoString() string { return redacted }
 // MarshalText keeps the secret out of logs.
 func (Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }
 
-// Config is how MIC reaches Azure: the fields of azure.json, the file that every node of AKS and other cloud providers
-// has. It is comparable; two that are equal make clients that do the same.
+// Config says how MIC reaches Azure. Its fields are those of azure.json, the configuration file of the Azure cloud provider on
+// every node. Configs are comparable; Clients with equal Configs behave the same.
 type Config struct {
 	Cloud    string `json:"cloud"`
 	TenantID string `json:"tenantId"`
-	// ClientID and ClientSecret are a service principal's. AKS writes "msi" where there is none.
+	// ClientID and ClientSecret of a service principal. AKS writes "msi" if there is none.
 	ClientID       string `json:"aadClientId"`
 	ClientSecret   Secret `json:"aadClientSecret"`
 	ClientCertPath string `json:"aadClientCertPath"`
-	// SubscriptionID, ResourceGroup and VMType are read and not used: each node says itself which machine it is.
+	// SubscriptionID, ResourceGroup and VMType are read but not used: the provider ID of each node names its machine.
 	SubscriptionID string `json:"subscriptionId"`
 	ResourceGroup  string `json:"resourceGroup"`
 	VMType         string `json:"vmType"`
 
 	UseManagedIdentity bool `json:"useManagedIdentityExtension"`
-	// UserAssignedIdentityID is the client ID of the managed identity that is MIC's own, or its resource ID. Empty is
-	// the machine's system-assigned one.
+	// UserAssignedIdentityID is the client ID or resource ID of the managed identity that MIC uses. Empty means the
+	// system-assigned identity of the machine.
 	UserAssignedIdentityID string `json:"userAssignedIdentityID"`
 
 	UseWorkloadIdentity bool   `json:"useFederatedWorkloadIdentityExtension"`
 	FederatedTokenFile  string `json:"aadFederatedTokenFile"`
 
-	// AuthorityHost is Entra ID's address where it is not the cloud's; see AZURE_AUTHORITY_HOST.
+	// AuthorityHost overrides the cloud's address of Entra ID; see AZURE_AUTHORITY_HOST.
 	AuthorityHost string `json:"-"`
-	// Environment is the cloud that Azure's own list does not have.
+	// Environment describes a custom cloud.
 	Environment Environment `json:"-"`
 
-	// from is where the configuration is to be corrected.
+	// from is the source of the configuration, for error messages.
 	from string
 }
 
-// maxConfig bounds the files that are read here.
+// maxConfig bounds the size of configuration files.
 const maxConfig = 1 << 20
 
-// LoadConfig reads azure.json, and then the environment, whose variables go before the file's fields. An empty path
-// means the environment alone. The error says what to do, and holds nothing of what was read.
+// LoadConfig reads azure.json and then the environment, whose variables take precedence. If path is empty it reads only the
+// environment. The error says what to do, and contains nothing of the file's content.
 func LoadConfig(path string, getenv func(string) string) (Config, error) {
 	cfg := Config{from: "the environment"}
 	if path != "" {
 		cfg.from = path
 		text, err := readFile(path)
 		if err != nil {
-			return Config{}, fmt.Errorf("%w; give --cloudconfig a file that MIC may read, or an empty value and the environment", err)
+			return Config{}, fmt.Errorf("%w; set --cloudconfig to a file that MIC may read, or to an empty value and configure MIC by environment variables", err)
 		}
 		if err := parse(text, &cfg); err != nil {
 			return Config{}, fmt.Errorf("%s %w; correct it", path, err)
@@ -87,7 +87,7 @@ func LoadConfig(path string, getenv func(string) string) (Config, error) {
 	return cfg, nil
 }
 
-// applyEnvironment takes what the environment says.
+// applyEnvironment overrides fields with environment variables.
 func (c *Config) applyEnvironment(getenv func(string) string) error {
 	get := func(name string) string { return strings.TrimSpace(getenv(name)) }
 	set := func(field *string, names ...string) {
@@ -104,17 +104,17 @@ func (c *Config) applyEnvironment(getenv func(string) string) error {
 	set(&c.UserAssignedIdentityID, "USER_ASSIGNED_MSI_CLIENT_ID")
 	c.ClientID = withoutMSI(c.ClientID)
 	if secret := withoutMSI(get("CLIENT_SECRET")); secret != "" {
-		// Whoever sets it means it, whatever the node's file says about the node.
+		// An explicit secret takes precedence over the node's file, which describes the node, not MIC.
 		c.ClientSecret, c.UseManagedIdentity, c.UseWorkloadIdentity = Secret(secret), false, false
 	}
 	if use := get("USE_MSI"); use != "" {
 		b, err := strconv.ParseBool(strings.ToLower(use))
 		if err != nil {
-			return errors.New("environment variable USE_MSI is neither true nor false; correct it")
+			return errors.New("environment variable USE_MSI is neither true nor false; set it to one of them")
 		}
 		c.UseManagedIdentity = b
 	}
-	// These are what the webhook of workload identity sets, and only in pods that ask for it.
+	// The webhook of workload identity sets these variables, only in pods that are labelled for it.
 	set(&c.FederatedTokenFile, "AZURE_FEDERATED_TOKEN_FILE")
 	set(&c.AuthorityHost, "AZURE_AUTHORITY_HOST")
 	if get("AZURE_FEDERATED_TOKEN_FILE") != "" {
@@ -127,8 +127,7 @@ func (c *Config) applyEnvironment(getenv func(string) string) error {
 	return nil
 }
 
-// OwnIdentities returns the client ID, or resource ID, of the managed identity that MIC itself works with. It must never
-// be detached.
+// OwnIdentities returns the client ID or resource ID of the managed identity that MIC itself uses. It must never be detached.
 func (c Config) OwnIdentities() []string {
 	if c.UserAssignedIdentityID == "" {
 		return nil
@@ -136,7 +135,7 @@ func (c Config) OwnIdentities() []string {
 	return []string{c.UserAssignedIdentityID}
 }
 
-// withoutMSI drops the word that AKS writes where a cluster has a managed identity and no service principal.
+// withoutMSI returns "" for "msi", which AKS writes if the cluster has a managed identity and no service principal.
 func withoutMSI(s string) string {
 	if strings.EqualFold(strings.TrimSpace(s), "msi") {
 		return ""
@@ -162,8 +161,8 @@ func readFile(path string) ([]byte, error) {
 	return text, nil
 }
 
-// parse reads JSON, or YAML, which the predecessor also took. Parsers quote what they stumble over, which may be a
-// secret, so of their errors only the place is told.
+// parse reads JSON, or YAML, which AAD Pod Identity also accepted. Errors of parsers quote the input, which may be a secret, so
+// the error here contains only the position.
 func parse(text []byte, into any) error {
 	text = bytes.TrimPrefix(text, []byte("\xef\xbb\xbf"))
 	if len(bytes.TrimSpace(text)) == 0 {
@@ -175,13 +174,13 @@ func parse(text []byte, into any) error {
 	}
 	if mistyped := (*json.UnmarshalTypeError)(nil); errors.As(err, &mistyped) {
 		if mistyped.Field == "" {
-			return errors.New("holds no JSON object")
+			return errors.New("is not a JSON object")
 		}
-		return fmt.Errorf("has something else than a %s in the field %q", mistyped.Type.Kind(), mistyped.Field)
+		return fmt.Errorf("has a value that is not a %s in the field %q", mistyped.Type.Kind(), mistyped.Field)
 	}
 	var flaw *json.SyntaxError
 	if errors.As(json.Unmarshal(text, new(any)), &flaw) && bytes.HasPrefix(bytes.TrimSpace(text), []byte("{")) {
-		return fmt.Errorf("is not JSON from line %d on", 1+bytes.Count(text[:min(int(flaw.Offset), len(text))], []byte("\n")))
+		return fmt.Errorf("has a JSON syntax error in line %d", 1+bytes.Count(text[:min(int(flaw.Offset), len(text))], []byte("\n")))
 	}
 	return errors.New("is neither JSON nor YAML")
 }

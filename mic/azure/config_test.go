@@ -114,22 +114,22 @@ func TestAConfigurationThatCannotBeReadSaysWhichFileAndWhatToDo(t *testing.T) {
 	cases := []struct {
 		name, content string
 		env           []string
-		says          []string
+		contains      []string
 	}{
-		{"not there", "-", nil, []string{"no such file", "give --cloudconfig a file that MIC may read"}},
+		{"not there", "-", nil, []string{"no such file", "set --cloudconfig to a file that MIC may read"}},
 		{"empty", " \n", nil, []string{"is empty; correct it"}},
-		{"broken JSON", "{\n\"cloud\": \"x\",\n\"aadClientSecret\": \"" + clientSecret + "\" oops\n}", nil, []string{"is not JSON from line 3 on; correct it"}},
-		{"half written", `{"aadClientSecret":"` + clientSecret, nil, []string{"is not JSON from line 1 on; correct it"}},
+		{"broken JSON", "{\n\"cloud\": \"x\",\n\"aadClientSecret\": \"" + clientSecret + "\" oops\n}", nil, []string{"has a JSON syntax error in line 3; correct it"}},
+		{"half written", `{"aadClientSecret":"` + clientSecret, nil, []string{"has a JSON syntax error in line 1; correct it"}},
 		{"broken YAML", "aadClientSecret: *" + clientSecret + "\n", nil, []string{"is neither JSON nor YAML; correct it"}},
-		{"text", clientSecret, nil, []string{"holds no JSON object; correct it"}},
-		{"a list", `["` + clientSecret + `"]`, nil, []string{"holds no JSON object; correct it"}},
-		{"a secret that is a list", `{"aadClientSecret":["` + clientSecret + `"]}`, nil, []string{`has something else than a string in the field "aadClientSecret"; correct it`}},
-		{"a switch that is a text", `{"useManagedIdentityExtension":"` + clientSecret + `"}`, nil, []string{`has something else than a bool in the field "useManagedIdentityExtension"; correct it`}},
+		{"text", clientSecret, nil, []string{"is not a JSON object; correct it"}},
+		{"a list", `["` + clientSecret + `"]`, nil, []string{"is not a JSON object; correct it"}},
+		{"a secret that is a list", `{"aadClientSecret":["` + clientSecret + `"]}`, nil, []string{`has a value that is not a string in the field "aadClientSecret"; correct it`}},
+		{"a switch that is a text", `{"useManagedIdentityExtension":"` + clientSecret + `"}`, nil, []string{`has a value that is not a bool in the field "useManagedIdentityExtension"; correct it`}},
 		{"larger than any", `{"aadClientSecret":"` + strings.Repeat("x", maxConfig) + `"}`, nil, []string{"is larger than 1 MiB"}},
-		{"a switch of the environment", "{}", []string{"USE_MSI", clientSecret}, []string{"USE_MSI is neither true nor false; correct it"}},
-		{"a cloud of one's own without a file", `{"cloud":"AZURESTACKCLOUD"}`, nil, []string{"set it to the file that describes the cloud", environmentFile}},
-		{"a cloud of one's own whose file is not there", `{"cloud":"AzureStackCloud"}`, []string{environmentFile, dir + "/none"}, []string{dir + "/none", "no such file", "set " + environmentFile}},
-		{"a cloud of one's own whose file is broken", `{"cloud":"AzureStackCloud"}`, []string{environmentFile, write(t, dir+"/broken", "{")}, []string{dir + "/broken", "is not JSON from line 1 on; correct it"}},
+		{"a switch of the environment", "{}", []string{"USE_MSI", clientSecret}, []string{"USE_MSI is neither true nor false; set it to one of them"}},
+		{"a custom cloud without a file", `{"cloud":"AZURESTACKCLOUD"}`, nil, []string{"set it to the path of the file that describes the cloud", environmentFile}},
+		{"a custom cloud whose file is not there", `{"cloud":"AzureStackCloud"}`, []string{environmentFile, dir + "/none"}, []string{dir + "/none", "no such file", "set " + environmentFile}},
+		{"a custom cloud whose file is broken", `{"cloud":"AzureStackCloud"}`, []string{environmentFile, write(t, dir+"/broken", "{")}, []string{dir + "/broken", "has a JSON syntax error in line 1; correct it"}},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -141,17 +141,17 @@ func TestAConfigurationThatCannotBeReadSaysWhichFileAndWhatToDo(t *testing.T) {
 			if err == nil {
 				t.Fatal("it was read")
 			}
-			says := c.says
+			contains := c.contains
 			if len(c.env) == 0 && !strings.Contains(c.content, "STACK") {
-				says = append(says, path)
+				contains = append(contains, path)
 			}
-			for _, want := range says {
+			for _, want := range contains {
 				if !strings.Contains(err.Error(), want) {
 					t.Errorf("got %q, want %q in it", err, want)
 				}
 			}
 			if strings.Contains(err.Error(), clientSecret) || strings.ContainsAny(err.Error(), "\n") {
-				t.Errorf("told as %q", err)
+				t.Errorf("the message is %q", err)
 			}
 		})
 	}
@@ -177,7 +177,7 @@ func TestCloudNamesAreCaseInsensitive(t *testing.T) {
 		{Config{Cloud: "AzureChinaCloud"}, "https://management.chinacloudapi.cn"},
 		{Config{Cloud: "azurestackcloud", Environment: own}, "https://arm.stack/"},
 		{Config{Cloud: "AzureGermanCloud"}, `cloud "AzureGermanCloud" in the configuration is unknown`},
-		{Config{Cloud: "AzureStackCloud"}, "needs resourceManagerEndpoint"},
+		{Config{Cloud: "AzureStackCloud"}, "requires resourceManagerEndpoint"},
 		{Config{Cloud: "AzureStackCloud", Environment: Environment{ResourceManagerEndpoint: "http://arm.stack/", TokenAudience: "a"}}, "an https URL"},
 		{Config{Cloud: "AzureStackCloud", Environment: Environment{ResourceManagerEndpoint: "https://arm.stack/"}}, "tokenAudience"},
 		{Config{Cloud: "AzureStackCloud", Environment: Environment{ResourceManagerEndpoint: "https://arm.stack/", TokenAudience: "a", ActiveDirectoryEndpoint: "login.stack"}}, `activeDirectoryEndpoint "login.stack"`},
@@ -214,9 +214,9 @@ func TestASecretIsNotFormatted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, told := range []string{fmt.Sprint(cfg), fmt.Sprintf("%+v", cfg), fmt.Sprintf("%#v", cfg), fmt.Sprintf("%s, %q", cfg.TenantID, cfg.ClientSecret), string(encoded)} {
-		if strings.Contains(told, clientSecret) || !strings.Contains(told, "tenant") {
-			t.Errorf("told as %s", told)
+	for _, reported := range []string{fmt.Sprint(cfg), fmt.Sprintf("%+v", cfg), fmt.Sprintf("%#v", cfg), fmt.Sprintf("%s, %q", cfg.TenantID, cfg.ClientSecret), string(encoded)} {
+		if strings.Contains(reported, clientSecret) || !strings.Contains(reported, "tenant") {
+			t.Errorf("formatted as %s", reported)
 		}
 	}
 }

@@ -21,7 +21,7 @@ import (
 
 const clientSecret = "the~client.secret-of-forty-characters-0123"
 
-// directory answers as Entra ID, the metadata service and ARM together: token is what a request for a token gets.
+// directory is a fake of Entra ID, IMDS and ARM together. token responds to requests for a token.
 func directory(token func(n int, r *http.Request) (*http.Response, error)) *fakeAzure {
 	n := 0
 	var mu sync.Mutex
@@ -47,7 +47,7 @@ func issueToken(_ int, r *http.Request) (*http.Response, error) {
 
 var serial atomic.Int32
 
-// unique keeps the library's process-wide cache of managed identities' tokens from answering for another test.
+// unique keeps the library's process-wide cache of managed identities' tokens from serving another test.
 func unique() string { return fmt.Sprintf("identity-%d", serial.Add(1)) }
 
 func tokenFile(t *testing.T, content string) string {
@@ -73,7 +73,7 @@ func TestMICAuthenticatesAsConfigured(t *testing.T) {
 			"http://169.254.169.254", url.Values{"resource": {"https://management.core.windows.net/"}, "client_id": {"*"}}, "msi_res_id", "https://management.azure.com"},
 		{"managed identity, by resource ID", func(*testing.T) Config { return Config{UseManagedIdentity: true, UserAssignedIdentityID: id(unique())} },
 			"http://169.254.169.254", url.Values{"msi_res_id": {"*"}}, "client_id", "https://management.azure.com"},
-		{"the machine's own identity, in a cloud of one's own", func(*testing.T) Config {
+		{"the machine's own identity, in a custom cloud", func(*testing.T) Config {
 			return Config{Cloud: "AzureStackCloud", Environment: Environment{ResourceManagerEndpoint: "https://management.stack/", TokenAudience: "https://" + unique()}, UseManagedIdentity: true}
 		}, "http://169.254.169.254", url.Values{"resource": {"*"}}, "client_id", "https://management.stack"},
 		{"service principal", func(*testing.T) Config {
@@ -86,7 +86,7 @@ func TestMICAuthenticatesAsConfigured(t *testing.T) {
 		{"service principal, in China", func(*testing.T) Config {
 			return Config{Cloud: "AzureChinaCloud", TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}
 		}, "https://login.chinacloudapi.cn", url.Values{"scope": {"https://management.core.chinacloudapi.cn//.default openid offline_access profile"}}, "client_assertion", "https://management.chinacloudapi.cn"},
-		{"service principal, in a cloud of one's own", func(*testing.T) Config {
+		{"service principal, in a custom cloud", func(*testing.T) Config {
 			return Config{Cloud: "AzureStackCloud", Environment: stack, TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}
 		}, "https://login.stack", url.Values{"scope": {"https://audience.stack/x/.default openid offline_access profile"}}, "client_assertion", "https://management.stack"},
 		{"workload identity", func(t *testing.T) Config {
@@ -109,7 +109,7 @@ func TestMICAuthenticatesAsConfigured(t *testing.T) {
 			requests := azure.requests()
 			last := requests[len(requests)-1]
 			if !strings.HasPrefix(last.url, c.arm+"/subscriptions/") || last.header.Get("Authorization") != "Bearer "+bearer {
-				t.Errorf("ARM was asked %+v", last)
+				t.Errorf("ARM received %+v", last)
 			}
 			asked := requests[len(requests)-2]
 			if !strings.HasPrefix(asked.url, c.host+"/") {
@@ -130,7 +130,7 @@ func TestMICAuthenticatesAsConfigured(t *testing.T) {
 			}
 			for _, r := range requests {
 				if strings.Contains(r.url, "discovery/instance") {
-					t.Errorf("somebody is asked whether to trust the authority: %s", r.url)
+					t.Errorf("there is an instance discovery request: %s", r.url)
 				}
 			}
 		})
@@ -140,9 +140,9 @@ func TestMICAuthenticatesAsConfigured(t *testing.T) {
 func TestAConfigurationWithoutACredentialSaysWhatToDo(t *testing.T) {
 	own := Environment{ResourceManagerEndpoint: "https://arm.stack/", TokenAudience: "a"}
 	cases := []struct {
-		name string
-		cfg  Config
-		says string
+		name     string
+		cfg      Config
+		contains string
 	}{
 		{"none", Config{}, "set useManagedIdentityExtension (USE_MSI)"},
 		{"a certificate", Config{TenantID: "t", ClientID: "c", ClientCertPath: "/etc/cert"}, "aadClientCertPath"},
@@ -150,14 +150,14 @@ func TestAConfigurationWithoutACredentialSaysWhatToDo(t *testing.T) {
 		{"a secret without a tenant", Config{ClientID: "c", ClientSecret: clientSecret}, "not both tenantId and aadClientId"},
 		{"a tenant that is none", Config{TenantID: "a tenant/../x", ClientID: "c", ClientSecret: clientSecret}, "correct tenantId"},
 		{"workload identity without a file", Config{UseWorkloadIdentity: true, TenantID: "t", ClientID: "c"}, "AZURE_FEDERATED_TOKEN_FILE"},
-		{"a cloud of one's own without Entra ID", Config{Cloud: "AzureStackCloud", Environment: own, TenantID: "t", ClientID: "c", ClientSecret: clientSecret}, "activeDirectoryEndpoint"},
+		{"a custom cloud without Entra ID", Config{Cloud: "AzureStackCloud", Environment: own, TenantID: "t", ClientID: "c", ClientSecret: clientSecret}, "activeDirectoryEndpoint"},
 		{"workload identity there", Config{Cloud: "AzureStackCloud", Environment: own, UseWorkloadIdentity: true, TenantID: "t", ClientID: "c", FederatedTokenFile: "f"}, "activeDirectoryEndpoint"},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			_, err := New(c.cfg, Options{})
-			if err == nil || !strings.Contains(err.Error(), c.says) || strings.Contains(err.Error(), clientSecret) || strings.Contains(err.Error(), "\n") {
-				t.Errorf("got %v, want %q", err, c.says)
+			if err == nil || !strings.Contains(err.Error(), c.contains) || strings.Contains(err.Error(), clientSecret) || strings.Contains(err.Error(), "\n") {
+				t.Errorf("got %v, want %q", err, c.contains)
 			}
 		})
 	}
@@ -175,33 +175,33 @@ func TestATokenFailureIsClassifiedAndContainsNoSecret(t *testing.T) {
 	}
 	managed := func(*testing.T) Config { return Config{UseManagedIdentity: true, UserAssignedIdentityID: unique()} }
 	cases := []struct {
-		name   string
-		cfg    func(*testing.T) Config
-		answer func(int, *http.Request) (*http.Response, error)
-		class  Class
-		says   string
+		name     string
+		cfg      func(*testing.T) Config
+		answer   func(int, *http.Request) (*http.Response, error)
+		class    Class
+		contains string
 	}{
 		{"a wrong secret", secret, answering(401, `{"error":"invalid_client","error_description":"AADSTS7000215: Invalid client secret `+clientSecret+` provided.\r\nTrace ID: x","error_codes":[7000215]}`), Denied, "AADSTS7000215: Invalid client secret [...] provided."},
 		{"no such application", secret, answering(400, `{"error":"unauthorized_client","error_description":"AADSTS700016"}`), Denied, "correct tenantId, aadClientId and aadClientSecret in the configuration"},
 		{"an answer that is no JSON", secret, answering(403, `<html>`+clientSecret), Denied, "status 403"},
-		{"Entra ID is busy", secret, answering(429, `{}`, "Retry-After: 30"), Unavailable, "again after 30s"},
+		{"Entra ID is busy", secret, answering(429, `{}`, "Retry-After: 30"), Unavailable, "retry after 30s"},
 		{"Entra ID is broken", secret, answering(503, `{}`), Unavailable, "status 503"},
-		{"no token in the answer", secret, answering(200, `{"secret":"`+clientSecret+`"}`), Unavailable, "no token that can be used"},
-		{"a token that has ended", secret, answering(200, `{"access_token":"`+bearer+`","token_type":"Bearer","expires_in":1}`), Unavailable, "compare the clocks"},
+		{"no token in the response", secret, answering(200, `{"secret":"`+clientSecret+`"}`), Unavailable, "no usable token"},
+		{"an expired token", secret, answering(200, `{"access_token":"`+bearer+`","token_type":"Bearer","expires_in":1}`), Unavailable, "check the clock of the node"},
 		{"an answer without end", secret, answering(200, strings.Repeat("x", maxTokenResponse+1)), Unavailable, "larger than"},
 		{"nobody there", secret, func(int, *http.Request) (*http.Response, error) { return nil, errors.New("refused " + clientSecret) }, Unavailable, "refused [...]"},
-		{"Entra ID hangs", secret, func(_ int, r *http.Request) (*http.Response, error) { return hung(r) }, Unavailable, "no answer in time"},
-		{"not attached to the machine", managed, answering(400, `{"error":"invalid_request","error_description":"Identity not found"}`), Denied, "see that it is attached to the machine MIC runs on"},
+		{"Entra ID hangs", secret, func(_ int, r *http.Request) (*http.Response, error) { return hung(r) }, Unavailable, "no response in time"},
+		{"not attached to the machine", managed, answering(400, `{"error":"invalid_request","error_description":"Identity not found"}`), Denied, "check that it is attached to the machine MIC runs on"},
 		{"the metadata service is not ready", managed, answering(404, ``), Unavailable, "status 404"},
 		{"the metadata service is updated", managed, answering(410, ``), Unavailable, "status 410"},
 		{"the metadata service is broken", managed, answering(500, ``), Unavailable, "status 500"},
-		{"the metadata service hangs", managed, func(_ int, r *http.Request) (*http.Response, error) { return hung(r) }, Unavailable, "no answer in time"},
+		{"the metadata service hangs", managed, func(_ int, r *http.Request) (*http.Response, error) { return hung(r) }, Unavailable, "no response in time"},
 		{"no file", func(*testing.T) Config {
 			return Config{UseWorkloadIdentity: true, TenantID: "t", ClientID: "c", FederatedTokenFile: "/nowhere/token"}
 		}, issueToken, Denied, "/nowhere/token"},
 		{"no federated credential", func(t *testing.T) Config {
 			return Config{UseWorkloadIdentity: true, TenantID: "t", ClientID: "c", FederatedTokenFile: tokenFile(t, bearer)}
-		}, answering(401, `{"error":"invalid_client","error_description":"AADSTS700213: no match for `+bearer+`"}`), Denied, "no match for [...]; see that it has a federated credential"},
+		}, answering(401, `{"error":"invalid_client","error_description":"AADSTS700213: no match for `+bearer+`"}`), Denied, "no match for [...]; check that it has a federated credential"},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -214,15 +214,15 @@ func TestATokenFailureIsClassifiedAndContainsNoSecret(t *testing.T) {
 				}
 				_, err = client.Get(t.Context(), vm)
 				var failed *Error
-				if !errors.As(err, &failed) || failed.Class != c.class || failed.Operation != "vm_get" || !strings.Contains(err.Error(), c.says) {
-					t.Errorf("got %v\nwant %s, %q", err, c.class, c.says)
+				if !errors.As(err, &failed) || failed.Class != c.class || failed.Operation != "vm_get" || !strings.Contains(err.Error(), c.contains) {
+					t.Errorf("got %v\nwant %s, %q", err, c.class, c.contains)
 				}
 				if observer.all() != "vm_get "+string(c.class) {
-					t.Errorf("told of %s", observer.all())
+					t.Errorf("observed %s", observer.all())
 				}
 				for e := err; e != nil; e = errors.Unwrap(e) {
 					if strings.Contains(e.Error(), clientSecret) || strings.Contains(e.Error(), bearer) || strings.ContainsAny(e.Error(), "\r\n") {
-						t.Errorf("told as %q", e)
+						t.Errorf("the message is %q", e)
 					}
 				}
 			})

@@ -7,7 +7,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/resourcemanager/compute/armcompute/v7"
 )
 
-// Describe says in one line which update [Client.Begin] would send, as ARM would get it.
+// Describe returns, in one line, the request that [Client.Begin] would send to ARM.
 func Describe(r Resource, basis State, add, remove []string) string {
 	p, err := newPatch(basis, add, remove)
 	if err != nil {
@@ -22,7 +22,7 @@ func Describe(r Resource, basis State, add, remove []string) string {
 	return fmt.Sprintf("PATCH %s %s", r.ID(), body)
 }
 
-// ParseID reads the ID of a machine as [Resource.ID] writes it.
+// ParseID parses the ID of a machine, as [Resource.ID] returns it.
 func ParseID(id string) (Resource, error) {
 	if r, err := ParseProviderID("azure://" + id); err == nil {
 		return r, nil

@@ -10,25 +10,25 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// Class sorts failures by what to do about them. It is fit to be a metric label.
+// Class groups failures by how to react to them. It has few values, so it can be a metric label.
 type Class string
 
 const (
-	// NotFound: the machine is gone.
+	// NotFound: the machine does not exist.
 	NotFound Class = "not_found"
-	// Throttled: ARM asked for the subscription to be left alone for RetryAfter.
+	// Throttled: ARM throttles the subscription. A retry can succeed after RetryAfter.
 	Throttled Class = "throttled"
-	// Conflict: the machine is not in the state that was planned from. Read it anew.
+	// Conflict: the machine is no longer in the state that the update was planned from. Read it and plan again.
 	Conflict Class = "conflict"
-	// BadIdentity: Azure refuses some of the identities, or MIC may not assign them. None of the update was done.
+	// BadIdentity: Azure refuses some of the identities, or MIC may not assign them. ARM applied nothing of the update.
 	BadIdentity Class = "bad_identity"
-	// Denied: Azure does not let MIC do this, or gives it no token, until somebody changes something.
+	// Denied: MIC lacks a permission, or gets no token. A retry fails until someone changes the configuration.
 	Denied Class = "denied"
-	// Unavailable: nobody answered, or with a 5xx. It passes.
+	// Unavailable: no response, or a 5xx. A retry can succeed.
 	Unavailable Class = "unavailable"
-	// Invalid: ARM cannot make sense of the request, and will not the next time.
+	// Invalid: ARM does not understand the request. A retry fails.
 	Invalid Class = "invalid"
-	// Unconfigured: there is no configuration to reach Azure with.
+	// Unconfigured: there is no usable configuration for Azure.
 	Unconfigured Class = "unconfigured"
 )
 
@@ -36,21 +36,21 @@ const (
 type Error struct {
 	Class     Class
 	Operation string // such as "vmss_update"
-	// Status and Code are those of the answer; zero if there was none. Of an update that failed on its way the status is
-	// that of the answer which says so: 200.
+	// Status and Code of the response; zero if there was none. If a running update failed, Status is that of the poll
+	// response that reports it: 200.
 	Status int
 	Code   string
-	// Message is what Azure says, or a sentence of our own.
+	// Message is the error message of Azure, or a message of this package.
 	Message       string
-	CorrelationID string // by which Azure's logs know the call; may be empty
-	// Identities are those that Azure named as bad, folded. Empty if it named none.
+	CorrelationID string // identifies the call in Azure's logs; may be empty
+	// Identities are the refused identities, folded. Empty if Azure named none.
 	Identities []string
-	// RetryAfter is how long to leave the subscription alone; 0 if that was not said.
+	// RetryAfter is the time to wait before the next request; 0 if ARM did not specify it.
 	RetryAfter time.Duration
 	Err        error
 }
 
-// Error is one line.
+// Error returns one line.
 func (e *Error) Error() string {
 	var b strings.Builder
 	b.WriteString(e.Operation + ": " + string(e.Class))
@@ -66,7 +66,7 @@ func (e *Error) Error() string {
 		b.WriteString(": " + text.OneLine(e.Err.Error(), maxMessage))
 	}
 	if e.RetryAfter > 0 {
-		fmt.Fprintf(&b, " (again after %s)", e.RetryAfter.Round(time.Second))
+		fmt.Fprintf(&b, " (retry after %s)", e.RetryAfter.Round(time.Second))
 	}
 	if e.CorrelationID != "" {
 		b.WriteString(" (correlation ID " + e.CorrelationID + ")")
@@ -76,36 +76,35 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// NonRetriable keeps the Azure SDK from trying again: an Error that is seen inside its pipeline is already the end of
-// several attempts.
+// NonRetriable keeps the Azure SDK from retrying: an *Error inside its pipeline is already the result of several attempts.
 func (e *Error) NonRetriable() {}
 
-// What is kept of texts from outside. A message of ARM about one missing permission has about 600 bytes, with the action
-// and the scope in the first 500.
+// Maximum sizes of texts from outside, in bytes. A message of ARM about a missing permission has about 600 bytes, with the
+// action and the scope in the first 500.
 const (
 	maxMessage = 1024
 	maxCode    = 128
 	maxID      = 64
 )
 
-// jwt is what a token looks like.
+// jwt matches tokens.
 var jwt = regexp.MustCompile(`eyJ[\w-]+\.[\w-]+(\.[\w-]*)?`)
 
-// minSecret is how long a secret is at least that is looked for in texts. Entra ID's have 40 characters; to take out
-// all that equals a shorter one would leave nothing to read.
+// minSecret is the minimum length of a secret that clean removes from texts. Those of Entra ID have 40 characters; removing
+// all occurrences of a very short one would make texts unreadable.
 const minSecret = 8
 
-// cleaner takes out of texts what must not be told: the client secret, and whatever looks like a token.
+// cleaner removes secrets from texts: the client secret, and everything that looks like a token.
 type cleaner struct{ secret Secret }
 
-func (c cleaner) clean(s string, most int) string {
+func (c cleaner) clean(s string, maxBytes int) string {
 	if len(c.secret) >= minSecret {
 		s = strings.ReplaceAll(s, string(c.secret), redacted)
 	}
-	return text.OneLine(jwt.ReplaceAllString(s, redacted), most)
+	return text.OneLine(jwt.ReplaceAllString(s, redacted), maxBytes)
 }
 
-// noResponse makes an Error of a failure in which nothing was answered.
+// noResponse returns the Error of a failure without a response.
 func (c cleaner) noResponse(operation string, err error) *Error {
-	return &Error{Class: Unavailable, Operation: operation, Message: cmp.Or(c.clean(err.Error(), maxMessage), "no answer"), Err: contextError(err)}
+	return &Error{Class: Unavailable, Operation: operation, Message: cmp.Or(c.clean(err.Error(), maxMessage), "no response"), Err: contextError(err)}
 }

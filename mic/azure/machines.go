@@ -11,20 +11,21 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/resourcemanager/compute/armcompute/v7"
 )
 
-// machines are those of one kind in one subscription. The library has the same types twice; what differs stays here.
+// machines is the client for one kind of machine in one subscription. The SDK has separate types for virtual machines and
+// scale sets; this file hides the difference.
 type machines interface {
 	get(ctx context.Context, r Resource) (State, error)
-	// update begins one; with a token it takes up one that was begun before, and sends nothing.
+	// update starts an update. With a token it resumes one that was started before, and sends nothing.
 	update(ctx context.Context, r Resource, p patch, token string) (poller, error)
 }
 
-// poller is an update on its way.
+// poller polls a running update.
 type poller interface {
 	Poll(ctx context.Context) (*http.Response, error)
 	Done() bool
 	ResumeToken() (string, error)
-	// outcome asks for the machine once the update is done, or tells why that failed. found is false if the answer was
-	// not the machine.
+	// outcome reads the machine once the update is done, or returns why the update failed. found is false if the response
+	// was not the machine.
 	outcome(ctx context.Context) (state State, found bool, err error)
 }
 
@@ -85,7 +86,7 @@ func (s scaleSets) update(ctx context.Context, r Resource, p patch, token string
 	return updatePoller[armcompute.VirtualMachineScaleSetsClientUpdateResponse]{started, r, read}, nil
 }
 
-// updatePoller is the library's poller, and how its answer is read.
+// updatePoller is the SDK's poller with a function that reads its response.
 type updatePoller[T any] struct {
 	*runtime.Poller[T]
 	resource Resource
@@ -93,15 +94,15 @@ type updatePoller[T any] struct {
 }
 
 func (u updatePoller[T]) outcome(ctx context.Context) (State, bool, error) {
-	answer, err := u.Result(ctx)
+	result, err := u.Result(ctx)
 	if err != nil {
 		return State{}, false, err
 	}
-	got := u.read(answer)
+	got := u.read(result)
 	return got.state, Fold(got.id) == u.resource.Key(), nil
 }
 
-// parsedMachine is what is read of an answer. The rest of it, which may be long, is let go.
+// parsedMachine has the fields of a response that are used. The rest, which may be long, is not kept.
 type parsedMachine struct {
 	id    string
 	state State

@@ -9,17 +9,17 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 )
 
-// initialPollInterval is how soon is asked again for an update that was not done at once; the pauses double up to the Client's.
+// initialPollInterval is the interval before the second poll. The interval doubles up to that of the Client.
 const initialPollInterval = time.Second
 
-// Operation is an update on its way. It belongs to one goroutine at a time.
+// Operation is a running update. It must be used by one goroutine at a time.
 type Operation struct {
 	client    *Client
 	resource  Resource
 	s         *subscription
 	requested map[string]bool
 	deadline  time.Time
-	wait      time.Duration // before the next question
+	wait      time.Duration // before the next poll
 
 	poller poller // nil: done
 	token  string
@@ -30,29 +30,28 @@ type Operation struct {
 
 func (c *Client) operation(r Resource, s *subscription, p poller, requested map[string]bool) *Operation {
 	o := &Operation{client: c, resource: r, s: s, requested: requested, deadline: time.Now().Add(c.maxPollTime), poller: p}
-	if token, err := p.ResumeToken(); err == nil { // otherwise it is done
+	if token, err := p.ResumeToken(); err == nil { // there is an error if the update is done
 		o.token = token
 	}
 	return o
 }
 
-// Token is what the operation can be taken up by again, with [Client.Resume]; empty once it is done. It holds addresses
-// that are as good as passwords for what became of the update.
+// Token returns the token for [Client.Resume]; empty once the operation is done. The token is secret: it contains URLs that
+// give access to the result of the update without a credential.
 func (o *Operation) Token() string { return o.token }
 
-// Wait asks until the update is done, as often as ARM says, and returns the machine as ARM has it then. The subscription
-// may be throttled, and answers may fail: that does not end the update. After an error that leaves Token as it was, the
-// outcome is unknown, and Wait may be called again; once the time for all is over it then asks only once. Its error is
-// an *Error.
+// Wait polls until the update is done, at the interval that ARM requests, and returns the resulting state of the machine.
+// Throttling and failed polls do not end it. If Token is unchanged after an error, the outcome is unknown, and Wait may be
+// called again; after the maximum time it then polls only once. Its error is an *Error.
 //
-// ARM forgets updates after a while. Of one that it does not know any more the state is returned without an error, and
-// says by itself what became of it.
+// ARM forgets updates after a while. If ARM no longer knows the update, Wait returns the state of the machine without an error;
+// the caller must compare it with what the update was to do.
 func (o *Operation) Wait(ctx context.Context) (State, error) {
 	if o.poller == nil {
 		return o.state, o.failed
 	}
 	every := initialPollInterval
-	var failed *Error // the last time
+	var failed *Error // of the last poll
 	for {
 		if err := o.waitForPoll(ctx, failed); err != nil {
 			return State{}, err
@@ -77,25 +76,25 @@ func (o *Operation) Wait(ctx context.Context) (State, error) {
 	}
 }
 
-// waitForPoll waits for the pause to be over, and for the subscription to be open again. failed is what went wrong last.
+// waitForPoll waits until the next poll is due and the subscription is not throttled. failed is the error of the last poll.
 func (o *Operation) waitForPoll(ctx context.Context, failed *Error) error {
 	for {
-		shut := o.s.retryAfter.Remaining()
-		pause := max(o.wait, shut)
+		throttled := o.s.retryAfter.Remaining()
+		pause := max(o.wait, throttled)
 		o.wait = 0
 		if ctx.Err() != nil {
-			return o.unfinished(Error{Class: Unavailable, Message: "given up: " + ctx.Err().Error(), Err: ctx.Err()})
+			return o.unfinished(Error{Class: Unavailable, Message: "stopped waiting for the update: " + ctx.Err().Error(), Err: ctx.Err()})
 		}
 		if pause <= 0 {
 			return nil
 		}
 		if time.Until(o.deadline) < pause {
 			e := Error{Class: Unavailable, Message: fmt.Sprintf("the update has not ended within %s", o.client.maxPollTime), RetryAfter: pause}
-			if shut == pause {
+			if throttled == pause {
 				e.Class = Throttled
 			}
 			if failed != nil {
-				e.Message += "; the last answer: " + failed.Message
+				e.Message += "; the last response: " + failed.Message
 			}
 			return o.unfinished(e)
 		}
@@ -113,8 +112,8 @@ func (o *Operation) unfinished(e Error) error {
 	return &e
 }
 
-// isFinal reports whether a failure is the end of the update, and not only of a question about it. An update that fails
-// says so in an answer that is a success itself; and what no question can mean, the update meant.
+// isFinal reports whether the error means that the update failed, not only a poll. ARM reports a failed update in a response with
+// a success status. The classes listed here cannot result from a poll, so they too are about the update.
 func (o *Operation) isFinal(e *Error) bool {
 	switch e.Class {
 	case NotFound, Conflict, BadIdentity, Invalid:
@@ -129,7 +128,7 @@ func (o *Operation) finish(state State, err error) (State, error) {
 	return state, err
 }
 
-// pollOnce puts one question: what became of the update, or how the machine is now that it is done.
+// pollOnce sends one request: a poll, or a read of the machine once the update is done.
 func (o *Operation) pollOnce(ctx context.Context) (state State, done bool, err error) {
 	c, kind := o.client, o.resource.Kind.String()
 	if !o.poller.Done() {
@@ -143,7 +142,7 @@ func (o *Operation) pollOnce(ctx context.Context) (state State, done bool, err e
 				return nil
 			}
 			if body, err := runtime.Payload(resp); err == nil && parseARMError(body).updateFailed() {
-				_, _, err = o.poller.outcome(ctx) // it asks nothing, and tells why
+				_, _, err = o.poller.outcome(ctx) // sends no request, and returns why the update failed
 				return err
 			}
 			return nil

@@ -13,7 +13,7 @@ import (
 
 const pollURL = "https://management.azure.com/subscriptions/Sub/providers/Microsoft.Compute/locations/here/operations/1?p=1&s=signature"
 
-// begun answers the PATCH: the update is on its way.
+// begun responds to the PATCH: the update runs.
 func begun(r Resource, headers ...string) func(*http.Request) (*http.Response, error) {
 	return replying(200, describe(r, "Updating", "None"), append(headers, "Azure-AsyncOperation: "+pollURL)...)
 }
@@ -100,10 +100,10 @@ func TestWaitPollsAnUpdateUntilItEnds(t *testing.T) {
 					t.Errorf("waited %v, want %v", got, c.pauses)
 				}
 				if observer.all() != c.calls {
-					t.Errorf("told of %s\nwant %s", observer.all(), c.calls)
+					t.Errorf("observed %s\nwant %s", observer.all(), c.calls)
 				}
 				if again, err := o.Wait(t.Context()); o.Token() != "" || err != nil || len(again.Identities) != 2 {
-					t.Errorf("a done operation has token %q and brings %+v, %v", o.Token(), again, err)
+					t.Errorf("a done operation has token %q and returns %+v, %v", o.Token(), again, err)
 				}
 			})
 		})
@@ -113,21 +113,21 @@ func TestWaitPollsAnUpdateUntilItEnds(t *testing.T) {
 func TestAFailedUpdateIsClassifiedLikeARefusedOne(t *testing.T) {
 	a := Fold(id("a"))
 	cases := []struct {
-		name   string
-		answer func(*http.Request) (*http.Response, error)
-		class  Class
-		named  []string
-		says   string
+		name     string
+		answer   func(*http.Request) (*http.Response, error)
+		class    Class
+		named    []string
+		contains string
 	}{
 		{"an identity that is gone", failing("FailedIdentityOperation", missing("a")), BadIdentity, []string{a}, "was not found"},
 		{"an identity that is not named", failing("LinkedAuthorizationFailed", "no"), BadIdentity, nil, "no"},
 		{"another code that names one", failing("BadRequest", "no "+id("a")), BadIdentity, []string{a}, "no /subscriptions"},
 		{"preempted", failing("OperationPreempted", "by another"), Conflict, nil, "by another"},
-		{"canceled", replying(200, `{"status":"Canceled"}`), Conflict, nil, "does not say why"},
+		{"canceled", replying(200, `{"status":"Canceled"}`), Conflict, nil, "gave no reason"},
 		{"a fault of Azure", failing("InternalExecutionError", "on "+id("a")), Unavailable, nil, "on /subscriptions"},
 		{"an extension", failing("VMExtensionProvisioningError", "boom"), Unavailable, nil, "boom"},
-		{"without a word", replying(200, `{"status":"Failed"}`), Unavailable, nil, "does not say why"},
-		{"by the status of the answer", replying(409, armBody("Conflict", "busy", "")), Conflict, nil, "busy"},
+		{"without a reason", replying(200, `{"status":"Failed"}`), Unavailable, nil, "gave no reason"},
+		{"by the status of the response", replying(409, armBody("Conflict", "busy", "")), Conflict, nil, "busy"},
 	}
 	for _, r := range []Resource{vm, vmss} {
 		for _, c := range cases {
@@ -138,14 +138,14 @@ func TestAFailedUpdateIsClassifiedLikeARefusedOne(t *testing.T) {
 					o := begin(t, newClient(t, arm, func(o *Options) { o.Observer = observer }), r)
 					_, err := o.Wait(t.Context())
 					var got *Error
-					if !errors.As(err, &got) || got.Class != c.class || !slices.Equal(got.Identities, c.named) || !strings.Contains(got.Message, c.says) || got.Operation != r.Kind.String()+"_poll" {
+					if !errors.As(err, &got) || got.Class != c.class || !slices.Equal(got.Identities, c.named) || !strings.Contains(got.Message, c.contains) || got.Operation != r.Kind.String()+"_poll" {
 						t.Fatalf("got %v naming %v", err, got.Identities)
 					}
 					if _, again := o.Wait(t.Context()); o.Token() != "" || again != err || len(arm.requests()) != 3 {
 						t.Errorf("token %q, %d requests, and again %v", o.Token(), len(arm.requests()), again)
 					}
 					if want := r.Kind.String() + "_poll " + string(c.class); !strings.HasSuffix(observer.all(), want) {
-						t.Errorf("told of %s; want %s at the end", observer.all(), want)
+						t.Errorf("observed %s; want %s at the end", observer.all(), want)
 					}
 				})
 			})
@@ -172,7 +172,7 @@ func TestAnotherClientResumesAnUpdate(t *testing.T) {
 			}
 			requests := arm.requests()
 			if len(requests) != 3 || requests[0].url != pollURL || requests[0].method != http.MethodGet || !strings.Contains(requests[2].url, r.ID()) {
-				t.Errorf("asked %+v", requests)
+				t.Errorf("sent %+v", requests)
 			}
 		})
 	}
@@ -244,20 +244,20 @@ func TestMICsTokenIsSentToARMOnly(t *testing.T) {
 
 func TestWaitTimesOut(t *testing.T) {
 	cases := []struct {
-		name    string
-		answers []func(*http.Request) (*http.Response, error)
-		context time.Duration
-		after   time.Duration
-		is      error
-		says    string
-		class   Class
+		name     string
+		answers  []func(*http.Request) (*http.Response, error)
+		context  time.Duration
+		after    time.Duration
+		is       error
+		contains string
+		class    Class
 	}{
-		{"with the caller's time", []func(*http.Request) (*http.Response, error){begun(vm), inProgress("Retry-After: 10")}, 25 * time.Second, 25 * time.Second, context.DeadlineExceeded, "given up", Unavailable},
-		{"with the caller's time, in an answer that hangs", []func(*http.Request) (*http.Response, error){begun(vm), hung}, 12 * time.Second, 12 * time.Second, context.DeadlineExceeded, "given up", Unavailable},
+		{"with the caller's time", []func(*http.Request) (*http.Response, error){begun(vm), inProgress("Retry-After: 10")}, 25 * time.Second, 25 * time.Second, context.DeadlineExceeded, "stopped waiting", Unavailable},
+		{"with the caller's time, in a response that hangs", []func(*http.Request) (*http.Response, error){begun(vm), hung}, 12 * time.Second, 12 * time.Second, context.DeadlineExceeded, "stopped waiting", Unavailable},
 		{"with the time for all", []func(*http.Request) (*http.Response, error){begun(vm), inProgress("Retry-After: 50")}, time.Hour, 20 * time.Minute, nil, "has not ended within 20m0s", Unavailable},
 		{"at once if ARM wants more time than there is", []func(*http.Request) (*http.Response, error){begun(vm, "Retry-After: 3600")}, 2 * time.Hour, 0, nil, "has not ended within 20m0s", Unavailable},
-		{"at once if the subscription is shut for longer", []func(*http.Request) (*http.Response, error){begun(vm), replying(429, "", "Retry-After: 3600")}, 2 * time.Hour, 0, nil, "again after 1h0m0s", Throttled},
-		{"with the time for all, among failures", []func(*http.Request) (*http.Response, error){begun(vm), replying(503, "")}, time.Hour, 19*time.Minute + 57*time.Second, nil, "has not ended within 20m0s; the last answer: Service Unavailable", Unavailable},
+		{"at once if the subscription is throttled for longer", []func(*http.Request) (*http.Response, error){begun(vm), replying(429, "", "Retry-After: 3600")}, 2 * time.Hour, 0, nil, "retry after 1h0m0s", Throttled},
+		{"with the time for all, among failures", []func(*http.Request) (*http.Response, error){begun(vm), replying(503, "")}, time.Hour, 19*time.Minute + 57*time.Second, nil, "has not ended within 20m0s; the last response: Service Unavailable", Unavailable},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -272,14 +272,14 @@ func TestWaitTimesOut(t *testing.T) {
 				if !errors.As(err, &failed) || failed.Class != c.class || c.is != nil && !errors.Is(err, c.is) {
 					t.Errorf("got %v", err)
 				}
-				if c.says != "" && !strings.Contains(err.Error(), c.says) {
-					t.Errorf("told as %q", err)
+				if c.contains != "" && !strings.Contains(err.Error(), c.contains) {
+					t.Errorf("the message is %q", err)
 				}
 				if took := time.Since(start); took != c.after {
 					t.Errorf("took %s, want %s", took, c.after)
 				}
 				if o.Token() != token || token == "" {
-					t.Error("it cannot be taken up again")
+					t.Error("it cannot be resumed")
 				}
 			})
 		})

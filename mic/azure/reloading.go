@@ -8,13 +8,13 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// reloadInterval is how often the configuration is looked at.
+// reloadInterval is how often the configuration is checked.
 const reloadInterval = 10 * time.Second
 
-// Reloading is a Client that follows its configuration. What was begun with one goes on with it; what begins after a
-// change has the new one. A change that cannot be used is reported, and the Client there was stays.
+// Reloading is a Client that follows its configuration. Running operations keep the configuration they started with; operations
+// after a change use the new one. An invalid change is reported, and the previous Client stays in use.
 type Reloading struct {
-	// Every is how often the configuration is looked at; 0 means 10 s. It must not be set once Run runs.
+	// Every is how often the configuration is checked; 0 means 10 s. It must not be set after Run started.
 	Every time.Duration
 
 	path    string
@@ -23,28 +23,27 @@ type Reloading struct {
 	changed func(Config, error)
 	current atomic.Pointer[activeConfig]
 
-	// What was reported last. It belongs to whoever looks: NewReloading, then Run.
+	// What was reported last. Only NewReloading and then Run may access it.
 	last    Config
 	lastErr string
 }
 
-// activeConfig is what calls are made with.
+// activeConfig is the configuration in use, with its Client.
 type activeConfig struct {
 	cfg    Config
-	client *Client // nil: there was no usable configuration yet
-	err    error   // why
+	client *Client // nil: there has been no usable configuration yet
+	err    error   // why client is nil
 }
 
-// NewReloading reads the configuration as [LoadConfig] does. changed is told what came of that, and then once for each
-// change: the configuration, or why it cannot be used.
+// NewReloading reads the configuration like [LoadConfig]. It calls changed with the result, and Run calls it once for each
+// change: with the configuration, or with the error that makes it unusable.
 func NewReloading(path string, getenv func(string) string, o Options, changed func(Config, error)) *Reloading {
 	r := &Reloading{path: path, getenv: getenv, options: o, changed: changed}
 	r.report(r.refresh())
 	return r
 }
 
-// Run looks at the configuration until ctx ends. What is compared is the content, so it does not matter whether a file is
-// edited or another put in its place.
+// Run checks the configuration until ctx ends. It compares the content, so a file may be edited or replaced.
 func (r *Reloading) Run(ctx context.Context) {
 	ticker := time.NewTicker(positive(r.Every, reloadInterval))
 	defer ticker.Stop()
@@ -61,7 +60,7 @@ func (r *Reloading) Run(ctx context.Context) {
 	}
 }
 
-// refresh reads the configuration, and puts it into force if it is another one and can be used.
+// refresh reads the configuration, and uses it if it is valid and has changed.
 func (r *Reloading) refresh() (Config, error) {
 	cfg, err := LoadConfig(r.path, r.getenv)
 	now := r.current.Load()
@@ -92,7 +91,7 @@ func message(err error) string {
 	return err.Error()
 }
 
-// Get is [Client.Get]. While there is no usable configuration it is Unconfigured, and says why.
+// Get is [Client.Get]. While there is no usable configuration the error is Unconfigured, with the reason.
 func (r *Reloading) Get(ctx context.Context, of Resource) (State, error) {
 	c, err := r.client(of, "_get")
 	if err != nil {
@@ -119,7 +118,7 @@ func (r *Reloading) Resume(ctx context.Context, of Resource, token string) (*Ope
 	return c.Resume(ctx, of, token)
 }
 
-// OwnIdentities is [Config.OwnIdentities] of the configuration in force.
+// OwnIdentities is [Config.OwnIdentities] of the configuration in use.
 func (r *Reloading) OwnIdentities() []string { return r.current.Load().cfg.OwnIdentities() }
 
 func (r *Reloading) client(of Resource, operation string) (*Client, error) {

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// reports is what a Reloading told.
+// reports are the calls of changed by a Reloading.
 type reports struct {
 	mu  sync.Mutex
 	all []string
@@ -22,23 +22,23 @@ type reports struct {
 func (r *reports) changed(cfg Config, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	told := cfg.Cloud
+	reported := cfg.Cloud
 	if err != nil {
-		told = err.Error()
+		reported = err.Error()
 	}
-	r.all = append(r.all, told)
+	r.all = append(r.all, reported)
 }
 
-// take returns what was told since the last time.
+// take returns the reports since the last call.
 func (r *reports) take() []string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	told := r.all
+	reported := r.all
 	r.all = nil
-	return told
+	return reported
 }
 
-// anywhere answers for each cloud, with its host in the name of the identity.
+// anywhere is a fake of all clouds, with the host of the cloud in the name of the identity.
 func anywhere() *fakeAzure {
 	return &fakeAzure{answer: func(_ int, r *http.Request) (*http.Response, error) {
 		return reply(r, 200, describe(vm, "Succeeded", "UserAssigned", strings.ReplaceAll(r.URL.Host, ".", "-")))
@@ -61,8 +61,8 @@ func TestAChangedConfigurationIsAppliedAndReportedOnce(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "azure.json")
 	synctest.Test(t, func(t *testing.T) {
 		write(t, path, in("AzurePublicCloud"))
-		told := &reports{}
-		r := NewReloading(path, env(), Options{Transport: anywhere(), Credential: credential(hasToken)}, told.changed)
+		reported := &reports{}
+		r := NewReloading(path, env(), Options{Transport: anywhere(), Credential: credential(hasToken)}, reported.changed)
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		go r.Run(ctx)
@@ -77,9 +77,9 @@ func TestAChangedConfigurationIsAppliedAndReportedOnce(t *testing.T) {
 			if got := r.OwnIdentities(); len(got) != 1 || got[0] != own {
 				t.Errorf("%s: MIC's own identity is %v", what, got)
 			}
-			all := told.take()
+			all := reported.take()
 			if report == "" && len(all) != 0 || report != "" && (len(all) != 1 || !strings.Contains(all[0], report)) {
-				t.Errorf("%s: told %q, want %q", what, all, report)
+				t.Errorf("%s: reported %q, want %q", what, all, report)
 			}
 		}
 		expect("at the start", "management-azure-com", "own-AzurePublicCloud", "AzurePublicCloud")
@@ -91,7 +91,7 @@ func TestAChangedConfigurationIsAppliedAndReportedOnce(t *testing.T) {
 		replace(t, path, in("AzureUSGovernmentCloud"))
 		expect("replaced", "management-usgovcloudapi-net", "own-AzureUSGovernmentCloud", "AzureUSGovernmentCloud")
 		write(t, path, "{")
-		expect("broken", "management-usgovcloudapi-net", "own-AzureUSGovernmentCloud", "is not JSON")
+		expect("broken", "management-usgovcloudapi-net", "own-AzureUSGovernmentCloud", "has a JSON syntax error")
 		write(t, path, in("AzureNowhereCloud"))
 		expect("not usable", "management-usgovcloudapi-net", "own-AzureUSGovernmentCloud", "AzureNowhereCloud")
 		if err := os.Remove(path); err != nil {
@@ -106,8 +106,8 @@ func TestAChangedConfigurationIsAppliedAndReportedOnce(t *testing.T) {
 func TestCallsReportAnInvalidConfigurationUntilItIsCorrected(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "azure.json")
 	synctest.Test(t, func(t *testing.T) {
-		told := &reports{}
-		r := NewReloading(path, env(), Options{Transport: anywhere(), Credential: credential(hasToken)}, told.changed)
+		reported := &reports{}
+		r := NewReloading(path, env(), Options{Transport: anywhere(), Credential: credential(hasToken)}, reported.changed)
 		r.Every = time.Second
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
@@ -125,8 +125,8 @@ func TestCallsReportAnInvalidConfigurationUntilItIsCorrected(t *testing.T) {
 		refused("vmss_update", err)
 		_, err = r.Resume(ctx, vm, "token")
 		refused("vm_poll", err)
-		if len(r.OwnIdentities()) != 0 || len(told.take()) != 1 {
-			t.Error("it knows its own identity, or told it otherwise than once")
+		if len(r.OwnIdentities()) != 0 || len(reported.take()) != 1 {
+			t.Error("OwnIdentities is not empty, or there was not exactly one report")
 		}
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
@@ -139,7 +139,7 @@ func TestCallsReportAnInvalidConfigurationUntilItIsCorrected(t *testing.T) {
 		write(t, path, in("AzureChinaCloud"))
 		time.Sleep(time.Second)
 		synctest.Wait()
-		if _, err := r.Get(ctx, vm); err != nil || len(told.take()) != 2 {
+		if _, err := r.Get(ctx, vm); err != nil || len(reported.take()) != 2 {
 			t.Errorf("got %v", err)
 		}
 	})

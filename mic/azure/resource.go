@@ -9,17 +9,17 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// Kind is what kind of machine carries identities.
+// Kind is the kind of machine that has identities.
 type Kind int
 
 const (
-	// VirtualMachine is a machine by itself; nodes of flexible scale sets are such, too.
+	// VirtualMachine is a single virtual machine. Nodes of flexible scale sets are of this kind, too.
 	VirtualMachine Kind = iota
 	// ScaleSet is a uniform scale set, whose instances share the identities of the set.
 	ScaleSet
 )
 
-// String is the word for the kind in the names of operations.
+// String returns the kind as it is used in names of operations.
 func (k Kind) String() string {
 	if k == ScaleSet {
 		return "vmss"
@@ -34,38 +34,37 @@ func (k Kind) armType() string {
 	return "virtualMachines"
 }
 
-// Resource is a machine, as its nodes name it. Two that differ only in case are the same to Azure; compare by Key.
+// Resource identifies a machine, spelled as in the provider ID of its nodes. Azure ignores case, so compare Resources by Key.
 type Resource struct {
 	Kind                                Kind
 	SubscriptionID, ResourceGroup, Name string
 }
 
-// ID returns the ARM ID, spelled as the node spells it.
+// ID returns the ARM ID, spelled as in the node's provider ID.
 func (r Resource) ID() string {
 	return "/subscriptions/" + r.SubscriptionID + "/resourceGroups/" + r.ResourceGroup + "/providers/Microsoft.Compute/" + r.Kind.armType() + "/" + r.Name
 }
 
-// Key returns what all spellings of the machine's ID have in common.
+// Key returns the ID in the form that is equal for all spellings, see Fold.
 func (r Resource) Key() string { return Fold(r.ID()) }
 
-// Fold returns what all spellings of an ARM ID have in common: Azure compares them without case.
+// Fold returns an ARM ID in the form that is equal for all its spellings: Azure ignores case.
 func Fold(id string) string { return strings.ToLower(strings.TrimRight(id, "/")) }
 
-// ErrNotAzure says that a node is no machine of Azure.
+// ErrNotAzure means that a node does not run in Azure.
 var ErrNotAzure = errors.New("the node has no provider ID of Azure")
 
-// The words between the variable parts of a provider ID. The last two stand only where the node is an instance of a
-// scale set.
+// The number of segments of a provider ID. The last two exist only if the node is an instance of a scale set.
 const (
 	machineSegments  = 8
 	instanceSegments = 10
 )
 
-// maxSegment bounds the names in a provider ID. Azure's own longest, a resource group's, has 90 characters.
+// maxSegment bounds the names in a provider ID. The longest that Azure allows, for a resource group, has 90 characters.
 const maxSegment = 128
 
-// ParseProviderID reads the spec.providerID of a Node. The instance of a scale set gives the scale set. The error is
-// [ErrNotAzure] where the node is none of Azure's.
+// ParseProviderID parses the spec.providerID of a Node. For an instance of a scale set it returns the scale set. The error is
+// [ErrNotAzure] if the node does not run in Azure.
 func ParseProviderID(s string) (Resource, error) {
 	provider, id, ok := strings.Cut(s, "://")
 	if !ok || !strings.EqualFold(provider, "azure") {
@@ -94,7 +93,7 @@ func ParseProviderID(s string) (Resource, error) {
 	}
 	for i := range want {
 		if !strings.EqualFold(words[i], want[i]) {
-			return malformed(fmt.Sprintf("has %q where %q belongs", text.OneLine(words[i], maxSegment), want[i]))
+			return malformed(fmt.Sprintf("has %q where %q is expected", text.OneLine(words[i], maxSegment), want[i]))
 		}
 	}
 	for _, name := range names {
@@ -105,7 +104,7 @@ func ParseProviderID(s string) (Resource, error) {
 	return r, nil
 }
 
-// isName reports whether a part of an ID can stand in a path as it is, and means no other part of it.
+// isName reports whether a segment can be used in a path without escaping, and is not "." or "..".
 func isName(s string) bool {
 	if s == "" || len(s) > maxSegment || strings.Trim(s, ".") == "" {
 		return false
@@ -115,16 +114,16 @@ func isName(s string) bool {
 	})
 }
 
-// Identity is a user-assigned identity of a machine, as ARM spells it.
+// Identity is a user-assigned identity of a machine, spelled as in ARM's response.
 type Identity struct{ ID, ClientID, PrincipalID string }
 
-// State is what ARM says of a machine.
+// State is the state of a machine in ARM.
 type State struct {
-	// Identities are the user-assigned ones, by folded ID.
+	// Identities are the user-assigned identities, by folded ID.
 	Identities     map[string]Identity
 	SystemAssigned bool
-	// ProvisioningState is "Succeeded", "Updating", "Deleting" and the like. What is "Deleting" will take no update.
+	// ProvisioningState is "Succeeded", "Updating", "Deleting" and so on. ARM refuses updates of a machine that is "Deleting".
 	ProvisioningState string
-	// ETag is the version of the state; empty if ARM gave none.
+	// ETag is the version of the state; empty if ARM returned none.
 	ETag string
 }

@@ -50,7 +50,7 @@ func TestOtherProviderIDsAreNotAzure(t *testing.T) {
 
 func TestAMalformedProviderIDIsRefusedWithAReason(t *testing.T) {
 	const vm = "/subscriptions/S/resourceGroups/RG/providers/Microsoft.Compute/virtualMachines/"
-	cases := []struct{ name, in, says string }{
+	cases := []struct{ name, in, contains string }{
 		{"a host", "azure://host" + vm + "n", "between"},
 		{"nothing", "azure:///", "parts"},
 		{"too short", "azure:///subscriptions/S", "parts"},
@@ -73,8 +73,8 @@ func TestAMalformedProviderIDIsRefusedWithAReason(t *testing.T) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			got, err := ParseProviderID(c.in)
-			if err == nil || errors.Is(err, ErrNotAzure) || !strings.Contains(err.Error(), c.says) || strings.Contains(err.Error(), "\n") || !utf8.ValidString(err.Error()) {
-				t.Errorf("got %+v, %v; want an error with %q", got, err, c.says)
+			if err == nil || errors.Is(err, ErrNotAzure) || !strings.Contains(err.Error(), c.contains) || strings.Contains(err.Error(), "\n") || !utf8.ValidString(err.Error()) {
+				t.Errorf("got %+v, %v; want an error with %q", got, err, c.contains)
 			}
 		})
 	}

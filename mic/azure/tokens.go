@@ -11,19 +11,19 @@ import (
 )
 
 const (
-	// fetchTimeout bounds one attempt to get a token.
+	// fetchTimeout bounds one fetch of a token.
 	fetchTimeout = 30 * time.Second
-	// refreshAhead is how long before its end a token is replaced, unless Entra ID says when; minValidity is how long one
-	// must still be good to be used.
+	// refreshAhead is how long before its expiry a token is replaced, unless Entra ID specifies a time. minValidity is how long
+	// a token must still be valid to be used.
 	refreshAhead, minValidity = 5 * time.Minute, time.Minute
-	// failureTTL is how long a failure answers for all who ask, of whom there may be hundreds; more if the answer said so,
-	// but no more than maxFailureTTL.
+	// failureTTL is how long a failure is cached for all callers, of which there may be hundreds. A longer Retry-After is
+	// respected up to maxFailureTTL.
 	failureTTL, maxFailureTTL = 5 * time.Second, time.Minute
 )
 
-// tokens holds MIC's token for ARM. The SDK's own holder lets one caller fetch it and the others wait without looking at
-// their contexts, so that one answer that hangs would hold up every machine one after the other. Here the fetch belongs
-// to none of them, and who waits stops waiting when his time is up. Before each call [tokens.ready] sees to it that the
+// tokens caches MIC's token for ARM. In the SDK's own cache one caller fetches the token and the others wait without regard to
+// their contexts, so a response that hangs would delay all machines, one after the other. Here the context of the fetch
+// belongs to no caller, and callers stop waiting when their context ends. Before each call, [tokens.ready] makes sure that the
 // SDK finds a token at once.
 type tokens struct {
 	own   *ownCredential
@@ -31,9 +31,9 @@ type tokens struct {
 
 	mu          sync.Mutex
 	token       azcore.AccessToken
-	fetch       *fetch    // under way; nil if none is
-	failed      *Error    // the last time
-	failedUntil time.Time // zero if it did not
+	fetch       *fetch    // the running fetch; nil if there is none
+	failed      *Error    // of the last fetch
+	failedUntil time.Time // until then failed is returned; zero if the last fetch succeeded
 }
 
 type fetch struct {
@@ -41,7 +41,7 @@ type fetch struct {
 	failed *Error // valid once done
 }
 
-// ready waits until there is a token that can be used. One that is about to end is replaced meanwhile.
+// ready waits until there is a usable token. If the token expires soon, ready starts to replace it but does not wait for that.
 func (t *tokens) ready(ctx context.Context) error {
 	_, err := t.get(ctx)
 	return err
@@ -49,7 +49,7 @@ func (t *tokens) ready(ctx context.Context) error {
 
 // GetToken implements [azcore.TokenCredential].
 func (t *tokens) GetToken(ctx context.Context, o policy.TokenRequestOptions) (azcore.AccessToken, error) {
-	if o.Claims != "" { // ARM wants a token that takes account of something new
+	if o.Claims != "" { // a claims challenge: ARM requires another token
 		token, failed := t.requestToken(ctx, o)
 		if failed != nil {
 			return azcore.AccessToken{}, failed
@@ -64,8 +64,8 @@ func (t *tokens) get(ctx context.Context) (azcore.AccessToken, error) {
 	now := time.Now()
 	usable := t.token.ExpiresOn.After(now.Add(minValidity))
 	due := !t.token.ExpiresOn.After(now.Add(refreshAhead)) || !t.token.RefreshOn.IsZero() && now.After(t.token.RefreshOn)
-	held := now.Before(t.failedUntil)
-	if (!usable || due) && !held && t.fetch == nil {
+	failureCached := now.Before(t.failedUntil)
+	if (!usable || due) && !failureCached && t.fetch == nil {
 		t.fetch = &fetch{done: make(chan struct{})}
 		go t.run(t.fetch)
 	}
@@ -80,7 +80,7 @@ func (t *tokens) get(ctx context.Context) (azcore.AccessToken, error) {
 	select {
 	case <-running.done:
 	case <-ctx.Done():
-		failed := t.own.tokenError(Unavailable, "given up waiting for an answer")
+		failed := t.own.tokenError(Unavailable, "stopped waiting for a response")
 		failed.Err = ctx.Err()
 		return azcore.AccessToken{}, failed
 	}
@@ -92,7 +92,7 @@ func (t *tokens) get(ctx context.Context) (azcore.AccessToken, error) {
 	return t.token, nil
 }
 
-// run fetches a token for all who want one.
+// run fetches a token for all callers that wait.
 func (t *tokens) run(f *fetch) {
 	ctx, cancel := context.WithTimeout(context.Background(), fetchTimeout)
 	defer cancel()
@@ -120,4 +120,4 @@ func (t *tokens) requestToken(ctx context.Context, o policy.TokenRequestOptions)
 	return got, nil
 }
 
-var errExpiredToken = errors.New("the token that came has ended already; compare the clocks")
+var errExpiredToken = errors.New("the token in the response has already expired; check the clock of the node")

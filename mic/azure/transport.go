@@ -21,14 +21,14 @@ import (
 )
 
 const (
-	// maxResponse bounds what is read of an answer of ARM. Scale sets with much configuration have some hundred KiB.
+	// maxResponse bounds a response of ARM. Scale sets with much configuration have some hundred KiB.
 	maxResponse = 8 << 20
-	// maxTokenResponse bounds what is read of an answer that should be a token.
+	// maxTokenResponse bounds a response to a token request.
 	maxTokenResponse = 64 << 10
 )
 
-// httpClient is the way to Azure. Each request has a connection of its own, as HTTP/1.1 has it: one that hangs holds up
-// no other. Without a proxy it serves the metadata service, which must never be reached through one.
+// httpClient returns the HTTP client for Azure. It uses HTTP/1.1, where each running request has its own connection: a request
+// that hangs delays no other. Without a proxy the client is for IMDS, which must never be reached through one.
 func httpClient(roots *x509.CertPool, proxy func(*http.Request) (*url.URL, error)) *http.Client {
 	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
 	return &http.Client{
@@ -46,12 +46,13 @@ func httpClient(roots *x509.CertPool, proxy func(*http.Request) (*url.URL, error
 	}
 }
 
-// transporter reads each answer whole, bounded, and within the time of its request.
+// transporter reads each response completely, up to a bound and within the timeout of its request.
 type transporter struct {
 	next     policy.Transporter
 	maxBytes int64
-	// host is the only one that requests go to, besides those below it; empty means any. ARM tells where to poll, and a
-	// token to resume by is kept where others may write. MIC's token for ARM must not follow either elsewhere.
+	// host is the only host that requests may go to, with its subdomains; empty means any. ARM's responses contain poll URLs,
+	// and resume tokens are stored where others may write. MIC's token for ARM must not be sent to another host because of
+	// either.
 	host string
 }
 
@@ -79,7 +80,7 @@ func (t transporter) exchange(r *http.Request) (*http.Response, error) {
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, t.maxBytes+1))
 	if err != nil {
-		return nil, fmt.Errorf("the answer broke off: %w", withoutURL(err))
+		return nil, fmt.Errorf("reading the response: %w", withoutURL(err))
 	}
 	if int64(len(body)) > t.maxBytes {
 		return nil, tooLarge(t.maxBytes)
@@ -88,7 +89,7 @@ func (t transporter) exchange(r *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// withoutURL takes the URL out of an error of net/http: the query of a URL to poll is as good as a password.
+// withoutURL removes the URL from an error of net/http: the query of a poll URL gives access without a credential.
 func withoutURL(err error) error {
 	var u *url.Error
 	if errors.As(err, &u) {
@@ -97,29 +98,30 @@ func withoutURL(err error) error {
 	return err
 }
 
-// foreignHost is the refusal to send anything to a host that is not ARM.
+// foreignHost is the error of a request to a host that is not ARM's.
 type foreignHost string
 
 func (e foreignHost) Error() string {
-	return fmt.Sprintf("%q is not the host of Azure Resource Manager, or not asked by https", text.OneLine(string(e), 253))
+	return fmt.Sprintf("%q is not the host of Azure Resource Manager, or the URL is not https", text.OneLine(string(e), 253))
 }
 
 // NonRetriable keeps the Azure SDK from trying again.
 func (foreignHost) NonRetriable() {}
 
-// tooLarge is an answer beyond the bound.
+// tooLarge is the error of a response above the bound.
 type tooLarge int64
 
-func (t tooLarge) Error() string { return fmt.Sprintf("the answer is larger than %d bytes", int64(t)) }
+func (t tooLarge) Error() string {
+	return fmt.Sprintf("the response is larger than %d bytes", int64(t))
+}
 
 // NonRetriable keeps the Azure SDK from trying again.
 func (tooLarge) NonRetriable() {}
 
 type lastResponseKey struct{}
 
-// lastResponse is the last thing that was answered to a request for a token: the library's errors do not all tell the status
-// that they come from, and their texts quote answers in full. The attempts of a request follow one another, so it needs
-// no lock.
+// lastResponse is the last response, or transport error, of a token request. Not all errors of the SDK contain the status, and
+// their texts quote responses in full. The attempts of a request are sequential, so it needs no lock.
 type lastResponse struct {
 	status int
 	header http.Header
@@ -137,7 +139,7 @@ func (w *lastResponse) record(resp *http.Response, err error) {
 	resp.Body = io.NopCloser(bytes.NewReader(w.body))
 }
 
-// timedOut reports whether an error says that the time of one exchange was up.
+// timedOut reports whether an error is the timeout of one request.
 func timedOut(err error) bool {
 	var timeout interface{ Timeout() bool }
 	return errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout()

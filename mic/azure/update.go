@@ -11,15 +11,15 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// MaxIdentities is how many identities one update takes, additions and removals together.
+// MaxIdentities is the maximum number of identities in one update, additions and removals together.
 const MaxIdentities = 150
 
-// patch is the difference that an update makes. ARM merges it: what it does not name stays.
+// patch is the content of an update. ARM merges it: identities that it does not name stay.
 type patch struct {
 	identityType armcompute.ResourceIdentityType
 	// identities are added with a value and removed with nil.
 	identities map[string]*armcompute.UserAssignedIdentitiesValue
-	// requested are the same, folded.
+	// requested has the same identities, folded.
 	requested map[string]bool
 	etag      string
 }
@@ -31,11 +31,11 @@ func (p patch) ifMatch() *string {
 	return &p.etag
 }
 
-// newPatch makes the patch that adds and removes identities. What is there already is not added, what is not there is not
-// removed; a removal is spelled as ARM spells it. A patch without identities does nothing and is not to be sent.
+// newPatch returns the patch that adds and removes identities. It skips additions that the machine has and removals that it does not have,
+// and spells a removal as ARM does. A patch without identities must not be sent.
 //
-// The type speaks of what is there afterwards. One without "UserAssigned" removes all user-assigned identities, so it is
-// only sent when basis has no other than those to be removed, and then names none.
+// The identity type describes the result. A type without "UserAssigned" removes all user-assigned identities, so newPatch
+// uses it only if all identities of basis are to be removed, and then the patch names none.
 func newPatch(basis State, add, remove []string) (patch, error) {
 	p := patch{
 		identities: map[string]*armcompute.UserAssignedIdentitiesValue{},
@@ -58,7 +58,7 @@ func newPatch(basis State, add, remove []string) (patch, error) {
 	for _, id := range remove {
 		folded := Fold(id)
 		if added[folded] {
-			return patch{}, fmt.Errorf("identity %s is to be both added and removed", text.OneLine(id, maxMessage/2))
+			return patch{}, fmt.Errorf("the update both adds and removes identity %s", text.OneLine(id, maxMessage/2))
 		}
 		if identity, there := basis.Identities[folded]; there && !p.requested[folded] {
 			p.requested[folded] = true
@@ -67,7 +67,7 @@ func newPatch(basis State, add, remove []string) (patch, error) {
 		}
 	}
 	if n := len(p.requested); n > MaxIdentities {
-		return patch{}, fmt.Errorf("%d identities in one update; ARM takes %d", n, MaxIdentities)
+		return patch{}, fmt.Errorf("the update has %d identities; ARM allows %d", n, MaxIdentities)
 	}
 	switch {
 	case left > 0 && basis.SystemAssigned:
@@ -82,11 +82,12 @@ func newPatch(basis State, add, remove []string) (patch, error) {
 	return p, nil
 }
 
-// Begin sends one update that adds and removes identities, for a machine that is as basis says: where basis has an ETag
-// and the machine is another by now, that is a Conflict. If there is nothing to do it sends nothing, and the operation is
-// done. Whether basis may be changed at all, or is Deleting, is for the caller to see.
+// Begin sends one update that adds and removes identities. It was planned from the state basis: if basis has an ETag and the machine
+// has changed since, the error is a Conflict. If there is nothing to do, Begin sends nothing and the operation is done. The
+// caller checks whether the machine may be updated at all, or is Deleting.
 //
-// It sends once. After Unavailable the update may have begun nevertheless; only a Get tells. Its error is an *Error.
+// Begin sends the update once. After Unavailable it may have started nevertheless; only Get shows that. Its error is an
+// *Error.
 func (c *Client) Begin(ctx context.Context, r Resource, basis State, add, remove []string) (*Operation, error) {
 	operation := r.Kind.String() + "_update"
 	p, err := newPatch(basis, add, remove)
@@ -117,21 +118,21 @@ func (c *Client) Begin(ctx context.Context, r Resource, basis State, add, remove
 	return o, nil
 }
 
-// Resume takes up an update that was begun by another Client, with the token of its operation. It sends nothing. A token
-// that makes no sense is Invalid; drop it, and read the machine instead. Its error is an *Error.
+// Resume returns the operation of an update that another Client started, from the token of that operation. It sends no request. An
+// unusable token is Invalid; drop it and read the machine instead. Its error is an *Error.
 func (c *Client) Resume(ctx context.Context, r Resource, token string) (*Operation, error) {
 	s, err := c.subscription(r)
 	if err != nil {
 		return nil, err
 	}
 	if token == "" {
-		return nil, &Error{Class: Invalid, Operation: r.Kind.String() + "_poll", Message: "there is no token to resume by"}
+		return nil, &Error{Class: Invalid, Operation: r.Kind.String() + "_poll", Message: "the resume token is empty"}
 	}
 	resumed, err := s.machines[r.Kind].update(ctx, r, patch{}, token)
 	if err != nil || resumed.Done() {
-		// The library quotes the token, which holds addresses that are as good as passwords.
-		return nil, &Error{Class: Invalid, Operation: r.Kind.String() + "_poll", Message: "the token to resume by is none of an update of this kind"}
+		// The error of the SDK quotes the token, which is secret, see Operation.Token.
+		return nil, &Error{Class: Invalid, Operation: r.Kind.String() + "_poll", Message: "the resume token is not that of an update of this kind"}
 	}
-	// Which identities were in the update is not known any more, so all count that an error names.
+	// The identities of the update are unknown, so an error reports all identities that Azure names.
 	return c.operation(r, s, resumed, nil), nil
 }
