@@ -38,7 +38,7 @@ type testNode struct {
 func newTestNode(t *testing.T, configure func(*Config), objects ...object) *testNode {
 	t.Helper()
 	c := startTestNode(t, newFakeAPI(t, objects...), configure)
-	if err := c.watch.WaitFilled(t.Context(), 20*time.Second); err != nil {
+	if err := c.watch.WaitSynced(t.Context(), 20*time.Second); err != nil {
 		t.Fatal(err)
 	}
 	return c
@@ -61,7 +61,7 @@ func startTestNode(t *testing.T, api *fakeAPI, configure func(*Config)) *testNod
 	c.node = &node{cfg: cfg, logs: telemetry.Loggers{Main: zap.NewNop(), Audit: zap.NewNop()}, metrics: telemetry.NewMetrics(), health: health.New()}
 	watching := c.cluster(c.api.config())
 	watching.Callbacks.Failed = func(operation string) {
-		c.metrics.APIFailed(operation)
+		c.metrics.CountAPIFailure(operation)
 		if operation == telemetry.APIWatch {
 			c.failed <- struct{}{}
 		}
@@ -74,7 +74,7 @@ func startTestNode(t *testing.T, api *fakeAPI, configure func(*Config)) *testNod
 		t.Fatal(err)
 	}
 	t.Cleanup(c.cache.Close)
-	c.tokens.Cluster = c
+	c.requests.Cluster = c
 	c.server = c.newServer()
 	go c.watch.Run(t.Context())
 	return c
@@ -87,7 +87,7 @@ func (c *testNode) Facts(pod *corev1.Pod) (identity.Facts, error) {
 }
 
 func (c *testNode) Latest(pod *corev1.Pod) *corev1.Pod { return c.watch.Latest(pod) }
-func (c *testNode) Stale() string                      { return c.watch.Stale() }
+func (c *testNode) StaleWatch() string                 { return c.watch.StaleWatch() }
 
 func (c *testNode) begin(source string) <-chan answer {
 	done, start := make(chan answer, 1), time.Now()
@@ -165,7 +165,7 @@ func TestTheNodeHearsOfAnAssignmentAtOnce(t *testing.T) {
 	} else {
 		t.Logf("%s from the event to the answer", took)
 	}
-	if n := c.watch.News.Readers(); n != 0 {
+	if n := c.watch.Notifier.Subscribed(); n != 0 {
 		t.Errorf("still waited for: %d topics", n)
 	}
 }
@@ -222,7 +222,7 @@ func TestAnAssignmentIsOfOnePodOnly(t *testing.T) {
 // assigned returns once the node has heard of an assignment.
 func (c *testNode) assigned(p *corev1.Pod, i *v1.AzureIdentity) {
 	id := identity.FromAzureIdentity(i)
-	told, stop := c.watch.News.Read(cluster.OfPod(p.Namespace, p.Name))
+	told, stop := c.watch.Notifier.Subscribe(cluster.PodKey(p.Namespace, p.Name))
 	defer stop()
 	for c.watch.AssignedSince(p, &id).IsZero() {
 		<-told
@@ -242,7 +242,7 @@ func TestManagedModeDoesNotLookAtAssignments(t *testing.T) {
 	p, i := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("a", "x", nmitest.ClientX)
 	c := newTestNode(t, func(c *Config) { c.OperationMode = ModeManaged }, p, i, binding("a", "x", "app"), binding("b", "x", "app"))
 	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+nmitest.ClientX)
-	if asked := c.api.watched(v1.AzureAssignedIdentities); len(asked) != 0 || len(c.watch.All()) != 4 || c.tokens.Waiting != nil {
+	if asked := c.api.watched(v1.AzureAssignedIdentities); len(asked) != 0 || len(c.watch.All()) != 4 || c.requests.Wait != nil {
 		t.Errorf("assignments were watched: %q, by %d informers", asked, len(c.watch.All()))
 	}
 	families, err := c.metrics.Registry.Gather()
@@ -259,7 +259,7 @@ func TestManagedModeDoesNotLookAtAssignments(t *testing.T) {
 func TestANodeThatMayNotReadAssignmentsSaysWhatItLacks(t *testing.T) {
 	api := newFakeAPI(t)
 	api.forbidden = v1.AzureAssignedIdentities
-	c := startTestNode(t, api, func(c *Config) { c.PodLookup = 100 * time.Millisecond })
+	c := startTestNode(t, api, func(c *Config) { c.PodLookupTimeout = 100 * time.Millisecond })
 	<-c.failed
 	if err := c.health.Ready(); !strings.Contains(err.Error(), "azureassignedidentities is forbidden") || !strings.Contains(err.Error(), "operationMode is standard") {
 		t.Errorf("it is said: %v", err)

@@ -23,16 +23,16 @@ type Config struct {
 	ForceNamespaced bool          // implied by managed mode
 	AssignmentWait  time.Duration // how long a request waits for MIC to assign its identity; standard mode only
 
-	ListenAddress  string // link-local, not used by anything else on the node
-	ListenPort     int
-	MetadataIP     string
-	MetadataPort   int
-	Backend        string        // iptables.Backend
-	SyncInterval   time.Duration // between two looks at the rules
-	ProbePort      int           // health, on loopback
-	PrometheusPort int           // metrics, on all addresses
-	PodLookup      time.Duration // how long a request waits for its pod to become known
-	Shutdown       time.Duration // how long requests under way have to end
+	ListenAddress    string // link-local, not used by anything else on the node
+	ListenPort       int
+	MetadataIP       string
+	MetadataPort     int
+	Backend          string        // iptables.Backend
+	SyncInterval     time.Duration // between two looks at the rules
+	ProbePort        int           // health, on loopback
+	PrometheusPort   int           // metrics, on all addresses
+	PodLookupTimeout time.Duration // how long a request waits for its pod to become known
+	ShutdownTimeout  time.Duration // how long requests under way have to end
 
 	BlockInstanceMetadata  bool
 	MetadataHeaderRequired bool
@@ -63,8 +63,8 @@ func DefaultConfig() Config {
 		SyncInterval:           10 * time.Second,
 		ProbePort:              8085,
 		PrometheusPort:         9090,
-		PodLookup:              5 * time.Second,
-		Shutdown:               20 * time.Second,
+		PodLookupTimeout:       5 * time.Second,
+		ShutdownTimeout:        20 * time.Second,
 		MetadataHeaderRequired: true,
 		KubeletConfig:          "/etc/default/kubelet",
 		Authority:              "https://login.microsoftonline.com/",
@@ -133,8 +133,8 @@ func (c Config) Validate() error {
 	}
 	within("iptables-sync-interval", c.SyncInterval, time.Second, 10*time.Minute)
 	within("assignment-wait", c.AssignmentWait, 0, request.MaxAssignmentWait)
-	within("pod-lookup-timeout", c.PodLookup, 100*time.Millisecond, 20*time.Second)
-	within("shutdown-timeout", c.Shutdown, time.Second, 5*time.Minute)
+	within("pod-lookup-timeout", c.PodLookupTimeout, 100*time.Millisecond, 20*time.Second)
+	within("shutdown-timeout", c.ShutdownTimeout, time.Second, 5*time.Minute)
 	return errors.Join(problems...)
 }
 
@@ -149,8 +149,8 @@ func (c Config) rules() identity.Rules {
 	return r
 }
 
-// held is how long a request may wait for an assignment.
-func (c Config) held() time.Duration {
+// maxAssignmentWait is how long a request may wait for an assignment.
+func (c Config) maxAssignmentWait() time.Duration {
 	if c.standard() {
 		return c.AssignmentWait
 	}
@@ -189,7 +189,7 @@ func (c Config) server() server.Config {
 	return server.Config{
 		Listen: c.listen(), ProbePort: c.ProbePort, PrometheusPort: c.PrometheusPort, Profile: c.Profile,
 		IMDS: c.imds(), HeaderOptional: !c.MetadataHeaderRequired, TenantID: c.TenantID, BlockInstance: c.BlockInstanceMetadata,
-		Held: c.held(), Shutdown: c.Shutdown,
+		MaxAssignmentWait: c.maxAssignmentWait(), ShutdownTimeout: c.ShutdownTimeout,
 	}
 }
 

@@ -25,8 +25,8 @@ func TestAConfigurationThatCannotWorkIsRefusedWithASentence(t *testing.T) {
 		{"port 70000", func(c *Config) { c.MetadataPort = 70000 }, "--metadata-port 70000"},
 		{"one port for two", func(c *Config) { c.ProbePort = c.PrometheusPort }, "must differ"},
 		{"too often", func(c *Config) { c.SyncInterval = time.Millisecond }, "--iptables-sync-interval 1ms"},
-		{"too long", func(c *Config) { c.PodLookup = time.Hour }, "--pod-lookup-timeout"},
-		{"no time to stop", func(c *Config) { c.Shutdown = 0 }, "--shutdown-timeout"},
+		{"too long", func(c *Config) { c.PodLookupTimeout = time.Hour }, "--pod-lookup-timeout"},
+		{"no time to stop", func(c *Config) { c.ShutdownTimeout = 0 }, "--shutdown-timeout"},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {

@@ -24,17 +24,17 @@ import (
 
 // node is one NMI at work.
 type node struct {
-	cfg     Config
-	logs    telemetry.Loggers
-	metrics *telemetry.Metrics
-	health  *health.Health
-	capture *iptables.Capture
-	watch   *cluster.Watch
-	sources *token.Sources
-	cache   *token.Cache
-	tokens  *request.Tokens
-	proofs  *credentials.Principals
-	events  *telemetry.Events // nil if they are switched off
+	cfg        Config
+	logs       telemetry.Loggers
+	metrics    *telemetry.Metrics
+	health     *health.Health
+	capture    *iptables.Capture
+	watch      *cluster.Watch
+	sources    *token.Sources
+	cache      *token.Cache
+	requests   *request.Processor
+	principals *credentials.Principals
+	events     *telemetry.Events // nil if they are switched off
 }
 
 // Run serves the pods of this node until ctx ends. The rules that capture their traffic stay in place when it returns:
@@ -52,7 +52,7 @@ func Run(ctx context.Context, cfg Config, logs telemetry.Loggers) error {
 	if err != nil {
 		return err
 	}
-	if err := keepSecretsInMemory(); err != nil {
+	if err := disableMemoryDumps(); err != nil {
 		return err
 	}
 	n := &node{cfg: cfg, logs: logs, metrics: telemetry.NewMetrics(), health: health.New(), capture: capture}
@@ -70,8 +70,8 @@ func Run(ctx context.Context, cfg Config, logs telemetry.Loggers) error {
 		return err
 	}
 	defer n.cache.Close()
-	n.metrics.CacheSize(n.cache.Len)
-	n.metrics.StaleWatches(n.watch.StaleCount)
+	n.metrics.AddCacheSize(n.cache.Len)
+	n.metrics.AddStaleWatches(n.watch.StaleWatches)
 	if cfg.Events {
 		if n.events, err = telemetry.NewEvents(cfg.Node, n.watch.WriteEvent); err != nil {
 			return err
@@ -112,9 +112,9 @@ func (n *node) run(ctx, watching context.Context) error {
 		return fmt.Errorf("capturing metadata requests of pods: %w", err)
 	}
 	n.logs.Main.Info("metadata requests of pods are captured", zap.Stringer(telemetry.KeyBackend, n.capture.Backend()), zap.String(telemetry.KeyNode, n.cfg.Node))
-	go n.keepRules(ctx)
+	go n.repairRules(ctx)
 	go n.watch.Run(watching)
-	go n.sweep(watching)
+	go n.releaseDeletedPods(watching)
 	hostTokens := make(chan struct{}) // closed once they are not served any more
 	go func() {
 		defer close(hostTokens)
@@ -130,7 +130,7 @@ func (n *node) run(ctx, watching context.Context) error {
 	}
 	n.health.ShutDown()
 	n.logs.Main.Info("stopping; the rules stay, so that pods cannot reach the real token endpoint")
-	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), n.cfg.Shutdown)
+	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), n.cfg.ShutdownTimeout)
 	defer cancel()
 	err = pods.Shutdown(ending)
 	<-hostTokens
@@ -144,7 +144,7 @@ func (n *node) run(ctx, watching context.Context) error {
 func (n *node) cluster(api *rest.Config) cluster.Config {
 	return cluster.Config{
 		API: api, Node: n.cfg.Node, Rules: n.cfg.rules(), Health: n.health, Log: n.logs.Main,
-		Callbacks: cluster.Callbacks{PodGone: n.podGone, IdentityChanged: n.identityChanged, Failed: n.metrics.APIFailed},
+		Callbacks: cluster.Callbacks{PodGone: n.podGone, IdentityChanged: n.identityChanged, Failed: n.metrics.CountAPIFailure},
 	}
 }
 
@@ -153,11 +153,11 @@ func (n *node) newServer() *server.Server {
 	if n.events != nil {
 		refused = n.events.Refused
 	}
-	return server.New(n.cfg.server(), n.tokens, n.metrics, n.logs, refused)
+	return server.New(n.cfg.server(), n.requests, n.metrics, n.logs, refused)
 }
 
-// keepRules looks after the rules until ctx ends.
-func (n *node) keepRules(ctx context.Context) {
+// repairRules looks after the rules until ctx ends.
+func (n *node) repairRules(ctx context.Context) {
 	ticker := time.NewTicker(n.cfg.SyncInterval)
 	defer ticker.Stop()
 	n.health.Set(health.Rules, nil) // they have just been installed

@@ -30,22 +30,22 @@ func (w *Watch) watchAssignments() error {
 		o.LabelSelector = labels.Set{v1.NodeNameLabel: v1.NodeNameLabelValue(w.node)}.String()
 	}
 	source := cache.NewFilteredListWatchFromClient(w.crds, v1.AzureAssignedIdentities, metav1.NamespaceAll, mine)
-	w.assignments = cache.NewSharedIndexInformer(w.connection.mend(v1.AzureAssignedIdentities, source), &v1.AzureAssignedIdentity{}, 0, cache.Indexers{byPod: podOfAssignment})
+	w.assignments = cache.NewSharedIndexInformer(w.reconnector.wrap(v1.AzureAssignedIdentities, source), &v1.AzureAssignedIdentity{}, 0, cache.Indexers{byPod: podOfAssignment})
 	for _, handled := range []struct {
 		informer cache.SharedIndexInformer
 		handler  cache.ResourceEventHandler
 	}{
-		{w.pods, w.telling(func(o any) Topic {
+		{w.pods, w.notifyOnChange(func(o any) Key {
 			pod := o.(*corev1.Pod)
-			return OfPod(pod.Namespace, pod.Name)
+			return PodKey(pod.Namespace, pod.Name)
 		})},
-		{w.assignments, w.telling(func(o any) Topic {
+		{w.assignments, w.notifyOnChange(func(o any) Key {
 			a := o.(*Kept[assignment]).Value
-			return OfPod(a.PodNamespace, a.PodName)
+			return PodKey(a.PodNamespace, a.PodName)
 		})},
-		{w.bindings, w.telling(func(o any) Topic { return OfBindings(o.(*Kept[identity.Binding]).Value.Selector) })},
-		{w.exceptions, w.telling(func(o any) Topic { return OfExceptions(o.(*Kept[identity.Exception]).Value.Namespace) })},
-		{w.identities, w.telling(func(any) Topic { return OfIdentities() })},
+		{w.bindings, w.notifyOnChange(func(o any) Key { return BindingsKey(o.(*Kept[identity.Binding]).Value.Selector) })},
+		{w.exceptions, w.notifyOnChange(func(o any) Key { return ExceptionsKey(o.(*Kept[identity.Exception]).Value.Namespace) })},
+		{w.identities, w.notifyOnChange(func(any) Key { return IdentitiesKey() })},
 	} {
 		if _, err := handled.informer.AddEventHandler(handled.handler); err != nil {
 			return err
@@ -54,30 +54,30 @@ func (w *Watch) watchAssignments() error {
 	return nil
 }
 
-// telling returns a handler that tells the news of each object that changed.
-func (w *Watch) telling(about func(any) Topic) cache.ResourceEventHandler {
+// notifyOnChange returns a handler that tells the news of each object that changed.
+func (w *Watch) notifyOnChange(about func(any) Key) cache.ResourceEventHandler {
 	return cache.ResourceEventHandlerFuncs{
-		AddFunc: func(o any) { w.News.Tell(about(o)) },
+		AddFunc: func(o any) { w.Notifier.Notify(about(o)) },
 		UpdateFunc: func(old, now any) {
-			if same(old, now) {
+			if equalState(old, now) {
 				return
 			}
 			before, after := about(old), about(now)
-			w.News.Tell(after)
+			w.Notifier.Notify(after)
 			if before != after {
-				w.News.Tell(before)
+				w.Notifier.Notify(before)
 			}
 		},
 		DeleteFunc: func(o any) {
 			if gone := LastState(o); gone != nil {
-				w.News.Tell(about(gone))
+				w.Notifier.Notify(about(gone))
 			}
 		},
 	}
 }
 
-// same reports whether two states of an object mean the same: after a watch has begun anew, all objects come again.
-func same(old, now any) bool {
+// equalState reports whether two states of an object mean the same: after a watch has begun anew, all objects come again.
+func equalState(old, now any) bool {
 	if i, ok := old.(*Kept[identity.Identity]); ok {
 		return i.Value.Equal(now.(*Kept[identity.Identity]).Value)
 	}
@@ -107,14 +107,14 @@ func (w *Watch) AssignedSince(pod *corev1.Pod, id *identity.Identity) time.Time 
 	found, _ := w.assignmentsOf(pod) // fails for an index that does not exist, and facts would have failed before
 	for _, o := range found {
 		a := &o.(*Kept[assignment]).Value
-		if a.Usable() && a.Covers(Subject(pod), id) && (since.IsZero() || a.received.Before(since)) {
+		if a.Usable() && a.Covers(IdentityPod(pod), id) && (since.IsZero() || a.received.Before(since)) {
 			since = a.received
 		}
 	}
 	return since
 }
 
-// Subject is the pod as the decision knows it.
-func Subject(pod *corev1.Pod) identity.Pod {
+// IdentityPod is the pod as the decision knows it.
+func IdentityPod(pod *corev1.Pod) identity.Pod {
 	return identity.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), Labels: pod.Labels}
 }

@@ -38,9 +38,9 @@ func TestWhatIsKeptOfAnAssignmentIsWhatIsRead(t *testing.T) {
 
 func TestATombstoneIsNewsToo(t *testing.T) {
 	var w Watch
-	told, stop := w.News.Read(OfPod("ns", "p"))
+	told, stop := w.Notifier.Subscribe(PodKey("ns", "p"))
 	defer stop()
-	handler := w.telling(func(o any) Topic { return OfPod("ns", o.(*corev1.Pod).Name) })
+	handler := w.notifyOnChange(func(o any) Key { return PodKey("ns", o.(*corev1.Pod).Name) })
 	handler.OnDelete(cache.DeletedFinalStateUnknown{Key: "ns/p"}) // of which nothing is known
 	handler.OnDelete(cache.DeletedFinalStateUnknown{Key: "ns/p", Obj: nmitest.Pod("p", "1")})
 	select {

@@ -17,16 +17,16 @@ import (
 )
 
 // WaitFilled waits for the first fill of the caches. Before that, "not bound" might only mean "not loaded".
-func (w *Watch) WaitFilled(ctx context.Context, timeout time.Duration) error {
+func (w *Watch) WaitSynced(ctx context.Context, timeout time.Duration) error {
 	select {
-	case <-w.filled:
+	case <-w.synced:
 		return nil
 	default:
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	select {
-	case <-w.filled:
+	case <-w.synced:
 		return nil
 	case <-ctx.Done():
 		return w.health.Ready()
@@ -48,15 +48,15 @@ func (w *Watch) Run(ctx context.Context) {
 	if !cache.WaitForCacheSync(ctx.Done(), synced...) {
 		return
 	}
-	close(w.filled)
+	close(w.synced)
 	w.health.Set(health.Caches, nil)
 	// Loading needs several times the memory of what is kept; give the rest back now.
 	debug.FreeOSMemory()
-	w.log.Info("caches are filled")
+	w.log.Info("caches are synced")
 }
 
-// crdPoll is how often missing definitions are looked for.
-const crdPoll = 5 * time.Second
+// crdPollInterval is how often missing definitions are looked for.
+const crdPollInterval = 5 * time.Second
 
 // waitForCRDs waits until the cluster has our resources. It reports false when ctx ended first.
 func (w *Watch) waitForCRDs(ctx context.Context) bool {
@@ -68,7 +68,7 @@ func (w *Watch) waitForCRDs(ctx context.Context) bool {
 		w.health.Set(health.CRDs, err)
 		w.log.Warn("waiting for the custom resource definitions", zap.Error(err))
 		select {
-		case <-time.After(crdPoll):
+		case <-time.After(crdPollInterval):
 		case <-ctx.Done():
 			return false
 		}

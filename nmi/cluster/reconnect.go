@@ -14,114 +14,114 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// A lost API server is looked for after probeFirst, then after half as long again each time, up to probeMost; each
+// A lost API server is looked for after initialProbeBackoff, then after half as long again each time, up to maxProbeBackoff; each
 // pause is drawn between that and half of it, so that the nodes of a large cluster do not knock together.
 const (
-	probeFirst, probeMost = 250 * time.Millisecond, 10 * time.Second
-	probeTimeout          = 3 * time.Second
+	initialProbeBackoff, maxProbeBackoff = 250 * time.Millisecond, 10 * time.Second
+	probeTimeout                         = 3 * time.Second
 )
 
-// connection keeps the watches of this node going when the API server is away.
+// reconnector keeps the watches of this node going when the API server is away.
 //
 // Left alone, each watch would wait longer and longer by itself, up to a minute, and find the server back long after
 // it is; a pod's new identity would be refused for good meanwhile, as one that does not exist. Here one small question
 // stands for all watches, and all go on as soon as it is answered.
-type connection struct {
-	probe  func(context.Context) error // nil error: the API server answers and is ready
-	failed func()                      // is told of each failure of a watch; for metrics
+type reconnector struct {
+	probe     func(context.Context) error // nil error: the API server answers and is ready
+	onFailure func()                      // is told of each failure of a watch; for metrics
 
-	mu     sync.Mutex
-	back   chan struct{}   // closed when the server is back; nil while it is not known to be away
-	broken map[string]bool // watches that do not hear anything at the moment
+	mu           sync.Mutex
+	available    chan struct{}   // closed when the server is back; nil while it is not known to be away
+	disconnected map[string]bool // watches that do not hear anything at the moment
 }
 
-func newConnection(probe func(context.Context) error, failed func()) *connection {
-	return &connection{probe: probe, failed: failed, broken: map[string]bool{}}
+func newReconnector(probe func(context.Context) error, onFailure func()) *reconnector {
+	return &reconnector{probe: probe, onFailure: onFailure, disconnected: map[string]bool{}}
 }
 
-// stale names a watch that hears nothing at the moment; what it knows may be old. "" if all do.
-func (c *connection) stale() string {
+// staleWatch names a watch that hears nothing at the moment; what it knows may be old. "" if all do.
+func (c *reconnector) staleWatch() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for name := range c.broken {
+	for name := range c.disconnected {
 		return name
 	}
 	return ""
 }
 
-// staleCount is how many watches hear nothing at the moment.
-func (c *connection) staleCount() int {
+// staleWatches is how many watches hear nothing at the moment.
+func (c *reconnector) staleWatches() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return len(c.broken)
+	return len(c.disconnected)
 }
 
-// mend makes a source of objects wait for the API server instead of failing while that is away. Those with a name are
+// wrap makes a source of objects wait for the API server instead of failing while that is away. Those with a name are
 // watched for as long as this process lives, and count as stale while they hear nothing.
-func (c *connection) mend(name string, lw *cache.ListWatch) *cache.ListWatch {
+func (c *reconnector) wrap(name string, lw *cache.ListWatch) *cache.ListWatch {
 	list, open := lw.ListWithContextFunc, lw.WatchFuncWithContext
-	mended := &cache.ListWatch{
+	connected := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (objects runtime.Object, err error) {
-			err = c.persist(ctx, name, func() error {
+			err = c.retryWhileUnavailable(ctx, name, func() error {
 				objects, err = list(ctx, o)
 				return err
 			})
 			return objects, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (w apiwatch.Interface, err error) {
-			err = c.persist(ctx, name, func() error {
+			err = c.retryWhileUnavailable(ctx, name, func() error {
 				w, err = open(ctx, o)
 				return err
 			})
-			if err == nil && c.isBroken(name) {
-				w = c.caughtUp(name, o, w)
+			if err == nil && c.isDisconnected(name) {
+				w = c.connectedOnceCaughtUp(name, o, w)
 			}
 			return w, err
 		},
 	}
-	return mended
+	return connected
 }
 
-// settle is how long a watch that goes on after an outage is still taken to be behind: what was missed is the first
+// catchUpTime is how long a watch that goes on after an outage is still taken to be behind: what was missed is the first
 // thing that the API server sends, unless it has forgotten that and says so.
-const settle = time.Second
+const catchUpTime = time.Second
 
-// caughtUp ends the state of being broken once the watch has brought what was missed: it either goes on where it was,
+// connectedOnceCaughtUp ends the state of being disconnected once the watch has brought what was missed: it either goes on where it was,
 // or begins with all objects and marks the end of those, or fails because it is too old to go on.
-func (c *connection) caughtUp(name string, o metav1.ListOptions, w apiwatch.Interface) apiwatch.Interface {
-	mended := func() { c.note(name, false) }
+func (c *reconnector) connectedOnceCaughtUp(name string, o metav1.ListOptions, w apiwatch.Interface) apiwatch.Interface {
+	connected := func() { c.setDisconnected(name, false) }
 	var timer *time.Timer
 	if o.SendInitialEvents == nil || !*o.SendInitialEvents {
-		timer = time.AfterFunc(settle, mended)
+		timer = time.AfterFunc(catchUpTime, connected)
 	}
-	return newTap(w, func(e apiwatch.Event) {
+	return newObservedWatch(w, func(e apiwatch.Event) {
 		switch {
 		case e.Type == apiwatch.Error && timer != nil:
 			timer.Stop()
 		case e.Type == apiwatch.Bookmark && timer == nil:
 			if o, err := meta.Accessor(e.Object); err == nil && o.GetAnnotations()[metav1.InitialEventsAnnotationKey] == "true" {
-				timer = time.AfterFunc(settle, mended)
+				timer = time.AfterFunc(catchUpTime, connected)
 			}
 		}
 	})
 }
 
-// tap passes on all that a watch brings. It ends with Stop also when nobody takes the event that it holds, with which
+// observedWatch passes on all that a watch brings. It ends with Stop also when nobody takes the event that it holds, with which
 // apimachinery's filter would stay for good.
-type tap struct {
+type observedWatch struct {
 	apiwatch.Interface
 	events  chan apiwatch.Event
 	stopped chan struct{}
 	stop    func()
 }
 
-func newTap(w apiwatch.Interface, see func(apiwatch.Event)) *tap {
-	t := &tap{Interface: w, events: make(chan apiwatch.Event), stopped: make(chan struct{})}
+func newObservedWatch(w apiwatch.Interface, observe func(apiwatch.Event)) *observedWatch {
+	t := &observedWatch{Interface: w, events: make(chan apiwatch.Event), stopped: make(chan struct{})}
 	t.stop = sync.OnceFunc(func() { close(t.stopped) })
 	go func() {
 		defer close(t.events)
 		for e := range w.ResultChan() {
-			see(e)
+			observe(e)
 			select {
 			case t.events <- e:
 			case <-t.stopped:
@@ -132,43 +132,43 @@ func newTap(w apiwatch.Interface, see func(apiwatch.Event)) *tap {
 	return t
 }
 
-func (t *tap) ResultChan() <-chan apiwatch.Event { return t.events }
+func (t *observedWatch) ResultChan() <-chan apiwatch.Event { return t.events }
 
-func (t *tap) Stop() {
+func (t *observedWatch) Stop() {
 	t.stop()
 	t.Interface.Stop()
 }
 
-func (c *connection) isBroken(name string) bool {
+func (c *reconnector) isDisconnected(name string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.broken[name]
+	return c.disconnected[name]
 }
 
-func (c *connection) note(name string, broken bool) {
+func (c *reconnector) setDisconnected(name string, disconnected bool) {
 	if name == "" {
 		return
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if broken {
-		c.broken[name] = true
+	if disconnected {
+		c.disconnected[name] = true
 	} else {
-		delete(c.broken, name)
+		delete(c.disconnected, name)
 	}
 }
 
-// persist does it until it succeeds, fails for a reason that waiting does not help against, or ctx ends.
-func (c *connection) persist(ctx context.Context, name string, do func() error) error {
+// retryWhileUnavailable does it until it succeeds, fails for a reason that waiting does not help against, or ctx ends.
+func (c *reconnector) retryWhileUnavailable(ctx context.Context, name string, do func() error) error {
 	for {
 		err := do()
-		if err == nil || ctx.Err() != nil || !Away(err) {
+		if err == nil || ctx.Err() != nil || !ServerUnavailable(err) {
 			return err
 		}
-		c.failed()
-		c.note(name, true)
+		c.onFailure()
+		c.setDisconnected(name, true)
 		select {
-		case <-c.returned():
+		case <-c.serverAvailable():
 		case <-ctx.Done():
 			return err
 		}
@@ -177,7 +177,7 @@ func (c *connection) persist(ctx context.Context, name string, do func() error) 
 
 // Away tells a server that cannot answer now from one that says no. Whatever is not an answer of the server is an
 // error of the way there.
-func Away(err error) bool {
+func ServerUnavailable(err error) bool {
 	if _, answered := err.(apierrors.APIStatus); !answered {
 		return true
 	}
@@ -185,20 +185,20 @@ func Away(err error) bool {
 		apierrors.IsTimeout(err) || apierrors.IsTooManyRequests(err)
 }
 
-// returned gives the channel that is closed when the server is back, and sees to it that somebody looks.
-func (c *connection) returned() <-chan struct{} {
+// serverAvailable gives the channel that is closed when the server is back, and sees to it that somebody looks.
+func (c *reconnector) serverAvailable() <-chan struct{} {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.back == nil {
-		c.back = make(chan struct{})
-		go c.look()
+	if c.available == nil {
+		c.available = make(chan struct{})
+		go c.probeUntilAvailable()
 	}
-	return c.back
+	return c.available
 }
 
-// look asks until the server answers. It ends with that: as long as a watch waits, somebody has to.
-func (c *connection) look() {
-	for pause := probeFirst; ; pause = min(pause*3/2, probeMost) {
+// probeUntilAvailable asks until the server answers. It ends with that: as long as a watch waits, somebody has to.
+func (c *reconnector) probeUntilAvailable() {
+	for pause := initialProbeBackoff; ; pause = min(pause*3/2, maxProbeBackoff) {
 		time.Sleep(pause/2 + time.Duration(rand.Int64N(int64(pause/2))))
 		ctx, cancel := context.WithTimeout(context.Background(), probeTimeout)
 		err := c.probe(ctx)
@@ -209,6 +209,6 @@ func (c *connection) look() {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	close(c.back)
-	c.back = nil
+	close(c.available)
+	c.available = nil
 }

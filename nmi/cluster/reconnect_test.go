@@ -26,7 +26,7 @@ func TestAfterAnOutageAllWatchesGoOnWithinSecondsAndOneQuestionServesThem(t *tes
 		probes := 0
 		var failures atomic.Int32
 		refused := errors.New("connection refused")
-		c := newConnection(func(context.Context) error {
+		c := newReconnector(func(context.Context) error {
 			probes++
 			if time.Now().Before(backAt) {
 				return refused
@@ -46,7 +46,7 @@ func TestAfterAnOutageAllWatchesGoOnWithinSecondsAndOneQuestionServesThem(t *tes
 		done := make(chan time.Duration, watches)
 		for range watches {
 			go func() {
-				w, err := c.mend("pods", lw).WatchWithContext(t.Context(), metav1.ListOptions{})
+				w, err := c.wrap("pods", lw).WatchWithContext(t.Context(), metav1.ListOptions{})
 				if err != nil {
 					t.Error(err)
 				}
@@ -56,23 +56,23 @@ func TestAfterAnOutageAllWatchesGoOnWithinSecondsAndOneQuestionServesThem(t *tes
 			}()
 		}
 		synctest.Wait()
-		if c.stale() != "pods" {
+		if c.staleWatch() != "pods" {
 			t.Error("nothing is known to be stale")
 		}
 		for range watches {
-			if late := <-done; late > probeMost {
+			if late := <-done; late > maxProbeBackoff {
 				t.Errorf("a watch went on %s after the server was back", late)
 			}
 		}
-		if c.stale() == "" {
+		if c.staleWatch() == "" {
 			t.Error("what was missed cannot have come yet")
 		}
-		time.Sleep(settle + time.Millisecond)
+		time.Sleep(catchUpTime + time.Millisecond)
 		synctest.Wait()
-		if c.stale() != "" {
-			t.Errorf("%s is still called stale", c.stale())
+		if c.staleWatch() != "" {
+			t.Errorf("%s is still called stale", c.staleWatch())
 		}
-		if least := int(10 * time.Minute / probeMost); probes < least || probes > 3*least || failures.Load() != watches {
+		if least := int(10 * time.Minute / maxProbeBackoff); probes < least || probes > 3*least || failures.Load() != watches {
 			t.Errorf("%d probes, %d failures", probes, failures.Load())
 		}
 		time.Sleep(2 * time.Minute) // until the watches have ended
@@ -81,11 +81,11 @@ func TestAfterAnOutageAllWatchesGoOnWithinSecondsAndOneQuestionServesThem(t *tes
 
 func TestAWatchThatIsTooOldToGoOnStaysStaleUntilAllObjectsHaveComeAnew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newConnection(nil, nil)
-		c.note("pods", true)
+		c := newReconnector(nil, nil)
+		c.setDisconnected("pods", true)
 		open := func(o metav1.ListOptions) (*apiwatch.FakeWatcher, apiwatch.Interface) {
 			fake := apiwatch.NewFake()
-			w, err := c.mend("pods", &cache.ListWatch{
+			w, err := c.wrap("pods", &cache.ListWatch{
 				ListWithContextFunc:  func(context.Context, metav1.ListOptions) (runtime.Object, error) { return nil, nil },
 				WatchFuncWithContext: func(context.Context, metav1.ListOptions) (apiwatch.Interface, error) { return fake, nil },
 			}).WatchWithContext(t.Context(), o)
@@ -101,21 +101,21 @@ func TestAWatchThatIsTooOldToGoOnStaysStaleUntilAllObjectsHaveComeAnew(t *testin
 		fake, w := open(metav1.ListOptions{ResourceVersion: "7"})
 		fake.Error(&metav1.Status{Code: http.StatusGone})
 		w.Stop()
-		time.Sleep(10 * settle)
-		if c.stale() == "" {
+		time.Sleep(10 * catchUpTime)
+		if c.staleWatch() == "" {
 			t.Fatal("the watch has brought nothing and is not called stale")
 		}
 		all := true
 		fake, w = open(metav1.ListOptions{SendInitialEvents: &all})
 		fake.Add(nmitest.Pod("app", "1", "10.0.0.1"))
-		time.Sleep(10 * settle)
-		if c.stale() == "" {
+		time.Sleep(10 * catchUpTime)
+		if c.staleWatch() == "" {
 			t.Fatal("there may be more objects to come")
 		}
 		fake.Action(apiwatch.Bookmark, &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{metav1.InitialEventsAnnotationKey: "true"}}})
-		time.Sleep(settle + time.Millisecond)
+		time.Sleep(catchUpTime + time.Millisecond)
 		synctest.Wait()
-		if c.stale() != "" {
+		if c.staleWatch() != "" {
 			t.Error("all objects have come, and it is still called stale")
 		}
 		w.Stop()
@@ -125,9 +125,9 @@ func TestAWatchThatIsTooOldToGoOnStaysStaleUntilAllObjectsHaveComeAnew(t *testin
 // Nothing is left of a watch that ends with an event that nobody took; the test would not end otherwise.
 func TestAWatchThatEndsInTheMiddleOfAnEventEndsWhole(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, fake := newConnection(nil, nil), apiwatch.NewFakeWithOptions(apiwatch.FakeOptions{ChannelSize: 1})
-		c.note("pods", true)
-		w := c.caughtUp("pods", metav1.ListOptions{}, fake)
+		c, fake := newReconnector(nil, nil), apiwatch.NewFakeWithOptions(apiwatch.FakeOptions{ChannelSize: 1})
+		c.setDisconnected("pods", true)
+		w := c.connectedOnceCaughtUp("pods", metav1.ListOptions{}, fake)
 		fake.Add(nmitest.Pod("app", "1", "10.0.0.1"))
 		synctest.Wait() // it holds the event
 		w.Stop()
@@ -155,7 +155,7 @@ func TestOnlyAServerThatCannotAnswerIsWaitedFor(t *testing.T) {
 		{apierrors.NewResourceExpired("too old"), false},
 		{apierrors.NewNotFound(resource, "x"), false},
 	} {
-		if got := Away(c.err); got != c.away {
+		if got := ServerUnavailable(c.err); got != c.away {
 			t.Errorf("%v: %t", c.err, got)
 		}
 	}

@@ -54,12 +54,12 @@ type Watch struct {
 	pods, identities, bindings, exceptions cache.SharedIndexInformer
 	assignments                            cache.SharedIndexInformer // nil in managed mode
 	changed                                Broadcast                 // after each event about a pod
-	News                                   News                      // told in standard mode only
-	connection                             *connection
+	Notifier                               Notifier                  // told in standard mode only
+	reconnector                            *reconnector
 	failed                                 func(operation string)
 	health                                 *health.Health
 	log                                    *zap.Logger
-	filled                                 chan struct{} // closed once all caches have been filled
+	synced                                 chan struct{} // closed once all caches have been synced
 }
 
 // Callbacks is who is told of changes. The functions are called after the caches have changed, and must not block.
@@ -89,7 +89,7 @@ func New(cfg Config) (*Watch, error) {
 	if err := v1.AddToScheme(scheme); err != nil {
 		return nil, err
 	}
-	w := &Watch{node: cfg.Node, rules: rules, seed: maphash.MakeSeed(), health: cfg.Health, log: cfg.Log, failed: tell.Failed, filled: make(chan struct{})}
+	w := &Watch{node: cfg.Node, rules: rules, seed: maphash.MakeSeed(), health: cfg.Health, log: cfg.Log, failed: tell.Failed, synced: make(chan struct{})}
 	var err error
 	if w.core, err = kube.Client(config, scheme, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf); err != nil {
 		return nil, err
@@ -98,9 +98,9 @@ func New(cfg Config) (*Watch, error) {
 		return nil, err
 	}
 
-	w.connection = newConnection(func(ctx context.Context) error { return w.core.Get().AbsPath("/readyz").Do(ctx).Error() }, func() { tell.Failed(telemetry.APIWatch) })
+	w.reconnector = newReconnector(func(ctx context.Context) error { return w.core.Get().AbsPath("/readyz").Do(ctx).Error() }, func() { tell.Failed(telemetry.APIWatch) })
 	source := func(c rest.Interface, resource string, which fields.Selector) *cache.ListWatch {
-		return w.connection.mend(resource, cache.NewListWatchFromClient(c, resource, metav1.NamespaceAll, which))
+		return w.reconnector.wrap(resource, cache.NewListWatchFromClient(c, resource, metav1.NamespaceAll, which))
 	}
 	mine := fields.OneTermEqualSelector("spec.nodeName", cfg.Node)
 	w.pods = cache.NewSharedIndexInformer(source(w.core, "pods", mine), &corev1.Pod{}, 0, PodIndexers())
@@ -122,7 +122,7 @@ func New(cfg Config) (*Watch, error) {
 	_, podsErr := w.pods.AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc: func(any) { w.changed.Send() },
 		UpdateFunc: func(_, o any) {
-			if pod, ok := o.(*corev1.Pod); ok && Finished(pod) {
+			if pod, ok := o.(*corev1.Pod); ok && finished(pod) {
 				tell.PodGone(string(pod.UID))
 			}
 			w.changed.Send()
@@ -179,7 +179,7 @@ func (w *Watch) RunIdentities(ctx context.Context) {
 // Pod returns the pod of this UID if the cache has it and it is not finished.
 func (w *Watch) Pod(uid string) (*corev1.Pod, bool) {
 	found, err := w.pods.GetIndexer().ByIndex(byUID, uid)
-	if err != nil || len(found) != 1 || Finished(found[0].(*corev1.Pod)) {
+	if err != nil || len(found) != 1 || finished(found[0].(*corev1.Pod)) {
 		return nil, false
 	}
 	return found[0].(*corev1.Pod), true
@@ -195,25 +195,25 @@ func (w *Watch) Latest(pod *corev1.Pod) *corev1.Pod {
 }
 
 // Stale names a watch that hears nothing at the moment; what it knows may be old. "" if all do.
-func (w *Watch) Stale() string { return w.connection.stale() }
+func (w *Watch) StaleWatch() string { return w.reconnector.staleWatch() }
 
 // StaleCount is how many watches hear nothing at the moment.
-func (w *Watch) StaleCount() int { return w.connection.staleCount() }
+func (w *Watch) StaleWatches() int { return w.reconnector.staleWatches() }
 
 // Secret is where one Secret is watched.
 func (w *Watch) Secret(ref token.Ref) *cache.ListWatch {
-	return w.connection.mend("", cache.NewListWatchFromClient(w.core, "secrets", ref.Namespace, fields.OneTermEqualSelector(metav1.ObjectNameField, ref.Name)))
+	return w.reconnector.wrap("", cache.NewListWatchFromClient(w.core, "secrets", ref.Namespace, fields.OneTermEqualSelector(metav1.ObjectNameField, ref.Name)))
 }
 
 // ReadSecret asks the API server for a Secret.
 func (w *Watch) ReadSecret(ctx context.Context, ref token.Ref) (*corev1.Secret, error) {
 	var secret corev1.Secret
 	err := w.core.Get().Namespace(ref.Namespace).Resource("secrets").Name(ref.Name).Do(ctx).Into(&secret)
-	return &secret, w.count(telemetry.APIReadSecret, err)
+	return &secret, w.countFailure(telemetry.APIReadSecret, err)
 }
 
-// count notes a question that failed.
-func (w *Watch) count(operation string, err error) error {
+// countFailure notes a question that failed.
+func (w *Watch) countFailure(operation string, err error) error {
 	if err != nil {
 		w.failed(operation)
 	}
@@ -230,17 +230,17 @@ func (w *Watch) WriteEvent(ctx context.Context, e *corev1.Event) error {
 		}
 		err = events(w.core.Patch(types.MergePatchType)).Name(e.Name).Body(patch).Do(ctx).Error()
 		if !apierrors.IsNotFound(err) {
-			return w.count(telemetry.APIWriteEvent, err)
+			return w.countFailure(telemetry.APIWriteEvent, err)
 		}
 	}
-	return w.count(telemetry.APIWriteEvent, events(w.core.Post()).Body(e).Do(ctx).Error())
+	return w.countFailure(telemetry.APIWriteEvent, events(w.core.Post()).Body(e).Do(ctx).Error())
 }
 
 // RequestToken asks the API server for a token of a ServiceAccount.
 func (w *Watch) RequestToken(ctx context.Context, namespace, serviceAccount string, r *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error) {
 	var answer authenticationv1.TokenRequest
 	err := w.core.Post().Namespace(namespace).Resource("serviceaccounts").Name(serviceAccount).SubResource("token").Body(r).Do(ctx).Into(&answer)
-	return &answer, w.count(telemetry.APIRequestToken, err)
+	return &answer, w.countFailure(telemetry.APIRequestToken, err)
 }
 
 // Facts collects what the decision needs to know about the pod.
@@ -286,7 +286,7 @@ func (w *Watch) Facts(pod *corev1.Pod) (identity.Facts, error) {
 func (w *Watch) livePods(ctx context.Context) ([]*corev1.Pod, error) {
 	var list corev1.PodList
 	err := w.core.Get().Resource("pods").Param("fieldSelector", fields.OneTermEqualSelector("spec.nodeName", w.node).String()).Do(ctx).Into(&list)
-	if w.count(telemetry.APIListPods, err) != nil {
+	if w.countFailure(telemetry.APIListPods, err) != nil {
 		return nil, fmt.Errorf("listing the pods of node %s: %w", w.node, err)
 	}
 	pods := make([]*corev1.Pod, len(list.Items))
@@ -297,7 +297,7 @@ func (w *Watch) livePods(ctx context.Context) ([]*corev1.Pod, error) {
 }
 
 // finished reports whether all of the pod's containers are done for good. Its address may be another pod's already.
-func Finished(pod *corev1.Pod) bool {
+func finished(pod *corev1.Pod) bool {
 	return pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
 }
 
@@ -305,7 +305,7 @@ func Finished(pod *corev1.Pod) bool {
 // node's, nor those of a finished one.
 func podIPs(o any) ([]string, error) {
 	pod, ok := o.(*corev1.Pod)
-	if !ok || pod.Spec.HostNetwork || Finished(pod) {
+	if !ok || pod.Spec.HostNetwork || finished(pod) {
 		return nil, nil
 	}
 	var ips []string

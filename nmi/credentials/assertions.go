@@ -23,15 +23,15 @@ import (
 const exchangeAudience = "api://AzureADTokenExchange"
 
 const (
-	// assertionLife is the shortest that the API server gives.
-	assertionLife = 10 * time.Minute
-	// assertionSpare is how much of it has to be left for an exchange.
-	assertionSpare = time.Minute
+	// assertionLifetime is the shortest that the API server gives.
+	assertionLifetime = 10 * time.Minute
+	// minAssertionLifetime is how much of it has to be left for an exchange.
+	minAssertionLifetime = time.Minute
 
 	assertionTimeout = 5 * time.Second
 
-	// refusedFor is how long a no of the API server is kept, so that pods that come again at once do not all reach it.
-	refusedFor = 3 * time.Second
+	// refusalTTL is how long a no of the API server is kept, so that pods that come again at once do not all reach it.
+	refusalTTL = 3 * time.Second
 )
 
 // Assertions gets tokens of the ServiceAccounts of this node's pods from the API server, to be exchanged at Entra ID.
@@ -43,9 +43,9 @@ type Assertions struct {
 	request func(ctx context.Context, namespace, serviceAccount string, r *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error)
 	pod     func(uid string) (*corev1.Pod, bool)
 
-	mu      sync.Mutex
-	held    map[string]*assertion // by UID of the pod
-	vouched map[string]struct{}   // UIDs of pods that there was one for, and no word against since
+	mu       sync.Mutex
+	byPod    map[string]*assertion // by UID of the pod
+	verified map[string]struct{}   // UIDs of pods that there was one for, and no word against since
 }
 
 // assertion is one pod's. Its fields but done are to be read once done is closed.
@@ -58,16 +58,16 @@ type assertion struct {
 }
 
 func NewAssertions(request func(context.Context, string, string, *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error), pod func(string) (*corev1.Pod, bool)) *Assertions {
-	return &Assertions{request: request, pod: pod, held: map[string]*assertion{}, vouched: map[string]struct{}{}}
+	return &Assertions{request: request, pod: pod, byPod: map[string]*assertion{}, verified: map[string]struct{}{}}
 }
 
-// attest returns nil once the API server has vouched for the pod. Once is enough: the cache of pods tells when it has gone,
+// verify returns nil once the API server has verified for the pod. Once is enough: the cache of pods tells when it has gone,
 // and a server that is away later has said nothing against it.
-func (a *Assertions) attest(ctx context.Context, pod *corev1.Pod) error {
+func (a *Assertions) verify(ctx context.Context, pod *corev1.Pod) error {
 	a.mu.Lock()
-	_, vouched := a.vouched[string(pod.UID)]
+	_, verified := a.verified[string(pod.UID)]
 	a.mu.Unlock()
-	if vouched {
+	if verified {
 		return nil
 	}
 	_, err := a.get(ctx, pod)
@@ -77,18 +77,18 @@ func (a *Assertions) attest(ctx context.Context, pod *corev1.Pod) error {
 // Assertion implements [token.Assertions].
 func (a *Assertions) Assertion(ctx context.Context, uid string, serviceAccount token.Ref) (string, error) {
 	a.mu.Lock()
-	held := a.held[uid]
+	held := a.byPod[uid]
 	a.mu.Unlock()
-	if held != nil && held.account == serviceAccount && !held.over() {
+	if held != nil && held.account == serviceAccount && !held.expired() {
 		// Also of a pod that the API server has told of and the watch has not yet.
 		return held.wait(ctx)
 	}
 	pod, ok := a.pod(uid)
 	if !ok {
-		return "", stale(fmt.Sprintf("The pod with UID %s is not on this node any more", uid), nil)
+		return "", podStaleError(fmt.Sprintf("The pod with UID %s is not on this node any more", uid), nil)
 	}
 	if ServiceAccountOf(pod) != serviceAccount {
-		return "", stale(fmt.Sprintf("Pod %s/%s does not run as ServiceAccount %s", pod.Namespace, pod.Name, serviceAccount), nil)
+		return "", podStaleError(fmt.Sprintf("Pod %s/%s does not run as ServiceAccount %s", pod.Namespace, pod.Name, serviceAccount), nil)
 	}
 	return a.get(ctx, pod)
 }
@@ -97,11 +97,11 @@ func (a *Assertions) Assertion(ctx context.Context, uid string, serviceAccount t
 func (a *Assertions) get(ctx context.Context, pod *corev1.Pod) (string, error) {
 	uid := string(pod.UID)
 	a.mu.Lock()
-	held := a.held[uid]
-	if held == nil || held.over() {
+	held := a.byPod[uid]
+	if held == nil || held.expired() {
 		held = &assertion{account: ServiceAccountOf(pod), done: make(chan struct{})}
-		a.held[uid] = held
-		go a.ask(held, pod)
+		a.byPod[uid] = held
+		go a.requestAssertion(held, pod)
 	}
 	a.mu.Unlock()
 	return held.wait(ctx)
@@ -116,21 +116,21 @@ func (h *assertion) wait(ctx context.Context) (string, error) {
 	}
 }
 
-// over reports whether there is nothing to be had from it any more.
-func (h *assertion) over() bool {
+// expired reports whether there is nothing to be had from it any more.
+func (h *assertion) expired() bool {
 	select {
 	case <-h.done:
-		return time.Until(h.expires) < assertionSpare && h.err == nil || time.Now().After(h.expires)
+		return time.Until(h.expires) < minAssertionLifetime && h.err == nil || time.Now().After(h.expires)
 	default:
 		return false
 	}
 }
 
-func (a *Assertions) ask(held *assertion, pod *corev1.Pod) {
+func (a *Assertions) requestAssertion(held *assertion, pod *corev1.Pod) {
 	defer close(held.done)
 	ctx, cancel := context.WithTimeout(context.Background(), assertionTimeout)
 	defer cancel()
-	seconds := int64(assertionLife / time.Second)
+	seconds := int64(assertionLifetime / time.Second)
 	account := held.account
 	r, err := a.request(ctx, account.Namespace, account.Name, &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
 		Audiences:         []string{exchangeAudience},
@@ -140,15 +140,15 @@ func (a *Assertions) ask(held *assertion, pod *corev1.Pod) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if err != nil {
-		held.err, held.expires = assertionFailed(pod, err), time.Now().Add(refusedFor)
-		if !cluster.Away(err) {
-			delete(a.vouched, string(pod.UID))
+		held.err, held.expires = assertionError(pod, err), time.Now().Add(refusalTTL)
+		if !cluster.ServerUnavailable(err) {
+			delete(a.verified, string(pod.UID))
 		}
 		return
 	}
 	held.token, held.expires = r.Status.Token, r.Status.ExpirationTimestamp.Time
-	if a.held[string(pod.UID)] == held { // the pod has not gone meanwhile
-		a.vouched[string(pod.UID)] = struct{}{}
+	if a.byPod[string(pod.UID)] == held { // the pod has not gone meanwhile
+		a.verified[string(pod.UID)] = struct{}{}
 	}
 }
 
@@ -156,35 +156,35 @@ func (a *Assertions) ask(held *assertion, pod *corev1.Pod) {
 func (a *Assertions) Pods() []string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return slices.Collect(maps.Keys(a.held))
+	return slices.Collect(maps.Keys(a.byPod))
 }
 
 // Release forgets a pod that is gone.
 func (a *Assertions) Release(uid string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	delete(a.held, uid)
-	delete(a.vouched, uid)
+	delete(a.byPod, uid)
+	delete(a.verified, uid)
 }
 
 func ServiceAccountOf(pod *corev1.Pod) token.Ref {
 	return token.Ref{Namespace: pod.Namespace, Name: cmp.Or(pod.Spec.ServiceAccountName, "default")}
 }
 
-func assertionFailed(pod *corev1.Pod, err error) error {
+func assertionError(pod *corev1.Pod, err error) error {
 	account := ServiceAccountOf(pod)
 	switch {
 	case apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err):
 		return &token.Error{Class: token.Denied, Reason: identity.ServiceAccountForbidden, Err: err,
 			Detail: fmt.Sprintf("NMI may not ask for tokens of ServiceAccount %s; add namespace %s to nmi.federatedNamespaces of the chart. The API server says: %v", account, account.Namespace, err)}
-	case cluster.Away(err):
+	case cluster.ServerUnavailable(err):
 		return &token.Error{Class: token.Unavailable, Err: err,
 			Detail: fmt.Sprintf("The API server gives no token of ServiceAccount %s at the moment: %v", account, err)}
 	}
-	return stale(fmt.Sprintf("The API server does not vouch for pod %s/%s: %v", pod.Namespace, pod.Name, err), err)
+	return podStaleError(fmt.Sprintf("The API server does not vouch for pod %s/%s: %v", pod.Namespace, pod.Name, err), err)
 }
 
-// stale is for a pod that is not what it was when it was last heard of. It may only be that the watch is behind.
-func stale(detail string, err error) error {
+// podStaleError is for a pod that is not what it was when it was last heard of. It may only be that the watch is behind.
+func podStaleError(detail string, err error) error {
 	return &token.Error{Class: token.Unavailable, Reason: identity.PodStale, Detail: detail, Err: err}
 }

@@ -27,7 +27,7 @@ func TestTheAPIServerVouchesForEachPodOnce(t *testing.T) {
 		var all sync.WaitGroup
 		for range 20 {
 			all.Go(func() {
-				if err := a.attest(t.Context(), p); err != nil {
+				if err := a.verify(t.Context(), p); err != nil {
 					t.Error(err)
 				}
 			})
@@ -43,27 +43,27 @@ func TestTheAPIServerVouchesForEachPodOnce(t *testing.T) {
 			!slices.Equal(spec.Audiences, []string{"api://AzureADTokenExchange"}) || *spec.ExpirationSeconds != 600 {
 			t.Errorf("asked for %+v", spec)
 		}
-		// A token near its end is of no use for an exchange, but the pod has been vouched for.
-		time.Sleep(assertionLife - assertionSpare + time.Second)
-		if err := a.attest(t.Context(), p); err != nil || len(c.Requests) != 1 {
+		// A token near its end is of no use for an exchange, but the pod has been verified for.
+		time.Sleep(assertionLifetime - minAssertionLifetime + time.Second)
+		if err := a.verify(t.Context(), p); err != nil || len(c.Requests) != 1 {
 			t.Errorf("%v, %d requests", err, len(c.Requests))
 		}
 		if _, err := a.Assertion(t.Context(), "uid-1", account); err != nil || len(c.Requests) != 2 {
 			t.Errorf("%v, %d requests", err, len(c.Requests))
 		}
 		// A server that is away takes nothing back; one that says no does.
-		time.Sleep(assertionLife)
+		time.Sleep(assertionLifetime)
 		c.Refuses = errors.New("connection refused")
-		if _, err := a.Assertion(t.Context(), "uid-1", account); err == nil || a.attest(t.Context(), p) != nil {
+		if _, err := a.Assertion(t.Context(), "uid-1", account); err == nil || a.verify(t.Context(), p) != nil {
 			t.Errorf("while it is away: %v", err)
 		}
-		time.Sleep(refusedFor + time.Millisecond)
+		time.Sleep(refusalTTL + time.Millisecond)
 		c.Refuses = apierrors.NewNotFound(schema.GroupResource{Resource: "pods"}, "app")
-		if _, err := a.Assertion(t.Context(), "uid-1", account); err == nil || a.attest(t.Context(), p) == nil {
+		if _, err := a.Assertion(t.Context(), "uid-1", account); err == nil || a.verify(t.Context(), p) == nil {
 			t.Errorf("once it has said no: %v", err)
 		}
 		a.Release("uid-1")
-		if len(a.held) != 0 || len(a.vouched) != 0 {
+		if len(a.byPod) != 0 || len(a.verified) != 0 {
 			t.Error("a pod that is gone is kept")
 		}
 	})
@@ -91,7 +91,7 @@ func TestAPodThatTheAPIServerDoesNotVouchForGetsNothing(t *testing.T) {
 				p := nmitest.Pod("app", "uid-1", "10.0.0.1")
 				var e *token.Error
 				for range 10 {
-					if err := a.attest(t.Context(), p); !errors.As(err, &e) || e.Class != c.class || e.Reason != c.reason || !strings.Contains(e.Detail, c.says) {
+					if err := a.verify(t.Context(), p); !errors.As(err, &e) || e.Class != c.class || e.Reason != c.reason || !strings.Contains(e.Detail, c.says) {
 						t.Fatalf("got %v", err)
 					}
 				}
@@ -99,8 +99,8 @@ func TestAPodThatTheAPIServerDoesNotVouchForGetsNothing(t *testing.T) {
 					t.Errorf("the API server was asked %d times", len(cluster.Requests))
 				}
 				cluster.Refuses = nil
-				time.Sleep(refusedFor + time.Millisecond)
-				if err := a.attest(t.Context(), p); err != nil {
+				time.Sleep(refusalTTL + time.Millisecond)
+				if err := a.verify(t.Context(), p); err != nil {
 					t.Errorf("later: %v", err)
 				}
 			})
@@ -112,7 +112,7 @@ func TestAPodThatTheAPIServerDoesNotVouchForGetsNothing(t *testing.T) {
 func TestAPodThatTheWatchDoesNotHaveYetIsExchangedAllTheSame(t *testing.T) {
 	c := nmitest.NewKubernetes(t)
 	a := newAssertions(c)
-	if err := a.attest(t.Context(), nmitest.Pod("app", "uid-1", "10.0.0.1")); err != nil {
+	if err := a.verify(t.Context(), nmitest.Pod("app", "uid-1", "10.0.0.1")); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := a.Assertion(t.Context(), "uid-1", token.Ref{Namespace: "ns", Name: "default"}); err != nil || got != "assertion-of-ns/default" || len(c.Requests) != 1 {

@@ -18,31 +18,31 @@ type Principals struct {
 	Assertions   *Assertions
 }
 
-// Of returns the principals of an identity for a pod that may use it: one, or one for each tenant. Its error is of the
+// ForPod returns the principals of an identity for a pod that may use it: one, or one for each tenant. Its error is of the
 // kinds that a fetch has.
-func (p *Principals) Of(ctx context.Context, pod *corev1.Pod, id identity.Identity) ([]token.Principal, error) {
-	outline := p.Outline(id)
+func (p *Principals) ForPod(ctx context.Context, pod *corev1.Pod, id identity.Identity) ([]token.Principal, error) {
+	principals := p.FromIdentity(id)
 	switch id.Kind {
 	case identity.ServicePrincipalSecret, identity.ServicePrincipalCertificate:
-		content, err := p.Secrets.forPod(ctx, outline[0].Secret, string(pod.UID))
+		content, err := p.Secrets.forPod(ctx, principals[0].Secret, string(pod.UID))
 		if err != nil {
 			return nil, err
 		}
-		for i := range outline {
-			outline[i].Revision = content.Revision
+		for i := range principals {
+			principals[i].Revision = content.Revision
 		}
 	case identity.Federated:
-		if err := p.Assertions.attest(ctx, pod); err != nil {
+		if err := p.Assertions.verify(ctx, pod); err != nil {
 			return nil, err
 		}
-		outline[0].ServiceAccount = ServiceAccountOf(pod)
+		principals[0].ServiceAccount = ServiceAccountOf(pod)
 	}
-	return outline, nil
+	return principals, nil
 }
 
-// Outline is what the AzureIdentity alone says about its principals. Neither the content of a Secret nor a
+// FromIdentity is what the AzureIdentity alone says about its principals. Neither the content of a Secret nor a
 // ServiceAccount is part of that.
-func (p *Principals) Outline(id identity.Identity) []token.Principal {
+func (p *Principals) FromIdentity(id identity.Identity) []token.Principal {
 	if id.Kind == identity.UserAssigned {
 		if p.ByResourceID {
 			return []token.Principal{token.ManagedKey("", "", strings.TrimSuffix(id.ResourceID, "/"), "").Principal}
@@ -73,11 +73,11 @@ func (p *Principals) Outline(id identity.Identity) []token.Principal {
 	return all
 }
 
-// Stands reports whether a principal is one of those that an identity stands for, or has stood for.
-func (p *Principals) Stands(id identity.Identity, principal token.Principal) bool {
+// Matches reports whether a principal is one of those that an identity stands for, or has stood for.
+func (p *Principals) Matches(id identity.Identity, principal token.Principal) bool {
 	principal.Revision, principal.ServiceAccount = "", token.Ref{}
-	for _, outlined := range p.Outline(id) {
-		if outlined == principal {
+	for _, candidate := range p.FromIdentity(id) {
+		if candidate == principal {
 			return true
 		}
 	}

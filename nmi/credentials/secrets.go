@@ -26,9 +26,9 @@ import (
 // secretTimeout bounds how long a request waits for the first look at a Secret.
 const secretTimeout = 5 * time.Second
 
-// podSecrets is how many Secrets one pod may cause to be watched. It can name as many as there are identities bound to
+// maxSecretsPerPod is how many Secrets one pod may cause to be watched. It can name as many as there are identities bound to
 // it, and each costs a connection's worth of API server.
-const podSecrets = 64
+const maxSecretsPerPod = 64
 
 // Secrets watches the Secrets that identities in use name, each by itself and only as long as a pod lives that uses it.
 //
@@ -40,32 +40,32 @@ type Secrets struct {
 	read    func(context.Context, token.Ref) (*corev1.Secret, error)
 	changed func(ref token.Ref, revision string) // a content is not current any more
 
-	mu      sync.Mutex
-	watched map[token.Ref]*watchedSecret
-	holders map[string]map[token.Ref]struct{} // by UID of the pod
+	mu           sync.Mutex
+	watched      map[token.Ref]*watchedSecret
+	secretsOfPod map[string]map[token.Ref]struct{} // by UID of the pod
 }
 
 type watchedSecret struct {
-	informer cache.SharedIndexInformer
-	stop     context.CancelFunc
-	users    map[string]struct{} // UIDs of pods
-	broken   chan struct{}       // closed when the API server has said no
-	err      error               // why; this and the next are to be read once broken is closed
-	until    time.Time           // how long that is kept
+	informer   cache.SharedIndexInformer
+	stop       context.CancelFunc
+	users      map[string]struct{} // UIDs of pods
+	refused    chan struct{}       // closed when the API server has said no
+	err        error               // why; this and the next are to be read once broken is closed
+	retryAfter time.Time           // how long that is kept
 }
 
-// over reports whether it is time to ask anew.
-func (w *watchedSecret) over() bool {
+// expired reports whether it is time to ask anew.
+func (w *watchedSecret) expired() bool {
 	select {
-	case <-w.broken:
-		return time.Now().After(w.until)
+	case <-w.refused:
+		return time.Now().After(w.retryAfter)
 	default:
 		return false
 	}
 }
 
 func NewSecrets(ctx context.Context, source func(token.Ref) *cache.ListWatch, read func(context.Context, token.Ref) (*corev1.Secret, error), changed func(token.Ref, string)) *Secrets {
-	return &Secrets{ctx: ctx, source: source, read: read, changed: changed, watched: map[token.Ref]*watchedSecret{}, holders: map[string]map[token.Ref]struct{}{}}
+	return &Secrets{ctx: ctx, source: source, read: read, changed: changed, watched: map[token.Ref]*watchedSecret{}, secretsOfPod: map[string]map[token.Ref]struct{}{}}
 }
 
 // Secret implements [token.Secrets]: what a fetch reads that belongs to no pod in particular.
@@ -73,14 +73,14 @@ func (s *Secrets) Secret(ctx context.Context, ref token.Ref) (token.SecretConten
 	s.mu.Lock()
 	w := s.watched[ref]
 	s.mu.Unlock()
-	if w != nil && !w.over() {
+	if w != nil && !w.expired() {
 		return w.get(ctx, ref)
 	}
 	secret, err := s.read(ctx, ref)
 	if err != nil {
-		return token.SecretContent{}, secretFailed(ref, err)
+		return token.SecretContent{}, secretReadError(ref, err)
 	}
-	return content(secret), nil
+	return contentOf(secret), nil
 }
 
 // forPod returns the Secret for a pod that may use it, and watches it from then on until the pod is released.
@@ -95,13 +95,13 @@ func (s *Secrets) forPod(ctx context.Context, ref token.Ref, pod string) (token.
 func (s *Secrets) watch(ref token.Ref, pod string) (*watchedSecret, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	held := s.holders[pod]
-	if _, has := held[ref]; !has && len(held) >= podSecrets {
+	refs := s.secretsOfPod[pod]
+	if _, has := refs[ref]; !has && len(refs) >= maxSecretsPerPod {
 		return nil, token.ErrPodThrottled
 	}
 	w := s.watched[ref]
-	if w == nil || w.over() {
-		next, err := s.open(ref)
+	if w == nil || w.expired() {
+		next, err := s.startWatch(ref)
 		if err != nil {
 			return nil, err
 		}
@@ -111,18 +111,18 @@ func (s *Secrets) watch(ref token.Ref, pod string) (*watchedSecret, error) {
 		w = next
 		s.watched[ref] = w
 	}
-	if held == nil {
-		held = map[token.Ref]struct{}{}
-		s.holders[pod] = held
+	if refs == nil {
+		refs = map[token.Ref]struct{}{}
+		s.secretsOfPod[pod] = refs
 	}
-	held[ref] = struct{}{}
+	refs[ref] = struct{}{}
 	w.users[pod] = struct{}{}
 	return w, nil
 }
 
-// open begins to watch. s.mu is held.
-func (s *Secrets) open(ref token.Ref) (*watchedSecret, error) {
-	w := &watchedSecret{users: map[string]struct{}{}, broken: make(chan struct{})}
+// startWatch begins to watch. s.mu is refs.
+func (s *Secrets) startWatch(ref token.Ref) (*watchedSecret, error) {
+	w := &watchedSecret{users: map[string]struct{}{}, refused: make(chan struct{})}
 	w.informer = cache.NewSharedIndexInformer(s.source(ref), &corev1.Secret{}, 0, cache.Indexers{})
 	gone := func(o any) {
 		if old, ok := cluster.LastState(o).(*cluster.Kept[token.SecretContent]); ok {
@@ -140,13 +140,13 @@ func (s *Secrets) open(ref token.Ref) (*watchedSecret, error) {
 	err = errors.Join(err,
 		w.informer.SetTransform(func(o any) (any, error) {
 			if secret, ok := o.(*corev1.Secret); ok {
-				return cluster.Keep(secret, content(secret)), nil
+				return cluster.Keep(secret, contentOf(secret)), nil
 			}
 			return o, nil
 		}),
 		w.informer.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) {
 			if apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err) {
-				s.breakOff(w, err)
+				s.stopRefused(w, err)
 			}
 		}))
 	if err != nil {
@@ -158,16 +158,16 @@ func (s *Secrets) open(ref token.Ref) (*watchedSecret, error) {
 	return w, nil
 }
 
-// breakOff ends a watch that the API server does not allow, so that it is asked anew soon: rights may be given meanwhile,
+// stopRefused ends a watch that the API server does not allow, so that it is asked anew soon: rights may be given meanwhile,
 // and a watch that was refused would come back late.
-func (s *Secrets) breakOff(w *watchedSecret, err error) {
+func (s *Secrets) stopRefused(w *watchedSecret, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	select {
-	case <-w.broken:
+	case <-w.refused:
 	default:
-		w.err, w.until = err, time.Now().Add(refusedFor)
-		close(w.broken)
+		w.err, w.retryAfter = err, time.Now().Add(refusalTTL)
+		close(w.refused)
 		w.stop()
 	}
 }
@@ -176,14 +176,14 @@ func (s *Secrets) breakOff(w *watchedSecret, err error) {
 func (s *Secrets) Pods() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return slices.Collect(maps.Keys(s.holders))
+	return slices.Collect(maps.Keys(s.secretsOfPod))
 }
 
 // Release forgets a pod that is gone, and stops watching what only it used.
 func (s *Secrets) Release(pod string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for ref := range s.holders[pod] {
+	for ref := range s.secretsOfPod[pod] {
 		w := s.watched[ref]
 		delete(w.users, pod)
 		if len(w.users) > 0 {
@@ -196,7 +196,7 @@ func (s *Secrets) Release(pod string) {
 			go s.changed(ref, o.(*cluster.Kept[token.SecretContent]).Value.Revision)
 		}
 	}
-	delete(s.holders, pod)
+	delete(s.secretsOfPod, pod)
 }
 
 // get waits for the first look and returns what is known.
@@ -206,14 +206,14 @@ func (w *watchedSecret) get(ctx context.Context, ref token.Ref) (token.SecretCon
 		defer cancel()
 		select {
 		case <-w.informer.HasSyncedChecker().Done():
-		case <-w.broken:
+		case <-w.refused:
 		case <-ctx.Done():
-			return token.SecretContent{}, secretFailed(ref, ctx.Err())
+			return token.SecretContent{}, secretReadError(ref, ctx.Err())
 		}
 	}
 	select {
-	case <-w.broken:
-		return token.SecretContent{}, secretFailed(ref, w.err)
+	case <-w.refused:
+		return token.SecretContent{}, secretReadError(ref, w.err)
 	default:
 	}
 	o, ok, err := w.informer.GetStore().GetByKey(ref.String())
@@ -221,20 +221,20 @@ func (w *watchedSecret) get(ctx context.Context, ref token.Ref) (token.SecretCon
 		return token.SecretContent{}, err
 	}
 	if !ok {
-		return token.SecretContent{}, secretMissing(ref)
+		return token.SecretContent{}, secretMissingError(ref)
 	}
 	return o.(*cluster.Kept[token.SecretContent]).Value, nil
 }
 
-func secretMissing(ref token.Ref) error {
+func secretMissingError(ref token.Ref) error {
 	return &token.Error{Class: token.Denied, Reason: identity.SecretMissing,
 		Detail: fmt.Sprintf("Secret %s does not exist; create it, or correct spec.clientPassword of the AzureIdentity", ref)}
 }
 
-func secretFailed(ref token.Ref, err error) error {
+func secretReadError(ref token.Ref, err error) error {
 	switch {
 	case apierrors.IsNotFound(err):
-		return secretMissing(ref)
+		return secretMissingError(ref)
 	case apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err):
 		return &token.Error{Class: token.Denied, Reason: identity.SecretUnreadable, Err: err,
 			Detail: fmt.Sprintf("NMI may not read Secret %s; add it to nmi.secretNamespaces of the chart", ref)}
@@ -250,8 +250,8 @@ var revisionKey = func() []byte {
 	return key
 }()
 
-// content takes from a Secret what credentials are made of, and names it by a hash that no other content has.
-func content(secret *corev1.Secret) token.SecretContent {
+// contentOf takes from a Secret what credentials are made of, and names it by a hash that no other content has.
+func contentOf(secret *corev1.Secret) token.SecretContent {
 	sum := hmac.New(sha256.New, revisionKey)
 	add := func(b []byte) {
 		_ = binary.Write(sum, binary.BigEndian, uint64(len(b))) // a hash takes everything

@@ -45,8 +45,8 @@ func TestASecretIsWatchedAsLongAsAPodUsesIt(t *testing.T) {
 		t.Errorf("the watch began anew: %d", c.Watches)
 	}
 	s.Release("2")
-	if gone := <-c.Changed; gone != second.Revision || len(s.watched) != 0 || len(s.holders) != 0 {
-		t.Errorf("after the last pod: %d watched, %d pods, %s dropped", len(s.watched), len(s.holders), gone)
+	if gone := <-c.Changed; gone != second.Revision || len(s.watched) != 0 || len(s.secretsOfPod) != 0 {
+		t.Errorf("after the last pod: %d watched, %d pods, %s dropped", len(s.watched), len(s.secretsOfPod), gone)
 	}
 	if got, err := s.Secret(t.Context(), passwordRef); err != nil || string(got.Data["clientSecret"]) != "read" || len(s.watched) != 0 {
 		t.Errorf("a fetch for nobody in particular: %v, %d watched", err, len(s.watched))
@@ -84,7 +84,7 @@ func TestASecretThatMayNotBeReadIsAskedForAgainAfterAWhile(t *testing.T) {
 	c.Forbidden = false
 	c.Mu.Unlock()
 	s.mu.Lock()
-	s.watched[passwordRef].until = time.Now().Add(-time.Second)
+	s.watched[passwordRef].retryAfter = time.Now().Add(-time.Second)
 	s.mu.Unlock()
 	mustContent(t, s, "1", "first")
 }
@@ -92,7 +92,7 @@ func TestASecretThatMayNotBeReadIsAskedForAgainAfterAWhile(t *testing.T) {
 func TestOnePodCannotHaveEverySecretWatched(t *testing.T) {
 	c := nmitest.NewKubernetes(t)
 	s := newSecrets(t, c)
-	for i := range podSecrets {
+	for i := range maxSecretsPerPod {
 		if _, err := s.watch(token.Ref{Namespace: "ns", Name: strings.Repeat("x", i+1)}, "1"); err != nil {
 			t.Fatal(err)
 		}
@@ -106,7 +106,7 @@ func TestOnePodCannotHaveEverySecretWatched(t *testing.T) {
 func TestRevisionsTellContentsApart(t *testing.T) {
 	seen := map[string]bool{}
 	for _, data := range []map[string][]byte{{}, {"a": {}}, {"a": []byte("b")}, {"ab": {}}, {"a": {}, "b": {}}, {"": []byte("ab")}} {
-		seen[content(&corev1.Secret{Data: data}).Revision] = true
+		seen[contentOf(&corev1.Secret{Data: data}).Revision] = true
 	}
 	if len(seen) != 6 {
 		t.Errorf("6 contents have %d revisions", len(seen))

@@ -18,49 +18,49 @@ const (
 // connections that there may be, so that those who have nothing to wait for find a place in the other half. Beyond
 // that, clients are told to come again.
 const (
-	MaxWaiting          = MaxConnections / 2
-	MaxWaitingPerSource = MaxConnectionsPerSource / 2
+	MaxWaits          = MaxConnections / 2
+	MaxWaitsPerSource = MaxConnectionsPerSource / 2
 )
 
-// Places is a number of places, of which one source may take some. Who has one gives it back once.
-type Places struct {
-	most, mostPerSource int
+// Limiter is a number of places, of which one source may take some. Who has one gives it back once.
+type Limiter struct {
+	max, maxPerSource int
 
-	mu    sync.Mutex
-	taken int
-	from  map[netip.Addr]int
+	mu       sync.Mutex
+	inUse    int
+	bySource map[netip.Addr]int
 }
 
-// NewPlaces returns so many places.
-func NewPlaces(most, mostPerSource int) *Places {
-	return &Places{most: most, mostPerSource: mostPerSource, from: map[netip.Addr]int{}}
+// New returns so many places.
+func New(max, maxPerSource int) *Limiter {
+	return &Limiter{max: max, maxPerSource: maxPerSource, bySource: map[netip.Addr]int{}}
 }
 
-// Take reports whether there was one left.
-func (p *Places) Take(a netip.Addr) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.taken >= p.most || p.from[a] >= p.mostPerSource {
+// Acquire reports whether there was one left.
+func (l *Limiter) Acquire(a netip.Addr) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.inUse >= l.max || l.bySource[a] >= l.maxPerSource {
 		return false
 	}
-	p.taken++
-	p.from[a]++
+	l.inUse++
+	l.bySource[a]++
 	return true
 }
 
-// GiveBack gives a place back that Take gave.
-func (p *Places) GiveBack(a netip.Addr) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.taken--
-	if p.from[a]--; p.from[a] == 0 {
-		delete(p.from, a)
+// Release gives a place back that Acquire gave.
+func (l *Limiter) Release(a netip.Addr) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.inUse--
+	if l.bySource[a]--; l.bySource[a] == 0 {
+		delete(l.bySource, a)
 	}
 }
 
-// Taken is how many places are taken, and by how many sources.
-func (p *Places) Taken() (places, sources int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.taken, len(p.from)
+// InUse is how many places are taken, and by how many sources.
+func (l *Limiter) InUse() (places, sources int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.inUse, len(l.bySource)
 }

@@ -25,7 +25,7 @@ import (
 
 // bench answers requests on a node with nmitest.Pods, without a server around them.
 type bench struct {
-	tokens     *Tokens
+	tokens     *Processor
 	metrics    *telemetry.Metrics
 	azure      *nmitest.TokenSource
 	facts      identity.Facts
@@ -49,11 +49,11 @@ func newBench(t *testing.T) *bench {
 	nobody := func(context.Context) ([]*corev1.Pod, error) { return nil, nil }
 	kubernetes := nmitest.NewKubernetes(t)
 	b.tokens, err = New(Config{
-		Rules:     identity.Rules{Mode: identity.Managed},
-		Pods:      cluster.NewPodFinder(b.pods, &cluster.Broadcast{}, nobody, 50*time.Millisecond),
-		PodLookup: 50 * time.Millisecond,
-		Cluster:   b,
-		Ready:     func(context.Context, time.Duration) error { return nil },
+		Rules:            identity.Rules{Mode: identity.Managed},
+		Pods:             cluster.NewPodFinder(b.pods, &cluster.Broadcast{}, nobody, 50*time.Millisecond),
+		PodLookupTimeout: 50 * time.Millisecond,
+		Cluster:          b,
+		Ready:            func(context.Context, time.Duration) error { return nil },
 		Principals: &credentials.Principals{
 			Authority:  "https://login.example",
 			Secrets:    credentials.NewSecrets(t.Context(), kubernetes.Source, kubernetes.ReadSecret, kubernetes.SecretChanged),
@@ -70,7 +70,7 @@ func newBench(t *testing.T) *bench {
 
 func (b *bench) Facts(*corev1.Pod) (identity.Facts, error) { return nmitest.CopyOf(b.facts), nil }
 func (b *bench) Latest(p *corev1.Pod) *corev1.Pod          { return p }
-func (b *bench) Stale() string                             { return b.staleWatch }
+func (b *bench) StaleWatch() string                        { return b.staleWatch }
 
 func (b *bench) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var tokens []metadata.TokenAnswer

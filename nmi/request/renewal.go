@@ -8,18 +8,18 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// Allowed reports whether a pod may still have tokens of a principal, so that they are worth renewing. It neither
-// waits nor asks anybody.
-func (t *Tokens) Allowed(pod *corev1.Pod, principal token.Principal) bool {
-	facts, err := t.Cluster.Facts(pod)
+// MayRenew reports whether a pod may still have tokens of a principal, so that they are worth renewing. It neither
+// waits nor retriesUpstream anybody.
+func (p *Processor) MayRenew(pod *corev1.Pod, principal token.Principal) bool {
+	facts, err := p.Cluster.Facts(pod)
 	if err != nil {
 		return true // nothing is known against it
 	}
-	subject := cluster.Subject(pod)
-	bound, refusal := identity.Bound(t.Rules, subject, facts)
+	subject := cluster.IdentityPod(pod)
+	bound, refusal := identity.Bound(p.Rules, subject, facts)
 	if refusal == nil {
 		for i := range bound {
-			if t.Principals.Stands(bound[i], principal) && (t.Rules.Mode != identity.Standard || identity.Assigned(subject, &bound[i], facts.Assignments) == nil) {
+			if p.Principals.Matches(bound[i], principal) && (p.Rules.Mode != identity.Standard || identity.Assigned(subject, &bound[i], facts.Assignments) == nil) {
 				return true
 			}
 		}

@@ -51,11 +51,11 @@ func newBench(t *testing.T) *bench {
 	nobody := func(context.Context) ([]*corev1.Pod, error) { return nil, nil }
 	kubernetes := nmitest.NewKubernetes(t)
 	tokens, err := request.New(request.Config{
-		Rules:     identity.Rules{Mode: identity.Managed},
-		Pods:      cluster.NewPodFinder(pods, &cluster.Broadcast{}, nobody, 50*time.Millisecond),
-		PodLookup: 50 * time.Millisecond,
-		Cluster:   b,
-		Ready:     func(context.Context, time.Duration) error { return nil },
+		Rules:            identity.Rules{Mode: identity.Managed},
+		Pods:             cluster.NewPodFinder(pods, &cluster.Broadcast{}, nobody, 50*time.Millisecond),
+		PodLookupTimeout: 50 * time.Millisecond,
+		Cluster:          b,
+		Ready:            func(context.Context, time.Duration) error { return nil },
 		Principals: &credentials.Principals{
 			Authority:  "https://login.example",
 			Secrets:    credentials.NewSecrets(t.Context(), kubernetes.Source, kubernetes.ReadSecret, kubernetes.SecretChanged),
@@ -74,7 +74,7 @@ func newBench(t *testing.T) *bench {
 
 func (b *bench) Facts(*corev1.Pod) (identity.Facts, error) { return nmitest.CopyOf(b.facts), nil }
 func (b *bench) Latest(p *corev1.Pod) *corev1.Pod          { return p }
-func (b *bench) Stale() string                             { return "" }
+func (b *bench) StaleWatch() string                        { return "" }
 
 func (b *bench) ask(source, target string, headers ...string) (int, map[string]string) {
 	r := httptest.NewRequest(http.MethodGet, target, nil)

@@ -21,7 +21,7 @@ func (b *bench) askHost(source, target, namespace, name string) (int, string) {
 	r.Header.Set("podns", namespace)
 	r.Header.Set("podname", name)
 	w := httptest.NewRecorder()
-	hostTokens{b.Server}.ServeHTTP(w, r)
+	hostTokenHandler{b.Server}.ServeHTTP(w, r)
 	return w.Code, w.Body.String()
 }
 
@@ -93,7 +93,7 @@ func TestEachTokenRequestHasOneLineInTheAudit(t *testing.T) {
 	}
 	issued, refused := lines[0], lines[1]
 	for key, want := range map[string]any{telemetry.KeyNamespace: "ns", telemetry.KeyPod: "x", telemetry.KeyPodUID: "1", telemetry.KeyAccount: "default", telemetry.KeyIdentity: "ns/x",
-		telemetry.KeyResource: "https://vault.azure.net", telemetry.KeyReason: "allowed", telemetry.KeyCache: "fetched", telemetry.KeyTokenID: "id-of-" + nmitest.ClientX, telemetry.KeyEntra: "correlation"} {
+		telemetry.KeyResource: "https://vault.azure.net", telemetry.KeyReason: "allowed", telemetry.KeyCache: "fetched", telemetry.KeyTokenID: "id-of-" + nmitest.ClientX, telemetry.KeyCorrelationID: "correlation"} {
 		if got := issued.ContextMap()[key]; got != want {
 			t.Errorf("%s is %v, want %v", key, got, want)
 		}

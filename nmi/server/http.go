@@ -55,8 +55,8 @@ func (s *Server) Start(l *Listeners, probes http.Handler) <-chan error {
 			}
 		}()
 	}
-	s.pods = newHTTPServer(s, s.cfg.Held)
-	serve("pods", s.pods, newFairListener(l.pods, s.metrics.Connections))
+	s.pods = newHTTPServer(s, s.cfg.MaxAssignmentWait)
+	serve("pods", s.pods, newLimitedListener(l.pods, s.metrics.RefusedConnections))
 	serve("probes", newHTTPServer(probes, 0), l.probes)
 	serve("metrics", newHTTPServer(metricsHandler(s.metrics), 0), l.metrics)
 	if l.profile != nil {

@@ -16,43 +16,43 @@ import (
 	"github.com/podidentity/podidentity/nmi/limit"
 )
 
-// fairListener closes connections beyond the limits as soon as they are made, so that one pod cannot take the
+// limitedListener closes connections beyond the limits as soon as they are made, so that one pod cannot take the
 // listener from the others.
-type fairListener struct {
+type limitedListener struct {
 	net.Listener
-	places  *limit.Places
+	limiter *limit.Limiter
 	refused prometheus.Counter
 }
 
-func newFairListener(l net.Listener, refused prometheus.Counter) *fairListener {
-	return &fairListener{Listener: l, places: limit.NewPlaces(limit.MaxConnections, limit.MaxConnectionsPerSource), refused: refused}
+func newLimitedListener(l net.Listener, refused prometheus.Counter) *limitedListener {
+	return &limitedListener{Listener: l, limiter: limit.New(limit.MaxConnections, limit.MaxConnectionsPerSource), refused: refused}
 }
 
 // Accept returns the next connection within the limits.
-func (l *fairListener) Accept() (net.Conn, error) {
+func (l *limitedListener) Accept() (net.Conn, error) {
 	for {
 		conn, err := l.Listener.Accept()
 		if err != nil {
 			return nil, err
 		}
 		peer, err := netip.ParseAddrPort(conn.RemoteAddr().String())
-		if err != nil || !l.places.Take(peer.Addr()) {
+		if err != nil || !l.limiter.Acquire(peer.Addr()) {
 			l.refused.Inc()
 			_ = conn.Close()
 			continue
 		}
-		return &fairConn{Conn: conn, leave: sync.OnceFunc(func() { l.places.GiveBack(peer.Addr()) })}, nil
+		return &limitedConn{Conn: conn, release: sync.OnceFunc(func() { l.limiter.Release(peer.Addr()) })}, nil
 	}
 }
 
-type fairConn struct {
+type limitedConn struct {
 	net.Conn
-	leave func()
+	release func()
 }
 
 // Close gives the place back.
-func (c *fairConn) Close() error {
-	defer c.leave()
+func (c *limitedConn) Close() error {
+	defer c.release()
 	return c.Conn.Close()
 }
 

@@ -16,7 +16,7 @@ func TestOneSourceCannotTakeAllConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused := prometheus.NewCounter(prometheus.CounterOpts{Name: "x"})
-	l := newFairListener(inner, refused)
+	l := newLimitedListener(inner, refused)
 	defer l.Close()
 	accepted := make(chan net.Conn, 2*limit.MaxConnectionsPerSource)
 	go func() {

@@ -33,29 +33,29 @@ type Config struct {
 	TenantID       string         // that /metadata/identity/info tells; empty: what the machine's service says
 	BlockInstance  bool           // refuse descriptions of the machine
 
-	Held     time.Duration // how long a request may wait for an assignment
-	Shutdown time.Duration // how long requests under way have to end
+	MaxAssignmentWait time.Duration // how long a request may wait for an assignment
+	ShutdownTimeout   time.Duration // how long requests under way have to end
 }
 
 // Server answers pods. See the package comment for the way of a request.
 type Server struct {
 	cfg      Config
 	pods     *http.Server // once started
-	tokens   *request.Tokens
+	requests *request.Processor
 	upstream *metadata.Upstream
 	metrics  *telemetry.Metrics
 	logs     telemetry.Loggers
 	// refused is told of each pod that gets no token.
-	refused func(*corev1.Pod, *metadata.Error)
+	onRefused func(*corev1.Pod, *metadata.Error)
 }
 
 // New returns a server that gives out tokens. refused is told of each pod that gets none; it may be nil.
-func New(cfg Config, tokens *request.Tokens, metrics *telemetry.Metrics, logs telemetry.Loggers, refused func(*corev1.Pod, *metadata.Error)) *Server {
-	return &Server{cfg: cfg, tokens: tokens, upstream: metadata.NewUpstream(cfg.IMDS), metrics: metrics, logs: logs, refused: refused}
+func New(cfg Config, requests *request.Processor, metrics *telemetry.Metrics, logs telemetry.Loggers, onRefused func(*corev1.Pod, *metadata.Error)) *Server {
+	return &Server{cfg: cfg, requests: requests, upstream: metadata.NewUpstream(cfg.IMDS), metrics: metrics, logs: logs, onRefused: onRefused}
 }
 
-// exchange is one request and what became of it, for the log.
-type exchange struct {
+// requestContext is one request and what became of it, for the log.
+type requestContext struct {
 	http.ResponseWriter
 	id             string
 	start          time.Time
@@ -69,112 +69,112 @@ type exchange struct {
 }
 
 // Exchanges are used again: they are the largest thing that a cached token costs.
-var exchanges = sync.Pool{New: func() any { return &exchange{fields: make([]zap.Field, 0, 20)} }}
+var requestContexts = sync.Pool{New: func() any { return &requestContext{fields: make([]zap.Field, 0, 20)} }}
 
 // WriteHeader remembers the status.
-func (x *exchange) WriteHeader(status int) {
-	x.status = status
-	x.ResponseWriter.WriteHeader(status)
+func (c *requestContext) WriteHeader(status int) {
+	c.status = status
+	c.ResponseWriter.WriteHeader(status)
 }
 
 // Unwrap lets the reverse proxy flush.
-func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
+func (c *requestContext) Unwrap() http.ResponseWriter { return c.ResponseWriter }
 
-func (x *exchange) refuse(e *metadata.Error) {
-	x.reason, x.detail = e.Reason, e.Detail
-	if x.detail == "" {
-		x.detail = e.Description
+func (c *requestContext) refuse(e *metadata.Error) {
+	c.reason, c.detail = e.Reason, e.Detail
+	if c.detail == "" {
+		c.detail = e.Description
 	}
-	e.Write(x)
+	e.Write(c)
 }
 
 // ServeHTTP answers one request of a pod.
-func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.serve(w, r, s.answer) }
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.serve(w, r, s.handle) }
 
 // serve answers one request, counts it and writes its line in the log.
-func (s *Server) serve(w http.ResponseWriter, r *http.Request, answer func(*exchange, *http.Request)) {
-	x := exchanges.Get().(*exchange)
-	defer exchanges.Put(x)
-	*x = exchange{ResponseWriter: w, id: requestID(), start: time.Now(), fields: x.fields[:0]}
-	w.Header()["X-Ms-Request-Id"] = []string{x.id}
+func (s *Server) serve(w http.ResponseWriter, r *http.Request, answer func(*requestContext, *http.Request)) {
+	c := requestContexts.Get().(*requestContext)
+	defer requestContexts.Put(c)
+	*c = requestContext{ResponseWriter: w, id: requestID(), start: time.Now(), fields: c.fields[:0]}
+	w.Header()["X-Ms-Request-Id"] = []string{c.id}
 	s.metrics.InFlight.Inc()
-	answer(x, r)
+	answer(c, r)
 	s.metrics.InFlight.Dec()
-	took := time.Since(x.start)
-	s.metrics.Request(x.req.Route, x.status, took)
-	s.logLine(x, took)
+	took := time.Since(c.start)
+	s.metrics.ObserveRequest(c.req.Route, c.status, took)
+	s.logLine(c, took)
 }
 
-func (s *Server) answer(x *exchange, r *http.Request) {
-	if !x.readSource(r) {
+func (s *Server) handle(c *requestContext, r *http.Request) {
+	if !c.readSource(r) {
 		return
 	}
 	var refusal *metadata.Error
-	if x.req, refusal = metadata.Parse(r, metadata.Rules{HeaderOptional: s.cfg.HeaderOptional}); refusal != nil {
-		if x.req.Route == metadata.RouteToken {
-			s.metrics.Decision(refusal.Reason)
+	if c.req, refusal = metadata.Parse(r, metadata.Rules{HeaderOptional: s.cfg.HeaderOptional}); refusal != nil {
+		if c.req.Route == metadata.RouteToken {
+			s.metrics.CountDecision(refusal.Reason)
 		}
-		x.refuse(refusal)
+		c.refuse(refusal)
 		return
 	}
 	switch {
-	case x.req.Route == metadata.RouteToken:
-		s.answerToken(x, r)
-	case x.req.Route == metadata.RouteInfo && s.cfg.TenantID != "":
-		x.reason = identity.Allowed
-		metadata.WriteInfo(x, s.cfg.TenantID)
-	case x.req.Route == metadata.RouteInstance && s.cfg.BlockInstance:
-		x.refuse(metadata.Forbidden(identity.RouteBlocked, "Descriptions of the machine are not given to pods on this cluster"))
+	case c.req.Route == metadata.RouteToken:
+		s.handleToken(c, r)
+	case c.req.Route == metadata.RouteInfo && s.cfg.TenantID != "":
+		c.reason = identity.Allowed
+		metadata.WriteInfo(c, s.cfg.TenantID)
+	case c.req.Route == metadata.RouteInstance && s.cfg.BlockInstance:
+		c.refuse(metadata.Forbidden(identity.RouteBlocked, "Descriptions of the machine are not given to pods on this cluster"))
 	default:
-		x.reason = identity.Forwarding
-		if refusal := s.upstream.Pass(x, r, x.req); refusal != nil {
-			x.refuse(refusal)
+		c.reason = identity.Forwarding
+		if refusal := s.upstream.Pass(c, r, c.req); refusal != nil {
+			c.refuse(refusal)
 		}
 	}
 }
 
 // readSource notes where the request comes from, or refuses it.
-func (x *exchange) readSource(r *http.Request) bool {
+func (c *requestContext) readSource(r *http.Request) bool {
 	peer, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
-		x.refuse(metadata.Unavailable(identity.PodUnknown, "The address of the caller is unreadable", time.Second))
+		c.refuse(metadata.Unavailable(identity.PodUnknown, "The address of the caller is unreadable", time.Second))
 		return false
 	}
-	x.source = peer.Addr().Unmap()
+	c.source = peer.Addr().Unmap()
 	return true
 }
 
-// answerToken is the way of a token request: who calls, what it may have, the token, the answer.
-func (s *Server) answerToken(x *exchange, r *http.Request) {
-	tokens, refusal := s.tokens.ForAddress(r.Context(), &x.Caller, x.source, x.req)
-	if !s.concluded(x, r, refusal) {
+// handleToken is the way of a token request: who calls, what it may have, the token, the answer.
+func (s *Server) handleToken(c *requestContext, r *http.Request) {
+	tokens, refusal := s.requests.ForAddress(r.Context(), &c.Caller, c.source, c.req)
+	if !s.finishTokenRequest(c, r, refusal) {
 		return
 	}
 	if len(tokens) > 1 {
-		metadata.WriteTokens(x, tokens, time.Now())
+		metadata.WriteTokens(c, tokens, time.Now())
 		return
 	}
-	tokens[0].Write(x, time.Now())
+	tokens[0].Write(c, time.Now())
 }
 
-// concluded notes how a request for a token ended, and answers it unless there is a token to answer with.
-func (s *Server) concluded(x *exchange, r *http.Request, refusal *metadata.Error) bool {
+// finishTokenRequest notes how a request for a token ended, and answers it unless there is a token to answer with.
+func (s *Server) finishTokenRequest(c *requestContext, r *http.Request, refusal *metadata.Error) bool {
 	if r.Context().Err() != nil {
 		// Nobody is left to answer.
-		x.reason, x.status = identity.ClientGone, statusClientGone
-		s.metrics.Decision(x.reason)
+		c.reason, c.status = identity.ClientGone, statusClientGone
+		s.metrics.CountDecision(c.reason)
 		return false
 	}
 	if refusal != nil {
-		s.metrics.Decision(refusal.Reason)
-		x.refuse(refusal)
-		if x.Pod != nil && s.refused != nil {
-			s.refused(x.Pod, refusal)
+		s.metrics.CountDecision(refusal.Reason)
+		c.refuse(refusal)
+		if c.Pod != nil && s.onRefused != nil {
+			s.onRefused(c.Pod, refusal)
 		}
 		return false
 	}
-	x.reason = x.Caller.Reason
-	s.metrics.Decision(x.reason)
+	c.reason = c.Caller.Reason
+	s.metrics.CountDecision(c.reason)
 	return true
 }
 
@@ -182,10 +182,10 @@ func (s *Server) concluded(x *exchange, r *http.Request, refusal *metadata.Error
 const statusClientGone = 499
 
 // logLine writes the one line of a request. Where a token was asked for it is the audit's, if that is on.
-func (s *Server) logLine(x *exchange, took time.Duration) {
+func (s *Server) logLine(c *requestContext, took time.Duration) {
 	var entry *zapcore.CheckedEntry
-	if x.req.Route == metadata.RouteToken || x.req.Route == metadata.RouteHostToken {
-		if x.status == http.StatusOK {
+	if c.req.Route == metadata.RouteToken || c.req.Route == metadata.RouteHostToken {
+		if c.status == http.StatusOK {
 			entry = s.logs.Audit.Check(zap.InfoLevel, "token issued")
 		} else {
 			entry = s.logs.Audit.Check(zap.WarnLevel, "token refused")
@@ -197,34 +197,34 @@ func (s *Server) logLine(x *exchange, took time.Duration) {
 	if entry == nil {
 		return
 	}
-	fields := append(x.fields, zap.String(telemetry.KeyRequest, x.id), zap.String(telemetry.KeyRoute, string(x.req.Route)), zap.Int(telemetry.KeyStatus, x.status),
-		zap.String(telemetry.KeyReason, string(x.reason)), zap.Stringer(telemetry.KeySource, x.source))
-	if x.detail != "" {
-		fields = append(fields, zap.String(telemetry.KeyDetail, x.detail))
+	fields := append(c.fields, zap.String(telemetry.KeyRequestID, c.id), zap.String(telemetry.KeyRoute, string(c.req.Route)), zap.Int(telemetry.KeyStatus, c.status),
+		zap.String(telemetry.KeyReason, string(c.reason)), zap.Stringer(telemetry.KeySource, c.source))
+	if c.detail != "" {
+		fields = append(fields, zap.String(telemetry.KeyDetail, c.detail))
 	}
-	if x.Pod != nil {
-		fields = append(fields, zap.String(telemetry.KeyNamespace, x.Pod.Namespace), zap.String(telemetry.KeyPod, x.Pod.Name), zap.String(telemetry.KeyPodUID, string(x.Pod.UID)),
-			zap.String(telemetry.KeyAccount, credentials.ServiceAccountOf(x.Pod).Name))
+	if c.Pod != nil {
+		fields = append(fields, zap.String(telemetry.KeyNamespace, c.Pod.Namespace), zap.String(telemetry.KeyPod, c.Pod.Name), zap.String(telemetry.KeyPodUID, string(c.Pod.UID)),
+			zap.String(telemetry.KeyAccount, credentials.ServiceAccountOf(c.Pod).Name))
 	}
-	if x.Identity != nil {
-		fields = append(fields, zap.String(telemetry.KeyIdentity, x.Identity.Key()), zap.String(telemetry.KeyClientID, abbreviate(x.Identity.ClientID)))
-	} else if asked := x.req.Selector.ClientID; asked != "" {
+	if c.Identity != nil {
+		fields = append(fields, zap.String(telemetry.KeyIdentity, c.Identity.Key()), zap.String(telemetry.KeyClientID, abbreviate(c.Identity.ClientID)))
+	} else if asked := c.req.Selector.ClientID; asked != "" {
 		fields = append(fields, zap.String(telemetry.KeyClientID, abbreviate(asked)))
 	}
-	if x.req.Resource != "" {
-		fields = append(fields, zap.String(telemetry.KeyResource, truncate(x.req.Resource)))
+	if c.req.Resource != "" {
+		fields = append(fields, zap.String(telemetry.KeyResource, truncate(c.req.Resource)))
 	}
-	if x.Origin != "" {
-		fields = append(fields, zap.String(telemetry.KeyCache, string(x.Origin)))
+	if c.Origin != "" {
+		fields = append(fields, zap.String(telemetry.KeyCache, string(c.Origin)))
 	}
-	if x.TokenID != "" {
-		fields = append(fields, zap.String(telemetry.KeyTokenID, x.TokenID))
+	if c.TokenID != "" {
+		fields = append(fields, zap.String(telemetry.KeyTokenID, c.TokenID))
 	}
-	if x.CorrelationID != "" {
-		fields = append(fields, zap.String(telemetry.KeyEntra, truncate(x.CorrelationID)))
+	if c.CorrelationID != "" {
+		fields = append(fields, zap.String(telemetry.KeyCorrelationID, truncate(c.CorrelationID)))
 	}
-	x.fields = append(fields, zap.Float64(telemetry.KeyDurationMS, float64(took.Microseconds())/1000))
-	entry.Write(x.fields...)
+	c.fields = append(fields, zap.Float64(telemetry.KeyDuration, float64(took.Microseconds())/1000))
+	entry.Write(c.fields...)
 }
 
 // requestID makes an ID to find a request by. It guards nothing, so it need not be hard to guess.

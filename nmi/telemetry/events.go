@@ -20,14 +20,14 @@ const (
 	// eventReason is what `kubectl describe pod` shows in its column of reasons.
 	eventReason = "TokenRefused"
 
-	// The same refusal of the same pod is told again after eventAgain, with the number of times it has happened.
-	eventAgain = 5 * time.Minute
+	// The same refusal of the same pod is told again after eventInterval, with the number of times it has happened.
+	eventInterval = 5 * time.Minute
 	// A node writes so many events a second, and so many at once: the API server keeps them for everybody.
 	eventRate, eventBurst = 1, 20
-	// eventsKept bounds what is remembered to tell one refusal from another.
-	eventsKept = 512
-	// eventQueue bounds what waits to be written. What does not fit is told with the next of its kind.
-	eventQueue = 64
+	// maxReported bounds what is remembered to tell one refusal from another.
+	maxReported = 512
+	// eventQueueSize bounds what waits to be written. What does not fit is told with the next of its kind.
+	eventQueueSize = 64
 
 	eventTimeout = 5 * time.Second
 	maxEventText = 1000 // the API server takes 1024 bytes
@@ -42,9 +42,9 @@ type Events struct {
 	node  string
 	queue chan *corev1.Event
 
-	mu      sync.Mutex // guards all below
-	limiter *rate.Limiter
-	told    *simplelru.LRU[refusalKey, *refusalCount]
+	mu       sync.Mutex // guards all below
+	limiter  *rate.Limiter
+	reported *simplelru.LRU[refusalKey, *refusalCount]
 }
 
 type refusalKey struct {
@@ -61,8 +61,8 @@ type refusalCount struct {
 }
 
 func NewEvents(node string, write func(context.Context, *corev1.Event) error) (*Events, error) {
-	told, err := simplelru.NewLRU[refusalKey, *refusalCount](eventsKept, nil)
-	return &Events{write: write, node: node, queue: make(chan *corev1.Event, eventQueue), limiter: rate.NewLimiter(eventRate, eventBurst), told: told}, err
+	reported, err := simplelru.NewLRU[refusalKey, *refusalCount](maxReported, nil)
+	return &Events{write: write, node: node, queue: make(chan *corev1.Event, eventQueueSize), limiter: rate.NewLimiter(eventRate, eventBurst), reported: reported}, err
 }
 
 // Refused notes that a pod was refused a token. It does not wait.
@@ -75,13 +75,13 @@ func (e *Events) Refused(pod *corev1.Pod, refusal *metadata.Error) {
 	now := time.Now()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	known, ok := e.told.Get(key)
+	known, ok := e.reported.Get(key)
 	if !ok {
 		known = &refusalCount{name: fmt.Sprintf("%.230s.%x", pod.Name, now.UnixNano()), first: now}
-		e.told.Add(key, known)
+		e.reported.Add(key, known)
 	}
 	known.count++
-	if now.Sub(known.last) < eventAgain || !e.limiter.AllowN(now, 1) {
+	if now.Sub(known.last) < eventInterval || !e.limiter.AllowN(now, 1) {
 		return
 	}
 	select {

@@ -59,7 +59,7 @@ func TestAPodIsToldOfARefusalOnceInAWhile(t *testing.T) {
 		if got = written(); len(got) != 3 {
 			t.Errorf("another refusal and another pod: %d events", len(got))
 		}
-		time.Sleep(eventAgain)
+		time.Sleep(eventInterval)
 		e.Refused(p, refusalOf("no binding"))
 		if got = written(); len(got) != 4 || got[3].Name != got[0].Name || got[3].Count != 1001 || !got[3].FirstTimestamp.Equal(&got[0].FirstTimestamp) {
 			t.Errorf("later: %+v", got[len(got)-1])
@@ -82,8 +82,8 @@ func TestAPodThatIsRefusedInEverNewWaysDoesNotFloodTheCluster(t *testing.T) {
 				t.Fatalf("the API server refuses this: %d bytes of text, %d of name", len(event.Message), len(event.Name))
 			}
 		}
-		if e.told.Len() > eventsKept {
-			t.Errorf("%d are remembered", e.told.Len())
+		if e.reported.Len() > maxReported {
+			t.Errorf("%d are remembered", e.reported.Len())
 		}
 	})
 }

@@ -166,12 +166,12 @@ func TestOnlyWhoIsStillBoundIsWorthARenewal(t *testing.T) {
 		{x, keyOf(nmitest.ClientX), true}, {x, keyOf(nmitest.ClientY), false}, {both, keyOf(nmitest.ClientY), true}, {free, keyOf(nmitest.ClientY), true},
 		{free, token.Principal{Source: token.Secret, ClientID: nmitest.ClientS}, false},
 	} {
-		if got := b.tokens.Allowed(c.pod, c.principal); got != c.want {
+		if got := b.tokens.MayRenew(c.pod, c.principal); got != c.want {
 			t.Errorf("pod %s and %s: %t", c.pod.Name, c.principal.ClientID, got)
 		}
 	}
 	b.facts.Bindings = nil
-	if b.tokens.Allowed(x, keyOf(nmitest.ClientX)) {
+	if b.tokens.MayRenew(x, keyOf(nmitest.ClientX)) {
 		t.Error("a pod without its binding is")
 	}
 }

@@ -14,14 +14,14 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// comeAgain is when a client is to come again where nobody said so.
-const comeAgain = 2 * time.Second
+// defaultRetryAfter is when a client is to come again where nobody said so.
+const defaultRetryAfter = 2 * time.Second
 
-// sourceFailed turns a failure of the source into the answer that makes clients do the right thing: come again, or go
+// upstreamError turns a failure of the source into the answer that makes clients do the right thing: come again, or go
 // on to their next credential.
-func sourceFailed(d identity.Decision, err error) *metadata.Error {
+func upstreamError(d identity.Decision, err error) *metadata.Error {
 	if errors.Is(err, token.ErrPodThrottled) {
-		return metadata.Throttled(identity.PodThrottled, "This pod asks for new tokens too often", time.Second)
+		return metadata.Throttled(identity.PodThrottled, "This pod retriesUpstream for new tokens too often", time.Second)
 	}
 	var e *token.Error
 	if !errors.As(err, &e) {
@@ -33,8 +33,8 @@ func sourceFailed(d identity.Decision, err error) *metadata.Error {
 	}
 	switch e.Class {
 	case token.Unavailable:
-		answer := metadata.Unavailable(cmp.Or(e.Reason, identity.UpstreamUnavailable), cmp.Or(e.Detail, from+" gives no token at the moment"), cmp.Or(e.RetryAfter, comeAgain))
-		answer.Detail = cmp.Or(e.Detail, from+" gives no token at the moment: "+whatWasSaid(e))
+		answer := metadata.Unavailable(cmp.Or(e.Reason, identity.UpstreamUnavailable), cmp.Or(e.Detail, from+" gives no token at the moment"), cmp.Or(e.RetryAfter, defaultRetryAfter))
+		answer.Detail = cmp.Or(e.Detail, from+" gives no token at the moment: "+upstreamMessage(e))
 		return answer
 	case token.Throttled:
 		return metadata.Throttled(identity.UpstreamThrottled, from+" throttles this node", e.RetryAfter)
@@ -45,30 +45,30 @@ func sourceFailed(d identity.Decision, err error) *metadata.Error {
 		answer.Detail = e.Detail
 		return answer
 	}
-	answer := metadata.Passed(statusOf(d, e), e.Code, e.Description)
+	answer := metadata.Passed(upstreamStatus(d, e), e.Code, e.Description)
 	answer.Reason = cmp.Or(e.Reason, identity.UpstreamRefused)
-	answer.Detail = cmp.Or(e.Detail, hint(d, from, whatWasSaid(e)))
+	answer.Detail = cmp.Or(e.Detail, refusalDetail(d, from, upstreamMessage(e)))
 	return answer
 }
 
-// statusOf is 400 for a request that would not be right with another credential either, as IMDS has it, and 403 for a
+// upstreamStatus is 400 for a request that would not be right with another credential either, as IMDS has it, and 403 for a
 // credential that is not taken. IMDS's own 400 stays what it is.
-func statusOf(d identity.Decision, e *token.Error) int {
+func upstreamStatus(d identity.Decision, e *token.Error) int {
 	fromIMDS := d.Identity == nil || d.Identity.Kind == identity.UserAssigned
-	if fromIMDS && e.Status == http.StatusBadRequest || aboutResource(e) {
+	if fromIMDS && e.Status == http.StatusBadRequest || isResourceError(e) {
 		return http.StatusBadRequest
 	}
 	return http.StatusForbidden
 }
 
-// aboutResource reports whether it is what the token is for that Azure does not know.
-func aboutResource(e *token.Error) bool {
+// isResourceError reports whether it is what the token is for that Azure does not know.
+func isResourceError(e *token.Error) bool {
 	return e.Code == "invalid_resource" || e.Code == "invalid_scope" || e.Code == "invalid_target"
 }
 
-// whatWasSaid is the failure in a form that is the same each time, so that an operator is told one thing once: Entra ID
+// upstreamMessage is the failure in a form that is the same each time, so that an operator is told one thing once: Entra ID
 // puts the IDs of a request behind its sentence, and the system the port of a connection into its own.
-func whatWasSaid(e *token.Error) string {
+func upstreamMessage(e *token.Error) string {
 	var broken *net.OpError
 	switch {
 	case errors.As(e.Err, &broken): // whose text has the local port
@@ -80,8 +80,8 @@ func whatWasSaid(e *token.Error) string {
 	return fmt.Sprintf("status %d, %s: %s", e.Status, e.Code, sentence)
 }
 
-// hint says to the operator what a refusal of Azure is about.
-func hint(d identity.Decision, from, said string) string {
+// refusalDetail says to the operator what a refusal of Azure is about.
+func refusalDetail(d identity.Decision, from, said string) string {
 	if d.Identity == nil {
 		return ""
 	}

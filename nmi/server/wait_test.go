@@ -28,12 +28,12 @@ func inStandardMode(t *testing.T, test func(t *testing.T, s *standard)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		s := &standard{bench: newBench(t), waits: map[string]int{}}
-		s.tokens.Rules = identity.Rules{Mode: identity.Standard}
-		s.tokens.Waiting = &request.Waiting{
-			Most:          25 * time.Second,
-			News:          &cluster.News{},
-			Places:        limit.NewPlaces(limit.MaxWaiting, limit.MaxWaitingPerSource),
-			Ending:        t.Context().Done(),
+		s.requests.Rules = identity.Rules{Mode: identity.Standard}
+		s.requests.Wait = &request.WaitConfig{
+			MaxWait:       25 * time.Second,
+			Notifier:      &cluster.Notifier{},
+			Limiter:       limit.New(limit.MaxWaits, limit.MaxWaitsPerSource),
+			Stopping:      t.Context().Done(),
 			AssignedSince: func(*corev1.Pod, *identity.Identity) time.Time { return time.Time{} },
 			Observe: func(outcome string, _ time.Duration) {
 				s.mu.Lock()
@@ -43,8 +43,8 @@ func inStandardMode(t *testing.T, test func(t *testing.T, s *standard)) {
 		}
 		test(t, s)
 		synctest.Wait()
-		places, sources := s.tokens.Waiting.Places.Taken()
-		if n := s.tokens.Waiting.News.Readers(); n != 0 || places != 0 || sources != 0 {
+		places, sources := s.requests.Wait.Limiter.InUse()
+		if n := s.requests.Wait.Notifier.Subscribed(); n != 0 || places != 0 || sources != 0 {
 			t.Errorf("nobody waits any more, and left are %d topics and %d places", n, places)
 		}
 	})
@@ -68,7 +68,7 @@ func (s *standard) waited(t *testing.T, want map[string]int) {
 // The whole server around it: what bounds a request must not bound one that is held.
 func TestAHeldRequestIsAnsweredByTheServer(t *testing.T) {
 	inStandardMode(t, func(t *testing.T, s *standard) {
-		s.tokens.Waiting.Most = request.MaxAssignmentWait
+		s.requests.Wait.MaxWait = request.MaxAssignmentWait
 		l := newPipeListener("10.0.0.1:4242")
 		server := newHTTPServer(s.Server, request.MaxAssignmentWait)
 		var ended sync.WaitGroup
@@ -107,7 +107,7 @@ func TestAHeldRequestIsAnsweredByTheServer(t *testing.T) {
 
 func TestOneCauseIsOneEventHoweverOftenAPodComesAgain(t *testing.T) {
 	inStandardMode(t, func(t *testing.T, s *standard) {
-		s.tokens.Waiting.Most = 0
+		s.requests.Wait.MaxWait = 0
 		told := map[string]bool{}
 		e, err := telemetry.NewEvents("node1", func(_ context.Context, event *corev1.Event) error {
 			told[fmt.Sprint(event.InvolvedObject.Name, event.Message)] = true
@@ -119,7 +119,7 @@ func TestOneCauseIsOneEventHoweverOftenAPodComesAgain(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.refused = e.Refused
+		s.onRefused = e.Refused
 		for range 50 {
 			if status, body := s.ask("10.0.0.1", nmitest.TokenPath); status != 503 || body["reason"] != "assignment_pending" || body["Retry-After"] != "5" {
 				t.Errorf("got %d %v", status, body)

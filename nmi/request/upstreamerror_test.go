@@ -21,11 +21,11 @@ func TestTheSameFailureIsToldInTheSameWords(t *testing.T) {
 			Source: &net.TCPAddr{Port: port}, Addr: &net.TCPAddr{IP: net.IPv4(10, 0, 0, 1), Port: 443}, Err: errors.New("connection reset by peer")}}}
 	}
 	d := identity.Decision{Identity: &identity.Identity{Namespace: "ns", Name: "sp", Kind: identity.ServicePrincipalSecret, SecretNamespace: "ns", SecretName: "password"}}
-	one, other := sourceFailed(d, refused("1")), sourceFailed(d, refused("2"))
+	one, other := upstreamError(d, refused("1")), upstreamError(d, refused("2"))
 	if one.Detail != other.Detail || one.Description == other.Description || !strings.Contains(one.Detail, "AADSTS7000215: Invalid client secret provided.") || !strings.Contains(one.Detail, "ns/password") {
 		t.Errorf("told %q and %q", one.Detail, other.Detail)
 	}
-	one, other = sourceFailed(d, away(1)), sourceFailed(d, away(2))
+	one, other = upstreamError(d, away(1)), upstreamError(d, away(2))
 	if one.Detail != other.Detail || !strings.Contains(one.Detail, "10.0.0.1:443: connection reset by peer") {
 		t.Errorf("told %q and %q", one.Detail, other.Detail)
 	}

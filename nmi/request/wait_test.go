@@ -41,11 +41,11 @@ func inStandardMode(t *testing.T, test func(t *testing.T, s *standard)) {
 		s.stop = stop
 		s.tokens.Rules = identity.Rules{Mode: identity.Standard}
 		s.tokens.Cluster = s
-		s.tokens.Waiting = &Waiting{
-			Most:          25 * time.Second,
-			News:          &cluster.News{},
-			Places:        limit.NewPlaces(limit.MaxWaiting, limit.MaxWaitingPerSource),
-			Ending:        ending.Done(),
+		s.tokens.Wait = &WaitConfig{
+			MaxWait:       25 * time.Second,
+			Notifier:      &cluster.Notifier{},
+			Limiter:       limit.New(limit.MaxWaits, limit.MaxWaitsPerSource),
+			Stopping:      ending.Done(),
 			AssignedSince: func(*corev1.Pod, *identity.Identity) time.Time { return time.Time{} },
 			Observe: func(outcome string, _ time.Duration) {
 				s.mu.Lock()
@@ -55,8 +55,8 @@ func inStandardMode(t *testing.T, test func(t *testing.T, s *standard)) {
 		}
 		test(t, s)
 		synctest.Wait()
-		places, sources := s.tokens.Waiting.Places.Taken()
-		if n := s.tokens.Waiting.News.Readers(); n != 0 || places != 0 || sources != 0 {
+		places, sources := s.tokens.Wait.Limiter.InUse()
+		if n := s.tokens.Wait.Notifier.Subscribed(); n != 0 || places != 0 || sources != 0 {
 			t.Errorf("nobody waits any more, and left are %d topics and %d places", n, places)
 		}
 	})
@@ -80,17 +80,17 @@ func (s *standard) Latest(p *corev1.Pod) *corev1.Pod {
 }
 
 // change changes the objects and tells the news of that.
-func (s *standard) change(about cluster.Topic, change func(*identity.Facts)) {
+func (s *standard) change(about cluster.Key, change func(*identity.Facts)) {
 	s.mu.Lock()
 	change(&s.facts)
 	s.mu.Unlock()
-	s.tokens.Waiting.News.Tell(about)
+	s.tokens.Wait.Notifier.Notify(about)
 }
 
 // assign makes the state of an identity's assignment to a pod what it is told.
 func (s *standard) assign(pod, name string, state identity.State, message string) {
 	uid := map[string]string{"x": "1", "both": "2"}[pod]
-	s.change(cluster.OfPod("ns", pod), func(f *identity.Facts) {
+	s.change(cluster.PodKey("ns", pod), func(f *identity.Facts) {
 		var others []identity.Assignment
 		for _, a := range f.Assignments {
 			if a.PodName != pod || a.IdentityName != name {
@@ -178,7 +178,7 @@ func TestARequestThatWaitsInVainIsToComeAgain(t *testing.T) {
 			t.Errorf("it is told %q", body["error_description"])
 		}
 		s.waited(map[string]int{WaitTimeout: 1})
-		s.tokens.Waiting.Most = 0
+		s.tokens.Wait.MaxWait = 0
 		s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentPending, 0)
 		s.waited(map[string]int{WaitTimeout: 1})
 	})
@@ -187,21 +187,21 @@ func TestARequestThatWaitsInVainIsToComeAgain(t *testing.T) {
 func TestAWaitEndsAsSoonAsThereIsNothingToWaitFor(t *testing.T) {
 	for _, c := range []struct {
 		name   string
-		about  cluster.Topic
+		about  cluster.Key
 		change func(s *standard, f *identity.Facts)
 		status int
 		reason identity.Reason
 	}{
-		{"the binding goes", cluster.OfBindings("x"), func(_ *standard, f *identity.Facts) { f.Bindings = f.Bindings[1:] }, 400, identity.NoMatchingBinding},
-		{"a second binding comes", cluster.OfBindings("x"), func(_ *standard, f *identity.Facts) {
+		{"the binding goes", cluster.BindingsKey("x"), func(_ *standard, f *identity.Facts) { f.Bindings = f.Bindings[1:] }, 400, identity.NoMatchingBinding},
+		{"a second binding comes", cluster.BindingsKey("x"), func(_ *standard, f *identity.Facts) {
 			f.Bindings = append(f.Bindings, identity.Binding{Namespace: "ns", Name: "b3", AzureIdentity: "y", Selector: "x"})
 		}, 400, identity.MultipleIdentities},
-		{"the identity goes", cluster.OfIdentities(), func(_ *standard, f *identity.Facts) { f.Identities = nil }, 400, identity.IdentityMissing},
-		{"the identity is spoiled", cluster.OfIdentities(), func(_ *standard, f *identity.Facts) { *f = nmitest.CopyOf(*f); f.Identities[0].ClientID = "me" }, 403, identity.IdentityInvalid},
-		{"the pod is excepted", cluster.OfExceptions("ns"), func(_ *standard, f *identity.Facts) {
+		{"the identity goes", cluster.IdentitiesKey(), func(_ *standard, f *identity.Facts) { f.Identities = nil }, 400, identity.IdentityMissing},
+		{"the identity is spoiled", cluster.IdentitiesKey(), func(_ *standard, f *identity.Facts) { *f = nmitest.CopyOf(*f); f.Identities[0].ClientID = "me" }, 403, identity.IdentityInvalid},
+		{"the pod is excepted", cluster.ExceptionsKey("ns"), func(_ *standard, f *identity.Facts) {
 			f.Exceptions = []identity.Exception{{Namespace: "ns", PodLabels: map[string]string{"aadpodidbinding": "x"}}}
 		}, 200, ""},
-		{"the pod's label changes", cluster.OfPod("ns", "x"), func(s *standard, _ *identity.Facts) { s.labels["x"] = "nobody" }, 400, identity.NoMatchingBinding},
+		{"the pod's label changes", cluster.PodKey("ns", "x"), func(s *standard, _ *identity.Facts) { s.labels["x"] = "nobody" }, 400, identity.NoMatchingBinding},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			inStandardMode(t, func(t *testing.T, s *standard) {
@@ -220,13 +220,13 @@ func TestNewsOfWhatThePodIsNowLabelledReachIt(t *testing.T) {
 	inStandardMode(t, func(t *testing.T, s *standard) {
 		r := s.begin("10.0.0.1", "")
 		time.Sleep(time.Second)
-		s.change(cluster.OfPod("ns", "x"), func(f *identity.Facts) {
+		s.change(cluster.PodKey("ns", "x"), func(f *identity.Facts) {
 			s.labels["x"] = "other"
 			f.Bindings = append(f.Bindings, identity.Binding{Namespace: "ns", Name: "b3", AzureIdentity: "y", Selector: "other"})
 		})
 		s.held(r)
 		time.Sleep(time.Second)
-		s.change(cluster.OfBindings("other"), func(f *identity.Facts) { f.Bindings = nil })
+		s.change(cluster.BindingsKey("other"), func(f *identity.Facts) { f.Bindings = nil })
 		s.expect(r, 400, identity.NoMatchingBinding, 2*time.Second)
 	})
 }
@@ -237,7 +237,7 @@ func TestAnEditedIdentityIsWaitedForAnew(t *testing.T) {
 		s.assign("x", "x", identity.StateAssigned, "")
 		s.expect(s.begin("10.0.0.1", ""), 200, "", 0)
 		var resource string
-		s.change(cluster.OfIdentities(), func(f *identity.Facts) {
+		s.change(cluster.IdentitiesKey(), func(f *identity.Facts) {
 			*f = nmitest.CopyOf(*f)
 			resource = f.Identities[0].ResourceID + "2"
 			f.Identities[0].ClientID, f.Identities[0].ResourceID = other, resource
@@ -245,7 +245,7 @@ func TestAnEditedIdentityIsWaitedForAnew(t *testing.T) {
 		r := s.begin("10.0.0.1", "")
 		time.Sleep(time.Second)
 		s.held(r)
-		s.change(cluster.OfPod("ns", "x"), func(f *identity.Facts) {
+		s.change(cluster.PodKey("ns", "x"), func(f *identity.Facts) {
 			again := f.Assignments[0]
 			again.ResourceID = strings.ToUpper(resource)
 			f.Assignments = append(f.Assignments, again)
@@ -259,7 +259,7 @@ func TestAnEditedIdentityIsWaitedForAnew(t *testing.T) {
 func TestAnIdentityThatAzureRefusesIsNotWaitedForLong(t *testing.T) {
 	inStandardMode(t, func(t *testing.T, s *standard) {
 		s.assign("x", "x", identity.StateCreated, "grant MIC the role Managed Identity Operator")
-		body := s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentFailed, failedWait)
+		body := s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentFailed, maxFailedWait)
 		if !strings.HasSuffix(body["error_description"], "grant MIC the role Managed Identity Operator") {
 			t.Errorf("it is told %q", body["error_description"])
 		}
@@ -276,7 +276,7 @@ func TestAnIdentityThatAzureRefusesIsNotWaitedForLong(t *testing.T) {
 		r = s.begin("10.0.0.1", "")
 		time.Sleep(10 * time.Second)
 		s.assign("x", "x", identity.StateCreated, "no role")
-		s.expect(r, 503, identity.AssignmentFailed, 10*time.Second+failedWait)
+		s.expect(r, 503, identity.AssignmentFailed, 10*time.Second+maxFailedWait)
 		s.waited(map[string]int{WaitTimeout: 2, WaitAssigned: 1})
 	})
 }
@@ -287,11 +287,11 @@ func TestATokenInTheCacheIsOfNoUseOnceTheAssignmentHasGone(t *testing.T) {
 		for _, state := range []identity.State{identity.StateUnassigned, identity.StateCreated} {
 			s.assign("x", "x", identity.StateAssigned, "")
 			s.expect(s.begin("10.0.0.1", ""), 200, "", 0)
-			if !s.tokens.Allowed(s.podOf("10.0.0.1"), x) || s.tokens.Allowed(s.podOf("10.0.0.1"), y) {
+			if !s.tokens.MayRenew(s.podOf("10.0.0.1"), x) || s.tokens.MayRenew(s.podOf("10.0.0.1"), y) {
 				t.Error("its token, and no other, is worth a renewal")
 			}
 			s.assign("x", "x", state, "")
-			if s.tokens.Allowed(s.podOf("10.0.0.1"), x) {
+			if s.tokens.MayRenew(s.podOf("10.0.0.1"), x) {
 				t.Errorf("%s, and its token is renewed", state)
 			}
 			s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentPending, 25*time.Second)
@@ -336,7 +336,7 @@ func TestWhileAWatchHearsNothingNobodyIsHeld(t *testing.T) {
 func TestOneSourceHasHalfOfItsRequestsHeldAtMost(t *testing.T) {
 	inStandardMode(t, func(t *testing.T, s *standard) {
 		var held []<-chan answer
-		for range limit.MaxWaitingPerSource {
+		for range limit.MaxWaitsPerSource {
 			held = append(held, s.begin("10.0.0.1", ""))
 		}
 		s.held(held...)
@@ -350,16 +350,16 @@ func TestOneSourceHasHalfOfItsRequestsHeldAtMost(t *testing.T) {
 		s.assign("both", "y", identity.StateAssigned, "")
 		s.expect(another, 200, "", 0)
 	})
-	places := limit.NewPlaces(limit.MaxWaiting, limit.MaxWaitingPerSource)
+	limiter := limit.New(limit.MaxWaits, limit.MaxWaitsPerSource)
 	most := 0
 	for i := range 200 {
 		for range limit.MaxConnectionsPerSource {
-			if places.Take(addressOf(i)) {
+			if limiter.Acquire(addressOf(i)) {
 				most++
 			}
 		}
 	}
-	if most != limit.MaxWaiting || most > limit.MaxConnections/2 {
+	if most != limit.MaxWaits || most > limit.MaxConnections/2 {
 		t.Errorf("%d requests wait at the same time", most)
 	}
 }
@@ -369,10 +369,10 @@ func TestWhoEditsIdentitiesAllTheTimeDoesNotKeepTheNodeBusy(t *testing.T) {
 		r := s.begin("10.0.0.1", "")
 		for range 10_000 {
 			time.Sleep(time.Millisecond)
-			s.change(cluster.OfIdentities(), func(*identity.Facts) {})
+			s.change(cluster.IdentitiesKey(), func(*identity.Facts) {})
 		}
 		s.held(r)
-		if most := int(10*time.Second/lookEvery) + 3; s.looks > most {
+		if most := int(10*time.Second/recheckInterval) + 3; s.looks > most {
 			t.Errorf("%d looks", s.looks)
 		}
 		s.assign("x", "x", identity.StateAssigned, "")

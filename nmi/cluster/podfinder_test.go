@@ -43,7 +43,7 @@ func (n *node1) add(p *corev1.Pod)    { _ = n.indexer.Add(p); n.changes.Send() }
 func (n *node1) remove(p *corev1.Pod) { _ = n.indexer.Delete(p); n.changes.Send() }
 
 func (n *node1) name(ctx context.Context, ip string) (string, error) {
-	p, err := n.Find(ctx, netip.MustParseAddr(ip))
+	p, err := n.FindByAddress(ctx, netip.MustParseAddr(ip))
 	if err != nil {
 		return "", err
 	}

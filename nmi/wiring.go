@@ -26,7 +26,7 @@ func (n *node) prepareTokens(ctx, watching context.Context) error {
 	if err != nil {
 		return err
 	}
-	n.proofs = &credentials.Principals{
+	n.principals = &credentials.Principals{
 		Authority:    authority,
 		ByResourceID: n.cfg.ManagedIdentityBy == ByResourceID,
 		Secrets:      credentials.NewSecrets(watching, n.watch.Secret, n.watch.ReadSecret, n.secretChanged),
@@ -36,42 +36,42 @@ func (n *node) prepareTokens(ctx, watching context.Context) error {
 	if err != nil {
 		return err
 	}
-	entra, err := token.NewEntra(token.EntraConfig{RootCAs: roots, UserAgent: n.cfg.UserAgent, Secrets: n.proofs.Secrets, Assertions: n.proofs.Assertions})
+	entra, err := token.NewEntra(token.EntraConfig{RootCAs: roots, UserAgent: n.cfg.UserAgent, Secrets: n.principals.Secrets, Assertions: n.principals.Assertions})
 	if err != nil {
 		return err
 	}
 	n.sources = &token.Sources{ManagedIdentities: managed, Entra: entra}
 	allowed := func(uid string, p token.Principal) bool {
 		pod, alive := n.watch.Pod(uid)
-		return alive && n.tokens.Allowed(pod, p)
+		return alive && n.requests.MayRenew(pod, p)
 	}
 	if n.cache, err = token.NewCache(n.sources, token.DefaultSize, allowed, n.metrics); err != nil {
 		return err
 	}
-	n.tokens, err = request.New(n.request(ctx))
+	n.requests, err = request.New(n.request(ctx))
 	return err
 }
 
 // request says what a token request needs. Requests wait for assignments until ctx ends.
 func (n *node) request(ctx context.Context) request.Config {
 	c := request.Config{
-		Rules:      n.cfg.rules(),
-		Pods:       n.watch.PodFinder(n.cfg.PodLookup),
-		PodLookup:  n.cfg.PodLookup,
-		Cluster:    n.watch,
-		Ready:      n.watch.WaitFilled,
-		Principals: n.proofs,
-		Cache:      n.cache,
-		Metrics:    n.metrics,
+		Rules:            n.cfg.rules(),
+		Pods:             n.watch.PodFinder(n.cfg.PodLookupTimeout),
+		PodLookupTimeout: n.cfg.PodLookupTimeout,
+		Cluster:          n.watch,
+		Ready:            n.watch.WaitSynced,
+		Principals:       n.principals,
+		Cache:            n.cache,
+		Metrics:          n.metrics,
 	}
 	if n.cfg.standard() {
-		c.Waiting = &request.Waiting{
-			Most:          n.cfg.AssignmentWait,
-			News:          &n.watch.News,
+		c.Wait = &request.WaitConfig{
+			MaxWait:       n.cfg.AssignmentWait,
+			Notifier:      &n.watch.Notifier,
 			AssignedSince: n.watch.AssignedSince,
-			Ending:        ctx.Done(),
-			Places:        limit.NewPlaces(limit.MaxWaiting, limit.MaxWaitingPerSource),
-			Observe:       n.metrics.AssignmentWaits(),
+			Stopping:      ctx.Done(),
+			Limiter:       limit.New(limit.MaxWaits, limit.MaxWaitsPerSource),
+			Observe:       n.metrics.AddAssignmentWaits(),
 		}
 	}
 	return c
@@ -81,16 +81,16 @@ func (n *node) request(ctx context.Context) request.Config {
 
 func (n *node) podGone(uid string) {
 	n.cache.Release(uid)
-	n.proofs.Secrets.Release(uid)
-	n.proofs.Assertions.Release(uid)
+	n.principals.Secrets.Release(uid)
+	n.principals.Assertions.Release(uid)
 }
 
-// sweepEvery is how often is looked for pods that went while a request of theirs was under way, which noted them again.
-const sweepEvery = 5 * time.Minute
+// releaseInterval is how often is looked for pods that went while a request of theirs was under way, which noted them again.
+const releaseInterval = 5 * time.Minute
 
-// sweep forgets such pods until ctx ends. One that the watch has not heard of yet is noted again by its next request.
-func (n *node) sweep(ctx context.Context) {
-	ticker := time.NewTicker(sweepEvery)
+// releaseDeletedPods forgets such pods until ctx ends. One that the watch has not heard of yet is noted again by its next request.
+func (n *node) releaseDeletedPods(ctx context.Context) {
+	ticker := time.NewTicker(releaseInterval)
 	defer ticker.Stop()
 	for {
 		select {
@@ -98,7 +98,7 @@ func (n *node) sweep(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		for _, uid := range append(n.proofs.Secrets.Pods(), n.proofs.Assertions.Pods()...) {
+		for _, uid := range append(n.principals.Secrets.Pods(), n.principals.Assertions.Pods()...) {
 			if _, alive := n.watch.Pod(uid); !alive {
 				n.podGone(uid)
 			}
@@ -107,21 +107,21 @@ func (n *node) sweep(ctx context.Context) {
 }
 
 func (n *node) identityChanged(old identity.Identity) {
-	n.drop(func(p token.Principal) bool { return n.proofs.Stands(old, p) })
+	n.dropTokens(func(p token.Principal) bool { return n.principals.Matches(old, p) })
 }
 
 func (n *node) secretChanged(ref token.Ref, revision string) {
-	n.drop(func(p token.Principal) bool { return p.Secret == ref && p.Revision == revision })
+	n.dropTokens(func(p token.Principal) bool { return p.Secret == ref && p.Revision == revision })
 }
 
-func (n *node) drop(which func(token.Principal) bool) {
+func (n *node) dropTokens(which func(token.Principal) bool) {
 	n.cache.Drop(which)
 	n.sources.Drop(which)
 }
 
-// keepSecretsInMemory keeps what is in this process's memory out of dumps of it, and other processes of the node from
+// disableMemoryDumps keeps what is in this process's memory out of dumps of it, and other processes of the node from
 // reading it.
-func keepSecretsInMemory() error {
+func disableMemoryDumps() error {
 	err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
 	return errors.Join(err, unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0))
 }

@@ -27,32 +27,32 @@ type Cluster interface {
 	// Latest is the pod as it is known now.
 	Latest(*corev1.Pod) *corev1.Pod
 	// Stale names a watch that hears nothing at the moment, or is "".
-	Stale() string
+	StaleWatch() string
 }
 
 // Config is what a token request needs.
 type Config struct {
-	Rules      identity.Rules
-	Pods       *cluster.PodFinder
-	PodLookup  time.Duration // how long a request waits for its pod to become known
-	Cluster    Cluster
-	Ready      func(context.Context, time.Duration) error // nil once all caches have been filled; waits that long
-	Principals *credentials.Principals
-	Cache      *token.Cache
-	Metrics    *telemetry.Metrics
-	Waiting    *Waiting // nil in managed mode
+	Rules            identity.Rules
+	Pods             *cluster.PodFinder
+	PodLookupTimeout time.Duration // how long a request waits for its pod to become known
+	Cluster          Cluster
+	Ready            func(context.Context, time.Duration) error // nil once all caches have been filled; waits that long
+	Principals       *credentials.Principals
+	Cache            *token.Cache
+	Metrics          *telemetry.Metrics
+	Wait             *WaitConfig // nil in managed mode
 }
 
-// Tokens answers the question of a pod for a token.
-type Tokens struct {
+// Processor answers the question of a pod for a token.
+type Processor struct {
 	Config
 	objectIDs *lru.Cache[token.Principal, string] // as tokens have told them, by outline
 }
 
 // New returns what answers requests.
-func New(c Config) (*Tokens, error) {
+func New(c Config) (*Processor, error) {
 	objectIDs, err := lru.New[token.Principal, string](objectIDsKept)
-	return &Tokens{Config: c, objectIDs: objectIDs}, err
+	return &Processor{Config: c, objectIDs: objectIDs}, err
 }
 
 // objectIDsKept bounds what is remembered of object IDs; a node needs as many as identities whose pods ask by them.
@@ -69,40 +69,40 @@ type Caller struct {
 }
 
 // ForAddress goes the way of a request: pod, decision, token. It fills in the caller as far as it comes.
-func (t *Tokens) ForAddress(ctx context.Context, who *Caller, source netip.Addr, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
-	pod, refusal := t.findPod(ctx, lookup{address: source})
+func (p *Processor) ForAddress(ctx context.Context, who *Caller, source netip.Addr, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
+	pod, refusal := p.findPod(ctx, podQuery{address: source})
 	if refusal != nil {
 		return nil, refusal
 	}
-	return t.forPod(ctx, who, source, pod, req)
+	return p.forPod(ctx, who, source, pod, req)
 }
 
-// lookup is what a pod is known by: its address, or its name (namespace/name).
-type lookup struct {
+// podQuery is what a pod is known by: its address, or its name (namespace/name).
+type podQuery struct {
 	address netip.Addr
 	name    string
 }
 
-func (l lookup) String() string {
-	if l.name != "" {
-		return "name " + l.name
+func (q podQuery) String() string {
+	if q.name != "" {
+		return "name " + q.name
 	}
-	return "address " + l.address.String()
+	return "address " + q.address.String()
 }
 
 // findPod names the pod that is asked for, within the time that lookups have.
-func (t *Tokens) findPod(ctx context.Context, by lookup) (*corev1.Pod, *metadata.Error) {
+func (p *Processor) findPod(ctx context.Context, by podQuery) (*corev1.Pod, *metadata.Error) {
 	start := time.Now()
-	defer func() { t.Metrics.Lookups.Observe(time.Since(start).Seconds()) }()
-	if err := t.Ready(ctx, t.PodLookup); err != nil {
+	defer func() { p.Metrics.PodLookups.Observe(time.Since(start).Seconds()) }()
+	if err := p.Ready(ctx, p.PodLookupTimeout); err != nil {
 		return nil, metadata.Unavailable(identity.NotReady, "NMI has not loaded the cluster's objects yet: "+err.Error(), 2*time.Second)
 	}
 	var pod *corev1.Pod
 	var err error
 	if by.name != "" {
-		pod, err = t.Pods.Named(ctx, by.name)
+		pod, err = p.Pods.FindByName(ctx, by.name)
 	} else {
-		pod, err = t.Pods.Find(ctx, by.address)
+		pod, err = p.Pods.FindByAddress(ctx, by.address)
 	}
 	switch {
 	case err == nil:
@@ -114,30 +114,30 @@ func (t *Tokens) findPod(ctx context.Context, by lookup) (*corev1.Pod, *metadata
 	}
 }
 
-// rounds is how often a request begins anew because what it was granted for has changed while it waited.
-const rounds = 3
+// maxRounds is how often a request begins anew because what it was granted for has changed while it waited.
+const maxRounds = 3
 
 // forPod decides and gets the tokens. What was decided holds for an answer at once; a fetch takes time, in which a
 // binding may go or a Secret be replaced, so after one it is decided again, and only an answer to what holds then goes
 // out. In standard mode the request waits, within its time, for an identity that is being assigned, and for the machine's
 // metadata service to hear of that.
-func (t *Tokens) forPod(ctx context.Context, who *Caller, source netip.Addr, pod *corev1.Pod, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
+func (p *Processor) forPod(ctx context.Context, who *Caller, source netip.Addr, pod *corev1.Pod, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
 	who.Pod = pod
-	h := hold{Waiting: t.Waiting, source: source}
-	defer h.end()
-	g, refusal := t.await(ctx, &h, pod, req)
-	for round := 0; round < rounds; {
+	w := requestWait{WaitConfig: p.Wait, source: source}
+	defer w.finish()
+	g, refusal := p.authorizeOrWait(ctx, &w, pod, req)
+	for round := 0; round < maxRounds; {
 		who.Identity = g.decision.Identity
 		if refusal != nil {
 			return nil, refusal
 		}
-		answers, waited, failed := t.fetch(ctx, who, g, req, h.again)
-		later := failed != nil && h.wait(ctx, g, failed)
+		answers, waited, failed := p.fetchTokens(ctx, who, g, req, w.retryUpstream)
+		later := failed != nil && w.wait(ctx, g, failed)
 		if !waited && !later {
 			return answers, failed
 		}
 		before := g
-		g, refusal = t.await(ctx, &h, t.Cluster.Latest(g.pod), req)
+		g, refusal = p.authorizeOrWait(ctx, &w, p.Cluster.Latest(g.pod), req)
 		if later {
 			continue
 		}
@@ -154,32 +154,32 @@ func (t *Tokens) forPod(ctx context.Context, who *Caller, source netip.Addr, pod
 	return nil, metadata.Unavailable(identity.NotReady, "The objects around this pod change all the time", time.Second)
 }
 
-// await is grant for a request that may wait.
-func (t *Tokens) await(ctx context.Context, h *hold, pod *corev1.Pod, req metadata.Request) (grant, *metadata.Error) {
-	g, refusal := t.grant(ctx, pod, req)
-	for refusal != nil && h.wait(ctx, g, refusal) {
-		g, refusal = t.grant(ctx, t.Cluster.Latest(g.pod), req)
+// authorizeOrWait is grant for a request that may wait.
+func (p *Processor) authorizeOrWait(ctx context.Context, w *requestWait, pod *corev1.Pod, req metadata.Request) (authorization, *metadata.Error) {
+	g, refusal := p.authorize(ctx, pod, req)
+	for refusal != nil && w.wait(ctx, g, refusal) {
+		g, refusal = p.authorize(ctx, p.Cluster.Latest(g.pod), req)
 	}
-	h.granted = refusal == nil
+	w.granted = refusal == nil
 	return g, refusal
 }
 
-// grant is what a pod may have: the keys of its tokens, one but for a service principal of several tenants.
-type grant struct {
+// authorization is what a pod may have: the keys of its tokens, one but for a service principal of several tenants.
+type authorization struct {
 	pod      *corev1.Pod
 	decision identity.Decision
 	keys     []token.Key
 }
 
-// grant asks the one decision, and says which tokens that stands for.
-func (t *Tokens) grant(ctx context.Context, pod *corev1.Pod, req metadata.Request) (grant, *metadata.Error) {
-	g := grant{pod: pod}
+// authorize retriesUpstream the one decision, and says which tokens that stands for.
+func (p *Processor) authorize(ctx context.Context, pod *corev1.Pod, req metadata.Request) (authorization, *metadata.Error) {
+	g := authorization{pod: pod}
 	var refusal *metadata.Error
-	if g.decision, refusal = t.decide(ctx, pod, req); refusal != nil {
+	if g.decision, refusal = p.decide(ctx, pod, req); refusal != nil {
 		return g, refusal
 	}
 	if g.decision.Outcome != identity.Granted {
-		if watch := t.Cluster.Stale(); watch != "" {
+		if watch := p.Cluster.StaleWatch(); watch != "" {
 			// What it says is not there may be what the watch has not heard of yet. A refusal would be final.
 			return g, metadata.Unavailable(identity.NotReady, fmt.Sprintf("NMI hears nothing from the API server about %s at the moment; as far as it knows %s", watch, g.decision.Detail), 2*time.Second)
 		}
@@ -191,23 +191,23 @@ func (t *Tokens) grant(ctx context.Context, pod *corev1.Pod, req metadata.Reques
 		g.keys = []token.Key{token.ManagedKey(want.ClientID, want.ObjectID, want.ResourceID, req.Resource)}
 		return g, nil
 	}
-	proven, err := t.Principals.Of(ctx, pod, *g.decision.Identity)
+	principals, err := p.Principals.ForPod(ctx, pod, *g.decision.Identity)
 	if err != nil {
-		return g, sourceFailed(g.decision, err)
+		return g, upstreamError(g.decision, err)
 	}
-	g.keys = make([]token.Key, len(proven))
-	for i, p := range proven {
-		g.keys[i] = token.Key{Principal: p, Resource: req.Resource}
+	g.keys = make([]token.Key, len(principals))
+	for i, principal := range principals {
+		g.keys[i] = token.Key{Principal: principal, Resource: req.Resource}
 	}
 	return g, nil
 }
 
-// fetch gets the tokens of a grant. again is to ask although there was a no a moment ago. waited is false if all of them,
+// fetchTokens gets the tokens of a grant. again is to ask although there was a no a moment ago. waited is false if all of them,
 // or the failure, were at hand.
-func (t *Tokens) fetch(ctx context.Context, who *Caller, g grant, req metadata.Request, again bool) (answers []metadata.TokenAnswer, waited bool, refusal *metadata.Error) {
+func (p *Processor) fetchTokens(ctx context.Context, who *Caller, g authorization, req metadata.Request, again bool) (answers []metadata.TokenAnswer, waited bool, refusal *metadata.Error) {
 	answers = make([]metadata.TokenAnswer, len(g.keys))
 	for i, key := range g.keys {
-		got, origin, err := t.Cache.Get(ctx, token.Request{Key: key, Pod: string(g.pod.UID), Fresh: req.Bypass, Rejected: req.Rejected, Again: again})
+		got, origin, err := p.Cache.Get(ctx, token.Request{Key: key, Pod: string(g.pod.UID), Fresh: req.Bypass, Rejected: req.Rejected, Again: again})
 		who.Origin = origin
 		waited = waited || origin == token.Fetched || origin == token.Shared
 		if err != nil {
@@ -216,7 +216,7 @@ func (t *Tokens) fetch(ctx context.Context, who *Caller, g grant, req metadata.R
 			if errors.As(err, &e) {
 				who.CorrelationID = e.CorrelationID
 			}
-			return nil, waited, sourceFailed(g.decision, t.unheardOf(g.pod, g.decision.Identity, err))
+			return nil, waited, upstreamError(g.decision, p.notYetPropagated(g.pod, g.decision.Identity, err))
 		}
 		if i == 0 {
 			who.TokenID, who.CorrelationID = got.ID, got.CorrelationID
@@ -237,27 +237,27 @@ func (t *Tokens) fetch(ctx context.Context, who *Caller, g grant, req metadata.R
 	return answers, waited, nil
 }
 
-// decide asks the one decision. Only a request by object_id needs more than the objects: the object IDs of the pod's
+// decide retriesUpstream the one decision. Only a request by object_id needs more than the objects: the object IDs of the pod's
 // own identities, which their tokens tell.
-func (t *Tokens) decide(ctx context.Context, pod *corev1.Pod, req metadata.Request) (identity.Decision, *metadata.Error) {
-	facts, err := t.Cluster.Facts(pod)
+func (p *Processor) decide(ctx context.Context, pod *corev1.Pod, req metadata.Request) (identity.Decision, *metadata.Error) {
+	facts, err := p.Cluster.Facts(pod)
 	if err != nil {
 		return identity.Decision{}, metadata.Unavailable(identity.NotReady, err.Error(), time.Second)
 	}
-	subject := cluster.Subject(pod)
-	decision := identity.Decide(t.Rules, subject, req.Selector, facts)
+	subject := cluster.IdentityPod(pod)
+	decision := identity.Decide(p.Rules, subject, req.Selector, facts)
 	if req.Selector.ObjectID == "" || decision.Reason != identity.IdentityNotBound {
 		return decision, nil
 	}
-	pending, failed := t.learnObjectIDs(ctx, pod, req, facts)
-	decision = identity.Decide(t.Rules, subject, req.Selector, facts)
+	pending, failed := p.learnObjectIDs(ctx, pod, req, facts)
+	decision = identity.Decide(p.Rules, subject, req.Selector, facts)
 	// It may be one whose token could not be had; "not found" would be final.
 	switch {
 	case decision.Reason != identity.IdentityNotBound:
 	case pending != nil:
 		return *pending, nil
 	case failed != nil:
-		return decision, sourceFailed(decision, failed)
+		return decision, upstreamError(decision, failed)
 	}
 	return decision, nil
 }
@@ -266,15 +266,15 @@ func (t *Tokens) decide(ctx context.Context, pod *corev1.Pod, req metadata.Reque
 // among them. What earlier tokens told is looked at first, so that an identity whose tokens cannot be had at the moment
 // does not stand in the way of the others. No token of an identity is asked for that is not assigned yet: then it is
 // pending which one is meant.
-func (t *Tokens) learnObjectIDs(ctx context.Context, pod *corev1.Pod, req metadata.Request, facts identity.Facts) (pending *identity.Decision, failed error) {
-	bound, _ := identity.Bound(t.Rules, cluster.Subject(pod), facts)
+func (p *Processor) learnObjectIDs(ctx context.Context, pod *corev1.Pod, req metadata.Request, facts identity.Facts) (pending *identity.Decision, failed error) {
+	bound, _ := identity.Bound(p.Rules, cluster.IdentityPod(pod), facts)
 	var unknown, known []*identity.Identity
 	for i := range facts.Identities {
 		id := &facts.Identities[i]
-		if !slices.ContainsFunc(bound, func(b identity.Identity) bool { return b.Key() == id.Key() }) || identity.Usable(t.Rules, *id) != nil {
+		if !slices.ContainsFunc(bound, func(b identity.Identity) bool { return b.Key() == id.Key() }) || identity.Usable(p.Rules, *id) != nil {
 			continue
 		}
-		objectID, ok := t.objectIDs.Get(t.Principals.Outline(*id)[0])
+		objectID, ok := p.objectIDs.Get(p.Principals.FromIdentity(*id)[0])
 		if !ok {
 			unknown = append(unknown, id)
 			continue
@@ -285,18 +285,18 @@ func (t *Tokens) learnObjectIDs(ctx context.Context, pod *corev1.Pod, req metada
 		known = append(known, id) // an application that was made anew has another
 	}
 	for _, id := range append(unknown, known...) {
-		if t.Rules.Mode == identity.Standard {
-			if wait := identity.Assigned(cluster.Subject(pod), id, facts.Assignments); wait != nil {
+		if p.Rules.Mode == identity.Standard {
+			if wait := identity.Assigned(cluster.IdentityPod(pod), id, facts.Assignments); wait != nil {
 				pending = wait
 				continue
 			}
 		}
-		objectID, err := t.objectID(ctx, pod, *id, req.Resource)
+		objectID, err := p.objectID(ctx, pod, *id, req.Resource)
 		if err != nil {
-			failed = t.unheardOf(pod, id, err)
+			failed = p.notYetPropagated(pod, id, err)
 			continue
 		}
-		t.objectIDs.Add(t.Principals.Outline(*id)[0], objectID)
+		p.objectIDs.Add(p.Principals.FromIdentity(*id)[0], objectID)
 		if id.ObjectID = objectID; strings.EqualFold(objectID, req.Selector.ObjectID) {
 			return nil, nil
 		}
@@ -305,20 +305,20 @@ func (t *Tokens) learnObjectIDs(ctx context.Context, pod *corev1.Pod, req metada
 }
 
 // objectID reads the object ID of an identity that is bound to the pod off a token of it.
-func (t *Tokens) objectID(ctx context.Context, pod *corev1.Pod, id identity.Identity, resource string) (string, error) {
-	proven, err := t.Principals.Of(ctx, pod, id)
+func (p *Processor) objectID(ctx context.Context, pod *corev1.Pod, id identity.Identity, resource string) (string, error) {
+	principals, err := p.Principals.ForPod(ctx, pod, id)
 	if err != nil {
 		return "", err
 	}
-	got, _, err := t.Cache.Get(ctx, token.Request{Key: token.Key{Principal: proven[0], Resource: resource}, Pod: string(pod.UID)})
+	got, _, err := p.Cache.Get(ctx, token.Request{Key: token.Key{Principal: principals[0], Resource: resource}, Pod: string(pod.UID)})
 	return got.ObjectID, err
 }
 
-// ForHost is the way of a request that names its pod.
-func (t *Tokens) ForHost(ctx context.Context, who *Caller, source netip.Addr, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
-	pod, refusal := t.findPod(ctx, lookup{name: req.PodNamespace + "/" + req.PodName})
+// ForPodName is the way of a request that names its pod.
+func (p *Processor) ForPodName(ctx context.Context, who *Caller, source netip.Addr, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
+	pod, refusal := p.findPod(ctx, podQuery{name: req.PodNamespace + "/" + req.PodName})
 	if refusal != nil {
 		return nil, refusal
 	}
-	return t.forPod(ctx, who, source, pod, req)
+	return p.forPod(ctx, who, source, pod, req)
 }

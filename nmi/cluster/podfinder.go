@@ -19,12 +19,12 @@ var (
 	ErrPodAmbiguous = errors.New("several pods of this node have this address")
 )
 
-// liveRate is how often the API server is asked for the pods of this node by itself, whatever the number of strangers
+// liveListRate is how often the API server is asked for the pods of this node by itself, whatever the number of strangers
 // that knock: one answer serves all who wait.
-const liveRate = 1
+const liveListRate = 1
 
-// liveTimeout bounds one such question.
-const liveTimeout = 4 * time.Second
+// liveListTimeout bounds one such question.
+const liveListTimeout = 4 * time.Second
 
 // podFinder finds the pod behind an address.
 //
@@ -32,10 +32,10 @@ const liveTimeout = 4 * time.Second
 // counts. A pod that asks before the watch has told of its address waits; one whose address another pod still holds in
 // the cache waits until that is gone.
 type PodFinder struct {
-	pods    cache.Indexer // with the PodIndexers
-	changed *Broadcast
-	live    func(context.Context) ([]*corev1.Pod, error)
-	timeout time.Duration
+	pods     cache.Indexer // with the PodIndexers
+	changed  *Broadcast
+	listPods func(context.Context) ([]*corev1.Pod, error)
+	timeout  time.Duration
 
 	flight  singleflight.Group
 	limiter *rate.Limiter
@@ -43,8 +43,8 @@ type PodFinder struct {
 
 // NewPodFinder finds pods in an indexer that has the PodIndexers. changed is sent to after each change of a pod, and live
 // asks the API server for all pods of the node.
-func NewPodFinder(pods cache.Indexer, changed *Broadcast, live func(context.Context) ([]*corev1.Pod, error), timeout time.Duration) *PodFinder {
-	return &PodFinder{pods: pods, changed: changed, live: live, timeout: timeout, limiter: rate.NewLimiter(liveRate, 1)}
+func NewPodFinder(pods cache.Indexer, changed *Broadcast, listPods func(context.Context) ([]*corev1.Pod, error), timeout time.Duration) *PodFinder {
+	return &PodFinder{pods: pods, changed: changed, listPods: listPods, timeout: timeout, limiter: rate.NewLimiter(liveListRate, 1)}
 }
 
 // PodFinder finds the pods of this node.
@@ -52,8 +52,8 @@ func (w *Watch) PodFinder(timeout time.Duration) *PodFinder {
 	return NewPodFinder(w.pods.GetIndexer(), &w.changed, w.livePods, timeout)
 }
 
-// Find returns the pod, or ErrPodUnknown or ErrPodAmbiguous once the timeout is over, or the error of ctx.
-func (f *PodFinder) Find(ctx context.Context, ip netip.Addr) (*corev1.Pod, error) {
+// FindByAddress returns the pod, or ErrPodUnknown or ErrPodAmbiguous once the timeout is over, or the error of ctx.
+func (f *PodFinder) FindByAddress(ctx context.Context, ip netip.Addr) (*corev1.Pod, error) {
 	address := ip.Unmap().String()
 	pod, err := f.cached(address)
 	if err == nil {
@@ -62,8 +62,8 @@ func (f *PodFinder) Find(ctx context.Context, ip netip.Addr) (*corev1.Pod, error
 	deadline := time.NewTimer(f.timeout)
 	defer deadline.Stop()
 	// The watch is nearly always a moment behind at most, so it gets half of the time before the API server is asked.
-	askLive := time.NewTimer(f.timeout / 2)
-	defer askLive.Stop()
+	listLive := time.NewTimer(f.timeout / 2)
+	defer listLive.Stop()
 	var answers <-chan singleflight.Result
 	for {
 		changed := f.changed.Next() // before the look, so that no change falls between the two
@@ -72,14 +72,14 @@ func (f *PodFinder) Find(ctx context.Context, ip netip.Addr) (*corev1.Pod, error
 		}
 		select {
 		case <-changed:
-		case <-askLive.C:
-			answers = f.askLive()
+		case <-listLive.C:
+			answers = f.listLive()
 		case answer := <-answers:
 			answers = nil
 			if answer.Err != nil {
 				continue
 			}
-			if pod, err := only(withAddress(answer.Val.([]*corev1.Pod), address)); err == nil {
+			if pod, err := exactlyOne(withAddress(answer.Val.([]*corev1.Pod), address)); err == nil {
 				return pod, nil
 			}
 		case <-deadline.C:
@@ -90,9 +90,9 @@ func (f *PodFinder) Find(ctx context.Context, ip netip.Addr) (*corev1.Pod, error
 	}
 }
 
-// Named returns the pod of this node with a name (namespace/name), or ErrPodUnknown once the timeout is over, or the
+// FindByName returns the pod of this node with a name (namespace/name), or ErrPodUnknown once the timeout is over, or the
 // error of ctx. It may have no address yet.
-func (f *PodFinder) Named(ctx context.Context, name string) (*corev1.Pod, error) {
+func (f *PodFinder) FindByName(ctx context.Context, name string) (*corev1.Pod, error) {
 	deadline := time.NewTimer(f.timeout)
 	defer deadline.Stop()
 	for {
@@ -101,7 +101,7 @@ func (f *PodFinder) Named(ctx context.Context, name string) (*corev1.Pod, error)
 		if err != nil {
 			return nil, err
 		}
-		if pod, is := o.(*corev1.Pod); ok && is && !Finished(pod) {
+		if pod, is := o.(*corev1.Pod); ok && is && !finished(pod) {
 			return pod, nil
 		}
 		select {
@@ -128,15 +128,15 @@ func (f *PodFinder) cached(address string) (*corev1.Pod, error) {
 	return nil, ErrPodAmbiguous
 }
 
-// askLive asks the API server, together with all who ask at the same time; it belongs to none of them.
-func (f *PodFinder) askLive() <-chan singleflight.Result {
+// listLive asks the API server, together with all who ask at the same time; it belongs to none of them.
+func (f *PodFinder) listLive() <-chan singleflight.Result {
 	return f.flight.DoChan("", func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.Background(), liveTimeout)
+		ctx, cancel := context.WithTimeout(context.Background(), liveListTimeout)
 		defer cancel()
 		if err := f.limiter.Wait(ctx); err != nil {
 			return nil, err
 		}
-		pods, err := f.live(ctx)
+		pods, err := f.listPods(ctx)
 		for _, pod := range pods {
 			_, _ = trim(pod) // as those from the cache are; it has no error for a pod
 		}
@@ -151,7 +151,7 @@ func withAddress(pods []*corev1.Pod, address string) []*corev1.Pod {
 	})
 }
 
-func only(pods []*corev1.Pod) (*corev1.Pod, error) {
+func exactlyOne(pods []*corev1.Pod) (*corev1.Pod, error) {
 	switch len(pods) {
 	case 0:
 		return nil, ErrPodUnknown

@@ -45,7 +45,7 @@ func (s *standard) late(after, age time.Duration) *lateAzure {
 	s.t.Cleanup(c.Close)
 	s.tokens.Cache = c
 	since := time.Now().Add(-age)
-	s.tokens.Waiting.AssignedSince = func(*corev1.Pod, *identity.Identity) time.Time { return since }
+	s.tokens.Wait.AssignedSince = func(*corev1.Pod, *identity.Identity) time.Time { return since }
 	return a
 }
 
@@ -77,7 +77,7 @@ func TestAnIdentityThatTheMachineNeverHearsOfIsRefusedAfterAMinute(t *testing.T)
 	})
 	inStandardMode(t, func(t *testing.T, s *standard) {
 		s.assign("x", "x", identity.StateAssigned, "")
-		s.late(time.Hour, settling)
+		s.late(time.Hour, propagationTime)
 		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 0)
 		s.waited(map[string]int{})
 	})
@@ -94,7 +94,7 @@ func TestAWaitForTheMachineEndsWhenTheBindingGoes(t *testing.T) {
 		s.late(time.Hour, 0)
 		r := s.begin("10.0.0.1", "")
 		time.Sleep(4 * time.Second)
-		s.change(cluster.OfBindings("x"), func(f *identity.Facts) { f.Bindings = nil })
+		s.change(cluster.BindingsKey("x"), func(f *identity.Facts) { f.Bindings = nil })
 		s.expect(r, 400, identity.NoMatchingBinding, 4*time.Second)
 		s.waited(map[string]int{WaitRefused: 1})
 	})
@@ -103,7 +103,7 @@ func TestAWaitForTheMachineEndsWhenTheBindingGoes(t *testing.T) {
 // A hundred requests that wait for the same token, and news all the time, cost the machine's service what one does.
 func TestAllWhoWaitForTheMachineShareTheirQuestions(t *testing.T) {
 	inStandardMode(t, func(t *testing.T, s *standard) {
-		s.tokens.Waiting.Places = limit.NewPlaces(2000, 2000)
+		s.tokens.Wait.Limiter = limit.New(2000, 2000)
 		s.assign("x", "x", identity.StateAssigned, "")
 		a := s.late(20*time.Second, 0)
 		var wg sync.WaitGroup
@@ -118,7 +118,7 @@ func TestAllWhoWaitForTheMachineShareTheirQuestions(t *testing.T) {
 		}
 		for range 40 {
 			time.Sleep(500 * time.Millisecond)
-			s.change(cluster.OfPod("ns", "x"), func(*identity.Facts) {})
+			s.change(cluster.PodKey("ns", "x"), func(*identity.Facts) {})
 		}
 		wg.Wait()
 		for i := 1; i < len(a.times); i++ {
