@@ -23,6 +23,7 @@ import (
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/mic/azure"
+	"github.com/podidentity/podidentity/mic/ledger"
 )
 
 // Machines is what is asked of Azure; see [azure.Client] and [azure.Reloading]. Failures are *azure.Error.
@@ -189,7 +190,7 @@ func (c *Controller) checkDefinitions(ctx context.Context) error {
 func (c *Controller) load(ctx context.Context) {
 	var ids []string
 	c.persist(ctx, func(ctx context.Context) (err error) {
-		ids, err = machinesInLedgers(ctx, c.configMaps)
+		ids, err = ledger.Machines(ctx, c.configMaps)
 		return err
 	})
 	if ctx.Err() != nil {

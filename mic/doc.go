@@ -13,7 +13,7 @@
 //   - An identity that is in use is detached. Nothing is detached before all objects have been loaded; only what no
 //     living pod on any node of the machine wants, after a delay; and the pods are looked through once more before.
 //   - An identity that somebody else attached is detached. Only what the ledger of the machine says that MIC attached
-//     itself is ever removed, and the ledger is written before Azure is asked. See [ledger].
+//     itself is ever removed, and the ledger is written before Azure is asked. See package ledger.
 //   - One identity that Azure refuses holds up others. It is set aside by itself; see [refusal].
 //   - Two controllers work on one machine. The ledger is written with its version, so the second of two that believe
 //     that they lead is stopped before it reaches Azure; and it holds the operation that is under way, which the next

@@ -323,7 +323,7 @@ func (f *fleet) drop(key string) bool {
 	if m != nil {
 		maps.DeleteFunc(m.uses, m.over)
 	}
-	if m == nil || len(m.uses) > 0 || len(m.ours) > 0 || m.state.ledger == nil || m.state.ledger.version != "" {
+	if m == nil || len(m.uses) > 0 || len(m.ours) > 0 || m.state.ledger == nil || m.state.ledger.Stored() {
 		return m == nil
 	}
 	delete(f.machines, key)

@@ -11,11 +11,12 @@ import (
 	"time"
 
 	"github.com/podidentity/podidentity/mic/azure"
+	"github.com/podidentity/podidentity/mic/ledger"
 )
 
 // machineState belongs to the reconcile of the machine, of which there is one at a time.
 type machineState struct {
-	ledger   *ledger
+	ledger   *ledger.Ledger
 	azure    azure.State // as Azure said last
 	due      time.Time   // when it is to be asked again at the latest
 	patched  time.Time   // when the last update began
@@ -100,7 +101,7 @@ func (c *Controller) failed(key string, m *machine, err error) time.Duration {
 func (c *Controller) bringUp(ctx context.Context, key string, m *machine) (time.Duration, error) {
 	s := &m.state
 	if s.ledger == nil {
-		l, err := readLedger(ctx, c.configMaps, key, m.resource.ID())
+		l, err := ledger.Read(ctx, c.configMaps, key, m.resource.ID())
 		if err != nil {
 			return 0, err
 		}
@@ -197,7 +198,7 @@ func (c *Controller) look(ctx context.Context, key string, m *machine) error {
 		if len(with[*node](c.cluster.nodes, byMachine, key)) > 0 {
 			return err // Azure may be asked with the wrong account, or about the wrong cloud
 		}
-		return c.note(ctx, key, m, entries{Machine: m.resource.ID(), Attached: map[string]string{}})
+		return c.note(ctx, key, m, ledger.Entries{Machine: m.resource.ID(), Attached: map[string]string{}})
 	}
 	if err != nil {
 		return err
@@ -217,13 +218,13 @@ func (c *Controller) saw(key string, m *machine, state azure.State) {
 }
 
 // note writes the ledger if it changes.
-func (c *Controller) note(ctx context.Context, key string, m *machine, next entries) error {
+func (c *Controller) note(ctx context.Context, key string, m *machine, next ledger.Entries) error {
 	l := m.state.ledger
-	if l.same(next) {
+	if l.Same(next) {
 		return nil
 	}
-	if err := l.write(ctx, next); err != nil {
-		if errors.Is(err, errOvertaken) {
+	if err := l.Write(ctx, next); err != nil {
+		if errors.Is(err, ledger.ErrOvertaken) {
 			m.state.ledger = nil
 		}
 		return err
@@ -234,7 +235,7 @@ func (c *Controller) note(ctx context.Context, key string, m *machine, next entr
 
 // strike removes entries from the ledger.
 func (c *Controller) strike(ctx context.Context, key string, m *machine, entries []string) error {
-	next := m.state.ledger.clone()
+	next := m.state.ledger.Clone()
 	for _, id := range entries {
 		delete(next.Attached, id)
 	}
@@ -247,7 +248,7 @@ func (c *Controller) writeAdopted(ctx context.Context, key string, m *machine) e
 	if len(adopted) == 0 {
 		return nil
 	}
-	next := m.state.ledger.clone()
+	next := m.state.ledger.Clone()
 	for id, spelled := range adopted {
 		next.Attached[id] = spelled
 	}

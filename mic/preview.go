@@ -17,6 +17,7 @@ import (
 	"github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/mic/azure"
+	"github.com/podidentity/podidentity/mic/ledger"
 )
 
 // planTimeout bounds the loading of what a plan is made from.
@@ -73,7 +74,7 @@ func (c *Controller) previewMachine(ctx context.Context, out io.Writer, key stri
 	m := c.fleet.machine(key)
 	id := m.resource.ID()
 	var err error
-	if m.state.ledger, err = readLedger(ctx, c.configMaps, key, id); err != nil {
+	if m.state.ledger, err = ledger.Read(ctx, c.configMaps, key, id); err != nil {
 		return err
 	}
 	c.fleet.setOurs(key, m.state.ledger.Attached)
@@ -83,10 +84,10 @@ func (c *Controller) previewMachine(ctx context.Context, out io.Writer, key stri
 		fmt.Fprintf(out, "  nothing can be planned: %v\n", err)
 		return nil
 	}
-	u := cmp.Or(m.state.ledger.Update, new(update))
+	u := cmp.Or(m.state.ledger.Update, new(ledger.Update))
 	if !u.Started.IsZero() {
 		fmt.Fprintf(out, "  an update is under way since %s; the rest is for when it has ended\n", u.Started.Format(time.RFC3339))
-		state = u.appliedTo(state)
+		state = applied(u, state)
 	}
 	c.saw(key, m, state)
 	p := c.plan(key, m)
@@ -127,8 +128,8 @@ func (c *Controller) previewMachine(ctx context.Context, out io.Writer, key stri
 	return nil
 }
 
-// appliedTo is the state of the machine once Azure has carried the update out.
-func (u *update) appliedTo(state azure.State) azure.State {
+// applied is the state of the machine once Azure has carried the update out.
+func applied(u *ledger.Update, state azure.State) azure.State {
 	state.Identities = maps.Clone(state.Identities)
 	for _, id := range u.Remove {
 		delete(state.Identities, azure.Fold(id))

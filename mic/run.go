@@ -25,6 +25,7 @@ import (
 	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/internal/outbound"
 	"github.com/podidentity/podidentity/mic/azure"
+	"github.com/podidentity/podidentity/mic/ledger"
 )
 
 // userAgent is what the API server knows MIC by.
@@ -209,7 +210,7 @@ func (c *Controller) awaitNothing(ctx context.Context) bool {
 		if !c.assignmentsGone() {
 			continue
 		}
-		if left, err := machinesInLedgers(ctx, c.configMaps); err == nil && len(left) == 0 {
+		if left, err := ledger.Machines(ctx, c.configMaps); err == nil && len(left) == 0 {
 			return true
 		}
 	}

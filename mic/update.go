@@ -10,6 +10,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/podidentity/podidentity/mic/azure"
+	"github.com/podidentity/podidentity/mic/ledger"
 )
 
 // carryOut changes the machine. Identities that Azure refused before are tried by themselves, after the others.
@@ -110,10 +111,10 @@ func (c *Controller) patch(ctx context.Context, key string, m *machine, add, rem
 	if len(add)+len(remove) == 0 {
 		return nil
 	}
-	before := s.ledger.clone()
-	next := s.ledger.clone()
+	before := s.ledger.Clone()
+	next := s.ledger.Clone()
 	// Without the monotonic clock, which a machine that is suspended may stop.
-	next.Update = &update{Started: time.Now().Round(0), Add: add, Remove: remove}
+	next.Update = &ledger.Update{Started: time.Now().Round(0), Add: add, Remove: remove}
 	for _, id := range add {
 		next.Attached[azure.Fold(id)] = id
 	}
@@ -162,7 +163,7 @@ func (c *Controller) endWell(ctx context.Context, key string, m *machine, state 
 // endBadly is what follows from an update that failed. What Azure refused at once did not happen, and the ledger says
 // again what it said before; how one ended that was under way the machine shows. Of what may be going on still the note
 // stays, so that the next look begins with it.
-func (c *Controller) endBadly(ctx context.Context, key string, m *machine, op *azure.Operation, before entries, err error) error {
+func (c *Controller) endBadly(ctx context.Context, key string, m *machine, op *azure.Operation, before ledger.Entries, err error) error {
 	if op != nil && op.Token() != "" || op == nil && open(err) {
 		return err
 	}
@@ -200,7 +201,7 @@ func open(err error) bool {
 // settle writes down how an update ended, when it is known how the machine is.
 func (c *Controller) settle(ctx context.Context, key string, m *machine) error {
 	s := &m.state
-	next := s.ledger.clone()
+	next := s.ledger.Clone()
 	if u := next.Update; u != nil {
 		for _, id := range slices.Concat(u.Add, u.Remove) {
 			if _, there := s.azure.Identities[azure.Fold(id)]; !there {

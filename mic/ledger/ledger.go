@@ -1,4 +1,4 @@
-package mic
+package ledger
 
 import (
 	"context"
@@ -16,33 +16,33 @@ import (
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 )
 
-// ledgerLabel marks the ConfigMaps that are ledgers.
-const ledgerLabel = "podidentity.io/ledger"
+// label marks the ConfigMaps that are ledgers.
+const label = "podidentity.io/ledger"
 
-// errOvertaken means that somebody else has written the ledger since it was read: another MIC that believes that it
+// ErrOvertaken means that somebody else has written the ledger since it was read: another MIC that believes that it
 // leads. Nothing may be done on the ground of what was read.
-var errOvertaken = errors.New("the ledger has been written by another MIC meanwhile")
+var ErrOvertaken = errors.New("the ledger has been written by another MIC meanwhile")
 
-// ledger is what MIC attached to one machine itself, and the update of it that is under way. It is a ConfigMap in MIC's
+// Ledger is what MIC attached to one machine itself, and the update of it that is under way. It is a ConfigMap in MIC's
 // own namespace: assignments are in namespaces of users and may be deleted there, and what may be detached must not
 // hang on them. It is written before Azure is asked for anything, so that it never knows less than has been done.
-type ledger struct {
+type Ledger struct {
 	store   typedcorev1.ConfigMapInterface
 	name    string
 	version string // as it was read or written last; "" if there is none
-	entries
+	Entries
 }
 
-// entries is the content of a ledger.
-type entries struct {
+// Entries is the content of a ledger.
+type Entries struct {
 	Machine  string            // its ARM ID
 	Attached map[string]string // identities by folded ID, as spelled
 	// Update is what Azure was asked for and has not been seen to end.
-	Update *update
+	Update *Update
 }
 
-// update is one PATCH.
-type update struct {
+// Update is one PATCH.
+type Update struct {
 	Started time.Time `json:"started"`
 	Add     []string  `json:"add,omitempty"`
 	Remove  []string  `json:"remove,omitempty"`
@@ -52,19 +52,19 @@ type update struct {
 
 // Keys of the ConfigMap.
 const (
-	ledgerMachine  = "machine"
-	ledgerAttached = "attached"
-	ledgerUpdate   = "update"
+	dataMachine  = "machine"
+	dataAttached = "attached"
+	dataUpdate   = "update"
 )
 
-func ledgerName(machine string) string {
+func nameOf(machine string) string {
 	sum := sha256.Sum256([]byte(machine))
 	return "mic-machine-" + hex.EncodeToString(sum[:10])
 }
 
-// readLedger reads the ledger of a machine (key, ARM ID), which may be empty.
-func readLedger(ctx context.Context, store typedcorev1.ConfigMapInterface, key, id string) (*ledger, error) {
-	l := &ledger{store: store, name: ledgerName(key), entries: entries{Machine: id, Attached: map[string]string{}}}
+// Read reads the ledger of a machine (key, ARM ID), which may be empty.
+func Read(ctx context.Context, store typedcorev1.ConfigMapInterface, key, id string) (*Ledger, error) {
+	l := &Ledger{store: store, name: nameOf(key), Entries: Entries{Machine: id, Attached: map[string]string{}}}
 	o, err := store.Get(ctx, l.name, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
 		return l, nil
@@ -73,27 +73,27 @@ func readLedger(ctx context.Context, store typedcorev1.ConfigMapInterface, key, 
 		return nil, fmt.Errorf("reading what MIC has attached to %s: %w", id, err)
 	}
 	l.version = o.ResourceVersion
-	l.entries, err = parseRecord(o)
+	l.Entries, err = parseRecord(o)
 	return l, err
 }
 
 // parseRecord reads a ConfigMap. One that makes no sense is an error: taking it for empty could leave identities on the
 // machine for good.
-func parseRecord(o *corev1.ConfigMap) (entries, error) {
-	r := entries{Machine: o.Data[ledgerMachine], Attached: map[string]string{}}
-	err := json.Unmarshal([]byte(o.Data[ledgerAttached]), &r.Attached)
-	if text := o.Data[ledgerUpdate]; err == nil && text != "" {
-		r.Update = &update{}
+func parseRecord(o *corev1.ConfigMap) (Entries, error) {
+	r := Entries{Machine: o.Data[dataMachine], Attached: map[string]string{}}
+	err := json.Unmarshal([]byte(o.Data[dataAttached]), &r.Attached)
+	if text := o.Data[dataUpdate]; err == nil && text != "" {
+		r.Update = &Update{}
 		err = json.Unmarshal([]byte(text), r.Update)
 	}
 	if err != nil || r.Machine == "" {
-		return entries{}, fmt.Errorf("ConfigMap %s/%s, which says what MIC has attached to %q, has been changed by somebody (%w); mend its JSON, or delete it: MIC then leaves on the machine what is there now", o.Namespace, o.Name, r.Machine, err)
+		return Entries{}, fmt.Errorf("ConfigMap %s/%s, which says what MIC has attached to %q, has been changed by somebody (%w); mend its JSON, or delete it: MIC then leaves on the machine what is there now", o.Namespace, o.Name, r.Machine, err)
 	}
 	return r, nil
 }
 
-// write makes the ledger say so. An empty one is deleted. errOvertaken: see there.
-func (l *ledger) write(ctx context.Context, r entries) error {
+// Write makes the ledger say so. An empty one is deleted. ErrOvertaken: see there.
+func (l *Ledger) Write(ctx context.Context, r Entries) error {
 	if len(r.Attached) == 0 && r.Update == nil {
 		return l.remove(ctx, r)
 	}
@@ -102,15 +102,15 @@ func (l *ledger) write(ctx context.Context, r entries) error {
 		return err
 	}
 	o := &corev1.ConfigMap{
-		ObjectMeta: metav1.ObjectMeta{Name: l.name, ResourceVersion: l.version, Labels: map[string]string{ledgerLabel: "machine"}},
-		Data:       map[string]string{ledgerMachine: r.Machine, ledgerAttached: string(attached)},
+		ObjectMeta: metav1.ObjectMeta{Name: l.name, ResourceVersion: l.version, Labels: map[string]string{label: "machine"}},
+		Data:       map[string]string{dataMachine: r.Machine, dataAttached: string(attached)},
 	}
 	if r.Update != nil {
 		under, err := json.Marshal(r.Update)
 		if err != nil {
 			return err
 		}
-		o.Data[ledgerUpdate] = string(under)
+		o.Data[dataUpdate] = string(under)
 	}
 	put := l.store.Create
 	if l.version != "" {
@@ -121,29 +121,29 @@ func (l *ledger) write(ctx context.Context, r entries) error {
 	written, err := put(ctx, o, metav1.CreateOptions{})
 	switch {
 	case err == nil:
-		l.version, l.entries = written.ResourceVersion, r.clone()
+		l.version, l.Entries = written.ResourceVersion, r.Clone()
 		return nil
 	case apierrors.IsConflict(err), apierrors.IsAlreadyExists(err), l.version != "" && apierrors.IsNotFound(err):
-		return fmt.Errorf("%w: %w", errOvertaken, err)
+		return fmt.Errorf("%w: %w", ErrOvertaken, err)
 	}
 	return fmt.Errorf("writing down what MIC attaches to %s: %w", r.Machine, err)
 }
 
-func (l *ledger) remove(ctx context.Context, r entries) error {
+func (l *Ledger) remove(ctx context.Context, r Entries) error {
 	if l.version != "" {
 		err := l.store.Delete(ctx, l.name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{ResourceVersion: &l.version}})
 		switch {
 		case apierrors.IsConflict(err):
-			return fmt.Errorf("%w: %w", errOvertaken, err)
+			return fmt.Errorf("%w: %w", ErrOvertaken, err)
 		case err != nil && !apierrors.IsNotFound(err):
 			return fmt.Errorf("writing down that MIC has nothing attached to %s any more: %w", r.Machine, err)
 		}
 	}
-	l.version, l.entries = "", r.clone()
+	l.version, l.Entries = "", r.Clone()
 	return nil
 }
 
-func (r entries) clone() entries {
+func (r Entries) Clone() Entries {
 	r.Attached = maps.Clone(r.Attached)
 	if r.Update != nil {
 		u := *r.Update
@@ -152,20 +152,23 @@ func (r entries) clone() entries {
 	return r
 }
 
-// machinesInLedgers lists the machines (ARM IDs) to which MIC has attached anything.
-func machinesInLedgers(ctx context.Context, store typedcorev1.ConfigMapInterface) ([]string, error) {
-	list, err := store.List(ctx, metav1.ListOptions{LabelSelector: ledgerLabel})
+// Machines lists the machines (ARM IDs) to which MIC has attached anything.
+func Machines(ctx context.Context, store typedcorev1.ConfigMapInterface) ([]string, error) {
+	list, err := store.List(ctx, metav1.ListOptions{LabelSelector: label})
 	if err != nil {
 		return nil, fmt.Errorf("listing what MIC has attached: %w", err)
 	}
 	var ids []string
 	for _, o := range list.Items {
-		ids = append(ids, o.Data[ledgerMachine])
+		ids = append(ids, o.Data[dataMachine])
 	}
 	return ids, nil
 }
 
-// same reports whether the ledger says so already.
-func (l *ledger) same(r entries) bool {
+// Same reports whether the ledger says so already.
+func (l *Ledger) Same(r Entries) bool {
 	return maps.Equal(l.Attached, r.Attached) && l.Update == nil && r.Update == nil
 }
+
+// Stored reports whether there is a ConfigMap.
+func (l *Ledger) Stored() bool { return l.version != "" }
