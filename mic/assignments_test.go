@@ -12,13 +12,13 @@ import (
 func TestNamesOfAssignmentsAreValidAndNeverMeet(t *testing.T) {
 	long := strings.Repeat("a.b-", 63) + "c"
 	seen := map[string]string{}
-	for _, p := range []pod{{uid: "1", object: object{"n", "a-b", ""}}, {uid: "2", object: object{"n", "a", ""}}, {uid: "3", object: object{"n", "a", ""}},
-		{uid: "4", object: object{"n", long, ""}}, {uid: "5", object: object{"n", strings.Repeat("a", 99) + ".b", ""}}} {
-		for _, i := range []azureIdentity{
-			{object: object{"n", "c", ""}}, {object: object{"n", "b-c", ""}}, {object: object{"m", "c", ""}}, {object: object{"n", long, ""}},
-			{object: object{"n", "c", ""}, resource: "/x"}, {object: object{"n", "c", ""}, value: identity.Identity{Kind: identity.Federated}},
+	for _, p := range []Pod{{UID: "1", Object: Object{"n", "a-b", ""}}, {UID: "2", Object: Object{"n", "a", ""}}, {UID: "3", Object: Object{"n", "a", ""}},
+		{UID: "4", Object: Object{"n", long, ""}}, {UID: "5", Object: Object{"n", strings.Repeat("a", 99) + ".b", ""}}} {
+		for _, i := range []AzureIdentity{
+			{Object: Object{"n", "c", ""}}, {Object: Object{"n", "b-c", ""}}, {Object: Object{"m", "c", ""}}, {Object: Object{"n", long, ""}},
+			{Object: Object{"n", "c", ""}, ResourceID: "/x"}, {Object: Object{"n", "c", ""}, Value: identity.Identity{Kind: identity.Federated}},
 		} {
-			name, what := assignmentName(&p, &i), p.uid+" "+i.key()+" "+i.resource+" "+string(rune('0'+i.value.Kind))
+			name, what := assignmentName(&p, &i), p.UID+" "+i.Key()+" "+i.ResourceID+" "+string(rune('0'+i.Value.Kind))
 			if problems := validation.IsDNS1123Subdomain(name); len(problems) > 0 {
 				t.Errorf("%s: %v", name, problems)
 			}

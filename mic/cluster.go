@@ -34,48 +34,48 @@ const (
 //
 // It stands on client-go's informers rather than on the cache of controller-runtime, which keeps objects in their own
 // types: a cut-down Pod would still take ten times the memory of what is read of it, for every pod of the cluster.
-type cluster struct {
+type Cluster struct {
 	pods, nodes, namespaces, identities, bindings, assignments cache.SharedIndexInformer
 
-	connection
+	watchState
 
-	mu      sync.Mutex
-	written map[string][]*write // by pod; our own writes that the watch has not brought yet
-	buried  []burial            // what the watch said to be gone, of late
-	let     map[string]struct{} // UIDs of assignments that were let go, and of whose end the watch has yet to tell
+	mu       sync.Mutex
+	writes   map[string][]*ownWrite // by pod; our own writes that the watch has not brought yet
+	deleted  []deletedAssignment    // what the watch said to be gone, of late
+	released map[string]struct{}    // UIDs of assignments that were let go, and of whose end the watch has yet to tell
 }
 
 // burial is an assignment that is gone.
-type burial struct {
+type deletedAssignment struct {
 	key, version string
 	at           time.Time
 }
 
 // write is an assignment as the API server answered to a write of ours.
-type write struct {
-	*assignment
-	until time.Time
+type ownWrite struct {
+	*Assignment
+	expires time.Time
 }
 
 // writeKept is how long a write stands for what the watch has not brought. By then it has, or the object is gone and
 // the watch had said so before the answer to the write was here.
-const writeKept = 30 * time.Second
+const WriteTTL = 30 * time.Second
 
 // object is what the informer needs to know an object by.
-type object struct{ namespace, name, version string }
+type Object struct{ Namespace, Name, Version string }
 
-func objectOf(o metav1.Object) object {
-	return object{o.GetNamespace(), o.GetName(), o.GetResourceVersion()}
+func objectOf(o metav1.Object) Object {
+	return Object{o.GetNamespace(), o.GetName(), o.GetResourceVersion()}
 }
 
 // GetObjectMeta makes what embeds an object one for the informer.
-func (o *object) GetObjectMeta() metav1.Object {
-	return &metav1.ObjectMeta{Namespace: o.namespace, Name: o.name, ResourceVersion: o.version}
+func (o *Object) GetObjectMeta() metav1.Object {
+	return &metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name, ResourceVersion: o.Version}
 }
 
-func (o *object) key() string { return keyOf(o.namespace, o.name) }
+func (o *Object) Key() string { return KeyOf(o.Namespace, o.Name) }
 
-func keyOf(namespace, name string) string {
+func KeyOf(namespace, name string) string {
 	if namespace == "" {
 		return name
 	}
@@ -83,55 +83,55 @@ func keyOf(namespace, name string) string {
 }
 
 // pod is a pod with the label.
-type pod struct {
-	object
-	uid, node, selector string
-	finished            bool // all of its containers are done for good: it needs nothing
+type Pod struct {
+	Object
+	UID, Node, Selector string
+	Finished            bool // all of its containers are done for good: it needs nothing
 }
 
 // node is a node and the machine beneath it.
-type node struct {
-	object
-	machine azure.Resource
-	key     string // of the machine; "" if there is none that Azure knows
-	problem string // why there is none
+type Node struct {
+	Object
+	Machine    azure.Resource
+	MachineKey string // of the machine; "" if there is none that Azure knows
+	Problem    string // why there is none
 }
 
 // namespace is here only to say whether it is on its way out.
-type namespace struct {
-	object
-	terminating bool
+type Namespace struct {
+	Object
+	Terminating bool
 }
 
 // azureIdentity and binding keep the whole object, of which assignments hold copies. There are far fewer than pods.
-type azureIdentity struct {
-	object
-	whole    *v1.AzureIdentity
-	value    identity.Identity
-	resource string // folded resource ID of a managed identity; "" for what needs no machine
+type AzureIdentity struct {
+	Object
+	Full       *v1.AzureIdentity
+	Value      identity.Identity
+	ResourceID string // folded resource ID of a managed identity; "" for what needs no machine
 }
 
-type binding struct {
-	object
-	whole *v1.AzureIdentityBinding
-	value identity.Binding
+type Binding struct {
+	Object
+	Full  *v1.AzureIdentityBinding
+	Value identity.Binding
 }
 
 // assignment is an AzureAssignedIdentity.
-type assignment struct {
-	object
-	uid                string
-	pod, podUID, node  string // namespace/name; podUID is "" in objects of the predecessor
-	identity, resource string // namespace/name; folded resource ID, "" for what needs no machine
-	digest             uint64 // of the copies
-	state              v1.AssignmentState
-	message            string
-	held, deleting     bool     // has our finalizer; is being deleted
-	finalizers         []string // of others
+type Assignment struct {
+	Object
+	UID                    string
+	Pod, PodUID, Node      string // namespace/name; podUID is "" in objects of the predecessor
+	Identity, ResourceID   string // namespace/name; folded resource ID, "" for what needs no machine
+	Digest                 uint64 // of the copies
+	State                  v1.AssignmentState
+	Message                string
+	HasFinalizer, Deleting bool     // has our finalizer; is being deleted
+	otherFinalizers        []string // of others
 }
 
 // legacy reports whether the predecessor wrote it.
-func (a *assignment) legacy() bool { return a.podUID == "" }
+func (a *Assignment) Legacy() bool { return a.PodUID == "" }
 
 // digestOf tells whether the copies in an assignment say what the objects say now, as far as anybody reads them.
 func digestOf(i *v1.AzureIdentity, b *v1.AzureIdentityBinding) uint64 {
@@ -144,94 +144,94 @@ func digestOf(i *v1.AzureIdentity, b *v1.AzureIdentityBinding) uint64 {
 func trim(o any) (any, error) {
 	switch o := o.(type) {
 	case *corev1.Pod:
-		return &pod{objectOf(o), string(o.UID), o.Spec.NodeName, o.Labels[v1.BindingLabel],
+		return &Pod{objectOf(o), string(o.UID), o.Spec.NodeName, o.Labels[v1.BindingLabel],
 			o.Status.Phase == corev1.PodSucceeded || o.Status.Phase == corev1.PodFailed}, nil
 	case *corev1.Node:
 		return trimNode(o), nil
 	case *corev1.Namespace:
-		return &namespace{objectOf(o), o.DeletionTimestamp != nil}, nil
+		return &Namespace{objectOf(o), o.DeletionTimestamp != nil}, nil
 	case *v1.AzureIdentity:
 		o.ManagedFields = nil
-		i := &azureIdentity{object: objectOf(o), whole: o, value: identity.FromAzureIdentity(o)}
-		if i.value.Kind == identity.UserAssigned {
-			i.resource = azure.Fold(i.value.ResourceID)
+		i := &AzureIdentity{Object: objectOf(o), Full: o, Value: identity.FromAzureIdentity(o)}
+		if i.Value.Kind == identity.UserAssigned {
+			i.ResourceID = azure.Fold(i.Value.ResourceID)
 		}
 		return i, nil
 	case *v1.AzureIdentityBinding:
 		o.ManagedFields = nil
-		return &binding{objectOf(o), o, identity.FromAzureIdentityBinding(o)}, nil
+		return &Binding{objectOf(o), o, identity.FromAzureIdentityBinding(o)}, nil
 	case *v1.AzureAssignedIdentity:
 		return trimAssignment(o), nil
 	}
 	return o, nil
 }
 
-func trimNode(o *corev1.Node) *node {
-	n := &node{object: objectOf(o)}
+func trimNode(o *corev1.Node) *Node {
+	n := &Node{Object: objectOf(o)}
 	machine, err := azure.ParseProviderID(o.Spec.ProviderID)
 	if err != nil {
-		n.problem = fmt.Sprintf("spec.providerID of node %s: %v", o.Name, err)
+		n.Problem = fmt.Sprintf("spec.providerID of node %s: %v", o.Name, err)
 		return n
 	}
-	n.machine, n.key = machine, machine.Key()
+	n.Machine, n.MachineKey = machine, machine.Key()
 	return n
 }
 
-func trimAssignment(o *v1.AzureAssignedIdentity) *assignment {
-	a := &assignment{
-		object: objectOf(o), uid: string(o.UID),
-		pod: keyOf(o.Spec.PodNamespace, o.Spec.Pod), node: o.Spec.NodeName,
-		state: o.Status.Status, message: o.Status.Message,
-		deleting: o.DeletionTimestamp != nil,
+func trimAssignment(o *v1.AzureAssignedIdentity) *Assignment {
+	a := &Assignment{
+		Object: objectOf(o), UID: string(o.UID),
+		Pod: KeyOf(o.Spec.PodNamespace, o.Spec.Pod), Node: o.Spec.NodeName,
+		State: o.Status.Status, Message: o.Status.Message,
+		Deleting: o.DeletionTimestamp != nil,
 	}
 	for _, owner := range o.OwnerReferences {
 		if owner.Kind == "Pod" && owner.APIVersion == "v1" {
-			a.podUID = string(owner.UID)
+			a.PodUID = string(owner.UID)
 		}
 	}
 	for _, f := range o.Finalizers {
 		if f == v1.AssignedIdentityFinalizer {
-			a.held = true
+			a.HasFinalizer = true
 		} else {
-			a.finalizers = append(a.finalizers, f)
+			a.otherFinalizers = append(a.otherFinalizers, f)
 		}
 	}
 	if o.Spec.AzureIdentityRef != nil {
 		i := o.Spec.AzureIdentityRef.AzureIdentity()
-		a.identity = keyOf(i.Namespace, i.Name)
+		a.Identity = KeyOf(i.Namespace, i.Name)
 		if identity.Kind(i.Spec.Type) == identity.UserAssigned {
-			a.resource = azure.Fold(i.Spec.ResourceID)
+			a.ResourceID = azure.Fold(i.Spec.ResourceID)
 		}
 		if o.Spec.AzureBindingRef != nil {
-			a.digest = digestOf(i, o.Spec.AzureBindingRef.AzureIdentityBinding())
+			a.Digest = digestOf(i, o.Spec.AzureBindingRef.AzureIdentityBinding())
 		}
 	}
 	return a
 }
 
 // newCluster prepares the caches; the informers have yet to be run.
-func newCluster(core, crds rest.Interface) (*cluster, error) {
-	c := &cluster{written: map[string][]*write{}, let: map[string]struct{}{}}
+func newCluster(core, crds rest.Interface) (*Cluster, error) {
+	c := &Cluster{writes: map[string][]*ownWrite{}, released: map[string]struct{}{}}
 	informer := func(client rest.Interface, resource string, kind runtime.Object, selector string, indexers cache.Indexers) cache.SharedIndexInformer {
 		lw := cache.NewFilteredListWatchFromClient(client, resource, metav1.NamespaceAll, func(o *metav1.ListOptions) { o.LabelSelector = selector })
-		c.heed(resource, lw)
+		c.trackWatch(resource, lw)
 		return cache.NewSharedIndexInformer(lw, kind, 0, indexers)
 	}
 	c.pods = informer(core, "pods", &corev1.Pod{}, v1.BindingLabel, cache.Indexers{
-		bySelector: index(func(p *pod) string { return p.selector }),
-		byNode:     index(func(p *pod) string { return p.node }),
+		bySelector: index(func(p *Pod) string { return p.Selector }),
+		byNode:     index(func(p *Pod) string { return p.Node }),
 	})
-	c.nodes = informer(core, "nodes", &corev1.Node{}, "", cache.Indexers{byMachine: index(func(n *node) string { return n.key })})
+	c.nodes = informer(core, "nodes", &corev1.Node{}, "", cache.Indexers{byMachine: index(func(n *Node) string { return n.MachineKey })})
 	c.namespaces = informer(core, "namespaces", &corev1.Namespace{}, "", cache.Indexers{})
 	c.identities = informer(crds, v1.AzureIdentities, &v1.AzureIdentity{}, "", cache.Indexers{})
 	c.bindings = informer(crds, v1.AzureIdentityBindings, &v1.AzureIdentityBinding{}, "", cache.Indexers{
-		bySelector: index(func(b *binding) string { return b.value.Selector }),
-		byIdentity: index(func(b *binding) string { return keyOf(b.namespace, b.value.AzureIdentity) }),
+		bySelector: index(func(b *Binding) string { return b.Value.Selector }),
+		byIdentity: index(func(b *Binding) string { return KeyOf(b.Namespace, b.Value.AzureIdentity) }),
 	})
 	c.assignments = informer(crds, v1.AzureAssignedIdentities, &v1.AzureAssignedIdentity{}, "", cache.Indexers{
-		byPod:                index(func(a *assignment) string { return a.pod }),
-		byNode:               index(func(a *assignment) string { return a.node }),
-		cache.NamespaceIndex: index(func(a *assignment) string { return a.namespace }),
+		byPod:                index(func(a *Assignment) string { return a.Pod }),
+		byNode:               index(func(a *Assignment) string { return a.Node }),
+		cache.NamespaceIndex: index(func(a *Assignment) string { return a.Namespace }),
 	})
 	for _, informer := range c.all() {
 		if err := informer.SetTransform(trim); err != nil {
@@ -244,7 +244,7 @@ func newCluster(core, crds rest.Interface) (*cluster, error) {
 // byMachine is the index of nodes by the machine beneath them.
 const byMachine = "machine"
 
-func (c *cluster) all() []cache.SharedIndexInformer {
+func (c *Cluster) all() []cache.SharedIndexInformer {
 	return []cache.SharedIndexInformer{c.pods, c.nodes, c.namespaces, c.identities, c.bindings, c.assignments}
 }
 
@@ -263,7 +263,7 @@ func index[T any](value func(T) string) cache.IndexFunc {
 }
 
 // run fills the caches and waits until all are filled once. They are kept up to date until ctx ends.
-func (c *cluster) run(ctx context.Context, wait *sync.WaitGroup) bool {
+func (c *Cluster) Run(ctx context.Context, wait *sync.WaitGroup) bool {
 	var synced []cache.InformerSynced
 	for _, informer := range c.all() {
 		wait.Go(func() { informer.RunWithContext(ctx) })
@@ -294,96 +294,96 @@ func with[T any](informer cache.SharedIndexInformer, name, value string) []T {
 }
 
 // assignmentsOf returns the assignments of a pod (namespace/name), as they are after our own last writes.
-func (c *cluster) assignmentsOf(pod string) []*assignment {
-	found := with[*assignment](c.assignments, byPod, pod)
+func (c *Cluster) AssignmentsOf(pod string) []*Assignment {
+	found := with[*Assignment](c.assignments, byPod, pod)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
-	found = slices.DeleteFunc(found, func(a *assignment) bool {
-		_, gone := c.let[a.uid]
+	found = slices.DeleteFunc(found, func(a *Assignment) bool {
+		_, gone := c.released[a.UID]
 		return gone
 	})
-	for _, w := range c.written[pod] {
-		i := slices.IndexFunc(found, func(a *assignment) bool { return a.key() == w.key() })
+	for _, w := range c.writes[pod] {
+		i := slices.IndexFunc(found, func(a *Assignment) bool { return a.Key() == w.Key() })
 		switch {
-		case now.After(w.until):
+		case now.After(w.expires):
 		case i < 0:
-			found = append(found, w.assignment)
-		case newer(w.version, found[i].version):
-			found[i] = w.assignment
+			found = append(found, w.Assignment)
+		case newer(w.Version, found[i].Version):
+			found[i] = w.Assignment
 		}
 	}
-	slices.SortFunc(found, func(a, b *assignment) int { return cmp.Compare(a.key(), b.key()) })
+	slices.SortFunc(found, func(a, b *Assignment) int { return cmp.Compare(a.Key(), b.Key()) })
 	return found
 }
 
 // letGo notes that nothing holds an assignment any more that is being deleted.
-func (c *cluster) letGo(a *assignment) {
-	c.forget(a.pod, a.key(), "")
+func (c *Cluster) recordReleased(a *Assignment) {
+	c.dropWrite(a.Pod, a.Key(), "")
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !slices.ContainsFunc(c.buried, func(b burial) bool { return b.key == a.key() }) {
-		c.let[a.uid] = struct{}{}
+	if !slices.ContainsFunc(c.deleted, func(b deletedAssignment) bool { return b.key == a.Key() }) {
+		c.released[a.UID] = struct{}{}
 	}
 }
 
 // wrote notes what the API server answered to a write, until the watch brings it.
-func (c *cluster) wrote(o *v1.AzureAssignedIdentity) *assignment {
+func (c *Cluster) recordWrite(o *v1.AzureAssignedIdentity) *Assignment {
 	a := trimAssignment(o)
-	seen, ok := get[*assignment](c.assignments, a.key())
-	c.forget(a.pod, a.key(), "")
+	seen, ok := get[*Assignment](c.assignments, a.Key())
+	c.dropWrite(a.Pod, a.Key(), "")
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	gone := slices.ContainsFunc(c.buried, func(b burial) bool { return b.key == a.key() && !newer(a.version, b.version) })
-	if !gone && (!ok || newer(a.version, seen.version)) {
-		c.written[a.pod] = append(c.written[a.pod], &write{a, time.Now().Add(writeKept)})
+	gone := slices.ContainsFunc(c.deleted, func(b deletedAssignment) bool { return b.key == a.Key() && !newer(a.Version, b.version) })
+	if !gone && (!ok || newer(a.Version, seen.Version)) {
+		c.writes[a.Pod] = append(c.writes[a.Pod], &ownWrite{a, time.Now().Add(WriteTTL)})
 	}
 	return a
 }
 
 // heard forgets a write that the watch has brought, or that is overtaken.
-func (c *cluster) heard(a *assignment, gone bool) {
-	version := a.version
+func (c *Cluster) recordObserved(a *Assignment, gone bool) {
+	version := a.Version
 	if gone {
 		version = ""
-		c.bury(a)
+		c.recordDeleted(a)
 	}
-	c.forget(a.pod, a.key(), version)
+	c.dropWrite(a.Pod, a.Key(), version)
 }
 
 // bury notes that an assignment is gone, for the case that the answer to a write of ours is still on its way.
-func (c *cluster) bury(a *assignment) {
+func (c *Cluster) recordDeleted(a *Assignment) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
-	old := slices.IndexFunc(c.buried, func(b burial) bool { return now.Sub(b.at) < writeKept })
+	old := slices.IndexFunc(c.deleted, func(b deletedAssignment) bool { return now.Sub(b.at) < WriteTTL })
 	if old < 0 {
-		old = len(c.buried)
+		old = len(c.deleted)
 	}
-	c.buried = append(slices.Delete(c.buried, 0, old), burial{a.key(), a.version, now})
-	delete(c.let, a.uid)
+	c.deleted = append(slices.Delete(c.deleted, 0, old), deletedAssignment{a.Key(), a.Version, now})
+	delete(c.released, a.UID)
 }
 
 // unheard reports whether there are writes of ours for a pod that the watch has not brought yet.
-func (c *cluster) unheard(pod string) bool {
+func (c *Cluster) HasUnobservedWrites(pod string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return len(c.written[pod]) > 0
+	return len(c.writes[pod]) > 0
 }
 
 // forget drops the write of an object, unless it is newer than the version.
-func (c *cluster) forget(pod, key, version string) {
+func (c *Cluster) dropWrite(pod, key, version string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	writes, ok := c.written[pod]
+	writes, ok := c.writes[pod]
 	if !ok {
 		return
 	}
-	writes = slices.DeleteFunc(writes, func(w *write) bool { return w.key() == key && !newer(w.version, version) })
+	writes = slices.DeleteFunc(writes, func(w *ownWrite) bool { return w.Key() == key && !newer(w.Version, version) })
 	if len(writes) == 0 {
-		delete(c.written, pod)
+		delete(c.writes, pod)
 	} else {
-		c.written[pod] = writes
+		c.writes[pod] = writes
 	}
 }
 
@@ -398,24 +398,24 @@ func newer(a, b string) bool {
 }
 
 // facts are what the decision needs to know about a pod, and the objects behind them.
-func (c *cluster) facts(p *pod) (identity.Facts, map[string]*azureIdentity, []*binding) {
+func (c *Cluster) Facts(p *Pod) (identity.Facts, map[string]*AzureIdentity, []*Binding) {
 	var facts identity.Facts
-	identities := map[string]*azureIdentity{}
-	bindings := with[*binding](c.bindings, bySelector, p.selector)
-	slices.SortFunc(bindings, func(a, b *binding) int { return cmp.Compare(a.key(), b.key()) })
+	identities := map[string]*AzureIdentity{}
+	bindings := with[*Binding](c.bindings, bySelector, p.Selector)
+	slices.SortFunc(bindings, func(a, b *Binding) int { return cmp.Compare(a.Key(), b.Key()) })
 	for _, b := range bindings {
-		facts.Bindings = append(facts.Bindings, b.value)
-		key := keyOf(b.namespace, b.value.AzureIdentity)
-		if i, ok := get[*azureIdentity](c.identities, key); ok && identities[key] == nil {
+		facts.Bindings = append(facts.Bindings, b.Value)
+		key := KeyOf(b.Namespace, b.Value.AzureIdentity)
+		if i, ok := get[*AzureIdentity](c.identities, key); ok && identities[key] == nil {
 			identities[key] = i
-			facts.Identities = append(facts.Identities, i.value)
+			facts.Identities = append(facts.Identities, i.Value)
 		}
 	}
 	return facts, identities, bindings
 }
 
 // terminating reports whether a namespace is on its way out, or gone.
-func (c *cluster) terminating(name string) bool {
-	n, ok := get[*namespace](c.namespaces, name)
-	return !ok || n.terminating
+func (c *Cluster) NamespaceTerminating(name string) bool {
+	n, ok := get[*Namespace](c.namespaces, name)
+	return !ok || n.Terminating
 }

@@ -29,23 +29,23 @@ func TestOurOwnWritesCountUntilTheWatchBringsThemOrSomethingNewer(t *testing.T) 
 		if err := c.assignments.GetIndexer().Update(a); err != nil {
 			t.Fatal(err)
 		}
-		c.heard(a, false)
+		c.recordObserved(a, false)
 	}
 	expect := func(when string, states ...v1.AssignmentState) {
 		t.Helper()
-		got := c.assignmentsOf("ns/web")
+		got := c.AssignmentsOf("ns/web")
 		if len(got) != len(states) {
 			t.Fatalf("%s there are %d assignments, want %d", when, len(got), len(states))
 		}
 		for i, s := range states {
-			if got[i].state != s {
-				t.Errorf("%s assignment %d is %q, want %q", when, i, got[i].state, s)
+			if got[i].State != s {
+				t.Errorf("%s assignment %d is %q, want %q", when, i, got[i].State, s)
 			}
 		}
 	}
-	c.wrote(assignmentObject("a", "10", ""))
+	c.recordWrite(assignmentObject("a", "10", ""))
 	expect("after our own creation", "")
-	c.wrote(assignmentObject("a", "12", v1.AssignmentAssigned))
+	c.recordWrite(assignmentObject("a", "12", v1.AssignmentAssigned))
 	expect("after our own update", v1.AssignmentAssigned)
 	store(assignmentObject("a", "10", ""))
 	expect("when the watch brings the creation", v1.AssignmentAssigned)
@@ -53,13 +53,13 @@ func TestOurOwnWritesCountUntilTheWatchBringsThemOrSomethingNewer(t *testing.T) 
 	store(assignmentObject("a", "9", v1.AssignmentCreated)) // cannot be, but shows that nothing is left of our write
 	expect("when the watch has brought the update", v1.AssignmentCreated)
 	store(assignmentObject("a", "20", v1.AssignmentUnassigned))
-	c.wrote(assignmentObject("a", "15", v1.AssignmentAssigned))
+	c.recordWrite(assignmentObject("a", "15", v1.AssignmentAssigned))
 	expect("after a write that the watch has overtaken", v1.AssignmentUnassigned)
-	c.wrote(assignmentObject("b", "30", v1.AssignmentAssigned))
+	c.recordWrite(assignmentObject("b", "30", v1.AssignmentAssigned))
 	gone := trimAssignment(assignmentObject("b", "31", v1.AssignmentAssigned))
-	c.heard(gone, true)
+	c.recordObserved(gone, true)
 	expect("when another is gone", v1.AssignmentUnassigned)
-	if len(c.written) != 0 {
-		t.Errorf("left over: %v", c.written)
+	if len(c.writes) != 0 {
+		t.Errorf("left over: %v", c.writes)
 	}
 }

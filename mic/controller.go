@@ -52,8 +52,8 @@ type Controller struct {
 	metrics    *metrics
 	crds       rest.Interface
 	configMaps typedcorev1.ConfigMapInterface
-	cluster    *cluster
-	fleet      *fleet
+	cluster    *Cluster
+	fleet      *Tracker
 	events     record.EventBroadcaster
 	recorder   record.EventRecorder
 	told       *lru.Cache[string, string]
@@ -99,7 +99,7 @@ func New(cfg Config, deps Deps) (*Controller, error) {
 		return nil, err
 	}
 	c.fleet = newFleet(c.wakePod, func(key string, after time.Duration) { c.machines.AddAfter(key, after) })
-	if c.metrics, err = newMetrics(deps.Registry, c.fleet.setAsideCount); err != nil {
+	if c.metrics, err = newMetrics(deps.Registry, c.fleet.SetAsideCount); err != nil {
 		return nil, err
 	}
 	c.makeEvents(client)
@@ -126,7 +126,7 @@ func (c *Controller) Run(ctx context.Context) error {
 	defer c.events.Shutdown()
 	defer c.shutDownQueues()
 	c.persist(ctx, c.checkDefinitions)
-	if !c.cluster.run(ctx, &wait) {
+	if !c.cluster.Run(ctx, &wait) {
 		return nil
 	}
 	c.load(ctx)
@@ -145,8 +145,8 @@ func (c *Controller) shutDownQueues() {
 
 // askAgain has all machines looked at without the pauses that failures brought: Azure is asked in another way now.
 func (c *Controller) askAgain() {
-	for _, key := range c.fleet.keys() {
-		c.fleet.rest(key, 0)
+	for _, key := range c.fleet.Keys() {
+		c.fleet.SetRetryAfter(key, 0)
 		c.machines.Add(key)
 	}
 }
@@ -202,19 +202,19 @@ func (c *Controller) load(ctx context.Context) {
 			c.log.Error("a ledger names no machine; delete its ConfigMap if it is of no use", zap.String(keyMachine, id), zap.Error(err))
 			continue
 		}
-		c.fleet.know(r.Key(), r)
+		c.fleet.Add(r.Key(), r)
 	}
 	for _, o := range c.cluster.pods.GetIndexer().List() {
-		if p, ok := o.(*pod); ok {
-			c.count(p.key(), c.desired(p))
+		if p, ok := o.(*Pod); ok {
+			c.count(p.Key(), c.desired(p))
 		}
 	}
-	for _, key := range c.fleet.keys() {
+	for _, key := range c.fleet.Keys() {
 		c.machines.Add(key)
 	}
 	c.arrivals.open()
 	close(c.loaded)
-	c.log.Info("loaded what there is", zap.Int("machines", len(c.fleet.keys())), zap.Int("ledgers", len(ids)))
+	c.log.Info("loaded what there is", zap.Int("machines", len(c.fleet.Keys())), zap.Int("ledgers", len(ids)))
 }
 
 // listen makes each event wake what it touches. Handlers run as soon as the caches are filled, the queues later.
@@ -226,52 +226,52 @@ func (c *Controller) listen() error {
 		}
 	}
 	bindingsOf := func(identity string) {
-		for _, b := range with[*binding](c.cluster.bindings, byIdentity, identity) {
-			c.bindings.Add(b.key())
-			podsWith(bySelector, b.value.Selector)
+		for _, b := range with[*Binding](c.cluster.bindings, byIdentity, identity) {
+			c.bindings.Add(b.Key())
+			podsWith(bySelector, b.Value.Selector)
 		}
 	}
 	handlers := map[cache.SharedIndexInformer]func(old, now any){
-		c.cluster.pods: on(func(old, now *pod) {
-			if now != nil && now.node != "" && !now.finished && (old == nil || old.node == "") {
-				c.arrivals.begin(now.key())
+		c.cluster.pods: typedHandler(func(old, now *Pod) {
+			if now != nil && now.Node != "" && !now.Finished && (old == nil || old.Node == "") {
+				c.arrivals.begin(now.Key())
 			}
-			c.pods.Add(either(old, now).key())
+			c.pods.Add(newest(old, now).Key())
 		}),
-		c.cluster.nodes: on(func(old, now *node) {
-			if old != nil && now != nil && old.key == now.key && old.problem == now.problem {
+		c.cluster.nodes: typedHandler(func(old, now *Node) {
+			if old != nil && now != nil && old.MachineKey == now.MachineKey && old.Problem == now.Problem {
 				return
 			}
-			name := either(old, now).name
+			name := newest(old, now).Name
 			podsWith(byNode, name)
-			for _, a := range with[*assignment](c.cluster.assignments, byNode, name) {
-				c.pods.Add(a.pod)
+			for _, a := range with[*Assignment](c.cluster.assignments, byNode, name) {
+				c.pods.Add(a.Pod)
 			}
 		}),
-		c.cluster.namespaces: on(func(_, now *namespace) {
-			if now != nil && now.terminating {
-				for _, a := range with[*assignment](c.cluster.assignments, cache.NamespaceIndex, now.name) {
-					c.pods.Add(a.pod)
+		c.cluster.namespaces: typedHandler(func(_, now *Namespace) {
+			if now != nil && now.Terminating {
+				for _, a := range with[*Assignment](c.cluster.assignments, cache.NamespaceIndex, now.Name) {
+					c.pods.Add(a.Pod)
 				}
 			}
 		}),
-		c.cluster.identities: on(func(old, now *azureIdentity) {
-			if old != nil && now != nil && old.version != now.version {
-				c.fleet.retry(now.resource)
+		c.cluster.identities: typedHandler(func(old, now *AzureIdentity) {
+			if old != nil && now != nil && old.Version != now.Version {
+				c.fleet.RetryRefused(now.ResourceID)
 			}
-			bindingsOf(either(old, now).key())
+			bindingsOf(newest(old, now).Key())
 		}),
-		c.cluster.bindings: on(func(old, now *binding) {
-			for _, b := range []*binding{old, now} {
+		c.cluster.bindings: typedHandler(func(old, now *Binding) {
+			for _, b := range []*Binding{old, now} {
 				if b != nil {
-					podsWith(bySelector, b.value.Selector)
+					podsWith(bySelector, b.Value.Selector)
 				}
 			}
-			c.bindings.Add(either(old, now).key())
+			c.bindings.Add(newest(old, now).Key())
 		}),
-		c.cluster.assignments: on(func(old, now *assignment) {
-			c.cluster.heard(either(old, now), now == nil)
-			c.pods.Add(either(old, now).pod)
+		c.cluster.assignments: typedHandler(func(old, now *Assignment) {
+			c.cluster.recordObserved(newest(old, now), now == nil)
+			c.pods.Add(newest(old, now).Pod)
 		}),
 	}
 	for informer, handle := range handlers {
@@ -296,7 +296,7 @@ func (c *Controller) listen() error {
 }
 
 // on makes a handler of a function for the kind of one informer. old is nil for what is new, now for what is gone.
-func on[T any](handle func(old, now *T)) func(old, now any) {
+func typedHandler[T any](handle func(old, now *T)) func(old, now any) {
 	return func(old, now any) {
 		before, _ := old.(*T)
 		after, _ := now.(*T)
@@ -307,7 +307,7 @@ func on[T any](handle func(old, now *T)) func(old, now any) {
 }
 
 // either returns the state after an event, or the last one before it.
-func either[T any](old, now *T) *T {
+func newest[T any](old, now *T) *T {
 	if now != nil {
 		return now
 	}

@@ -49,12 +49,12 @@ func (c *Controller) makeEvents(client typedcorev1.EventsGetter) {
 
 // tell says what stands in the way of a pod: one Event on the pod, one on the binding and one line in the log for each
 // change.
-func (c *Controller) tell(p *pod, troubles []trouble) {
+func (c *Controller) tell(p *Pod, troubles []trouble) {
 	texts := make([]string, len(troubles))
 	for i, t := range troubles {
 		texts[i] = t.reason + ": " + t.text
 	}
-	key := "pod/" + p.uid
+	key := "pod/" + p.UID
 	before, _ := c.told.Get(key)
 	if !c.news(key, strings.Join(texts, "\n")) {
 		return
@@ -63,11 +63,11 @@ func (c *Controller) tell(p *pod, troubles []trouble) {
 		if slices.Contains(strings.Split(before, "\n"), texts[i]) {
 			continue
 		}
-		c.recorder.Event(&corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.namespace, Name: p.name, UID: types.UID(p.uid)},
+		c.recorder.Event(&corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID)},
 			corev1.EventTypeWarning, t.reason, t.text)
-		fields := []zap.Field{zap.String(keyPod, p.key()), zap.String(keyReason, t.reason), zap.String(keyDetail, t.text)}
+		fields := []zap.Field{zap.String(keyPod, p.Key()), zap.String(keyReason, t.reason), zap.String(keyDetail, t.text)}
 		if t.binding != nil {
-			fields = append(fields, zap.String(keyBinding, t.binding.key()))
+			fields = append(fields, zap.String(keyBinding, t.binding.Key()))
 			c.tellBinding(t.binding, t.reason, t.text)
 		}
 		c.log.Warn("a pod does not get an identity that is bound to it", fields...)
@@ -87,38 +87,38 @@ func (c *Controller) news(key, text string) bool {
 	return true
 }
 
-func (c *Controller) tellBinding(b *binding, reason, text string) {
-	if c.news("binding/"+string(b.whole.UID)+"/"+reason, text) {
+func (c *Controller) tellBinding(b *Binding, reason, text string) {
+	if c.news("binding/"+string(b.Full.UID)+"/"+reason, text) {
 		c.recorder.Event(&corev1.ObjectReference{
-			APIVersion: v1.GroupVersion.String(), Kind: "AzureIdentityBinding", Namespace: b.namespace, Name: b.name, UID: b.whole.UID,
+			APIVersion: v1.GroupVersion.String(), Kind: "AzureIdentityBinding", Namespace: b.Namespace, Name: b.Name, UID: b.Full.UID,
 		}, corev1.EventTypeWarning, reason, text)
 	}
 }
 
 // reconcileBinding looks whether a binding can work at all, and tells if it cannot.
 func (c *Controller) reconcileBinding(_ context.Context, key string) (time.Duration, error) {
-	b, ok := get[*binding](c.cluster.bindings, key)
+	b, ok := get[*Binding](c.cluster.bindings, key)
 	if !ok {
 		return 0, nil
 	}
-	name := keyOf(b.namespace, b.value.AzureIdentity)
-	i, ok := get[*azureIdentity](c.cluster.identities, name)
+	name := KeyOf(b.Namespace, b.Value.AzureIdentity)
+	i, ok := get[*AzureIdentity](c.cluster.identities, name)
 	reason, text := "", ""
 	switch {
-	case b.value.Selector == "":
+	case b.Value.Selector == "":
 		reason, text = reasonInvalid, "spec.selector is empty, so the binding selects no pod; write the value of the label "+v1.BindingLabel
 	case !ok:
 		reason, text = reasonMissing, fmt.Sprintf("AzureIdentity %s does not exist; create it in the binding's namespace, or correct spec.azureIdentity", name)
-	case i.value.Problem() != "":
-		reason, text = reasonInvalid, fmt.Sprintf("AzureIdentity %s cannot work: %s", name, i.value.Problem())
+	case i.Value.Problem() != "":
+		reason, text = reasonInvalid, fmt.Sprintf("AzureIdentity %s cannot work: %s", name, i.Value.Problem())
 	}
 	for _, r := range []string{reasonInvalid, reasonMissing} {
 		if r != reason {
-			c.news("binding/"+string(b.whole.UID)+"/"+r, "")
+			c.news("binding/"+string(b.Full.UID)+"/"+r, "")
 		}
 	}
 	if reason != "" {
-		if known, _ := c.told.Peek("binding/" + string(b.whole.UID) + "/" + reason); known != text {
+		if known, _ := c.told.Peek("binding/" + string(b.Full.UID) + "/" + reason); known != text {
 			c.log.Warn("a binding cannot work", zap.String(keyBinding, key), zap.String(keyReason, reason), zap.String(keyDetail, text))
 		}
 		c.tellBinding(b, reason, text)

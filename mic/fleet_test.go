@@ -23,39 +23,39 @@ func (h *heard) take() heard {
 
 var vmss = azure.Resource{Kind: azure.ScaleSet, SubscriptionID: "s", ResourceGroup: "g", Name: "nodes"}
 
-func newTestFleet() (*fleet, *heard) {
+func newTestFleet() (*Tracker, *heard) {
 	h := &heard{}
 	return newFleet(func(pod string) { h.pods = append(h.pods, pod) },
 		func(key string, _ time.Duration) { h.machines = append(h.machines, key) }), h
 }
 
-func wantOf(id string) needed { return needed{want{vmss.Key(), id}, vmss, "/" + id} }
+func wantOf(id string) Demand { return Demand{Key{vmss.Key(), id}, vmss, "/" + id} }
 
 func TestAPodIsWokenWhenItsIdentityIsThereAndTheMachineOnlyForWhatIsMissing(t *testing.T) {
 	f, h := newTestFleet()
-	f.set("ns/a", []needed{wantOf("x")})
+	f.SetDemands("ns/a", []Demand{wantOf("x")})
 	if got := h.take(); len(got.machines) != 1 {
 		t.Fatalf("the first need woke %v", got)
 	}
-	if s, _ := f.standing("ns/a", wantOf("x").want); s != unknown {
+	if s, _ := f.Status("ns/a", wantOf("x").Key); s != Unknown {
 		t.Fatalf("before Azure was asked it stands %v", s)
 	}
-	f.saw(vmss.Key(), nil, false)
+	f.Observe(vmss.Key(), nil, false)
 	if got := h.take(); !slices.Equal(got.pods, []string{"ns/a"}) {
 		t.Fatalf("Azure's first word woke %v", got)
 	}
-	if s, _ := f.standing("ns/a", wantOf("x").want); s != missing {
+	if s, _ := f.Status("ns/a", wantOf("x").Key); s != Missing {
 		t.Fatalf("it stands %v", s)
 	}
-	f.saw(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
+	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
 	if got := h.take(); !slices.Equal(got.pods, []string{"ns/a"}) {
 		t.Fatalf("its coming woke %v", got)
 	}
-	if s, _ := f.standing("ns/a", wantOf("x").want); s != attached {
+	if s, _ := f.Status("ns/a", wantOf("x").Key); s != Attached {
 		t.Fatalf("it stands %v", s)
 	}
-	f.set("ns/b", []needed{wantOf("x")})
-	f.saw(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
+	f.SetDemands("ns/b", []Demand{wantOf("x")})
+	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
 	if got := h.take(); len(got.pods)+len(got.machines) != 0 {
 		t.Errorf("a second pod, for which all is there, and no news woke %v", got)
 	}
@@ -64,25 +64,25 @@ func TestAPodIsWokenWhenItsIdentityIsThereAndTheMachineOnlyForWhatIsMissing(t *t
 func TestAnAssignmentIsKeptAsLongAsItIsTheLastOfAnIdentityThatMICHasToDetach(t *testing.T) {
 	f, h := newTestFleet()
 	w := wantOf("x")
-	f.set("ns/a", []needed{w})
-	f.setOurs(vmss.Key(), map[string]string{"x": "/x"})
-	f.saw(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
-	f.set("ns/b", []needed{w})
-	f.set("ns/a", nil)
-	if !f.mayGo("ns/a", w.want) {
+	f.SetDemands("ns/a", []Demand{w})
+	f.SetLedger(vmss.Key(), map[string]string{"x": "/x"})
+	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
+	f.SetDemands("ns/b", []Demand{w})
+	f.SetDemands("ns/a", nil)
+	if !f.MayRelease("ns/a", w.Key) {
 		t.Error("another pod uses the identity, and the assignment may not go")
 	}
-	f.set("ns/b", nil)
-	if f.mayGo("ns/b", w.want) {
+	f.SetDemands("ns/b", nil)
+	if f.MayRelease("ns/b", w.Key) {
 		t.Error("the last assignment may go before its identity is detached")
 	}
 	h.take()
-	f.saw(vmss.Key(), nil, false)
-	f.setOurs(vmss.Key(), nil)
+	f.Observe(vmss.Key(), nil, false)
+	f.SetLedger(vmss.Key(), nil)
 	if got := h.take(); !slices.Contains(got.pods, "ns/b") {
 		t.Errorf("after the detachment were woken: %v", got)
 	}
-	if !f.mayGo("ns/b", w.want) || !f.absent(w.want) {
+	if !f.MayRelease("ns/b", w.Key) || !f.Absent(w.Key) {
 		t.Error("it was detached, and its assignment may not go")
 	}
 }
@@ -90,13 +90,13 @@ func TestAnAssignmentIsKeptAsLongAsItIsTheLastOfAnIdentityThatMICHasToDetach(t *
 func TestAnIdentityThatMICDidNotAttachKeepsNoAssignment(t *testing.T) {
 	f, _ := newTestFleet()
 	w := wantOf("x")
-	f.set("ns/a", []needed{w})
-	f.saw(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
-	if f.set("ns/a", nil); f.mayGo("ns/a", w.want) {
+	f.SetDemands("ns/a", []Demand{w})
+	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
+	if f.SetDemands("ns/a", nil); f.MayRelease("ns/a", w.Key) {
 		t.Error("before the ledger has been read it may go")
 	}
-	f.setOurs(vmss.Key(), nil)
-	if !f.mayGo("ns/a", w.want) {
+	f.SetLedger(vmss.Key(), nil)
+	if !f.MayRelease("ns/a", w.Key) {
 		t.Error("it may not go")
 	}
 }
@@ -104,35 +104,35 @@ func TestAnIdentityThatMICDidNotAttachKeepsNoAssignment(t *testing.T) {
 func TestWhatIsLeavingCountsAsMissingAndWhatHasComeIntoUseDoesNotLeave(t *testing.T) {
 	f, _ := newTestFleet()
 	x, y := wantOf("x"), wantOf("y")
-	f.set("ns/a", []needed{x, y})
-	f.setOurs(vmss.Key(), map[string]string{"x": "/x", "y": "/y"})
-	f.saw(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}, "y": {ID: "y"}}, false)
-	f.set("ns/a", []needed{y})
-	if got := f.leave(vmss.Key(), []string{"x", "y"}); !slices.Equal(got, []string{"x"}) {
+	f.SetDemands("ns/a", []Demand{x, y})
+	f.SetLedger(vmss.Key(), map[string]string{"x": "/x", "y": "/y"})
+	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}, "y": {ID: "y"}}, false)
+	f.SetDemands("ns/a", []Demand{y})
+	if got := f.StartDetaching(vmss.Key(), []string{"x", "y"}); !slices.Equal(got, []string{"x"}) {
 		t.Fatalf("%v leave", got)
 	}
-	f.set("ns/b", []needed{x})
-	if s, _ := f.standing("ns/b", x.want); s != missing {
+	f.SetDemands("ns/b", []Demand{x})
+	if s, _ := f.Status("ns/b", x.Key); s != Missing {
 		t.Errorf("a pod that comes while its identity is being taken away is told %v", s)
 	}
-	f.unclear(vmss.Key())
-	if s, _ := f.standing("ns/a", y.want); s != unknown {
+	f.MarkUnknown(vmss.Key())
+	if s, _ := f.Status("ns/a", y.Key); s != Unknown {
 		t.Errorf("when an update has ended unclear, it stands %v", s)
 	}
-	f.saw(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}, "y": {ID: "y"}}, false)
-	if s, _ := f.standing("ns/b", x.want); s != attached {
+	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}, "y": {ID: "y"}}, false)
+	if s, _ := f.Status("ns/b", x.Key); s != Attached {
 		t.Errorf("after an update that did not happen it stands %v", s)
 	}
 }
 
 func TestAnIdentityThatSomebodyDetachesWakesThosePodsThatHaveIt(t *testing.T) {
 	f, h := newTestFleet()
-	f.set("ns/a", []needed{wantOf("x")})
-	f.set("ns/b", []needed{wantOf("y")})
+	f.SetDemands("ns/a", []Demand{wantOf("x")})
+	f.SetDemands("ns/b", []Demand{wantOf("y")})
 	both := map[string]azure.Identity{"x": {ID: "x"}, "y": {ID: "y"}}
-	f.saw(vmss.Key(), both, false)
+	f.Observe(vmss.Key(), both, false)
 	h.take()
-	f.saw(vmss.Key(), map[string]azure.Identity{"y": {ID: "y"}}, false)
+	f.Observe(vmss.Key(), map[string]azure.Identity{"y": {ID: "y"}}, false)
 	if got := h.take(); !slices.Equal(got.pods, []string{"ns/a"}) {
 		t.Errorf("woken: %v", got.pods)
 	}
@@ -140,15 +140,15 @@ func TestAnIdentityThatSomebodyDetachesWakesThosePodsThatHaveIt(t *testing.T) {
 
 func TestARefusedIdentityIsTriedEverMoreRarelyAndToldToThoseWhoWait(t *testing.T) {
 	f, h := newTestFleet()
-	f.set("ns/a", []needed{wantOf("x")})
-	f.saw(vmss.Key(), nil, false)
-	f.standing("ns/a", wantOf("x").want)
+	f.SetDemands("ns/a", []Demand{wantOf("x")})
+	f.Observe(vmss.Key(), nil, false)
+	f.Status("ns/a", wantOf("x").Key)
 	h.take()
 	var last time.Duration
 	for times := 1; times <= 12; times++ {
-		until, n := f.refuse(vmss.Key(), "x", "no")
+		until, n := f.SetAside(vmss.Key(), "x", "no")
 		pause := time.Until(until)
-		if n != times || pause < last*3/2 && pause < asideMost || pause > asideMost*6/5+time.Second {
+		if n != times || pause < last*3/2 && pause < maxBackoff || pause > maxBackoff*6/5+time.Second {
 			t.Fatalf("after %d refusals the pause is %s, before it was %s", n, pause, last)
 		}
 		last = pause
@@ -156,11 +156,11 @@ func TestARefusedIdentityIsTriedEverMoreRarelyAndToldToThoseWhoWait(t *testing.T
 	if got := h.take(); !slices.Equal(got.pods, []string{"ns/a"}) {
 		t.Errorf("woken: %v", got.pods)
 	}
-	if _, message := f.standing("ns/a", wantOf("x").want); message != "no" || f.setAsideCount() != 1 {
-		t.Errorf("the pod is told %q; set aside are %d", message, f.setAsideCount())
+	if _, message := f.Status("ns/a", wantOf("x").Key); message != "no" || f.SetAsideCount() != 1 {
+		t.Errorf("the pod is told %q; set aside are %d", message, f.SetAsideCount())
 	}
-	f.saw(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
-	if f.setAsideCount() != 0 {
+	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
+	if f.SetAsideCount() != 0 {
 		t.Error("it is attached, and still set aside")
 	}
 }

@@ -43,11 +43,11 @@ const (
 // reconcileMachine makes Azure's machine have what the pods on it want. It returns when it is to be called again at the
 // latest.
 func (c *Controller) reconcileMachine(ctx context.Context, key string) (time.Duration, error) {
-	m := c.fleet.machine(key)
+	m := c.fleet.Machine(key)
 	if m == nil {
 		return 0, nil
 	}
-	if left := c.fleet.resting(key); left > 0 {
+	if left := c.fleet.RetryDelay(key); left > 0 {
 		return left, nil
 	}
 	start := time.Now()
@@ -57,7 +57,7 @@ func (c *Controller) reconcileMachine(ctx context.Context, key string) (time.Dur
 	if err == nil {
 		s.failures = 0
 		c.said(key, nil)
-		if c.fleet.drop(key) {
+		if c.fleet.Drop(key) {
 			return 0, nil
 		}
 		return min(cmp.Or(again, c.cfg.ReconcileInterval), c.cfg.ReconcileInterval), nil
@@ -67,12 +67,12 @@ func (c *Controller) reconcileMachine(ctx context.Context, key string) (time.Dur
 	}
 	s.failures++
 	rest := c.failed(key, m, err)
-	c.fleet.rest(key, rest)
+	c.fleet.SetRetryAfter(key, rest)
 	return rest, nil
 }
 
 // failed sorts a failure: what the waiting pods are told, and when it is tried again.
-func (c *Controller) failed(key string, m *machine, err error) time.Duration {
+func (c *Controller) failed(key string, m *Machine, err error) time.Duration {
 	c.said(key, err)
 	n := m.state.failures
 	var e *azure.Error
@@ -86,19 +86,19 @@ func (c *Controller) failed(key string, m *machine, err error) time.Duration {
 		return backoff(n, pause/2, retryMost)
 	case azure.Unavailable:
 		if n >= 3 {
-			c.fleet.setProblem(key, explain(m.resource, e))
+			c.fleet.SetProblem(key, explain(m.resource, e))
 		}
 		return max(backoff(n, retryFirst, retryMost), e.RetryAfter)
 	case azure.NotFound:
-		c.fleet.setProblem(key, explain(m.resource, e))
+		c.fleet.SetProblem(key, explain(m.resource, e))
 		return c.cfg.ReconcileInterval
 	}
-	c.fleet.setProblem(key, explain(m.resource, e))
+	c.fleet.SetProblem(key, explain(m.resource, e))
 	return max(backoff(n, deniedFirst, deniedMost), e.RetryAfter)
 }
 
 // bringUp is one look at a machine, and what follows from it.
-func (c *Controller) bringUp(ctx context.Context, key string, m *machine) (time.Duration, error) {
+func (c *Controller) bringUp(ctx context.Context, key string, m *Machine) (time.Duration, error) {
 	s := &m.state
 	if s.ledger == nil {
 		l, err := ledger.Read(ctx, c.configMaps, key, m.resource.ID())
@@ -106,7 +106,7 @@ func (c *Controller) bringUp(ctx context.Context, key string, m *machine) (time.
 			return 0, err
 		}
 		s.ledger = l
-		c.fleet.setOurs(key, l.Attached)
+		c.fleet.SetLedger(key, l.Attached)
 	}
 	if again, err := c.finishUpdate(ctx, key, m); err != nil || again > 0 {
 		return again, err
@@ -114,7 +114,7 @@ func (c *Controller) bringUp(ctx context.Context, key string, m *machine) (time.
 	if err := c.writeAdopted(ctx, key, m); err != nil {
 		return 0, err
 	}
-	if !c.fleet.isKnown(key) || busy(s) || !time.Now().Before(s.due) {
+	if !c.fleet.Known(key) || busy(s) || !time.Now().Before(s.due) {
 		if err := c.look(ctx, key, m); err != nil {
 			return 0, err
 		}
@@ -122,21 +122,21 @@ func (c *Controller) bringUp(ctx context.Context, key string, m *machine) (time.
 	var err error
 	for i := range conflicts {
 		p := c.plan(key, m)
-		if err := c.strike(ctx, key, m, p.strike); err != nil {
+		if err := c.strike(ctx, key, m, p.Prune); err != nil {
 			return 0, err
 		}
-		if p.empty() {
-			c.fleet.gathered(key)
+		if p.Empty() {
+			c.fleet.ResetGather(key)
 			return c.untilNext(p, s), nil
 		}
-		if rest := max(pause-time.Since(s.patched), c.fleet.gathering(key)); i == 0 && rest > 0 {
+		if rest := max(pause-time.Since(s.patched), c.fleet.GatherDelay(key)); i == 0 && rest > 0 {
 			return rest, nil
 		}
 		// What is changed is changed on the ground of how things are now.
 		if err := c.look(ctx, key, m); err != nil {
 			return 0, err
 		}
-		if p = c.plan(key, m); p.empty() {
+		if p = c.plan(key, m); p.Empty() {
 			continue
 		}
 		if err = c.carryOut(ctx, key, m, p); !isClass(err, azure.Conflict) {
@@ -145,7 +145,7 @@ func (c *Controller) bringUp(ctx context.Context, key string, m *machine) (time.
 			}
 			return time.Millisecond, nil // what came in meanwhile
 		}
-		if busy(s) || s.ledger.Update != nil || !c.fleet.isKnown(key) {
+		if busy(s) || s.ledger.Update != nil || !c.fleet.Known(key) {
 			break // it has to be seen first how that ended
 		}
 	}
@@ -160,22 +160,22 @@ func (c *Controller) untilNext(p plan, s *machineState) time.Duration {
 	if busy(s) {
 		next = time.Now().Add(pause)
 	}
-	if !p.next.IsZero() && p.next.Before(next) {
-		next = p.next
+	if !p.Next.IsZero() && p.Next.Before(next) {
+		next = p.Next
 	}
 	return max(time.Until(next), time.Millisecond)
 }
 
 // plan decides on the ground of what is known.
-func (c *Controller) plan(key string, m *machine) plan {
-	v := c.fleet.view(key)
-	v.attached = m.state.azure.Identities
-	v.now, v.delay, v.spared = time.Now(), c.cfg.DetachDelay, c.spared()
-	v.ours = m.state.ledger.Attached
-	p := decide(v)
-	if len(p.remove) > 0 && !c.drain && c.cluster.behind() {
+func (c *Controller) plan(key string, m *Machine) plan {
+	v := c.fleet.View(key)
+	v.Attached = m.state.azure.Identities
+	v.Now, v.DetachDelay, v.Protected = time.Now(), c.cfg.DetachDelay, c.spared()
+	v.InLedger = m.state.ledger.Attached
+	p := Decide(v)
+	if len(p.Remove) > 0 && !c.drain && c.cluster.Behind() {
 		// A pod may have come that needs it, and nobody has told.
-		p.remove, p.next = nil, v.now.Add(settle)
+		p.Remove, p.Next = nil, v.Now.Add(CatchUpTime)
 	}
 	return p
 }
@@ -191,11 +191,11 @@ func (c *Controller) spared() func(azure.Identity) bool {
 }
 
 // look asks Azure how the machine is.
-func (c *Controller) look(ctx context.Context, key string, m *machine) error {
+func (c *Controller) look(ctx context.Context, key string, m *Machine) error {
 	state, err := c.arm.Get(ctx, m.resource)
 	if isClass(err, azure.NotFound) {
 		c.saw(key, m, azure.State{})
-		if len(with[*node](c.cluster.nodes, byMachine, key)) > 0 {
+		if len(with[*Node](c.cluster.nodes, byMachine, key)) > 0 {
 			return err // Azure may be asked with the wrong account, or about the wrong cloud
 		}
 		return c.note(ctx, key, m, ledger.Entries{Machine: m.resource.ID(), Attached: map[string]string{}})
@@ -210,15 +210,15 @@ func (c *Controller) look(ctx context.Context, key string, m *machine) error {
 	return nil
 }
 
-func (c *Controller) saw(key string, m *machine, state azure.State) {
+func (c *Controller) saw(key string, m *Machine, state azure.State) {
 	// A little early, each machine at its own time, so that not all are asked at once.
 	early := time.Duration(rand.Int64N(int64(c.cfg.ReconcileInterval / 10)))
 	m.state.azure, m.state.due = state, time.Now().Add(c.cfg.ReconcileInterval-early)
-	c.fleet.saw(key, state.Identities, busy(&m.state))
+	c.fleet.Observe(key, state.Identities, busy(&m.state))
 }
 
 // note writes the ledger if it changes.
-func (c *Controller) note(ctx context.Context, key string, m *machine, next ledger.Entries) error {
+func (c *Controller) note(ctx context.Context, key string, m *Machine, next ledger.Entries) error {
 	l := m.state.ledger
 	if l.Same(next) {
 		return nil
@@ -229,12 +229,12 @@ func (c *Controller) note(ctx context.Context, key string, m *machine, next ledg
 		}
 		return err
 	}
-	c.fleet.setOurs(key, l.Attached)
+	c.fleet.SetLedger(key, l.Attached)
 	return nil
 }
 
 // strike removes entries from the ledger.
-func (c *Controller) strike(ctx context.Context, key string, m *machine, entries []string) error {
+func (c *Controller) strike(ctx context.Context, key string, m *Machine, entries []string) error {
 	next := m.state.ledger.Clone()
 	for _, id := range entries {
 		delete(next.Attached, id)
@@ -243,8 +243,8 @@ func (c *Controller) strike(ctx context.Context, key string, m *machine, entries
 }
 
 // writeAdopted enters into the ledger what assignments of the predecessor stand for.
-func (c *Controller) writeAdopted(ctx context.Context, key string, m *machine) error {
-	adopted := c.fleet.adopted(key)
+func (c *Controller) writeAdopted(ctx context.Context, key string, m *Machine) error {
+	adopted := c.fleet.Adopted(key)
 	if len(adopted) == 0 {
 		return nil
 	}

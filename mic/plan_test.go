@@ -26,39 +26,39 @@ func TestOnlyWhatMICAttachedAndNobodyUsesIsDetached(t *testing.T) {
 		}
 		return m
 	}
-	used := viewedUse{id: "/A", users: 1}
-	since := func(ago time.Duration) viewedUse { return viewedUse{id: "/A", unused: now.Add(-ago)} }
-	refusedUntil := func(u viewedUse, until time.Time) viewedUse {
-		u.refused = &refusal{until: until}
+	used := IdentityView{ID: "/A", Users: 1}
+	since := func(ago time.Duration) IdentityView { return IdentityView{ID: "/A", UnusedSince: now.Add(-ago)} }
+	refusedUntil := func(u IdentityView, until time.Time) IdentityView {
+		u.Refusal = &Refusal{RetryAfter: until}
 		return u
 	}
 	cases := map[string]struct {
 		attached map[string]azure.Identity
 		ours     map[string]string
-		uses     map[string]viewedUse
+		uses     map[string]IdentityView
 		want     plan
 	}{
-		"wanted and missing":                          {nil, nil, map[string]viewedUse{"a": used}, plan{add: []string{"/A"}}},
-		"wanted and there":                            {there("a"), nil, map[string]viewedUse{"a": used}, plan{}},
-		"detached by somebody else":                   {nil, ledger("a"), map[string]viewedUse{"a": used}, plan{add: []string{"/A"}}},
-		"of somebody else":                            {there("a"), nil, map[string]viewedUse{"a": since(time.Hour)}, plan{}},
+		"wanted and missing":                          {nil, nil, map[string]IdentityView{"a": used}, plan{Add: []string{"/A"}}},
+		"wanted and there":                            {there("a"), nil, map[string]IdentityView{"a": used}, plan{}},
+		"detached by somebody else":                   {nil, ledger("a"), map[string]IdentityView{"a": used}, plan{Add: []string{"/A"}}},
+		"of somebody else":                            {there("a"), nil, map[string]IdentityView{"a": since(time.Hour)}, plan{}},
 		"of somebody else, never heard of":            {there("a"), nil, nil, plan{}},
-		"unused for long":                             {there("a"), ledger("a"), map[string]viewedUse{"a": since(time.Hour)}, plan{remove: []string{"As/Azure/spells/a"}}},
-		"unused just so long":                         {there("a"), ledger("a"), map[string]viewedUse{"a": since(delay)}, plan{remove: []string{"As/Azure/spells/a"}}},
-		"unused for a moment":                         {there("a"), ledger("a"), map[string]viewedUse{"a": since(time.Second)}, plan{next: now.Add(delay - time.Second)}},
-		"unused, nobody knows since when":             {there("a"), ledger("a"), nil, plan{next: now.Add(delay)}},
-		"unused and gone":                             {nil, ledger("a"), map[string]viewedUse{"a": since(0)}, plan{strike: []string{"a"}}},
-		"unused and immutable":                        {there("kubelet"), ledger("kubelet"), nil, plan{strike: []string{"kubelet"}}},
-		"refused a moment ago":                        {nil, nil, map[string]viewedUse{"a": refusedUntil(used, now.Add(time.Second))}, plan{next: now.Add(time.Second)}},
-		"refused, and due":                            {nil, nil, map[string]viewedUse{"a": refusedUntil(used, now)}, plan{trial: []string{"/A"}}},
-		"refused, the others go on":                   {nil, nil, map[string]viewedUse{"a": refusedUntil(used, now.Add(time.Hour)), "b": {id: "/B", users: 3}}, plan{add: []string{"/B"}, next: now.Add(time.Hour)}},
-		"Azure refused to detach it":                  {there("a"), ledger("a"), map[string]viewedUse{"a": refusedUntil(since(time.Hour), now.Add(time.Minute))}, plan{next: now.Add(time.Minute)}},
-		"two things due later: the next is the first": {there("a", "b"), ledger("a", "b"), map[string]viewedUse{"a": since(time.Second), "b": since(time.Minute)}, plan{next: now.Add(time.Minute)}},
+		"unused for long":                             {there("a"), ledger("a"), map[string]IdentityView{"a": since(time.Hour)}, plan{Remove: []string{"As/Azure/spells/a"}}},
+		"unused just so long":                         {there("a"), ledger("a"), map[string]IdentityView{"a": since(delay)}, plan{Remove: []string{"As/Azure/spells/a"}}},
+		"unused for a moment":                         {there("a"), ledger("a"), map[string]IdentityView{"a": since(time.Second)}, plan{Next: now.Add(delay - time.Second)}},
+		"unused, nobody knows since when":             {there("a"), ledger("a"), nil, plan{Next: now.Add(delay)}},
+		"unused and gone":                             {nil, ledger("a"), map[string]IdentityView{"a": since(0)}, plan{Prune: []string{"a"}}},
+		"unused and immutable":                        {there("kubelet"), ledger("kubelet"), nil, plan{Prune: []string{"kubelet"}}},
+		"refused a moment ago":                        {nil, nil, map[string]IdentityView{"a": refusedUntil(used, now.Add(time.Second))}, plan{Next: now.Add(time.Second)}},
+		"refused, and due":                            {nil, nil, map[string]IdentityView{"a": refusedUntil(used, now)}, plan{Trial: []string{"/A"}}},
+		"refused, the others go on":                   {nil, nil, map[string]IdentityView{"a": refusedUntil(used, now.Add(time.Hour)), "b": {ID: "/B", Users: 3}}, plan{Add: []string{"/B"}, Next: now.Add(time.Hour)}},
+		"Azure refused to detach it":                  {there("a"), ledger("a"), map[string]IdentityView{"a": refusedUntil(since(time.Hour), now.Add(time.Minute))}, plan{Next: now.Add(time.Minute)}},
+		"two things due later: the next is the first": {there("a", "b"), ledger("a", "b"), map[string]IdentityView{"a": since(time.Second), "b": since(time.Minute)}, plan{Next: now.Add(time.Minute)}},
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
-			got := decide(view{now: now, attached: c.attached, ours: c.ours, uses: c.uses, delay: delay,
-				spared: func(i azure.Identity) bool { return i.ClientID == "client-kubelet" }})
+			got := Decide(View{Now: now, Attached: c.attached, InLedger: c.ours, Identities: c.uses, DetachDelay: delay,
+				Protected: func(i azure.Identity) bool { return i.ClientID == "client-kubelet" }})
 			if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(plan{})); diff != "" {
 				t.Error(diff)
 			}

@@ -56,13 +56,13 @@ func (c *Controller) preview(ctx context.Context, out io.Writer) error {
 	if err := c.checkDefinitions(ctx); err != nil {
 		return err
 	}
-	if !c.cluster.run(ctx, &wait) {
+	if !c.cluster.Run(ctx, &wait) {
 		return fmt.Errorf("the cluster's objects could not be loaded within %s; is the API server there, and may this account list pods, nodes, namespaces and %s?", planTimeout, v1.GroupName)
 	}
 	if c.load(ctx); ctx.Err() != nil {
 		return fmt.Errorf("what MIC has attached could not be read from namespace %s within %s", c.cfg.Namespace, planTimeout)
 	}
-	for _, key := range c.fleet.keys() {
+	for _, key := range c.fleet.Keys() {
 		if err := c.previewMachine(ctx, out, key); err != nil {
 			return err
 		}
@@ -71,13 +71,13 @@ func (c *Controller) preview(ctx context.Context, out io.Writer) error {
 }
 
 func (c *Controller) previewMachine(ctx context.Context, out io.Writer, key string) error {
-	m := c.fleet.machine(key)
+	m := c.fleet.Machine(key)
 	id := m.resource.ID()
 	var err error
 	if m.state.ledger, err = ledger.Read(ctx, c.configMaps, key, id); err != nil {
 		return err
 	}
-	c.fleet.setOurs(key, m.state.ledger.Attached)
+	c.fleet.SetLedger(key, m.state.ledger.Attached)
 	fmt.Fprintf(out, "%s %s (%s)\n", m.resource.Kind, m.resource.Name, id)
 	state, err := c.arm.Get(ctx, m.resource)
 	if err != nil {
@@ -92,22 +92,22 @@ func (c *Controller) previewMachine(ctx context.Context, out io.Writer, key stri
 	c.saw(key, m, state)
 	p := c.plan(key, m)
 	for _, add := range u.Add {
-		fmt.Fprintf(out, "  attaching %s\n         for %s\n", add, cmp.Or(c.fleet.usersOf(key, azure.Fold(add)), "no pod any more"))
+		fmt.Fprintf(out, "  attaching %s\n         for %s\n", add, cmp.Or(c.fleet.Users(key, azure.Fold(add)), "no pod any more"))
 	}
 	for _, gone := range u.Remove {
 		fmt.Fprintf(out, "  detaching %s\n", gone)
 	}
-	for _, add := range p.add {
-		fmt.Fprintf(out, "  attach %s\n         for %s\n", add, c.fleet.usersOf(key, azure.Fold(add)))
+	for _, add := range p.Add {
+		fmt.Fprintf(out, "  attach %s\n         for %s\n", add, c.fleet.Users(key, azure.Fold(add)))
 	}
-	for _, gone := range p.remove {
+	for _, gone := range p.Remove {
 		fmt.Fprintf(out, "  detach %s\n         MIC attached it, and no living pod on a node of this machine uses it\n", gone)
 	}
 	for _, id := range slices.Sorted(maps.Keys(state.Identities)) {
 		have := state.Identities[id]
 		_, ours := m.state.ledger.Attached[id]
-		switch users := c.fleet.usersOf(key, id); {
-		case slices.Contains(u.Add, have.ID) || slices.Contains(p.remove, have.ID):
+		switch users := c.fleet.Users(key, id); {
+		case slices.Contains(u.Add, have.ID) || slices.Contains(p.Remove, have.ID):
 			// said above
 		case users != "":
 			fmt.Fprintf(out, "  keep   %s\n         for %s\n", have.ID, users)
@@ -119,11 +119,11 @@ func (c *Controller) previewMachine(ctx context.Context, out io.Writer, key stri
 			fmt.Fprintf(out, "  detach %s\n         after %s (--detach-delay) without a pod that uses it\n", have.ID, c.cfg.DetachDelay)
 		}
 	}
-	for len(p.add)+len(p.remove) > 0 {
-		add := p.add[:min(len(p.add), azure.MaxIdentities)]
-		remove := p.remove[:min(len(p.remove), azure.MaxIdentities-len(add))]
+	for len(p.Add)+len(p.Remove) > 0 {
+		add := p.Add[:min(len(p.Add), azure.MaxIdentities)]
+		remove := p.Remove[:min(len(p.Remove), azure.MaxIdentities-len(add))]
 		fmt.Fprintf(out, "  %s\n", azure.Describe(m.resource, state, add, remove))
-		p.add, p.remove = p.add[len(add):], p.remove[len(remove):]
+		p.Add, p.Remove = p.Add[len(add):], p.Remove[len(remove):]
 	}
 	return nil
 }
@@ -144,10 +144,10 @@ func applied(u *ledger.Update, state azure.State) azure.State {
 }
 
 // usersOf lists pods that want an identity, some of them if they are many.
-func (f *fleet) usersOf(machine, identity string) string {
+func (f *Tracker) Users(machine, identity string) string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	u := f.machines[machine].uses[identity]
+	u := f.machines[machine].identities[identity]
 	if u == nil || len(u.users) == 0 {
 		return ""
 	}
@@ -167,19 +167,19 @@ func (f *fleet) usersOf(machine, identity string) string {
 func (c *Controller) previewAssignments(out io.Writer) error {
 	var create, release, wait int
 	for _, key := range slices.Sorted(slices.Values(c.cluster.pods.GetIndexer().ListKeys())) {
-		p, ok := get[*pod](c.cluster.pods, key)
+		p, ok := get[*Pod](c.cluster.pods, key)
 		if !ok {
 			continue
 		}
 		d := c.desired(p)
-		have := c.cluster.assignmentsOf(key)
+		have := c.cluster.AssignmentsOf(key)
 		for _, w := range d.assignments {
-			i := slices.IndexFunc(have, func(a *assignment) bool { return a.name == w.name })
+			i := slices.IndexFunc(have, func(a *Assignment) bool { return a.Name == w.name })
 			switch {
 			case i < 0:
-				fmt.Fprintf(out, "create AzureAssignedIdentity %s/%s: pod %s, AzureIdentity %s, by binding %s\n", p.namespace, w.name, key, w.identity.key(), w.binding.key())
+				fmt.Fprintf(out, "create AzureAssignedIdentity %s/%s: pod %s, AzureIdentity %s, by binding %s\n", p.Namespace, w.name, key, w.identity.Key(), w.binding.Key())
 				create++
-			case have[i].state != v1.AssignmentAssigned:
+			case have[i].State != v1.AssignmentAssigned:
 				wait++
 			}
 		}
@@ -188,10 +188,10 @@ func (c *Controller) previewAssignments(out io.Writer) error {
 		}
 	}
 	for _, o := range c.cluster.assignments.GetIndexer().List() {
-		a := o.(*assignment)
-		p, _ := get[*pod](c.cluster.pods, a.pod)
-		if !slices.ContainsFunc(c.desired(p).assignments, func(w wanted) bool { return p.namespace == a.namespace && w.name == a.name }) {
-			fmt.Fprintf(out, "release AzureAssignedIdentity %s: nothing binds AzureIdentity %s to a living pod %s any more\n", a.key(), a.identity, a.pod)
+		a := o.(*Assignment)
+		p, _ := get[*Pod](c.cluster.pods, a.Pod)
+		if !slices.ContainsFunc(c.desired(p).assignments, func(w wanted) bool { return p.Namespace == a.Namespace && w.name == a.Name }) {
+			fmt.Fprintf(out, "release AzureAssignedIdentity %s: nothing binds AzureIdentity %s to a living pod %s any more\n", a.Key(), a.Identity, a.Pod)
 			release++
 		}
 	}

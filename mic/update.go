@@ -14,19 +14,19 @@ import (
 )
 
 // carryOut changes the machine. Identities that Azure refused before are tried by themselves, after the others.
-func (c *Controller) carryOut(ctx context.Context, key string, m *machine, p plan) error {
+func (c *Controller) carryOut(ctx context.Context, key string, m *Machine, p plan) error {
 	m.state.patched = time.Now()
-	c.fleet.gathered(key)
-	p.remove = c.confirmUnused(key, m, p.remove)
-	for len(p.add)+len(p.remove) > 0 {
-		add := p.add[:min(len(p.add), azure.MaxIdentities)]
-		remove := p.remove[:min(len(p.remove), azure.MaxIdentities-len(add))]
+	c.fleet.ResetGather(key)
+	p.Remove = c.confirmUnused(key, m, p.Remove)
+	for len(p.Add)+len(p.Remove) > 0 {
+		add := p.Add[:min(len(p.Add), azure.MaxIdentities)]
+		remove := p.Remove[:min(len(p.Remove), azure.MaxIdentities-len(add))]
 		if err := c.change(ctx, key, m, add, remove); err != nil {
 			return err
 		}
-		p.add, p.remove = p.add[len(add):], p.remove[len(remove):]
+		p.Add, p.Remove = p.Add[len(add):], p.Remove[len(remove):]
 	}
-	for trial := range slices.Chunk(p.trial, azure.MaxIdentities) {
+	for trial := range slices.Chunk(p.Trial, azure.MaxIdentities) {
 		if err := c.change(ctx, key, m, trial, nil); err != nil {
 			return err
 		}
@@ -36,15 +36,15 @@ func (c *Controller) carryOut(ctx context.Context, key string, m *machine, p pla
 
 // confirmUnused looks through the pods of the machine before something is taken from it. That the fleet counted wrong
 // would be a fault of ours; a pod that loses its identity is not to be how it is found out.
-func (c *Controller) confirmUnused(key string, m *machine, remove []string) []string {
+func (c *Controller) confirmUnused(key string, m *Machine, remove []string) []string {
 	if len(remove) == 0 {
 		return nil
 	}
 	used := map[string]string{}
-	for _, n := range with[*node](c.cluster.nodes, byMachine, key) {
-		for _, p := range with[*pod](c.cluster.pods, byNode, n.name) {
+	for _, n := range with[*Node](c.cluster.nodes, byMachine, key) {
+		for _, p := range with[*Pod](c.cluster.pods, byNode, n.Name) {
 			for _, d := range c.desired(p).assignments {
-				used[d.resource] = p.key()
+				used[d.resource] = p.Key()
 			}
 		}
 	}
@@ -60,7 +60,7 @@ func (c *Controller) confirmUnused(key string, m *machine, remove []string) []st
 
 // change sends updates until all that can be done is done: without those identities that Azure refuses. If it does not
 // say which it refuses, halves are tried.
-func (c *Controller) change(ctx context.Context, key string, m *machine, add, remove []string) error {
+func (c *Controller) change(ctx context.Context, key string, m *Machine, add, remove []string) error {
 	for len(add)+len(remove) > 0 {
 		err := c.patch(ctx, key, m, add, remove)
 		if !isClass(err, azure.BadIdentity) {
@@ -97,17 +97,17 @@ func (c *Controller) change(ctx context.Context, key string, m *machine, add, re
 }
 
 // setAside notes that Azure refuses an identity.
-func (c *Controller) setAside(key string, m *machine, id string, e *azure.Error) {
+func (c *Controller) setAside(key string, m *Machine, id string, e *azure.Error) {
 	message := explainRefused(m.resource, id, e)
-	until, times := c.fleet.refuse(key, azure.Fold(id), message)
+	until, times := c.fleet.SetAside(key, azure.Fold(id), message)
 	c.log.Warn("Azure refuses an identity; it is set aside", zap.String(keyMachine, m.resource.ID()), zap.String(keyIdentity, id),
 		zap.String(keyDetail, message), zap.Int("times", times), zap.Time("next_try", until))
 }
 
 // patch is one update of the machine, from the note in the ledger to its end.
-func (c *Controller) patch(ctx context.Context, key string, m *machine, add, remove []string) error {
+func (c *Controller) patch(ctx context.Context, key string, m *Machine, add, remove []string) error {
 	s := &m.state
-	remove = c.fleet.leave(key, remove) // without those that a pod has come to want
+	remove = c.fleet.StartDetaching(key, remove) // without those that a pod has come to want
 	if len(add)+len(remove) == 0 {
 		return nil
 	}
@@ -119,11 +119,11 @@ func (c *Controller) patch(ctx context.Context, key string, m *machine, add, rem
 		next.Attached[azure.Fold(id)] = id
 	}
 	if err := c.note(ctx, key, m, next); err != nil {
-		c.fleet.unclear(key)
+		c.fleet.MarkUnknown(key)
 		return err
 	}
 	if time.Since(next.Update.Started) > standstill {
-		c.fleet.unclear(key)
+		c.fleet.MarkUnknown(key)
 		return fmt.Errorf("this process stood still for %s while it was about to change %s; it looks anew", time.Since(next.Update.Started), m.resource.ID())
 	}
 	c.log.Info("changing the identities of a machine", zap.String(keyMachine, m.resource.ID()), zap.Strings("attach", add), zap.Strings("detach", remove))
@@ -132,7 +132,7 @@ func (c *Controller) patch(ctx context.Context, key string, m *machine, add, rem
 		if token := op.Token(); token != "" {
 			next.Update.Token = token
 			if err := c.note(ctx, key, m, next); err != nil {
-				c.fleet.unclear(key)
+				c.fleet.MarkUnknown(key)
 				return err
 			}
 		}
@@ -141,19 +141,19 @@ func (c *Controller) patch(ctx context.Context, key string, m *machine, add, rem
 			return c.endWell(ctx, key, m, state)
 		}
 	}
-	c.fleet.unclear(key)
+	c.fleet.MarkUnknown(key)
 	return c.endBadly(ctx, key, m, op, before, err)
 }
 
 // endWell is what follows from an update that Azure has under way no more, as it says. It says so too of one that it has
 // lost sight of, which may go on all the same.
-func (c *Controller) endWell(ctx context.Context, key string, m *machine, state azure.State) error {
+func (c *Controller) endWell(ctx context.Context, key string, m *Machine, state azure.State) error {
 	c.saw(key, m, state)
 	u := m.state.ledger.Update
 	there := func(id string) bool { _, ok := state.Identities[azure.Fold(id)]; return ok }
 	missing := func(id string) bool { return !there(id) }
 	if busy(&m.state) && (slices.ContainsFunc(u.Add, missing) || slices.ContainsFunc(u.Remove, there)) {
-		c.fleet.unclear(key)
+		c.fleet.MarkUnknown(key)
 		return fmt.Errorf("the update of %s is still going on, though Azure knows nothing of it any more", m.resource.ID())
 	}
 	c.log.Info("changed the identities of a machine", zap.String(keyMachine, m.resource.ID()), zap.Duration("took", time.Since(u.Started)))
@@ -163,7 +163,7 @@ func (c *Controller) endWell(ctx context.Context, key string, m *machine, state 
 // endBadly is what follows from an update that failed. What Azure refused at once did not happen, and the ledger says
 // again what it said before; how one ended that was under way the machine shows. Of what may be going on still the note
 // stays, so that the next look begins with it.
-func (c *Controller) endBadly(ctx context.Context, key string, m *machine, op *azure.Operation, before ledger.Entries, err error) error {
+func (c *Controller) endBadly(ctx context.Context, key string, m *Machine, op *azure.Operation, before ledger.Entries, err error) error {
 	if op != nil && op.Token() != "" || op == nil && open(err) {
 		return err
 	}
@@ -183,7 +183,7 @@ func (c *Controller) endBadly(ctx context.Context, key string, m *machine, op *a
 		return err
 	}
 	if busy(&m.state) {
-		c.fleet.unclear(key) // whatever was said, Azure may still be at it
+		c.fleet.MarkUnknown(key) // whatever was said, Azure may still be at it
 		return err
 	}
 	if failed := c.settle(ctx, key, m); failed != nil {
@@ -199,7 +199,7 @@ func open(err error) bool {
 }
 
 // settle writes down how an update ended, when it is known how the machine is.
-func (c *Controller) settle(ctx context.Context, key string, m *machine) error {
+func (c *Controller) settle(ctx context.Context, key string, m *Machine) error {
 	s := &m.state
 	next := s.ledger.Clone()
 	if u := next.Update; u != nil {
@@ -214,12 +214,12 @@ func (c *Controller) settle(ctx context.Context, key string, m *machine) error {
 }
 
 // finishUpdate sees an update to its end that this process does not know of, or of which it lost sight.
-func (c *Controller) finishUpdate(ctx context.Context, key string, m *machine) (time.Duration, error) {
+func (c *Controller) finishUpdate(ctx context.Context, key string, m *Machine) (time.Duration, error) {
 	u := m.state.ledger.Update
 	if u == nil {
 		return 0, nil
 	}
-	c.fleet.unclear(key)
+	c.fleet.MarkUnknown(key)
 	if u.Token != "" {
 		c.log.Info("waiting for the end of an update that began earlier", zap.String(keyMachine, m.resource.ID()), zap.Time("began", u.Started))
 		op, err := c.arm.Resume(ctx, m.resource, u.Token)
@@ -236,7 +236,7 @@ func (c *Controller) finishUpdate(ctx context.Context, key string, m *machine) (
 		return 0, err
 	}
 	if busy(&m.state) && time.Since(u.Started) < unclearFor {
-		c.fleet.unclear(key)
+		c.fleet.MarkUnknown(key)
 		return pause / 2, nil
 	}
 	return 0, c.settle(ctx, key, m)
