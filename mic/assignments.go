@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"math/rand/v2"
 	"strings"
 	"time"
 
@@ -14,7 +13,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/podidentity/podidentity/api/v1"
+	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
 // assignmentName names the assignment of an identity to a pod. The hash has all that makes it another assignment: the
@@ -138,19 +137,4 @@ func (c *Controller) finalize(ctx context.Context, a *Assignment, detached bool)
 		c.cluster.recordReleased(a)
 	}
 	return nil
-}
-
-// jitter makes times differ by up to a fifth, so that what failed together is not tried together.
-func jitter(d time.Duration) time.Duration {
-	return d + time.Duration(rand.Int64N(int64(d/5)+1))
-}
-
-// clip bounds a text for an Event or a status.
-func clip(s string) string {
-	const most = 900 // the API server takes 1024 bytes for an Event
-	s = strings.Join(strings.Fields(s), " ")
-	if len(s) > most {
-		s = strings.ToValidUTF8(s[:most], "") + "…"
-	}
-	return s
 }

@@ -7,16 +7,18 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/internal/kube"
 )
 
 func TestNamesOfAssignmentsAreValidAndNeverMeet(t *testing.T) {
 	long := strings.Repeat("a.b-", 63) + "c"
+	meta := func(namespace, name string) kube.Meta { return kube.Meta{Namespace: namespace, Name: name} }
 	seen := map[string]string{}
-	for _, p := range []Pod{{UID: "1", Object: Object{"n", "a-b", ""}}, {UID: "2", Object: Object{"n", "a", ""}}, {UID: "3", Object: Object{"n", "a", ""}},
-		{UID: "4", Object: Object{"n", long, ""}}, {UID: "5", Object: Object{"n", strings.Repeat("a", 99) + ".b", ""}}} {
+	for _, p := range []Pod{{UID: "1", Meta: meta("n", "a-b")}, {UID: "2", Meta: meta("n", "a")}, {UID: "3", Meta: meta("n", "a")},
+		{UID: "4", Meta: meta("n", long)}, {UID: "5", Meta: meta("n", strings.Repeat("a", 99) + ".b")}} {
 		for _, i := range []AzureIdentity{
-			{Object: Object{"n", "c", ""}}, {Object: Object{"n", "b-c", ""}}, {Object: Object{"m", "c", ""}}, {Object: Object{"n", long, ""}},
-			{Object: Object{"n", "c", ""}, ResourceID: "/x"}, {Object: Object{"n", "c", ""}, Value: identity.Identity{Kind: identity.Federated}},
+			{Meta: meta("n", "c")}, {Meta: meta("n", "b-c")}, {Meta: meta("m", "c")}, {Meta: meta("n", long)},
+			{Meta: meta("n", "c"), ResourceID: "/x"}, {Meta: meta("n", "c"), Value: identity.Identity{Kind: identity.Federated}},
 		} {
 			name, what := assignmentName(&p, &i), p.UID+" "+i.Key()+" "+i.ResourceID+" "+string(rune('0'+i.Value.Kind))
 			if problems := validation.IsDNS1123Subdomain(name); len(problems) > 0 {

@@ -5,13 +5,14 @@ import (
 	"slices"
 	"time"
 
+	"github.com/podidentity/podidentity/internal/retry"
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
 // What the reconcile of a machine tells the fleet, and asks of it.
 
-// Azure is asked again for an identity that it refused after asideFirst, then after twice as long each time.
-const initialBackoff, maxBackoff = 30 * time.Second, 15 * time.Minute
+// refusalBackoff is how long MIC does not try an identity that Azure refused.
+var refusalBackoff = retry.Backoff{Initial: 30 * time.Second, Max: 15 * time.Minute}
 
 // rest has a machine left alone for a while, whatever wakes it. 0 ends that.
 func (f *Tracker) SetRetryAfter(key string, d time.Duration) {
@@ -174,7 +175,7 @@ func (f *Tracker) SetAside(key, id, message string) (until time.Time, times int)
 	if u.refusal != nil {
 		r.Times = u.refusal.Times + 1
 	}
-	r.RetryAfter = time.Now().Add(backoff(r.Times, initialBackoff, maxBackoff))
+	r.RetryAfter = time.Now().Add(refusalBackoff.After(r.Times))
 	u.refusal = r
 	f.requeueWaiters(u)
 	return r.RetryAfter, r.Times

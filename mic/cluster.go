@@ -6,18 +6,19 @@ import (
 	"fmt"
 	"hash/fnv"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/resourceversion"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
@@ -47,8 +48,8 @@ type Cluster struct {
 
 // burial is an assignment that is gone.
 type deletedAssignment struct {
-	key, version string
-	at           time.Time
+	key, resourceVersion string
+	at                   time.Time
 }
 
 // write is an assignment as the API server answered to a write of ours.
@@ -61,37 +62,16 @@ type ownWrite struct {
 // the watch had said so before the answer to the write was here.
 const WriteTTL = 30 * time.Second
 
-// object is what the informer needs to know an object by.
-type Object struct{ Namespace, Name, Version string }
-
-func objectOf(o metav1.Object) Object {
-	return Object{o.GetNamespace(), o.GetName(), o.GetResourceVersion()}
-}
-
-// GetObjectMeta makes what embeds an object one for the informer.
-func (o *Object) GetObjectMeta() metav1.Object {
-	return &metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name, ResourceVersion: o.Version}
-}
-
-func (o *Object) Key() string { return KeyOf(o.Namespace, o.Name) }
-
-func KeyOf(namespace, name string) string {
-	if namespace == "" {
-		return name
-	}
-	return namespace + "/" + name
-}
-
 // pod is a pod with the label.
 type Pod struct {
-	Object
+	kube.Meta
 	UID, Node, Selector string
 	Finished            bool // all of its containers are done for good: it needs nothing
 }
 
 // node is a node and the machine beneath it.
 type Node struct {
-	Object
+	kube.Meta
 	Machine    azure.Resource
 	MachineKey string // of the machine; "" if there is none that Azure knows
 	Problem    string // why there is none
@@ -99,27 +79,27 @@ type Node struct {
 
 // namespace is here only to say whether it is on its way out.
 type Namespace struct {
-	Object
+	kube.Meta
 	Terminating bool
 }
 
 // azureIdentity and binding keep the whole object, of which assignments hold copies. There are far fewer than pods.
 type AzureIdentity struct {
-	Object
+	kube.Meta
 	Full       *v1.AzureIdentity
 	Value      identity.Identity
 	ResourceID string // folded resource ID of a managed identity; "" for what needs no machine
 }
 
 type Binding struct {
-	Object
+	kube.Meta
 	Full  *v1.AzureIdentityBinding
 	Value identity.Binding
 }
 
 // assignment is an AzureAssignedIdentity.
 type Assignment struct {
-	Object
+	kube.Meta
 	UID                    string
 	Pod, PodUID, Node      string // namespace/name; podUID is "" in objects of the predecessor
 	Identity, ResourceID   string // namespace/name; folded resource ID, "" for what needs no machine
@@ -144,22 +124,22 @@ func digestOf(i *v1.AzureIdentity, b *v1.AzureIdentityBinding) uint64 {
 func trim(o any) (any, error) {
 	switch o := o.(type) {
 	case *corev1.Pod:
-		return &Pod{objectOf(o), string(o.UID), o.Spec.NodeName, o.Labels[v1.BindingLabel],
+		return &Pod{kube.MetaOf(o), string(o.UID), o.Spec.NodeName, o.Labels[v1.BindingLabel],
 			o.Status.Phase == corev1.PodSucceeded || o.Status.Phase == corev1.PodFailed}, nil
 	case *corev1.Node:
 		return trimNode(o), nil
 	case *corev1.Namespace:
-		return &Namespace{objectOf(o), o.DeletionTimestamp != nil}, nil
+		return &Namespace{kube.MetaOf(o), o.DeletionTimestamp != nil}, nil
 	case *v1.AzureIdentity:
 		o.ManagedFields = nil
-		i := &AzureIdentity{Object: objectOf(o), Full: o, Value: identity.FromAzureIdentity(o)}
+		i := &AzureIdentity{Meta: kube.MetaOf(o), Full: o, Value: identity.FromAzureIdentity(o)}
 		if i.Value.Kind == identity.UserAssigned {
 			i.ResourceID = azure.Fold(i.Value.ResourceID)
 		}
 		return i, nil
 	case *v1.AzureIdentityBinding:
 		o.ManagedFields = nil
-		return &Binding{objectOf(o), o, identity.FromAzureIdentityBinding(o)}, nil
+		return &Binding{kube.MetaOf(o), o, identity.FromAzureIdentityBinding(o)}, nil
 	case *v1.AzureAssignedIdentity:
 		return trimAssignment(o), nil
 	}
@@ -167,7 +147,7 @@ func trim(o any) (any, error) {
 }
 
 func trimNode(o *corev1.Node) *Node {
-	n := &Node{Object: objectOf(o)}
+	n := &Node{Meta: kube.MetaOf(o)}
 	machine, err := azure.ParseProviderID(o.Spec.ProviderID)
 	if err != nil {
 		n.Problem = fmt.Sprintf("spec.providerID of node %s: %v", o.Name, err)
@@ -179,8 +159,8 @@ func trimNode(o *corev1.Node) *Node {
 
 func trimAssignment(o *v1.AzureAssignedIdentity) *Assignment {
 	a := &Assignment{
-		Object: objectOf(o), UID: string(o.UID),
-		Pod: KeyOf(o.Spec.PodNamespace, o.Spec.Pod), Node: o.Spec.NodeName,
+		Meta: kube.MetaOf(o), UID: string(o.UID),
+		Pod: kube.Key(o.Spec.PodNamespace, o.Spec.Pod), Node: o.Spec.NodeName,
 		State: o.Status.Status, Message: o.Status.Message,
 		Deleting: o.DeletionTimestamp != nil,
 	}
@@ -198,7 +178,7 @@ func trimAssignment(o *v1.AzureAssignedIdentity) *Assignment {
 	}
 	if o.Spec.AzureIdentityRef != nil {
 		i := o.Spec.AzureIdentityRef.AzureIdentity()
-		a.Identity = KeyOf(i.Namespace, i.Name)
+		a.Identity = kube.Key(i.Namespace, i.Name)
 		if identity.Kind(i.Spec.Type) == identity.UserAssigned {
 			a.ResourceID = azure.Fold(i.Spec.ResourceID)
 		}
@@ -218,20 +198,20 @@ func newCluster(core, crds rest.Interface) (*Cluster, error) {
 		return cache.NewSharedIndexInformer(lw, kind, 0, indexers)
 	}
 	c.pods = informer(core, "pods", &corev1.Pod{}, v1.BindingLabel, cache.Indexers{
-		bySelector: index(func(p *Pod) string { return p.Selector }),
-		byNode:     index(func(p *Pod) string { return p.Node }),
+		bySelector: kube.IndexBy(func(p *Pod) string { return p.Selector }),
+		byNode:     kube.IndexBy(func(p *Pod) string { return p.Node }),
 	})
-	c.nodes = informer(core, "nodes", &corev1.Node{}, "", cache.Indexers{byMachine: index(func(n *Node) string { return n.MachineKey })})
+	c.nodes = informer(core, "nodes", &corev1.Node{}, "", cache.Indexers{byMachine: kube.IndexBy(func(n *Node) string { return n.MachineKey })})
 	c.namespaces = informer(core, "namespaces", &corev1.Namespace{}, "", cache.Indexers{})
 	c.identities = informer(crds, v1.AzureIdentities, &v1.AzureIdentity{}, "", cache.Indexers{})
 	c.bindings = informer(crds, v1.AzureIdentityBindings, &v1.AzureIdentityBinding{}, "", cache.Indexers{
-		bySelector: index(func(b *Binding) string { return b.Value.Selector }),
-		byIdentity: index(func(b *Binding) string { return KeyOf(b.Namespace, b.Value.AzureIdentity) }),
+		bySelector: kube.IndexBy(func(b *Binding) string { return b.Value.Selector }),
+		byIdentity: kube.IndexBy(func(b *Binding) string { return kube.Key(b.Namespace, b.Value.AzureIdentity) }),
 	})
 	c.assignments = informer(crds, v1.AzureAssignedIdentities, &v1.AzureAssignedIdentity{}, "", cache.Indexers{
-		byPod:                index(func(a *Assignment) string { return a.Pod }),
-		byNode:               index(func(a *Assignment) string { return a.Node }),
-		cache.NamespaceIndex: index(func(a *Assignment) string { return a.Namespace }),
+		byPod:                kube.IndexBy(func(a *Assignment) string { return a.Pod }),
+		byNode:               kube.IndexBy(func(a *Assignment) string { return a.Node }),
+		cache.NamespaceIndex: kube.IndexBy(func(a *Assignment) string { return a.Namespace }),
 	})
 	for _, informer := range c.all() {
 		if err := informer.SetTransform(trim); err != nil {
@@ -248,20 +228,6 @@ func (c *Cluster) all() []cache.SharedIndexInformer {
 	return []cache.SharedIndexInformer{c.pods, c.nodes, c.namespaces, c.identities, c.bindings, c.assignments}
 }
 
-// index makes an index function of one that gives the one value of an object, or "".
-func index[T any](value func(T) string) cache.IndexFunc {
-	return func(o any) ([]string, error) {
-		t, ok := o.(T)
-		if !ok {
-			return nil, fmt.Errorf("%T in a cache of another kind", o)
-		}
-		if v := value(t); v != "" {
-			return []string{v}, nil
-		}
-		return nil, nil
-	}
-}
-
 // run fills the caches and waits until all are filled once. They are kept up to date until ctx ends.
 func (c *Cluster) Run(ctx context.Context, wait *sync.WaitGroup) bool {
 	var synced []cache.InformerSynced
@@ -272,30 +238,9 @@ func (c *Cluster) Run(ctx context.Context, wait *sync.WaitGroup) bool {
 	return cache.WaitForCacheSync(ctx.Done(), synced...)
 }
 
-func get[T any](informer cache.SharedIndexInformer, key string) (none T, ok bool) {
-	o, ok, err := informer.GetIndexer().GetByKey(key)
-	if err != nil || !ok {
-		return none, false
-	}
-	t, ok := o.(T)
-	return t, ok
-}
-
-// with returns the objects that an index has under a value. The index exists, so there is no error.
-func with[T any](informer cache.SharedIndexInformer, name, value string) []T {
-	objects, _ := informer.GetIndexer().ByIndex(name, value)
-	found := make([]T, 0, len(objects))
-	for _, o := range objects {
-		if t, ok := o.(T); ok {
-			found = append(found, t)
-		}
-	}
-	return found
-}
-
 // assignmentsOf returns the assignments of a pod (namespace/name), as they are after our own last writes.
 func (c *Cluster) AssignmentsOf(pod string) []*Assignment {
-	found := with[*Assignment](c.assignments, byPod, pod)
+	found := kube.ByIndex[*Assignment](c.assignments, byPod, pod)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
@@ -309,7 +254,7 @@ func (c *Cluster) AssignmentsOf(pod string) []*Assignment {
 		case now.After(w.expires):
 		case i < 0:
 			found = append(found, w.Assignment)
-		case newer(w.Version, found[i].Version):
+		case newer(w.ResourceVersion, found[i].ResourceVersion):
 			found[i] = w.Assignment
 		}
 	}
@@ -330,12 +275,14 @@ func (c *Cluster) recordReleased(a *Assignment) {
 // wrote notes what the API server answered to a write, until the watch brings it.
 func (c *Cluster) recordWrite(o *v1.AzureAssignedIdentity) *Assignment {
 	a := trimAssignment(o)
-	seen, ok := get[*Assignment](c.assignments, a.Key())
+	seen, ok := kube.Get[*Assignment](c.assignments, a.Key())
 	c.dropWrite(a.Pod, a.Key(), "")
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	gone := slices.ContainsFunc(c.deleted, func(b deletedAssignment) bool { return b.key == a.Key() && !newer(a.Version, b.version) })
-	if !gone && (!ok || newer(a.Version, seen.Version)) {
+	gone := slices.ContainsFunc(c.deleted, func(b deletedAssignment) bool {
+		return b.key == a.Key() && !newer(a.ResourceVersion, b.resourceVersion)
+	})
+	if !gone && (!ok || newer(a.ResourceVersion, seen.ResourceVersion)) {
 		c.writes[a.Pod] = append(c.writes[a.Pod], &ownWrite{a, time.Now().Add(WriteTTL)})
 	}
 	return a
@@ -343,7 +290,7 @@ func (c *Cluster) recordWrite(o *v1.AzureAssignedIdentity) *Assignment {
 
 // heard forgets a write that the watch has brought, or that is overtaken.
 func (c *Cluster) recordObserved(a *Assignment, gone bool) {
-	version := a.Version
+	version := a.ResourceVersion
 	if gone {
 		version = ""
 		c.recordDeleted(a)
@@ -360,7 +307,7 @@ func (c *Cluster) recordDeleted(a *Assignment) {
 	if old < 0 {
 		old = len(c.deleted)
 	}
-	c.deleted = append(slices.Delete(c.deleted, 0, old), deletedAssignment{a.Key(), a.Version, now})
+	c.deleted = append(slices.Delete(c.deleted, 0, old), deletedAssignment{a.Key(), a.ResourceVersion, now})
 	delete(c.released, a.UID)
 }
 
@@ -379,7 +326,7 @@ func (c *Cluster) dropWrite(pod, key, version string) {
 	if !ok {
 		return
 	}
-	writes = slices.DeleteFunc(writes, func(w *ownWrite) bool { return w.Key() == key && !newer(w.Version, version) })
+	writes = slices.DeleteFunc(writes, func(w *ownWrite) bool { return w.Key() == key && !newer(w.ResourceVersion, version) })
 	if len(writes) == 0 {
 		delete(c.writes, pod)
 	} else {
@@ -387,26 +334,22 @@ func (c *Cluster) dropWrite(pod, key, version string) {
 	}
 }
 
-// newer compares resource versions, which the API server guarantees to be numbers that grow. Nothing is newer than none.
+// newer reports whether version a is newer than b. Nothing is newer than no version.
 func newer(a, b string) bool {
-	if b == "" {
-		return false
-	}
-	x, errX := strconv.ParseUint(a, 10, 64)
-	y, errY := strconv.ParseUint(b, 10, 64)
-	return errX == nil && errY == nil && x > y
+	order, err := resourceversion.CompareResourceVersion(a, b)
+	return err == nil && order > 0
 }
 
 // facts are what the decision needs to know about a pod, and the objects behind them.
 func (c *Cluster) Facts(p *Pod) (identity.Facts, map[string]*AzureIdentity, []*Binding) {
 	var facts identity.Facts
 	identities := map[string]*AzureIdentity{}
-	bindings := with[*Binding](c.bindings, bySelector, p.Selector)
+	bindings := kube.ByIndex[*Binding](c.bindings, bySelector, p.Selector)
 	slices.SortFunc(bindings, func(a, b *Binding) int { return cmp.Compare(a.Key(), b.Key()) })
 	for _, b := range bindings {
 		facts.Bindings = append(facts.Bindings, b.Value)
-		key := KeyOf(b.Namespace, b.Value.AzureIdentity)
-		if i, ok := get[*AzureIdentity](c.identities, key); ok && identities[key] == nil {
+		key := kube.Key(b.Namespace, b.Value.AzureIdentity)
+		if i, ok := kube.Get[*AzureIdentity](c.identities, key); ok && identities[key] == nil {
 			identities[key] = i
 			facts.Identities = append(facts.Identities, i.Value)
 		}
@@ -416,6 +359,6 @@ func (c *Cluster) Facts(p *Pod) (identity.Facts, map[string]*AzureIdentity, []*B
 
 // terminating reports whether a namespace is on its way out, or gone.
 func (c *Cluster) NamespaceTerminating(name string) bool {
-	n, ok := get[*Namespace](c.namespaces, name)
+	n, ok := kube.Get[*Namespace](c.namespaces, name)
 	return !ok || n.Terminating
 }

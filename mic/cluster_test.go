@@ -6,7 +6,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 
-	"github.com/podidentity/podidentity/api/v1"
+	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
 // assignmentObject is an AzureAssignedIdentity of the pod ns/web.

@@ -6,7 +6,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/hashicorp/golang-lru/v2"
+	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	corev1 "k8s.io/api/core/v1"
@@ -19,9 +19,10 @@ import (
 	"k8s.io/client-go/tools/record"
 	"k8s.io/client-go/util/flowcontrol"
 
-	"github.com/podidentity/podidentity/api/v1"
+	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/internal/kube"
+	"github.com/podidentity/podidentity/internal/retry"
 	"github.com/podidentity/podidentity/mic/azure"
 	"github.com/podidentity/podidentity/mic/ledger"
 )
@@ -153,17 +154,7 @@ func (c *Controller) askAgain() {
 
 // persist does what has to be done before anything else, until it succeeds or ctx ends.
 func (c *Controller) persist(ctx context.Context, do func(context.Context) error) {
-	for times := 1; ctx.Err() == nil; times++ {
-		err := do(ctx)
-		if err == nil {
-			return
-		}
-		c.log.Warn("cannot begin yet", zap.Error(err))
-		select {
-		case <-time.After(backoff(times, retryFirst, retryMost)):
-		case <-ctx.Done():
-		}
-	}
+	_ = retry.UntilSuccess(ctx, transientBackoff, do, func(err error) { c.log.Warn("cannot begin yet", zap.Error(err)) })
 }
 
 // checkDefinitions asks whether the cluster has our resources. The predecessor's definition of AzureAssignedIdentity has
@@ -226,92 +217,64 @@ func (c *Controller) listen() error {
 		}
 	}
 	bindingsOf := func(identity string) {
-		for _, b := range with[*Binding](c.cluster.bindings, byIdentity, identity) {
+		for _, b := range kube.ByIndex[*Binding](c.cluster.bindings, byIdentity, identity) {
 			c.bindings.Add(b.Key())
 			podsWith(bySelector, b.Value.Selector)
 		}
 	}
-	handlers := map[cache.SharedIndexInformer]func(old, now any){
-		c.cluster.pods: typedHandler(func(old, now *Pod) {
+	handlers := map[cache.SharedIndexInformer]cache.ResourceEventHandler{
+		c.cluster.pods: kube.TypedHandler(func(old, now *Pod) {
 			if now != nil && now.Node != "" && !now.Finished && (old == nil || old.Node == "") {
 				c.arrivals.begin(now.Key())
 			}
-			c.pods.Add(newest(old, now).Key())
+			c.pods.Add(kube.Newest(old, now).Key())
 		}),
-		c.cluster.nodes: typedHandler(func(old, now *Node) {
+		c.cluster.nodes: kube.TypedHandler(func(old, now *Node) {
 			if old != nil && now != nil && old.MachineKey == now.MachineKey && old.Problem == now.Problem {
 				return
 			}
-			name := newest(old, now).Name
+			name := kube.Newest(old, now).Name
 			podsWith(byNode, name)
-			for _, a := range with[*Assignment](c.cluster.assignments, byNode, name) {
+			for _, a := range kube.ByIndex[*Assignment](c.cluster.assignments, byNode, name) {
 				c.pods.Add(a.Pod)
 			}
 		}),
-		c.cluster.namespaces: typedHandler(func(_, now *Namespace) {
+		c.cluster.namespaces: kube.TypedHandler(func(_, now *Namespace) {
 			if now != nil && now.Terminating {
-				for _, a := range with[*Assignment](c.cluster.assignments, cache.NamespaceIndex, now.Name) {
+				for _, a := range kube.ByIndex[*Assignment](c.cluster.assignments, cache.NamespaceIndex, now.Name) {
 					c.pods.Add(a.Pod)
 				}
 			}
 		}),
-		c.cluster.identities: typedHandler(func(old, now *AzureIdentity) {
-			if old != nil && now != nil && old.Version != now.Version {
+		c.cluster.identities: kube.TypedHandler(func(old, now *AzureIdentity) {
+			if old != nil && now != nil && old.ResourceVersion != now.ResourceVersion {
 				c.fleet.RetryRefused(now.ResourceID)
 			}
-			bindingsOf(newest(old, now).Key())
+			bindingsOf(kube.Newest(old, now).Key())
 		}),
-		c.cluster.bindings: typedHandler(func(old, now *Binding) {
+		c.cluster.bindings: kube.TypedHandler(func(old, now *Binding) {
 			for _, b := range []*Binding{old, now} {
 				if b != nil {
 					podsWith(bySelector, b.Value.Selector)
 				}
 			}
-			c.bindings.Add(newest(old, now).Key())
+			c.bindings.Add(kube.Newest(old, now).Key())
 		}),
-		c.cluster.assignments: typedHandler(func(old, now *Assignment) {
-			c.cluster.recordObserved(newest(old, now), now == nil)
-			c.pods.Add(newest(old, now).Pod)
+		c.cluster.assignments: kube.TypedHandler(func(old, now *Assignment) {
+			c.cluster.recordObserved(kube.Newest(old, now), now == nil)
+			c.pods.Add(kube.Newest(old, now).Pod)
 		}),
 	}
 	for informer, handle := range handlers {
 		if err := informer.SetWatchErrorHandlerWithContext(c.watchFailed); err != nil {
 			return err
 		}
-		_, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-			AddFunc:    func(o any) { handle(nil, o) },
-			UpdateFunc: handle,
-			DeleteFunc: func(o any) {
-				if tombstone, ok := o.(cache.DeletedFinalStateUnknown); ok {
-					o = tombstone.Obj // the watch missed the deletion; this is the last state known
-				}
-				handle(o, nil)
-			},
-		})
+		_, err := informer.AddEventHandler(handle)
 		if err != nil {
 			return fmt.Errorf("listening to the cluster: %w", err)
 		}
 	}
 	return nil
-}
-
-// on makes a handler of a function for the kind of one informer. old is nil for what is new, now for what is gone.
-func typedHandler[T any](handle func(old, now *T)) func(old, now any) {
-	return func(old, now any) {
-		before, _ := old.(*T)
-		after, _ := now.(*T)
-		if before != nil || after != nil {
-			handle(before, after)
-		}
-	}
-}
-
-// either returns the state after an event, or the last one before it.
-func newest[T any](old, now *T) *T {
-	if now != nil {
-		return now
-	}
-	return old
 }
 
 // watchFailed counts what client-go logs itself.

@@ -16,7 +16,8 @@ import (
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/tools/record"
 
-	"github.com/podidentity/podidentity/api/v1"
+	v1 "github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
@@ -97,12 +98,12 @@ func (c *Controller) tellBinding(b *Binding, reason, text string) {
 
 // reconcileBinding looks whether a binding can work at all, and tells if it cannot.
 func (c *Controller) reconcileBinding(_ context.Context, key string) (time.Duration, error) {
-	b, ok := get[*Binding](c.cluster.bindings, key)
+	b, ok := kube.Get[*Binding](c.cluster.bindings, key)
 	if !ok {
 		return 0, nil
 	}
-	name := KeyOf(b.Namespace, b.Value.AzureIdentity)
-	i, ok := get[*AzureIdentity](c.cluster.identities, name)
+	name := kube.Key(b.Namespace, b.Value.AzureIdentity)
+	i, ok := kube.Get[*AzureIdentity](c.cluster.identities, name)
 	reason, text := "", ""
 	switch {
 	case b.Value.Selector == "":

@@ -148,7 +148,7 @@ func TestARefusedIdentityIsTriedEverMoreRarelyAndToldToThoseWhoWait(t *testing.T
 	for times := 1; times <= 12; times++ {
 		until, n := f.SetAside(vmss.Key(), "x", "no")
 		pause := time.Until(until)
-		if n != times || pause < last*3/2 && pause < maxBackoff || pause > maxBackoff*6/5+time.Second {
+		if n != times || pause < last*3/2 && pause < refusalBackoff.Max || pause > refusalBackoff.Max*6/5+time.Second {
 			t.Fatalf("after %d refusals the pause is %s, before it was %s", n, pause, last)
 		}
 		last = pause

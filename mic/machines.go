@@ -10,6 +10,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/podidentity/podidentity/internal/kube"
+	"github.com/podidentity/podidentity/internal/retry"
+	"github.com/podidentity/podidentity/internal/text"
 	"github.com/podidentity/podidentity/mic/azure"
 	"github.com/podidentity/podidentity/mic/ledger"
 )
@@ -35,9 +38,15 @@ const (
 	standstill = 5 * time.Second
 	// unclearFor is how long an update that was sent, and of which nothing is known, may still be going on.
 	unclearFor = 20 * time.Minute
-	// Retries after failures of Azure: those that pass by themselves, and those that somebody has to mend.
-	retryFirst, retryMost   = 2 * time.Second, time.Minute
-	deniedFirst, deniedMost = 30 * time.Second, 10 * time.Minute
+	// maxText bounds a text for an Event or a status: the API server accepts 1024 bytes in an Event.
+	maxText = 900
+)
+
+// Backoff after failures that pass by themselves, after conflicts, and after those that somebody has to correct.
+var (
+	transientBackoff = retry.Backoff{Initial: 2 * time.Second, Max: time.Minute}
+	conflictBackoff  = retry.Backoff{Initial: pause / 2, Max: time.Minute}
+	deniedBackoff    = retry.Backoff{Initial: 30 * time.Second, Max: 10 * time.Minute}
 )
 
 // reconcileMachine makes Azure's machine have what the pods on it want. It returns when it is to be called again at the
@@ -77,24 +86,24 @@ func (c *Controller) failed(key string, m *Machine, err error) time.Duration {
 	n := m.state.failures
 	var e *azure.Error
 	if !errors.As(err, &e) {
-		return backoff(n, retryFirst, retryMost) // the API server
+		return transientBackoff.After(n) // the API server
 	}
 	switch e.Class {
 	case azure.Throttled:
-		return jitter(max(e.RetryAfter, time.Second))
+		return retry.Jitter(max(e.RetryAfter, time.Second))
 	case azure.Conflict:
-		return backoff(n, pause/2, retryMost)
+		return conflictBackoff.After(n)
 	case azure.Unavailable:
 		if n >= 3 {
 			c.fleet.SetProblem(key, explain(m.resource, e))
 		}
-		return max(backoff(n, retryFirst, retryMost), e.RetryAfter)
+		return max(transientBackoff.After(n), e.RetryAfter)
 	case azure.NotFound:
 		c.fleet.SetProblem(key, explain(m.resource, e))
 		return c.cfg.ReconcileInterval
 	}
 	c.fleet.SetProblem(key, explain(m.resource, e))
-	return max(backoff(n, deniedFirst, deniedMost), e.RetryAfter)
+	return max(deniedBackoff.After(n), e.RetryAfter)
 }
 
 // bringUp is one look at a machine, and what follows from it.
@@ -195,7 +204,7 @@ func (c *Controller) look(ctx context.Context, key string, m *Machine) error {
 	state, err := c.arm.Get(ctx, m.resource)
 	if isClass(err, azure.NotFound) {
 		c.saw(key, m, azure.State{})
-		if len(with[*Node](c.cluster.nodes, byMachine, key)) > 0 {
+		if len(kube.ByIndex[*Node](c.cluster.nodes, byMachine, key)) > 0 {
 			return err // Azure may be asked with the wrong account, or about the wrong cloud
 		}
 		return c.note(ctx, key, m, ledger.Entries{Machine: m.resource.ID(), Attached: map[string]string{}})
@@ -266,13 +275,13 @@ func explain(r azure.Resource, e *azure.Error) string {
 	switch e.Class {
 	case azure.Denied:
 		role := "Virtual Machine Contributor"
-		return clip(fmt.Sprintf("%s%s. Grant MIC's identity the role %s on resource group %s of subscription %s", what, e.Message, role, r.ResourceGroup, r.SubscriptionID))
+		return text.OneLine(fmt.Sprintf("%s%s. Grant MIC's identity the role %s on resource group %s of subscription %s", what, e.Message, role, r.ResourceGroup, r.SubscriptionID), maxText)
 	case azure.NotFound:
-		return clip(fmt.Sprintf("%s %s is not in resource group %s of subscription %s: %s", r.Kind, r.Name, r.ResourceGroup, r.SubscriptionID, e.Message))
+		return text.OneLine(fmt.Sprintf("%s %s is not in resource group %s of subscription %s: %s", r.Kind, r.Name, r.ResourceGroup, r.SubscriptionID, e.Message), maxText)
 	case azure.Unavailable:
-		return clip(fmt.Sprintf("Azure does not answer about %s %s; it is asked again: %s", r.Kind, r.Name, cmp.Or(e.Message, e.Error())))
+		return text.OneLine(fmt.Sprintf("Azure does not answer about %s %s; it is asked again: %s", r.Kind, r.Name, cmp.Or(e.Message, e.Error())), maxText)
 	case azure.Unconfigured:
-		return clip("MIC cannot ask Azure: " + cmp.Or(e.Message, e.Error()))
+		return text.OneLine("MIC cannot ask Azure: "+cmp.Or(e.Message, e.Error()), maxText)
 	}
-	return clip(what + cmp.Or(e.Message, e.Error()))
+	return text.OneLine(what+cmp.Or(e.Message, e.Error()), maxText)
 }

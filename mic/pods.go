@@ -1,14 +1,14 @@
 package mic
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"slices"
 	"time"
 
-	"github.com/podidentity/podidentity/api/v1"
+	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
@@ -45,7 +45,7 @@ func (c *Controller) desired(p *Pod) desired {
 	if p == nil || p.Finished || p.Node == "" || c.drain {
 		return d
 	}
-	n, ok := get[*Node](c.cluster.nodes, p.Node)
+	n, ok := kube.Get[*Node](c.cluster.nodes, p.Node)
 	if !ok {
 		return d // what is gone has nothing; what is new is heard of soon
 	}
@@ -72,7 +72,7 @@ func (c *Controller) desired(p *Pod) desired {
 
 // reconcilePod gives a pod (namespace/name) the assignments that it is to have, and takes away all others.
 func (c *Controller) reconcilePod(ctx context.Context, key string) (time.Duration, error) {
-	p, ok := get[*Pod](c.cluster.pods, key)
+	p, ok := kube.Get[*Pod](c.cluster.pods, key)
 	if !ok {
 		p = nil
 	}
@@ -174,7 +174,7 @@ func (c *Controller) bring(ctx context.Context, p *Pod, w wanted, a *Assignment)
 
 // release lets an assignment go for which there is no use any more, as soon as nothing hangs on it.
 func (c *Controller) release(ctx context.Context, a *Assignment) error {
-	n, ok := get[*Node](c.cluster.nodes, a.Node)
+	n, ok := kube.Get[*Node](c.cluster.nodes, a.Node)
 	if !ok || a.ResourceID == "" || n.MachineKey == "" {
 		return c.finalize(ctx, a, false)
 	}
@@ -191,15 +191,4 @@ func (c *Controller) release(ctx context.Context, a *Assignment) error {
 // assignmentsGone reports whether no assignment is left; for taking everything away.
 func (c *Controller) assignmentsGone() bool {
 	return len(c.cluster.assignments.GetIndexer().ListKeys()) == 0
-}
-
-// backoff is first, then twice as long each time, up to most, each a little different.
-func backoff(times int, first, most time.Duration) time.Duration {
-	d := first
-	for range times - 1 {
-		if d = min(2*d, most); d == most {
-			break
-		}
-	}
-	return jitter(cmp.Or(d, first))
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
-	"github.com/podidentity/podidentity/api/v1"
+	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/mic/azure"
 	"github.com/podidentity/podidentity/mic/ledger"
@@ -167,7 +167,7 @@ func (f *Tracker) Users(machine, identity string) string {
 func (c *Controller) previewAssignments(out io.Writer) error {
 	var create, release, wait int
 	for _, key := range slices.Sorted(slices.Values(c.cluster.pods.GetIndexer().ListKeys())) {
-		p, ok := get[*Pod](c.cluster.pods, key)
+		p, ok := kube.Get[*Pod](c.cluster.pods, key)
 		if !ok {
 			continue
 		}
@@ -189,7 +189,7 @@ func (c *Controller) previewAssignments(out io.Writer) error {
 	}
 	for _, o := range c.cluster.assignments.GetIndexer().List() {
 		a := o.(*Assignment)
-		p, _ := get[*Pod](c.cluster.pods, a.Pod)
+		p, _ := kube.Get[*Pod](c.cluster.pods, a.Pod)
 		if !slices.ContainsFunc(c.desired(p).assignments, func(w wanted) bool { return p.Namespace == a.Namespace && w.name == a.Name }) {
 			fmt.Fprintf(out, "release AzureAssignedIdentity %s: nothing binds AzureIdentity %s to a living pod %s any more\n", a.Key(), a.Identity, a.Pod)
 			release++

@@ -9,6 +9,8 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/podidentity/podidentity/internal/kube"
+	"github.com/podidentity/podidentity/internal/text"
 	"github.com/podidentity/podidentity/mic/azure"
 	"github.com/podidentity/podidentity/mic/ledger"
 )
@@ -41,8 +43,8 @@ func (c *Controller) confirmUnused(key string, m *Machine, remove []string) []st
 		return nil
 	}
 	used := map[string]string{}
-	for _, n := range with[*Node](c.cluster.nodes, byMachine, key) {
-		for _, p := range with[*Pod](c.cluster.pods, byNode, n.Name) {
+	for _, n := range kube.ByIndex[*Node](c.cluster.nodes, byMachine, key) {
+		for _, p := range kube.ByIndex[*Pod](c.cluster.pods, byNode, n.Name) {
 			for _, d := range c.desired(p).assignments {
 				used[d.resource] = p.Key()
 			}
@@ -248,5 +250,5 @@ func explainRefused(r azure.Resource, id string, e *azure.Error) string {
 	if e.Code == "LinkedAuthorizationFailed" {
 		advice = "grant MIC's identity the role Managed Identity Operator on the managed identity"
 	}
-	return clip(fmt.Sprintf("Azure refuses to change %s on %s %s; %s (%s: %s)", id, r.Kind, r.Name, advice, e.Code, e.Message))
+	return text.OneLine(fmt.Sprintf("Azure refuses to change %s on %s %s; %s (%s: %s)", id, r.Kind, r.Name, advice, e.Code, e.Message), maxText)
 }
