@@ -15,7 +15,7 @@ func TestNamesOfAssignmentsAreValidAndNeverMeet(t *testing.T) {
 	meta := func(namespace, name string) kube.Meta { return kube.Meta{Namespace: namespace, Name: name} }
 	seen := map[string]string{}
 	for _, p := range []Pod{{UID: "1", Meta: meta("n", "a-b")}, {UID: "2", Meta: meta("n", "a")}, {UID: "3", Meta: meta("n", "a")},
-		{UID: "4", Meta: meta("n", long)}, {UID: "5", Meta: meta("n", strings.Repeat("a", 99) + ".b")}} {
+		{UID: "4", Meta: meta("n", long)}, {UID: "5", Meta: meta("n", strings.Repeat("a", 99)+".b")}} {
 		for _, i := range []AzureIdentity{
 			{Meta: meta("n", "c")}, {Meta: meta("n", "b-c")}, {Meta: meta("m", "c")}, {Meta: meta("n", long)},
 			{Meta: meta("n", "c"), ResourceID: "/x"}, {Meta: meta("n", "c"), Value: identity.Identity{Kind: identity.Federated}},

@@ -1,73 +1,104 @@
 package mic
 
 import (
+	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/podidentity/podidentity/internal/retry"
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
-// What the reconcile of a machine tells the fleet, and asks of it.
+// Machine is one VM or VMSS. Its methods are for the reconcile of the machine; the lock of the Tracker guards its fields.
+type Machine struct {
+	Key      string         // immutable
+	Resource azure.Resource // immutable
+
+	tracker    *Tracker
+	identities map[string]*identityUse // by folded ID; also of identities that no pod needs but a pod waits for
+	known      bool                    // attached is the state in Azure: no update has ended without a known result since
+	attached   map[string]azure.Identity
+	inLedger   map[string]bool // folded IDs; nil until the ledger is loaded
+	problem    string          // why Azure updates nothing; for messages
+	retryAfter time.Time       // no reconcile before this time
+	// firstDemand and lastDemand are the times of demands for what is missing, since the last update.
+	firstDemand, lastDemand time.Time
+}
 
 // refusalBackoff is how long MIC does not try an identity that Azure refused.
 var refusalBackoff = retry.Backoff{Initial: 30 * time.Second, Max: 15 * time.Minute}
 
-// rest has a machine left alone for a while, whatever wakes it. 0 ends that.
-func (f *Tracker) SetRetryAfter(key string, d time.Duration) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if m := f.machines[key]; m != nil {
-		m.retryAfter = time.Now().Add(d)
+// lock locks the Tracker and returns what unlocks it.
+func (m *Machine) lock() (unlock func()) {
+	m.tracker.mu.Lock()
+	return m.tracker.mu.Unlock
+}
+
+func (m *Machine) use(identity, id string) *identityUse {
+	u := m.identities[identity]
+	if u == nil {
+		u = &identityUse{id: id, users: map[string]struct{}{}, waiters: map[string]struct{}{}}
+		m.identities[identity] = u
 	}
+	return u
 }
 
-// resting is how long that still is.
-func (f *Tracker) RetryDelay(key string) time.Duration {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return time.Until(f.machines[key].retryAfter)
+// has reports whether an identity is attached and no update in progress detaches it.
+func (m *Machine) has(identity string) bool {
+	_, ok := m.attached[identity]
+	return ok && !(m.identities[identity] != nil && m.identities[identity].detaching)
 }
 
-// gathering is how long is to be waited for more needs before a machine is changed.
-func (f *Tracker) GatherDelay(key string) time.Duration {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	m := f.machines[key]
+// unneeded reports whether nothing refers to an identity any more.
+func (m *Machine) unneeded(id string, u *identityUse) bool {
+	return len(u.users) == 0 && len(u.waiters) == 0 && !m.inLedger[id] && !u.fromLegacy
+}
+
+// SetRetryAfter lets no reconcile do anything for a while, whatever requeues the machine. 0 ends that.
+func (m *Machine) SetRetryAfter(d time.Duration) {
+	defer m.lock()()
+	m.retryAfter = time.Now().Add(d)
+}
+
+// RetryDelay returns how long the next reconcile must still wait.
+func (m *Machine) RetryDelay() time.Duration {
+	defer m.lock()()
+	return time.Until(m.retryAfter)
+}
+
+// GatherDelay returns how long an update must wait for further demands.
+func (m *Machine) GatherDelay() time.Duration {
+	defer m.lock()()
 	return min(time.Until(m.lastDemand.Add(quietTime)), time.Until(m.firstDemand.Add(maxGatherTime)))
 }
 
-// gathered notes that an update begins, or that none is needed.
-func (f *Tracker) ResetGather(key string) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	m := f.machines[key]
+// ResetGather records that an update begins, or that none is needed.
+func (m *Machine) ResetGather() {
+	defer m.lock()()
 	m.firstDemand, m.lastDemand = time.Time{}, time.Time{}
 }
 
-func (f *Tracker) Known(key string) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.machines[key].known
+// Known reports whether it is known what is attached.
+func (m *Machine) Known() bool {
+	defer m.lock()()
+	return m.known
 }
 
-// unclear notes that nobody knows for the moment what is attached.
-func (f *Tracker) MarkUnknown(key string) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.machines[key].known = false
+// MarkUnknown records that it is not known what is attached: the result of an update is not known.
+func (m *Machine) MarkUnknown() {
+	defer m.lock()()
+	m.known = false
 }
 
-// saw notes what is attached to a machine, and wakes the pods for which that is news. While Azure is changing the
-// machine, what is new may still be on its way, and does not count.
-func (f *Tracker) Observe(key string, now map[string]azure.Identity, changing bool) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	m := f.machines[key]
-	news := !m.known || m.problem != ""
+// Observe records what is attached, and requeues the pods for which that changes anything. While Azure updates the machine,
+// an identity that is new may not be usable yet and does not count.
+func (m *Machine) Observe(now map[string]azure.Identity, updating bool) {
+	defer m.lock()()
+	requeueAll := !m.known || m.problem != ""
 	before := m.attached
-	if changing && m.known {
+	if updating && m.known {
 		now = maps.Clone(now)
 		maps.DeleteFunc(now, func(id string, _ azure.Identity) bool {
 			_, was := before[id]
@@ -78,39 +109,29 @@ func (f *Tracker) Observe(key string, now map[string]azure.Identity, changing bo
 	for id, u := range m.identities {
 		_, was := before[id]
 		_, is := now[id]
-		if is {
-			u.refusal = f.keptRefusal(u)
+		if is && len(u.users) > 0 {
+			u.refusal = nil // a refusal to detach stays
 		}
 		if was && !is {
-			for pod := range u.users { // somebody else took it away, and they still have it in writing
-				f.requeuePod(pod)
+			for pod := range u.users { // somebody else detached it, and the assignments of these pods say Assigned
+				m.tracker.requeue.Pod(pod)
 			}
 		}
-		if news || was != is || u.detaching {
-			f.requeueWaiters(u)
+		if requeueAll || was != is || u.detaching {
+			m.tracker.requeueWaiters(u)
 		}
 		u.detaching = false
 	}
 }
 
-// pardon forgets a refusal to attach what is attached; one to detach stays.
-func (f *Tracker) keptRefusal(u *identityUse) *Refusal {
-	if len(u.users) > 0 {
-		return nil
-	}
-	return u.refusal
-}
-
-// setOurs notes what the ledger says, and wakes the pods for which that is news.
-func (f *Tracker) SetLedger(key string, attached map[string]string) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	m := f.machines[key]
+// SetLedger records what the ledger says (IDs by folded ID), and requeues the pods for which that changes anything.
+func (m *Machine) SetLedger(attached map[string]string) {
+	defer m.lock()()
 	before := m.inLedger
 	m.inLedger = make(map[string]bool, len(attached))
-	for id, spelled := range attached {
-		m.inLedger[id] = true
-		u := m.use(id, spelled)
+	for identity, id := range attached {
+		m.inLedger[identity] = true
+		u := m.use(identity, id)
 		u.fromLegacy = false
 		if len(u.users) == 0 && u.unusedSince.IsZero() {
 			u.unusedSince = time.Now()
@@ -118,44 +139,39 @@ func (f *Tracker) SetLedger(key string, attached map[string]string) {
 	}
 	for id, u := range m.identities {
 		if before == nil || before[id] != m.inLedger[id] {
-			f.requeueWaiters(u)
+			m.tracker.requeueWaiters(u)
 		}
 	}
 }
 
-// setProblem notes why Azure does nothing for a machine, for those who wait.
-func (f *Tracker) SetProblem(key, problem string) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	m := f.machines[key]
-	if m == nil || m.problem == problem {
+// SetProblem records why Azure updates nothing for the machine, and requeues the pods that wait.
+func (m *Machine) SetProblem(problem string) {
+	defer m.lock()()
+	if m.problem == problem {
 		return
 	}
 	m.problem = problem
 	for _, u := range m.identities {
-		f.requeueWaiters(u)
+		m.tracker.requeueWaiters(u)
 	}
 }
 
-// adopted returns what has to be entered into the ledger of a machine, as spelled.
-func (f *Tracker) Adopted(key string) map[string]string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+// Adopted returns the identities that must be added to the ledger: IDs by folded ID.
+func (m *Machine) Adopted() map[string]string {
+	defer m.lock()()
 	found := map[string]string{}
-	for id, u := range f.machines[key].identities {
+	for identity, u := range m.identities {
 		if u.fromLegacy {
-			found[id] = u.id
+			found[identity] = u.id
 		}
 	}
 	return found
 }
 
-// leave marks identities as leaving, but for those that a pod wants, and returns them. From then on no pod takes them
-// for attached.
-func (f *Tracker) StartDetaching(key string, remove []string) []string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	m := f.machines[key]
+// StartDetaching marks identities as being detached, except those that a pod needs, and returns them. From then on no pod
+// takes them as attached.
+func (m *Machine) StartDetaching(remove []string) []string {
+	defer m.lock()()
 	return slices.DeleteFunc(slices.Clone(remove), func(id string) bool {
 		u := m.identities[azure.Fold(id)]
 		if u == nil {
@@ -166,17 +182,60 @@ func (f *Tracker) StartDetaching(key string, remove []string) []string {
 	})
 }
 
-// refuse sets an identity aside.
-func (f *Tracker) SetAside(key, id, message string) (until time.Time, times int) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	u := f.machines[key].use(id, id)
+// SetAside records that Azure refused an identity.
+func (m *Machine) SetAside(identity, message string) (retryAfter time.Time, times int) {
+	defer m.lock()()
+	u := m.use(identity, identity)
 	r := &Refusal{Message: message, Times: 1}
 	if u.refusal != nil {
 		r.Times = u.refusal.Times + 1
 	}
 	r.RetryAfter = time.Now().Add(refusalBackoff.After(r.Times))
 	u.refusal = r
-	f.requeueWaiters(u)
+	m.tracker.requeueWaiters(u)
 	return r.RetryAfter, r.Times
+}
+
+// View copies what Decide needs to know of the pods. It drops identities to which nothing refers any more.
+func (m *Machine) View() View {
+	defer m.lock()()
+	v := View{Identities: map[string]IdentityView{}}
+	for id, u := range m.identities {
+		if len(u.users) == 0 && u.unusedSince.IsZero() {
+			u.unusedSince = time.Now()
+		}
+		if m.unneeded(id, u) {
+			delete(m.identities, id)
+			continue
+		}
+		v.Identities[id] = IdentityView{u.id, len(u.users), u.unusedSince, u.refusal}
+	}
+	return v
+}
+
+// Drop removes the machine from the Tracker if nothing refers to it, and reports whether it did. hasLedger says whether
+// there is a ledger of it, or may be.
+func (m *Machine) Drop(hasLedger bool) bool {
+	defer m.lock()()
+	maps.DeleteFunc(m.identities, m.unneeded)
+	if len(m.identities) > 0 || len(m.inLedger) > 0 || hasLedger {
+		return false
+	}
+	delete(m.tracker.machines, m.Key)
+	return true
+}
+
+// Users lists the pods that need an identity, or some of them if there are many.
+func (m *Machine) Users(identity string) string {
+	defer m.lock()()
+	u := m.identities[identity]
+	if u == nil || len(u.users) == 0 {
+		return ""
+	}
+	pods := slices.Sorted(maps.Keys(u.users))
+	const maxPods = 5
+	if n := len(pods); n > maxPods {
+		return fmt.Sprintf("pods %s and %d more", strings.Join(pods[:maxPods], ", "), n-maxPods)
+	}
+	return "pod " + strings.Join(pods, ", ")
 }

@@ -19,7 +19,7 @@ func assignmentObject(name, version string, state v1.AssignmentState) *v1.AzureA
 }
 
 func TestOurOwnWritesCountUntilTheWatchBringsThemOrSomethingNewer(t *testing.T) {
-	c, err := newCluster(&rest.RESTClient{}, &rest.RESTClient{})
+	c, err := newCluster(&rest.RESTClient{}, &rest.RESTClient{}, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -29,7 +29,7 @@ func TestOurOwnWritesCountUntilTheWatchBringsThemOrSomethingNewer(t *testing.T) 
 		if err := c.assignments.GetIndexer().Update(a); err != nil {
 			t.Fatal(err)
 		}
-		c.recordObserved(a, false)
+		c.own.observe(a, false)
 	}
 	expect := func(when string, states ...v1.AssignmentState) {
 		t.Helper()
@@ -57,9 +57,9 @@ func TestOurOwnWritesCountUntilTheWatchBringsThemOrSomethingNewer(t *testing.T) 
 	expect("after a write that the watch has overtaken", v1.AssignmentUnassigned)
 	c.recordWrite(assignmentObject("b", "30", v1.AssignmentAssigned))
 	gone := trimAssignment(assignmentObject("b", "31", v1.AssignmentAssigned))
-	c.recordObserved(gone, true)
+	c.own.observe(gone, true)
 	expect("when another is gone", v1.AssignmentUnassigned)
-	if len(c.writes) != 0 {
-		t.Errorf("left over: %v", c.writes)
+	if len(c.own.byPod) != 0 {
+		t.Errorf("left over: %v", c.own.byPod)
 	}
 }

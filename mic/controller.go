@@ -6,7 +6,6 @@ import (
 	"sync"
 	"time"
 
-	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	corev1 "k8s.io/api/core/v1"
@@ -15,8 +14,6 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/cache"
-	"k8s.io/client-go/tools/record"
 	"k8s.io/client-go/util/flowcontrol"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
@@ -44,51 +41,46 @@ type Deps struct {
 	Registry prometheus.Registerer
 }
 
-// Controller is MIC while it leads.
+// Controller is MIC while it leads. It wires the parts: events requeue pods, the reconcile of a pod requeues its machine, and
+// the reconcile of a machine requeues the pods that wait for it.
 type Controller struct {
-	cfg        Config
-	rules      identity.Rules
-	arm        Machines
 	log        *zap.Logger
-	metrics    *metrics
 	crds       rest.Interface
 	configMaps typedcorev1.ConfigMapInterface
 	cluster    *Cluster
-	fleet      *Tracker
-	events     record.EventBroadcaster
-	recorder   record.EventRecorder
-	told       *lru.Cache[string, string]
-	arrivals   arrivals
-	drain      bool          // nothing is wanted any more; see Uninstall
-	loaded     chan struct{} // closed once all pods have been counted
+	usage      *Tracker
+	report     *Reporter
+	metrics    *Metrics
+	timer      *AssignmentTimer
+	loaded     chan struct{} // closed once the demands of all pods are recorded
+
+	podReconciler     *podReconciler
+	machineReconciler *machineReconciler
 
 	pods, machines, bindings *queue
 }
 
-// New prepares a Controller; Run makes it work, once.
-func New(cfg Config, deps Deps) (*Controller, error) {
-	scheme := runtime.NewScheme()
-	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
-	scheme.AddKnownTypes(corev1.SchemeGroupVersion, &corev1.Pod{}, &corev1.PodList{}, &corev1.Node{}, &corev1.NodeList{}, &corev1.Namespace{}, &corev1.NamespaceList{})
-	if err := v1.AddToScheme(scheme); err != nil {
-		return nil, err
-	}
+// machineWorkers is how many machines are reconciled concurrently. A machine may take Azure a minute, or Azure may not
+// answer at all, and the other machines must not wait. A worker costs some kilobytes.
+const machineWorkers = 256
+
+// New prepares a Controller. Run runs it, once.
+func New(cfg Config, deps Deps) (*Controller, error) { return newController(cfg, deps, false) }
+
+// newController prepares a Controller, or with drain one that detaches and removes everything; see Uninstall.
+func newController(cfg Config, deps Deps, drain bool) (*Controller, error) {
+	c := &Controller{log: deps.Log, timer: &AssignmentTimer{}, loaded: make(chan struct{})}
 	config := rest.CopyConfig(deps.Kube)
-	// One budget for all that MIC does; see the README for how it was chosen.
+	// One budget for all requests of MIC; see the README for how it was chosen.
 	config.RateLimiter = flowcontrol.NewTokenBucketRateLimiter(cfg.QPS, cfg.Burst)
-	c := &Controller{
-		cfg: cfg, arm: deps.Machines, log: deps.Log, loaded: make(chan struct{}),
-		// Whether a Secret may be used is NMI's to say, which reads it.
-		rules: identity.Rules{Mode: identity.Standard, ForceNamespaced: cfg.ForceNamespaced, AllowCrossNamespaceSecrets: true},
-	}
-	core, err := kube.Client(config, scheme, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf)
+	core, crds, err := newClients(config)
 	if err != nil {
 		return nil, err
 	}
-	if c.crds, err = kube.Client(config, scheme, v1.GroupVersion, "/apis", runtime.ContentTypeJSON); err != nil {
-		return nil, err
-	}
-	if c.cluster, err = newCluster(core, c.crds); err != nil {
+	c.crds = crds
+	// Whether a Secret may be used decides NMI, which reads it.
+	rules := identity.Rules{Mode: identity.Standard, ForceNamespaced: cfg.ForceNamespaced, AllowCrossNamespaceSecrets: true}
+	if c.cluster, err = newCluster(core, crds, Options{Rules: rules, Drain: drain}); err != nil {
 		return nil, err
 	}
 	client, err := typedcorev1.NewForConfig(config)
@@ -96,37 +88,65 @@ func New(cfg Config, deps Deps) (*Controller, error) {
 		return nil, err
 	}
 	c.configMaps = client.ConfigMaps(cfg.Namespace)
-	if c.told, err = lru.New[string, string](toldKept); err != nil {
+	c.usage = NewTracker(Requeue{
+		Pod:     func(key string) { c.pods.Add(key) },
+		Machine: func(key string, after time.Duration) { c.machines.AddAfter(key, after) },
+	})
+	if c.metrics, err = NewMetrics(deps.Registry, c.usage.SetAsideCount); err != nil {
 		return nil, err
 	}
-	c.fleet = newFleet(c.wakePod, func(key string, after time.Duration) { c.machines.AddAfter(key, after) })
-	if c.metrics, err = newMetrics(deps.Registry, c.fleet.SetAsideCount); err != nil {
+	if c.report, err = NewReporter(client, deps.Log); err != nil {
 		return nil, err
 	}
-	c.makeEvents(client)
-	c.pods = newQueue("pods", cfg.Workers, c.log, c.reconcilePod)
-	c.machines = newQueue("machines", machineWorkers, c.log, c.reconcileMachine)
-	c.bindings = newQueue("bindings", 1, c.log, c.reconcileBinding)
-	return c, c.listen()
+	c.podReconciler = &podReconciler{
+		cluster: c.cluster, usage: c.usage, writer: NewWriter(crds, c.cluster, c.metrics), report: c.report, timer: c.timer, metrics: c.metrics,
+	}
+	c.machineReconciler = &machineReconciler{
+		interval: cfg.ReconcileInterval, detachDelay: cfg.DetachDelay, immutable: cfg.Immutable, drain: drain,
+		usage: c.usage, ledgers: c.configMaps, cluster: c.cluster, report: c.report, metrics: c.metrics, machines: map[string]*machine{},
+		updater: &updater{
+			arm: deps.Machines, cluster: c.cluster, interval: cfg.ReconcileInterval,
+			requeuePod: func(key string) { c.pods.Add(key) }, log: deps.Log,
+		},
+	}
+	c.pods = newQueue("pods", cfg.Workers, c.log, c.podReconciler.reconcile)
+	c.machines = newQueue("machines", machineWorkers, c.log, c.machineReconciler.reconcile)
+	c.bindings = newQueue("bindings", 1, c.log, (&bindingReconciler{c.cluster, c.report}).reconcile)
+	return c, c.cluster.Handle(Handlers{
+		Pod:            func(key string) { c.pods.Add(key) },
+		Binding:        func(key string) { c.bindings.Add(key) },
+		PodScheduled:   c.timer.Scheduled,
+		IdentityEdited: c.usage.RetryRefused,
+		WatchFailed:    func() { c.metrics.APIFailed("watch") },
+	})
 }
 
-// machineWorkers is how many machines are worked on at the same time. Each may take Azure a minute, or not answer at
-// all, without the others being held up. A worker costs some kilobytes.
-const machineWorkers = 256
+// newClients returns clients for the core resources and for the custom resources.
+func newClients(config *rest.Config) (core, crds rest.Interface, err error) {
+	scheme := runtime.NewScheme()
+	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
+	scheme.AddKnownTypes(corev1.SchemeGroupVersion, &corev1.Pod{}, &corev1.PodList{}, &corev1.Node{}, &corev1.NodeList{}, &corev1.Namespace{}, &corev1.NamespaceList{})
+	if err := v1.AddToScheme(scheme); err != nil {
+		return nil, nil, err
+	}
+	if core, err = kube.Client(config, scheme, corev1.SchemeGroupVersion, "/api", runtime.ContentTypeProtobuf); err != nil {
+		return nil, nil, err
+	}
+	crds, err = kube.Client(config, scheme, v1.GroupVersion, "/apis", runtime.ContentTypeJSON)
+	return core, crds, err
+}
 
-func (c *Controller) wakePod(key string) { c.pods.Add(key) }
-
-// Run is one term as the leader: it loads what there is, and works until ctx ends. Everything that it began has ended
-// when it returns; an update that Azure has under way is in the ledger.
+// Run is one term as the leader: it loads the cluster, and works until ctx ends. When it returns, everything that it began
+// has ended; an update that Azure has in progress is in the ledger.
 func (c *Controller) Run(ctx context.Context) error {
 	var wait sync.WaitGroup
 	defer wait.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	c.metrics.leader()
-	defer c.events.Shutdown()
+	c.metrics.BecameLeader()
+	defer c.report.Shutdown()
 	defer c.shutDownQueues()
-	c.persist(ctx, c.checkDefinitions)
+	c.untilSuccess(ctx, c.checkDefinitions)
 	if !c.cluster.Run(ctx, &wait) {
 		return nil
 	}
@@ -144,16 +164,18 @@ func (c *Controller) shutDownQueues() {
 	}
 }
 
-// askAgain has all machines looked at without the pauses that failures brought: Azure is asked in another way now.
-func (c *Controller) askAgain() {
-	for _, key := range c.fleet.Keys() {
-		c.fleet.SetRetryAfter(key, 0)
+// reconcileAll reconciles all machines without the delays after failures: the configuration of Azure has changed.
+func (c *Controller) reconcileAll() {
+	for _, key := range c.usage.Keys() {
+		if m := c.usage.Machine(key); m != nil {
+			m.SetRetryAfter(0)
+		}
 		c.machines.Add(key)
 	}
 }
 
-// persist does what has to be done before anything else, until it succeeds or ctx ends.
-func (c *Controller) persist(ctx context.Context, do func(context.Context) error) {
+// untilSuccess does what has to be done before anything else, until it succeeds or ctx ends.
+func (c *Controller) untilSuccess(ctx context.Context, do func(context.Context) error) {
 	_ = retry.UntilSuccess(ctx, transientBackoff, do, func(err error) { c.log.Warn("cannot begin yet", zap.Error(err)) })
 }
 
@@ -180,7 +202,7 @@ func (c *Controller) checkDefinitions(ctx context.Context) error {
 // unused.
 func (c *Controller) load(ctx context.Context) {
 	var ids []string
-	c.persist(ctx, func(ctx context.Context) (err error) {
+	c.untilSuccess(ctx, func(ctx context.Context) (err error) {
 		ids, err = ledger.Machines(ctx, c.configMaps)
 		return err
 	})
@@ -190,95 +212,18 @@ func (c *Controller) load(ctx context.Context) {
 	for _, id := range ids {
 		r, err := azure.ParseID(id)
 		if err != nil {
-			c.log.Error("a ledger names no machine; delete its ConfigMap if it is of no use", zap.String(keyMachine, id), zap.Error(err))
+			c.log.Error("a ledger names no machine; delete its ConfigMap if it is of no use", zap.String(KeyMachine, id), zap.Error(err))
 			continue
 		}
-		c.fleet.Add(r.Key(), r)
+		c.usage.Add(r.Key(), r)
 	}
-	for _, o := range c.cluster.pods.GetIndexer().List() {
-		if p, ok := o.(*Pod); ok {
-			c.count(p.Key(), c.desired(p))
-		}
+	for _, p := range c.cluster.Pods() {
+		c.podReconciler.setDemands(p.Key(), c.cluster.Desired(p))
 	}
-	for _, key := range c.fleet.Keys() {
+	for _, key := range c.usage.Keys() {
 		c.machines.Add(key)
 	}
-	c.arrivals.open()
+	c.timer.Start()
 	close(c.loaded)
-	c.log.Info("loaded what there is", zap.Int("machines", len(c.fleet.Keys())), zap.Int("ledgers", len(ids)))
-}
-
-// listen makes each event wake what it touches. Handlers run as soon as the caches are filled, the queues later.
-func (c *Controller) listen() error {
-	podsWith := func(index, value string) {
-		keys, _ := c.cluster.pods.GetIndexer().IndexKeys(index, value) // the index exists
-		for _, key := range keys {
-			c.pods.Add(key)
-		}
-	}
-	bindingsOf := func(identity string) {
-		for _, b := range kube.ByIndex[*Binding](c.cluster.bindings, byIdentity, identity) {
-			c.bindings.Add(b.Key())
-			podsWith(bySelector, b.Value.Selector)
-		}
-	}
-	handlers := map[cache.SharedIndexInformer]cache.ResourceEventHandler{
-		c.cluster.pods: kube.TypedHandler(func(old, now *Pod) {
-			if now != nil && now.Node != "" && !now.Finished && (old == nil || old.Node == "") {
-				c.arrivals.begin(now.Key())
-			}
-			c.pods.Add(kube.Newest(old, now).Key())
-		}),
-		c.cluster.nodes: kube.TypedHandler(func(old, now *Node) {
-			if old != nil && now != nil && old.MachineKey == now.MachineKey && old.Problem == now.Problem {
-				return
-			}
-			name := kube.Newest(old, now).Name
-			podsWith(byNode, name)
-			for _, a := range kube.ByIndex[*Assignment](c.cluster.assignments, byNode, name) {
-				c.pods.Add(a.Pod)
-			}
-		}),
-		c.cluster.namespaces: kube.TypedHandler(func(_, now *Namespace) {
-			if now != nil && now.Terminating {
-				for _, a := range kube.ByIndex[*Assignment](c.cluster.assignments, cache.NamespaceIndex, now.Name) {
-					c.pods.Add(a.Pod)
-				}
-			}
-		}),
-		c.cluster.identities: kube.TypedHandler(func(old, now *AzureIdentity) {
-			if old != nil && now != nil && old.ResourceVersion != now.ResourceVersion {
-				c.fleet.RetryRefused(now.ResourceID)
-			}
-			bindingsOf(kube.Newest(old, now).Key())
-		}),
-		c.cluster.bindings: kube.TypedHandler(func(old, now *Binding) {
-			for _, b := range []*Binding{old, now} {
-				if b != nil {
-					podsWith(bySelector, b.Value.Selector)
-				}
-			}
-			c.bindings.Add(kube.Newest(old, now).Key())
-		}),
-		c.cluster.assignments: kube.TypedHandler(func(old, now *Assignment) {
-			c.cluster.recordObserved(kube.Newest(old, now), now == nil)
-			c.pods.Add(kube.Newest(old, now).Pod)
-		}),
-	}
-	for informer, handle := range handlers {
-		if err := informer.SetWatchErrorHandlerWithContext(c.watchFailed); err != nil {
-			return err
-		}
-		_, err := informer.AddEventHandler(handle)
-		if err != nil {
-			return fmt.Errorf("listening to the cluster: %w", err)
-		}
-	}
-	return nil
-}
-
-// watchFailed counts what client-go logs itself.
-func (c *Controller) watchFailed(ctx context.Context, r *cache.Reflector, err error) {
-	c.metrics.apiFailed("watch")
-	cache.DefaultWatchErrorHandler(ctx, r, err)
+	c.log.Info("loaded what there is", zap.Int("machines", len(c.usage.Keys())), zap.Int("ledgers", len(ids)))
 }

@@ -25,8 +25,10 @@ var vmss = azure.Resource{Kind: azure.ScaleSet, SubscriptionID: "s", ResourceGro
 
 func newTestFleet() (*Tracker, *heard) {
 	h := &heard{}
-	return newFleet(func(pod string) { h.pods = append(h.pods, pod) },
-		func(key string, _ time.Duration) { h.machines = append(h.machines, key) }), h
+	return NewTracker(Requeue{
+		Pod:     func(pod string) { h.pods = append(h.pods, pod) },
+		Machine: func(key string, _ time.Duration) { h.machines = append(h.machines, key) },
+	}), h
 }
 
 func wantOf(id string) Demand { return Demand{Key{vmss.Key(), id}, vmss, "/" + id} }
@@ -40,14 +42,14 @@ func TestAPodIsWokenWhenItsIdentityIsThereAndTheMachineOnlyForWhatIsMissing(t *t
 	if s, _ := f.Status("ns/a", wantOf("x").Key); s != Unknown {
 		t.Fatalf("before Azure was asked it stands %v", s)
 	}
-	f.Observe(vmss.Key(), nil, false)
+	f.Machine(vmss.Key()).Observe(nil, false)
 	if got := h.take(); !slices.Equal(got.pods, []string{"ns/a"}) {
 		t.Fatalf("Azure's first word woke %v", got)
 	}
 	if s, _ := f.Status("ns/a", wantOf("x").Key); s != Missing {
 		t.Fatalf("it stands %v", s)
 	}
-	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
+	f.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}}, false)
 	if got := h.take(); !slices.Equal(got.pods, []string{"ns/a"}) {
 		t.Fatalf("its coming woke %v", got)
 	}
@@ -55,7 +57,7 @@ func TestAPodIsWokenWhenItsIdentityIsThereAndTheMachineOnlyForWhatIsMissing(t *t
 		t.Fatalf("it stands %v", s)
 	}
 	f.SetDemands("ns/b", []Demand{wantOf("x")})
-	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
+	f.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}}, false)
 	if got := h.take(); len(got.pods)+len(got.machines) != 0 {
 		t.Errorf("a second pod, for which all is there, and no news woke %v", got)
 	}
@@ -65,8 +67,8 @@ func TestAnAssignmentIsKeptAsLongAsItIsTheLastOfAnIdentityThatMICHasToDetach(t *
 	f, h := newTestFleet()
 	w := wantOf("x")
 	f.SetDemands("ns/a", []Demand{w})
-	f.SetLedger(vmss.Key(), map[string]string{"x": "/x"})
-	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
+	f.Machine(vmss.Key()).SetLedger(map[string]string{"x": "/x"})
+	f.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}}, false)
 	f.SetDemands("ns/b", []Demand{w})
 	f.SetDemands("ns/a", nil)
 	if !f.MayRelease("ns/a", w.Key) {
@@ -77,8 +79,8 @@ func TestAnAssignmentIsKeptAsLongAsItIsTheLastOfAnIdentityThatMICHasToDetach(t *
 		t.Error("the last assignment may go before its identity is detached")
 	}
 	h.take()
-	f.Observe(vmss.Key(), nil, false)
-	f.SetLedger(vmss.Key(), nil)
+	f.Machine(vmss.Key()).Observe(nil, false)
+	f.Machine(vmss.Key()).SetLedger(nil)
 	if got := h.take(); !slices.Contains(got.pods, "ns/b") {
 		t.Errorf("after the detachment were woken: %v", got)
 	}
@@ -91,11 +93,11 @@ func TestAnIdentityThatMICDidNotAttachKeepsNoAssignment(t *testing.T) {
 	f, _ := newTestFleet()
 	w := wantOf("x")
 	f.SetDemands("ns/a", []Demand{w})
-	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
+	f.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}}, false)
 	if f.SetDemands("ns/a", nil); f.MayRelease("ns/a", w.Key) {
 		t.Error("before the ledger has been read it may go")
 	}
-	f.SetLedger(vmss.Key(), nil)
+	f.Machine(vmss.Key()).SetLedger(nil)
 	if !f.MayRelease("ns/a", w.Key) {
 		t.Error("it may not go")
 	}
@@ -105,21 +107,21 @@ func TestWhatIsLeavingCountsAsMissingAndWhatHasComeIntoUseDoesNotLeave(t *testin
 	f, _ := newTestFleet()
 	x, y := wantOf("x"), wantOf("y")
 	f.SetDemands("ns/a", []Demand{x, y})
-	f.SetLedger(vmss.Key(), map[string]string{"x": "/x", "y": "/y"})
-	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}, "y": {ID: "y"}}, false)
+	f.Machine(vmss.Key()).SetLedger(map[string]string{"x": "/x", "y": "/y"})
+	f.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}, "y": {ID: "y"}}, false)
 	f.SetDemands("ns/a", []Demand{y})
-	if got := f.StartDetaching(vmss.Key(), []string{"x", "y"}); !slices.Equal(got, []string{"x"}) {
+	if got := f.Machine(vmss.Key()).StartDetaching([]string{"x", "y"}); !slices.Equal(got, []string{"x"}) {
 		t.Fatalf("%v leave", got)
 	}
 	f.SetDemands("ns/b", []Demand{x})
 	if s, _ := f.Status("ns/b", x.Key); s != Missing {
 		t.Errorf("a pod that comes while its identity is being taken away is told %v", s)
 	}
-	f.MarkUnknown(vmss.Key())
+	f.Machine(vmss.Key()).MarkUnknown()
 	if s, _ := f.Status("ns/a", y.Key); s != Unknown {
 		t.Errorf("when an update has ended unclear, it stands %v", s)
 	}
-	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}, "y": {ID: "y"}}, false)
+	f.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}, "y": {ID: "y"}}, false)
 	if s, _ := f.Status("ns/b", x.Key); s != Attached {
 		t.Errorf("after an update that did not happen it stands %v", s)
 	}
@@ -130,9 +132,9 @@ func TestAnIdentityThatSomebodyDetachesWakesThosePodsThatHaveIt(t *testing.T) {
 	f.SetDemands("ns/a", []Demand{wantOf("x")})
 	f.SetDemands("ns/b", []Demand{wantOf("y")})
 	both := map[string]azure.Identity{"x": {ID: "x"}, "y": {ID: "y"}}
-	f.Observe(vmss.Key(), both, false)
+	f.Machine(vmss.Key()).Observe(both, false)
 	h.take()
-	f.Observe(vmss.Key(), map[string]azure.Identity{"y": {ID: "y"}}, false)
+	f.Machine(vmss.Key()).Observe(map[string]azure.Identity{"y": {ID: "y"}}, false)
 	if got := h.take(); !slices.Equal(got.pods, []string{"ns/a"}) {
 		t.Errorf("woken: %v", got.pods)
 	}
@@ -141,12 +143,12 @@ func TestAnIdentityThatSomebodyDetachesWakesThosePodsThatHaveIt(t *testing.T) {
 func TestARefusedIdentityIsTriedEverMoreRarelyAndToldToThoseWhoWait(t *testing.T) {
 	f, h := newTestFleet()
 	f.SetDemands("ns/a", []Demand{wantOf("x")})
-	f.Observe(vmss.Key(), nil, false)
+	f.Machine(vmss.Key()).Observe(nil, false)
 	f.Status("ns/a", wantOf("x").Key)
 	h.take()
 	var last time.Duration
 	for times := 1; times <= 12; times++ {
-		until, n := f.SetAside(vmss.Key(), "x", "no")
+		until, n := f.Machine(vmss.Key()).SetAside("x", "no")
 		pause := time.Until(until)
 		if n != times || pause < last*3/2 && pause < refusalBackoff.Max || pause > refusalBackoff.Max*6/5+time.Second {
 			t.Fatalf("after %d refusals the pause is %s, before it was %s", n, pause, last)
@@ -159,7 +161,7 @@ func TestARefusedIdentityIsTriedEverMoreRarelyAndToldToThoseWhoWait(t *testing.T
 	if _, message := f.Status("ns/a", wantOf("x").Key); message != "no" || f.SetAsideCount() != 1 {
 		t.Errorf("the pod is told %q; set aside are %d", message, f.SetAsideCount())
 	}
-	f.Observe(vmss.Key(), map[string]azure.Identity{"x": {ID: "x"}}, false)
+	f.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}}, false)
 	if f.SetAsideCount() != 0 {
 		t.Error("it is attached, and still set aside")
 	}

@@ -1,149 +1,163 @@
 package mic
 
 import (
+	"errors"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/podidentity/podidentity/internal/metric"
 )
 
-// Names of all metrics. Those of the first group are the predecessor's. Its cycle went over the whole cluster; here it
-// is one look at one machine. How long the queues are and how long keys wait in them is in controller-runtime's own
-// metrics: workqueue_depth and others, with name pods, machines or bindings.
+// Operation is a write of an AzureAssignedIdentity. The names are those of AAD Pod Identity.
+type Operation string
+
+// The writes of an AzureAssignedIdentity.
 const (
-	metricAdditionTime  = "aadpodidentity_assigned_identity_addition_duration_seconds"
-	metricAdditions     = "aadpodidentity_assigned_identity_addition_count"
-	metricDeletionTime  = "aadpodidentity_assigned_identity_deletion_duration_seconds"
-	metricDeletions     = "aadpodidentity_assigned_identity_deletion_count"
-	metricUpdateTime    = "aadpodidentity_assigned_identity_update_duration_seconds"
-	metricUpdates       = "aadpodidentity_assigned_identity_update_count"
-	metricAPIErrors     = "aadpodidentity_kubernetes_api_operations_errors_count"
-	metricCloudTime     = "aadpodidentity_cloud_provider_operations_duration_seconds"
-	metricCloudErrors   = "aadpodidentity_cloud_provider_operations_errors_count"
-	metricCycleTime     = "aadpodidentity_mic_cycle_duration_seconds"
-	metricCycles        = "aadpodidentity_mic_cycle_count"
-	metricNewLeader     = "aadpodidentity_mic_new_leader_election_count"
-	metricARMCalls      = "podidentity_mic_arm_calls_total"
-	metricAssignedAfter = "podidentity_mic_assignment_duration_seconds"
-	metricSetAside      = "podidentity_mic_identities_set_aside"
+	Create       Operation = "assigned_identity_addition"
+	Delete       Operation = "assigned_identity_deletion"
+	UpdateCopies Operation = "assigned_identity_update"
+	UpdateState  Operation = "update_azure_assigned_identity_status"
 )
-
-// operation is a write of an assignment, by the predecessor's names.
-type operation string
-
-const (
-	addition     operation = "assigned_identity_addition"
-	deletion     operation = "assigned_identity_deletion"
-	change       operation = "assigned_identity_update"
-	changeStatus operation = "update_azure_assigned_identity_status"
-)
-
-type metrics struct {
-	took       map[operation]prometheus.Histogram
-	done       map[operation]prometheus.Counter
-	apiErrors  *prometheus.CounterVec
-	cycleTime  prometheus.Histogram
-	cycles     prometheus.Counter
-	leaders    prometheus.Counter
-	assignedIn prometheus.Histogram
-}
 
 var (
 	shortTimes = []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
 	longTimes  = []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 900}
 )
 
-func newMetrics(r prometheus.Registerer, setAside func() int) (*metrics, error) {
-	histogram := func(name, help string, buckets []float64) prometheus.Histogram {
-		return prometheus.NewHistogram(prometheus.HistogramOpts{Name: name, Help: help, Buckets: buckets})
-	}
-	counter := func(name, help string) prometheus.Counter {
-		return prometheus.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
-	}
-	m := &metrics{
-		took: map[operation]prometheus.Histogram{
-			addition: histogram(metricAdditionTime, "Time to create an AzureAssignedIdentity.", shortTimes),
-			deletion: histogram(metricDeletionTime, "Time to delete an AzureAssignedIdentity.", shortTimes),
-			change:   histogram(metricUpdateTime, "Time to bring the copies in an AzureAssignedIdentity up to date.", shortTimes),
+// The metrics of MIC. Those that begin with aadpodidentity_ are the metrics of AAD Pod Identity. Its cycle went over the
+// whole cluster; here a cycle is one reconcile of one machine. The lengths of the queues and the waiting times in them
+// are metrics of controller-runtime: workqueue_depth and others, with name pods, machines or bindings.
+var (
+	additionTime = metric.Definition{Name: "aadpodidentity_assigned_identity_addition_duration_seconds", Type: metric.Histogram, Buckets: shortTimes,
+		Help: "Time to create an AzureAssignedIdentity."}
+	additions = metric.Definition{Name: "aadpodidentity_assigned_identity_addition_count", Type: metric.Counter,
+		Help: "AzureAssignedIdentity objects created."}
+	deletionTime = metric.Definition{Name: "aadpodidentity_assigned_identity_deletion_duration_seconds", Type: metric.Histogram, Buckets: shortTimes,
+		Help: "Time to delete an AzureAssignedIdentity."}
+	deletions = metric.Definition{Name: "aadpodidentity_assigned_identity_deletion_count", Type: metric.Counter,
+		Help: "AzureAssignedIdentity objects deleted."}
+	updateTime = metric.Definition{Name: "aadpodidentity_assigned_identity_update_duration_seconds", Type: metric.Histogram, Buckets: shortTimes,
+		Help: "Time to update the copies in an AzureAssignedIdentity."}
+	updates = metric.Definition{Name: "aadpodidentity_assigned_identity_update_count", Type: metric.Counter,
+		Help: "AzureAssignedIdentity objects whose copies were updated."}
+	apiErrors = metric.Definition{Name: "aadpodidentity_kubernetes_api_operations_errors_count", Type: metric.Counter, Labels: []string{"operation_type"},
+		Help: "Requests to the API server that failed."}
+	cloudTime = metric.Definition{Name: "aadpodidentity_cloud_provider_operations_duration_seconds", Type: metric.Histogram, Buckets: longTimes,
+		Labels: []string{"operation_type"}, Help: "Time of calls to Azure Resource Manager."}
+	cloudErrors = metric.Definition{Name: "aadpodidentity_cloud_provider_operations_errors_count", Type: metric.Counter, Labels: []string{"operation_type"},
+		Help: "Calls to Azure Resource Manager that failed."}
+	cycleTime = metric.Definition{Name: "aadpodidentity_mic_cycle_duration_seconds", Type: metric.Histogram, Buckets: longTimes,
+		Help: "Time of one reconcile of one VM or VMSS, including the updates that it sent."}
+	cycles = metric.Definition{Name: "aadpodidentity_mic_cycle_count", Type: metric.Counter,
+		Help: "Reconciles of a VM or VMSS."}
+	newLeader = metric.Definition{Name: "aadpodidentity_mic_new_leader_election_count", Type: metric.Counter,
+		Help: "Times that this process became the leader."}
+	armCalls = metric.Definition{Name: "podidentity_mic_arm_calls_total", Type: metric.Counter, Labels: []string{"operation", "outcome"},
+		Help: "Calls to Azure Resource Manager by outcome."}
+	assignmentTime = metric.Definition{Name: "podidentity_mic_assignment_duration_seconds", Type: metric.Histogram, Buckets: longTimes,
+		Help: "Time from when MIC observed a scheduled pod until all of its identities were Assigned."}
+	setAside = metric.Definition{Name: "podidentity_mic_identities_set_aside", Type: metric.Gauge,
+		Help: "Identities that Azure refused, over all machines. MIC tries each by itself, with growing pauses."}
+)
+
+// MetricDefinitions returns all metrics of MIC.
+func MetricDefinitions() []metric.Definition {
+	return []metric.Definition{additionTime, additions, deletionTime, deletions, updateTime, updates, apiErrors,
+		cloudTime, cloudErrors, cycleTime, cycles, newLeader, armCalls, assignmentTime, setAside}
+}
+
+// Metrics count what a Controller does.
+type Metrics struct {
+	writeTime map[Operation]prometheus.Histogram
+	writes    map[Operation]prometheus.Counter
+	apiErrors *prometheus.CounterVec
+	cycleTime prometheus.Histogram
+	cycles    prometheus.Counter
+	newLeader prometheus.Counter
+	assigned  prometheus.Histogram
+}
+
+// NewMetrics registers the metrics. setAsideCount is called at each scrape.
+func NewMetrics(r prometheus.Registerer, setAsideCount func() int) (*Metrics, error) {
+	m := &Metrics{
+		writeTime: map[Operation]prometheus.Histogram{
+			Create: additionTime.NewHistogram(), Delete: deletionTime.NewHistogram(), UpdateCopies: updateTime.NewHistogram(),
 		},
-		done: map[operation]prometheus.Counter{
-			addition: counter(metricAdditions, "AzureAssignedIdentity objects created."),
-			deletion: counter(metricDeletions, "AzureAssignedIdentity objects deleted."),
-			change:   counter(metricUpdates, "AzureAssignedIdentity objects whose copies were brought up to date."),
+		writes: map[Operation]prometheus.Counter{
+			Create: additions.NewCounter(), Delete: deletions.NewCounter(), UpdateCopies: updates.NewCounter(),
 		},
-		apiErrors:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: metricAPIErrors, Help: "Questions to the API server that failed."}, []string{"operation_type"}),
-		cycleTime:  histogram(metricCycleTime, "Time of one look at a machine and what followed from it, updates of the machine included.", longTimes),
-		cycles:     counter(metricCycles, "Looks at machines."),
-		leaders:    counter(metricNewLeader, "Times that this process became the leader."),
-		assignedIn: histogram(metricAssignedAfter, "Time from when MIC heard of a scheduled pod until all of its identities were Assigned.", longTimes),
+		apiErrors: apiErrors.NewCounterVec(),
+		cycleTime: cycleTime.NewHistogram(),
+		cycles:    cycles.NewCounter(),
+		newLeader: newLeader.NewCounter(),
+		assigned:  assignmentTime.NewHistogram(),
 	}
-	all := []prometheus.Collector{m.apiErrors, m.cycleTime, m.cycles, m.leaders, m.assignedIn,
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricSetAside, Help: "Identities that Azure refused, which are tried by themselves and ever more rarely, over all machines."},
-			func() float64 { return float64(setAside()) })}
-	for _, h := range m.took {
+	all := []prometheus.Collector{m.apiErrors, m.cycleTime, m.cycles, m.newLeader, m.assigned,
+		setAside.NewGaugeFunc(func() float64 { return float64(setAsideCount()) })}
+	for _, h := range m.writeTime {
 		all = append(all, h)
 	}
-	for _, n := range m.done {
-		all = append(all, n)
+	for _, c := range m.writes {
+		all = append(all, c)
 	}
 	return m, register(r, all...)
 }
 
 func register(r prometheus.Registerer, all ...prometheus.Collector) error {
-	for _, one := range all {
-		if err := r.Register(one); err != nil {
-			return err
-		}
+	var errs []error
+	for _, c := range all {
+		errs = append(errs, r.Register(c))
+	}
+	return errors.Join(errs...)
+}
+
+// APIFailed counts a request to the API server that failed.
+func (m *Metrics) APIFailed(operation string) { m.apiErrors.WithLabelValues(operation).Inc() }
+
+// Wrote counts a write of an AzureAssignedIdentity that began at start, and returns err.
+func (m *Metrics) Wrote(o Operation, start time.Time, err error) error {
+	if err != nil {
+		m.APIFailed(string(o))
+		return err
+	}
+	if c := m.writes[o]; c != nil {
+		c.Inc()
+		m.writeTime[o].Observe(time.Since(start).Seconds())
 	}
 	return nil
 }
 
-func (m *metrics) apiFailed(operation string) { m.apiErrors.WithLabelValues(operation).Inc() }
-
-func (m *metrics) cycle(d time.Duration) {
+// Reconciled counts a reconcile of a machine.
+func (m *Metrics) Reconciled(took time.Duration) {
 	m.cycles.Inc()
-	m.cycleTime.Observe(d.Seconds())
+	m.cycleTime.Observe(took.Seconds())
 }
 
-func (m *metrics) leader() { m.leaders.Inc() }
+// BecameLeader counts a term as the leader.
+func (m *Metrics) BecameLeader() { m.newLeader.Inc() }
 
-func (m *metrics) assigned(after time.Duration) { m.assignedIn.Observe(after.Seconds()) }
+// Assigned counts a pod all of whose identities are Assigned.
+func (m *Metrics) Assigned(after time.Duration) { m.assigned.Observe(after.Seconds()) }
 
-// armMetrics counts calls to Azure Resource Manager. It is an azure.Observer.
-type armMetrics struct {
-	took   *prometheus.HistogramVec
-	failed *prometheus.CounterVec
+// ARMMetrics count calls to Azure Resource Manager. They are an azure.Observer.
+type ARMMetrics struct {
+	time   *prometheus.HistogramVec
+	errors *prometheus.CounterVec
 	calls  *prometheus.CounterVec
 }
 
-func newARMMetrics(r prometheus.Registerer) (*armMetrics, error) {
-	m := &armMetrics{
-		took: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: metricCloudTime, Buckets: longTimes,
-			Help: "Time of calls to Azure Resource Manager."}, []string{"operation_type"}),
-		failed: prometheus.NewCounterVec(prometheus.CounterOpts{Name: metricCloudErrors, Help: "Calls to Azure Resource Manager that failed."}, []string{"operation_type"}),
-		calls: prometheus.NewCounterVec(prometheus.CounterOpts{Name: metricARMCalls, Help: "Calls to Azure Resource Manager by outcome."},
-			[]string{"operation", "outcome"}),
-	}
-	return m, register(r, m.took, m.failed, m.calls)
+// NewARMMetrics registers the metrics of calls to Azure Resource Manager.
+func NewARMMetrics(r prometheus.Registerer) (*ARMMetrics, error) {
+	m := &ARMMetrics{time: cloudTime.NewHistogramVec(), errors: cloudErrors.NewCounterVec(), calls: armCalls.NewCounterVec()}
+	return m, register(r, m.time, m.errors, m.calls)
 }
 
 // Called implements azure.Observer.
-func (m *armMetrics) Called(operation, outcome string, d time.Duration) {
-	m.took.WithLabelValues(operation).Observe(d.Seconds())
+func (m *ARMMetrics) Called(operation, outcome string, d time.Duration) {
+	m.time.WithLabelValues(operation).Observe(d.Seconds())
 	m.calls.WithLabelValues(operation, outcome).Inc()
 	if outcome != "ok" {
-		m.failed.WithLabelValues(operation).Inc()
+		m.errors.WithLabelValues(operation).Inc()
 	}
-}
-
-// wrote counts a write of an assignment, and returns its error.
-func (c *Controller) wrote(o operation, start time.Time, err error) error {
-	if err != nil {
-		c.metrics.apiFailed(string(o))
-		return err
-	}
-	if n := c.metrics.done[o]; n != nil {
-		n.Inc()
-		c.metrics.took[o].Observe(time.Since(start).Seconds())
-	}
-	return nil
 }

@@ -36,30 +36,30 @@ func TestOnlyWhatMICAttachedAndNobodyUsesIsDetached(t *testing.T) {
 		attached map[string]azure.Identity
 		ours     map[string]string
 		uses     map[string]IdentityView
-		want     plan
+		want     MachinePlan
 	}{
-		"wanted and missing":                          {nil, nil, map[string]IdentityView{"a": used}, plan{Add: []string{"/A"}}},
-		"wanted and there":                            {there("a"), nil, map[string]IdentityView{"a": used}, plan{}},
-		"detached by somebody else":                   {nil, ledger("a"), map[string]IdentityView{"a": used}, plan{Add: []string{"/A"}}},
-		"of somebody else":                            {there("a"), nil, map[string]IdentityView{"a": since(time.Hour)}, plan{}},
-		"of somebody else, never heard of":            {there("a"), nil, nil, plan{}},
-		"unused for long":                             {there("a"), ledger("a"), map[string]IdentityView{"a": since(time.Hour)}, plan{Remove: []string{"As/Azure/spells/a"}}},
-		"unused just so long":                         {there("a"), ledger("a"), map[string]IdentityView{"a": since(delay)}, plan{Remove: []string{"As/Azure/spells/a"}}},
-		"unused for a moment":                         {there("a"), ledger("a"), map[string]IdentityView{"a": since(time.Second)}, plan{Next: now.Add(delay - time.Second)}},
-		"unused, nobody knows since when":             {there("a"), ledger("a"), nil, plan{Next: now.Add(delay)}},
-		"unused and gone":                             {nil, ledger("a"), map[string]IdentityView{"a": since(0)}, plan{Prune: []string{"a"}}},
-		"unused and immutable":                        {there("kubelet"), ledger("kubelet"), nil, plan{Prune: []string{"kubelet"}}},
-		"refused a moment ago":                        {nil, nil, map[string]IdentityView{"a": refusedUntil(used, now.Add(time.Second))}, plan{Next: now.Add(time.Second)}},
-		"refused, and due":                            {nil, nil, map[string]IdentityView{"a": refusedUntil(used, now)}, plan{Trial: []string{"/A"}}},
-		"refused, the others go on":                   {nil, nil, map[string]IdentityView{"a": refusedUntil(used, now.Add(time.Hour)), "b": {ID: "/B", Users: 3}}, plan{Add: []string{"/B"}, Next: now.Add(time.Hour)}},
-		"Azure refused to detach it":                  {there("a"), ledger("a"), map[string]IdentityView{"a": refusedUntil(since(time.Hour), now.Add(time.Minute))}, plan{Next: now.Add(time.Minute)}},
-		"two things due later: the next is the first": {there("a", "b"), ledger("a", "b"), map[string]IdentityView{"a": since(time.Second), "b": since(time.Minute)}, plan{Next: now.Add(time.Minute)}},
+		"wanted and missing":                          {nil, nil, map[string]IdentityView{"a": used}, MachinePlan{Add: []string{"/A"}}},
+		"wanted and there":                            {there("a"), nil, map[string]IdentityView{"a": used}, MachinePlan{}},
+		"detached by somebody else":                   {nil, ledger("a"), map[string]IdentityView{"a": used}, MachinePlan{Add: []string{"/A"}}},
+		"of somebody else":                            {there("a"), nil, map[string]IdentityView{"a": since(time.Hour)}, MachinePlan{}},
+		"of somebody else, never heard of":            {there("a"), nil, nil, MachinePlan{}},
+		"unused for long":                             {there("a"), ledger("a"), map[string]IdentityView{"a": since(time.Hour)}, MachinePlan{Remove: []string{"As/Azure/spells/a"}}},
+		"unused just so long":                         {there("a"), ledger("a"), map[string]IdentityView{"a": since(delay)}, MachinePlan{Remove: []string{"As/Azure/spells/a"}}},
+		"unused for a moment":                         {there("a"), ledger("a"), map[string]IdentityView{"a": since(time.Second)}, MachinePlan{Next: now.Add(delay - time.Second)}},
+		"unused, nobody knows since when":             {there("a"), ledger("a"), nil, MachinePlan{Next: now.Add(delay)}},
+		"unused and gone":                             {nil, ledger("a"), map[string]IdentityView{"a": since(0)}, MachinePlan{Prune: []string{"a"}}},
+		"unused and immutable":                        {there("kubelet"), ledger("kubelet"), nil, MachinePlan{Prune: []string{"kubelet"}}},
+		"refused a moment ago":                        {nil, nil, map[string]IdentityView{"a": refusedUntil(used, now.Add(time.Second))}, MachinePlan{Next: now.Add(time.Second)}},
+		"refused, and due":                            {nil, nil, map[string]IdentityView{"a": refusedUntil(used, now)}, MachinePlan{Trial: []string{"/A"}}},
+		"refused, the others go on":                   {nil, nil, map[string]IdentityView{"a": refusedUntil(used, now.Add(time.Hour)), "b": {ID: "/B", Users: 3}}, MachinePlan{Add: []string{"/B"}, Next: now.Add(time.Hour)}},
+		"Azure refused to detach it":                  {there("a"), ledger("a"), map[string]IdentityView{"a": refusedUntil(since(time.Hour), now.Add(time.Minute))}, MachinePlan{Next: now.Add(time.Minute)}},
+		"two things due later: the next is the first": {there("a", "b"), ledger("a", "b"), map[string]IdentityView{"a": since(time.Second), "b": since(time.Minute)}, MachinePlan{Next: now.Add(time.Minute)}},
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
 			got := Decide(View{Now: now, Attached: c.attached, InLedger: c.ours, Identities: c.uses, DetachDelay: delay,
 				Protected: func(i azure.Identity) bool { return i.ClientID == "client-kubelet" }})
-			if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(plan{})); diff != "" {
+			if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(MachinePlan{})); diff != "" {
 				t.Error(diff)
 			}
 		})

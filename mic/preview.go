@@ -7,7 +7,6 @@ import (
 	"io"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -42,16 +41,16 @@ func Plan(ctx context.Context, cfg Config, log *zap.Logger, out io.Writer) error
 	if err != nil {
 		return err
 	}
-	return c.preview(ctx, out)
+	return c.preview(ctx, cfg.Namespace, out)
 }
 
 // preview prints the plan. Queues fill meanwhile and are never worked off.
-func (c *Controller) preview(ctx context.Context, out io.Writer) error {
+func (c *Controller) preview(ctx context.Context, namespace string, out io.Writer) error {
 	var wait sync.WaitGroup
 	defer wait.Wait()
 	ctx, cancel := context.WithTimeout(ctx, planTimeout)
 	defer cancel()
-	defer c.events.Shutdown()
+	defer c.report.Shutdown()
 	defer c.shutDownQueues()
 	if err := c.checkDefinitions(ctx); err != nil {
 		return err
@@ -60,9 +59,9 @@ func (c *Controller) preview(ctx context.Context, out io.Writer) error {
 		return fmt.Errorf("the cluster's objects could not be loaded within %s; is the API server there, and may this account list pods, nodes, namespaces and %s?", planTimeout, v1.GroupName)
 	}
 	if c.load(ctx); ctx.Err() != nil {
-		return fmt.Errorf("what MIC has attached could not be read from namespace %s within %s", c.cfg.Namespace, planTimeout)
+		return fmt.Errorf("what MIC has attached could not be read from namespace %s within %s", namespace, planTimeout)
 	}
-	for _, key := range c.fleet.Keys() {
+	for _, key := range c.usage.Keys() {
 		if err := c.previewMachine(ctx, out, key); err != nil {
 			return err
 		}
@@ -71,52 +70,51 @@ func (c *Controller) preview(ctx context.Context, out io.Writer) error {
 }
 
 func (c *Controller) previewMachine(ctx context.Context, out io.Writer, key string) error {
-	m := c.fleet.Machine(key)
+	m := c.machineReconciler.machine(key)
 	id := m.resource.ID()
-	var err error
-	if m.state.ledger, err = ledger.Read(ctx, c.configMaps, key, id); err != nil {
+	if err := m.loadLedger(ctx, c.configMaps); err != nil {
 		return err
 	}
-	c.fleet.SetLedger(key, m.state.ledger.Attached)
 	fmt.Fprintf(out, "%s %s (%s)\n", m.resource.Kind, m.resource.Name, id)
-	state, err := c.arm.Get(ctx, m.resource)
+	state, err := c.machineReconciler.updater.arm.Get(ctx, m.resource)
 	if err != nil {
 		fmt.Fprintf(out, "  nothing can be planned: %v\n", err)
 		return nil
 	}
-	u := cmp.Or(m.state.ledger.Update, new(ledger.Update))
+	protected := c.machineReconciler.protected()
+	u := cmp.Or(m.ledger.Update, new(ledger.Update))
 	if !u.Started.IsZero() {
 		fmt.Fprintf(out, "  an update is under way since %s; the rest is for when it has ended\n", u.Started.Format(time.RFC3339))
 		state = applied(u, state)
 	}
-	c.saw(key, m, state)
-	p := c.plan(key, m)
+	m.observe(state, c.machineReconciler.interval)
+	p := c.machineReconciler.plan(m)
 	for _, add := range u.Add {
-		fmt.Fprintf(out, "  attaching %s\n         for %s\n", add, cmp.Or(c.fleet.Users(key, azure.Fold(add)), "no pod any more"))
+		fmt.Fprintf(out, "  attaching %s\n         for %s\n", add, cmp.Or(m.usage.Users(azure.Fold(add)), "no pod any more"))
 	}
 	for _, gone := range u.Remove {
 		fmt.Fprintf(out, "  detaching %s\n", gone)
 	}
 	for _, add := range p.Add {
-		fmt.Fprintf(out, "  attach %s\n         for %s\n", add, c.fleet.Users(key, azure.Fold(add)))
+		fmt.Fprintf(out, "  attach %s\n         for %s\n", add, m.usage.Users(azure.Fold(add)))
 	}
 	for _, gone := range p.Remove {
 		fmt.Fprintf(out, "  detach %s\n         MIC attached it, and no living pod on a node of this machine uses it\n", gone)
 	}
 	for _, id := range slices.Sorted(maps.Keys(state.Identities)) {
 		have := state.Identities[id]
-		_, ours := m.state.ledger.Attached[id]
-		switch users := c.fleet.Users(key, id); {
+		_, ours := m.ledger.Attached[id]
+		switch users := m.usage.Users(id); {
 		case slices.Contains(u.Add, have.ID) || slices.Contains(p.Remove, have.ID):
 			// said above
 		case users != "":
 			fmt.Fprintf(out, "  keep   %s\n         for %s\n", have.ID, users)
 		case !ours:
 			fmt.Fprintf(out, "  keep   %s\n         MIC did not attach it\n", have.ID)
-		case c.spared()(have):
+		case protected(have):
 			fmt.Fprintf(out, "  keep   %s\n         it is never detached (--immutable-user-msis, or the cluster's own)\n", have.ID)
 		default:
-			fmt.Fprintf(out, "  detach %s\n         after %s (--detach-delay) without a pod that uses it\n", have.ID, c.cfg.DetachDelay)
+			fmt.Fprintf(out, "  detach %s\n         after %s (--detach-delay) without a pod that uses it\n", have.ID, c.machineReconciler.detachDelay)
 		}
 	}
 	for len(p.Add)+len(p.Remove) > 0 {
@@ -143,54 +141,31 @@ func applied(u *ledger.Update, state azure.State) azure.State {
 	return state
 }
 
-// usersOf lists pods that want an identity, some of them if they are many.
-func (f *Tracker) Users(machine, identity string) string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	u := f.machines[machine].identities[identity]
-	if u == nil || len(u.users) == 0 {
-		return ""
-	}
-	var pods []string
-	for pod := range u.users {
-		pods = append(pods, pod)
-	}
-	slices.Sort(pods)
-	const most = 5
-	if n := len(pods); n > most {
-		return fmt.Sprintf("pods %s and %d more", strings.Join(pods[:most], ", "), n-most)
-	}
-	return "pod " + strings.Join(pods, ", ")
-}
-
-// previewAssignments prints which AzureAssignedIdentity objects would come and go, and what stands in the way of pods.
+// previewAssignments prints which AzureAssignedIdentity objects would be created and released, and the problems of pods.
 func (c *Controller) previewAssignments(out io.Writer) error {
 	var create, release, wait int
-	for _, key := range slices.Sorted(slices.Values(c.cluster.pods.GetIndexer().ListKeys())) {
-		p, ok := kube.Get[*Pod](c.cluster.pods, key)
-		if !ok {
-			continue
-		}
-		d := c.desired(p)
-		have := c.cluster.AssignmentsOf(key)
-		for _, w := range d.assignments {
-			i := slices.IndexFunc(have, func(a *Assignment) bool { return a.Name == w.name })
+	pods := c.cluster.Pods()
+	slices.SortFunc(pods, func(a, b *Pod) int { return cmp.Compare(a.Key(), b.Key()) })
+	for _, p := range pods {
+		d := c.cluster.Desired(p)
+		have := c.cluster.AssignmentsOf(p.Key())
+		for _, want := range d.Assignments {
+			i := slices.IndexFunc(have, func(a *Assignment) bool { return a.Name == want.Name })
 			switch {
 			case i < 0:
-				fmt.Fprintf(out, "create AzureAssignedIdentity %s/%s: pod %s, AzureIdentity %s, by binding %s\n", p.Namespace, w.name, key, w.identity.Key(), w.binding.Key())
+				fmt.Fprintf(out, "create AzureAssignedIdentity %s/%s: pod %s, AzureIdentity %s, by binding %s\n", p.Namespace, want.Name, p.Key(), want.Identity.Key(), want.Binding.Key())
 				create++
 			case have[i].State != v1.AssignmentAssigned:
 				wait++
 			}
 		}
-		for _, t := range d.troubles {
-			fmt.Fprintf(out, "pod %s: %s: %s\n", key, t.reason, t.text)
+		for _, problem := range d.Problems {
+			fmt.Fprintf(out, "pod %s: %s: %s\n", p.Key(), problem.Reason, problem.Text)
 		}
 	}
-	for _, o := range c.cluster.assignments.GetIndexer().List() {
-		a := o.(*Assignment)
-		p, _ := kube.Get[*Pod](c.cluster.pods, a.Pod)
-		if !slices.ContainsFunc(c.desired(p).assignments, func(w wanted) bool { return p.Namespace == a.Namespace && w.name == a.Name }) {
+	for _, a := range c.cluster.Assignments() {
+		p := c.cluster.Pod(a.Pod)
+		if !slices.ContainsFunc(c.cluster.Desired(p).Assignments, func(want DesiredAssignment) bool { return p.Namespace == a.Namespace && want.Name == a.Name }) {
 			fmt.Fprintf(out, "release AzureAssignedIdentity %s: nothing binds AzureIdentity %s to a living pod %s any more\n", a.Key(), a.Identity, a.Pod)
 			release++
 		}

@@ -57,17 +57,16 @@ func stand(ctx context.Context, cfg Config, log *zap.Logger, drain bool) error {
 	var c *Controller
 	arm, err := newMachines(cfg, log, ctrlmetrics.Registry, func() {
 		if c != nil { // the first time there is nothing to ask again
-			c.askAgain()
+			c.reconcileAll()
 		}
 	})
 	if err != nil {
 		return err
 	}
-	c, err = New(cfg, Deps{Kube: config, Machines: arm, Log: log, Registry: ctrlmetrics.Registry})
+	c, err = newController(cfg, Deps{Kube: config, Machines: arm, Log: log, Registry: ctrlmetrics.Registry}, drain)
 	if err != nil {
 		return err
 	}
-	c.drain = drain
 	m, err := newManager(cfg, config, drain)
 	if err != nil {
 		return err
@@ -146,7 +145,7 @@ func newMachines(cfg Config, log *zap.Logger, r prometheus.Registerer, configure
 	if err != nil {
 		return nil, err
 	}
-	observer, err := newARMMetrics(r)
+	observer, err := NewARMMetrics(r)
 	if err != nil {
 		return nil, err
 	}
@@ -207,7 +206,7 @@ func (c *Controller) awaitNothing(ctx context.Context) bool {
 		case <-ctx.Done():
 			return false
 		}
-		if !c.assignmentsGone() {
+		if c.cluster.HasAssignments() {
 			continue
 		}
 		if left, err := ledger.Machines(ctx, c.configMaps); err == nil && len(left) == 0 {

@@ -1,0 +1,153 @@
+package mic
+
+import (
+	"slices"
+	"time"
+
+	"github.com/podidentity/podidentity/mic/azure"
+)
+
+// SetDemands replaces the demands of a pod. It requeues the machines for which that changes anything.
+func (t *Tracker) SetDemands(pod string, demands []Demand) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	before := t.demands[pod]
+	var keys []Key
+	for _, d := range demands {
+		keys = append(keys, d.Key)
+		if !slices.Contains(before, d.Key) {
+			t.addUser(pod, d)
+		}
+	}
+	for _, k := range before {
+		if !slices.Contains(keys, k) {
+			t.removeUser(pod, k)
+		}
+	}
+	if len(keys) == 0 {
+		delete(t.demands, pod)
+	} else {
+		t.demands[pod] = keys
+	}
+}
+
+func (t *Tracker) addUser(pod string, d Demand) {
+	m := t.at(d.Machine, d.Resource)
+	u := m.use(d.Identity, d.ID)
+	u.users[pod] = struct{}{}
+	if !u.unusedSince.IsZero() {
+		u.unusedSince = time.Time{}
+		t.requeueWaiters(u) // those that wait for its detachment
+	}
+	if !m.known || !m.has(d.Identity) {
+		m.lastDemand = time.Now()
+		if m.firstDemand.IsZero() {
+			m.firstDemand = m.lastDemand
+		}
+		t.requeue.Machine(d.Machine, quietTime)
+	}
+}
+
+func (t *Tracker) removeUser(pod string, k Key) {
+	m := t.machines[k.Machine]
+	if m == nil || m.identities[k.Identity] == nil {
+		return
+	}
+	u := m.identities[k.Identity]
+	delete(u.users, pod)
+	delete(u.waiters, pod)
+	if len(u.users) == 0 {
+		u.unusedSince = time.Now()
+		t.requeue.Machine(k.Machine, quietTime) // its plan says when the identity is detached, if at all
+	}
+}
+
+// Status is the status of an identity on a machine.
+type Status int
+
+// The statuses of an identity on a machine.
+const (
+	Unknown Status = iota // Azure has not reported since the last update whose result is not known, or never
+	Missing               // not attached, or an update that detaches it is in progress
+	Attached
+)
+
+// Status returns the status of an identity that a pod needs, and the problem that prevents its attachment, if any. Unless
+// the identity is attached, the pod is requeued when the status changes.
+func (t *Tracker) Status(pod string, k Key) (status Status, problem string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	m := t.machines[k.Machine]
+	if m == nil || m.identities[k.Identity] == nil {
+		return Unknown, "" // the demand of the pod is not set; its next reconcile sets it
+	}
+	u := m.identities[k.Identity]
+	if m.known && m.has(k.Identity) {
+		delete(u.waiters, pod)
+		return Attached, ""
+	}
+	u.waiters[pod] = struct{}{}
+	problem = m.problem
+	if u.refusal != nil {
+		problem = u.refusal.Message
+	}
+	if !m.known {
+		return Unknown, problem
+	}
+	return Missing, problem
+}
+
+// AdoptLegacy records, once for each UID, that an assignment of AAD Pod Identity says that an identity was attached to a
+// machine for pods.
+func (t *Tracker) AdoptLegacy(k Key, r azure.Resource, uid string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if _, done := t.adoptedUIDs[uid]; done {
+		return
+	}
+	t.adoptedUIDs[uid] = struct{}{}
+	m := t.at(k.Machine, r)
+	if m.inLedger[k.Identity] {
+		return
+	}
+	m.use(k.Identity, k.Identity).fromLegacy = true
+	t.requeue.Machine(k.Machine, quietTime)
+}
+
+// MayRelease reports whether an assignment that its pod no longer needs may be deleted. The last assignment of an identity
+// that MIC attached must stay until the identity is detached; its pod is then requeued when that changes.
+func (t *Tracker) MayRelease(pod string, k Key) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	m := t.machines[k.Machine]
+	if m == nil {
+		return true // no pod needs anything on it, and the Tracker has all machines with a ledger
+	}
+	u := m.identities[k.Identity]
+	if u == nil || !u.fromLegacy { // else it is not in the ledger yet
+		if m.inLedger != nil && !m.inLedger[k.Identity] || u != nil && len(u.users) > 0 {
+			return true
+		}
+	}
+	if u == nil {
+		u = m.use(k.Identity, k.Identity)
+		u.unusedSince = time.Now()
+	}
+	u.waiters[pod] = struct{}{}
+	if m.inLedger == nil || !m.known {
+		t.requeue.Machine(k.Machine, quietTime)
+	}
+	return false
+}
+
+// Absent reports whether Azure reported that a machine does not have an identity.
+func (t *Tracker) Absent(k Key) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	m := t.machines[k.Machine]
+	if m == nil || !m.known {
+		return false
+	}
+	_, present := m.attached[k.Identity]
+	return !present
+}

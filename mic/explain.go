@@ -1,0 +1,35 @@
+package mic
+
+import (
+	"cmp"
+	"fmt"
+
+	"github.com/podidentity/podidentity/internal/text"
+	"github.com/podidentity/podidentity/mic/azure"
+)
+
+// explain returns for an operator why Azure does not update a machine, and what to do.
+func explain(r azure.Resource, e *azure.Error) string {
+	what := fmt.Sprintf("Azure does not let MIC change the identities of %s %s: ", r.Kind, r.Name)
+	switch e.Class {
+	case azure.Denied:
+		role := "Virtual Machine Contributor"
+		return text.OneLine(fmt.Sprintf("%s%s. Grant MIC's identity the role %s on resource group %s of subscription %s", what, e.Message, role, r.ResourceGroup, r.SubscriptionID), maxText)
+	case azure.NotFound:
+		return text.OneLine(fmt.Sprintf("%s %s is not in resource group %s of subscription %s: %s", r.Kind, r.Name, r.ResourceGroup, r.SubscriptionID, e.Message), maxText)
+	case azure.Unavailable:
+		return text.OneLine(fmt.Sprintf("Azure does not answer about %s %s; it is asked again: %s", r.Kind, r.Name, cmp.Or(e.Message, e.Error())), maxText)
+	case azure.Unconfigured:
+		return text.OneLine("MIC cannot ask Azure: "+cmp.Or(e.Message, e.Error()), maxText)
+	}
+	return text.OneLine(what+cmp.Or(e.Message, e.Error()), maxText)
+}
+
+// explainRefused returns for an operator why Azure refuses an identity, and what to do.
+func explainRefused(r azure.Resource, id string, e *azure.Error) string {
+	advice := "see that the managed identity exists and that spec.resourceID of the AzureIdentity is right"
+	if e.Code == "LinkedAuthorizationFailed" {
+		advice = "grant MIC's identity the role Managed Identity Operator on the managed identity"
+	}
+	return text.OneLine(fmt.Sprintf("Azure refuses to change %s on %s %s; %s (%s: %s)", id, r.Kind, r.Name, advice, e.Code, e.Message), maxText)
+}

@@ -1,0 +1,11 @@
+package mic
+
+// Keys of log lines.
+const (
+	KeyMachine  = "machine"
+	KeyIdentity = "identity"
+	KeyPod      = "pod"
+	KeyBinding  = "binding"
+	KeyReason   = "reason"
+	KeyDetail   = "detail"
+)

@@ -1,0 +1,118 @@
+package mic
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+
+	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
+
+	"github.com/podidentity/podidentity/mic/azure"
+	"github.com/podidentity/podidentity/mic/ledger"
+)
+
+// machine is what the reconcile of one VM or VMSS keeps from one time to the next. Nothing else uses it, and one worker at
+// a time reconciles a machine, so it needs no lock.
+type machine struct {
+	usage    *Machine
+	resource azure.Resource
+	ledger   *ledger.Ledger // nil until it is read, and after another MIC wrote it
+	azure    azure.State    // as Azure reported it last
+	// refreshAt is when Azure must be asked again, at the latest.
+	refreshAt time.Time
+	updatedAt time.Time // when the last update began
+	failures  int       // consecutive
+}
+
+// loadLedger reads the ledger unless it is known.
+func (m *machine) loadLedger(ctx context.Context, store typedcorev1.ConfigMapInterface) error {
+	if m.ledger != nil {
+		return nil
+	}
+	l, err := ledger.Read(ctx, store, m.usage.Key, m.resource.ID())
+	if err != nil {
+		return err
+	}
+	m.ledger = l
+	m.usage.SetLedger(l.Attached)
+	return nil
+}
+
+// writeLedger writes the ledger if it changes. If another MIC wrote it, the next reconcile reads it again.
+func (m *machine) writeLedger(ctx context.Context, next ledger.Entries) error {
+	l := m.ledger
+	if l.Same(next) {
+		return nil
+	}
+	if err := l.Write(ctx, next); err != nil {
+		if errors.Is(err, ledger.ErrOvertaken) {
+			m.ledger = nil
+		}
+		return err
+	}
+	m.usage.SetLedger(l.Attached)
+	return nil
+}
+
+// pruneLedger removes identities (folded IDs) from the ledger.
+func (m *machine) pruneLedger(ctx context.Context, identities []string) error {
+	next := m.ledger.Clone()
+	for _, id := range identities {
+		delete(next.Attached, id)
+	}
+	return m.writeLedger(ctx, next)
+}
+
+// writeAdopted adds to the ledger what the assignments of AAD Pod Identity say.
+func (m *machine) writeAdopted(ctx context.Context) error {
+	adopted := m.usage.Adopted()
+	if len(adopted) == 0 {
+		return nil
+	}
+	next := m.ledger.Clone()
+	for identity, id := range adopted {
+		next.Attached[identity] = id
+	}
+	return m.writeLedger(ctx, next)
+}
+
+// recordOutcome removes the finished update from the ledger, and the identities that the machine does not have after it.
+// The state of the machine must have been observed after the end of the update.
+func (m *machine) recordOutcome(ctx context.Context) error {
+	next := m.ledger.Clone()
+	if u := next.Update; u != nil {
+		for _, id := range slices.Concat(u.Add, u.Remove) {
+			if _, present := m.azure.Identities[azure.Fold(id)]; !present {
+				delete(next.Attached, azure.Fold(id))
+			}
+		}
+	}
+	next.Update = nil
+	return m.writeLedger(ctx, next)
+}
+
+// observe records the state that Azure reported. It is checked again after the interval or a little earlier, so that not
+// all machines are checked at the same time.
+func (m *machine) observe(state azure.State, interval time.Duration) {
+	early := time.Duration(rand.Int64N(int64(interval / 10)))
+	m.azure, m.refreshAt = state, time.Now().Add(interval-early)
+	m.usage.Observe(state.Identities, m.updating())
+}
+
+// updating reports whether Azure is updating the machine, for MIC or for somebody else.
+func (m *machine) updating() bool { return strings.EqualFold(m.azure.ProvisioningState, "Updating") }
+
+// requeueAfter returns when the machine must be reconciled again if no update is needed now.
+func (m *machine) requeueAfter(p MachinePlan) time.Duration {
+	next := m.refreshAt
+	if m.updating() {
+		next = time.Now().Add(pause)
+	}
+	if !p.Next.IsZero() && p.Next.Before(next) {
+		next = p.Next
+	}
+	return max(time.Until(next), time.Millisecond)
+}

@@ -1,0 +1,153 @@
+package mic
+
+import (
+	"fmt"
+	"hash/fnv"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/internal/kube"
+	"github.com/podidentity/podidentity/mic/azure"
+)
+
+// pod is a pod with the label.
+type Pod struct {
+	kube.Meta
+	UID, Node, Selector string
+	Finished            bool // all of its containers are done for good: it needs nothing
+}
+
+// node is a node and the machine beneath it.
+type Node struct {
+	kube.Meta
+	Machine    azure.Resource
+	MachineKey string // of the machine; "" if there is none that Azure knows
+	Problem    string // why there is none
+}
+
+// namespace is here only to say whether it is on its way out.
+type Namespace struct {
+	kube.Meta
+	Terminating bool
+}
+
+// azureIdentity and binding keep the whole object, of which assignments hold copies. There are far fewer than pods.
+type AzureIdentity struct {
+	kube.Meta
+	Full       *v1.AzureIdentity
+	Value      identity.Identity
+	ResourceID string // folded resource ID of a managed identity; "" for what needs no machine
+}
+
+type Binding struct {
+	kube.Meta
+	Full  *v1.AzureIdentityBinding
+	Value identity.Binding
+}
+
+// assignment is an AzureAssignedIdentity.
+type Assignment struct {
+	kube.Meta
+	UID                    string
+	Pod, PodUID, Node      string // namespace/name; podUID is "" in objects of the predecessor
+	Identity, ResourceID   string // namespace/name; folded resource ID, "" for what needs no machine
+	Digest                 uint64 // of the copies
+	State                  v1.AssignmentState
+	Message                string
+	HasFinalizer, Deleting bool     // has our finalizer; is being deleted
+	otherFinalizers        []string // of others
+}
+
+// Reference refers to the pod, for Events.
+func (p *Pod) Reference() *corev1.ObjectReference {
+	return &corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID)}
+}
+
+// Reference refers to the binding, for Events.
+func (b *Binding) Reference() *corev1.ObjectReference {
+	return &corev1.ObjectReference{
+		APIVersion: v1.GroupVersion.String(), Kind: "AzureIdentityBinding", Namespace: b.Namespace, Name: b.Name, UID: b.Full.UID,
+	}
+}
+
+// legacy reports whether the predecessor wrote it.
+func (a *Assignment) Legacy() bool { return a.PodUID == "" }
+
+// digestOf tells whether the copies in an assignment say what the objects say now, as far as anybody reads them.
+func digestOf(i *v1.AzureIdentity, b *v1.AzureIdentityBinding) uint64 {
+	h := fnv.New64a()
+	fmt.Fprintf(h, "%+v\x00%s\x00%s\x00%s", identity.FromAzureIdentity(i), b.Namespace, b.Name, b.Spec.Selector)
+	return h.Sum64()
+}
+
+// trim cuts an object down to what is read here, before it is kept.
+func trim(o any) (any, error) {
+	switch o := o.(type) {
+	case *corev1.Pod:
+		return &Pod{kube.MetaOf(o), string(o.UID), o.Spec.NodeName, o.Labels[v1.BindingLabel],
+			o.Status.Phase == corev1.PodSucceeded || o.Status.Phase == corev1.PodFailed}, nil
+	case *corev1.Node:
+		return trimNode(o), nil
+	case *corev1.Namespace:
+		return &Namespace{kube.MetaOf(o), o.DeletionTimestamp != nil}, nil
+	case *v1.AzureIdentity:
+		o.ManagedFields = nil
+		i := &AzureIdentity{Meta: kube.MetaOf(o), Full: o, Value: identity.FromAzureIdentity(o)}
+		if i.Value.Kind == identity.UserAssigned {
+			i.ResourceID = azure.Fold(i.Value.ResourceID)
+		}
+		return i, nil
+	case *v1.AzureIdentityBinding:
+		o.ManagedFields = nil
+		return &Binding{kube.MetaOf(o), o, identity.FromAzureIdentityBinding(o)}, nil
+	case *v1.AzureAssignedIdentity:
+		return trimAssignment(o), nil
+	}
+	return o, nil
+}
+
+func trimNode(o *corev1.Node) *Node {
+	n := &Node{Meta: kube.MetaOf(o)}
+	machine, err := azure.ParseProviderID(o.Spec.ProviderID)
+	if err != nil {
+		n.Problem = fmt.Sprintf("spec.providerID of node %s: %v", o.Name, err)
+		return n
+	}
+	n.Machine, n.MachineKey = machine, machine.Key()
+	return n
+}
+
+func trimAssignment(o *v1.AzureAssignedIdentity) *Assignment {
+	a := &Assignment{
+		Meta: kube.MetaOf(o), UID: string(o.UID),
+		Pod: kube.Key(o.Spec.PodNamespace, o.Spec.Pod), Node: o.Spec.NodeName,
+		State: o.Status.Status, Message: o.Status.Message,
+		Deleting: o.DeletionTimestamp != nil,
+	}
+	for _, owner := range o.OwnerReferences {
+		if owner.Kind == "Pod" && owner.APIVersion == "v1" {
+			a.PodUID = string(owner.UID)
+		}
+	}
+	for _, f := range o.Finalizers {
+		if f == v1.AssignedIdentityFinalizer {
+			a.HasFinalizer = true
+		} else {
+			a.otherFinalizers = append(a.otherFinalizers, f)
+		}
+	}
+	if o.Spec.AzureIdentityRef != nil {
+		i := o.Spec.AzureIdentityRef.AzureIdentity()
+		a.Identity = kube.Key(i.Namespace, i.Name)
+		if identity.Kind(i.Spec.Type) == identity.UserAssigned {
+			a.ResourceID = azure.Fold(i.Spec.ResourceID)
+		}
+		if o.Spec.AzureBindingRef != nil {
+			a.Digest = digestOf(i, o.Spec.AzureBindingRef.AzureIdentityBinding())
+		}
+	}
+	return a
+}

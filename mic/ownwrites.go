@@ -1,0 +1,138 @@
+package mic
+
+import (
+	"slices"
+	"sync"
+	"time"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
+	"k8s.io/apimachinery/pkg/util/resourceversion"
+)
+
+// WriteTTL bounds how long an own write replaces what the watch has not delivered. By then the watch has delivered it, or
+// the object was deleted, and the watch delivered the deletion before the response to the write arrived.
+const WriteTTL = 30 * time.Second
+
+// ownWrites are the AzureAssignedIdentity objects as the API server returned them to writes of this process, until the
+// watch delivers the same version or a newer one. With them each reconcile of a pod sees its own last writes.
+type ownWrites struct {
+	mu       sync.Mutex
+	byPod    map[string][]*ownWrite
+	deleted  []deletedAssignment // recent deletions that the watch delivered, oldest first
+	released map[string]struct{} // UIDs of assignments whose last finalizer was removed and whose deletion the watch has not delivered
+}
+
+// deletedAssignment is an assignment that the watch reported as deleted.
+type deletedAssignment struct {
+	key, resourceVersion string
+	at                   time.Time
+}
+
+// ownWrite is an assignment as the API server returned it to a write.
+type ownWrite struct {
+	*Assignment
+	expires time.Time
+}
+
+func newOwnWrites() ownWrites {
+	return ownWrites{byPod: map[string][]*ownWrite{}, released: map[string]struct{}{}}
+}
+
+// overlay returns the assignments of a pod: those that the watch delivered, with own writes that are newer.
+func (w *ownWrites) overlay(pod string, observed []*Assignment) []*Assignment {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := time.Now()
+	observed = slices.DeleteFunc(observed, func(a *Assignment) bool {
+		_, released := w.released[a.UID]
+		return released
+	})
+	for _, own := range w.byPod[pod] {
+		i := slices.IndexFunc(observed, func(a *Assignment) bool { return a.Key() == own.Key() })
+		switch {
+		case now.After(own.expires):
+		case i < 0:
+			observed = append(observed, own.Assignment)
+		case newer(own.ResourceVersion, observed[i].ResourceVersion):
+			observed[i] = own.Assignment
+		}
+	}
+	return observed
+}
+
+// recordReleased records that the last finalizer of an assignment that is being deleted was removed.
+func (w *ownWrites) recordReleased(a *Assignment) {
+	w.drop(a.Pod, a.Key(), "")
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !slices.ContainsFunc(w.deleted, func(d deletedAssignment) bool { return d.key == a.Key() }) {
+		w.released[a.UID] = struct{}{}
+	}
+}
+
+// record records the response to a write. observed is the object that the watch delivered last, or nil.
+func (w *ownWrites) record(o *v1.AzureAssignedIdentity, observed *Assignment) *Assignment {
+	a := trimAssignment(o)
+	w.drop(a.Pod, a.Key(), "")
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	deleted := slices.ContainsFunc(w.deleted, func(d deletedAssignment) bool {
+		return d.key == a.Key() && !newer(a.ResourceVersion, d.resourceVersion)
+	})
+	if !deleted && (observed == nil || newer(a.ResourceVersion, observed.ResourceVersion)) {
+		w.byPod[a.Pod] = append(w.byPod[a.Pod], &ownWrite{a, time.Now().Add(WriteTTL)})
+	}
+	return a
+}
+
+// observe drops an own write that the watch delivered, or that a newer version replaced.
+func (w *ownWrites) observe(a *Assignment, deleted bool) {
+	version := a.ResourceVersion
+	if deleted {
+		version = ""
+		w.recordDeleted(a)
+	}
+	w.drop(a.Pod, a.Key(), version)
+}
+
+// recordDeleted remembers a deletion for a while: the response to an own write may arrive after it.
+func (w *ownWrites) recordDeleted(a *Assignment) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := time.Now()
+	recent := slices.IndexFunc(w.deleted, func(d deletedAssignment) bool { return now.Sub(d.at) < WriteTTL })
+	if recent < 0 {
+		recent = len(w.deleted)
+	}
+	w.deleted = append(slices.Delete(w.deleted, 0, recent), deletedAssignment{a.Key(), a.ResourceVersion, now})
+	delete(w.released, a.UID)
+}
+
+// unobserved reports whether there are writes for a pod that the watch has not delivered yet.
+func (w *ownWrites) unobserved(pod string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.byPod[pod]) > 0
+}
+
+// drop drops the write of an object, unless it is newer than the version.
+func (w *ownWrites) drop(pod, key, version string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	writes, ok := w.byPod[pod]
+	if !ok {
+		return
+	}
+	writes = slices.DeleteFunc(writes, func(own *ownWrite) bool { return own.Key() == key && !newer(own.ResourceVersion, version) })
+	if len(writes) == 0 {
+		delete(w.byPod, pod)
+	} else {
+		w.byPod[pod] = writes
+	}
+}
+
+// newer reports whether resourceVersion a is newer than b. Nothing is newer than no version.
+func newer(a, b string) bool {
+	order, err := resourceversion.CompareResourceVersion(a, b)
+	return err == nil && order > 0
+}
