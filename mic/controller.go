@@ -6,6 +6,10 @@ import (
 	"sync"
 	"time"
 
+	"github.com/podidentity/podidentity/mic/cluster"
+	"github.com/podidentity/podidentity/mic/telemetry"
+	"github.com/podidentity/podidentity/mic/usage"
+
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	corev1 "k8s.io/api/core/v1"
@@ -47,11 +51,11 @@ type Controller struct {
 	log        *zap.Logger
 	crds       rest.Interface
 	configMaps typedcorev1.ConfigMapInterface
-	cluster    *Cluster
-	usage      *Tracker
-	report     *Reporter
-	metrics    *Metrics
-	timer      *AssignmentTimer
+	cluster    *cluster.Cluster
+	usage      *usage.Tracker
+	report     *telemetry.Reporter
+	metrics    *telemetry.Metrics
+	timer      *telemetry.AssignmentTimer
 	loaded     chan struct{} // closed once the demands of all pods are recorded
 
 	podReconciler     *podReconciler
@@ -69,7 +73,7 @@ func New(cfg Config, deps Deps) (*Controller, error) { return newController(cfg,
 
 // newController prepares a Controller, or with drain one that detaches and removes everything; see Uninstall.
 func newController(cfg Config, deps Deps, drain bool) (*Controller, error) {
-	c := &Controller{log: deps.Log, timer: &AssignmentTimer{}, loaded: make(chan struct{})}
+	c := &Controller{log: deps.Log, timer: &telemetry.AssignmentTimer{}, loaded: make(chan struct{})}
 	config := rest.CopyConfig(deps.Kube)
 	// One budget for all requests of MIC; see the README for how it was chosen.
 	config.RateLimiter = flowcontrol.NewTokenBucketRateLimiter(cfg.QPS, cfg.Burst)
@@ -80,7 +84,7 @@ func newController(cfg Config, deps Deps, drain bool) (*Controller, error) {
 	c.crds = crds
 	// Whether a Secret may be used decides NMI, which reads it.
 	rules := identity.Rules{Mode: identity.Standard, ForceNamespaced: cfg.ForceNamespaced, AllowCrossNamespaceSecrets: true}
-	if c.cluster, err = newCluster(core, crds, Options{Rules: rules, Drain: drain}); err != nil {
+	if c.cluster, err = cluster.New(core, crds, cluster.Options{Rules: rules, Drain: drain}); err != nil {
 		return nil, err
 	}
 	client, err := typedcorev1.NewForConfig(config)
@@ -88,18 +92,18 @@ func newController(cfg Config, deps Deps, drain bool) (*Controller, error) {
 		return nil, err
 	}
 	c.configMaps = client.ConfigMaps(cfg.Namespace)
-	c.usage = NewTracker(Requeue{
+	c.usage = usage.New(usage.Requeue{
 		Pod:     func(key string) { c.pods.Add(key) },
 		Machine: func(key string, after time.Duration) { c.machines.AddAfter(key, after) },
 	})
-	if c.metrics, err = NewMetrics(deps.Registry, c.usage.SetAsideCount); err != nil {
+	if c.metrics, err = telemetry.NewMetrics(deps.Registry, c.usage.SetAsideCount); err != nil {
 		return nil, err
 	}
-	if c.report, err = NewReporter(client, deps.Log); err != nil {
+	if c.report, err = telemetry.NewReporter(client, deps.Log); err != nil {
 		return nil, err
 	}
 	c.podReconciler = &podReconciler{
-		cluster: c.cluster, usage: c.usage, writer: NewWriter(crds, c.cluster, c.metrics), report: c.report, timer: c.timer, metrics: c.metrics,
+		cluster: c.cluster, usage: c.usage, writer: cluster.NewWriter(crds, c.cluster, c.metrics), report: c.report, timer: c.timer, metrics: c.metrics,
 	}
 	c.machineReconciler = &machineReconciler{
 		interval: cfg.ReconcileInterval, detachDelay: cfg.DetachDelay, immutable: cfg.Immutable, drain: drain,
@@ -112,7 +116,7 @@ func newController(cfg Config, deps Deps, drain bool) (*Controller, error) {
 	c.pods = newQueue("pods", cfg.Workers, c.log, c.podReconciler.reconcile)
 	c.machines = newQueue("machines", machineWorkers, c.log, c.machineReconciler.reconcile)
 	c.bindings = newQueue("bindings", 1, c.log, (&bindingReconciler{c.cluster, c.report}).reconcile)
-	return c, c.cluster.Handle(Handlers{
+	return c, c.cluster.Handle(cluster.Handlers{
 		Pod:            func(key string) { c.pods.Add(key) },
 		Binding:        func(key string) { c.bindings.Add(key) },
 		PodScheduled:   c.timer.Scheduled,
@@ -212,7 +216,7 @@ func (c *Controller) load(ctx context.Context) {
 	for _, id := range ids {
 		r, err := azure.ParseID(id)
 		if err != nil {
-			c.log.Error("a ledger names no machine; delete its ConfigMap if it is of no use", zap.String(KeyMachine, id), zap.Error(err))
+			c.log.Error("a ledger names no machine; delete its ConfigMap if it is of no use", zap.String(telemetry.KeyMachine, id), zap.Error(err))
 			continue
 		}
 		c.usage.Add(r.Key(), r)

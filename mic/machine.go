@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/podidentity/podidentity/mic/usage"
+
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 
 	"github.com/podidentity/podidentity/mic/azure"
@@ -17,7 +19,7 @@ import (
 // machine is what the reconcile of one VM or VMSS keeps from one time to the next. Nothing else uses it, and one worker at
 // a time reconciles a machine, so it needs no lock.
 type machine struct {
-	usage    *Machine
+	usage    *usage.Machine
 	resource azure.Resource
 	ledger   *ledger.Ledger // nil until it is read, and after another MIC wrote it
 	azure    azure.State    // as Azure reported it last
@@ -106,7 +108,7 @@ func (m *machine) observe(state azure.State, interval time.Duration) {
 func (m *machine) updating() bool { return strings.EqualFold(m.azure.ProvisioningState, "Updating") }
 
 // requeueAfter returns when the machine must be reconciled again if no update is needed now.
-func (m *machine) requeueAfter(p MachinePlan) time.Duration {
+func (m *machine) requeueAfter(p usage.Plan) time.Duration {
 	next := m.refreshAt
 	if m.updating() {
 		next = time.Now().Add(pause)

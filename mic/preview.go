@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/podidentity/podidentity/mic/cluster"
+
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
@@ -145,12 +147,12 @@ func applied(u *ledger.Update, state azure.State) azure.State {
 func (c *Controller) previewAssignments(out io.Writer) error {
 	var create, release, wait int
 	pods := c.cluster.Pods()
-	slices.SortFunc(pods, func(a, b *Pod) int { return cmp.Compare(a.Key(), b.Key()) })
+	slices.SortFunc(pods, func(a, b *cluster.Pod) int { return cmp.Compare(a.Key(), b.Key()) })
 	for _, p := range pods {
 		d := c.cluster.Desired(p)
 		have := c.cluster.AssignmentsOf(p.Key())
 		for _, want := range d.Assignments {
-			i := slices.IndexFunc(have, func(a *Assignment) bool { return a.Name == want.Name })
+			i := slices.IndexFunc(have, func(a *cluster.Assignment) bool { return a.Name == want.Name })
 			switch {
 			case i < 0:
 				fmt.Fprintf(out, "create AzureAssignedIdentity %s/%s: pod %s, AzureIdentity %s, by binding %s\n", p.Namespace, want.Name, p.Key(), want.Identity.Key(), want.Binding.Key())
@@ -165,7 +167,7 @@ func (c *Controller) previewAssignments(out io.Writer) error {
 	}
 	for _, a := range c.cluster.Assignments() {
 		p := c.cluster.Pod(a.Pod)
-		if !slices.ContainsFunc(c.cluster.Desired(p).Assignments, func(want DesiredAssignment) bool { return p.Namespace == a.Namespace && want.Name == a.Name }) {
+		if !slices.ContainsFunc(c.cluster.Desired(p).Assignments, func(want cluster.DesiredAssignment) bool { return p.Namespace == a.Namespace && want.Name == a.Name }) {
 			fmt.Fprintf(out, "release AzureAssignedIdentity %s: nothing binds AzureIdentity %s to a living pod %s any more\n", a.Key(), a.Identity, a.Pod)
 			release++
 		}

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/podidentity/podidentity/mic/telemetry"
+
 	"github.com/go-logr/zapr"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
@@ -145,7 +147,7 @@ func newMachines(cfg Config, log *zap.Logger, r prometheus.Registerer, configure
 	if err != nil {
 		return nil, err
 	}
-	observer, err := NewARMMetrics(r)
+	observer, err := telemetry.NewARMMetrics(r)
 	if err != nil {
 		return nil, err
 	}

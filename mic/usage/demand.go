@@ -1,4 +1,4 @@
-package mic
+package usage
 
 import (
 	"slices"

@@ -1,4 +1,4 @@
-package mic
+package telemetry
 
 import (
 	"sync"

@@ -1,4 +1,4 @@
-package mic
+package cluster
 
 import (
 	"testing"
@@ -19,7 +19,7 @@ func assignmentObject(name, version string, state v1.AssignmentState) *v1.AzureA
 }
 
 func TestOurOwnWritesCountUntilTheWatchBringsThemOrSomethingNewer(t *testing.T) {
-	c, err := newCluster(&rest.RESTClient{}, &rest.RESTClient{}, Options{})
+	c, err := New(&rest.RESTClient{}, &rest.RESTClient{}, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

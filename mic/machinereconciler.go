@@ -9,6 +9,10 @@ import (
 	"sync"
 	"time"
 
+	"github.com/podidentity/podidentity/mic/cluster"
+	"github.com/podidentity/podidentity/mic/telemetry"
+	"github.com/podidentity/podidentity/mic/usage"
+
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 
 	"github.com/podidentity/podidentity/internal/retry"
@@ -40,12 +44,12 @@ type machineReconciler struct {
 	immutable   []string // client IDs of identities that are never detached
 	drain       bool     // detach without waiting for disconnected watches; see Uninstall
 
-	usage   *Tracker
+	usage   *usage.Tracker
 	ledgers typedcorev1.ConfigMapInterface
-	cluster *Cluster
+	cluster *cluster.Cluster
 	updater *updater
-	report  *Reporter
-	metrics *Metrics
+	report  *telemetry.Reporter
+	metrics *telemetry.Metrics
 
 	mu       sync.Mutex
 	machines map[string]*machine // by key; the map alone needs the lock
@@ -178,15 +182,15 @@ func (r *machineReconciler) ensureIdentities(ctx context.Context, m *machine) (t
 }
 
 // plan decides what to do with a machine.
-func (r *machineReconciler) plan(m *machine) MachinePlan {
+func (r *machineReconciler) plan(m *machine) usage.Plan {
 	v := m.usage.View()
 	v.Attached = m.azure.Identities
 	v.Now, v.DetachDelay, v.Protected = time.Now(), r.detachDelay, r.protected()
 	v.InLedger = m.ledger.Attached
-	p := Decide(v)
+	p := usage.Decide(v)
 	if len(p.Remove) > 0 && !r.drain && r.cluster.Behind() {
 		// A pod that needs the identity may have been created, and its event may be late.
-		p.Remove, p.Next = nil, v.Now.Add(CatchUpTime)
+		p.Remove, p.Next = nil, v.Now.Add(cluster.CatchUpTime)
 	}
 	return p
 }

@@ -1,4 +1,4 @@
-package mic
+package usage
 
 import (
 	"slices"
@@ -25,7 +25,7 @@ var vmss = azure.Resource{Kind: azure.ScaleSet, SubscriptionID: "s", ResourceGro
 
 func newTestFleet() (*Tracker, *heard) {
 	h := &heard{}
-	return NewTracker(Requeue{
+	return New(Requeue{
 		Pod:     func(pod string) { h.pods = append(h.pods, pod) },
 		Machine: func(key string, _ time.Duration) { h.machines = append(h.machines, key) },
 	}), h

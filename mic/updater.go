@@ -8,6 +8,10 @@ import (
 	"strings"
 	"time"
 
+	"github.com/podidentity/podidentity/mic/cluster"
+	"github.com/podidentity/podidentity/mic/telemetry"
+	"github.com/podidentity/podidentity/mic/usage"
+
 	"go.uber.org/zap"
 
 	"github.com/podidentity/podidentity/mic/azure"
@@ -27,7 +31,7 @@ const (
 // result.
 type updater struct {
 	arm        Machines
-	cluster    *Cluster
+	cluster    *cluster.Cluster
 	interval   time.Duration // between checks of a machine
 	requeuePod func(key string)
 	log        *zap.Logger
@@ -54,7 +58,7 @@ func (u *updater) refresh(ctx context.Context, m *machine) error {
 }
 
 // apply updates a machine as planned. Identities that Azure refused before are sent by themselves, after the others.
-func (u *updater) apply(ctx context.Context, m *machine, p MachinePlan) error {
+func (u *updater) apply(ctx context.Context, m *machine, p usage.Plan) error {
 	m.updatedAt = time.Now()
 	m.usage.ResetGather()
 	p.Remove = u.confirmUnused(m, p.Remove)
@@ -91,7 +95,7 @@ func (u *updater) confirmUnused(m *machine, remove []string) []string {
 	return slices.DeleteFunc(remove, func(id string) bool {
 		pod, isUsed := used[azure.Fold(id)]
 		if isUsed {
-			u.log.Warn("not detaching the identity: a pod started to use it", zap.String(KeyMachine, m.resource.ID()), zap.String(KeyIdentity, id), zap.String(KeyPod, pod))
+			u.log.Warn("not detaching the identity: a pod started to use it", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.String(telemetry.KeyIdentity, id), zap.String(telemetry.KeyPod, pod))
 			u.requeuePod(pod)
 		}
 		return isUsed
@@ -139,8 +143,8 @@ func (u *updater) applyBisecting(ctx context.Context, m *machine, add, remove []
 func (u *updater) setAside(m *machine, id string, e *azure.Error) {
 	message := explainRefused(m.resource, id, e)
 	retryAfter, times := m.usage.SetAside(azure.Fold(id), message)
-	u.log.Warn("Azure refuses an identity; it is set aside", zap.String(KeyMachine, m.resource.ID()), zap.String(KeyIdentity, id),
-		zap.String(KeyDetail, message), zap.Int("times", times), zap.Time("next_try", retryAfter))
+	u.log.Warn("Azure refuses an identity; it is set aside", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.String(telemetry.KeyIdentity, id),
+		zap.String(telemetry.KeyDetail, message), zap.Int("times", times), zap.Time("next_try", retryAfter))
 }
 
 // patch does one update of a machine, from the write of the ledger to the result.
@@ -164,7 +168,7 @@ func (u *updater) patch(ctx context.Context, m *machine, add, remove []string) e
 		m.usage.MarkUnknown()
 		return fmt.Errorf("this process stood still for %s before it updated %s; it checks the machine again", time.Since(next.Update.Started), m.resource.ID())
 	}
-	u.log.Info("changing the identities of a machine", zap.String(KeyMachine, m.resource.ID()), zap.Strings("attach", add), zap.Strings("detach", remove))
+	u.log.Info("changing the identities of a machine", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.Strings("attach", add), zap.Strings("detach", remove))
 	op, err := u.arm.Begin(ctx, m.resource, m.azure, add, remove)
 	if err == nil {
 		if token := op.Token(); token != "" {
@@ -194,7 +198,7 @@ func (u *updater) handleSuccess(ctx context.Context, m *machine, state azure.Sta
 		m.usage.MarkUnknown()
 		return fmt.Errorf("the update of %s is still in progress, though Azure does not know its operation any more", m.resource.ID())
 	}
-	u.log.Info("changed the identities of a machine", zap.String(KeyMachine, m.resource.ID()), zap.Duration("took", time.Since(update.Started)))
+	u.log.Info("changed the identities of a machine", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.Duration("took", time.Since(update.Started)))
 	return m.recordOutcome(ctx)
 }
 
@@ -245,7 +249,7 @@ func (u *updater) resume(ctx context.Context, m *machine) (time.Duration, error)
 	}
 	m.usage.MarkUnknown()
 	if update.Token != "" {
-		u.log.Info("waiting for the end of an update that began earlier", zap.String(KeyMachine, m.resource.ID()), zap.Time("began", update.Started))
+		u.log.Info("waiting for the end of an update that began earlier", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.Time("began", update.Started))
 		op, err := u.arm.Resume(ctx, m.resource, update.Token)
 		if err == nil {
 			_, err = op.Wait(ctx)

@@ -5,17 +5,21 @@ import (
 	"slices"
 	"time"
 
+	"github.com/podidentity/podidentity/mic/cluster"
+	"github.com/podidentity/podidentity/mic/telemetry"
+	"github.com/podidentity/podidentity/mic/usage"
+
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
 // podReconciler gives each pod its AzureAssignedIdentity objects. It alone writes those of a pod, one worker at a time.
 type podReconciler struct {
-	cluster *Cluster
-	usage   *Tracker
-	writer  *Writer
-	report  *Reporter
-	timer   *AssignmentTimer
-	metrics *Metrics
+	cluster *cluster.Cluster
+	usage   *usage.Tracker
+	writer  *cluster.Writer
+	report  *telemetry.Reporter
+	timer   *telemetry.AssignmentTimer
+	metrics *telemetry.Metrics
 }
 
 // reconcile gives a pod (namespace/name) the assignments that it desires, and releases all others.
@@ -27,8 +31,8 @@ func (r *podReconciler) reconcile(ctx context.Context, key string) (time.Duratio
 	problems := d.Problems
 	assigned := map[string]bool{} // by AzureIdentity
 	for _, want := range d.Assignments {
-		var a *Assignment
-		if i := slices.IndexFunc(have, func(a *Assignment) bool { return a.Namespace == p.Namespace && a.Name == want.Name }); i >= 0 {
+		var a *cluster.Assignment
+		if i := slices.IndexFunc(have, func(a *cluster.Assignment) bool { return a.Namespace == p.Namespace && a.Name == want.Name }); i >= 0 {
 			a = have[i]
 			have = slices.Delete(have, i, i+1)
 		}
@@ -40,7 +44,7 @@ func (r *podReconciler) reconcile(ctx context.Context, key string) (time.Duratio
 			assigned[want.Identity.Key()] = true
 		}
 		if message != "" {
-			problems = append(problems, Problem{ReasonFailed, message, want.Binding.Reference()})
+			problems = append(problems, telemetry.Problem{Reason: telemetry.ReasonFailed, Text: message, Binding: want.Binding.Reference()})
 		}
 	}
 	for _, a := range have {
@@ -58,35 +62,35 @@ func (r *podReconciler) reconcile(ctx context.Context, key string) (time.Duratio
 		r.timer.Done(key, len(assigned) > 0, r.metrics.Assigned)
 	}
 	if r.cluster.HasUnobservedWrites(key) {
-		return WriteTTL, nil // if the watch does not deliver them by then, newer versions replaced them
+		return cluster.WriteTTL, nil // if the watch does not deliver them by then, newer versions replaced them
 	}
 	return 0, nil
 }
 
 // setDemands records in the Tracker what the pod needs.
-func (r *podReconciler) setDemands(key string, d DesiredState) {
-	var demands []Demand
+func (r *podReconciler) setDemands(key string, d cluster.DesiredState) {
+	var demands []usage.Demand
 	for _, want := range d.Assignments {
-		if want.ResourceID != "" && want.MachineKey != "" && !slices.ContainsFunc(demands, func(d Demand) bool { return d.Key == usageKey(want) }) {
-			demands = append(demands, Demand{usageKey(want), want.Machine, want.Identity.Value.ResourceID})
+		if want.ResourceID != "" && want.MachineKey != "" && !slices.ContainsFunc(demands, func(d usage.Demand) bool { return d.Key == usageKey(want) }) {
+			demands = append(demands, usage.Demand{Key: usageKey(want), Resource: want.Machine, ID: want.Identity.Value.ResourceID})
 		}
 	}
 	r.usage.SetDemands(key, demands)
 }
 
-func usageKey(d DesiredAssignment) Key { return Key{d.MachineKey, d.ResourceID} }
+func usageKey(d cluster.DesiredAssignment) usage.Key { return usage.Key{Machine: d.MachineKey, Identity: d.ResourceID} }
 
 // serves reports whether NMI grants tokens by an assignment of AAD Pod Identity as long as there is no other.
-func (r *podReconciler) serves(p *Pod, d DesiredState, a *Assignment) bool {
+func (r *podReconciler) serves(p *cluster.Pod, d cluster.DesiredState, a *cluster.Assignment) bool {
 	usable := p != nil && a.Node == p.Node && a.Legacy() && !a.Deleting && (a.State == v1.AssignmentAssigned || a.State == v1.AssignmentLegacy)
-	return usable && slices.ContainsFunc(d.Assignments, func(want DesiredAssignment) bool {
+	return usable && slices.ContainsFunc(d.Assignments, func(want cluster.DesiredAssignment) bool {
 		return want.Identity.Key() == a.Identity && want.ResourceID == a.ResourceID && !r.usage.Absent(usageKey(want))
 	})
 }
 
 // ensureAssignment creates or updates one assignment. It returns the state that the assignment has then, and the problem
 // that prevents its identity from being attached.
-func (r *podReconciler) ensureAssignment(ctx context.Context, p *Pod, want DesiredAssignment, a *Assignment) (v1.AssignmentState, string, error) {
+func (r *podReconciler) ensureAssignment(ctx context.Context, p *cluster.Pod, want cluster.DesiredAssignment, a *cluster.Assignment) (v1.AssignmentState, string, error) {
 	var err error
 	switch {
 	case a == nil && r.cluster.NamespaceTerminating(p.Namespace):
@@ -107,10 +111,10 @@ func (r *podReconciler) ensureAssignment(ctx context.Context, p *Pod, want Desir
 	case want.MachineKey == "":
 		state, message = v1.AssignmentCreated, want.Problem
 	default:
-		var status Status
-		if status, message = r.usage.Status(p.Key(), usageKey(want)); status == Missing || status == Unknown && message != "" && a.State != v1.AssignmentAssigned {
+		var status usage.Status
+		if status, message = r.usage.Status(p.Key(), usageKey(want)); status == usage.Missing || status == usage.Unknown && message != "" && a.State != v1.AssignmentAssigned {
 			state = v1.AssignmentCreated
-		} else if status == Unknown {
+		} else if status == usage.Unknown {
 			return a.State, message, nil // the written state stays until Azure reports another one
 		}
 	}
@@ -121,12 +125,12 @@ func (r *podReconciler) ensureAssignment(ctx context.Context, p *Pod, want Desir
 }
 
 // release deletes an assignment that no pod needs any more, once nothing depends on it.
-func (r *podReconciler) release(ctx context.Context, a *Assignment) error {
+func (r *podReconciler) release(ctx context.Context, a *cluster.Assignment) error {
 	n := r.cluster.Node(a.Node)
 	if n == nil || a.ResourceID == "" || n.MachineKey == "" {
 		return r.writer.Delete(ctx, a, false)
 	}
-	k := Key{n.MachineKey, a.ResourceID}
+	k := usage.Key{Machine: n.MachineKey, Identity: a.ResourceID}
 	if a.Legacy() {
 		r.usage.AdoptLegacy(k, n.Machine, a.UID)
 	}

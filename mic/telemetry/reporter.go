@@ -1,4 +1,4 @@
-package mic
+package telemetry
 
 import (
 	"errors"
@@ -12,6 +12,7 @@ import (
 	"k8s.io/client-go/tools/record"
 
 	lru "github.com/hashicorp/golang-lru/v2"
+
 	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/mic/azure"
 )

@@ -1,4 +1,4 @@
-package mic
+package usage
 
 import (
 	"maps"
@@ -57,7 +57,7 @@ type Refusal struct {
 }
 
 // NewTracker returns a Tracker without machines.
-func NewTracker(r Requeue) *Tracker {
+func New(r Requeue) *Tracker {
 	return &Tracker{machines: map[string]*Machine{}, demands: map[string][]Key{}, adoptedUIDs: map[string]struct{}{}, requeue: r}
 }
 

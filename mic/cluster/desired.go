@@ -1,4 +1,4 @@
-package mic
+package cluster
 
 import (
 	"cmp"
@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/podidentity/podidentity/mic/telemetry"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/identity"
@@ -18,7 +20,7 @@ import (
 type DesiredState struct {
 	Assignments []DesiredAssignment
 	// Problems are the reasons why there are no more assignments.
-	Problems []Problem
+	Problems []telemetry.Problem
 }
 
 // DesiredAssignment is one AzureAssignedIdentity as it is to be.
@@ -52,7 +54,7 @@ func (c *Cluster) Desired(p *Pod) DesiredState {
 			return b.Namespace == i.Namespace && b.Value.AzureIdentity == i.Name
 		})]
 		if problem := i.Problem(); problem != "" {
-			d.Problems = append(d.Problems, Problem{ReasonInvalid, fmt.Sprintf("AzureIdentity %s cannot work: %s", i.Key(), problem), b.Reference()})
+			d.Problems = append(d.Problems, telemetry.Problem{Reason: telemetry.ReasonInvalid, Text: fmt.Sprintf("AzureIdentity %s cannot work: %s", i.Key(), problem), Binding: b.Reference()})
 			continue
 		}
 		d.Assignments = append(d.Assignments, DesiredAssignment{

@@ -1,4 +1,4 @@
-package mic
+package telemetry
 
 // Keys of log lines.
 const (

@@ -1,4 +1,4 @@
-package mic
+package cluster
 
 import (
 	"context"
@@ -6,23 +6,28 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/podidentity/podidentity/mic/telemetry"
+
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	v1 "github.com/podidentity/podidentity/api/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
 // Writer writes AzureAssignedIdentity objects. The Cluster shows its writes at once.
 type Writer struct {
 	client  rest.Interface
 	cluster *Cluster
-	metrics *Metrics
+	metrics *telemetry.Metrics
 }
 
 // NewWriter returns a Writer that works with the client of the custom resources.
-func NewWriter(client rest.Interface, c *Cluster, m *Metrics) *Writer { return &Writer{client, c, m} }
+func NewWriter(client rest.Interface, c *Cluster, m *telemetry.Metrics) *Writer {
+	return &Writer{client, c, m}
+}
 
 // create makes an assignment. Until its state is written it counts as Created. nil: it exists, and the watch is behind.
 func (w *Writer) Create(ctx context.Context, p *Pod, d DesiredAssignment) (*Assignment, error) {
@@ -46,7 +51,7 @@ func (w *Writer) Create(ctx context.Context, p *Pod, d DesiredAssignment) (*Assi
 	if apierrors.IsAlreadyExists(err) || apierrors.HasStatusCause(err, "NamespaceTerminating") {
 		return nil, nil
 	}
-	if err := w.metrics.Wrote(Create, start, err); err != nil {
+	if err := w.metrics.Wrote(telemetry.Create, start, err); err != nil {
 		return nil, fmt.Errorf("creating AzureAssignedIdentity %s/%s: %w", p.Namespace, d.Name, err)
 	}
 	return w.cluster.recordWrite(&made), nil
@@ -87,9 +92,9 @@ func (w *Writer) patch(ctx context.Context, a *Assignment, kind types.PatchType,
 	if apierrors.IsNotFound(err) {
 		return nil, nil
 	}
-	operation := UpdateCopies
+	operation := telemetry.UpdateCopies
 	if subresource != "" {
-		operation = UpdateState
+		operation = telemetry.UpdateState
 	}
 	if err := w.metrics.Wrote(operation, start, err); err != nil {
 		return nil, fmt.Errorf("updating AzureAssignedIdentity %s: %w", a.Key(), err)
@@ -112,7 +117,7 @@ func (w *Writer) Delete(ctx context.Context, a *Assignment, detached bool) error
 		if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
 			return nil
 		}
-		if err := w.metrics.Wrote(Delete, start, err); err != nil {
+		if err := w.metrics.Wrote(telemetry.Delete, start, err); err != nil {
 			return fmt.Errorf("deleting AzureAssignedIdentity %s: %w", a.Key(), err)
 		}
 	}
@@ -128,7 +133,7 @@ func (w *Writer) Delete(ctx context.Context, a *Assignment, detached bool) error
 		return nil // it is gone, or one that has its name now
 	}
 	if err != nil {
-		w.metrics.APIFailed(string(Delete))
+		w.metrics.APIFailed(string(telemetry.Delete))
 		return fmt.Errorf("letting AzureAssignedIdentity %s go: %w", a.Key(), err)
 	}
 	if len(a.otherFinalizers) == 0 {

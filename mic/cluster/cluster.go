@@ -1,4 +1,4 @@
-package mic
+package cluster
 
 import (
 	"cmp"
@@ -46,7 +46,7 @@ type Options struct {
 }
 
 // newCluster prepares the caches; the informers have yet to be run.
-func newCluster(core, crds rest.Interface, o Options) (*Cluster, error) {
+func New(core, crds rest.Interface, o Options) (*Cluster, error) {
 	c := &Cluster{own: newOwnWrites(), options: o}
 	informer := func(client rest.Interface, resource string, kind runtime.Object, selector string, indexers cache.Indexers) cache.SharedIndexInformer {
 		lw := cache.NewFilteredListWatchFromClient(client, resource, metav1.NamespaceAll, func(o *metav1.ListOptions) { o.LabelSelector = selector })

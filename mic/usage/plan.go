@@ -1,4 +1,4 @@
-package mic
+package usage
 
 import (
 	"cmp"
@@ -28,7 +28,7 @@ type IdentityView struct {
 }
 
 // plan is what to do with a machine.
-type MachinePlan struct {
+type Plan struct {
 	Add    []string // to attach, as spelled by whoever wants it
 	Trial  []string // to attach too, but by themselves: Azure refused them before
 	Remove []string // to detach, as Azure spells it
@@ -39,11 +39,11 @@ type MachinePlan struct {
 	Next time.Time
 }
 
-func (p MachinePlan) Empty() bool { return len(p.Add)+len(p.Trial)+len(p.Remove) == 0 }
+func (p Plan) Empty() bool { return len(p.Add)+len(p.Trial)+len(p.Remove) == 0 }
 
 // decide says what to do with a machine. It is pure.
-func Decide(v View) MachinePlan {
-	var p MachinePlan
+func Decide(v View) Plan {
+	var p Plan
 	due := func(t time.Time) bool {
 		if !t.After(v.Now) {
 			return true

@@ -1,12 +1,13 @@
-package mic
+package cluster
 
 import (
 	"slices"
 	"sync"
 	"time"
 
-	v1 "github.com/podidentity/podidentity/api/v1"
 	"k8s.io/apimachinery/pkg/util/resourceversion"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
 // WriteTTL bounds how long an own write replaces what the watch has not delivered. By then the watch has delivered it, or

@@ -5,14 +5,17 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/podidentity/podidentity/mic/cluster"
+	"github.com/podidentity/podidentity/mic/telemetry"
+
 	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/internal/kube"
 )
 
 // bindingReconciler reports bindings that cannot work.
 type bindingReconciler struct {
-	cluster *Cluster
-	report  *Reporter
+	cluster *cluster.Cluster
+	report  *telemetry.Reporter
 }
 
 func (r *bindingReconciler) reconcile(_ context.Context, key string) (time.Duration, error) {
@@ -25,11 +28,11 @@ func (r *bindingReconciler) reconcile(_ context.Context, key string) (time.Durat
 	reason, text := "", ""
 	switch {
 	case b.Value.Selector == "":
-		reason, text = ReasonInvalid, "spec.selector is empty, so the binding selects no pod; write the value of the label "+v1.BindingLabel
+		reason, text = telemetry.ReasonInvalid, "spec.selector is empty, so the binding selects no pod; write the value of the label "+v1.BindingLabel
 	case i == nil:
-		reason, text = ReasonMissing, fmt.Sprintf("AzureIdentity %s does not exist; create it in the binding's namespace, or correct spec.azureIdentity", name)
+		reason, text = telemetry.ReasonMissing, fmt.Sprintf("AzureIdentity %s does not exist; create it in the binding's namespace, or correct spec.azureIdentity", name)
 	case i.Value.Problem() != "":
-		reason, text = ReasonInvalid, fmt.Sprintf("AzureIdentity %s cannot work: %s", name, i.Value.Problem())
+		reason, text = telemetry.ReasonInvalid, fmt.Sprintf("AzureIdentity %s cannot work: %s", name, i.Value.Problem())
 	}
 	r.report.BindingProblem(b.Reference(), reason, text)
 	return 0, nil
