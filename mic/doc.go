@@ -1,21 +1,26 @@
 // Package mic is the Managed Identity Controller of standard mode. It attaches the managed identities that pods need to
-// the virtual machine or scale set beneath their nodes, detaches them when the last pod that needs one there is gone,
-// and records in AzureAssignedIdentity objects who has what.
+// the VM or VMSS of their nodes, detaches them when the last pod that needs one there is gone, and records in
+// AzureAssignedIdentity objects which pod has which identity.
 //
-// Work is keyed. One queue has pods: from a pod's bindings follows what it wants, and its reconcile alone writes its
-// AzureAssignedIdentity objects. The other has machines (the ARM resource beneath nodes): its reconcile alone talks to
-// Azure about that machine, one update at a time, and what comes in meanwhile is in the next. Between the two stands
-// the [fleet], which knows in memory who wants what where. An event costs work for what it touches; nothing looks at
-// the whole cluster.
+// A machine is a VM or VMSS whose identities MIC changes. Work is keyed, in two queues. The reconcile of a pod derives from
+// its bindings what the pod needs, and alone writes the AzureAssignedIdentity objects of the pod. The reconcile of a machine
+// alone calls Azure for that machine, one update at a time; demands that come during an update are in the next one. Package
+// usage connects the two: it knows in memory which pod needs which identity on which machine. The work for an event depends
+// on what the event affects, not on the size of the cluster.
+//
+// One assignment goes through these steps: an event requeues a pod (package cluster), the reconcile of the pod computes its
+// desired assignments (package cluster) and its demands (package usage), which requeues the machine; the reconcile of the
+// machine plans and sends one update (updater, packages ledger and azure); the new state of the machine requeues the pods
+// that wait (package usage), and their reconcile writes the status (package cluster).
 //
 // What the package protects against:
 //
-//   - An identity that is in use is detached. Nothing is detached before all objects have been loaded; only what no
-//     living pod on any node of the machine wants, after a delay; and the pods are looked through once more before.
-//   - An identity that somebody else attached is detached. Only what the ledger of the machine says that MIC attached
-//     itself is ever removed, and the ledger is written before Azure is asked. See package ledger.
-//   - One identity that Azure refuses holds up others. It is set aside by itself; see [refusal].
-//   - Two controllers work on one machine. The ledger is written with its version, so the second of two that believe
-//     that they lead is stopped before it reaches Azure; and it holds the operation that is under way, which the next
-//     leader waits for instead of beginning another.
+//   - Detaching an identity that is in use. MIC detaches nothing before all objects have been loaded. It detaches only what
+//     no living pod on any node of the machine needs, after a delay, and checks the pods once more before.
+//   - Detaching an identity that somebody else attached. MIC detaches only what the ledger of the machine says that MIC
+//     attached. It writes the ledger before it sends an update. See package ledger.
+//   - One identity that Azure refuses blocks others. MIC sets it aside and tries it by itself; see [usage.Refusal].
+//   - Two controllers update one machine. The ledger is written with its resourceVersion, so the second of two that both
+//     act as the leader is stopped before it reaches Azure. The ledger also has the update in progress; the next leader waits
+//     for its end instead of starting another.
 package mic

@@ -1,0 +1,22 @@
+// Package cluster holds what MIC needs to know of the Kubernetes cluster, computes which AzureAssignedIdentity objects a pod
+// desires, and writes them.
+//
+// The caches are informers of client-go with small objects of our own types. The cache of controller-runtime keeps objects
+// in their Kubernetes types: even a trimmed Pod takes ten times the memory, for every pod of the cluster that a binding could
+// select. Objects in the caches are shared and must not be changed.
+//
+// Own writes: the reconcile of a pod must see its own last writes, or it would create an assignment twice or write an old
+// status. [Cluster.AssignmentsOf] therefore returns responses to own writes until the watch delivers them. resourceVersions
+// are compared by k8s.io/apimachinery/pkg/util/resourceversion. The rest is not from a library, for these reasons:
+//
+//   - cache.MutationCache of client-go keeps a bounded number of writes and drops the oldest, so that in a burst of pods the
+//     guarantee is lost; with a bound above any burst, each lookup by index would go over all pending writes of the cluster.
+//     It does not know that an object is gone once its last finalizer is removed, and cannot tell whether writes of one pod
+//     are still to be delivered, after which the pod must be reconciled again.
+//   - The client of controller-runtime with EnableReadYourWritesConsistency blocks a read until its cache has the write, and
+//     a list until its cache has all writes of that kind. A worker would wait for the watch, and every pod for the writes of
+//     all others; here a worker goes on with what it knows. It also needs the cache of controller-runtime.
+//
+// What the package protects against: acting on old state. A watch that is disconnected or still catching up may hide a new
+// pod, so [Cluster] says so ([Cluster.Behind]) and nothing is detached then.
+package cluster
