@@ -9,11 +9,10 @@ import (
 	"runtime/debug"
 	"syscall"
 
-	"github.com/go-logr/zapr"
+	"github.com/podidentity/podidentity/cmd/mic/options"
+
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
-	"go.uber.org/zap/zapcore"
-	"k8s.io/klog/v2"
 
 	"github.com/podidentity/podidentity/mic"
 )
@@ -41,7 +40,7 @@ func main() {
 
 // command has all flags on all commands: "mic plan" with the arguments of a MIC that runs says what that one does.
 func command() *cobra.Command {
-	o := newOptions()
+	o := options.New()
 	run := &cobra.Command{
 		Use:   "mic",
 		Short: "Attach to the machines of the cluster the Azure identities that their pods need",
@@ -53,33 +52,33 @@ goes on from there; "mic uninstall" detaches it.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return o.withLogger(func(log *zap.Logger) error {
+			return o.WithLogger(func(log *zap.Logger) error {
 				log.Info("starting", zap.String("version", version))
-				return mic.Run(cmd.Context(), o.config(version), log)
+				return mic.Run(cmd.Context(), o.Config(version), log)
 			})
 		},
 	}
 	run.CompletionOptions.DisableDefaultCmd = true // nobody types this command often enough
-	o.addTo(run.PersistentFlags())
+	o.AddFlags(run.PersistentFlags())
 	run.AddCommand(plan(o), uninstall(o))
 	return run
 }
 
-func plan(o *options) *cobra.Command {
+func plan(o *options.Options) *cobra.Command {
 	return &cobra.Command{
 		Use:   "plan",
 		Short: "Print what MIC would attach and detach, and why, and change nothing",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return o.withLogger(func(log *zap.Logger) error {
-				return mic.Plan(cmd.Context(), o.config(version), log, cmd.OutOrStdout())
+			return o.WithLogger(func(log *zap.Logger) error {
+				return mic.Plan(cmd.Context(), o.Config(version), log, cmd.OutOrStdout())
 			})
 		},
 	}
 }
 
-func uninstall(o *options) *cobra.Command {
-	var stay bool
+func uninstall(o *options.Options) *cobra.Command {
+	var wait bool
 	c := &cobra.Command{
 		Use:   "uninstall",
 		Short: "Detach what MIC attached, and remove what it wrote into the cluster",
@@ -87,32 +86,20 @@ func uninstall(o *options) *cobra.Command {
 removes what MIC wrote down. No MIC may run meanwhile. It may be run again at any time.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return o.withLogger(func(log *zap.Logger) error {
-				if err := mic.Uninstall(cmd.Context(), o.config(version), log); err != nil {
+			return o.WithLogger(func(log *zap.Logger) error {
+				if err := mic.Uninstall(cmd.Context(), o.Config(version), log); err != nil {
 					return err
 				}
 				log.Info("uninstalled")
-				if !stay {
+				if !wait {
 					return nil
 				}
-				return hold(cmd.Context(), o.cfg.ProbePort)
+				return waitForSignal(cmd.Context(), o.Config(version).ProbePort)
 			})
 		},
 	}
-	c.Flags().BoolVar(&stay, "hold", false, "stay when done, until a signal, and answer /readyz; for a Deployment")
+	c.Flags().BoolVar(&wait, "wait-for-signal", false, "when done, answer /readyz until a signal comes; for a Deployment")
+	c.Flags().BoolVar(&wait, "hold", false, "")
+	_ = c.Flags().MarkHidden("hold") // the earlier name of --wait-for-signal
 	return c
-}
-
-func (o *options) withLogger(do func(*zap.Logger) error) error {
-	level, err := zapcore.ParseLevel(o.logLevel)
-	if err != nil {
-		return fmt.Errorf("--log-level %q is unknown; give debug, info, warn or error", o.logLevel)
-	}
-	if o.logFormat != "json" && o.logFormat != "text" {
-		return fmt.Errorf("--log-format %q is unknown; give json or text", o.logFormat)
-	}
-	log, stop := mic.NewLogger(zapcore.Lock(os.Stderr), level, o.logFormat == "text")
-	defer stop()
-	klog.SetLogger(zapr.NewLogger(log))
-	return do(log)
 }

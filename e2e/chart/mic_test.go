@@ -266,7 +266,7 @@ func TestMICUninstallsWithNMIAndByItself(t *testing.T) {
 	} {
 		objects := render(t, standard(values))
 		deployment, container := objects.mic(t)
-		if *deployment.Spec.Replicas != replicas || !slices.Equal(container.Args[:3], []string{"uninstall", "--hold", "--cloudconfig=/etc/kubernetes/azure.json"}) {
+		if *deployment.Spec.Replicas != replicas || !slices.Equal(container.Args[:3], []string{"uninstall", "--wait-for-signal", "--cloudconfig=/etc/kubernetes/azure.json"}) {
 			t.Errorf("%s: %d pods with arguments %v", values, *deployment.Spec.Replicas, container.Args)
 		}
 		arguments(t, micFlags, container.Args[2:])

@@ -9,12 +9,12 @@ import (
 	"time"
 )
 
-// hold answers on the port that all is done, until ctx ends. A pod that removes things becomes ready by it, and stays:
-// one that ended would be started again.
-func hold(ctx context.Context, port int) error {
+// waitForSignal answers readiness probes on the port until ctx ends. The pod of an uninstall becomes ready by that, and stays:
+// if its process ended, the kubelet would start it again.
+func waitForSignal(ctx context.Context, port int) error {
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", fmt.Sprintf(":%d", port))
 	if err != nil {
-		return fmt.Errorf("all is removed, but telling so failed: %w", err)
+		return fmt.Errorf("all is removed, but listening for readiness probes failed: %w", err)
 	}
 	return holdOn(ctx, listener)
 }

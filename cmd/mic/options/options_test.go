@@ -1,12 +1,7 @@
-package main
+package options
 
 import (
-	"context"
 	"io"
-	"net"
-	"net/http"
-	"strconv"
-	"strings"
 	"testing"
 	"time"
 
@@ -16,20 +11,20 @@ import (
 	"github.com/podidentity/podidentity/mic"
 )
 
-// configOf returns what MIC is told by arguments, in a pod.
+// configOf returns the configuration that arguments give in a pod.
 func configOf(t *testing.T, args ...string) mic.Config {
 	t.Helper()
 	t.Setenv("MIC_POD_NAMESPACE", "podidentity-system")
 	t.Setenv("KUBECONFIG", "")
-	o := newOptions()
+	o := New()
 	flags := pflag.NewFlagSet("mic", pflag.ContinueOnError)
 	flags.SetOutput(io.Discard)
-	o.addTo(flags)
+	o.AddFlags(flags)
 	if err := flags.Parse(args); err != nil {
 		t.Fatal(err)
 	}
 	o.cfg.LeaderElection.Instance = "mic-1"
-	return o.config("v1")
+	return o.Config("v1")
 }
 
 func TestInAPodTheDefaultsAreEnough(t *testing.T) {
@@ -63,7 +58,7 @@ func TestEachFlagReachesItsField(t *testing.T) {
 	}
 }
 
-func TestArgumentsOfThePredecessorStartMIC(t *testing.T) {
+func TestTheArgumentsOfAADPodIdentityAreAccepted(t *testing.T) {
 	got := configOf(t, "--cloudconfig=/etc/kubernetes/azure.json", "--forceNamespaced", "--syncRetryDuration=1h",
 		"--leader-election-instance=a", "--leader-election-namespace=default", "--leader-election-name=aad-pod-identity-mic",
 		"--leader-election-duration=15s", "--http-probe-port=8080", "--prometheus-port=8888", "--enableProfile=true",
@@ -72,59 +67,19 @@ func TestArgumentsOfThePredecessorStartMIC(t *testing.T) {
 		"--update-user-msi-max-retry=2", "--update-user-msi-retry-interval=1s", "--identity-assignment-reconcile-interval=3m",
 		"--custom-user-agent=x", "--log-format=json")
 	if !got.ForceNamespaced || !got.Profile || got.QPS != 5 || got.LeaderElection.Namespace != "default" {
-		t.Errorf("the arguments did not get through: %+v", got)
+		t.Errorf("the arguments have no effect: %+v", got)
 	}
 	if err := got.Validate(); err != nil {
 		t.Error(err)
 	}
 }
 
-func TestTheEnvironmentOfThePredecessorCounts(t *testing.T) {
+func TestTheEnvironmentOfAADPodIdentityIsRead(t *testing.T) {
 	t.Setenv("FORCENAMESPACED", "true")
 	if !configOf(t).ForceNamespaced {
-		t.Error("FORCENAMESPACED is not heard")
+		t.Error("FORCENAMESPACED has no effect")
 	}
 	if configOf(t, "--force-namespaced=false").ForceNamespaced {
-		t.Error("a flag does not count more than the environment")
-	}
-}
-
-func TestPlanAndUninstallTakeTheArgumentsOfAMICThatRuns(t *testing.T) {
-	for _, name := range []string{"plan", "uninstall"} {
-		c, _, err := command().Find([]string{name})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := c.ParseFlags([]string{"--cloudconfig=/a", "--leader-election-name=b", "--detach-delay=1m", "--forceNamespaced"}); err != nil {
-			t.Errorf("mic %s: %v", name, err)
-		}
-	}
-}
-
-func TestHoldSaysThatAllIsDoneUntilItIsToldToEnd(t *testing.T) {
-	listener, err := net.Listen("tcp", ":0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	port := listener.Addr().(*net.TCPAddr).Port
-	ctx, end := context.WithTimeout(t.Context(), time.Minute)
-	defer end()
-	ended := make(chan error, 1)
-	go func() { ended <- holdOn(ctx, listener) }()
-	response, err := http.Get("http://127.0.0.1:" + strconv.Itoa(port) + "/readyz")
-	if err != nil {
-		t.Fatal(err)
-	}
-	response.Body.Close()
-	if response.StatusCode != http.StatusOK {
-		t.Errorf("readyz is %s", response.Status)
-	}
-	taken := hold(ctx, port)
-	if taken == nil || !strings.Contains(taken.Error(), "all is removed") {
-		t.Errorf("on a port that is taken: %v", taken)
-	}
-	end()
-	if err := <-ended; err != nil {
-		t.Error(err)
+		t.Error("the flag does not override the environment")
 	}
 }
