@@ -78,7 +78,9 @@ func (r *podReconciler) setDemands(key string, d cluster.DesiredState) {
 	r.usage.SetDemands(key, demands)
 }
 
-func usageKey(d cluster.DesiredAssignment) usage.Key { return usage.Key{Machine: d.MachineKey, Identity: d.ResourceID} }
+func usageKey(d cluster.DesiredAssignment) usage.Key {
+	return usage.Key{Machine: d.MachineKey, Identity: d.ResourceID}
+}
 
 // serves reports whether NMI grants tokens by an assignment of AAD Pod Identity as long as there is no other.
 func (r *podReconciler) serves(p *cluster.Pod, d cluster.DesiredState, a *cluster.Assignment) bool {
