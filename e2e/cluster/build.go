@@ -7,7 +7,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"sync"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // Images that every cluster has. Their names are fixed, so that manifests can name them.
@@ -130,30 +131,21 @@ func ensureRootfs(ctx context.Context, say func(string), repo, cache string) (st
 
 // ImportImages loads images into all nodes. One that a node has already is left alone: its tag says what is in it.
 func (c *Cluster) ImportImages(ctx context.Context, images ...Image) error {
-	var wait sync.WaitGroup
-	errs := make(chan error, len(nodeSpecs))
+	var group errgroup.Group
 	for _, n := range nodeSpecs {
-		wait.Go(func() {
+		group.Go(func() error {
 			var archives []string
 			for _, image := range images {
 				have, err := runCtr(ctx, c.bin, n.Name, "images", "list", "--quiet", "name==docker.io/"+image.Ref())
 				if err != nil {
-					errs <- err
-					return
+					return err
 				}
 				if have == "" {
 					archives = append(archives, image.Archive)
 				}
 			}
-			errs <- importImages(ctx, c.bin, n.Name, archives)
+			return importImages(ctx, c.bin, n.Name, archives)
 		})
 	}
-	wait.Wait()
-	close(errs)
-	for err := range errs {
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	return group.Wait()
 }

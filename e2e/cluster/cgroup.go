@@ -1,8 +1,6 @@
 package cluster
 
 import (
-	"bufio"
-	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -12,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -24,41 +23,21 @@ type cgroupMount struct {
 // cgroupMounts lists the machine's cgroup hierarchies: one on a machine with cgroup v2 only, one for each controller
 // (and perhaps a v2 one without controllers) on older ones.
 func cgroupMounts() ([]cgroupMount, error) {
-	mounts, err := readMounts()
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("listing mounts: %w", err)
 	}
 	var found []cgroupMount
 	for _, m := range mounts {
 		// A hierarchy may be mounted again below our own run folder for a moment, while a node starts.
-		if strings.HasPrefix(m.point, "/sys/fs/cgroup") && (m.fstype == "cgroup" || m.fstype == "cgroup2") {
-			found = append(found, cgroupMount{path: m.point, v2: m.fstype == "cgroup2"})
+		if strings.HasPrefix(m.Mountpoint, "/sys/fs/cgroup") {
+			found = append(found, cgroupMount{path: m.Mountpoint, v2: m.FSType == "cgroup2"})
 		}
 	}
 	if len(found) == 0 {
 		return nil, errors.New("no cgroup hierarchy is mounted below /sys/fs/cgroup")
 	}
 	return found, nil
-}
-
-type mountEntry struct{ point, fstype string }
-
-func readMounts() ([]mountEntry, error) {
-	data, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return nil, fmt.Errorf("listing mounts: %w", err)
-	}
-	var mounts []mountEntry
-	for lines := bufio.NewScanner(bytes.NewReader(data)); lines.Scan(); {
-		// ID, parent, device, root, mount point, options, optional fields, "-", type, …
-		before, after, ok := strings.Cut(lines.Text(), " - ")
-		fields := strings.Fields(before)
-		if ok && len(fields) > 4 {
-			fstype, _, _ := strings.Cut(after, " ")
-			mounts = append(mounts, mountEntry{point: fields[4], fstype: fstype})
-		}
-	}
-	return mounts, nil
 }
 
 // createCgroups makes the cgroup below which a node's kubelet keeps its pods, in each hierarchy.

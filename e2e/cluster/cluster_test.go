@@ -111,13 +111,13 @@ func TestAClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
 		if err := c.RestartNode(ctx, "node2"); err != nil {
 			t.Fatal(err)
 		}
-		err := await(ctx, "the pod on node2", time.Minute, nil, func() error {
+		err := waitFor(ctx, "the pod on node2", time.Minute, nil, polled(func(ctx context.Context) error {
 			out, err := c.Kubectl(ctx, "get", "pod", "on-node2", "-o", "jsonpath={.status.containerStatuses[0].restartCount} {.status.containerStatuses[0].ready}")
 			if err == nil && out != "1 true" {
 				err = fmt.Errorf("restarts and readiness: %s", out)
 			}
 			return err
-		})
+		}))
 		if err != nil {
 			t.Error(err)
 		}
@@ -138,7 +138,7 @@ func TestAClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
 // checkSources looks into the stand-in's log: pods arrive with their own addresses, hostNetwork with the node's.
 func checkSources(t *testing.T, ctx context.Context, c *Cluster) {
 	seen := map[string]string{}
-	err := await(ctx, "three requests at the stand-in", 20*time.Second, nil, func() error {
+	err := waitFor(ctx, "three requests at the fake Azure", 20*time.Second, nil, polled(func(ctx context.Context) error {
 		entries, err := c.Azure().Log(ctx, 0)
 		for _, e := range entries {
 			if e.Kind == "request" && e.Class == "token" {
@@ -149,7 +149,7 @@ func checkSources(t *testing.T, ctx context.Context, c *Cluster) {
 			err = fmt.Errorf("only %v", seen)
 		}
 		return err
-	})
+	}))
 	if err != nil {
 		t.Fatal(err)
 	}

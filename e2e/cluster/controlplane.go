@@ -2,13 +2,9 @@ package cluster
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -75,10 +71,7 @@ func (c *controlPlane) start(ctx context.Context, onAPI func()) error {
 	if err != nil {
 		return err
 	}
-	return await(ctx, "the ServiceAccount of the namespace default", time.Minute, []*process{c.manager, c.apiserver}, func() error {
-		_, err := c.api.get(ctx, "/api/v1/namespaces/default/serviceaccounts/default")
-		return err
-	})
+	return waitFor(ctx, "the ServiceAccount of the namespace default", time.Minute, []*process{c.manager, c.apiserver}, c.api.awaitServiceAccount)
 }
 
 // startEtcd runs etcd with its data in memory: syncing each write to a disk would take most of the start, and the data
@@ -100,10 +93,9 @@ func (c *controlPlane) startEtcd(ctx context.Context) error {
 		return err
 	}
 	probe := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DialContext: DialFrom(c.netns, nil), DisableKeepAlives: true}}
-	return await(ctx, "etcd", 30*time.Second, []*process{c.etcd}, func() error {
-		_, err := get(ctx, probe, client+"/health")
-		return err
-	})
+	return waitFor(ctx, "etcd", 30*time.Second, []*process{c.etcd}, polled(func(ctx context.Context) error {
+		return checkHealth(ctx, probe, client+"/health")
+	}))
 }
 
 func (c *controlPlane) startAPIServer(ctx context.Context) error {
@@ -124,10 +116,7 @@ func (c *controlPlane) startAPIServer(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return await(ctx, "the API server", time.Minute, []*process{c.apiserver, c.etcd}, func() error {
-		_, err := c.api.get(ctx, "/readyz")
-		return err
-	})
+	return waitFor(ctx, "the API server", time.Minute, []*process{c.apiserver, c.etcd}, polled(c.api.checkReady))
 }
 
 func (c *controlPlane) stop() error {
@@ -138,82 +127,22 @@ func (c *controlPlane) stop() error {
 	return errors.Join(errs...)
 }
 
-// apiClient asks the API server as admin, from inside its namespace.
-type apiClient struct{ http *http.Client }
-
-func newAPIClient(pki, netns string) (*apiClient, error) {
-	cert, err := tls.LoadX509KeyPair(filepath.Join(pki, "admin.crt"), filepath.Join(pki, "admin.key"))
-	if err != nil {
-		return nil, fmt.Errorf("loading the admin certificate: %w", err)
-	}
-	ca, err := os.ReadFile(filepath.Join(pki, "ca.crt"))
-	if err != nil {
-		return nil, fmt.Errorf("loading the cluster's CA: %w", err)
-	}
-	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(ca)
-	return &apiClient{http: &http.Client{
-		Timeout: 5 * time.Second,
-		Transport: &http.Transport{
-			DialContext:       DialFrom(netns, nil),
-			TLSClientConfig:   &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: roots},
-			ForceAttemptHTTP2: true,
-		},
-	}}, nil
-}
-
-func (a *apiClient) get(ctx context.Context, path string) ([]byte, error) {
-	return get(ctx, a.http, "https://"+net.JoinHostPort(controlPlaneIP, apiPort)+path)
-}
-
-func get(ctx context.Context, client *http.Client, url string) ([]byte, error) {
+// checkHealth returns nil if etcd reports that it is healthy.
+func checkHealth(ctx context.Context, client *http.Client, url string) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, 4<<20))
-	if err != nil {
-		return nil, err
-	}
-	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("GET %s: %s: %.300s", url, resp.Status, body)
-	}
-	return body, nil
-}
-
-// nodeReady returns nil once the node's kubelet has reported it ready, at or after the moment since: what a kubelet
-// reported before its node was switched off stands for another while.
-func (a *apiClient) nodeReady(ctx context.Context, name string, since time.Time) error {
-	body, err := a.get(ctx, "/api/v1/nodes/"+name)
 	if err != nil {
 		return err
 	}
-	var node struct {
-		Status struct {
-			Conditions []struct {
-				Type, Status, Message string
-				LastHeartbeatTime     time.Time // in whole seconds
-			}
-		}
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
 	}
-	if err := json.Unmarshal(body, &node); err != nil {
-		return fmt.Errorf("reading node %s: %w", name, err)
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		body, _ := io.ReadAll(io.LimitReader(resp.Body, 300))
+		return fmt.Errorf("GET %s: %s: %s", url, resp.Status, body)
 	}
-	for _, c := range node.Status.Conditions {
-		switch {
-		case c.Type != "Ready" || c.LastHeartbeatTime.Before(since.Truncate(time.Second)):
-		case c.Status == "True":
-			return nil
-		default:
-			return fmt.Errorf("node %s is not ready: %s", name, c.Message)
-		}
-	}
-	return fmt.Errorf("node %s has not reported yet", name)
+	return nil
 }
 
 // runCtr runs containerd's own client on a node's socket.

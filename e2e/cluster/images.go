@@ -4,9 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"cmp"
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
+	"compress/gzip"
 	"errors"
 	"fmt"
 	"io"
@@ -16,7 +14,16 @@ import (
 	"runtime"
 	"slices"
 	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
+
+// epoch is the time of everything in an image.
+var epoch = time.Unix(0, 0).UTC()
 
 // Image is a container image in a file of the form that `docker save` writes. Nodes have it once it is imported; pods
 // use it by Ref with imagePullPolicy Never.
@@ -45,43 +52,79 @@ func (s imageSpec) pack(cache string) (Image, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return Image{}, err
 	}
+	image, err := s.packInto(dir)
+	if err != nil {
+		return Image{}, fmt.Errorf("packing image %s: %w", s.name, err)
+	}
+	return image, nil
+}
+
+func (s imageSpec) packInto(dir string) (Image, error) {
 	layer, err := os.CreateTemp(dir, "layer-")
 	if err != nil {
 		return Image{}, err
 	}
 	defer os.Remove(layer.Name())
-	defer layer.Close()
-	hash := sha256.New()
-	if err := s.writeLayer(io.MultiWriter(layer, hash)); err != nil {
-		return Image{}, fmt.Errorf("packing image %s: %w", s.name, err)
+	if err := errors.Join(s.writeLayer(layer), layer.Close()); err != nil {
+		return Image{}, err
 	}
-	diffID := "sha256:" + hex.EncodeToString(hash.Sum(nil))
-	config, err := json.Marshal(map[string]any{
-		"architecture": runtime.GOARCH, "os": "linux", "created": "1970-01-01T00:00:00Z",
-		"config": map[string]any{
-			"Entrypoint": append([]string{s.target}, s.args...),
-			"Env":        []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
-		},
-		"rootfs":  map[string]any{"type": "layers", "diff_ids": []string{diffID}},
-		"history": []any{map[string]any{"created": "1970-01-01T00:00:00Z", "created_by": "e2e/cluster"}},
-	})
+	content, err := s.image(layer.Name())
 	if err != nil {
 		return Image{}, err
 	}
-	sum := sha256.Sum256(config)
-	id := hex.EncodeToString(sum[:])
-	image := Image{Name: s.name, Tag: s.tag}
-	if image.Tag == "" {
-		image.Tag = id[:12]
+	id, err := content.ConfigName()
+	if err != nil {
+		return Image{}, err
 	}
-	image.Archive = filepath.Join(dir, filepath.Base(s.name)+"-"+image.Tag+"-"+id[:12]+".tar")
+	image := Image{Name: s.name, Tag: cmp.Or(s.tag, id.Hex[:12])}
+	image.Archive = filepath.Join(dir, filepath.Base(s.name)+"-"+image.Tag+"-"+id.Hex[:12]+".tar")
 	if _, err := os.Stat(image.Archive); err == nil {
 		return image, nil
 	}
-	if err := writeArchive(image, id, config, layer); err != nil {
-		return Image{}, fmt.Errorf("packing image %s: %w", s.name, err)
+	if err := writeArchive(image, content); err != nil {
+		return Image{}, err
 	}
 	return image, removeOldArchives(dir, filepath.Base(s.name))
+}
+
+// image is the image with the layer in the given file. Nothing in it depends on the time, so that equal content makes
+// an equal image.
+func (s imageSpec) image(layerFile string) (v1.Image, error) {
+	// The archive never leaves this computer: compressing it would only cost time.
+	layer, err := tarball.LayerFromFile(layerFile, tarball.WithCompressionLevel(gzip.NoCompression))
+	if err != nil {
+		return nil, err
+	}
+	base, err := mutate.ConfigFile(empty.Image, &v1.ConfigFile{
+		Architecture: runtime.GOARCH,
+		OS:           "linux",
+		Created:      v1.Time{Time: epoch},
+		Config: v1.Config{
+			Entrypoint: append([]string{s.target}, s.args...),
+			Env:        []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return mutate.Append(base, mutate.Addendum{Layer: layer, History: v1.History{Created: v1.Time{Time: epoch}, CreatedBy: "e2e/cluster"}})
+}
+
+// writeArchive writes the archive in one step: another program never sees half of it.
+func writeArchive(image Image, content v1.Image) error {
+	tag, err := name.NewTag(image.Ref())
+	if err != nil {
+		return err
+	}
+	file, err := os.CreateTemp(filepath.Dir(image.Archive), "archive-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(file.Name())
+	if err := errors.Join(tarball.Write(tag, content, file), file.Close()); err != nil {
+		return err
+	}
+	return os.Rename(file.Name(), image.Archive)
 }
 
 // removeOldArchives keeps the newest few archives of a name: each change of the product makes another one.
@@ -116,7 +159,7 @@ func (s imageSpec) writeLayer(w io.Writer) error {
 			name string
 			mode int64
 		}{{"etc/", 0o755}, {"tmp/", 0o1777}} {
-			if err := out.WriteHeader(&tar.Header{Name: d.name, Mode: d.mode, Typeflag: tar.TypeDir, ModTime: time.Unix(0, 0)}); err != nil {
+			if err := out.WriteHeader(&tar.Header{Name: d.name, Mode: d.mode, Typeflag: tar.TypeDir, ModTime: epoch}); err != nil {
 				return err
 			}
 		}
@@ -169,7 +212,7 @@ func addTree(out *tar.Writer, root string) error {
 			header.Name += "/"
 		}
 		header.Uid, header.Gid, header.Uname, header.Gname = 0, 0, "", ""
-		header.ModTime, header.AccessTime, header.ChangeTime = time.Unix(0, 0), time.Time{}, time.Time{}
+		header.ModTime, header.AccessTime, header.ChangeTime = epoch, time.Time{}, time.Time{}
 		header.Format = tar.FormatUnknown
 		if err := out.WriteHeader(header); err != nil || !info.Mode().IsRegular() {
 			return err
@@ -185,41 +228,9 @@ func addTree(out *tar.Writer, root string) error {
 }
 
 func addFile(out *tar.Writer, name string, mode, size int64, content io.Reader) error {
-	if err := out.WriteHeader(&tar.Header{Name: name, Mode: mode, Size: size, Typeflag: tar.TypeReg, ModTime: time.Unix(0, 0)}); err != nil {
+	if err := out.WriteHeader(&tar.Header{Name: name, Mode: mode, Size: size, Typeflag: tar.TypeReg, ModTime: epoch}); err != nil {
 		return err
 	}
 	_, err := io.Copy(out, content)
 	return err
-}
-
-func writeArchive(image Image, id string, config []byte, layer *os.File) error {
-	manifest, err := json.Marshal([]any{map[string]any{
-		"Config": id + ".json", "RepoTags": []string{image.Ref()}, "Layers": []string{"layer.tar"},
-	}})
-	if err != nil {
-		return err
-	}
-	size, err := layer.Seek(0, io.SeekEnd)
-	if err != nil {
-		return err
-	}
-	if _, err := layer.Seek(0, io.SeekStart); err != nil {
-		return err
-	}
-	file, err := os.CreateTemp(filepath.Dir(image.Archive), "archive-")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(file.Name())
-	defer file.Close()
-	out := tar.NewWriter(file)
-	err = errors.Join(
-		addFile(out, id+".json", 0o644, int64(len(config)), bytes.NewReader(config)),
-		addFile(out, "layer.tar", 0o644, size, layer),
-		addFile(out, "manifest.json", 0o644, int64(len(manifest)), bytes.NewReader(manifest)),
-		out.Close())
-	if err != nil {
-		return err
-	}
-	return os.Rename(file.Name(), image.Archive)
 }

@@ -6,9 +6,13 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
 func TestAnImagesTagFollowsItsContent(t *testing.T) {
@@ -48,6 +52,10 @@ func TestAnImagesTagFollowsItsContent(t *testing.T) {
 	if second.Tag == first.Tag {
 		t.Error("other content has the same tag")
 	}
+	manifest, err := tarball.LoadManifest(func() (io.ReadCloser, error) { return os.Open(second.Archive) })
+	if err != nil || len(manifest) != 1 || !slices.Equal(manifest[0].RepoTags, []string{second.Ref()}) {
+		t.Errorf("the archive's manifest is %+v (%v)", manifest, err)
+	}
 	names := layerNames(t, second.Archive)
 	for _, want := range []string{"x", "sbin", "usr/sbin/tool"} {
 		if !strings.Contains(names, "\n"+want+"\n") {
@@ -58,32 +66,21 @@ func TestAnImagesTagFollowsItsContent(t *testing.T) {
 
 func layerNames(t *testing.T, archive string) string {
 	t.Helper()
-	file, err := os.Open(archive)
+	image, err := tarball.ImageFromPath(archive, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer file.Close()
+	files := mutate.Extract(image)
+	defer files.Close()
 	names := "\n"
-	for outer := tar.NewReader(file); ; {
-		header, err := outer.Next()
+	for entries := tar.NewReader(files); ; {
+		entry, err := entries.Next()
 		if errors.Is(err, io.EOF) {
 			return names
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		if header.Name != "layer.tar" {
-			continue
-		}
-		for inner := tar.NewReader(outer); ; {
-			entry, err := inner.Next()
-			if errors.Is(err, io.EOF) {
-				break
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			names += entry.Name + "\n"
-		}
+		names += entry.Name + "\n"
 	}
 }

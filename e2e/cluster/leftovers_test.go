@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/moby/sys/mountinfo"
 )
 
 // ownerVariable turns the test program into the owner of a cluster, to be killed.
@@ -128,13 +130,13 @@ func checkNothingLeft(t *testing.T, ids map[string]processID) {
 			t.Errorf("%v is left", left)
 		}
 	}
-	all, err := readMounts()
+	all, err := mountinfo.GetMounts(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, m := range all {
-		if strings.HasPrefix(m.point, runDir) || strings.Contains(m.point, "/"+namePrefix) {
-			t.Errorf("mount %s is left", m.point)
+		if strings.HasPrefix(m.Mountpoint, runDir) || strings.Contains(m.Mountpoint, "/"+namePrefix) {
+			t.Errorf("mount %s is left", m.Mountpoint)
 		}
 	}
 	checkNoPrograms(t)

@@ -89,13 +89,13 @@ func (n *node) boot(ctx context.Context) error {
 	if err := n.onStart(n.Name, n.init); err != nil {
 		return err
 	}
-	return await(ctx, "containerd on "+n.Name, 30*time.Second, []*process{n.init}, func() error {
-		conn, err := net.Dial("unix", containerdSocket(n.Name))
+	return waitFor(ctx, "containerd on "+n.Name, 30*time.Second, []*process{n.init}, polled(func(ctx context.Context) error {
+		conn, err := new(net.Dialer).DialContext(ctx, "unix", containerdSocket(n.Name))
 		if err == nil {
 			conn.Close()
 		}
 		return err
-	})
+	}))
 }
 
 // join lets the kubelet start. Started earlier, it would find no API server and wait ever longer between its tries.
@@ -105,7 +105,7 @@ func (n *node) join() error {
 }
 
 func (n *node) awaitReady(ctx context.Context, api *apiClient) error {
-	err := await(ctx, "node "+n.Name, time.Minute, []*process{n.init}, func() error { return api.nodeReady(ctx, n.Name, n.began) })
+	err := waitFor(ctx, "node "+n.Name, time.Minute, []*process{n.init}, func(ctx context.Context) error { return api.awaitNode(ctx, n.Name, n.began) })
 	if err != nil {
 		return fmt.Errorf("%w%s", err, logTail(n.log("kubelet")))
 	}

@@ -14,9 +14,14 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+	"k8s.io/client-go/util/cert"
+	"k8s.io/client-go/util/keyutil"
 )
 
-// pki signs the cluster's certificates. It is made anew for each cluster and never leaves the run folder.
+// pki signs the cluster's certificates. Each cluster has its own, which never leaves the run folder.
 type pki struct {
 	dir  string
 	cert *x509.Certificate
@@ -64,43 +69,28 @@ func writePKI(dir string) error {
 	}
 	for _, user := range users {
 		if err := writeKubeconfig(dir, user); err != nil {
-			return err
+			return fmt.Errorf("writing the kubeconfig of %s: %w", user, err)
 		}
 	}
-	return writeServiceAccountKeys(dir)
+	if err := writeServiceAccountKeys(dir); err != nil {
+		return fmt.Errorf("writing the ServiceAccount keys: %w", err)
+	}
+	return nil
 }
+
+// validFrom is in the past, for a clock that is set back a little.
+func validFrom() time.Time { return time.Now().Add(-time.Hour) }
 
 func newCA(dir string) (*pki, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
 	}
-	template := certTemplate("podidentity-e2e")
-	template.IsCA, template.BasicConstraintsValid = true, true
-	template.KeyUsage = x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	ca, err := cert.NewSelfSignedCACert(cert.Config{CommonName: "podidentity-e2e", NotBefore: validFrom()}, key)
 	if err != nil {
 		return nil, err
 	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		return nil, err
-	}
-	return &pki{dir: dir, cert: cert, key: key}, writePEM(filepath.Join(dir, "ca.crt"), "CERTIFICATE", der)
-}
-
-func certTemplate(user string, groups ...string) *x509.Certificate {
-	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
-	if err != nil {
-		panic(err) // the system's random source is gone
-	}
-	return &x509.Certificate{
-		SerialNumber: serial,
-		Subject:      pkix.Name{CommonName: user, Organization: groups},
-		NotBefore:    time.Now().Add(-time.Hour), // for a clock that is set back a little
-		NotAfter:     time.Now().AddDate(1, 0, 0),
-		KeyUsage:     x509.KeyUsageDigitalSignature,
-	}
+	return &pki{dir: dir, cert: ca, key: key}, writeCert(filepath.Join(dir, "ca.crt"), ca)
 }
 
 func (ca *pki) sign(r certRequest) error {
@@ -108,8 +98,18 @@ func (ca *pki) sign(r certRequest) error {
 	if err != nil {
 		return err
 	}
-	template := certTemplate(r.user, r.groups...)
-	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
+	if err != nil {
+		return err
+	}
+	template := &x509.Certificate{
+		SerialNumber: serial,
+		Subject:      pkix.Name{CommonName: r.user, Organization: r.groups},
+		NotBefore:    validFrom(),
+		NotAfter:     time.Now().AddDate(1, 0, 0),
+		KeyUsage:     x509.KeyUsageDigitalSignature,
+		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
 	if len(r.ips) > 0 {
 		template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
 		template.DNSNames = r.names
@@ -121,21 +121,33 @@ func (ca *pki) sign(r certRequest) error {
 	if err != nil {
 		return err
 	}
-	if err := writePEM(filepath.Join(ca.dir, r.file+".crt"), "CERTIFICATE", der); err != nil {
+	signed, err := x509.ParseCertificate(der)
+	if err != nil {
+		return err
+	}
+	if err := writeCert(filepath.Join(ca.dir, r.file+".crt"), signed); err != nil {
 		return err
 	}
 	return writeKey(filepath.Join(ca.dir, r.file+".key"), key)
 }
 
-func writeKey(path string, key *ecdsa.PrivateKey) error {
-	der, err := x509.MarshalECPrivateKey(key)
+func writeCert(path string, c *x509.Certificate) error {
+	data, err := cert.EncodeCertificates(c)
 	if err != nil {
 		return err
 	}
-	return writePEM(path, "EC PRIVATE KEY", der)
+	return cert.WriteCert(path, data)
 }
 
-// writeServiceAccountKeys makes RSA keys, as real clusters have: Entra ID takes no other signature of a federated token.
+func writeKey(path string, key any) error {
+	data, err := keyutil.MarshalPrivateKeyToPEM(key)
+	if err != nil {
+		return err
+	}
+	return keyutil.WriteKey(path, data)
+}
+
+// writeServiceAccountKeys makes RSA keys, as real clusters have: Entra ID accepts no other signature of a federated token.
 func writeServiceAccountKeys(dir string) error {
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -145,29 +157,25 @@ func writeServiceAccountKeys(dir string) error {
 	if err != nil {
 		return err
 	}
-	if err := writePEM(filepath.Join(dir, "sa.pub"), "PUBLIC KEY", public); err != nil {
+	data := pem.EncodeToMemory(&pem.Block{Type: keyutil.PublicKeyBlockType, Bytes: public})
+	if err := keyutil.WriteKey(filepath.Join(dir, "sa.pub"), data); err != nil {
 		return err
 	}
-	return writePEM(filepath.Join(dir, "sa.key"), "RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(key))
-}
-
-func writePEM(path, kind string, der []byte) error {
-	return os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600)
+	return writeKey(filepath.Join(dir, "sa.key"), key)
 }
 
 func writeKubeconfig(dir, user string) error {
-	text := fmt.Sprintf(`apiVersion: v1
-kind: Config
-clusters:
-- name: podidentity-e2e
-  cluster: {server: "https://%[1]s:%[2]s", certificate-authority: %[3]s/ca.crt}
-users:
-- name: %[4]s
-  user: {client-certificate: %[3]s/%[4]s.crt, client-key: %[3]s/%[4]s.key}
-contexts:
-- name: podidentity-e2e
-  context: {cluster: podidentity-e2e, user: %[4]s}
-current-context: podidentity-e2e
-`, controlPlaneIP, apiPort, dir, user)
-	return os.WriteFile(filepath.Join(dir, user+".kubeconfig"), []byte(text), 0o600)
+	const name = "podidentity-e2e"
+	config := clientcmdapi.NewConfig()
+	config.Clusters[name] = &clientcmdapi.Cluster{
+		Server:               "https://" + net.JoinHostPort(controlPlaneIP, apiPort),
+		CertificateAuthority: filepath.Join(dir, "ca.crt"),
+	}
+	config.AuthInfos[user] = &clientcmdapi.AuthInfo{
+		ClientCertificate: filepath.Join(dir, user+".crt"),
+		ClientKey:         filepath.Join(dir, user+".key"),
+	}
+	config.Contexts[name] = &clientcmdapi.Context{Cluster: name, AuthInfo: user}
+	config.CurrentContext = name
+	return clientcmd.WriteToFile(*config, filepath.Join(dir, user+".kubeconfig"))
 }

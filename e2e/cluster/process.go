@@ -46,36 +46,65 @@ func (p processID) alive() bool {
 	return p.PID > 1 && err == nil && start == p.Start && state != 'Z'
 }
 
+// open returns a descriptor that pins the process, and false if it is gone or its PID belongs to another one by now.
+func (p processID) open() (fd int, ok bool, err error) {
+	if p.PID <= 1 {
+		return -1, false, nil
+	}
+	fd, err = unix.PidfdOpen(p.PID, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return -1, false, nil
+	}
+	if err != nil {
+		return -1, false, err
+	}
+	if !p.alive() {
+		return -1, false, unix.Close(fd)
+	}
+	return fd, true, nil
+}
+
 // kill ends the process unless its PID belongs to another one by now. The descriptor pins the process between the
 // check and the signal.
 func (p processID) kill(sig syscall.Signal) error {
-	if p.PID <= 1 {
-		return nil
-	}
-	fd, err := unix.PidfdOpen(p.PID, 0)
-	if errors.Is(err, unix.ESRCH) {
-		return nil
-	}
+	fd, ok, err := p.open()
 	if err != nil {
 		return fmt.Errorf("ending process %d: %w", p.PID, err)
 	}
-	defer unix.Close(fd)
-	if !p.alive() {
+	if !ok {
 		return nil
 	}
+	defer unix.Close(fd)
 	if err := unix.PidfdSendSignal(fd, unix.Signal(sig), nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("ending process %d: %w", p.PID, err)
 	}
 	return nil
 }
 
+// waitGone returns when the process has ended. The process need not be a child: a descriptor of a process is readable
+// once that has ended.
 func (p processID) waitGone(limit time.Duration) error {
-	for deadline := time.Now().Add(limit); p.alive(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			return fmt.Errorf("process %d is still there after %s", p.PID, limit)
+	fd, ok, err := p.open()
+	if err != nil {
+		return fmt.Errorf("waiting for the end of process %d: %w", p.PID, err)
+	}
+	if !ok {
+		return nil
+	}
+	defer unix.Close(fd)
+	for deadline := time.Now().Add(limit); ; {
+		events := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(events, int(max(0, time.Until(deadline)).Milliseconds()))
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return fmt.Errorf("waiting for the end of process %d: %w", p.PID, err)
+		case n > 0:
+			return nil
+		case !time.Now().Before(deadline):
+			return fmt.Errorf("process %d has not ended after %s", p.PID, limit)
 		}
 	}
-	return nil
 }
 
 // process is a child of the supervisor. done is closed once it has ended; err is valid from then on.
@@ -160,33 +189,61 @@ func (p *process) ended() error {
 	}
 }
 
-// await polls until ready returns nil. It gives up at once when one of the processes that it waits for has ended.
-func await(ctx context.Context, what string, limit time.Duration, on []*process, ready func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, limit)
+// errTooLate is the cause of a context whose wait took longer than its limit.
+var errTooLate = errors.New("the limit is over")
+
+// waitFor calls wait, which returns when something has happened. Its context ends after the limit, and at once when one
+// of the processes that it depends on has ended.
+func waitFor(ctx context.Context, what string, limit time.Duration, on []*process, wait func(context.Context) error) error {
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	for _, p := range on {
+		go func() {
+			select {
+			case <-p.done:
+				end(p.ended())
+			case <-ctx.Done():
+			}
+		}()
+	}
+	limited, cancel := context.WithTimeoutCause(ctx, limit, errTooLate)
 	defer cancel()
-	ticker := time.NewTicker(50 * time.Millisecond)
-	defer ticker.Stop()
-	for {
-		last := ready()
-		if last == nil {
-			return nil
-		}
-		for _, p := range on {
-			if err := p.ended(); err != nil {
-				return fmt.Errorf("waiting for %s: %w", what, err)
+	err := wait(limited)
+	if err == nil {
+		return nil
+	}
+	switch cause := context.Cause(limited); {
+	case cause == nil:
+		return fmt.Errorf("waiting for %s: %w", what, err)
+	case !errors.Is(cause, errTooLate):
+		return fmt.Errorf("waiting for %s: %w", what, cause)
+	}
+	tails := ""
+	for _, p := range on {
+		tails += logTail(p.log)
+	}
+	return fmt.Errorf("waiting for %s: not ready after %s: %w%s", what, limit, err, tails)
+}
+
+// polled makes a check a wait: the check is repeated until it returns nil. It is for what reports no event.
+func polled(check func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		ticker := time.NewTicker(50 * time.Millisecond)
+		defer ticker.Stop()
+		var last error
+		for {
+			err := check(ctx)
+			if err == nil {
+				return nil
 			}
-		}
-		select {
-		case <-ctx.Done():
-			tails := ""
-			for _, p := range on {
-				tails += logTail(p.log)
+			if last == nil || ctx.Err() == nil {
+				last = err // the error of a check that was cut off says nothing
 			}
-			if cause := context.Cause(ctx); !errors.Is(cause, context.DeadlineExceeded) {
-				return fmt.Errorf("waiting for %s: %w", what, cause)
+			select {
+			case <-ctx.Done():
+				return last
+			case <-ticker.C:
 			}
-			return fmt.Errorf("waiting for %s: not there after %s: %w%s", what, limit, last, tails)
-		case <-ticker.C:
 		}
 	}
 }

@@ -7,10 +7,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -130,17 +132,25 @@ func cleanUp() error {
 }
 
 func unmountBelow(dir string) error {
-	all, err := readMounts()
+	mounts, err := mountsBelow(dir)
 	if err != nil {
 		return err
 	}
 	var errs []error
-	for i := len(all) - 1; i >= 0; i-- { // the youngest first
-		if strings.HasPrefix(all[i].point, dir+string(filepath.Separator)) {
-			if err := unix.Unmount(all[i].point, unix.MNT_DETACH); err != nil {
-				errs = append(errs, fmt.Errorf("unmounting %s: %w", all[i].point, err))
-			}
+	for _, m := range slices.Backward(mounts) { // the newest first
+		if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH); err != nil {
+			errs = append(errs, fmt.Errorf("unmounting %s: %w", m.Mountpoint, err))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func mountsBelow(dir string) ([]*mountinfo.Info, error) {
+	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		return !strings.HasPrefix(m.Mountpoint, dir+string(filepath.Separator)), false
+	})
+	if err != nil {
+		return nil, fmt.Errorf("listing mounts: %w", err)
+	}
+	return mounts, nil
 }

@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -182,21 +183,21 @@ func (s *supervisor) start(ctx context.Context) error {
 	s.cp.api = api
 
 	apiReady := make(chan struct{})
-	tasks := []func(context.Context) error{
-		func(ctx context.Context) error {
-			s.step("starting etcd and the API server")
-			err := s.cp.start(ctx, func() { close(apiReady); s.step("the API server is ready") })
-			if err == nil {
-				s.step("pods can be created")
-			}
-			return err
-		},
-		s.startAzure,
-	}
+	// The first error ends the others.
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		s.step("starting etcd and the API server")
+		err := s.cp.start(ctx, func() { close(apiReady); s.step("the API server is ready") })
+		if err == nil {
+			s.step("pods can be created")
+		}
+		return err
+	})
+	group.Go(func() error { return s.startAzure(ctx) })
 	for _, n := range s.nodes {
-		tasks = append(tasks, func(ctx context.Context) error { return s.startNode(ctx, n, apiReady) })
+		group.Go(func() error { return s.startNode(ctx, n, apiReady) })
 	}
-	if err := inParallel(ctx, tasks...); err != nil {
+	if err := group.Wait(); err != nil {
 		return err
 	}
 	s.mu.Lock()
@@ -260,7 +261,7 @@ func (s *supervisor) startAzure(ctx context.Context) error {
 	if err := s.record("azure", s.azure); err != nil {
 		return err
 	}
-	if err := await(ctx, "the stand-in Azure", 15*time.Second, []*process{s.azure}, func() error { return azureReady(ctx) }); err != nil {
+	if err := waitFor(ctx, "the fake Azure", 15*time.Second, []*process{s.azure}, polled(azureReady)); err != nil {
 		return err
 	}
 	s.step("the stand-in Azure runs")
@@ -297,40 +298,15 @@ func (s *supervisor) step(what string) {
 	_ = s.events.Encode(event{Step: what})
 }
 
-// stop takes everything down, also what start did not finish.
+// stop takes everything down, also what start did not finish. One part that does not end keeps no other from ending.
 func (s *supervisor) stop() error {
-	var errs []error
-	var wait sync.WaitGroup
-	results := make(chan error, len(s.nodes)+2)
+	var group errgroup.Group
 	for _, n := range s.nodes {
-		wait.Go(func() { results <- n.init.stop() })
+		group.Go(n.init.stop)
 	}
 	if s.cp != nil {
-		wait.Go(func() { results <- s.cp.stop() })
+		group.Go(s.cp.stop)
 	}
-	wait.Go(func() { results <- s.azure.stop() })
-	wait.Wait()
-	close(results)
-	for err := range results {
-		errs = append(errs, err)
-	}
-	return errors.Join(append(errs, cleanUp())...)
-}
-
-// inParallel runs all tasks. The first error ends the others and is returned; what they then report is only that.
-func inParallel(ctx context.Context, tasks ...func(context.Context) error) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	errs := make(chan error)
-	for _, task := range tasks {
-		go func() { errs <- task(ctx) }()
-	}
-	var first error
-	for range tasks {
-		if err := <-errs; err != nil && first == nil {
-			first = err
-			cancel()
-		}
-	}
-	return first
+	group.Go(s.azure.stop)
+	return errors.Join(group.Wait(), cleanUp())
 }
