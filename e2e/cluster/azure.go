@@ -12,7 +12,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// The Azure that the cluster believes to run in.
+// The Azure subscription that the cluster appears to run in.
 const (
 	TenantID       = "72f988bf-0000-4000-8000-000000000001"
 	SubscriptionID = "5ab51e11-0000-4000-8000-000000000002"
@@ -20,14 +20,14 @@ const (
 	ScaleSet       = "nodes"
 )
 
-// The names under which Entra ID is asked for tokens, and ARM for machines. Nodes resolve them to the stand-in.
+// The host names of Entra ID and ARM. Nodes resolve them to the fake Azure.
 var (
 	entraHosts = []string{"login.microsoftonline.com"}
 	armHosts   = []string{"management.azure.com"}
 )
 
-// TwoVMs makes each node a virtual machine of its own, in Options.ProviderIDs. By default both are instances of one
-// scale set, which share what is attached to it.
+// TwoVMs, in Options.ProviderIDs, makes each node a virtual machine of its own. By default both nodes are instances of
+// one scale set, so an identity that is attached to it is attached to both.
 func TwoVMs() map[string]string {
 	ids := map[string]string{}
 	for _, n := range nodeSpecs {
@@ -37,8 +37,8 @@ func TwoVMs() map[string]string {
 	return ids
 }
 
-// azureConfigJSON describes the stand-in: where it listens, inside its own namespace, and which source addresses are
-// which machine, as the real IMDS knows a machine by where its packets come from.
+// azureConfigJSON is the configuration of the fake Azure: where it listens, inside its own namespace, and which source
+// addresses belong to which node. The real IMDS also recognizes a virtual machine by where its packets come from.
 func azureConfigJSON(providerIDs map[string]string) (json.RawMessage, error) {
 	cfg := azure.Config{
 		IMDSAddr:      net.JoinHostPort(imdsIP, "80"),
@@ -58,12 +58,12 @@ func azureConfigJSON(providerIDs map[string]string) (json.RawMessage, error) {
 		})
 	}
 	if err := cfg.Validate(); err != nil {
-		return nil, fmt.Errorf("configuring the stand-in Azure: %w", err)
+		return nil, fmt.Errorf("configuring the fake Azure: %w", err)
 	}
 	return json.Marshal(cfg)
 }
 
-// systemAssigned is the scale set's own identity. A pod that gets a token of it got past NMI.
+// systemAssigned is the system-assigned identity of a node. A pod that gets a token for it has bypassed NMI.
 func systemAssigned(index int) *azure.Identity {
 	return &azure.Identity{
 		ClientID: fmt.Sprintf("5e1f0000-0000-4000-8000-%012d", index+1),
@@ -82,13 +82,13 @@ func azureHosts() string {
 
 func azureReady(ctx context.Context) error { return azure.Dial(azureSocket).Ready(ctx) }
 
-// Azure controls the stand-in Azure.
+// Azure returns the client that controls the fake Azure.
 func (c *Cluster) Azure() *azure.Client { return azure.Dial(azureSocket) }
 
-// EntraCA is the path of the certificate that the stand-in's Entra ID and ARM are trusted by.
+// EntraCA is the path of the CA certificate of the fake Entra ID and ARM.
 func (c *Cluster) EntraCA() string { return filepath.Join(azureDir, "ca.crt") }
 
-// ServeAzure runs the stand-in as the configuration file says, until the context ends.
+// ServeAzure runs the fake Azure with a configuration file, until the context ends.
 func ServeAzure(ctx context.Context, file string) error {
 	cfg, err := azure.LoadConfig(file)
 	if err != nil {
@@ -97,21 +97,22 @@ func ServeAzure(ctx context.Context, file string) error {
 	return azure.Run(ctx, cfg)
 }
 
-// Issuer is what Entra ID has to know to trust the tokens of this cluster's ServiceAccounts.
+// Issuer returns what Entra ID needs to trust the tokens of this cluster's ServiceAccounts: the issuer URL and its keys.
 func (c *Cluster) Issuer(ctx context.Context) (url string, keys json.RawMessage, err error) {
 	document, err := c.Kubectl(ctx, "get", "--raw", "/.well-known/openid-configuration")
 	if err != nil {
 		return "", nil, err
 	}
-	var about struct{ Issuer string }
-	if err := json.Unmarshal([]byte(document), &about); err != nil || about.Issuer == "" {
-		return "", nil, fmt.Errorf("the API server does not say who it is as an issuer (%v): %s", err, document)
+	var configuration struct{ Issuer string }
+	if err := json.Unmarshal([]byte(document), &configuration); err != nil || configuration.Issuer == "" {
+		return "", nil, fmt.Errorf("the API server's OpenID configuration has no issuer (%v): %s", err, document)
 	}
 	jwks, err := c.Kubectl(ctx, "get", "--raw", "/openid/v1/jwks")
-	return about.Issuer, json.RawMessage(jwks), err
+	return configuration.Issuer, json.RawMessage(jwks), err
 }
 
-// Trust lets pods of a ServiceAccount of this cluster stand for an application or a managed identity.
+// Trust lets pods of a ServiceAccount of this cluster get tokens of an application or a managed identity: it adds a
+// federated credential.
 func (c *Cluster) Trust(ctx context.Context, clientID, namespace, serviceAccount string) error {
 	issuer, keys, err := c.Issuer(ctx)
 	if err != nil {

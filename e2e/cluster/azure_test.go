@@ -8,7 +8,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-func TestEachNodeCanBeAVirtualMachineOfItsOwn(t *testing.T) {
+func TestTwoVMsMakesEachNodeAVirtualMachine(t *testing.T) {
 	ids := TwoVMs()
 	if len(ids) != len(nodeSpecs) {
 		t.Fatalf("%v for %d nodes", ids, len(nodeSpecs))
@@ -30,7 +30,7 @@ func TestEachNodeCanBeAVirtualMachineOfItsOwn(t *testing.T) {
 	}
 }
 
-func TestNodesFindEntraIDAndARMAtTheStandIn(t *testing.T) {
+func TestNodesResolveEntraIDAndARMToTheFakeAzure(t *testing.T) {
 	for _, host := range []string{"login.microsoftonline.com", "management.azure.com"} {
 		if !strings.Contains(azureHosts(), azureIP+" "+host+"\n") {
 			t.Errorf("%s is not in\n%s", host, azureHosts())

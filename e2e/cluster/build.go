@@ -13,9 +13,10 @@ import (
 
 // Images that every cluster has. Their names are fixed, so that manifests can name them.
 const (
-	// PauseImage holds the sandboxes.
+	// PauseImage is the image of pod sandboxes.
 	PauseImage = "local/pause:1"
-	// TestImage holds the program podclient, which see: it idles by default, and `token` asks for a token at once.
+	// TestImage contains the program podclient (see its package comment): it idles by default, and `token` requests a token
+	// at once.
 	TestImage = "local/e2e:1"
 
 	nmiImage    = "local/nmi"
@@ -48,7 +49,7 @@ func BuildBaseImages(ctx context.Context) ([]Image, error) {
 	return images, nil
 }
 
-// BuildClient builds the program clients/goclient, which see, and an image that holds it and nothing else.
+// BuildClient builds the program clients/goclient and an image that contains nothing else.
 func BuildClient(ctx context.Context) (program string, image Image, err error) {
 	e2e, err := e2eDir()
 	if err != nil {
@@ -66,10 +67,10 @@ func BuildClient(ctx context.Context) (program string, image Image, err error) {
 }
 
 // BuildNMIImage builds the image of NMI as the product's Dockerfile does: the static program in the root file system
-// with iptables that deploy/image/rootfs.sh assembles. The tag says what is in it.
-func BuildNMIImage(ctx context.Context, say func(string)) (Image, error) {
-	if say == nil {
-		say = func(string) {}
+// with iptables that deploy/image/rootfs.sh assembles. The tag identifies the content.
+func BuildNMIImage(ctx context.Context, progress func(string)) (Image, error) {
+	if progress == nil {
+		progress = func(string) {}
 	}
 	repo, err := RepoDir()
 	if err != nil {
@@ -79,7 +80,7 @@ func BuildNMIImage(ctx context.Context, say func(string)) (Image, error) {
 	if err != nil {
 		return Image{}, err
 	}
-	rootfs, err := ensureRootfs(ctx, say, repo, cache)
+	rootfs, err := ensureRootfs(ctx, progress, repo, cache)
 	if err != nil {
 		return Image{}, err
 	}
@@ -90,8 +91,8 @@ func BuildNMIImage(ctx context.Context, say func(string)) (Image, error) {
 	return imageSpec{name: nmiImage, program: program, target: "/nmi", rootfs: rootfs}.pack(cache)
 }
 
-// BuildMICImage builds the image of MIC: the static program, where the product's Dockerfile has it. Of the certificates
-// that are there beside it none is of use here.
+// BuildMICImage builds the image of MIC: the static program, at the same path as in the product's Dockerfile. The public
+// CA certificates of that image are left out, because nothing here needs them.
 func BuildMICImage(ctx context.Context) (Image, error) {
 	repo, err := RepoDir()
 	if err != nil {
@@ -108,8 +109,8 @@ func BuildMICImage(ctx context.Context) (Image, error) {
 	return imageSpec{name: micImage, program: program, target: "/usr/bin/mic"}.pack(cache)
 }
 
-// ensureRootfs runs the script once for each version of it.
-func ensureRootfs(ctx context.Context, say func(string), repo, cache string) (string, error) {
+// ensureRootfs runs the script once for each version of the script.
+func ensureRootfs(ctx context.Context, progress func(string), repo, cache string) (string, error) {
 	script := filepath.Join(repo, "deploy", "image", "rootfs.sh")
 	text, err := os.ReadFile(script)
 	if err != nil {
@@ -121,7 +122,7 @@ func ensureRootfs(ctx context.Context, say func(string), repo, cache string) (st
 	}
 	dir := filepath.Join(cache, "nmi-rootfs-"+keyOf(string(text), release, runtime.GOARCH))
 	return dir, buildOnce(dir, func(dest string) error {
-		say("assembling the NMI image's root file system (deploy/image/rootfs.sh)")
+		progress("assembling the NMI image's root file system (deploy/image/rootfs.sh)")
 		cmd := exec.CommandContext(ctx, "bash", script, dest)
 		cmd.Dir = repo
 		_, err := run(cmd)
@@ -129,7 +130,7 @@ func ensureRootfs(ctx context.Context, say func(string), repo, cache string) (st
 	})
 }
 
-// ImportImages loads images into all nodes. One that a node has already is left alone: its tag says what is in it.
+// ImportImages loads images into all nodes. It skips an image that a node already has: the tag identifies the content.
 func (c *Cluster) ImportImages(ctx context.Context, images ...Image) error {
 	var group errgroup.Group
 	for _, n := range nodeSpecs {

@@ -20,8 +20,8 @@ type cgroupMount struct {
 	v2   bool
 }
 
-// cgroupMounts lists the machine's cgroup hierarchies: one on a machine with cgroup v2 only, one for each controller
-// (and perhaps a v2 one without controllers) on older ones.
+// cgroupMounts lists the host's cgroup hierarchies: with cgroup v2 only there is one; with cgroup v1 there is one for each
+// controller, and perhaps a v2 hierarchy without controllers.
 func cgroupMounts() ([]cgroupMount, error) {
 	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
 	if err != nil {
@@ -40,7 +40,7 @@ func cgroupMounts() ([]cgroupMount, error) {
 	return found, nil
 }
 
-// createCgroups makes the cgroup below which a node's kubelet keeps its pods, in each hierarchy.
+// createCgroups makes, in each hierarchy, the cgroup below which a node's kubelet creates the cgroups of its pods.
 func createCgroups(name string) error {
 	mounts, err := cgroupMounts()
 	if err != nil {
@@ -52,13 +52,13 @@ func createCgroups(name string) error {
 			return fmt.Errorf("making cgroup %s: %w", dir, err)
 		}
 		if m.v2 {
-			// Children get no controller that their parent does not pass on.
+			// A child only has the controllers that its parent delegates.
 			for _, d := range []string{m.path, dir} {
 				delegateControllers(d)
 			}
 			continue
 		}
-		// A new v1 cpuset is empty, and no process can live in an empty one.
+		// A new v1 cpuset is empty, and no process can run in an empty one.
 		for _, file := range []string{"cpuset.cpus", "cpuset.mems"} {
 			value, err := os.ReadFile(filepath.Join(m.path, file))
 			if errors.Is(err, fs.ErrNotExist) {
@@ -75,8 +75,8 @@ func createCgroups(name string) error {
 	return nil
 }
 
-// delegateControllers passes on each controller on its own: one that is taken elsewhere must not stop the others, and
-// the kubelet itself says clearly which one it misses.
+// delegateControllers delegates each controller separately: one that is in use elsewhere must not prevent the others.
+// Errors are ignored, because the kubelet reports clearly which controller it lacks.
 func delegateControllers(dir string) {
 	controllers, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
 	if err != nil {
@@ -87,8 +87,9 @@ func delegateControllers(dir string) {
 	}
 }
 
-// removeCgroups removes the cgroups of a node, or of all with the name podid-*, and first ends what still runs in them:
-// only pods of the cluster ever live there. A cgroup can be removed only a moment after its last process is gone, hence the retries.
+// removeCgroups removes the cgroups with a name, such as podid-node1 or podid-*, and first kills the processes in them:
+// only pods of the cluster ever run there. A cgroup can be removed only a moment after its last process has ended, hence
+// the retries.
 func removeCgroups(name string) error {
 	mounts, err := cgroupMounts()
 	if err != nil {

@@ -18,10 +18,10 @@ const (
 )
 
 // InstallChart installs the product's chart, or upgrades it, with the NMI image of this checkout, and waits until it
-// is ready. NMI may read all Secrets and act for all ServiceAccounts, and trusts the stand-in for Entra ID. args are
+// is ready. NMI may read all Secrets and request tokens of all ServiceAccounts, and trusts the fake Entra ID. args are
 // further arguments of `helm upgrade`.
 func (c *Cluster) InstallChart(ctx context.Context, args ...string) error {
-	image, err := BuildNMIImage(ctx, c.say)
+	image, err := BuildNMIImage(ctx, c.progress)
 	if err != nil {
 		return err
 	}
@@ -56,8 +56,8 @@ func (c *Cluster) InstallChartWith(ctx context.Context, image Image, args ...str
 	return nil
 }
 
-// Files that machines of Azure have in /etc/kubernetes. Here they are in the kubelet's folder, which a node keeps when it
-// restarts.
+// Files that virtual machines of AKS have in /etc/kubernetes. Here they are in the kubelet's folder, which a node keeps
+// when it restarts.
 const (
 	cloudConfigFile = "azure.json"
 	customCloudFile = "akscustom.json"
@@ -65,8 +65,8 @@ const (
 )
 
 // InstallStandard installs the chart, or upgrades it, in standard mode, with the images of this checkout, and waits until
-// it is ready. MIC works as the managed identity that the scale set itself has, so its requests for tokens go through
-// NMI, and it finds the stand-in for ARM by a file of a cloud of one's own, as there is no name server. args are further
+// it is ready. MIC authenticates as the system-assigned identity of its node, so its token requests go through NMI. It
+// finds the fake ARM by the configuration file of a custom cloud, because the cluster has no DNS server. args are further
 // arguments of `helm upgrade`.
 func (c *Cluster) InstallStandard(ctx context.Context, args ...string) error {
 	image, err := BuildMICImage(ctx)
@@ -83,7 +83,7 @@ func (c *Cluster) InstallStandard(ctx context.Context, args ...string) error {
 		"--set-file", "mic.caBundle=" + c.EntraCA()}, args...)...)
 }
 
-// writeCloudFiles gives each node what says how Azure is reached. As on AKS, the files are root's alone.
+// writeCloudFiles writes the configuration files of the custom cloud into each node. As on AKS, only root can read them.
 func (c *Cluster) writeCloudFiles() error {
 	arm := "https://" + azureIP + "/"
 	for file, content := range map[string]any{
@@ -103,7 +103,7 @@ func (c *Cluster) writeCloudFiles() error {
 		for _, n := range nodeSpecs {
 			at := filepath.Join(runDir, n.Name, "kubelet", file)
 			if have, err := os.ReadFile(at); err == nil && bytes.Equal(have, text) {
-				continue // a MIC that runs could read half of it
+				continue // a running MIC could read a half-written file
 			}
 			if err := os.WriteFile(at, text, 0o600); err != nil {
 				return fmt.Errorf("writing %s of %s: %w", file, n.Name, err)
@@ -113,7 +113,7 @@ func (c *Cluster) writeCloudFiles() error {
 	return nil
 }
 
-// podProblems says what the chart's pods wait for; helm only says that it waited.
+// podProblems returns the state, events and logs of the chart's pods: helm reports only that a wait timed out.
 func (c *Cluster) podProblems(ctx context.Context) string {
 	pods, _ := c.Kubectl(ctx, "--namespace", ChartNamespace, "get", "pods", "--output", "wide")
 	events, _ := c.Kubectl(ctx, "--namespace", ChartNamespace, "get", "events", "--field-selector", "type=Warning", "--sort-by", ".lastTimestamp")

@@ -17,57 +17,58 @@ import (
 	"time"
 )
 
-// Options of a new cluster. The zero value is a good one.
+// Options of a new cluster. The zero value is useful.
 type Options struct {
-	// Progress receives one line of text for each step.
+	// Progress is called with one line of text for each step, possibly by several goroutines at once.
 	Progress func(line string)
-	// LogDir keeps the logs of all processes. By default they are in the run folder and go with it.
+	// LogDir is where the logs of all processes are written. By default that is in the run folder, which is removed with the
+	// cluster.
 	LogDir string
 	// Program is the built cluster program; it is built when this is empty.
 	Program string
 	// ProviderIDs are the nodes' spec.providerID, by node name. By default they are instances of one scale set.
 	ProviderIDs map[string]string
-	// Wait is how long to wait for another cluster on this machine to end, such as that of a test of another package.
+	// Wait is how long to wait for another cluster on this host to end, such as that of a test of another package.
 	Wait time.Duration
-	// WithoutAzure leaves the stand-in Azure out.
+	// WithoutAzure leaves out the fake Azure.
 	WithoutAzure bool
 }
 
 // Cluster is a running cluster.
 type Cluster struct {
-	bin    Binaries
-	logDir string
-	say    func(string)
+	bin      Binaries
+	logDir   string
+	progress func(string)
 
-	// Of the owner only; a cluster that was merely opened has none of them.
+	// Set only in the process that started the cluster, its owner, not after Open.
 	supervisor *exec.Cmd
 	pipe       *os.File
 	ended      chan struct{} // closed when the supervisor has ended
 }
 
-// Start builds what is missing and starts a cluster. It belongs to this process: it ends with Stop, or when the
-// process ends in whatever way, unless Detach is called.
+// Start builds what is missing and starts a cluster. The cluster belongs to this process: it ends with Stop, or when the
+// process ends for any reason, unless Detach is called.
 func Start(ctx context.Context, opts Options) (*Cluster, error) {
-	say := opts.Progress
-	if say == nil {
-		say = func(string) {}
+	progress := opts.Progress
+	if progress == nil {
+		progress = func(string) {}
 	}
 	if err := RequireRoot(); err != nil {
 		return nil, err
 	}
 	deadline := time.Now().Add(opts.Wait)
-	if err := awaitOther(ctx, deadline); err != nil {
+	if err := awaitOtherCluster(ctx, deadline); err != nil {
 		return nil, err
 	}
-	cfg, err := prepareStart(ctx, opts, say)
+	cfg, err := prepareStart(ctx, opts, progress)
 	if err != nil {
 		return nil, err
 	}
-	c := &Cluster{bin: cfg.Binaries, logDir: cfg.LogDir, say: say}
+	c := &Cluster{bin: cfg.Binaries, logDir: cfg.LogDir, progress: progress}
 	err = c.launch(ctx, cfg)
 	for errors.Is(err, ErrRunning) && time.Now().Before(deadline) {
-		// Another one that waited too was faster.
-		if err := awaitOther(ctx, deadline); err != nil {
+		// Another process that waited too was faster.
+		if err := awaitOtherCluster(ctx, deadline); err != nil {
 			return nil, err
 		}
 		err = c.launch(ctx, cfg)
@@ -78,8 +79,8 @@ func Start(ctx context.Context, opts Options) (*Cluster, error) {
 	return c, nil
 }
 
-// awaitOther returns once no other cluster runs, and ErrRunning if one still does at the deadline.
-func awaitOther(ctx context.Context, deadline time.Time) error {
+// awaitOtherCluster returns once no other cluster runs, and ErrRunning if one still does at the deadline.
+func awaitOtherCluster(ctx context.Context, deadline time.Time) error {
 	ticker := time.NewTicker(200 * time.Millisecond)
 	defer ticker.Stop()
 	for {
@@ -101,10 +102,10 @@ func awaitOther(ctx context.Context, deadline time.Time) error {
 	}
 }
 
-func prepareStart(ctx context.Context, opts Options, say func(string)) (*superviseConfig, error) {
+func prepareStart(ctx context.Context, opts Options, progress func(string)) (*superviseConfig, error) {
 	cfg := &superviseConfig{Program: opts.Program, LogDir: opts.LogDir, ProviderIDs: map[string]string{}}
 	var err error
-	if cfg.Binaries, err = EnsureBinaries(ctx, say); err != nil {
+	if cfg.Binaries, err = EnsureBinaries(ctx, progress); err != nil {
 		return nil, err
 	}
 	if cfg.Program == "" {
@@ -135,7 +136,7 @@ func prepareStart(ctx context.Context, opts Options, say func(string)) (*supervi
 	}
 	for name := range opts.ProviderIDs {
 		if _, ok := cfg.ProviderIDs[name]; !ok {
-			return nil, fmt.Errorf("a provider ID is given for node %q, which does not exist", name)
+			return nil, fmt.Errorf("Options.ProviderIDs has an ID for node %q, which does not exist", name)
 		}
 	}
 	if !opts.WithoutAzure {
@@ -147,7 +148,7 @@ func prepareStart(ctx context.Context, opts Options, say func(string)) (*supervi
 	return cfg, nil
 }
 
-// launch runs the supervisor and waits until it says that the cluster is ready.
+// launch runs the supervisor and waits until it reports that the cluster is ready.
 func (c *Cluster) launch(ctx context.Context, cfg *superviseConfig) error {
 	ownerR, ownerW, err := os.Pipe()
 	if err != nil {
@@ -162,11 +163,11 @@ func (c *Cluster) launch(ctx context.Context, cfg *superviseConfig) error {
 	defer eventsR.Close()
 	defer eventsW.Close()
 
-	// Not tied to ctx: the supervisor ends in order, when its pipe is closed.
+	// Not CommandContext: when ctx ends, the pipe is closed, and the supervisor stops the cluster in order.
 	c.supervisor = exec.Command(cfg.Program, "supervise")
 	c.supervisor.ExtraFiles = []*os.File{ownerR, eventsW} // descriptors 3 and 4
 	c.supervisor.Dir = "/"
-	// A session of its own: an interrupt typed at the terminal is for the owner, who then decides.
+	// A session of its own: Ctrl-C at the terminal reaches the owner only, which then decides.
 	c.supervisor.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := c.supervisor.Start(); err != nil {
 		ownerW.Close()
@@ -174,28 +175,29 @@ func (c *Cluster) launch(ctx context.Context, cfg *superviseConfig) error {
 	}
 	c.pipe, c.ended = ownerW, make(chan struct{})
 	go func() {
-		_ = c.supervisor.Wait() // what went wrong comes as an event
+		_ = c.supervisor.Wait() // it has reported errors as events
 		close(c.ended)
 	}()
 	eventsW.Close()
 
-	// Without this, an owner that is told to stop would wait for the start to end.
-	stopWatching := context.AfterFunc(ctx, func() { c.pipe.Close() })
-	defer stopWatching()
+	// Without this, a canceled owner would wait for the start to finish.
+	stop := context.AfterFunc(ctx, func() { c.pipe.Close() })
+	defer stop()
 	line, err := json.Marshal(cfg)
 	if err == nil {
 		_, err = ownerW.Write(append(line, '\n'))
 	}
 	if err == nil {
-		err = c.follow(eventsR)
+		err = c.readEvents(eventsR)
 	}
 	if err != nil {
-		return errors.Join(err, c.release())
+		return errors.Join(err, c.stopSupervisor())
 	}
 	return ctx.Err()
 }
 
-func (c *Cluster) follow(events io.Reader) error {
+// readEvents reports the supervisor's progress, and returns when the cluster is ready or has failed.
+func (c *Cluster) readEvents(events io.Reader) error {
 	start := time.Now()
 	for lines := bufio.NewScanner(events); lines.Scan(); {
 		var e event
@@ -210,14 +212,14 @@ func (c *Cluster) follow(events io.Reader) error {
 		case e.Error != "":
 			return fmt.Errorf("starting the cluster: %s", e.Error)
 		case e.Step != "":
-			c.say(fmt.Sprintf("%5.1f s  %s", time.Since(start).Seconds(), e.Step))
+			c.progress(fmt.Sprintf("%5.1f s  %s", time.Since(start).Seconds(), e.Step))
 		}
 	}
 	return fmt.Errorf("starting the cluster: its supervisor ended%s", logTail(filepath.Join(c.logDir, "supervisor.log")))
 }
 
-// release lets the supervisor take everything down, and waits for it.
-func (c *Cluster) release() error {
+// stopSupervisor makes the supervisor stop the cluster, and waits for its end.
+func (c *Cluster) stopSupervisor() error {
 	c.pipe.Close()
 	select {
 	case <-c.ended:
@@ -227,7 +229,7 @@ func (c *Cluster) release() error {
 	}
 }
 
-// Open returns the cluster that runs on this machine, whoever started it.
+// Open returns the cluster that runs on this host, whichever process started it.
 func Open() (*Cluster, error) {
 	s, err := running()
 	if err != nil {
@@ -236,7 +238,7 @@ func Open() (*Cluster, error) {
 	if !s.Ready {
 		return nil, errors.New("the cluster is still starting")
 	}
-	return &Cluster{bin: s.Binaries, logDir: s.LogDir, say: func(string) {}}, nil
+	return &Cluster{bin: s.Binaries, logDir: s.LogDir, progress: func(string) {}}, nil
 }
 
 func running() (*state, error) {
@@ -250,7 +252,7 @@ func running() (*state, error) {
 	return s, nil
 }
 
-// Detach lets the cluster run on when this process ends.
+// Detach lets the cluster continue to run when this process ends.
 func (c *Cluster) Detach() error {
 	if _, err := c.pipe.Write([]byte{detachByte}); err != nil {
 		return fmt.Errorf("detaching from the cluster: %w", err)
@@ -258,16 +260,16 @@ func (c *Cluster) Detach() error {
 	return nil
 }
 
-// Stop takes the cluster down and returns when nothing of it is left.
+// Stop stops the cluster and returns when nothing of it is left.
 func (c *Cluster) Stop() error {
 	err := Down()
 	if c.pipe != nil {
-		err = errors.Join(err, c.release())
+		err = errors.Join(err, c.stopSupervisor())
 	}
 	return err
 }
 
-// Down takes down the cluster that runs on this machine, or what a killed one has left. It is no error if there is
+// Down stops the cluster that runs on this host, or removes what a killed one has left. It is no error if there is
 // nothing to do.
 func Down() error {
 	if err := RequireRoot(); err != nil {
@@ -278,7 +280,7 @@ func Down() error {
 	s, err := running()
 	if err == nil {
 		if err := control(ctx, "/stop"); err != nil && s.Supervisor.alive() {
-			// Its children end with it; the rest is cleaned up below.
+			// Its children end with it; cleanUp removes the rest.
 			if killErr := s.Supervisor.kill(syscall.SIGKILL); killErr != nil {
 				return errors.Join(err, killErr)
 			}
@@ -297,13 +299,14 @@ func Down() error {
 	return cleanUp()
 }
 
-// Kubeconfig is the path of the admin's kubeconfig. Its address is reached only from inside the cluster's namespaces.
+// Kubeconfig is the path of the admin's kubeconfig. The API server's address in it can be reached only from inside the
+// cluster's namespaces.
 func (c *Cluster) Kubeconfig() string { return adminConfig }
 
-// LogDir holds the logs of all processes of the cluster.
+// LogDir is the folder with the logs of all processes of the cluster.
 func (c *Cluster) LogDir() string { return c.logDir }
 
-// Nodes are the names of the nodes.
+// Nodes returns the names of the nodes.
 func (c *Cluster) Nodes() []string {
 	var names []string
 	for _, n := range nodeSpecs {
@@ -312,18 +315,18 @@ func (c *Cluster) Nodes() []string {
 	return names
 }
 
-// DialContext connects from inside the control plane's namespace: with it as rest.Config.Dial, a client-go client in
-// the test process reaches the API server.
+// DialContext connects from inside the control plane's namespace. As rest.Config.Dial it lets a client-go client in the
+// test process reach the API server.
 func (c *Cluster) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	return DialFrom(netnsPath(controlPlaneNetns), nil)(ctx, network, address)
 }
 
-// KubectlCommand is kubectl as admin, ready to run.
+// KubectlCommand returns a command that runs kubectl as admin.
 func (c *Cluster) KubectlCommand(ctx context.Context, args ...string) (*exec.Cmd, error) {
 	return c.adminCommand(ctx, c.bin.kube("kubectl"), args...)
 }
 
-// HelmCommand is helm as admin, ready to run.
+// HelmCommand returns a command that runs helm as admin.
 func (c *Cluster) HelmCommand(ctx context.Context, args ...string) (*exec.Cmd, error) {
 	return c.adminCommand(ctx, c.bin.Helm, args...)
 }
@@ -342,7 +345,7 @@ func (c *Cluster) Kubectl(ctx context.Context, args ...string) (string, error) {
 	return c.kubectl(ctx, nil, args...)
 }
 
-// Apply creates or changes the objects of a YAML text.
+// Apply creates or updates the objects of a YAML text.
 func (c *Cluster) Apply(ctx context.Context, yaml string) error {
 	_, err := c.kubectl(ctx, strings.NewReader(yaml), "apply", "-f", "-")
 	return err
@@ -361,13 +364,13 @@ func (c *Cluster) kubectl(ctx context.Context, stdin io.Reader, args ...string) 
 	return stdout.String(), nil
 }
 
-// StopAPIServer kills the API server; clients find its port closed.
+// StopAPIServer kills the API server; connections to its port are then refused.
 func (c *Cluster) StopAPIServer(ctx context.Context) error { return control(ctx, "/apiserver/stop") }
 
 // StartAPIServer starts it again and returns when it is ready.
 func (c *Cluster) StartAPIServer(ctx context.Context) error { return control(ctx, "/apiserver/start") }
 
-// RestartNode switches a node off and on again, and returns when it is ready. Its pods are restarted.
+// RestartNode stops and starts a node like a reboot, and returns when it is ready. Its pods are restarted.
 func (c *Cluster) RestartNode(ctx context.Context, name string) error {
 	return control(ctx, "/nodes/"+name+"/restart")
 }

@@ -45,8 +45,8 @@ func start(t *testing.T) *Cluster {
 	return c
 }
 
-func TestAClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
-	before := machineFolders()
+func TestClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
+	before := hostFolders()
 	c := start(t)
 	defer c.Stop()
 
@@ -66,27 +66,27 @@ func TestAClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
 			}
 		}
 	})
-	t.Run("programs are run only where they belong", func(t *testing.T) {
+	t.Run("programs run only in existing pods and nodes", func(t *testing.T) {
 		for pod, want := range map[string]string{"host": "hostNetwork", "absent": "not found"} {
 			if _, err := c.InPod(ctx, "default", pod, "true"); err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("in pod %s: %v", pod, err)
 			}
 		}
 		if _, err := c.InNode(ctx, "node3", "true"); err == nil {
-			t.Error("a program was run on a node that does not exist")
+			t.Error("a program ran on a node that does not exist")
 		}
 	})
-	t.Run("the stand-in IMDS sees who asks", func(t *testing.T) { checkSources(t, ctx, c) })
+	t.Run("the fake IMDS sees the source addresses", func(t *testing.T) { checkSources(t, ctx, c) })
 	t.Run("in-cluster clients reach the API server", func(t *testing.T) {
 		out, err := c.InPod(ctx, "default", "on-node2", "curl", "-sk", "--max-time", "5", "https://"+serviceIP+"/version")
 		if err != nil || !strings.Contains(out, kubernetesVersion) {
 			t.Errorf("%q, %v", out, err)
 		}
 	})
-	t.Run("there is no way out", func(t *testing.T) {
+	t.Run("there is no route out", func(t *testing.T) {
 		for _, node := range c.Nodes() {
 			if out, err := c.InNode(ctx, node, "ip", "route", "get", "192.0.2.1"); err == nil {
-				t.Errorf("%s has a route to anywhere: %s", node, out)
+				t.Errorf("%s has a default route: %s", node, out)
 			}
 		}
 	})
@@ -95,19 +95,19 @@ func TestAClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	t.Run("the API server can be away for a while", func(t *testing.T) {
+	t.Run("the API server can be stopped and started", func(t *testing.T) {
 		if err := c.StopAPIServer(ctx); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := c.Kubectl(ctx, "get", "nodes"); err == nil {
-			t.Error("the API server answers although it was stopped")
+			t.Error("the stopped API server answers")
 		}
 		if err := c.StartAPIServer(ctx); err != nil {
 			t.Fatal(err)
 		}
 		mustKubectl(t, ctx, c, "get", "nodes")
 	})
-	t.Run("a node comes back with its pods", func(t *testing.T) {
+	t.Run("a restarted node runs its pods again", func(t *testing.T) {
 		if err := c.RestartNode(ctx, "node2"); err != nil {
 			t.Fatal(err)
 		}
@@ -130,12 +130,13 @@ func TestAClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
 	}
 	t.Logf("the cluster is down after %s", time.Since(began).Round(time.Millisecond))
 	checkNothingLeft(t, ids)
-	if after := machineFolders(); after != before {
-		t.Errorf("folders of the machine, before: %s; after: %s", before, after)
+	if after := hostFolders(); after != before {
+		t.Errorf("folders of the host, before: %s; after: %s", before, after)
 	}
 }
 
-// checkSources looks into the stand-in's log: pods arrive with their own addresses, hostNetwork with the node's.
+// checkSources checks the source addresses in the log of the fake Azure: requests of pods have the pods' own addresses,
+// requests of pods with hostNetwork the node's.
 func checkSources(t *testing.T, ctx context.Context, c *Cluster) {
 	seen := map[string]string{}
 	err := waitFor(ctx, "three requests at the fake Azure", 20*time.Second, nil, polled(func(ctx context.Context) error {
@@ -166,7 +167,7 @@ func checkSources(t *testing.T, ctx context.Context, c *Cluster) {
 		Error  string
 	}
 	if err := json.Unmarshal([]byte(logs), &outcome); err != nil || outcome.Status != 200 {
-		t.Errorf("the pod's own account: %s (%v)", logs, err)
+		t.Errorf("the pod's log: %s (%v)", logs, err)
 	}
 }
 
@@ -184,8 +185,8 @@ func mustKubectl(t *testing.T, ctx context.Context, c *Cluster, args ...string) 
 	return out
 }
 
-// machineFolders says which folders of the machine exist that a node or the control plane would make on a real one.
-func machineFolders() string {
+// hostFolders returns the existing folders among those that a node or a control plane creates on a real host.
+func hostFolders() string {
 	var found []string
 	for _, dir := range []string{"/var/lib/kubelet", "/var/lib/containerd", "/var/lib/cni", "/etc/cni", "/run/containerd",
 		"/var/log/pods", "/var/log/containers", "/usr/libexec/kubernetes", "/run/kubernetes", "/opt/cni"} {

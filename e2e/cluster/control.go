@@ -12,56 +12,57 @@ import (
 	"time"
 )
 
-// controlServer takes orders for a running cluster on a socket that only root reaches.
+// controlServer executes requests to a running cluster, which come over a socket that only root can reach.
 type controlServer struct {
 	server  *http.Server
-	stopped chan struct{} // closed once everything is down
+	stopped chan struct{} // closed when everything has stopped
 	err     error         // valid from then on
 }
 
-func (s *supervisor) listen(end func()) (*controlServer, error) {
+// serveControl opens the control socket and serves it. POST /stop calls end.
+func (s *supervisor) serveControl(end func()) (*controlServer, error) {
 	listener, err := net.Listen("unix", controlSocket)
 	if err != nil {
 		return nil, fmt.Errorf("opening the control socket: %w", err)
 	}
 	c := &controlServer{stopped: make(chan struct{})}
-	orders := http.NewServeMux()
-	order := func(pattern string, f func(r *http.Request) error) {
-		orders.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+	mux := http.NewServeMux()
+	handle := func(pattern string, f func(r *http.Request) error) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			if err := f(r); err != nil {
 				http.Error(w, err.Error(), http.StatusInternalServerError)
 			}
 		})
 	}
-	order("POST /stop", func(*http.Request) error {
+	handle("POST /stop", func(*http.Request) error {
 		end()
 		<-c.stopped
 		return c.err
 	})
-	order("POST /apiserver/stop", func(*http.Request) error {
-		s.ops.Lock()
-		defer s.ops.Unlock()
+	handle("POST /apiserver/stop", func(*http.Request) error {
+		s.requests.Lock()
+		defer s.requests.Unlock()
 		return s.cp.apiserver.stop()
 	})
-	order("POST /apiserver/start", func(r *http.Request) error {
-		s.ops.Lock()
-		defer s.ops.Unlock()
+	handle("POST /apiserver/start", func(r *http.Request) error {
+		s.requests.Lock()
+		defer s.requests.Unlock()
 		if s.cp.apiserver.ended() == nil {
 			return errors.New("the API server is running")
 		}
 		return s.cp.startAPIServer(r.Context())
 	})
-	order("POST /nodes/{name}/restart", func(r *http.Request) error {
-		s.ops.Lock()
-		defer s.ops.Unlock()
+	handle("POST /nodes/{name}/restart", func(r *http.Request) error {
+		s.requests.Lock()
+		defer s.requests.Unlock()
 		return s.restartNode(r.Context(), r.PathValue("name"))
 	})
-	c.server = &http.Server{Handler: orders}
+	c.server = &http.Server{Handler: mux}
 	go c.server.Serve(listener)
 	return c, nil
 }
 
-// finish answers those that wait for the end, and closes.
+// finish answers the requests that wait for the end of the cluster, and closes the socket.
 func (c *controlServer) finish(err error) {
 	c.err = err
 	close(c.stopped)
@@ -70,25 +71,25 @@ func (c *controlServer) finish(err error) {
 	_ = c.server.Shutdown(ctx)
 }
 
-// control gives the running cluster's supervisor an order and waits until it is carried out.
-func control(ctx context.Context, order string) error {
+// control sends a request to the supervisor of the running cluster and waits until it is done.
+func control(ctx context.Context, path string) error {
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", controlSocket)
 		},
 	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://supervisor"+order, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://supervisor"+path, nil)
 	if err != nil {
 		return err
 	}
 	resp, err := client.Do(req)
 	var urlErr *url.Error
 	if errors.As(err, &urlErr) {
-		err = urlErr.Err // the made-up address says nothing
+		err = urlErr.Err // without the URL, whose host is invented
 	}
 	if err != nil {
-		return fmt.Errorf("asking the cluster's supervisor for %s: %w", order, err)
+		return fmt.Errorf("sending POST %s to the cluster's supervisor: %w", path, err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode == http.StatusOK {

@@ -16,7 +16,7 @@ import (
 type controlPlane struct {
 	bin    Binaries
 	netns  string // path
-	dir    string // for what they keep
+	dir    string // for data
 	pki    string // folder
 	logDir string
 	spawn  spawner
@@ -40,7 +40,7 @@ func (c *controlPlane) startProcess(ctx context.Context, name, program string, a
 }
 
 // start returns when pods can be created: the API server is ready and the namespace default has its ServiceAccount.
-// onAPI is called as soon as the API server answers, for what can go on from there.
+// onAPI is called as soon as the API server is ready, so that others can use it.
 func (c *controlPlane) start(ctx context.Context, onAPI func()) error {
 	if err := c.startEtcd(ctx); err != nil {
 		return err
@@ -56,9 +56,9 @@ func (c *controlPlane) start(ctx context.Context, onAPI func()) error {
 		"--root-ca-file="+filepath.Join(c.pki, "ca.crt"),
 		"--use-service-account-credentials=true",
 		"--leader-elect=false",
-		// With the default limit of requests it takes four seconds until its controllers run.
+		// With the default rate limit its controllers start only after four seconds.
 		"--kube-api-qps=500", "--kube-api-burst=1000",
-		// It makes this folder, by default in /usr.
+		// It creates this folder, by default in /usr.
 		"--flex-volume-plugin-dir="+filepath.Join(c.dir, "volume-plugins"),
 		"--bind-address=127.0.0.1")
 	if err != nil {
@@ -74,8 +74,8 @@ func (c *controlPlane) start(ctx context.Context, onAPI func()) error {
 	return waitFor(ctx, "the ServiceAccount of the namespace default", time.Minute, []*process{c.manager, c.apiserver}, c.api.awaitServiceAccount)
 }
 
-// startEtcd runs etcd with its data in memory: syncing each write to a disk would take most of the start, and the data
-// is thrown away anyway. The tmpfs is in a mount namespace of etcd's own, so that it ends with it.
+// startEtcd runs etcd with its data in memory: to sync each write to a disk would take most of the start time, and the
+// data is discarded anyway. The tmpfs is in etcd's own mount namespace, so it disappears when etcd ends.
 func (c *controlPlane) startEtcd(ctx context.Context) error {
 	dir := filepath.Join(c.dir, "etcd")
 	if err := os.MkdirAll(dir, 0o700); err != nil {

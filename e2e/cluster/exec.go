@@ -9,13 +9,13 @@ import (
 	"syscall"
 )
 
-// The functions of this file become another program: they return only with an error. What that program reads, prints
-// and returns is then the caller's own, without anything in between.
+// The functions of this file replace this program by another one (exec): they return only with an error. The other
+// program has the standard input and output and the exit status of this one.
 
-// ExecKubectl becomes kubectl as admin.
+// ExecKubectl executes kubectl as admin.
 func (c *Cluster) ExecKubectl(args []string) error { return execAdmin(c.bin.kube("kubectl"), args) }
 
-// ExecHelm becomes helm as admin.
+// ExecHelm executes helm as admin.
 func (c *Cluster) ExecHelm(args []string) error { return execAdmin(c.bin.Helm, args) }
 
 func execAdmin(program string, args []string) error {
@@ -28,7 +28,7 @@ func execAdmin(program string, args []string) error {
 	return execInside(netnsPath(controlPlaneNetns), program, args)
 }
 
-// ExecInNode becomes a program of this machine inside a node's network namespace.
+// ExecInNode executes a program of the host inside a node's network namespace.
 func (c *Cluster) ExecInNode(node, program string, args []string) error {
 	path, err := NodeNetns(node)
 	if err != nil {
@@ -37,7 +37,7 @@ func (c *Cluster) ExecInNode(node, program string, args []string) error {
 	return execInside(path, program, args)
 }
 
-// ExecInPod becomes a program of this machine inside a pod's network namespace.
+// ExecInPod executes a program of the host inside a pod's network namespace.
 func (c *Cluster) ExecInPod(ctx context.Context, namespace, pod, program string, args []string) error {
 	file, err := c.PodNetns(ctx, namespace, pod)
 	if err != nil {
@@ -48,11 +48,11 @@ func (c *Cluster) ExecInPod(ctx context.Context, namespace, pod, program string,
 }
 
 func execInside(netns, program string, args []string) error {
-	program, err := lookHostTool(program)
+	program, err := findHostTool(program)
 	if err != nil {
 		return err
 	}
-	// The thread that execs decides over the namespaces of the new program.
+	// The new program has the namespaces of the thread that calls exec.
 	runtime.LockOSThread()
 	if err := enterNetns(netns); err != nil {
 		return err

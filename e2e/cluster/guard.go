@@ -9,15 +9,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// initialNetnsInode is the inode number of the first network namespace of a machine: fixed since Linux 6.17, handed
-// out at boot before. It decides where /proc/1/ns/net may not be read.
+// initialNetnsInode is the inode number of the host's first network namespace. It is fixed since Linux 6.17; older
+// kernels assign a number at boot. The check relies on it where /proc/1/ns/net cannot be read.
 const initialNetnsInode = 0xEFFFFFF9
 
-// ownNetns is the namespace the program was started in. For a program run by hand that is the machine's own.
+// ownNetns is the namespace that the program was started in. For a program that a user starts that is the host's own.
 var ownNetns = netnsInode("/proc/self/ns/net")
 
-// ErrMachineNetns is returned instead of entering the machine's own network namespace.
-var ErrMachineNetns = errors.New("this is the machine's own network namespace")
+// ErrHostNetns is returned instead of entering the host's own network namespace.
+var ErrHostNetns = errors.New("this is the host's own network namespace")
 
 func netnsInode(path string) uint64 {
 	var st unix.Stat_t
@@ -27,15 +27,15 @@ func netnsInode(path string) uint64 {
 	return st.Ino
 }
 
-// refuseMachineNetns returns an error unless path names a network namespace that is certainly not the machine's own.
-// Three marks are compared, because none of them is there on every machine.
-func refuseMachineNetns(path string) error {
+// refuseHostNetns returns an error unless path is a network namespace that is certainly not the host's own. It compares
+// three inode numbers, because none of them is available on every host.
+func refuseHostNetns(path string) error {
 	inode := netnsInode(path)
 	if inode == 0 {
 		return fmt.Errorf("network namespace %s: %w", path, os.ErrNotExist)
 	}
 	if inode == initialNetnsInode || inode == ownNetns || inode == netnsInode("/proc/1/ns/net") {
-		return fmt.Errorf("entering network namespace %s: %w", path, ErrMachineNetns)
+		return fmt.Errorf("entering network namespace %s: %w", path, ErrHostNetns)
 	}
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -48,16 +48,16 @@ func refuseMachineNetns(path string) error {
 	return nil
 }
 
-// onThrowawayThread runs f on a thread that is never given back to the Go runtime: it ends with the goroutine, so that
-// no other goroutine can find itself in the namespace that f entered.
+// onThrowawayThread runs f on a thread that never returns to the Go runtime: the thread ends with the goroutine, so no
+// other goroutine can run in the namespace that f entered.
 //
-// The program's first thread cannot end. Left in another namespace it would stay there, and /proc/self with it.
+// The program's first thread cannot end. It would stay in the other namespace, and /proc/self with it.
 func onThrowawayThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
 		if unix.Gettid() == os.Getpid() {
-			done <- onThrowawayThread(f) // not here: this thread is taken until that is done
+			done <- onThrowawayThread(f) // on another thread: this one is occupied until then
 			runtime.UnlockOSThread()
 			return
 		}
@@ -78,7 +78,7 @@ func insideNetns(path string, f func() error) error {
 
 // enterNetns moves the calling thread, which must be locked to its goroutine, into the namespace.
 func enterNetns(path string) error {
-	if err := refuseMachineNetns(path); err != nil {
+	if err := refuseHostNetns(path); err != nil {
 		return err
 	}
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
@@ -92,7 +92,7 @@ func enterNetns(path string) error {
 	return nil
 }
 
-// RequireRoot says in one sentence what is missing when the program lacks the rights to make namespaces.
+// RequireRoot returns an error that names what is missing if the program may not create namespaces.
 func RequireRoot() error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("the cluster needs root (network, mount and PID namespaces, cgroups); this is user %d", os.Geteuid())

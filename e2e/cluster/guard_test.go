@@ -10,37 +10,37 @@ import (
 	"time"
 )
 
-func TestTheMachinesOwnNetworkNamespaceIsNeverEntered(t *testing.T) {
-	// Namespaces entered before must not have moved the program's first thread, which /proc/self is.
+func TestHostNetworkNamespaceIsNeverEntered(t *testing.T) {
+	// Entering namespaces must not have moved the program's first thread, which /proc/self refers to.
 	for range 200 {
 		if err := insideNewNetns(func() error { return nil }); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if inode := netnsInode("/proc/self/ns/net"); inode != ownNetns {
-		t.Fatalf("the program's first thread is in namespace %d, was started in %d", inode, ownNetns)
+		t.Fatalf("the program's first thread is in namespace %d; it was started in %d", inode, ownNetns)
 	}
 	entered := false
 	err := insideNetns("/proc/self/ns/net", func() error { entered = true; return nil })
-	if !errors.Is(err, ErrMachineNetns) || entered {
-		t.Errorf("entering the own namespace: error %v, entered %v", err, entered)
+	if !errors.Is(err, ErrHostNetns) || entered {
+		t.Errorf("entering the host's namespace: error %v, entered %v", err, entered)
 	}
-	if err := refuseMachineNetns("/proc/self/ns/mnt"); err == nil {
-		t.Error("a mount namespace is taken for a network namespace that may be entered")
+	if err := refuseHostNetns("/proc/self/ns/mnt"); err == nil {
+		t.Error("a mount namespace is accepted as a network namespace")
 	}
 	file := filepath.Join(t.TempDir(), "plain")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := refuseMachineNetns(file); err == nil {
-		t.Error("a plain file is taken for a network namespace")
+	if err := refuseHostNetns(file); err == nil {
+		t.Error("a regular file is accepted as a network namespace")
 	}
-	if err := refuseMachineNetns(file + "-absent"); !errors.Is(err, os.ErrNotExist) {
+	if err := refuseHostNetns(file + "-absent"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("an absent namespace: %v", err)
 	}
 }
 
-func TestAProcessWithARecycledPIDIsNotKilled(t *testing.T) {
+func TestProcessWithReusedPIDIsNotKilled(t *testing.T) {
 	cmd := exec.Command("sleep", "60")
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -50,12 +50,12 @@ func TestAProcessWithARecycledPIDIsNotKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	before := processID{PID: now.PID, Start: now.Start - 1} // who had the PID before
+	before := processID{PID: now.PID, Start: now.Start - 1} // an earlier process with this PID
 	if err := before.kill(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	if before.alive() || !now.alive() {
-		t.Fatalf("the process before is alive: %v; the process now: %v", before.alive(), now.alive())
+		t.Fatalf("the earlier process is alive: %v; the current process: %v", before.alive(), now.alive())
 	}
 	if err := now.kill(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
@@ -65,7 +65,7 @@ func TestAProcessWithARecycledPIDIsNotKilled(t *testing.T) {
 	}
 }
 
-func TestAddressesOnlyAreDialledInsideANamespace(t *testing.T) {
+func TestDialFromAcceptsOnlyIPAddresses(t *testing.T) {
 	if _, err := DialFrom(netnsPath("absent"), nil)(t.Context(), "tcp", "localhost:80"); err == nil {
 		t.Error("a host name was accepted: it would be resolved outside of the namespace")
 	}

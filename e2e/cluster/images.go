@@ -25,28 +25,28 @@ import (
 // epoch is the time of everything in an image.
 var epoch = time.Unix(0, 0).UTC()
 
-// Image is a container image in a file of the form that `docker save` writes. Nodes have it once it is imported; pods
-// use it by Ref with imagePullPolicy Never.
+// Image is a container image in a file of the format that `docker save` writes. Pods use it by Ref with imagePullPolicy
+// Never, once it is imported into their node.
 type Image struct {
 	Name    string // without the tag: local/nmi
-	Tag     string // says which content it is
+	Tag     string // identifies the content
 	Archive string
 }
 
-// Ref is the name that goes into a pod.
+// Ref is the image name for a pod spec.
 func (i Image) Ref() string { return i.Name + ":" + i.Tag }
 
-// imageSpec says what goes into an image: a root file system, if any, and a static program.
+// imageSpec describes an image: a root file system, if any, and a static program.
 type imageSpec struct {
 	name    string
-	tag     string // empty: made from the content
+	tag     string // empty: derived from the content
 	program string // file
 	target  string // its path in the image
 	rootfs  string // folder; may be empty
 	args    []string
 }
 
-// pack writes the image into the cache unless the same content is there already.
+// pack writes the image into the cache unless an image with the same content is there.
 func (s imageSpec) pack(cache string) (Image, error) {
 	dir := filepath.Join(cache, "images")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -127,7 +127,7 @@ func writeArchive(image Image, content v1.Image) error {
 	return os.Rename(file.Name(), image.Archive)
 }
 
-// removeOldArchives keeps the newest few archives of a name: each change of the product makes another one.
+// removeOldArchives keeps the newest few archives of a name: each change of the product adds another one.
 func removeOldArchives(dir, name string) error {
 	const keep = 4
 	archives, err := filepath.Glob(filepath.Join(dir, name+"-*.tar"))
@@ -185,7 +185,7 @@ func (s imageSpec) writeLayer(w io.Writer) error {
 	return out.Close()
 }
 
-// addTree adds a folder's contents as root's. Times are left out, so that equal content makes an equal image.
+// addTree adds a folder's contents, owned by root. Times are left out, so that equal content makes an equal image.
 func addTree(out *tar.Writer, root string) error {
 	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || path == root {

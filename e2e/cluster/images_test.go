@@ -15,7 +15,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
-func TestAnImagesTagFollowsItsContent(t *testing.T) {
+func TestImageTagDependsOnContentOnly(t *testing.T) {
 	dir := t.TempDir()
 	program, rootfs := filepath.Join(dir, "program"), filepath.Join(dir, "rootfs")
 	write := func(path, text string) {
@@ -45,12 +45,12 @@ func TestAnImagesTagFollowsItsContent(t *testing.T) {
 		t.Fatal(err)
 	}
 	if again := pack(); again != first {
-		t.Errorf("the same content gave %v, then %v", first, again)
+		t.Errorf("the same content resulted in %v, then in %v", first, again)
 	}
 	write(program, "two")
 	second := pack()
 	if second.Tag == first.Tag {
-		t.Error("other content has the same tag")
+		t.Error("different content has the same tag")
 	}
 	manifest, err := tarball.LoadManifest(func() (io.ReadCloser, error) { return os.Open(second.Archive) })
 	if err != nil || len(manifest) != 1 || !slices.Equal(manifest[0].RepoTags, []string{second.Ref()}) {

@@ -15,7 +15,7 @@ import (
 	"github.com/moby/sys/mountinfo"
 )
 
-// ownerVariable turns the test program into the owner of a cluster, to be killed.
+// ownerVariable is the environment variable that makes the test program the owner of a cluster, to be killed.
 const ownerVariable = "PODIDENTITY_TEST_OWNS_CLUSTER"
 
 func TestMain(m *testing.M) {
@@ -27,14 +27,14 @@ func TestMain(m *testing.M) {
 	select {}
 }
 
-func TestAKilledOwnerLeavesNothing(t *testing.T) {
+func TestKilledOwnerLeavesNothing(t *testing.T) {
 	for _, when := range []struct{ name, line string }{
 		{"while the cluster starts", "the API server is ready"},
 		{"while the cluster runs", "started: <nil>"},
 	} {
 		t.Run(when.name, func(t *testing.T) {
-			owner, said := startOwner(t)
-			waitForLine(t, said, when.line)
+			owner, output := startOwner(t)
+			waitForLine(t, output, when.line)
 			ids := recorded(t)
 			if err := owner.Process.Kill(); err != nil {
 				t.Fatal(err)
@@ -45,16 +45,16 @@ func TestAKilledOwnerLeavesNothing(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			t.Logf("gone %s after the owner was killed", time.Since(began).Round(time.Millisecond))
+			t.Logf("all processes ended %s after the owner was killed", time.Since(began).Round(time.Millisecond))
 			checkNothingLeft(t, ids)
 		})
 	}
 }
 
-func TestAKilledSupervisorsLeftoversAreRemoved(t *testing.T) {
-	owner, said := startOwner(t)
+func TestDownRemovesWhatAKilledSupervisorLeft(t *testing.T) {
+	owner, output := startOwner(t)
 	defer owner.Process.Kill()
-	waitForLine(t, said, "started: <nil>")
+	waitForLine(t, output, "started: <nil>")
 	ids := recorded(t)
 	if err := ids["supervisor"].kill(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
@@ -98,10 +98,10 @@ func waitForLine(t *testing.T, lines *bufio.Scanner, want string) {
 			break
 		}
 	}
-	t.Fatalf("the owner said %q instead of %q", lines.Text(), want)
+	t.Fatalf("the owner printed %q instead of %q", lines.Text(), want)
 }
 
-// recorded are the processes of the running cluster, its supervisor among them.
+// recorded returns the processes of the running cluster, including its supervisor.
 func recorded(t *testing.T) map[string]processID {
 	t.Helper()
 	s, err := running()
@@ -116,18 +116,18 @@ func checkNothingLeft(t *testing.T, ids map[string]processID) {
 	t.Helper()
 	for name, p := range ids {
 		if p.alive() {
-			t.Errorf("process %d (%s) is left", p.PID, name)
+			t.Errorf("process %d (%s) still runs", p.PID, name)
 		}
 	}
 	if len(ids) < 5 {
 		t.Errorf("only %d processes were recorded: %v", len(ids), ids)
 	}
 	if _, err := os.Stat(runDir); err == nil {
-		t.Errorf("%s is left", runDir)
+		t.Errorf("%s still exists", runDir)
 	}
 	for _, pattern := range []string{netnsPath(namePrefix + "*"), "/sys/fs/cgroup/" + namePrefix + "*", "/sys/fs/cgroup/*/" + namePrefix + "*"} {
 		if left, _ := filepath.Glob(pattern); len(left) > 0 {
-			t.Errorf("%v is left", left)
+			t.Errorf("%v still exists", left)
 		}
 	}
 	all, err := mountinfo.GetMounts(nil)
@@ -136,13 +136,14 @@ func checkNothingLeft(t *testing.T, ids map[string]processID) {
 	}
 	for _, m := range all {
 		if strings.HasPrefix(m.Mountpoint, runDir) || strings.Contains(m.Mountpoint, "/"+namePrefix) {
-			t.Errorf("mount %s is left", m.Mountpoint)
+			t.Errorf("mount %s still exists", m.Mountpoint)
 		}
 	}
 	checkNoPrograms(t)
 }
 
-// checkNoPrograms looks for processes that run the cluster's programs, recorded or not: shims and containers too.
+// checkNoPrograms checks that no process runs a program of the cluster, recorded or not. Shims and containers are not
+// recorded.
 func checkNoPrograms(t *testing.T) {
 	t.Helper()
 	cache, err := cacheDir()
@@ -153,7 +154,7 @@ func checkNoPrograms(t *testing.T) {
 	for _, file := range files {
 		exe, err := os.Readlink(file)
 		if err == nil && (strings.HasPrefix(exe, cache+"/") || exe == "/podclient") {
-			t.Errorf("a process runs %s: %s", exe, file)
+			t.Errorf("a process still runs %s: %s", exe, file)
 		}
 	}
 }

@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// lastLines returns the end of a text, where programs say why they failed.
+// lastLines returns the end of a text, where programs print why they failed.
 func lastLines(text string, n int) string {
 	lines := strings.Split(strings.TrimRight(text, "\n"), "\n")
 	if len(lines) > n {
@@ -28,7 +28,7 @@ func indented(text string) string {
 	return "\n    " + strings.ReplaceAll(text, "\n", "\n    ")
 }
 
-// logTail is the end of a log file, made to be appended to an error.
+// logTail returns the end of a log file, formatted to be appended to an error.
 func logTail(path string) string {
 	f, err := os.Open(path)
 	if err != nil {

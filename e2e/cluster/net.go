@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Addresses. Fixed, because they exist only inside namespaces that reach nothing else.
+// Addresses. They are constants, because they exist only inside namespaces that are isolated from everything else.
 const (
 	controlPlaneIP = "10.10.0.1"
 	azureIP        = "10.10.0.254"
@@ -23,7 +23,7 @@ const (
 	hostBits       = 24
 
 	serviceCIDR = "10.96.0.0/16"
-	serviceIP   = "10.96.0.1" // the service kubernetes.default, first of serviceCIDR
+	serviceIP   = "10.96.0.1" // of the Service kubernetes.default, the first address of serviceCIDR
 	apiPort     = "443"
 )
 
@@ -33,7 +33,7 @@ var (
 	bridgeName        = namePrefix + "br0"
 )
 
-// nodeSpec is what is fixed about a node.
+// nodeSpec is the name and the addresses of a node.
 type nodeSpec struct {
 	Name    string
 	IP      string
@@ -49,18 +49,18 @@ func (n nodeSpec) netns() string { return namePrefix + n.Name }
 
 func netnsPath(name string) string { return filepath.Join(netnsDir, name) }
 
-// makeNetwork builds the four namespaces, the bridge between them and their routes:
+// makeNetwork creates the four namespaces, the bridge between them and their routes:
 //
-//	podid-cp     10.10.0.1    holds the bridge; also 10.96.0.1
+//	podid-cp     10.10.0.1    has the bridge; also 10.96.0.1
 //	podid-nodeN  10.10.0.1N   pods in 10.244.N.0/24
 //	podid-azure  10.10.0.254  and 169.254.169.254 behind it
 //
-// Every node routes the metadata address to podid-azure, as on Azure: a pod's packet that nothing captures on the node
-// is forwarded, and arrives there with the pod's own address.
+// As on Azure, every node routes the metadata address to podid-azure: a packet of a pod that nothing captures on the node
+// is forwarded, and arrives there with the pod's own source address.
 //
-// The API server listens on port 443 of podid-cp, where the address of the service kubernetes.default lives too, and
-// nodes route the service range there. That takes the place of kube-proxy for the one service that in-cluster clients
-// need, with no NAT that could get in the way of the rules under test.
+// The API server listens on port 443 of podid-cp. That namespace also has the address of the Service kubernetes.default,
+// and nodes route the service range there. This replaces kube-proxy for the one Service that in-cluster clients need,
+// without NAT rules that could interfere with the rules under test.
 func makeNetwork() error {
 	if err := prepareNetnsDir(); err != nil {
 		return err
@@ -90,11 +90,11 @@ func makeNetwork() error {
 	if err := cp.configure("lo", serviceIP, 32); err != nil {
 		return err
 	}
-	if err := cp.join(azureNetns, azureIP, bridge); err != nil {
+	if err := cp.connect(azureNetns, azureIP, bridge); err != nil {
 		return err
 	}
 	for _, n := range nodeSpecs {
-		if err := cp.join(n.netns(), n.IP, bridge); err != nil {
+		if err := cp.connect(n.netns(), n.IP, bridge); err != nil {
 			return err
 		}
 	}
@@ -137,7 +137,8 @@ func (n nodeSpec) routes() error {
 	return nil
 }
 
-// removeNetwork removes every namespace of the cluster that is there. Its links go with it once its last process is gone.
+// removeNetwork removes all namespaces of the cluster. The kernel removes the links of a namespace after its last process
+// has ended.
 func removeNetwork() error {
 	paths, err := filepath.Glob(netnsPath(namePrefix + "*"))
 	if err != nil {
@@ -145,14 +146,14 @@ func removeNetwork() error {
 	}
 	var errs []error
 	for _, path := range paths {
-		// EINVAL: a file without a mount, from a start that was cut off in between.
+		// EINVAL: a file without a mount, from an interrupted start.
 		if err := unix.Unmount(path, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
 			errs = append(errs, fmt.Errorf("unmounting %s: %w", path, err))
 			continue
 		}
 		errs = append(errs, os.Remove(path))
 	}
-	// Only if it is empty, so that a folder, and a mount on it, that was made for us goes too.
+	// Only if it is empty: then the folder, and the mount on it, was made for this cluster.
 	if left, err := os.ReadDir(netnsDir); err == nil && len(left) == 0 {
 		unix.Unmount(netnsDir, unix.MNT_DETACH)
 		os.Remove(netnsDir)
@@ -160,8 +161,8 @@ func removeNetwork() error {
 	return errors.Join(errs...)
 }
 
-// prepareNetnsDir makes the folder of named namespaces a shared mount, as `ip netns add` does at its first use: were that
-// to do it later, our names would be below its mount, and out of reach.
+// prepareNetnsDir makes the folder of named namespaces a shared mount, as `ip netns add` does at its first use. If that
+// command did it later, its mount would hide the names that were created before.
 func prepareNetnsDir() error {
 	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
 		return err
@@ -179,7 +180,7 @@ func prepareNetnsDir() error {
 	return nil
 }
 
-// insideNewNetns runs f in a network namespace of its own, which is gone afterwards unless f keeps it.
+// insideNewNetns runs f in a new network namespace, which is deleted afterwards unless f keeps it.
 func insideNewNetns(f func() error) error {
 	return onThrowawayThread(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
@@ -189,8 +190,8 @@ func insideNewNetns(f func() error) error {
 	})
 }
 
-// AddNetns makes one more network namespace, for what a test or a benchmark puts beside the nodes. Its name gets the
-// prefix of the cluster, and it goes when the cluster does. It returns the whole name.
+// AddNetns creates one more network namespace, for programs of a test or a benchmark. It adds the cluster's prefix to the
+// name, and returns the whole name. The namespace is removed with the cluster.
 func (c *Cluster) AddNetns(name string) (string, error) {
 	return namePrefix + name, createNetns(namePrefix + name)
 }
@@ -206,25 +207,25 @@ func createNetns(name string) error {
 		if err := unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, ""); err != nil {
 			return fmt.Errorf("making network namespace %s: binding it to %s: %w", name, path, err)
 		}
-		if err := refuseMachineNetns(path); err != nil {
+		if err := refuseHostNetns(path); err != nil {
 			return err
 		}
 		// /proc/sys/net shows the namespace of the thread that opens it.
 		if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644); err != nil {
-			return fmt.Errorf("letting %s forward: %w", name, err)
+			return fmt.Errorf("enabling IP forwarding in %s: %w", name, err)
 		}
 		lo, err := netlink.LinkByName("lo")
 		if err == nil {
 			err = netlink.LinkSetUp(lo)
 		}
 		if err != nil {
-			return fmt.Errorf("setting lo up in %s: %w", name, err)
+			return fmt.Errorf("setting lo in %s up: %w", name, err)
 		}
 		return nil
 	})
 }
 
-// netnsHandle configures one namespace over netlink.
+// netnsHandle configures one network namespace through netlink.
 type netnsHandle struct {
 	*netlink.Handle
 	name string
@@ -232,7 +233,7 @@ type netnsHandle struct {
 }
 
 func openNetns(name string) (*netnsHandle, error) {
-	if err := refuseMachineNetns(netnsPath(name)); err != nil {
+	if err := refuseHostNetns(netnsPath(name)); err != nil {
 		return nil, err
 	}
 	ns, err := netns.GetFromPath(netnsPath(name))
@@ -252,25 +253,25 @@ func (h *netnsHandle) close() {
 	h.ns.Close()
 }
 
-// join connects another namespace to the bridge in h by a pair of links, eth0 on the far side.
-func (h *netnsHandle) join(name, ip string, bridge netlink.Link) error {
-	far, err := openNetns(name)
+// connect connects another namespace to the bridge in h by a pair of links; the other namespace's end is eth0.
+func (h *netnsHandle) connect(name, ip string, bridge netlink.Link) error {
+	other, err := openNetns(name)
 	if err != nil {
 		return err
 	}
-	defer far.close()
+	defer other.close()
 	port := &netlink.Veth{
 		LinkAttrs:     netlink.LinkAttrs{Name: name},
 		PeerName:      "eth0",
-		PeerNamespace: netlink.NsFd(far.ns),
+		PeerNamespace: netlink.NsFd(other.ns),
 	}
 	if err := h.LinkAdd(port); err != nil {
-		return fmt.Errorf("linking %s with %s: %w", h.name, name, err)
+		return fmt.Errorf("connecting %s with %s: %w", h.name, name, err)
 	}
 	if err := errors.Join(h.LinkSetMaster(port, bridge), h.LinkSetUp(port)); err != nil {
-		return fmt.Errorf("linking %s with %s: %w", h.name, name, err)
+		return fmt.Errorf("connecting %s with %s: %w", h.name, name, err)
 	}
-	return far.configure("eth0", ip, hostBits)
+	return other.configure("eth0", ip, hostBits)
 }
 
 func (h *netnsHandle) configure(link, ip string, bits int) error {
@@ -280,7 +281,7 @@ func (h *netnsHandle) configure(link, ip string, bits int) error {
 	}
 	addr := &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP(ip).To4(), Mask: net.CIDRMask(bits, 32)}}
 	if err := errors.Join(h.AddrAdd(l, addr), h.LinkSetUp(l)); err != nil {
-		return fmt.Errorf("giving %s in %s the address %s: %w", link, h.name, ip, err)
+		return fmt.Errorf("configuring %s in %s with the address %s: %w", link, h.name, ip, err)
 	}
 	return nil
 }
@@ -289,18 +290,18 @@ func (h *netnsHandle) route(cidr, via string) error {
 	prefix := netip.MustParsePrefix(cidr)
 	dst := &net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), 32)}
 	if err := h.RouteAdd(&netlink.Route{Dst: dst, Gw: net.ParseIP(via).To4()}); err != nil {
-		return fmt.Errorf("routing %s via %s in %s: %w", cidr, via, h.name, err)
+		return fmt.Errorf("adding the route to %s via %s in %s: %w", cidr, via, h.name, err)
 	}
 	return nil
 }
 
 // DialFrom returns a function that connects from within the network namespace at path, and from the address local
-// unless that is nil. A socket stays in the namespace it was made in.
+// unless that is nil. A socket remains in the namespace in which it was created.
 func DialFrom(path string, local net.Addr) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (conn net.Conn, err error) {
 		if host, _, splitErr := net.SplitHostPort(address); splitErr != nil || !isAddress(host) {
-			// A host name would be looked up by other goroutines, outside of the namespace.
-			return nil, fmt.Errorf("connecting to %q inside %s: only IP addresses are reached that way", address, path)
+			// The resolver would look up a host name in other goroutines, outside of the namespace.
+			return nil, fmt.Errorf("connecting to %q inside %s: the address must be an IP address", address, path)
 		}
 		err = insideNetns(path, func() error {
 			conn, err = (&net.Dialer{LocalAddr: local}).DialContext(ctx, network, address)

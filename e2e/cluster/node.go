@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// node is one machine of the cluster, seen from the supervisor: the process that is PID 1 of its namespaces.
+// node is one node of the cluster, seen from the supervisor: the process that is PID 1 of its namespaces.
 type node struct {
 	nodeSpec
 	bin        Binaries
@@ -25,9 +25,9 @@ type node struct {
 
 	onStart func(name string, p *process) error
 
-	began time.Time // when it was switched on
+	began time.Time // when it was started
 	init  *process
-	start *os.File // what is written here lets init start the kubelet
+	input *os.File // init starts the kubelet when it reads a line from here
 }
 
 func (n *node) dir() string { return filepath.Join(runDir, n.Name) }
@@ -38,11 +38,11 @@ func containerdSocket(node string) string {
 	return filepath.Join(runDir, node, "run-containerd", "containerd.sock")
 }
 
-// nodePlan is what init needs to know, in a file.
+// nodePlan is the configuration of init, in a file.
 type nodePlan struct {
 	Name       string
 	Dir        string
-	KeepDirs   []string // folders of the machine that the node sees at the same place
+	KeepDirs   []string // folders of the host that the node sees at the same path
 	Hosts      string
 	Containerd []string
 	Kubelet    []string
@@ -50,11 +50,11 @@ type nodePlan struct {
 	Path       string
 }
 
-// boot starts the node's namespaces and containerd in them. The kubelet waits for join.
+// boot creates the node's namespaces and starts containerd in them. startKubelet comes later.
 func (n *node) boot(ctx context.Context) error {
 	n.began = time.Now()
-	// As on a machine that boots: no cgroups, /run is empty, /var is what it was. In cgroups of before, the kubelet would
-	// look for containers for half a minute.
+	// As at a boot: no cgroups, an empty /run, and /var as it was. In cgroups from before the boot the kubelet would look
+	// for containers for half a minute.
 	if err := errors.Join(removeCgroups(n.netns()), createCgroups(n.netns())); err != nil {
 		return err
 	}
@@ -82,7 +82,7 @@ func (n *node) boot(ctx context.Context) error {
 	}
 	cmd.Stdin = r
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWUTS}
-	n.start = w
+	n.input = w
 	if n.init, err = n.spawn.start(n.Name, n.log("init"), cmd); err != nil {
 		return err
 	}
@@ -98,10 +98,11 @@ func (n *node) boot(ctx context.Context) error {
 	}))
 }
 
-// join lets the kubelet start. Started earlier, it would find no API server and wait ever longer between its tries.
-func (n *node) join() error {
-	_, err := n.start.Write([]byte("kubelet\n"))
-	return errors.Join(err, n.start.Close())
+// startKubelet makes init start the kubelet. Started before the API server is ready, it would wait longer and longer
+// between its attempts to connect.
+func (n *node) startKubelet() error {
+	_, err := n.input.Write([]byte("kubelet\n"))
+	return errors.Join(err, n.input.Close())
 }
 
 func (n *node) awaitReady(ctx context.Context, api *apiClient) error {
@@ -112,8 +113,8 @@ func (n *node) awaitReady(ctx context.Context, api *apiClient) error {
 	return nil
 }
 
-// importImages loads image archives into the node's containerd: one after the other, as two that share a layer get in
-// each other's way.
+// importImages loads image archives into the node's containerd, one after the other: parallel imports of images that
+// share a layer fail.
 func importImages(ctx context.Context, bin Binaries, node string, archives []string) error {
 	for _, archive := range archives {
 		if _, err := runCtr(ctx, bin, node, "images", "import", archive); err != nil {
@@ -128,7 +129,7 @@ func (n *node) writeConfig() (plan string, err error) {
 		"cniVersion": "1.0.0",
 		"name":       "pods",
 		"plugins": []any{map[string]any{
-			// No masquerading: pods are seen with their own addresses everywhere, as on AKS with Azure CNI.
+			// No masquerading: packets of pods have the pods' own addresses everywhere, as on AKS with Azure CNI.
 			"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
 			"ipam": map[string]any{
 				"type":   "host-local",
@@ -173,8 +174,8 @@ func (n *node) writeConfig() (plan string, err error) {
 	return at("plan.json"), nil
 }
 
-// containerdConfig is for the containerd of Debian 12, hence version 2 of the format and the docker.io/ before the
-// name of the sandbox image, under which containerd's importer files it.
+// containerdConfig is for the containerd of Debian 12, hence version 2 of the format. The sandbox image has docker.io/
+// before its name, because containerd's importer adds that.
 func (n *node) containerdConfig() string {
 	return fmt.Sprintf(`version = 2
 root = "/var/lib/containerd"
@@ -183,7 +184,7 @@ state = "/run/containerd"
   address = "/run/containerd/containerd.sock"
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "docker.io/%s"
-  # A container may not get a better OOM score than its parent without CAP_SYS_RESOURCE, which root lacks on some machines.
+  # Without CAP_SYS_RESOURCE, which root lacks on some hosts, a container cannot get a lower OOM score than its parent.
   restrict_oom_score_adj = true
   [plugins."io.containerd.grpc.v1.cri".containerd]
     snapshotter = "overlayfs"
@@ -217,14 +218,14 @@ func (n *node) kubeletConfig() map[string]any {
 		"containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
 		"providerID":               n.providerID,
 		"address":                  "0.0.0.0",
-		"resolvConf":               "/etc/resolv.conf", // the node's own, which names no server
-		"makeIPTablesUtilChains":   false,              // the tables hold nothing but the rules under test
+		"resolvConf":               "/etc/resolv.conf", // the node's own, without a name server
+		"makeIPTablesUtilChains":   false,              // only the rules under test are in the tables
 		"maxPods":                  250,
-		// Tests read logs of NMI that load has filled, and kubectl shows only what has not been rotated away.
+		// Tests read long logs of NMI after load tests, and kubectl shows only what was not rotated.
 		"containerLogMaxSize":       "500Mi",
 		"syncFrequency":             "10s",
 		"nodeStatusUpdateFrequency": "5s",
-		// The disk is the machine's: how full it is must not decide over pods or images.
+		// The disk is the host's: its usage must not cause evictions or image garbage collection.
 		"imageGCHighThresholdPercent": 100,
 		"evictionHard": map[string]string{
 			"memory.available": "50Mi", "nodefs.available": "0%", "imagefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.inodesFree": "0%",

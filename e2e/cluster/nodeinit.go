@@ -13,15 +13,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// NodeInit is PID 1 of a node, called in its fresh network, mount, PID and host name namespaces. It makes them look
-// like a machine, runs containerd and, when told so on standard input, the kubelet. It returns only with an error: its
-// end is the end of everything on the node, which is how nodes are switched off.
+// NodeInit is PID 1 of a node. It is called in the node's new network, mount, PID and host name namespaces, sets them up
+// like a computer, runs containerd and, after a line on standard input, the kubelet. It returns only with an error. When
+// it ends, the kernel kills everything on the node; nodes are stopped that way.
 func NodeInit(planFile string) error {
 	if os.Getpid() != 1 {
 		return errors.New("node-init is only run by the cluster itself, as the first process of a node")
 	}
 	if netnsInode("/proc/self/ns/net") == initialNetnsInode {
-		return fmt.Errorf("starting a node: %w", ErrMachineNetns)
+		return fmt.Errorf("starting a node: %w", ErrHostNetns)
 	}
 	data, err := os.ReadFile(planFile)
 	if err != nil {
@@ -31,13 +31,13 @@ func NodeInit(planFile string) error {
 	if err := json.Unmarshal(data, &plan); err != nil {
 		return fmt.Errorf("reading %s: %w", planFile, err)
 	}
-	if err := plan.makeMachine(); err != nil {
+	if err := plan.setUp(); err != nil {
 		return fmt.Errorf("setting up node %s: %w", plan.Name, err)
 	}
 	return plan.runDaemons()
 }
 
-// mounts does a series of mounts and remembers the first that failed.
+// mounts does a series of mounts and keeps the first error.
 type mounts struct {
 	root string
 	err  error
@@ -64,21 +64,21 @@ func (m *mounts) write(target, text string) {
 		m.err = os.MkdirAll(filepath.Dir(m.root+target), 0o755)
 	}
 	if m.err == nil {
-		_ = os.Remove(m.root + target) // might be a link that leads elsewhere
+		_ = os.Remove(m.root + target) // it may be a symbolic link
 		m.err = os.WriteFile(m.root+target, []byte(text), 0o644)
 	}
 }
 
-// makeMachine gives the node a root file system of its own, an overlay of the machine's: programs and libraries are
-// there, and what the node writes to /etc, /var or /run is in memory and ends with it.
-func (plan *nodePlan) makeMachine() error {
+// setUp gives the node a root file system of its own, an overlay of the host's: it has the host's programs and libraries,
+// and what the node writes to /etc, /var or /run is in memory and ends with the node.
+func (plan *nodePlan) setUp() error {
 	if err := unix.Sethostname([]byte(plan.Name)); err != nil {
 		return fmt.Errorf("setting the host name: %w", err)
 	}
 	root := filepath.Join(plan.Dir, "root")
 	m := &mounts{}
 	m.mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
-	// The upper layer is a mount of its own, as overlayfs wants no layer inside of another.
+	// The upper layer is a mount of its own: overlayfs refuses layers that contain each other.
 	m.mount("podid-node", root, "tmpfs", 0, "mode=0755,size=256m")
 	for _, d := range []string{"upper", "work", "merged"} {
 		if m.err == nil {
@@ -92,14 +92,14 @@ func (plan *nodePlan) makeMachine() error {
 
 	m.mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
 	m.bind("/dev", "/dev")
-	// A fresh sysfs shows the devices of this network namespace; the cgroup hierarchies are brought along.
+	// A fresh sysfs shows the devices of this network namespace; the cgroup hierarchies are mounted into it.
 	m.mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
 	m.mount("/sys/fs/cgroup", "/sys/fs/cgroup", "", unix.MS_BIND|unix.MS_REC, "")
 	m.mount("podid-run", "/run", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0755")
 	for _, dir := range plan.KeepDirs {
 		m.bind(dir, dir)
 	}
-	// containerd keeps layers as overlays, which cannot lie on an overlay: these are on the machine's disk.
+	// containerd mounts layers as overlays, which cannot be on an overlay: these folders are on the host's disk.
 	m.bind(filepath.Join(plan.Dir, "containerd"), "/var/lib/containerd")
 	m.bind(filepath.Join(plan.Dir, "kubelet"), "/var/lib/kubelet")
 	m.bind(filepath.Join(plan.Dir, "cni"), "/var/lib/cni")
@@ -107,9 +107,9 @@ func (plan *nodePlan) makeMachine() error {
 
 	m.write("/etc/hostname", plan.Name+"\n")
 	m.write("/etc/hosts", "127.0.0.1 localhost\n"+plan.Hosts)
-	m.write("/etc/resolv.conf", "# There is no name server inside of the cluster.\n")
+	m.write("/etc/resolv.conf", "# The cluster has no name server.\n")
 	if m.err == nil {
-		m.err = os.Mkdir(merged+"/run/lock", 0o755) // Debian's /var/lock leads here
+		m.err = os.Mkdir(merged+"/run/lock", 0o755) // Debian's /var/lock is a link to it
 	}
 	if m.err == nil {
 		m.err = replaceDir(merged+"/etc/cni/net.d", filepath.Join(plan.Dir, "config", "cni.conflist"), "10-pods.conflist")
@@ -121,7 +121,7 @@ func (plan *nodePlan) makeMachine() error {
 	return pivotInto(merged)
 }
 
-// replaceDir makes dir hold one file only: CNI settings of the machine itself must not reach the node.
+// replaceDir makes dir contain one file only: CNI configuration of the host must not apply to the node.
 func replaceDir(dir, source, name string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return err
@@ -136,8 +136,8 @@ func replaceDir(dir, source, name string) error {
 	return os.WriteFile(filepath.Join(dir, name), data, 0o644)
 }
 
-// shieldKernelSettings covers kernel settings that a kubelet writes unless they have the value it wants. They hold for
-// the whole machine, which a test must not change: the node sees files with the wanted values in their place.
+// shieldKernelSettings hides kernel settings that a kubelet writes unless they have the value that it expects. They are
+// settings of the whole host, which a test must not change: instead of them, the node sees files with the expected values.
 func (plan *nodePlan) shieldKernelSettings(m *mounts) {
 	for setting, value := range map[string]string{
 		"vm/overcommit_memory":      "1",
@@ -157,21 +157,21 @@ func pivotInto(root string) error {
 	if err := unix.Chdir(root); err != nil {
 		return err
 	}
-	// Old root and new root on one mount point; the old one is then taken off.
+	// Old and new root share one mount point; the old one is unmounted next.
 	if err := unix.PivotRoot(".", "."); err != nil {
 		return fmt.Errorf("changing the root file system: %w", err)
 	}
 	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
-		return fmt.Errorf("leaving the machine's root file system: %w", err)
+		return fmt.Errorf("unmounting the host's root file system: %w", err)
 	}
-	// Kubelets need mounts that propagate into containers which ask for it.
+	// Kubelets need mounts that propagate into containers with mountPropagation.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
 		return fmt.Errorf("sharing mounts with containers: %w", err)
 	}
 	return unix.Chdir("/")
 }
 
-// runDaemons runs containerd and the kubelet and buries orphans, as is the duty of PID 1.
+// runDaemons runs containerd and the kubelet, and reaps orphaned processes, as PID 1 must.
 func (plan *nodePlan) runDaemons() error {
 	containerd, err := plan.startDaemon("containerd", plan.Containerd)
 	if err != nil {
@@ -180,7 +180,7 @@ func (plan *nodePlan) runDaemons() error {
 	names := map[int]string{containerd: "containerd"}
 	line, err := bufio.NewReader(os.Stdin).ReadString('\n')
 	if err != nil || line != "kubelet\n" {
-		return fmt.Errorf("node %s: told to end before the kubelet was started", plan.Name)
+		return fmt.Errorf("node %s: its supervisor ended before the kubelet was started", plan.Name)
 	}
 	kubelet, err := plan.startDaemon("kubelet", plan.Kubelet)
 	if err != nil {

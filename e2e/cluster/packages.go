@@ -17,19 +17,19 @@ import (
 )
 
 // debianPackages are unpacked into the cache folder and run from there. They are not installed: an installed etcd or
-// containerd would start a service on the machine.
+// containerd would start a service on the host.
 var debianPackages = []string{"etcd-server", "containerd", "runc", "containernetworking-plugins"}
 
-// hostTools are programs that the commands run on the machine itself, and the packages to install where they are
-// missing: the demo's client, and the tools with which a node's rules are shown.
+// hostTools are programs that are run from the host, and the packages to install if they are missing: the demo's client,
+// and the tools that show a node's rules.
 var hostTools = []struct{ program, pkg string }{
 	{"curl", "curl"},
 	{"ip", "iproute2"},
 	{"iptables-save", "iptables"},
 }
 
-// ensurePackages returns the folder with the unpacked packages, fetching them the first time.
-func ensurePackages(ctx context.Context, say func(string)) (string, error) {
+// ensurePackages returns the folder with the unpacked packages. The first time it downloads them.
+func ensurePackages(ctx context.Context, progress func(string)) (string, error) {
 	cache, err := cacheDir()
 	if err != nil {
 		return "", err
@@ -40,13 +40,13 @@ func ensurePackages(ctx context.Context, say func(string)) (string, error) {
 	}
 	dir := filepath.Join(cache, "debian-"+keyOf(release, runtime.GOARCH, strings.Join(debianPackages, " ")))
 	return dir, buildOnce(dir, func(dest string) error {
-		say("fetching " + strings.Join(debianPackages, ", ") + " from Debian (unpacked into " + cache + ", not installed)")
+		progress("downloading " + strings.Join(debianPackages, ", ") + " from Debian (unpacked into " + cache + ", not installed)")
 		debs, err := os.MkdirTemp(cache, "debs-")
 		if err != nil {
 			return err
 		}
 		defer os.RemoveAll(debs)
-		if err := apt(ctx, say, debs, append([]string{"download"}, debianPackages...)...); err != nil {
+		if err := apt(ctx, progress, debs, append([]string{"download"}, debianPackages...)...); err != nil {
 			return err
 		}
 		files, err := filepath.Glob(filepath.Join(debs, "*.deb"))
@@ -62,23 +62,23 @@ func ensurePackages(ctx context.Context, say func(string)) (string, error) {
 	})
 }
 
-// ensureHostTools installs what the machine itself lacks.
-func ensureHostTools(ctx context.Context, say func(string)) error {
+// ensureHostTools installs the programs that the host lacks.
+func ensureHostTools(ctx context.Context, progress func(string)) error {
 	var missing []string
 	for _, tool := range hostTools {
-		if _, err := lookHostTool(tool.program); err != nil {
+		if _, err := findHostTool(tool.program); err != nil {
 			missing = append(missing, tool.pkg)
 		}
 	}
 	if len(missing) == 0 {
 		return nil
 	}
-	say("installing Debian packages that this machine lacks: " + strings.Join(missing, ", "))
-	return apt(ctx, say, "/", append([]string{"install", "-y", "--no-install-recommends"}, missing...)...)
+	progress("installing Debian packages that are missing: " + strings.Join(missing, ", "))
+	return apt(ctx, progress, "/", append([]string{"install", "-y", "--no-install-recommends"}, missing...)...)
 }
 
-// lookHostTool also looks where root's tools are: a PATH without the sbin folders is common.
-func lookHostTool(program string) (string, error) {
+// findHostTool also searches the folders of root's tools: a PATH without the sbin folders is common.
+func findHostTool(program string) (string, error) {
 	if path, err := exec.LookPath(program); err == nil {
 		return path, nil
 	}
@@ -90,11 +90,10 @@ func lookHostTool(program string) (string, error) {
 	return "", fmt.Errorf("%s: %w", program, exec.ErrNotFound)
 }
 
-// apt runs apt-get. A fresh machine has no package lists, or old ones: one failure is answered with an update and a
-// second try.
-func apt(ctx context.Context, say func(string), dir string, args ...string) error {
+// apt runs apt-get. A new host has no package lists, or old ones: after a failure apt updates them and retries once.
+func apt(ctx context.Context, progress func(string), dir string, args ...string) error {
 	try := func(args ...string) error {
-		// The unprivileged user that apt-get fetches as could not write below a private cache folder.
+		// apt-get's unprivileged user for downloads could not write below a private cache folder.
 		cmd := exec.CommandContext(ctx, "apt-get", append([]string{"-q", "-o", "APT::Sandbox::User=root"}, args...)...)
 		cmd.Dir = dir
 		cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
@@ -104,8 +103,8 @@ func apt(ctx context.Context, say func(string), dir string, args ...string) erro
 	if err := try(args...); err == nil || errors.Is(err, exec.ErrNotFound) || ctx.Err() != nil {
 		return err
 	}
-	say("updating Debian's package lists (apt-get update)")
-	// A source that this build does not need may be unreachable: the second try decides.
+	progress("updating Debian's package lists (apt-get update)")
+	// A package source that is not needed here may be unreachable: only the second attempt decides.
 	updateErr := try("update")
 	if err := try(args...); err != nil {
 		return errors.Join(err, updateErr)
@@ -113,11 +112,11 @@ func apt(ctx context.Context, say func(string), dir string, args ...string) erro
 	return nil
 }
 
-// NodeModules installs the packages that the lock file in a folder below e2e names, once for each content of that file,
-// and returns what NODE_PATH has to be for them. npm checks each package by its hash, and runs none of their scripts.
-func NodeModules(ctx context.Context, say func(string), folder string) (string, error) {
-	if say == nil {
-		say = func(string) {}
+// NodeModules installs the npm packages of the lock file in a folder below e2e, once for each content of that file, and
+// returns the value of NODE_PATH for them. npm checks the hash of each package, and runs none of their scripts.
+func NodeModules(ctx context.Context, progress func(string), folder string) (string, error) {
+	if progress == nil {
+		progress = func(string) {}
 	}
 	e2e, err := e2eDir()
 	if err != nil {
@@ -135,7 +134,7 @@ func NodeModules(ctx context.Context, say func(string), folder string) (string, 
 	}
 	dir := filepath.Join(cache, "npm-"+filepath.Base(folder)+"-"+keyOf(string(files["package.json"]), string(files["package-lock.json"])))
 	return filepath.Join(dir, "node_modules"), buildOnce(dir, func(dest string) error {
-		say("installing the npm packages of e2e/" + folder + " into " + cache)
+		progress("installing the npm packages of e2e/" + folder + " into " + cache)
 		for name, content := range files {
 			if err := os.WriteFile(filepath.Join(dest, name), content, 0o644); err != nil {
 				return err
@@ -151,7 +150,7 @@ func NodeModules(ctx context.Context, say func(string), folder string) (string, 
 	})
 }
 
-// run runs a program that prints little and returns its standard output; its error carries what the program printed.
+// run runs a program that prints little and returns its standard output. An error contains what the program printed.
 func run(cmd *exec.Cmd) (string, error) {
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -175,7 +174,7 @@ func shortCommand(cmd *exec.Cmd) string {
 func osRelease() (string, error) {
 	data, err := os.ReadFile("/etc/os-release")
 	if err != nil {
-		return "", fmt.Errorf("finding out the Debian release: %w", err)
+		return "", fmt.Errorf("reading the Debian release: %w", err)
 	}
 	values := map[string]string{}
 	for _, line := range strings.Split(string(data), "\n") {
@@ -191,13 +190,13 @@ func keyOf(parts ...string) string {
 	return hex.EncodeToString(sum[:6])
 }
 
-// buildOnce fills the folder dir by build unless it is there already. A build that was cut off leaves nothing under
-// the final name, and of two programs that want the same folder one waits for the other.
+// buildOnce calls build to fill the folder dir unless dir exists. An interrupted build leaves nothing under the final
+// name. Of two programs that build the same folder, one waits for the other.
 func buildOnce(dir string, build func(dest string) error) error {
 	if _, err := os.Stat(dir); err == nil {
 		return nil
 	}
-	lock, err := lockFile(filepath.Join(filepath.Dir(dir), ".lock"))
+	lock, err := lockFile(dir + ".lock")
 	if err != nil {
 		return err
 	}

@@ -8,22 +8,22 @@ import (
 	"strings"
 )
 
-// instance distinguishes clusters that run side by side on one computer: they share addresses, each in network
-// namespaces of its own, but neither names nor folders. The supervisor and bin/cluster inherit the variable.
+// instance distinguishes clusters that run side by side on one host. They have the same addresses, each in its own
+// network namespaces, but different names and folders. The supervisor and bin/cluster inherit the variable.
 var instance = os.Getenv("PODIDENTITY_CLUSTER")
 
 var (
-	// namePrefix is on every network namespace, cgroup and link that is visible outside of the cluster, so that
-	// leftovers are found by name and nothing of somebody else is ever taken for ours.
+	// namePrefix begins the name of every network namespace, cgroup and link that is visible outside of the cluster.
+	// Leftovers are found by it, and nothing of another program is mistaken for the cluster's.
 	namePrefix = "podid" + instance + "-"
 
-	// runDir holds all state of the running cluster, and is its lock. Not in /run: that is often a small tmpfs, and
-	// the nodes' image stores live here. Short, because socket paths may have 107 bytes at most.
+	// runDir contains all state of the running cluster, and is its lock. It is not in /run, which is often a small tmpfs:
+	// the nodes' images are stored here. It is short, because a socket path has at most 107 bytes.
 	runDir = "/var/lib/podidentity-e2e" + instance
 )
 
 const (
-	// netnsDir is where iproute2 looks, so that `ip netns exec podid-node1 …` works too.
+	// netnsDir is the folder of iproute2, so that `ip netns exec podid-node1 …` works too.
 	netnsDir = "/run/netns"
 
 	rootModule = "github.com/podidentity/podidentity"
@@ -40,7 +40,7 @@ var (
 	adminConfig   = filepath.Join(pkiDir, "admin.kubeconfig")
 )
 
-// checkInstance refuses what cannot be part of a link's name, which may have 15 bytes at most.
+// checkInstance refuses an instance that cannot be part of a link's name, which has at most 15 bytes.
 func checkInstance() error {
 	if len(instance) > 3 || strings.Trim(instance, "0123456789") != "" {
 		return fmt.Errorf("PODIDENTITY_CLUSTER is %q: it must be empty or a number below 1000", instance)
@@ -48,8 +48,8 @@ func checkInstance() error {
 	return nil
 }
 
-// adminEnv lets kubectl and helm work on the cluster, and on nothing else: the caches and settings of whoever runs them
-// are neither used nor changed.
+// adminEnv is the environment with which kubectl and helm use this cluster only. The caches and settings of the user are
+// neither read nor changed.
 func adminEnv() []string {
 	return []string{
 		"KUBECONFIG=" + adminConfig,
@@ -61,7 +61,8 @@ func adminEnv() []string {
 	}
 }
 
-// cacheDir holds what is built or fetched once. Everything in it is keyed by version and may be deleted at any time.
+// cacheDir is the folder of what is built or downloaded once. Everything in it is keyed by version and may be deleted at
+// any time.
 func cacheDir() (string, error) {
 	base, err := os.UserCacheDir()
 	if err != nil {
@@ -71,8 +72,8 @@ func cacheDir() (string, error) {
 	return dir, os.MkdirAll(dir, 0o755)
 }
 
-// RepoDir is the root of the checkout that the program works on: the first folder with the product's go.mod, upwards
-// from the working directory, then from the program's own place (bin/cluster).
+// RepoDir is the root of the checkout: the first folder with the product's go.mod, upwards from the working directory,
+// then upwards from the program's own folder (bin/cluster).
 func RepoDir() (string, error) {
 	var starts []string
 	if wd, err := os.Getwd(); err == nil {
@@ -92,7 +93,7 @@ func RepoDir() (string, error) {
 			}
 		}
 	}
-	return "", errors.New("the Pod Identity checkout was not found: run this from inside it (no go.mod of module " + rootModule + " in " + strings.Join(starts, " or ") + " or above)")
+	return "", errors.New("the Pod Identity checkout was not found: run this inside of it (no go.mod of module " + rootModule + " in " + strings.Join(starts, " or ") + " or above)")
 }
 
 func e2eDir() (string, error) {

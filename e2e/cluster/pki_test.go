@@ -10,7 +10,7 @@ import (
 	"k8s.io/client-go/util/keyutil"
 )
 
-func TestCertificatesAndKubeconfigsBelongTogether(t *testing.T) {
+func TestKubeconfigsReferToCertificatesOfTheCA(t *testing.T) {
 	dir := t.TempDir()
 	if err := writePKI(dir); err != nil {
 		t.Fatal(err)

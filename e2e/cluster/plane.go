@@ -12,20 +12,20 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// Plane is a control plane by itself, etcd and an API server, for what needs no nodes that run anything. No controller
-// touches its objects, and it may run beside a cluster: its network namespace has no name and nothing but loopback, and
-// its files are where the caller says. Both go with the program that started it.
+// Plane is a control plane without nodes and controllers: etcd and an API server. It can run beside a cluster: its
+// network namespace has no name and only the loopback interface, and its files are in a folder of the caller. It ends with
+// the program that started it.
 type Plane struct {
 	cp    *controlPlane
 	netns *os.File
 }
 
 // StartPlane returns when the API server is ready. dir is a folder of the caller's, for certificates, data and logs.
-func StartPlane(ctx context.Context, dir string, say func(string)) (*Plane, error) {
+func StartPlane(ctx context.Context, dir string, progress func(string)) (*Plane, error) {
 	if err := RequireRoot(); err != nil {
 		return nil, err
 	}
-	bin, err := EnsureBinaries(ctx, say)
+	bin, err := EnsureBinaries(ctx, progress)
 	if err != nil {
 		return nil, err
 	}
@@ -35,7 +35,7 @@ func StartPlane(ctx context.Context, dir string, say func(string)) (*Plane, erro
 	}
 	p := &Plane{netns: netns, cp: &controlPlane{
 		bin: bin, netns: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), netns.Fd()), dir: dir, pki: filepath.Join(dir, "pki"), logDir: dir,
-		spawn: newSpawner(), onStart: func(string, *process) error { return nil }, // its children end with it: nobody has to find them
+		spawn: newSpawner(), onStart: func(string, *process) error { return nil }, // its children end with it: no record of them is needed
 	}}
 	if err := p.start(ctx); err != nil {
 		return nil, errors.Join(err, p.Stop())
@@ -58,7 +58,7 @@ func (p *Plane) start(ctx context.Context) error {
 	return c.startAPIServer(ctx)
 }
 
-// loopbackNetns makes a network namespace in which the address of the control plane is one of loopback.
+// loopbackNetns creates a network namespace whose loopback interface has the address of the control plane.
 func loopbackNetns() (file *os.File, err error) {
 	err = insideNewNetns(func() error {
 		lo, err := netlink.LinkByName("lo")
@@ -67,7 +67,7 @@ func loopbackNetns() (file *os.File, err error) {
 		}
 		address := &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP(controlPlaneIP), Mask: net.CIDRMask(32, 32)}}
 		if err := errors.Join(netlink.LinkSetUp(lo), netlink.AddrAdd(lo, address)); err != nil {
-			return fmt.Errorf("setting lo up in a network namespace: %w", err)
+			return fmt.Errorf("setting lo in a network namespace up: %w", err)
 		}
 		file, err = os.Open("/proc/thread-self/ns/net")
 		return err
@@ -75,12 +75,13 @@ func loopbackNetns() (file *os.File, err error) {
 	return file, err
 }
 
-// Stop ends the processes, and what they have kept in memory with them.
+// Stop ends the processes. Their data, in memory, is lost.
 func (p *Plane) Stop() error {
 	return errors.Join(p.cp.stop(), p.netns.Close())
 }
 
-// Kubeconfig is the path of the admin's kubeconfig. Its address is reached only from inside the plane's network.
+// Kubeconfig is the path of the admin's kubeconfig. The API server's address in it can be reached only from inside the
+// plane's network namespace.
 func (p *Plane) Kubeconfig() string { return filepath.Join(p.cp.pki, "admin.kubeconfig") }
 
 // DialContext connects from inside the plane's network; see [Cluster.DialContext].
@@ -88,7 +89,7 @@ func (p *Plane) DialContext(ctx context.Context, network, address string) (net.C
 	return DialFrom(p.cp.netns, nil)(ctx, network, address)
 }
 
-// Command is a program of this machine, ready to run inside the plane's network.
+// Command returns a command that runs a program of the host inside the plane's network namespace.
 func (p *Plane) Command(ctx context.Context, program string, args ...string) (*exec.Cmd, error) {
 	return inNetnsAt(ctx, p.cp.netns, program, args...)
 }

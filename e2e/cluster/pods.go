@@ -13,7 +13,7 @@ import (
 	"strings"
 )
 
-// podInfo is what is needed to find a pod's processes.
+// podInfo contains the fields of a pod that are needed to find its processes.
 type podInfo struct {
 	Metadata struct{ UID string }
 	Spec     struct {
@@ -27,7 +27,7 @@ func (c *Cluster) pod(ctx context.Context, namespace, name string) (podInfo, err
 	var pod podInfo
 	out, err := c.Kubectl(ctx, "--namespace", namespace, "get", "pod", name, "--output", "json")
 	if err != nil {
-		return pod, fmt.Errorf("looking for pod %s/%s: %w", namespace, name, err)
+		return pod, fmt.Errorf("getting pod %s/%s: %w", namespace, name, err)
 	}
 	if err := json.Unmarshal([]byte(out), &pod); err != nil {
 		return pod, fmt.Errorf("reading pod %s/%s: %w", namespace, name, err)
@@ -35,7 +35,7 @@ func (c *Cluster) pod(ctx context.Context, namespace, name string) (podInfo, err
 	return pod, nil
 }
 
-// PodPIDs are the processes of a pod, as seen from the machine. The sandbox's own is among them.
+// PodPIDs returns the processes of a pod, including that of its sandbox, as PIDs of the host.
 func (c *Cluster) PodPIDs(ctx context.Context, namespace, name string) ([]int, error) {
 	pod, err := c.pod(ctx, namespace, name)
 	if err != nil {
@@ -44,8 +44,8 @@ func (c *Cluster) PodPIDs(ctx context.Context, namespace, name string) ([]int, e
 	return podProcesses(pod.Metadata.UID)
 }
 
-// podProcesses finds processes by the pod's cgroup, whose name the kubelet makes from the UID. Nothing else on the
-// machine says which namespaces are a pod's.
+// podProcesses finds processes by the pod's cgroup, whose name the kubelet derives from the UID. Nothing else on the host
+// shows which namespaces belong to a pod.
 func podProcesses(uid string) ([]int, error) {
 	if uid == "" {
 		return nil, errors.New("the pod has no UID")
@@ -58,7 +58,7 @@ func podProcesses(uid string) ([]int, error) {
 	for _, file := range files {
 		data, err := os.ReadFile(file)
 		if err != nil || !strings.Contains(string(data), "/"+namePrefix) || !strings.Contains(string(data), "/pod"+uid+"/") {
-			continue // ended, or somebody else's
+			continue // the process has ended, or is not of this pod
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
 		if err != nil {
@@ -72,15 +72,15 @@ func podProcesses(uid string) ([]int, error) {
 
 // PodNetns opens the network namespace of a running pod. The caller closes the file, which keeps the namespace.
 //
-// A pod whose address the kubelet has not told yet is not running: it has a network some time before it has a container,
-// on a busy machine for longer than anything that looks for the pod behind an address can be asked to wait.
+// A pod without a reported address does not count as running. It has a network some time before it has a container, on a
+// busy host for longer than NMI waits for the pod of an address.
 func (c *Cluster) PodNetns(ctx context.Context, namespace, name string) (*os.File, error) {
 	pod, err := c.pod(ctx, namespace, name)
 	if err != nil {
 		return nil, err
 	}
 	if pod.Spec.HostNetwork {
-		return nil, fmt.Errorf("pod %s/%s is in its node's network (hostNetwork): use in-node %s", namespace, name, pod.Spec.NodeName)
+		return nil, fmt.Errorf("pod %s/%s is in its node's network (hostNetwork): use in-node with node %s", namespace, name, pod.Spec.NodeName)
 	}
 	if pod.Status.PodIP == "" {
 		return nil, fmt.Errorf("pod %s/%s has no address yet (its phase is %s)", namespace, name, pod.Status.Phase)
@@ -101,21 +101,21 @@ func (c *Cluster) PodNetns(ctx context.Context, namespace, name string) (*os.Fil
 	return nil, fmt.Errorf("pod %s/%s has no running process (its phase is %s)", namespace, name, pod.Status.Phase)
 }
 
-// openPodNetns returns nil without an error if the process is gone or is not in the pod's network: runc sets a
-// container up by processes that are in the pod's cgroup a moment before they are in its namespaces.
+// openPodNetns returns nil without an error if the process has ended or is not in the pod's network: runc sets up a
+// container with processes that are in the pod's cgroup a moment before they are in its namespaces.
 func openPodNetns(pid int, pod podInfo) (*os.File, error) {
 	file, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
 	if err != nil {
 		return nil, nil
 	}
-	// The open file pins the namespace; the process must still have been the pod's when it was opened.
+	// The open file pins the namespace. The process must still have been in the pod when the file was opened.
 	still, err := podProcesses(pod.Metadata.UID)
 	if err != nil || !slices.Contains(still, pid) {
 		file.Close()
 		return nil, err
 	}
 	self := fmt.Sprintf("/proc/self/fd/%d", file.Fd())
-	if err := refuseMachineNetns(self); err != nil {
+	if err := refuseHostNetns(self); err != nil {
 		file.Close()
 		return nil, err
 	}
@@ -129,8 +129,8 @@ func openPodNetns(pid int, pod podInfo) (*os.File, error) {
 	return file, nil
 }
 
-// InPodCommand is a program of this machine, ready to run inside the pod's network namespace. Of the pod it has
-// nothing but the network: no files, no environment, no user.
+// InPodCommand returns a command that runs a program of the host inside the pod's network namespace. Its files,
+// environment and user are those of the host.
 func (c *Cluster) InPodCommand(ctx context.Context, namespace, name, program string, args ...string) (*exec.Cmd, error) {
 	file, err := c.PodNetns(ctx, namespace, name)
 	if err != nil {
@@ -139,13 +139,13 @@ func (c *Cluster) InPodCommand(ctx context.Context, namespace, name, program str
 	return netnsFileCommand(ctx, file, program, args...)
 }
 
-// InNodeCommand is a program of this machine, ready to run inside a node's network namespace.
+// InNodeCommand returns a command that runs a program of the host inside a node's network namespace.
 func (c *Cluster) InNodeCommand(ctx context.Context, node, program string, args ...string) (*exec.Cmd, error) {
 	path, err := NodeNetns(node)
 	if err != nil {
 		return nil, err
 	}
-	program, err = lookHostTool(program)
+	program, err = findHostTool(program)
 	if err != nil {
 		return nil, err
 	}
@@ -178,9 +178,9 @@ func (c *Cluster) InPod(ctx context.Context, namespace, name, program string, ar
 	return out, nil
 }
 
-// netnsFileCommand hands the open namespace on to the command, which owns it from here.
+// netnsFileCommand passes the open namespace on to the command, which then owns it.
 func netnsFileCommand(ctx context.Context, file *os.File, program string, args ...string) (*exec.Cmd, error) {
-	program, err := lookHostTool(program)
+	program, err := findHostTool(program)
 	if err != nil {
 		file.Close()
 		return nil, err
@@ -202,7 +202,7 @@ func NodeNetns(node string) (string, error) {
 	return "", fmt.Errorf("there is no node %q; the nodes are %s", node, strings.Join(names, " and "))
 }
 
-// NodePID is the first process of a node. Its end is the node's end.
+// NodePID returns the first process of a node. The node ends with it.
 func (c *Cluster) NodePID(node string) (int, error) {
 	if _, err := NodeNetns(node); err != nil {
 		return 0, err
@@ -213,7 +213,7 @@ func (c *Cluster) NodePID(node string) (int, error) {
 	}
 	p := s.Processes[node]
 	if !p.alive() {
-		return 0, fmt.Errorf("node %s is down", node)
+		return 0, fmt.Errorf("node %s is not running", node)
 	}
 	return p.PID, nil
 }

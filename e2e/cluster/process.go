@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// processID names a process for good: the kernel reuses PIDs, but not together with the moment of the start.
+// processID identifies a process permanently: the kernel reuses PIDs, but not with the same start time.
 type processID struct {
 	PID   int    `json:"pid"`
 	Start uint64 `json:"start"` // clock ticks since boot, field 22 of /proc/PID/stat
@@ -26,7 +26,7 @@ func identify(pid int) (processID, error) {
 	return processID{PID: pid, Start: start}, err
 }
 
-// procStat reads when a process started, and its state.
+// procStat reads the start time and the state of a process.
 func procStat(pid int) (start uint64, state byte, err error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -46,7 +46,8 @@ func (p processID) alive() bool {
 	return p.PID > 1 && err == nil && start == p.Start && state != 'Z'
 }
 
-// open returns a descriptor that pins the process, and false if it is gone or its PID belongs to another one by now.
+// open returns a descriptor that pins the process, or false if the process has ended. Its PID may belong to another process
+// by then.
 func (p processID) open() (fd int, ok bool, err error) {
 	if p.PID <= 1 {
 		return -1, false, nil
@@ -64,19 +65,19 @@ func (p processID) open() (fd int, ok bool, err error) {
 	return fd, true, nil
 }
 
-// kill ends the process unless its PID belongs to another one by now. The descriptor pins the process between the
-// check and the signal.
+// kill sends a signal to the process unless it has ended, even if its PID belongs to another process by then. The
+// descriptor pins the process between the check and the signal.
 func (p processID) kill(sig syscall.Signal) error {
 	fd, ok, err := p.open()
 	if err != nil {
-		return fmt.Errorf("ending process %d: %w", p.PID, err)
+		return fmt.Errorf("killing process %d: %w", p.PID, err)
 	}
 	if !ok {
 		return nil
 	}
 	defer unix.Close(fd)
 	if err := unix.PidfdSendSignal(fd, unix.Signal(sig), nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		return fmt.Errorf("ending process %d: %w", p.PID, err)
+		return fmt.Errorf("killing process %d: %w", p.PID, err)
 	}
 	return nil
 }
@@ -151,7 +152,7 @@ func (s spawner) start(name, log string, cmd *exec.Cmd) (*process, error) {
 		return nil, fmt.Errorf("starting %s: %w", name, err)
 	}
 	p := &process{name: name, log: log, done: make(chan struct{})}
-	// Before Wait the child cannot vanish: at worst it is a zombie, which still has its start time.
+	// Before Wait the child still has its entry in /proc, with its start time, even if it has ended (a zombie).
 	p.processID, err = identify(cmd.Process.Pid)
 	go func() {
 		p.err = cmd.Wait()
@@ -163,7 +164,7 @@ func (s spawner) start(name, log string, cmd *exec.Cmd) (*process, error) {
 	return p, nil
 }
 
-// stop kills the process and waits for its end. Nothing that runs in the cluster has anything to save.
+// stop kills the process and waits for its end. No process of the cluster has data to save.
 func (p *process) stop() error {
 	if p == nil {
 		return nil
@@ -179,7 +180,7 @@ func (p *process) stop() error {
 	}
 }
 
-// ended returns an error with the end of the log if the process is gone.
+// ended returns an error with the end of the log if the process has ended.
 func (p *process) ended() error {
 	select {
 	case <-p.done:
@@ -248,13 +249,13 @@ func polled(check func(context.Context) error) func(context.Context) error {
 	}
 }
 
-// inNetns is a command that runs in a network namespace of the cluster.
+// inNetns returns a command that runs in a network namespace of the cluster.
 func inNetns(ctx context.Context, name, program string, args ...string) (*exec.Cmd, error) {
 	return inNetnsAt(ctx, netnsPath(name), program, args...)
 }
 
 func inNetnsAt(ctx context.Context, path, program string, args ...string) (*exec.Cmd, error) {
-	if err := refuseMachineNetns(path); err != nil {
+	if err := refuseHostNetns(path); err != nil {
 		return nil, err
 	}
 	return exec.CommandContext(ctx, "nsenter", append([]string{"--net=" + path, "--", program}, args...)...), nil

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-func TestAWaitEndsWithTheProcessThatItDependsOn(t *testing.T) {
+func TestWaitEndsWhenAProcessItDependsOnEnds(t *testing.T) {
 	log := filepath.Join(t.TempDir(), "log")
 	p, err := newSpawner().start("failing", log, exec.Command("sh", "-c", "echo out of order; exit 3"))
 	if err != nil {
@@ -22,7 +22,7 @@ func TestAWaitEndsWithTheProcessThatItDependsOn(t *testing.T) {
 	}
 }
 
-func TestAWaitSaysWhatIsMissingAfterItsLimit(t *testing.T) {
+func TestWaitReturnsTheLastErrorAfterItsLimit(t *testing.T) {
 	missing := errors.New("not yet")
 	err := waitFor(t.Context(), "something", 10*time.Millisecond, nil, polled(func(context.Context) error { return missing }))
 	if !errors.Is(err, missing) || !strings.Contains(err.Error(), "not ready after 10ms") {
@@ -32,6 +32,6 @@ func TestAWaitSaysWhatIsMissingAfterItsLimit(t *testing.T) {
 	cancel()
 	err = waitFor(ctx, "something", time.Minute, nil, polled(func(context.Context) error { return missing }))
 	if !errors.Is(err, context.Canceled) {
-		t.Errorf("the error of a wait that was cut off is %v", err)
+		t.Errorf("the error of a canceled wait is %v", err)
 	}
 }

@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// Scratch makes a folder for the files of this program, which removes it when it ends. What programs left that were
-// killed before they could is removed now. A name is that of all folders of one purpose, without a hyphen.
+// Scratch creates a folder for temporary files of this program, which must remove it when it ends. It first removes the
+// folders of programs that were killed before they could. The name identifies the purpose, and has no hyphen.
 func Scratch(name string) (string, error) {
 	prefix := "podidentity-" + name + "-"
 	old, err := filepath.Glob(filepath.Join(os.TempDir(), prefix+"*"))

@@ -16,10 +16,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// state is what the supervisor writes down for other programs: for those that use the cluster, and for the one that
-// cleans up after a supervisor that was killed.
+// state is what the supervisor records for other programs: those that use the cluster, and the one that cleans up after
+// a killed supervisor.
 type state struct {
-	BootID     string               `json:"bootID"` // PIDs mean nothing after a reboot
+	BootID     string               `json:"bootID"` // the PIDs are invalid after a reboot
 	Supervisor processID            `json:"supervisor"`
 	Started    time.Time            `json:"started"`
 	Processes  map[string]processID `json:"processes"`
@@ -33,7 +33,7 @@ func bootID() string {
 	return strings.TrimSpace(string(id))
 }
 
-// readState returns nil without an error when no cluster has left a state, or the machine was booted since.
+// readState returns nil without an error if there is no state, or if it is from before the last boot.
 func readState() (*state, error) {
 	data, err := os.ReadFile(stateFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -52,7 +52,7 @@ func readState() (*state, error) {
 	return &s, nil
 }
 
-// write replaces the file in one step: a reader never sees half of it.
+// write replaces the file atomically: a reader never sees a part of it.
 func (s *state) write() error {
 	data, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
@@ -64,8 +64,8 @@ func (s *state) write() error {
 	return os.Rename(stateFile+".new", stateFile)
 }
 
-// ErrRunning is returned when a cluster is there already: two would share names, addresses and cgroups.
-var ErrRunning = errors.New("a cluster is already running on this machine")
+// ErrRunning is returned if another cluster runs: two would use the same names, addresses and cgroups.
+var ErrRunning = errors.New("a cluster is already running on this host")
 
 func errRunning(s *state) error {
 	since := ""
@@ -75,11 +75,11 @@ func errRunning(s *state) error {
 	return fmt.Errorf("%w%s; stop it with `bin/cluster down`", ErrRunning, since)
 }
 
-// ErrNotRunning is returned by what needs a running cluster.
+// ErrNotRunning is returned by functions that need a running cluster.
 var ErrNotRunning = errors.New("no cluster is running: start one with `bin/cluster up`")
 
-// lockRun takes the machine-wide lock, which is the run folder itself. The kernel gives it back when the holder ends,
-// however it ends.
+// lockRun locks the run folder, so that the host has one cluster at a time. The kernel releases the lock when the process
+// that holds it ends for any reason.
 func lockRun() (*os.File, error) {
 	for {
 		if err := os.MkdirAll(runDir, 0o755); err != nil {
@@ -91,10 +91,10 @@ func lockRun() (*os.File, error) {
 		}
 		if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 			dir.Close()
-			s, _ := readState() // not there yet, if the holder has just begun
+			s, _ := readState() // nil if the holder has just started
 			return nil, errRunning(s)
 		}
-		// The previous holder may have removed the folder between our open and our lock.
+		// The previous holder may have removed the folder between Open and Flock.
 		held, errHeld := dir.Stat()
 		there, errThere := os.Stat(runDir)
 		if errHeld == nil && errThere == nil && os.SameFile(held, there) {
@@ -104,8 +104,8 @@ func lockRun() (*os.File, error) {
 	}
 }
 
-// cleanUp removes whatever a cluster may have left, and all that a stopping one has: it does not matter who made it or
-// how far it came. The caller holds the lock, which keeps out every other cluster. Doing it twice does no harm.
+// cleanUp removes everything of a stopping cluster, and whatever a killed one has left, also one that was still starting.
+// The caller holds the lock, so no other cluster runs. cleanUp is idempotent.
 func cleanUp() error {
 	var errs []error
 	s, err := readState()
@@ -113,7 +113,7 @@ func cleanUp() error {
 	if s != nil {
 		for name, p := range s.Processes {
 			if err := p.kill(syscall.SIGKILL); err != nil {
-				errs = append(errs, fmt.Errorf("ending %s: %w", name, err))
+				errs = append(errs, fmt.Errorf("killing %s: %w", name, err))
 			}
 		}
 		for _, p := range s.Processes {
@@ -124,7 +124,7 @@ func cleanUp() error {
 	if errors.Join(errs...) != nil {
 		return fmt.Errorf("cleaning up after the cluster: %w", errors.Join(errs...))
 	}
-	// Last, as the state is needed for another try.
+	// Last, because a retry needs the state.
 	if err := os.RemoveAll(runDir); err != nil {
 		return fmt.Errorf("cleaning up after the cluster: %w", err)
 	}

@@ -19,7 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// superviseConfig is the first line that the owner writes into the supervisor's pipe.
+// superviseConfig is the supervisor's configuration: the first line that its owner writes into the pipe.
 type superviseConfig struct {
 	Binaries    Binaries
 	Program     string
@@ -27,7 +27,7 @@ type superviseConfig struct {
 	Images      []string          // archives to import into each node
 	ProviderIDs map[string]string // by node
 	Hosts       string            // for each node's /etc/hosts
-	Azure       json.RawMessage   `json:",omitempty"` // configuration of the stand-in; none without it
+	Azure       json.RawMessage   `json:",omitempty"` // configuration of the fake Azure, if it runs
 }
 
 // event is one line that the supervisor sends to its owner while it starts.
@@ -38,15 +38,15 @@ type event struct {
 	Running bool   `json:"running,omitempty"` // the error is ErrRunning
 }
 
-// detachByte on the owner's pipe lets the cluster outlive the owner.
+// detachByte in the owner's pipe makes the cluster continue to run when the owner ends.
 const detachByte = 'D'
 
-// supervisor owns the cluster: every process of it is its child, and its end is the cluster's end.
+// supervisor runs the cluster: every process of the cluster is its child, and the cluster ends with it.
 //
-// It is a program of its own, because what ends with SIGKILL cannot clean up after itself. The owner, a test or
-// `cluster up`, holds the writing end of a pipe and nobody else does. When the owner ends, in whatever way, the kernel
-// closes the pipe, and the supervisor takes everything down. Should the supervisor be killed, its children die by
-// their parent-death signal; cgroups, namespaces and files stay for the next start or stop to remove.
+// It is a separate program, because a process that is killed by SIGKILL cannot clean up after itself. Only the owner, a
+// test or `cluster up`, has the write end of a pipe. When the owner ends for any reason, the kernel closes the pipe, and
+// the supervisor stops the cluster. If the supervisor itself is killed, the kernel kills its children with their
+// parent-death signal; cgroups, namespaces and files remain until the next start or stop removes them.
 type supervisor struct {
 	cfg    superviseConfig
 	cp     *controlPlane
@@ -54,25 +54,25 @@ type supervisor struct {
 	azure  *process
 	events *json.Encoder
 
-	ops sync.Mutex // one order of the control socket at a time
+	requests sync.Mutex // held while a request of the control socket is executed
 
 	mu    sync.Mutex // guards state
 	state state
 }
 
-// Supervise runs a cluster until its owner, or somebody over the control socket, ends it. owner and events are the
-// pipes from and to the program that started it.
+// Supervise runs a cluster until its owner, or a request on the control socket, ends it. owner and events are the pipes
+// from and to the program that started it.
 func Supervise(owner, events *os.File) error {
 	lines := bufio.NewReader(owner)
 	line, err := lines.ReadBytes('\n')
 	if err != nil {
-		return fmt.Errorf("the supervisor is only run by the cluster itself: reading its configuration: %w", err)
+		return fmt.Errorf("reading the supervisor's configuration (only the cluster itself starts a supervisor): %w", err)
 	}
 	s := &supervisor{events: json.NewEncoder(events)}
 	if err := json.Unmarshal(line, &s.cfg); err != nil {
 		return fmt.Errorf("reading the supervisor's configuration: %w", err)
 	}
-	// A reader that went away is noticed on the other pipe.
+	// The end of the owner is noticed on its pipe.
 	signal.Ignore(syscall.SIGPIPE, syscall.SIGHUP)
 	ctx, end := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer end()
@@ -80,7 +80,7 @@ func Supervise(owner, events *os.File) error {
 		for {
 			switch b, err := lines.ReadByte(); {
 			case err != nil:
-				log.Printf("the owner is gone (%v)", err)
+				log.Printf("the owner has ended (%v)", err)
 				end()
 				return
 			case b == detachByte:
@@ -97,7 +97,7 @@ func Supervise(owner, events *os.File) error {
 	return err
 }
 
-// run starts the cluster, serves the control socket until the context ends, and takes everything down.
+// run starts the cluster, serves the control socket until the context ends, and stops the cluster.
 func (s *supervisor) run(ctx context.Context, end func()) error {
 	lock, err := lockRun()
 	if err != nil {
@@ -106,7 +106,7 @@ func (s *supervisor) run(ctx context.Context, end func()) error {
 	if err := errors.Join(cleanUp(), lock.Close()); err != nil {
 		return err
 	}
-	// Again, because cleanUp removed the folder with the lock on it.
+	// Again, because cleanUp removed the locked folder.
 	if lock, err = lockRun(); err != nil {
 		return err
 	}
@@ -120,11 +120,11 @@ func (s *supervisor) run(ctx context.Context, end func()) error {
 		_ = s.events.Encode(event{Ready: true})
 		<-ctx.Done()
 	} else if ctx.Err() != nil {
-		err = fmt.Errorf("the start was cut off: %w", context.Canceled)
+		err = fmt.Errorf("the start was interrupted: %w", context.Canceled)
 	}
 	began := time.Now()
 	stopErr := s.stop()
-	log.Printf("everything is down after %s (%v)", time.Since(began).Round(time.Millisecond), stopErr)
+	log.Printf("the cluster has stopped after %s (error: %v)", time.Since(began).Round(time.Millisecond), stopErr)
 	if control != nil {
 		control.finish(stopErr)
 	}
@@ -137,7 +137,7 @@ func (s *supervisor) prepare(end func()) (*controlServer, error) {
 			return nil, err
 		}
 	}
-	// A folder that is used again holds logs of the cluster before.
+	// The folder may contain logs of an earlier cluster.
 	for _, pattern := range []string{"supervisor", "etcd", "kube-*", "azure", "node*"} {
 		old, _ := filepath.Glob(filepath.Join(s.cfg.LogDir, pattern+".log"))
 		for _, file := range old {
@@ -163,13 +163,13 @@ func (s *supervisor) prepare(end func()) (*controlServer, error) {
 		s.nodes = append(s.nodes, &node{nodeSpec: spec, bin: s.cfg.Binaries, program: s.cfg.Program, providerID: s.cfg.ProviderIDs[spec.Name],
 			logDir: s.cfg.LogDir, hosts: s.cfg.Hosts, spawn: spawn, onStart: s.record})
 	}
-	return s.listen(end)
+	return s.serveControl(end)
 }
 
-// start brings everything up, in parallel where nothing speaks against it: containerd is there and has its images by
-// the time the API server answers.
+// start starts all processes, in parallel where possible: containerd runs and has its images before the API server is
+// ready.
 func (s *supervisor) start(ctx context.Context) error {
-	s.step("making namespaces and certificates")
+	s.step("creating namespaces and certificates")
 	if err := makeNetwork(); err != nil {
 		return err
 	}
@@ -219,7 +219,7 @@ func (s *supervisor) startNode(ctx context.Context, n *node, apiReady <-chan str
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	if err := n.join(); err != nil {
+	if err := n.startKubelet(); err != nil {
 		return err
 	}
 	if err := n.awaitReady(ctx, s.cp.api); err != nil {
@@ -264,11 +264,11 @@ func (s *supervisor) startAzure(ctx context.Context) error {
 	if err := waitFor(ctx, "the fake Azure", 15*time.Second, []*process{s.azure}, polled(azureReady)); err != nil {
 		return err
 	}
-	s.step("the stand-in Azure runs")
+	s.step("the fake Azure runs")
 	return nil
 }
 
-// record writes a new process down at once, so that it is found should the supervisor be killed.
+// record saves the ID of a new process at once, so that cleanUp finds it if the supervisor is killed.
 func (s *supervisor) record(name string, p *process) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -277,8 +277,8 @@ func (s *supervisor) record(name string, p *process) error {
 	return s.state.write()
 }
 
-// logTo sends everything the supervisor prints to a file, a panic too. It holds none of its owner's outputs: a test
-// run would wait for whoever does.
+// logTo redirects everything that the supervisor prints to a file, including a panic. The supervisor must not keep its
+// owner's outputs open: `go test` would wait until they are closed.
 func logTo(path string) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
@@ -298,7 +298,7 @@ func (s *supervisor) step(what string) {
 	_ = s.events.Encode(event{Step: what})
 }
 
-// stop takes everything down, also what start did not finish. One part that does not end keeps no other from ending.
+// stop stops all processes, also those of an incomplete start, and cleans up.
 func (s *supervisor) stop() error {
 	var group errgroup.Group
 	for _, n := range s.nodes {
