@@ -9,8 +9,8 @@ import (
 	"strings"
 )
 
-// principal is what may ask Entra ID for a token: an application, or a managed
-// identity that has federated credentials.
+// principal is a client of Entra ID: an application, or a managed identity with
+// federated credentials.
 type principal struct {
 	Identity
 	tenants      []string
@@ -19,8 +19,8 @@ type principal struct {
 	federated    []FederatedCredential
 }
 
-// addApp creates or replaces the application, so a rotated secret or
-// certificate is the same call again.
+// addApp creates or replaces the application. To rotate a secret or certificate,
+// a test calls it again.
 func (d *directory) addApp(a App) error {
 	if err := validateIDs(Identity{ClientID: a.ClientID, ObjectID: a.ObjectID}); err != nil {
 		return err
@@ -59,7 +59,7 @@ func (d *directory) addApp(a App) error {
 	return nil
 }
 
-// removeApp deletes the application and every credential of it.
+// removeApp deletes the application and all its credentials.
 func (d *directory) removeApp(clientID string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -67,8 +67,8 @@ func (d *directory) removeApp(clientID string) {
 	delete(d.federated, strings.ToLower(clientID))
 }
 
-// addFederated trusts one more issuer for an application or a user-assigned
-// identity; the same issuer and subject again replaces the record.
+// addFederated adds a federated credential to an application or a user-assigned
+// identity. It replaces one with the same issuer and subject.
 func (d *directory) addFederated(clientID string, f FederatedCredential) error {
 	if err := validateFederated(f); err != nil {
 		return err
@@ -88,7 +88,8 @@ func (d *directory) addFederated(clientID string, f FederatedCredential) error {
 	return nil
 }
 
-// removeFederated distrusts the issuer's subject; an absent record is no error.
+// removeFederated removes a federated credential. One that does not exist is not
+// an error.
 func (d *directory) removeFederated(clientID, issuer, subject string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -120,7 +121,7 @@ func parseCertificate(text string) (*x509.Certificate, error) {
 	return cert, nil
 }
 
-// principal finds who a client ID belongs to.
+// principal returns the client with that client ID.
 func (d *directory) principal(clientID string) (principal, bool) {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
@@ -150,7 +151,8 @@ func (p principal) inTenant(tenant string) bool {
 	return slices.ContainsFunc(p.tenants, func(t string) bool { return strings.EqualFold(t, tenant) })
 }
 
-// tenantExists is true of the home tenant and of every tenant something is in.
+// tenantExists reports whether the tenant is the home tenant or has an
+// application or identity.
 func (d *directory) tenantExists(tenant string) bool {
 	if strings.EqualFold(tenant, d.tenant) {
 		return true

@@ -11,16 +11,16 @@ import (
 	"time"
 )
 
-// ARM stands in for Azure Resource Manager's compute: virtual machines and
-// scale sets with their identities. It can be had alone, as an http.Handler or
-// as a transport (Do), beside being a part of the whole stand-in.
+// ARM is a fake of Azure Resource Manager's compute API: virtual machines and
+// scale sets with their identities. It is a part of the fake Azure, and can run
+// alone as an http.Handler or as a transport (Do).
 //
-// It starts nothing that outlives a request: whether an operation has ended is
-// worked out from the clock on each read. IDs compare without case everywhere.
+// It starts no goroutine that outlives a request: on each access it computes
+// from the clock which operations have ended. IDs are not case-sensitive.
 type ARM struct {
 	o ARMOptions
 
-	// What follows is guarded by mu, which is never held while a request waits.
+	// mu guards the fields below. No request waits while it holds mu.
 	mu             sync.Mutex
 	settings       ARMSettings
 	identities     map[string]Identity // those that exist, by folded resource ID
@@ -35,76 +35,77 @@ type ARM struct {
 	answers        int // for CasingChanging
 }
 
-// ARMOptions make an ARM. The zero value is a good one.
+// ARMOptions configure an ARM. The zero value has the defaults.
 type ARMOptions struct {
 	Location string                             // of all machines; default westeurope
 	Now      func() time.Time                   // default time.Now
-	Verify   func(token string) (Claims, error) // nil: everybody is let in
+	Verify   func(token string) (Claims, error) // nil: requests need no token
 	Tenant   string                             // with Verify: the tenant that tokens must be of; default any
-	// LogCapacity is the most entries of the request log, and of the change
-	// log. Default 100,000.
+	// LogCapacity is the maximum number of entries in the request log and in the
+	// change log. Default 100,000.
 	LogCapacity int
 }
 
 // ARMSettings are the switches "arm.*". See DefaultARMSettings.
 type ARMSettings struct {
-	// Delay is how long the operation of a PATCH takes. With 0 it is done at
-	// once, and there is no operation to poll.
+	// Delay is the duration of the operation that a PATCH starts. With 0 the
+	// PATCH takes effect immediately and starts no operation.
 	Delay time.Duration
-	// RetryAfter, in seconds, is told with a PATCH that takes time and with
-	// the status of an operation that runs. 0: no header.
+	// RetryAfter is the value of the Retry-After header, in seconds, in the
+	// response to a PATCH that starts an operation and to a poll of a running
+	// operation. 0: no header.
 	RetryAfter int
 	Limits     bool // enforce Azure's throttle buckets
-	// Early: while an operation runs, GET shows the identities of after it
-	// instead of before it.
+	// Early: during an operation, GET returns the identities after it instead of
+	// those before it.
 	Early bool
-	Queue bool // accept a PATCH during an operation, to be carried out after it, instead of 409
-	// LateErrors: a PATCH that adds an identity which does not exist is
-	// accepted and fails at the end of its operation, instead of 400 at once.
+	Queue bool // queue a PATCH during an operation, instead of refusing it with 409
+	// LateErrors: a PATCH that adds a non-existing identity is accepted and its
+	// operation fails at the end, instead of an immediate 400.
 	LateErrors bool
-	Naming     Naming // of identities that do not exist
-	// Dangling: a PATCH that leaves a deleted identity attached fails like one
+	Naming     Naming // of non-existing identities in errors
+	// Dangling: a PATCH that keeps a deleted identity attached fails like one
 	// that adds it.
 	Dangling    bool
-	Casing      Casing        // of identities' IDs in answers
-	NoETags     bool          // answer no ETag and ignore If-Match
-	Propagation time.Duration // IMDS comes to know an attached identity this much later
+	Casing      Casing        // of the IDs of identities in responses
+	NoETags     bool          // send no ETag and ignore If-Match
+	Propagation time.Duration // time until IMDS knows a newly attached identity
 }
 
-// DefaultARMSettings are those that a new ARM has.
+// DefaultARMSettings are the settings of a new ARM.
 func DefaultARMSettings() ARMSettings {
 	return ARMSettings{RetryAfter: 1, Naming: NamedInText, Casing: CasingResourcegroups}
 }
 
-// Naming is how an error tells which identities it is about.
+// Naming is how an error names the identities that caused it.
 type Naming string
 
 const (
-	// NamedInDetails: each is the target of one of error.details, and the
-	// message names them too.
+	// NamedInDetails: each identity is the target of one of error.details, and
+	// the message names them, too.
 	NamedInDetails Naming = "details"
-	// NamedInText: only the message does, which is what Azure was seen to do.
-	// Of several that do not exist it names the first.
+	// NamedInText: only the message names them, as Azure was observed to do. Of
+	// several non-existing identities, it names the first.
 	NamedInText Naming = "text"
 	Unnamed     Naming = "none"
 )
 
 var namings = []Naming{NamedInDetails, NamedInText, Unnamed}
 
-// Casing is how the IDs of attached identities are spelled in answers.
+// Casing is the letter case of the IDs of attached identities in responses.
 type Casing string
 
 const (
 	CasingAsSent         Casing = "as-sent"
-	CasingResourcegroups Casing = "resourcegroups" // as sent but for that segment, which is lower case
+	CasingResourcegroups Casing = "resourcegroups" // as sent, except that this segment is lower case
 	CasingLower          Casing = "lower"
 	CasingUpper          Casing = "upper"
-	CasingChanging       Casing = "changing" // another of these with each answer
+	CasingChanging       Casing = "changing" // another one of these in each response
 )
 
 var casings = []Casing{CasingResourcegroups, CasingLower, CasingUpper, CasingAsSent, CasingChanging}
 
-// NewARM makes an ARM without machines and identities.
+// NewARM returns an ARM without machines and identities.
 func NewARM(o ARMOptions) *ARM {
 	if o.Location == "" {
 		o.Location = "westeurope"
@@ -123,14 +124,14 @@ func NewARM(o ARMOptions) *ARM {
 	}
 }
 
-// Settings returns the settings as they are.
+// Settings returns the current settings.
 func (a *ARM) Settings() ARMSettings {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.settings
 }
 
-// Change changes settings. Operations that run keep the delay they began with.
+// Change changes settings. Running operations keep their delay.
 func (a *ARM) Change(change func(*ARMSettings)) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -138,12 +139,12 @@ func (a *ARM) Change(change func(*ARMSettings)) {
 	change(&a.settings)
 }
 
-// ServeHTTP answers a request. A dropped connection is reset or, where it
-// cannot be taken over, ends with http.ErrAbortHandler.
+// ServeHTTP handles a request. To drop a connection it resets it or, if it
+// cannot hijack it, panics with http.ErrAbortHandler.
 func (a *ARM) ServeHTTP(w http.ResponseWriter, r *http.Request) { writeResponse(w, a.serve(r)) }
 
-// Do answers a client's request without a network between them. A dropped
-// connection is io.ErrUnexpectedEOF.
+// Do handles a client's request without a network. A dropped connection is
+// io.ErrUnexpectedEOF.
 func (a *ARM) Do(r *http.Request) (*http.Response, error) {
 	if r.Body != nil {
 		defer r.Body.Close()
@@ -173,11 +174,12 @@ func (a *ARM) Do(r *http.Request) (*http.Response, error) {
 // RoundTrip is Do, for an http.Client.
 func (a *ARM) RoundTrip(r *http.Request) (*http.Response, error) { return a.Do(r) }
 
-// FoldID returns what IDs are compared by.
+// FoldID returns the form of a resource ID that is used for comparisons: lower
+// case and without trailing slashes.
 func FoldID(id string) string { return strings.TrimRight(strings.ToLower(id), "/") }
 
-// DefineIdentity creates or replaces a user-assigned identity. It is attached
-// to nothing, or to what it was.
+// DefineIdentity creates or replaces a user-assigned identity. It does not
+// change where the identity is attached.
 func (a *ARM) DefineIdentity(id Identity) error {
 	if err := validateUserAssigned(id); err != nil {
 		return err
@@ -188,8 +190,9 @@ func (a *ARM) DefineIdentity(id Identity) error {
 	return nil
 }
 
-// DeleteIdentity deletes an identity. As in Azure, machines go on listing it,
-// but no token can be had for it. An unknown one is no error.
+// DeleteIdentity deletes an identity. As in Azure, it remains attached to its
+// machines, but IMDS issues no tokens for it. An unknown identity is not an
+// error.
 func (a *ARM) DeleteIdentity(resourceID string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -205,7 +208,7 @@ const (
 	KindVMSS = "vmss"
 )
 
-// computeID is the ID of a virtual machine or a scale set, taken apart.
+// computeID is the parsed ID of a virtual machine or a scale set.
 type computeID struct{ id, kind, subscription, resourceGroup, resourceType, name string }
 
 func parseComputeID(id string) (computeID, bool) {

@@ -8,9 +8,9 @@ import (
 	"time"
 )
 
-// The control API of ARM: its handlers, and the Client's methods for them. A
-// machine may be named by its ID or by the name of a node that is on it, an
-// identity by its client, object or resource ID.
+// The control API of ARM: its handlers, and the methods of the Client for them.
+// A machine is given by its ID or by the name of one of its nodes, an identity
+// by its client, object or resource ID.
 
 type machineRequest struct {
 	Machine  string        `json:"machine"`
@@ -52,8 +52,8 @@ func (c *control) handleARM(mux *http.ServeMux) {
 	mux.HandleFunc("GET /arm/changes", func(w http.ResponseWriter, r *http.Request) { serveLines(w, r, c.arm.Changes) })
 }
 
-// DefineIdentity creates or replaces a user-assigned identity that is attached
-// to nothing, or to what it was. RemoveIdentity deletes it.
+// DefineIdentity creates or replaces a user-assigned identity without changing
+// where it is attached. RemoveIdentity deletes it.
 func (c *Client) DefineIdentity(ctx context.Context, id Identity) error {
 	return c.call(ctx, "PUT", "/identities/define", id, nil)
 }
@@ -75,7 +75,7 @@ func (c *Client) Machine(ctx context.Context, ref string) (Machine, error) {
 			return m, nil
 		}
 	}
-	return Machine{}, fmt.Errorf("stand-in Azure: no machine %q", ref)
+	return Machine{}, fmt.Errorf("fake Azure: no machine %q", ref)
 }
 
 // AddMachine adds a machine or replaces it. See ARM.AddMachine.
@@ -83,53 +83,54 @@ func (c *Client) AddMachine(ctx context.Context, m Machine) error {
 	return c.call(ctx, "PUT", "/arm/machines", m, nil)
 }
 
-// RemoveMachine deletes a machine. An unknown one is no error.
+// RemoveMachine deletes a machine. An unknown one is not an error.
 func (c *Client) RemoveMachine(ctx context.Context, ref string) error {
 	return c.call(ctx, "DELETE", "/arm/machines", machineRequest{Machine: ref}, nil)
 }
 
-// SetProvisioningState sets what ARM says of a machine, such as Deleting; ""
-// takes it back.
+// SetProvisioningState overrides the provisioning state of a machine, for
+// example with Deleting. "" removes the override.
 func (c *Client) SetProvisioningState(ctx context.Context, ref, state string) error {
 	return c.call(ctx, "PUT", "/arm/state", machineRequest{Machine: ref, State: state}, nil)
 }
 
-// SetDelay gives one machine a delay of its own, in place of the switch; a
-// negative one takes it back.
+// SetDelay sets a delay for one machine that overrides the switch. A negative
+// delay removes the override.
 func (c *Client) SetDelay(ctx context.Context, ref string, d time.Duration) error {
 	return c.call(ctx, "PUT", "/arm/delay", machineRequest{Machine: ref, Delay: d}, nil)
 }
 
-// AttachTo attaches an identity to a machine by hand, as somebody in the portal
-// might.
+// AttachTo attaches an identity to a machine immediately, as a manual change in
+// the portal does.
 func (c *Client) AttachTo(ctx context.Context, machine, identity string) error {
 	return c.call(ctx, "POST", "/arm/attach", machineRequest{Machine: machine, Identity: identity}, nil)
 }
 
-// DetachFrom takes an identity off a machine by hand. One that is not attached
-// is no error.
+// DetachFrom detaches an identity from a machine immediately. An identity that
+// is not attached is not an error.
 func (c *Client) DetachFrom(ctx context.Context, machine, identity string) error {
 	return c.call(ctx, "POST", "/arm/detach", machineRequest{Machine: machine, Identity: identity}, nil)
 }
 
-// SetARMFault sets a fault, in place of that of the same resource and operation.
+// SetARMFault sets a fault. It replaces the fault of the same resource and
+// operation.
 func (c *Client) SetARMFault(ctx context.Context, f ARMFault) error {
 	return c.call(ctx, "PUT", "/arm/faults", f, nil)
 }
 
-// ClearARMFaults clears the faults of a machine or a subscription; with "" all,
-// also those of identities.
+// ClearARMFaults clears the faults of a machine or a subscription. With "" it
+// clears all faults, including those of identities.
 func (c *Client) ClearARMFaults(ctx context.Context, resource string) error {
 	return c.call(ctx, "DELETE", "/arm/faults", machineRequest{Machine: resource}, nil)
 }
 
-// ARMFaults returns the faults that are set; counted ones count down.
+// ARMFaults returns the faults that are set, with their remaining counts.
 func (c *Client) ARMFaults(ctx context.Context) ([]ARMFault, error) {
 	var out []ARMFault
 	return out, c.call(ctx, "GET", "/arm/faults", nil, &out)
 }
 
-// SetIdentityFault replaces what is wrong with an identity.
+// SetIdentityFault sets the fault of an identity.
 func (c *Client) SetIdentityFault(ctx context.Context, f IdentityFault) error {
 	return c.call(ctx, "PUT", "/arm/identity-faults", f, nil)
 }
@@ -139,8 +140,8 @@ func (c *Client) ARMLog(ctx context.Context, since int) ([]ARMRequest, error) {
 	return readLines[ARMRequest](ctx, c, "/arm/log", since)
 }
 
-// ARMChanges returns the changes of what is attached to machines, with a
-// sequence number greater than since.
+// ARMChanges returns the attached and detached identities with a sequence
+// number greater than since.
 func (c *Client) ARMChanges(ctx context.Context, since int) ([]ARMChange, error) {
 	return readLines[ARMChange](ctx, c, "/arm/changes", since)
 }

@@ -30,7 +30,7 @@ func (s *fakeAzure) machine(ref string) Machine {
 	return m
 }
 
-func TestAnIdentityYieldsTokensWhereItsMachineHasIt(t *testing.T) {
+func TestIMDSProvidesAnIdentityWhereItIsAttachedToTheMachine(t *testing.T) {
 	s := start(t, onMachines)
 	ctx := t.Context()
 	s.must(s.DefineIdentity(ctx, red))
@@ -81,7 +81,7 @@ func TestAnIdentityYieldsTokensWhereItsMachineHasIt(t *testing.T) {
 	}
 }
 
-func TestTheDefaultIdentityCountsThoseOfTheMachine(t *testing.T) {
+func TestTheDefaultIdentityIncludesThoseOfTheMachine(t *testing.T) {
 	s := start(t, onMachines)
 	ctx := t.Context()
 	s.must(s.DefineIdentity(ctx, red))
@@ -100,7 +100,7 @@ func TestTheDefaultIdentityCountsThoseOfTheMachine(t *testing.T) {
 	}
 }
 
-func TestIMDSComesToKnowAnAttachedIdentityLater(t *testing.T) {
+func TestIMDSLearnsOfAnAttachedIdentityAfterADelay(t *testing.T) {
 	s := start(t, onMachines)
 	ctx := t.Context()
 	s.set("arm.propagation=20s")
@@ -117,7 +117,7 @@ func TestIMDSComesToKnowAnAttachedIdentityLater(t *testing.T) {
 	}
 }
 
-func TestASystemAssignedIdentityThatAPatchTookYieldsNoTokens(t *testing.T) {
+func TestIMDSDoesNotProvideARemovedSystemAssignedIdentity(t *testing.T) {
 	s := start(t, onMachines, func(c *Config) { c.Nodes[1].SystemAssigned, c.Nodes[3].SystemAssigned = &system, &system })
 	for _, source := range []string{nodeA, nodeC, nodeD} {
 		if got := s.get(source, tokenQuery).token(t).ClientID; got != system.ClientID {

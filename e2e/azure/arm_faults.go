@@ -11,36 +11,36 @@ import (
 	"time"
 )
 
-// ARMFault is what goes wrong with requests. Of those that match one, the most
-// specific applies: of its machine before its subscription before all.
+// ARMFault changes the handling of matching requests. Of several faults that
+// match a request, the most specific applies: that of its machine, then that of
+// its subscription, then that of all.
 type ARMFault struct {
 	Resource  string `json:"resource,omitempty"`  // ID of a machine, or /subscriptions/S; empty: all
 	Operation string `json:"operation,omitempty"` // OpGet, OpPatch or OpPoll; empty: each
-	Count     int    `json:"count,omitempty"`     // requests it meets before it is gone; 0: until it is cleared
+	Count     int    `json:"count,omitempty"`     // number of requests after which it is cleared; 0: never
 
 	Latency time.Duration `json:"latency_ns,omitempty"` // before anything else happens
-	// Status is answered in place of what would have been, with Code and
-	// Message, which have defaults, and RetryAfter in seconds (0: no header).
+	// Status replaces the response. Code and Message have defaults; RetryAfter
+	// is in seconds (0: no header).
 	Status     int    `json:"status,omitempty"`
 	Code       string `json:"code,omitempty"`
 	Message    string `json:"message,omitempty"`
 	RetryAfter int    `json:"retry_after,omitempty"`
-	Hang       bool   `json:"hang,omitempty"` // no answer, until the client leaves
-	Drop       bool   `json:"drop,omitempty"` // no answer, the connection is cut
-	// Fails: a PATCH is accepted, and its operation ends as Failed, with Code
-	// and Message.
+	Hang       bool   `json:"hang,omitempty"` // no response until the client disconnects
+	Drop       bool   `json:"drop,omitempty"` // no response, the connection is reset
+	// Fails: a PATCH is accepted and its operation fails with Code and Message.
 	Fails bool `json:"fails,omitempty"`
-	// Apply: with Status, Hang and Drop the request is carried out and only
-	// its answer is lost; with Fails the identities change nevertheless.
+	// Apply: with Status, Hang and Drop, the request takes effect and only its
+	// response is lost. With Fails, the identities change nevertheless.
 	Apply bool `json:"apply,omitempty"`
 }
 
-// IdentityFault is what is wrong with an identity for as long as it is set.
+// IdentityFault changes how ARM treats an identity, until it is cleared.
 type IdentityFault struct {
-	Identity string `json:"identity"`          // resource ID; it need not exist
-	Denied   bool   `json:"denied,omitempty"`  // callers may not assign it: 403 LinkedAuthorizationFailed
+	Identity string `json:"identity"`          // resource ID; the identity need not exist
+	Denied   bool   `json:"denied,omitempty"`  // no caller may assign it: 403 LinkedAuthorizationFailed
 	Missing  bool   `json:"missing,omitempty"` // as if it did not exist
-	Naming   Naming `json:"naming,omitempty"`  // empty: as the setting has it
+	Naming   Naming `json:"naming,omitempty"`  // empty: as in the settings
 }
 
 type faultKey struct{ resource, operation string }
@@ -65,16 +65,17 @@ func (f ARMFault) validate() error {
 	case f.Count < 0 || f.RetryAfter < 0 || f.Latency < 0:
 		return fmt.Errorf("fault: a number is negative: %+v", f)
 	case effects > 1:
-		return fmt.Errorf("fault: only one of status, hang, drop and fails: %+v", f)
+		return fmt.Errorf("fault: set only one of status, hang, drop and fails: %+v", f)
 	case effects == 0 && f.Latency == 0:
-		return fmt.Errorf("fault: it does nothing: %+v", f)
+		return fmt.Errorf("fault: it has no effect: %+v", f)
 	case f.Fails && f.Operation != "" && f.Operation != OpPatch:
-		return fmt.Errorf("fault: only the operation of a %s fails, not a %s", OpPatch, f.Operation)
+		return fmt.Errorf("fault: fails is valid for operation %s, not for %s", OpPatch, f.Operation)
 	}
 	return nil
 }
 
-// SetFault sets a fault, in place of that of the same resource and operation.
+// SetFault sets a fault. It replaces the fault of the same resource and
+// operation.
 func (a *ARM) SetFault(f ARMFault) error {
 	if err := f.validate(); err != nil {
 		return err
@@ -85,8 +86,8 @@ func (a *ARM) SetFault(f ARMFault) error {
 	return nil
 }
 
-// ClearFaults clears the faults of a resource or, with "", all there are, also
-// those of identities.
+// ClearFaults clears the faults of a resource. With "" it clears all faults,
+// including those of identities.
 func (a *ARM) ClearFaults(resource string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -98,7 +99,7 @@ func (a *ARM) ClearFaults(resource string) {
 	maps.DeleteFunc(a.faults, func(k faultKey, _ *ARMFault) bool { return k.resource == FoldID(resource) })
 }
 
-// Faults returns those that are set, by resource.
+// Faults returns the faults that are set, sorted by resource.
 func (a *ARM) Faults() []ARMFault {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -112,8 +113,8 @@ func (a *ARM) Faults() []ARMFault {
 	return out
 }
 
-// SetIdentityFault replaces what is wrong with an identity; with neither
-// Denied nor Missing, nothing is any more.
+// SetIdentityFault sets the fault of an identity. One with neither Denied nor
+// Missing clears it.
 func (a *ARM) SetIdentityFault(f IdentityFault) error {
 	if !userAssignedForm.MatchString(f.Identity) {
 		return fmt.Errorf("identity fault: %q is not the resource ID of a user-assigned identity", f.Identity)
@@ -145,7 +146,8 @@ func (a *ARM) naming(f IdentityFault) Naming {
 	return f.Naming
 }
 
-// consumeFault returns what the request meets, and uses up counted ones.
+// consumeFault returns the fault that applies to the request, and decreases its
+// count.
 func (a *ARM) consumeFault(x *armRequestContext) *ARMFault {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -169,7 +171,7 @@ func (a *ARM) consumeFault(x *armRequestContext) *ARMFault {
 	return nil
 }
 
-// replaces tells whether the answer is another one than ARM's own.
+// replaces reports whether the fault replaces ARM's own response.
 func (f *ARMFault) replaces() bool { return f.Status != 0 || f.Hang || f.Drop }
 
 var defaultCodes = map[int]string{
@@ -186,7 +188,7 @@ func (f *ARMFault) response(x *armRequestContext, a *ARM) response {
 		e.Code = "Error"
 	}
 	if e.Message == "" {
-		e.Message = http.StatusText(f.Status) + ", as the stand-in was told."
+		e.Message = http.StatusText(f.Status) + ", because of a fault that a test has set."
 	}
 	out := a.refuse(x, e)
 	if f.RetryAfter > 0 {
@@ -195,7 +197,7 @@ func (f *ARMFault) response(x *armRequestContext, a *ARM) response {
 	return out
 }
 
-// operationError is what an operation that was told to fail ends with.
+// operationError is the error of an operation that fails because of a fault.
 func (f *ARMFault) operationError() *armError {
 	e := &armError{Status: http.StatusInternalServerError, Code: f.Code, Message: f.Message}
 	if e.Code == "" {

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-func TestAForced429EndsAfterItsCountAndIsOfItsResourceOnly(t *testing.T) {
+func TestA429FaultEndsAfterItsCountAndAppliesOnlyToItsResource(t *testing.T) {
 	for _, resource := range []string{setID, "/subscriptions/SUB/", ""} {
 		a := newTestARM(t)
 		a.must(a.SetFault(ARMFault{Resource: resource, Status: 429, RetryAfter: 30, Count: 2}))
@@ -60,7 +60,7 @@ func TestTheMostSpecificFaultApplies(t *testing.T) {
 	a.get(setID)
 }
 
-func TestAnAnswerIsLostBeforeOrAfterThePatchIsApplied(t *testing.T) {
+func TestAResponseCanBeLostBeforeOrAfterThePatchIsApplied(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for name, f := range map[string]ARMFault{
 			"dropped":           {Drop: true},
@@ -103,7 +103,7 @@ func TestAnAnswerIsLostBeforeOrAfterThePatchIsApplied(t *testing.T) {
 	})
 }
 
-func TestLatencyEndsWithTheClientsPatience(t *testing.T) {
+func TestLatencyEndsWhenTheClientDisconnects(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newTestARM(t)
 		a.must(a.SetFault(ARMFault{Operation: OpPatch, Latency: 40 * time.Second}))
@@ -121,7 +121,7 @@ func TestLatencyEndsWithTheClientsPatience(t *testing.T) {
 	})
 }
 
-func TestPatchesThatAreAnsweredAtTheSameTimeOverlap(t *testing.T) {
+func TestConcurrentPatchesOverlap(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newTestARM(t)
 		a.must(a.SetFault(ARMFault{Resource: setID, Latency: 10 * time.Second}))
@@ -141,16 +141,16 @@ func TestPatchesThatAreAnsweredAtTheSameTimeOverlap(t *testing.T) {
 	})
 }
 
-func TestWrongFaultsAreRefusedByName(t *testing.T) {
+func TestInvalidFaultsAreRefused(t *testing.T) {
 	a := newTestARM(t)
 	for says, f := range map[string]ARMFault{
-		"neither the ID of a machine":   {Resource: "set", Status: 500},
-		"valid: get, patch, poll":       {Operation: "put", Status: 500},
-		"valid: 400 to 599":             {Status: 200},
-		"negative":                      {Status: 500, Count: -1},
-		"only one of":                   {Status: 500, Hang: true},
-		"does nothing":                  {Apply: true},
-		"only the operation of a patch": {Operation: OpGet, Fails: true},
+		"neither the ID of a machine":        {Resource: "set", Status: 500},
+		"valid: get, patch, poll":            {Operation: "put", Status: 500},
+		"valid: 400 to 599":                  {Status: 200},
+		"negative":                           {Status: 500, Count: -1},
+		"only one of":                        {Status: 500, Hang: true},
+		"has no effect":                      {Apply: true},
+		"fails is valid for operation patch": {Operation: OpGet, Fails: true},
 	} {
 		if err := a.SetFault(f); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%+v: %v", f, err)

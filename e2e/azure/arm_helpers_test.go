@@ -20,8 +20,8 @@ const (
 
 var green = userAssigned("green", 30)
 
-// manager is an ARM with a scale set and a virtual machine, and a client of it
-// without a network between them.
+// testARM is an ARM with a scale set and a virtual machine, and a client that
+// needs no network.
 type testARM struct {
 	*ARM
 	t *testing.T
@@ -153,7 +153,7 @@ func (a *testARM) mustRefuse(got answer, status int, code string) armError {
 	return e
 }
 
-// operation asks for the status of what a PATCH began.
+// operationStatus is the status of an operation.
 type operationStatus struct {
 	Status, Name string
 	Error        *armError
@@ -185,7 +185,7 @@ func (a *testARM) lastRequest() ARMRequest {
 	return log[len(log)-1]
 }
 
-// mustTimeOut sends a request that gets no answer within the time.
+// mustTimeOut sends a request that must get no response within the time.
 func (a *testARM) mustTimeOut(within time.Duration, method, target, body string) {
 	a.t.Helper()
 	ctx, cancel := context.WithTimeout(a.t.Context(), within)

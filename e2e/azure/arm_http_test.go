@@ -12,7 +12,7 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-func TestOddRequestsAreRefusedInARMsForm(t *testing.T) {
+func TestInvalidRequestsAreRefusedInTheFormatOfARM(t *testing.T) {
 	a := newTestARM(t)
 	operations := "/subscriptions/Sub/providers/Microsoft.Compute/locations/westeurope/operations/"
 	for _, c := range []struct {
@@ -50,7 +50,7 @@ func TestOddRequestsAreRefusedInARMsForm(t *testing.T) {
 	began.mustRefuse(began.do("GET", elsewhere, ""), 404, "NotFound")
 }
 
-func TestADroppedConnectionIsCutOnANetworkToo(t *testing.T) {
+func TestADroppedConnectionIsResetOnANetwork(t *testing.T) {
 	a := newTestARM(t)
 	server := httptest.NewServer(a)
 	defer server.Close()
@@ -69,7 +69,7 @@ func TestADroppedConnectionIsCutOnANetworkToo(t *testing.T) {
 	}
 }
 
-func TestOnlyTokensForARMAreLetIn(t *testing.T) {
+func TestARMAcceptsOnlyTokensForARM(t *testing.T) {
 	good := Claims{Audience: "https://management.azure.com/", TenantID: tenant, ObjectID: guid(2), AppID: guid(1)}
 	claims, verifies := good, error(nil)
 	a := &testARM{NewARM(ARMOptions{Tenant: tenant, Verify: func(token string) (Claims, error) {

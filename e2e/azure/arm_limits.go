@@ -8,10 +8,10 @@ import (
 	"time"
 )
 
-// armLimits are the buckets of Azure's compute throttling, by what they are
-// of: one for each machine and policy, one for each subscription and policy.
-// The region is always the same. A bucket gets its tokens at full minutes
-// after its first use; what is refused takes none.
+// armLimits are the buckets of Azure's compute throttling by name: one for each
+// machine and policy, and one for each subscription and policy. There is only
+// one region. A bucket is refilled at full minutes after its first use. A
+// refused request takes no token.
 type armLimits map[string]*bucket
 
 type bucket struct {
@@ -20,15 +20,15 @@ type bucket struct {
 	filled         time.Time
 }
 
-// armPolicy is one line of Azure's table of limits.
+// armPolicy is one row of Azure's table of limits.
 type armPolicy struct {
 	name                 string
 	rate, capacity       int // of one machine
 	rateAll, capacityAll int // of the subscription
 }
 
-// Reads of the status of a scale set's operations are not in the table; they
-// have the limits of virtual machines.
+// The table does not contain polls of a scale set's operations. They have the
+// limits of virtual machines.
 var armPolicies = map[string]map[string]armPolicy{
 	KindVM: {
 		OpPatch: {"UpdateVM", 4, 12, 500, 1500},
@@ -61,8 +61,8 @@ type throttling struct {
 }
 
 // admit takes a token for the request, also while limits are not enforced, so
-// that switching them on midway counts right. It says how many are left. The
-// lock is held.
+// that the counts are right when a test enables them later. It returns the
+// remaining tokens for the response header. The caller holds the lock.
 func (a *ARM) admit(x *armRequestContext) (remaining string, refused *throttling) {
 	if _, exists := a.machines[x.machine.key()]; !exists {
 		return "", nil

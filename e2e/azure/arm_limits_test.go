@@ -19,8 +19,8 @@ func TestUpdatesOfAMachineAreThrottledAsDocumented(t *testing.T) {
 			}
 			return accepted, last
 		}
-		a.do("PATCH", setID+armV, "") // even what is refused takes a token
-		// The example in Azure's documentation, from its second minute on.
+		a.do("PATCH", setID+armV, "") // a request with an invalid body takes a token, too
+		// The example in the documentation of Azure, starting with its second minute.
 		for minute, c := range []struct{ requests, accepted int }{{7, 7}, {0, 0}, {13, 12}, {5, 4}, {0, 0}, {9, 8}} {
 			got, last := patches(c.requests)
 			if got != c.accepted {
@@ -48,7 +48,7 @@ func TestUpdatesOfAMachineAreThrottledAsDocumented(t *testing.T) {
 	})
 }
 
-func TestReadsAndPollsHaveBucketsOfTheirOwn(t *testing.T) {
+func TestReadsAndPollsHaveSeparateBuckets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newTestARM(t, func(s *ARMSettings) { s.Limits, s.Delay = true, time.Minute })
 		began := a.patchSet(both, "+"+blue.ResourceID)
@@ -67,7 +67,7 @@ func TestReadsAndPollsHaveBucketsOfTheirOwn(t *testing.T) {
 	})
 }
 
-func TestASubscriptionHasABucketToo(t *testing.T) {
+func TestASubscriptionHasABucket(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newTestARM(t, func(s *ARMSettings) { s.Limits = true })
 		throttled := 0

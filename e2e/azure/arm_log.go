@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// ARMRequest is one line of ARM's request log.
+// ARMRequest is one entry of ARM's request log.
 type ARMRequest struct {
 	Seq           int       `json:"seq"` // never reset
 	Time          time.Time `json:"time"`
@@ -15,35 +15,35 @@ type ARMRequest struct {
 	Operation     string    `json:"operation"` // OpGet, OpPatch, OpPoll, OpOther
 	Method        string    `json:"method"`
 	Path          string    `json:"path"`
-	Resource      string    `json:"resource,omitempty"` // folded; of a poll, the machine whose operation it is
+	Resource      string    `json:"resource,omitempty"` // folded; for a poll, the machine of the operation
 	Caller        string    `json:"caller,omitempty"`   // object ID
 	APIVersion    string    `json:"api_version,omitempty"`
 	IfMatch       string    `json:"if_match,omitempty"`
-	CorrelationID string    `json:"correlation_id,omitempty"` // as the answer's header has it
-	// Of a PATCH, accepted or not: what it was to add and to remove, folded
-	// and sorted, and identity.type as it was sent.
+	CorrelationID string    `json:"correlation_id,omitempty"` // as in the response header
+	// Of a PATCH, accepted or not: the identities that it adds and removes,
+	// folded and sorted, and identity.type as sent.
 	Add    []string `json:"add,omitempty"`
 	Remove []string `json:"remove,omitempty"`
 	Type   string   `json:"type,omitempty"`
 
-	Status int    `json:"status"` // 0: no answer
+	Status int    `json:"status"` // 0: no response
 	Code   string `json:"code,omitempty"`
 	Forced bool   `json:"forced,omitempty"` // by a fault or a limit
-	// Accepted is a PATCH that was carried out, even if its answer was lost.
-	// Start and End are those of its operation, which may be yet to come; of
-	// one that takes no time, when it was carried out.
+	// Accepted is a PATCH that takes effect, even if its response was lost. Start
+	// and End are those of its operation and may be in the future. For a PATCH
+	// without an operation, both are the time at which it took effect.
 	Accepted    bool      `json:"accepted,omitempty"`
 	OperationID string    `json:"operation_id,omitempty"`
 	Start       time.Time `json:"start,omitzero"`
 	End         time.Time `json:"end,omitzero"`
-	// Overlap is a PATCH that came while another one of the same machine was
-	// being answered or its operation ran.
+	// Overlap is a PATCH that arrived while ARM handled another PATCH of the
+	// same machine or ran its operation.
 	Overlap bool `json:"overlap,omitempty"`
 }
 
 func (e *ARMRequest) number(seq int) { e.Seq = seq }
 
-// ARMChange is one line of the change log: an identity was attached to a
+// ARMChange is one entry of the change log: an identity was attached to a
 // machine or detached from it.
 type ARMChange struct {
 	Seq         int       `json:"seq"`
@@ -57,7 +57,7 @@ type ARMChange struct {
 
 func (c *ARMChange) number(seq int) { c.Seq = seq }
 
-// SystemIdentity stands for the system-assigned identity in the change log.
+// SystemIdentity is the system-assigned identity in the change log.
 const SystemIdentity = "system"
 
 // ARMCounts count requests of one machine.
@@ -66,20 +66,20 @@ type ARMCounts struct {
 	Patch     int `json:"patch"`
 	Poll      int `json:"poll"`
 	Other     int `json:"other"`
-	Accepted  int `json:"accepted"`  // PATCHes that were carried out
-	Throttled int `json:"throttled"` // answered 429
+	Accepted  int `json:"accepted"`  // PATCHes that took effect
+	Throttled int `json:"throttled"` // responses with status 429
 	Overlaps  int `json:"overlaps"`
 }
 
 // ARMStats are the counts since the logs were reset.
 type ARMStats struct {
-	Resources      map[string]ARMCounts `json:"resources"` // by folded ID; "" is what is about no machine
-	ByStatus       map[int]int          `json:"by_status"` // 0: no answer
+	Resources      map[string]ARMCounts `json:"resources"` // by folded ID; "" are requests for no known machine
+	ByStatus       map[int]int          `json:"by_status"` // 0: no response
 	LogDropped     int                  `json:"log_dropped"`
 	ChangesDropped int                  `json:"changes_dropped"`
 }
 
-// armRecords are both logs and the counts, under ARM's lock.
+// armRecords are both logs and the counts. ARM's lock guards them.
 type armRecords struct {
 	requests ring[ARMRequest, *ARMRequest]
 	changes  ring[ARMChange, *ARMChange]
@@ -99,7 +99,7 @@ func (r *armRecords) reset() {
 	r.stats = ARMStats{Resources: map[string]ARMCounts{}, ByStatus: map[int]int{}}
 }
 
-// begin counts a request that arrives.
+// begin counts a request when it arrives.
 func (r *armRecords) begin(e *ARMRequest) {
 	c := r.stats.Resources[e.Resource]
 	switch e.Operation {
@@ -133,7 +133,7 @@ func (r *armRecords) finish(e ARMRequest) {
 }
 
 // Log returns the requests with a sequence number greater than since, in the
-// order of their ends.
+// order of their responses.
 func (a *ARM) Log(since int) []ARMRequest {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -149,7 +149,8 @@ func (a *ARM) Changes(since int) []ARMChange {
 	return a.records.changes.since(since)
 }
 
-// ResetLog empties both logs and sets the counts to 0. Sequence numbers go on.
+// ResetLog empties both logs and sets the counts to 0. Sequence numbers
+// continue.
 func (a *ARM) ResetLog() {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -8,18 +8,19 @@ import (
 	"time"
 )
 
-// Machine is a virtual machine or a scale set, as it is at one moment.
+// Machine is a snapshot of a virtual machine or a scale set.
 type Machine struct {
 	ID                string    `json:"id"`   // as asSent when it was added
 	Kind              string    `json:"kind"` // KindVM or KindVMSS
 	ProvisioningState string    `json:"provisioning_state"`
 	ETag              string    `json:"etag"`
 	SystemAssigned    *Identity `json:"system_assigned,omitempty"`
-	// Identities are attached now, whatever GET shows. Folded and sorted.
+	// Identities are those attached now, even if GET returns others. Folded and
+	// sorted.
 	Identities   []string  `json:"identities"`
-	Operation    string    `json:"operation,omitempty"` // ID of the one that runs
+	Operation    string    `json:"operation,omitempty"` // ID of the running operation
 	OperationEnd time.Time `json:"operation_end,omitzero"`
-	Nodes        []string  `json:"nodes,omitempty"` // in the whole stand-in: those it is beneath
+	Nodes        []string  `json:"nodes,omitempty"` // in the fake Azure: the nodes on this machine
 }
 
 const (
@@ -30,9 +31,9 @@ const (
 	stateDeleting  = "Deleting"
 )
 
-// AddMachine adds a machine or replaces it. Of m its ID, SystemAssigned,
-// Identities and ProvisioningState are used. What is attached from the start
-// is not in the change log.
+// AddMachine adds a machine or replaces it. It uses the ID, SystemAssigned,
+// Identities and ProvisioningState of m. These identities are not in the change
+// log.
 func (a *ARM) AddMachine(m Machine) error {
 	id, ok := parseComputeID(m.ID)
 	if !ok {
@@ -58,8 +59,8 @@ func (a *ARM) AddMachine(m Machine) error {
 	return nil
 }
 
-// RemoveMachine deletes a machine, which ends its operations. An unknown one
-// is no error.
+// RemoveMachine deletes a machine and ends its operations. An unknown one is not
+// an error.
 func (a *ARM) RemoveMachine(id string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -127,8 +128,8 @@ func (a *ARM) change(id string, f func(*armMachine) error) error {
 	return f(m)
 }
 
-// SetProvisioningState sets what GET shows, until it is set to "" again. A
-// state of Failed ends with the next PATCH that succeeds.
+// SetProvisioningState overrides the provisioning state until it is set to "".
+// A state of Failed ends with the next PATCH that succeeds.
 func (a *ARM) SetProvisioningState(id, state string) error {
 	return a.change(id, func(m *armMachine) error {
 		m.setState(state)
@@ -148,8 +149,8 @@ func (m *armMachine) setState(state string) {
 	}
 }
 
-// SetDelay gives one machine a delay of its own, in place of the setting; a
-// negative one takes it back.
+// SetDelay sets a delay for one machine that overrides the setting. A negative
+// delay removes the override.
 func (a *ARM) SetDelay(id string, d time.Duration) error {
 	return a.change(id, func(m *armMachine) error {
 		m.delay = d
@@ -157,7 +158,8 @@ func (a *ARM) SetDelay(id string, d time.Duration) error {
 	})
 }
 
-// Attach attaches an identity by hand: at once, whatever runs.
+// Attach attaches an identity immediately, also during an operation, as a manual
+// change does.
 func (a *ARM) Attach(machine, identity string) error {
 	return a.change(machine, func(m *armMachine) error {
 		key := FoldID(identity)
@@ -175,7 +177,8 @@ func (a *ARM) Attach(machine, identity string) error {
 	})
 }
 
-// Detach detaches an identity by hand. One that is not attached is no error.
+// Detach detaches an identity immediately. One that is not attached is not an
+// error.
 func (a *ARM) Detach(machine, identity string) error {
 	return a.change(machine, func(m *armMachine) error {
 		set := m.set.clone()
@@ -186,7 +189,7 @@ func (a *ARM) Detach(machine, identity string) error {
 	})
 }
 
-// Attached tells whether an identity is attached to a machine now.
+// Attached reports whether an identity is attached to a machine now.
 func (a *ARM) Attached(machine, identity string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -198,8 +201,8 @@ func (a *ARM) Attached(machine, identity string) bool {
 	return ok
 }
 
-// yields tells whether IMDS on the machine gives tokens of the identity: it
-// exists, is the one that was attached, and that has come through to IMDS.
+// provides reports whether IMDS on the machine issues tokens for the identity: it
+// exists, is the one that was attached, and IMDS has learned of it.
 func (a *ARM) provides(machine string, id Identity) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -214,8 +217,8 @@ func (a *ARM) provides(machine string, id Identity) bool {
 	return attached && exists && at.identity.ClientID == id.ClientID && !a.o.Now().Before(at.since.Add(a.settings.Propagation))
 }
 
-// systemAssigned returns the machine's own identity, and whether ARM knows the
-// machine at all.
+// systemAssigned returns the machine's system-assigned identity, and whether the
+// machine exists.
 func (a *ARM) systemAssigned(machine string) (*Identity, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -9,31 +9,31 @@ import (
 	"time"
 )
 
-// identitySet is what is attached to a machine.
+// identitySet are the identities of a machine.
 type identitySet struct {
 	system *Identity
 	user   map[string]attachment // by folded ID
 }
 
 type attachment struct {
-	asSent   string // as in the request that attached it
+	asSent   string // the ID as in the request that attached it
 	identity Identity
 	since    time.Time
 }
 
 func (s identitySet) clone() identitySet { return identitySet{s.system, maps.Clone(s.user)} }
 
-// delta is what a PATCH does to the identities. A nil one does nothing.
+// delta is the change that a PATCH makes to the identities. nil is no change.
 type delta struct {
-	system *Identity // the machine's own from then on; nil: none
-	user   bool      // whether it may have user-assigned ones
+	system *Identity // the new system-assigned identity; nil: none
+	user   bool      // whether the new type allows user-assigned identities
 	add    map[string]attachment
 	remove []string
 }
 
-// after returns the set with the change made. What is added again stays as it
-// is, unless it was deleted and is another identity now. A type without
-// user-assigned identities takes all of them away.
+// after returns the set after the change. An identity that is added again does
+// not change, unless it was deleted and is another identity now. A type without
+// user-assigned identities removes all of them.
 func (s identitySet) after(d *delta) identitySet {
 	if d == nil {
 		return s
@@ -62,25 +62,26 @@ type armMachine struct {
 	computeID
 	set        identitySet
 	delay      time.Duration   // negative: the setting
-	forced     string          // provisioning state that was set by hand
+	forced     string          // provisioning state that overrides all others
 	idleState  string          // provisioning state while nothing runs
 	version    int             // its ETag
-	operations []*armOperation // the first one runs, the others are queued
-	patching   int             // PATCHes that are being answered
+	operations []*armOperation // the first one is running, the others are queued
+	patching   int             // number of PATCH requests in progress
 }
 
-// armOperation is what a PATCH began. It changes the machine at its end.
+// armOperation is an operation that a PATCH started. It changes the machine at
+// its end.
 type armOperation struct {
 	id         string
 	machine    *armMachine
 	delta      *delta
 	start, end time.Time
-	failure    *armError // nil: it succeeds
-	apply      bool      // the identities change, even if it fails
+	failure    *armError // nil: the operation succeeds
+	apply      bool      // the identities change, even if the operation fails
 	ended      bool
 }
 
-// maxEndedOperations operations can still be asked for after their end.
+// maxEndedOperations is the number of ended operations that can still be polled.
 const maxEndedOperations = 10_000
 
 func (m *armMachine) etag() string { return `"` + strconv.Itoa(m.version) + `"` }
@@ -95,8 +96,8 @@ func (m *armMachine) provisioningState() string {
 	return m.idleState
 }
 
-// settle carries out all operations that have ended by now, in the order of
-// their ends. The lock is held.
+// finishDueOperations finishes all operations whose end has passed, in the order
+// of their ends. The caller holds the lock.
 func (a *ARM) finishDueOperations() {
 	now := a.o.Now()
 	for {
@@ -113,7 +114,7 @@ func (a *ARM) finishDueOperations() {
 	}
 }
 
-// finish ends the operation that runs on the machine.
+// finish ends the running operation of the machine.
 func (a *ARM) finish(m *armMachine) {
 	o := m.operations[0]
 	if m.operations = m.operations[1:]; len(m.operations) == 0 {
@@ -137,7 +138,8 @@ func (a *ARM) finish(m *armMachine) {
 	m.version++
 }
 
-// newSystemAssigned is the identity that a machine gets with its type.
+// newSystemAssigned is the system-assigned identity that a machine gets when its
+// type changes.
 func (m *armMachine) newSystemAssigned() Identity {
 	return Identity{ClientID: derivedGUID("client " + m.key()), ObjectID: derivedGUID("object " + m.key()), ResourceID: m.id}
 }
@@ -147,7 +149,7 @@ func derivedGUID(text string) string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", sum[:4], sum[4:6], sum[6:8], sum[8:10], sum[10:16])
 }
 
-// replace gives the machine other identities and logs what differs.
+// replace sets the identities of the machine and logs the differences.
 func (a *ARM) replace(m *armMachine, set identitySet, change ARMChange) {
 	change.Resource = m.key()
 	log := func(identity string, attached bool) {
@@ -170,7 +172,7 @@ func (a *ARM) replace(m *armMachine, set identitySet, change ARMChange) {
 	m.set = set
 }
 
-// projected is what the machine has after all its operations.
+// projected are the identities of the machine after all its operations.
 func (m *armMachine) projected() identitySet {
 	set := m.set
 	for _, o := range m.operations {
@@ -179,8 +181,8 @@ func (m *armMachine) projected() identitySet {
 	return set
 }
 
-// begin starts what a PATCH asks for, or queues it. It is done at once if it
-// takes no time and does not fail.
+// begin starts the operation of a PATCH, or queues it. An operation without a
+// delay that does not fail ends immediately.
 func (a *ARM) begin(m *armMachine, p identityPatch, failure *armError, apply bool) *armOperation {
 	now := a.o.Now()
 	delay := m.delay
@@ -204,8 +206,8 @@ func (a *ARM) begin(m *armMachine, p identityPatch, failure *armError, apply boo
 	return o
 }
 
-// deltaOf looks up the identities that a PATCH adds; those that do not exist
-// are left out.
+// deltaOf looks up the identities that a PATCH adds. It omits those that do not
+// exist.
 func (a *ARM) deltaOf(m *armMachine, p identityPatch, at time.Time) *delta {
 	if !p.given {
 		return nil

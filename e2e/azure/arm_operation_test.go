@@ -13,7 +13,7 @@ func delayed(d time.Duration) func(*ARMSettings) {
 	return func(s *ARMSettings) { s.Delay, s.RetryAfter = d, 10 }
 }
 
-func TestAPatchThatTakesTimeChangesTheMachineAtItsEnd(t *testing.T) {
+func TestAnOperationChangesTheMachineAtItsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newTestARM(t, delayed(60*time.Second))
 		start := time.Now()
@@ -83,7 +83,7 @@ func TestASecondPatchIsRefusedOrQueued(t *testing.T) {
 	})
 }
 
-func TestAMachineHasADelayOfItsOwn(t *testing.T) {
+func TestAMachineCanHaveItsOwnDelay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newTestARM(t, delayed(60*time.Second))
 		a.must(a.SetDelay(strings.ToUpper(setID), 0))
@@ -100,7 +100,7 @@ func TestAMachineHasADelayOfItsOwn(t *testing.T) {
 	})
 }
 
-func TestAnOperationFailsAsItIsTold(t *testing.T) {
+func TestAnOperationFailsByAFault(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newTestARM(t, delayed(20*time.Second))
 		for _, c := range []struct {
@@ -108,7 +108,7 @@ func TestAnOperationFailsAsItIsTold(t *testing.T) {
 			names string
 		}{{false, "red"}, {true, "blue red"}} {
 			a.must(a.SetFault(ARMFault{Resource: setID, Count: 1, Fails: true, Apply: c.apply, Code: "AllocationFailed", Message: "No room."}))
-			a.get(setID) // which it spares
+			a.get(setID) // the fault applies only to PATCH
 			began := a.patchSet(both, "+"+blue.ResourceID)
 			time.Sleep(20 * time.Second)
 			if s := a.poll(began); s.Status != "Failed" || s.Error == nil || s.Error.Code != "AllocationFailed" || s.Error.Message != "No room." {
@@ -126,7 +126,7 @@ func TestAnOperationFailsAsItIsTold(t *testing.T) {
 	})
 }
 
-func TestAMachineThatIsDeletedRefusesPatchesAndThenIsGone(t *testing.T) {
+func TestADeletingMachineRefusesPatches(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newTestARM(t, delayed(20*time.Second))
 		began := a.patchSet(both, "+"+blue.ResourceID)
@@ -154,7 +154,7 @@ func TestAMachineThatIsDeletedRefusesPatchesAndThenIsGone(t *testing.T) {
 	})
 }
 
-func TestAChangeByHandHoldsDuringAnOperation(t *testing.T) {
+func TestAManualChangeTakesEffectDuringAnOperation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newTestARM(t, delayed(20*time.Second))
 		a.patchSet(both, "+"+blue.ResourceID)
@@ -199,7 +199,7 @@ func TestOperationsEndInTheOrderOfTheirEnds(t *testing.T) {
 	})
 }
 
-func TestManyAtOnceLoseNothing(t *testing.T) {
+func TestConcurrentPatchesAreAllApplied(t *testing.T) {
 	a := newTestARM(t, func(s *ARMSettings) { s.Queue = true })
 	var all []string
 	for i := range 40 {

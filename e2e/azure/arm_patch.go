@@ -8,19 +8,19 @@ import (
 	"strings"
 )
 
-// identityPatch is the part of a PATCH's body that is about identities.
+// identityPatch is the identity part of the body of a PATCH.
 type identityPatch struct {
-	given        bool   // there is such a part
-	text         string // the type as it was sent
-	system, user bool   // what the type names
+	given        bool   // the body has an identity part
+	text         string // identity.type as sent
+	system, user bool   // whether the type contains SystemAssigned and UserAssigned
 	add          map[string]string
 	remove       []string // folded, sorted
-	malformed    []string // keys that are no IDs
+	malformed    []string // keys that are not IDs of user-assigned identities
 	failure      *armError
 }
 
-// parsePatch reads as much as it can, for the log, even of a body that is to
-// be refused: then failure says why.
+// parsePatch parses as much as it can for the log, even of a body that ARM must
+// refuse. Then failure is the error.
 func parsePatch(body []byte) identityPatch {
 	p := identityPatch{add: map[string]string{}}
 	var doc struct {
@@ -68,7 +68,7 @@ func refusedBody(message string) *armError {
 	return &armError{Status: http.StatusBadRequest, Code: "InvalidRequestContent", Message: message}
 }
 
-// parseType reads "None" or any of the other two, in any order.
+// parseType parses "None", or one or both of the other types in any order.
 func (p *identityPatch) parseType() *armError {
 	for word := range strings.SplitSeq(p.text, ",") {
 		switch word := strings.TrimSpace(word); {
@@ -93,8 +93,9 @@ func invalidParameter(target, message string) *armError {
 	return &armError{Status: http.StatusBadRequest, Code: "InvalidParameter", Target: target, Message: message}
 }
 
-// patch carries a PATCH out, or refuses it in the order in which Azure checks:
-// first Resource Manager the linked resources, then the provider the rest.
+// patch accepts a PATCH or refuses it. It checks in the order of Azure: first
+// Resource Manager checks the linked resources, then the provider everything
+// else.
 func (a *ARM) patch(x *armRequestContext, m *armMachine) response {
 	p := x.patch
 	if len(p.malformed) > 0 {
@@ -127,7 +128,7 @@ func (a *ARM) patch(x *armRequestContext, m *armMachine) response {
 
 func (a *ARM) checkBody(x *armRequestContext, _ *armMachine) *armError { return x.patch.failure }
 
-// checkLinked is whether the caller may assign the identities.
+// checkLinked checks whether the caller may assign the identities.
 func (a *ARM) checkLinked(x *armRequestContext, m *armMachine) *armError {
 	var named []string
 	denied, details := false, false
@@ -163,7 +164,7 @@ func (a *ARM) checkLinked(x *armRequestContext, m *armMachine) *armError {
 	return err
 }
 
-// checkState is whether the machine can be changed now, as the caller wants it.
+// checkState checks whether the machine can be changed now.
 func (a *ARM) checkState(x *armRequestContext, m *armMachine) *armError {
 	what := "Virtual Machine"
 	if m.kind == KindVMSS {
@@ -190,8 +191,8 @@ func (a *ARM) checkState(x *armRequestContext, m *armMachine) *armError {
 	return nil
 }
 
-// leavesNothing is whether the machine would have no user-assigned identity;
-// those that do not exist count here, they fail otherwise.
+// leavesNothing reports whether the machine would have no user-assigned identity
+// after the PATCH. Non-existing identities count: they cause another error.
 func (a *ARM) leavesNothing(m *armMachine, p identityPatch) bool {
 	left := maps.Clone(m.projected().user)
 	for _, key := range p.remove {
@@ -200,7 +201,7 @@ func (a *ARM) leavesNothing(m *armMachine, p identityPatch) bool {
 	return len(left)+len(p.add) == 0
 }
 
-// missing is the failure of a PATCH with identities that do not exist.
+// missing is the error of a PATCH with non-existing identities.
 func (a *ARM) missing(m *armMachine, p identityPatch) *armError {
 	if !p.user {
 		return nil
@@ -236,8 +237,8 @@ func (a *ARM) missing(m *armMachine, p identityPatch) *armError {
 	return missingError(m, inText, inDetails)
 }
 
-// missingError has the form in which Azure passes on what the provider of
-// identities answered, which is about one identity.
+// missingError has the format in which Azure passes on the error of the identity
+// provider, which names one identity.
 func missingError(m *armMachine, inText, inDetails []string) *armError {
 	because := "Bad request."
 	if len(inText) > 0 {

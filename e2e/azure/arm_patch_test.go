@@ -39,7 +39,7 @@ func TestAPatchMergesIdentitiesAndFollowsItsType(t *testing.T) {
 	}
 }
 
-func TestAPatchThatCannotBeIsRefusedAndChangesNothing(t *testing.T) {
+func TestAnInvalidPatchIsRefusedAndChangesNothing(t *testing.T) {
 	ghost := userAssigned("ghost", 40)
 	for name, c := range map[string]struct {
 		body   string
@@ -71,7 +71,7 @@ func TestAPatchThatCannotBeIsRefusedAndChangesNothing(t *testing.T) {
 	}
 }
 
-func TestTheAnswerHasTheIDsOfEachIdentityInARMsSpelling(t *testing.T) {
+func TestTheResponseHasTheIDsInTheConfiguredCasing(t *testing.T) {
 	a := newTestARM(t)
 	got := a.get(setID)
 	const id = "/subscriptions/s/resourcegroups/Group/providers/Microsoft.ManagedIdentity/userAssignedIdentities/red"
@@ -105,7 +105,7 @@ func TestTheAnswerHasTheIDsOfEachIdentityInARMsSpelling(t *testing.T) {
 	}
 }
 
-func TestASystemAssignedIdentityComesAndGoesWithTheType(t *testing.T) {
+func TestTheTypeAddsAndRemovesTheSystemAssignedIdentity(t *testing.T) {
 	a := newTestARM(t)
 	got := a.do("PATCH", vmID+armV, patchOf("SystemAssigned")).machine(t)
 	if got.kind() != "SystemAssigned" || !isGUID(got.Identity.PrincipalID) {
@@ -121,7 +121,7 @@ func TestASystemAssignedIdentityComesAndGoesWithTheType(t *testing.T) {
 	}
 }
 
-func TestAMissingIdentityIsNamedAsSwitched(t *testing.T) {
+func TestTheErrorForAMissingIdentityNamesItAsConfigured(t *testing.T) {
 	one, two := userAssigned("ghost1", 40), userAssigned("ghost2", 50)
 	body := patchOf(both, "+"+two.ResourceID, "+"+one.ResourceID, "+"+blue.ResourceID)
 	names := func(e armError, in func(armError) string) string {
@@ -161,7 +161,7 @@ func TestAMissingIdentityIsNamedAsSwitched(t *testing.T) {
 	}
 }
 
-func TestADeniedIdentityIsRefusedForAsLongAsItIs(t *testing.T) {
+func TestADeniedIdentityIsRefusedUntilTheFaultIsCleared(t *testing.T) {
 	a := newTestARM(t)
 	for _, c := range []struct {
 		naming      Naming
@@ -188,7 +188,7 @@ func TestADeniedIdentityIsRefusedForAsLongAsItIs(t *testing.T) {
 	}
 }
 
-func TestADeletedIdentityStaysListed(t *testing.T) {
+func TestADeletedIdentityRemainsAttached(t *testing.T) {
 	a := newTestARM(t)
 	a.DeleteIdentity(strings.ToUpper(red.ResourceID))
 	if got := a.patchSet(both, "+"+blue.ResourceID).machine(t); got.names() != "blue red" {
@@ -201,7 +201,7 @@ func TestADeletedIdentityStaysListed(t *testing.T) {
 	}
 	a.mustRefuse(a.patchSet(both, "+"+red.ResourceID), 400, "FailedIdentityOperation")
 
-	// Another one of its name takes its place where it is added again.
+	// A new identity with the same ID replaces it when it is added again.
 	a.DeleteIdentity(blue.ResourceID)
 	again := blue
 	again.ClientID = guid(77)
@@ -217,7 +217,7 @@ func TestADeletedIdentityStaysListed(t *testing.T) {
 	}
 }
 
-func TestAnETagThatIsNotTheResourcesIsRefused(t *testing.T) {
+func TestAnOutdatedETagIsRefused(t *testing.T) {
 	a := newTestARM(t)
 	patch := patchOf(both, "+"+blue.ResourceID)
 	first := a.do("GET", setID+armV, "")

@@ -6,7 +6,7 @@ import (
 	"strings"
 )
 
-// armError is an error in Resource Manager's form.
+// armError is an error in the format of Resource Manager.
 type armError struct {
 	Status  int        `json:"-"`
 	Code    string     `json:"code"`
@@ -15,7 +15,7 @@ type armError struct {
 	Details []armError `json:"details,omitempty"`
 }
 
-// refuse answers with an error and logs its code.
+// refuse returns an error response and logs its code.
 func (a *ARM) refuse(x *armRequestContext, e *armError) response {
 	x.entry.Code = e.Code
 	out := jsonResponse(e.Status, map[string]*armError{"error": e})
@@ -34,7 +34,7 @@ func (a *ARM) retryAfter(out response) {
 	}
 }
 
-// armResource is a machine as GET and PATCH show it.
+// armResource is a machine in the responses to GET and PATCH.
 type armResource struct {
 	Name       string         `json:"name"`
 	ID         string         `json:"id"`
@@ -42,7 +42,7 @@ type armResource struct {
 	Location   string         `json:"location"`
 	ETag       string         `json:"etag,omitempty"`
 	SKU        map[string]any `json:"sku,omitempty"`
-	Identity   *armIdentity   `json:"identity,omitempty"` // absent if it has none
+	Identity   *armIdentity   `json:"identity,omitempty"` // absent if the machine has none
 	Properties map[string]any `json:"properties"`
 }
 
@@ -58,7 +58,8 @@ type armAssigned struct {
 	ClientID    string `json:"clientId"`
 }
 
-// show answers with the machine as it is or, if so switched, as it will be.
+// describe returns the machine as it is or, with the setting Early, as it will be
+// after its operations.
 func (a *ARM) describe(x *armRequestContext, m *armMachine) response {
 	doc := armResource{
 		Name: m.name, ID: m.id, Type: "Microsoft.Compute/" + m.resourceType, Location: a.o.Location,
@@ -132,7 +133,7 @@ func (c Casing) apply(id string) string {
 
 const armTime = "2006-01-02T15:04:05.0000000+00:00"
 
-// poll answers with the status of an operation.
+// poll returns the status of an operation.
 func (a *ARM) poll(x *armRequestContext, o *armOperation) response {
 	doc := struct {
 		Start  string    `json:"startTime"`

@@ -23,8 +23,8 @@ func joined(words []string) string {
 	return strings.Join(words, " ")
 }
 
-// armClient uses ARM of a running stand-in through Azure's own libraries: the
-// token too comes over TLS, from the stand-in's Entra ID.
+// armClient uses the ARM of a running fake Azure with Azure's own libraries. Its
+// token also comes over TLS, from the fake Entra ID.
 type armClient struct {
 	*fakeAzure
 	sets *armcompute.VirtualMachineScaleSetsClient
@@ -85,7 +85,7 @@ func (c *armClient) begin(ctx context.Context, of computeID, kind string, o *arm
 	return c.sets.BeginUpdate(ctx, of.resourceGroup, of.name, update, o)
 }
 
-func TestTheRealClientPatchesAndPollsToTheEnd(t *testing.T) {
+func TestTheAzureSDKPatchesAndPollsToTheEnd(t *testing.T) {
 	s := start(t, onMachines)
 	ctx := t.Context()
 	for _, id := range []Identity{red, blue} {
@@ -109,7 +109,7 @@ func TestTheRealClientPatchesAndPollsToTheEnd(t *testing.T) {
 	token, err := poller.ResumeToken()
 	s.must(err)
 	s.clock.advance(40 * time.Second)
-	// Another process goes on where this one was.
+	// Another process continues to poll the operation.
 	resumed, err := s.armClient().begin(ctx, of, both, &armcompute.VirtualMachineScaleSetsClientBeginUpdateOptions{ResumeToken: token})
 	s.must(err)
 	for who, p := range map[string]*runtime.Poller[armcompute.VirtualMachineScaleSetsClientUpdateResponse]{"resumed": resumed, "first": poller} {
@@ -153,7 +153,7 @@ func mustBeError(t *testing.T, err error, status int, code string) {
 	}
 }
 
-func TestTheRealClientReadsARMsErrors(t *testing.T) {
+func TestTheAzureSDKReadsARMsErrors(t *testing.T) {
 	s := start(t, onMachines)
 	ctx := t.Context()
 	c := s.armClient()
@@ -199,7 +199,7 @@ func TestTheRealClientReadsARMsErrors(t *testing.T) {
 	}
 }
 
-func TestTheStandInsARMTakesItsOwnTokensOnly(t *testing.T) {
+func TestARMAcceptsOnlyTokensOfTheFakeEntraID(t *testing.T) {
 	s := start(t, onMachines)
 	s.add(red, "a")
 	client := s.https()
@@ -240,7 +240,7 @@ func TestTheCertificateIsValidForEachNameAndTheAddress(t *testing.T) {
 	}
 }
 
-func TestARMsSwitchesAreThrownAndReset(t *testing.T) {
+func TestARMsSwitchesAreSetAndReset(t *testing.T) {
 	s := start(t)
 	before, err := s.Switches(t.Context())
 	s.must(err)

@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// What requests to ARM are for.
+// Kinds of requests to ARM.
 const (
 	OpGet   = "get"
 	OpPatch = "patch"
@@ -15,19 +15,19 @@ const (
 	OpOther = "other"
 )
 
-// armRequestContext is one request to ARM and what becomes known of it.
+// armRequestContext is a request to ARM in progress.
 type armRequestContext struct {
 	*http.Request
 	entry     ARMRequest
-	machine   computeID // of GET and PATCH, whether or not it exists
-	operation string    // ID that is polled
+	machine   computeID // of GET and PATCH, whether the machine exists or not
+	operation string    // ID of the polled operation
 	version   string
-	claims    Claims // of the caller; empty if nobody is asked who he is
+	claims    Claims // of the caller; empty if ARM requires no token
 	patch     identityPatch
 	fault     *ARMFault // a copy; nil: none
 }
 
-// base is where the client found ARM.
+// base is the base URL that the client used.
 func (x *armRequestContext) base() string {
 	host := x.Host
 	if host == "" {
@@ -39,8 +39,8 @@ func (x *armRequestContext) base() string {
 	return "https://" + host
 }
 
-// serve answers a request. Its entry is logged before its answer is written:
-// who has the answer can read the entry.
+// serve handles a request. It logs the request before it returns the response:
+// a client that has the response can read the log entry.
 func (a *ARM) serve(r *http.Request) response {
 	x := &armRequestContext{Request: r}
 	var body []byte
@@ -64,7 +64,7 @@ func (a *ARM) serve(r *http.Request) response {
 
 var operationForm = regexp.MustCompile(`(?i)^/subscriptions/([^/]+)/providers/Microsoft\.Compute/locations/([^/]+)/operations/([^/]+)/?$`)
 
-// arrive reads what the request is for, and notes that it came.
+// recordArrival parses the request and counts it.
 func (a *ARM) recordArrival(x *armRequestContext, body []byte) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -109,19 +109,19 @@ func apiVersionOf(query string) string {
 	return q["api-version"]
 }
 
-// depart notes how the request ended.
+// recordResponse logs the request with its response.
 func (a *ARM) recordResponse(x *armRequestContext, status int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.finishDueOperations()
 	x.entry.Answered, x.entry.Status = a.o.Now(), status
 	if m, ok := a.machines[x.machine.key()]; ok && x.entry.Operation == OpPatch {
-		m.patching = max(0, m.patching-1) // it may have been replaced meanwhile
+		m.patching = max(0, m.patching-1) // the machine may have been replaced meanwhile
 	}
 	a.records.finish(x.entry)
 }
 
-// handle answers, or fails as it was told to.
+// handle returns ARM's own response, or that of a fault.
 func (a *ARM) handle(x *armRequestContext) response {
 	if err := a.authorise(x); err != nil {
 		out := a.refuse(x, err)
@@ -134,7 +134,7 @@ func (a *ARM) handle(x *armRequestContext) response {
 		return a.answer(x)
 	}
 	if !sleep(x.Context(), f.Latency) {
-		return response{} // the client left
+		return response{} // the client disconnected
 	}
 	if !f.replaces() {
 		return a.answer(x)
@@ -154,7 +154,7 @@ func (a *ARM) handle(x *armRequestContext) response {
 	return f.response(x, a)
 }
 
-// answer is what ARM says by itself.
+// answer is ARM's own response.
 func (a *ARM) answer(x *armRequestContext) response {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -164,7 +164,7 @@ func (a *ARM) answer(x *armRequestContext) response {
 	}
 	if x.entry.Operation == OpOther {
 		return a.refuse(x, &armError{Status: http.StatusNotFound, Code: "NotFound",
-			Message: "The stand-in has nothing at " + x.Method + " " + truncate(x.URL.Path) + "."})
+			Message: "The fake ARM has no resource at " + x.Method + " " + truncate(x.URL.Path) + "."})
 	}
 	remaining, throttled := a.admit(x)
 	var out response
@@ -192,7 +192,7 @@ func (a *ARM) answer(x *armRequestContext) response {
 	return out
 }
 
-// segment is one part of a path, counted from 0.
+// segment is the i-th segment of a path, counted from 0.
 func segment(path string, i int) string {
 	segments := strings.Split(strings.Trim(path, "/"), "/")
 	if i >= len(segments) {
@@ -212,7 +212,7 @@ func checkVersion(v string) *armError {
 			Message: "The api-version query parameter (?api-version=) is required for all requests."}
 	case !armVersionForm.MatchString(v) || v < firstMergingVersion:
 		return &armError{Status: http.StatusBadRequest, Code: "InvalidApiVersionParameter",
-			Message: "The api-version '" + v + "' is invalid. The stand-in knows those from " + firstMergingVersion + " on."}
+			Message: "The api-version '" + v + "' is invalid. The fake ARM supports those from " + firstMergingVersion + " on."}
 	}
 	return nil
 }

@@ -10,11 +10,11 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// armAudiences are the names of ARM in tokens, beside the host it is asked at.
-// A slash at the end makes no difference.
+// armAudiences are the audiences that ARM accepts in tokens, in addition to its
+// own host name. A trailing slash is ignored.
 var armAudiences = []string{"https://management.azure.com", "https://management.core.windows.net"}
 
-// authorise finds out who calls.
+// authorise checks the caller's token.
 func (a *ARM) authorise(x *armRequestContext) *armError {
 	if a.o.Verify == nil {
 		return nil
@@ -45,7 +45,7 @@ func (a *ARM) authorise(x *armRequestContext) *armError {
 	return nil
 }
 
-// verify checks one of the issuer's own tokens.
+// verify checks a token of this issuer.
 func (i *issuer) verify(token string) (Claims, error) {
 	var claims Claims
 	_, err := jwt.ParseWithClaims(token, &claims, func(*jwt.Token) (any, error) { return &i.key.PublicKey, nil },

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// Client controls a stand-in over its unix socket. It is safe for concurrent
+// Client controls a fake Azure over its unix socket. It is safe for concurrent
 // use.
 type Client struct {
 	socket string
@@ -33,13 +33,13 @@ func Dial(socket string) *Client {
 	}}}
 }
 
-// Ready returns nil once the stand-in answers. It does not wait.
+// Ready returns nil if the fake Azure responds. It does not wait.
 func (c *Client) Ready(ctx context.Context) error {
 	_, err := c.Addresses(ctx)
 	return err
 }
 
-// WaitReady asks until the stand-in answers or the context ends.
+// WaitReady waits until the fake Azure responds or the context ends.
 func (c *Client) WaitReady(ctx context.Context) error {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
@@ -51,30 +51,31 @@ func (c *Client) WaitReady(ctx context.Context) error {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return fmt.Errorf("wait for the stand-in Azure: %w", err)
+			return fmt.Errorf("waiting for the fake Azure: %w", err)
 		}
 	}
 }
 
-// Addresses says where IMDS listens, and where Entra ID and ARM do.
+// Addresses returns the listen addresses of IMDS and of Entra ID and ARM.
 func (c *Client) Addresses(ctx context.Context) (Addresses, error) {
 	var a Addresses
 	return a, c.call(ctx, "GET", "/ready", nil, &a)
 }
 
 // AddIdentity creates or replaces a user-assigned identity and attaches it to
-// the nodes; none, or "", means all. It stays attached where it was.
+// the nodes; no nodes, or "", means all. It does not detach it from others.
 func (c *Client) AddIdentity(ctx context.Context, id Identity, nodes ...string) error {
 	return c.call(ctx, "PUT", "/identities", identityRequest{id, nodes}, nil)
 }
 
-// Detach takes a user-assigned identity, given by client, object or resource
-// ID, off the nodes; none, or "", means all.
+// Detach detaches a user-assigned identity, given by client, object or resource
+// ID, from the nodes; no nodes, or "", means all.
 func (c *Client) Detach(ctx context.Context, id string, nodes ...string) error {
 	return c.call(ctx, "POST", "/identities/detach", detachRequest{id, nodes}, nil)
 }
 
-// RemoveIdentity deletes a user-assigned identity. An unknown one is no error.
+// RemoveIdentity deletes a user-assigned identity. An unknown one is not an
+// error.
 func (c *Client) RemoveIdentity(ctx context.Context, id string) error {
 	return c.call(ctx, "DELETE", "/identities", detachRequest{ID: id}, nil)
 }
@@ -90,30 +91,33 @@ func (c *Client) AddApp(ctx context.Context, a App) error {
 	return c.call(ctx, "PUT", "/apps", a, nil)
 }
 
-// RemoveApp deletes an application. An unknown one is no error.
+// RemoveApp deletes an application. An unknown one is not an error.
 func (c *Client) RemoveApp(ctx context.Context, clientID string) error {
 	return c.call(ctx, "DELETE", "/apps", detachRequest{ID: clientID}, nil)
 }
 
-// AddFederated lets tokens of another issuer stand for an application or a
-// user-assigned identity. It replaces a record of the same issuer and subject.
+// AddFederated adds a federated credential to an application or a user-assigned
+// identity: tokens of another issuer authenticate it. It replaces one with the
+// same issuer and subject.
 func (c *Client) AddFederated(ctx context.Context, clientID string, f FederatedCredential) error {
 	return c.call(ctx, "PUT", "/federated", federatedRequest{clientID, f}, nil)
 }
 
-// RemoveFederated takes that back. An absent record is no error.
+// RemoveFederated removes a federated credential. One that does not exist is not
+// an error.
 func (c *Client) RemoveFederated(ctx context.Context, clientID, issuer, subject string) error {
 	return c.call(ctx, "DELETE", "/federated", federatedRequest{clientID,
 		FederatedCredential{Issuer: issuer, Subject: subject, JWKS: json.RawMessage("null")}}, nil)
 }
 
-// Set throws switches: all of them or, if one is wrong, none. "reset": "all"
-// restores every default before the others are applied.
+// Set sets switches: all of them or, if one is invalid, none. "reset": "all"
+// restores the defaults before the other switches are set.
 func (c *Client) Set(ctx context.Context, changes map[string]string) error {
 	return c.call(ctx, "PATCH", "/switches", changes, nil)
 }
 
-// Switches returns every switch and its value; counted ones count down.
+// Switches returns all switches with their values. A counted one has its
+// remaining count.
 func (c *Client) Switches(ctx context.Context) (map[string]string, error) {
 	var out map[string]string
 	return out, c.call(ctx, "GET", "/switches", nil, &out)
@@ -137,14 +141,14 @@ func readLines[T any](ctx context.Context, c *Client, path string, since int) ([
 		if err := dec.Decode(&e); errors.Is(err, io.EOF) {
 			return out, nil
 		} else if err != nil {
-			return nil, fmt.Errorf("stand-in Azure: read the log: %w", err)
+			return nil, fmt.Errorf("fake Azure: reading the log: %w", err)
 		}
 		out = append(out, e)
 	}
 }
 
-// ResetLog empties the log and those of ARM, and sets all counts to 0. Sequence
-// numbers go on.
+// ResetLog empties the log and the logs of ARM, and sets all counts to 0.
+// Sequence numbers continue.
 func (c *Client) ResetLog(ctx context.Context) error {
 	return c.call(ctx, "DELETE", "/log", nil, nil)
 }
@@ -155,7 +159,7 @@ func (c *Client) Stats(ctx context.Context) (Stats, error) {
 	return s, c.call(ctx, "GET", "/stats", nil, &s)
 }
 
-// Keys returns what verifies tokens and TLS connections.
+// Keys returns the keys that verify tokens and TLS connections.
 func (c *Client) Keys(ctx context.Context) (Keys, error) {
 	var k Keys
 	return k, c.call(ctx, "GET", "/keys", nil, &k)
@@ -188,7 +192,7 @@ func (c *Client) call(ctx context.Context, method, path string, in, out any) err
 		return nil
 	}
 	if err := json.NewDecoder(body).Decode(out); err != nil {
-		return fmt.Errorf("stand-in Azure: read the answer to %s %s: %w", method, path, err)
+		return fmt.Errorf("fake Azure: reading the response to %s %s: %w", method, path, err)
 	}
 	return nil
 }
@@ -198,17 +202,17 @@ func (c *Client) do(ctx context.Context, method, path string, in any) (io.ReadCl
 	if in != nil {
 		data, err := json.Marshal(in)
 		if err != nil {
-			return nil, fmt.Errorf("stand-in Azure: encode %T: %w", in, err)
+			return nil, fmt.Errorf("fake Azure: encoding %T: %w", in, err)
 		}
 		payload = bytes.NewReader(data)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://stand-in"+path, payload)
+	req, err := http.NewRequestWithContext(ctx, method, "http://fake-azure"+path, payload)
 	if err != nil {
-		return nil, fmt.Errorf("stand-in Azure: %w", err)
+		return nil, fmt.Errorf("fake Azure: %w", err)
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("stand-in Azure at %s does not answer: %w", c.socket, err)
+		return nil, fmt.Errorf("connecting to the fake Azure at %s: %w", c.socket, err)
 	}
 	if resp.StatusCode < 300 {
 		return resp.Body, nil
@@ -216,7 +220,7 @@ func (c *Client) do(ctx context.Context, method, path string, in any) (io.ReadCl
 	defer resp.Body.Close()
 	var refused controlError
 	if err := json.NewDecoder(resp.Body).Decode(&refused); err != nil || refused.Error == "" {
-		return nil, fmt.Errorf("stand-in Azure answered %s to %s %s", resp.Status, method, path)
+		return nil, fmt.Errorf("fake Azure: %s %s: status %s", method, path, resp.Status)
 	}
-	return nil, fmt.Errorf("stand-in Azure: %s", refused.Error)
+	return nil, fmt.Errorf("fake Azure: %s", refused.Error)
 }

@@ -12,26 +12,26 @@ import (
 	"strings"
 )
 
-// Config says where the stand-in listens and which machines exist. It can be
-// marshalled as JSON, so that one process can write it for another.
+// Config has the addresses and the nodes of a fake Azure. It can be encoded as
+// JSON, so that one process can write it for another.
 type Config struct {
 	IMDSAddr      string   `json:"imdsAddr"`      // host:port, plain HTTP
 	EntraAddr     string   `json:"entraAddr"`     // host:port, TLS
 	ControlSocket string   `json:"controlSocket"` // path of the unix socket a Client dials
-	StateDir      string   `json:"stateDir"`      // holds the keys and ca.crt
+	StateDir      string   `json:"stateDir"`      // contains the keys and ca.crt
 	EntraHosts    []string `json:"entraHosts,omitempty"`
 	ARMHosts      []string `json:"armHosts,omitempty"` // served by the same listener as Entra ID
 	Tenant        string   `json:"tenant"`             // GUID of the home tenant
 	Nodes         []Node   `json:"nodes"`
 }
 
-// Node is one virtual machine. A source that is a single address (/32, /128)
-// is the node's own; any wider prefix is a range of pod addresses.
+// Node is one virtual machine. A source that is a single address (/32, /128) is
+// an address of the node; a larger prefix is a range of pod addresses.
 type Node struct {
 	Name           string         `json:"name"`
 	Sources        []netip.Prefix `json:"sources"`
 	SystemAssigned *Identity      `json:"systemAssigned,omitempty"`
-	// ProviderID is the node's spec.providerID; it names subscription,
+	// ProviderID is the node's spec.providerID. It determines the subscription,
 	// resource group and scale set in the instance document, and the virtual
 	// machine or scale set in ARM. Optional.
 	ProviderID string `json:"providerID,omitempty"`
@@ -50,17 +50,17 @@ func LoadConfig(file string) (Config, error) {
 	var cfg Config
 	data, err := os.ReadFile(file)
 	if err != nil {
-		return cfg, fmt.Errorf("read the stand-in's configuration: %w", err)
+		return cfg, fmt.Errorf("reading the configuration of the fake Azure: %w", err)
 	}
 	dec := json.NewDecoder(bytes.NewReader(data))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&cfg); err != nil {
-		return cfg, fmt.Errorf("read the stand-in's configuration %s: %w", file, err)
+		return cfg, fmt.Errorf("reading the configuration of the fake Azure from %s: %w", file, err)
 	}
 	return cfg, cfg.Validate()
 }
 
-// Validate reports everything that is wrong with the configuration at once.
+// Validate reports all errors in the configuration.
 func (c Config) Validate() error {
 	var errs []error
 	for _, a := range []struct{ name, addr string }{{"imdsAddr", c.IMDSAddr}, {"entraAddr", c.EntraAddr}} {
@@ -152,17 +152,17 @@ func validateUserAssigned(id Identity) error {
 	return nil
 }
 
-// machine is the ARM resource beneath a node.
+// vmInstance is the parsed provider ID of a node.
 type vmInstance struct {
 	subscription, resourceGroup, scaleSet, name, resourceID string
 }
 
-// machine reads the provider ID; without one, the node is instance 0 of a
-// scale set of its own.
+// instance parses the provider ID. Without one, the node is instance 0 of its
+// own scale set.
 func (n Node) instance() vmInstance {
 	id := strings.TrimPrefix(n.ProviderID, "azure://")
 	if id == "" {
-		id = "/subscriptions/00000000-0000-0000-0000-000000000001/resourceGroups/stand-in/providers/" +
+		id = "/subscriptions/00000000-0000-0000-0000-000000000001/resourceGroups/fake/providers/" +
 			"Microsoft.Compute/virtualMachineScaleSets/" + n.Name + "/virtualMachines/0"
 	}
 	m := vmInstance{name: n.Name, resourceID: id}
@@ -187,8 +187,8 @@ func (n Node) instance() vmInstance {
 
 var instanceForm = regexp.MustCompile(`(?i)^(.+)/virtualMachines/[^/]+$`)
 
-// beneath is the resource in ARM whose identities the node has: the scale set
-// or, if it is in none, the virtual machine itself.
+// computeResource is the ARM resource that has the identities of the node: its
+// scale set or, if it is in none, the virtual machine itself.
 func (n Node) computeResource() (computeID, bool) {
 	id := n.instance().resourceID
 	if instance := instanceForm.FindStringSubmatch(id); instance != nil {

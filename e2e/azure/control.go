@@ -8,7 +8,8 @@ import (
 	"strconv"
 )
 
-// Addresses are where the services really listen (a port of 0 was chosen).
+// Addresses are the listen addresses, with the actual port if port 0 was
+// configured.
 type Addresses struct {
 	IMDS  string `json:"imds"`
 	Entra string `json:"entra"`
@@ -33,8 +34,8 @@ type controlError struct {
 	Error string `json:"error"`
 }
 
-// control is the API behind the unix socket. Whoever may open the socket may
-// do everything; its mode keeps it to the user that runs the stand-in.
+// control is the API of the unix socket. It has no further access control: only
+// the user that runs the fake Azure can open the socket.
 type control struct {
 	dir       *directory
 	arm       *ARM
@@ -89,14 +90,15 @@ func serveJSON(value func() any) http.HandlerFunc {
 	}
 }
 
-// take decodes a body strictly, applies it, and answers 204 or 400.
+// acceptJSON decodes the request body strictly, applies it, and responds with
+// status 204 or 400.
 func acceptJSON[T any](apply func(T) error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		var q T
 		dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBodyBytes))
 		dec.DisallowUnknownFields()
 		if err := dec.Decode(&q); err != nil {
-			respond(w, fmt.Errorf("decode the body: %w", err))
+			respond(w, fmt.Errorf("decoding the request body: %w", err))
 			return
 		}
 		respond(w, apply(q))
@@ -115,7 +117,7 @@ func respond(w http.ResponseWriter, err error) {
 
 func (c *control) log(w http.ResponseWriter, r *http.Request) { serveLines(w, r, c.rec.entries) }
 
-// lines answers JSON lines.
+// serveLines responds with the entries as JSON lines.
 func serveLines[T any](w http.ResponseWriter, r *http.Request, entries func(since int) []T) {
 	since := 0
 	if text := r.URL.Query().Get("since"); text != "" {
@@ -131,7 +133,7 @@ func serveLines[T any](w http.ResponseWriter, r *http.Request, entries func(sinc
 	enc.SetEscapeHTML(false)
 	for _, e := range entries(since) {
 		if enc.Encode(e) != nil {
-			return // the client has left
+			return // the client has disconnected
 		}
 	}
 }

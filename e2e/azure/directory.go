@@ -10,13 +10,13 @@ import (
 	"time"
 )
 
-// App is an application registered in Entra ID: a service principal that can
-// prove itself with a secret, a certificate or a federated token.
+// App is an application registered in Entra ID: a service principal that
+// authenticates with a secret, a certificate or a federated token.
 type App struct {
 	ClientID string `json:"clientID"`
 	ObjectID string `json:"objectID"`
-	// Tenants the application is present in, the home tenant first.
-	// Empty means the stand-in's home tenant only.
+	// Tenants in which the application is registered, its home tenant first.
+	// Empty means only the home tenant of the fake Azure.
 	Tenants      []string              `json:"tenants,omitempty"`
 	Secrets      []AppSecret           `json:"secrets,omitempty"`
 	Certificates []string              `json:"certificates,omitempty"` // PEM
@@ -29,8 +29,8 @@ type AppSecret struct {
 	Expires time.Time `json:"expires,omitzero"`
 }
 
-// FederatedCredential trusts tokens of another issuer. The key set is given
-// here because the stand-in has no route to the issuer's own.
+// FederatedCredential trusts tokens of another issuer. It contains the issuer's
+// key set because the fake Azure cannot connect to the issuer.
 type FederatedCredential struct {
 	Issuer   string          `json:"issuer"`
 	Subject  string          `json:"subject"`
@@ -46,25 +46,25 @@ type AttachedIdentity struct {
 	Machines []string `json:"machines,omitempty"`
 }
 
-// caller is who a connection comes from.
+// caller is the source of a connection.
 type caller struct {
 	source  netip.Addr
-	node    string // empty: no node of this cloud
+	node    string // empty: not a configured node
 	fromPod bool
 }
 
-// directory holds who exists and what is attached where. Reads come from IMDS
-// and Entra ID, writes from the control API. What ARM attaches to a machine is
-// known to ARM alone; the directory asks it, never the other way round.
+// directory has the identities, the applications, and where identities are
+// attached. IMDS and Entra ID read it, the control API writes it. Only ARM knows
+// what is attached to a machine: the directory calls ARM, never the reverse.
 type directory struct {
 	tenant   string
 	nodes    []Node            // read-only after construction, as are the next two
-	machines map[string]string // node -> folded ID of the machine beneath, if it has one
+	machines map[string]string // node -> folded ID of its machine in ARM, if it has one
 	arm      *ARM
 
 	mu         sync.RWMutex
 	identities map[string]Identity        // by folded resource ID
-	attached   map[string]map[string]bool // node -> folded resource IDs, beside those of its machine
+	attached   map[string]map[string]bool // node -> folded resource IDs, in addition to those of its machine
 	apps       map[string]App             // by folded client ID
 	federated  map[string][]FederatedCredential
 }
@@ -77,11 +77,11 @@ func newDirectory(cfg Config, arm *ARM) *directory {
 	}
 	for _, n := range cfg.Nodes {
 		d.attached[n.Name] = map[string]bool{}
-		if beneath, ok := n.computeResource(); ok {
-			d.machines[n.Name] = beneath.key()
-			if have, shared := arm.Machine(beneath.id); !shared || have.SystemAssigned == nil {
-				// It cannot fail: the ID was just parsed.
-				_ = arm.AddMachine(Machine{ID: beneath.id, SystemAssigned: n.SystemAssigned})
+		if resource, ok := n.computeResource(); ok {
+			d.machines[n.Name] = resource.key()
+			if have, shared := arm.Machine(resource.id); !shared || have.SystemAssigned == nil {
+				// This cannot fail: the ID is valid.
+				_ = arm.AddMachine(Machine{ID: resource.id, SystemAssigned: n.SystemAssigned})
 			}
 		}
 	}
@@ -110,7 +110,8 @@ func (d *directory) node(name string) (Node, bool) {
 	return d.nodes[i], true
 }
 
-// pick expands "no names" and the empty name to every node.
+// selectNodes returns the nodes with these names. No names, or the empty name,
+// means all nodes.
 func (d *directory) selectNodes(names []string) ([]string, error) {
 	all := make([]string, len(d.nodes))
 	for i, n := range d.nodes {
@@ -127,8 +128,8 @@ func (d *directory) selectNodes(names []string) ([]string, error) {
 	return names, nil
 }
 
-// addIdentity is idempotent: it creates or replaces the identity of that
-// resource ID and attaches it to the nodes, beside where it already is.
+// addIdentity creates or replaces the identity with that resource ID and
+// attaches it to the nodes. It does not detach it from others. It is idempotent.
 func (d *directory) addIdentity(id Identity, names []string) error {
 	nodes, err := d.selectNodes(names)
 	if err != nil {
@@ -137,7 +138,7 @@ func (d *directory) addIdentity(id Identity, names []string) error {
 	return d.defineIdentity(id, nodes)
 }
 
-// defineIdentity does the same with no meaning in "no nodes" but that.
+// defineIdentity does the same, except that no nodes means none.
 func (d *directory) defineIdentity(id Identity, nodes []string) error {
 	if err := validateUserAssigned(id); err != nil {
 		return err
@@ -163,7 +164,8 @@ func (d *directory) defineIdentity(id Identity, nodes []string) error {
 	return d.arm.DefineIdentity(id)
 }
 
-// detach takes the identity off the nodes; one that is not attached is no error.
+// detach detaches the identity from the nodes. One that is not attached is not
+// an error.
 func (d *directory) detach(ref string, names []string) error {
 	nodes, err := d.selectNodes(names)
 	if err != nil {
@@ -181,8 +183,8 @@ func (d *directory) detach(ref string, names []string) error {
 	return nil
 }
 
-// removeIdentity deletes the identity everywhere; an unknown one is no error,
-// because the caller wants it gone and it is.
+// removeIdentity deletes the identity everywhere. An unknown one is not an
+// error.
 func (d *directory) removeIdentity(ref string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -198,7 +200,7 @@ func (d *directory) removeIdentity(ref string) {
 	}
 }
 
-// find takes a client, object or resource ID. The lock is held.
+// findIdentity takes a client, object or resource ID. The caller holds the lock.
 func (d *directory) findIdentity(ref string) (string, bool) {
 	for key, id := range d.identities {
 		if strings.EqualFold(key, ref) || strings.EqualFold(id.ClientID, ref) || strings.EqualFold(id.ObjectID, ref) {
@@ -231,10 +233,11 @@ func (d *directory) listIdentities() []AttachedIdentity {
 	return out
 }
 
-// selector is how a token request names an identity; at most one is set.
+// selector is the identity that a token request selects; at most one field is
+// set.
 type selector struct{ clientID, objectID, resourceID string }
 
-// refusal is an error in IMDS's own words.
+// refusal is an error message of IMDS.
 type refusal string
 
 func (r refusal) Error() string { return string(r) }
@@ -244,8 +247,8 @@ const (
 	errMultipleIdentities refusal = "Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request"
 )
 
-// resolve finds the identity a request from that node means: the selected one,
-// else the system-assigned one, else the only user-assigned one.
+// resolve returns the identity for a request from that node: the selected one,
+// or else the system-assigned one, or else the only user-assigned one.
 func (d *directory) resolve(node string, sel selector) (Identity, error) {
 	n, ok := d.node(node)
 	if !ok {
@@ -268,17 +271,17 @@ func (d *directory) resolve(node string, sel selector) (Identity, error) {
 	return Identity{}, errIdentityNotFound
 }
 
-// systemAssigned is the node's own identity, unless ARM took it from the
-// machine beneath, or gave it one.
+// systemAssigned is the system-assigned identity of the node. A change through
+// ARM overrides the configured one.
 func (d *directory) systemAssigned(n Node) *Identity {
 	own := n.SystemAssigned
 	if machine, ok := d.machines[n.Name]; ok {
-		switch given, known := d.arm.systemAssigned(machine); {
+		switch inARM, known := d.arm.systemAssigned(machine); {
 		case !known:
-		case given == nil:
+		case inARM == nil:
 			return nil
 		case own == nil:
-			own = given
+			own = inARM
 		}
 	}
 	if own == nil {
@@ -294,8 +297,8 @@ func (d *directory) systemAssigned(n Node) *Identity {
 	return &id
 }
 
-// yields tells whether IMDS of the node gives tokens of the identity. The lock
-// is held.
+// provides reports whether IMDS of the node issues tokens for the identity. The
+// caller holds the lock.
 func (d *directory) provides(node, key string) bool {
 	return d.attached[node][key] || d.arm.provides(d.machines[node], d.identities[key])
 }
@@ -320,7 +323,7 @@ func (d *directory) defaultIdentity(node string, system *Identity) (Identity, er
 	return *only, nil
 }
 
-// machineOf takes the ID of a machine or the name of a node that is on it.
+// machineOf takes the ID of a machine or the name of one of its nodes.
 func (d *directory) machineOf(ref string) string {
 	if machine, ok := d.machines[ref]; ok {
 		return machine

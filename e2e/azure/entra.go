@@ -17,7 +17,7 @@ type entra struct {
 	now    func() time.Time
 }
 
-// entraError is an error with the code that Entra ID gives it.
+// entraError is an error with an error code of Entra ID.
 type entraError struct {
 	status int
 	oauth  string
@@ -27,10 +27,11 @@ type entraError struct {
 
 func (e *entraError) Error() string { return fmt.Sprintf("AADSTS%d: %s", e.code, e.text) }
 
-// trace identifies one answer to the operators of the service.
+// trace has the IDs by which operators of the service find a response in their
+// logs.
 type trace struct{ request, correlation string }
 
-// newTrace keeps the correlation ID of the client if it sent one.
+// newTrace uses the correlation ID of the client if it sent one.
 func newTrace(correlation string) trace {
 	t := trace{request: newGUID(), correlation: correlation}
 	if !isGUID(correlation) {
@@ -82,7 +83,7 @@ func withoutCaching(out response) response {
 	return out
 }
 
-// traced tells the client under which IDs the answer is found in the logs.
+// withTraceHeaders adds the IDs by which the response is found in the logs.
 func withTraceHeaders(x *requestContext, out response) response {
 	if out.header == nil {
 		out.header = map[string]string{}
@@ -104,7 +105,7 @@ func (s *entra) fail(x *requestContext, status int) response {
 	return s.refuse(x, e)
 }
 
-// entraRoutes map what follows the tenant in a path to the class.
+// entraRoutes map the path after the tenant to the class of the request.
 var entraRoutes = map[string]string{
 	"oauth2/v2.0/token": classToken, "oauth2/token": classToken,
 	"v2.0/.well-known/openid-configuration": "openid", ".well-known/openid-configuration": "openid",
@@ -155,8 +156,8 @@ func (s *entra) route(x *requestContext) response {
 	return s.token(x, tenant, strings.EqualFold(rest, "oauth2/v2.0/token"))
 }
 
-// openID names the endpoints on the very host the client asked: clients refuse
-// an issuer elsewhere.
+// openID returns endpoints on the host of the request: clients refuse an issuer
+// on another host.
 func (s *entra) openID(x *requestContext, tenant string, v2 bool) response {
 	base, infix, issuer := "https://"+x.Host+"/"+tenant, "", ""
 	if v2 {
@@ -175,7 +176,7 @@ func (s *entra) openID(x *requestContext, tenant string, v2 bool) response {
 	})
 }
 
-// instanceDiscovery vouches for the host itself and for nothing else.
+// instanceDiscovery confirms the host of the request and no other.
 func (s *entra) instanceDiscovery(x *requestContext) response {
 	u, err := url.Parse(x.URL.Query().Get("authorization_endpoint"))
 	tenant := s.dir.tenant

@@ -18,8 +18,8 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// selfIssued tells a certificate's assertion from a federated token: who signs
-// with its own certificate names itself.
+// selfIssued distinguishes an assertion that is signed with a certificate from a
+// federated token: its issuer is the client itself.
 func selfIssued(claims jwt.RegisteredClaims, clientID string) bool {
 	return strings.EqualFold(claims.Issuer, clientID)
 }
@@ -67,10 +67,10 @@ func (s *entra) authenticateByCertificate(x *requestContext, p principal, tenant
 	return nil
 }
 
-// algorithmsFor is how a certificate's key may sign. Whether Entra ID takes
-// elliptic curves is not documented, and all that is said in public speaks
-// against it (its federation refuses ES256 with AADSTS5002738): here they prove
-// that the client signs as the standard has it, not that Azure will agree.
+// algorithmsFor are the signature algorithms for a certificate's key. Whether
+// Entra ID accepts elliptic curves is not documented, and public reports say
+// that it does not (its federation refuses ES256 with AADSTS5002738). Here they
+// prove that the client follows the standard, not that Azure accepts it.
 func algorithmsFor(key any) []string {
 	switch key := key.(type) {
 	case *rsa.PublicKey:
@@ -88,8 +88,9 @@ func algorithmsFor(key any) []string {
 	return nil
 }
 
-// hasThumbprint matches the header's x5t#S256, else its x5t. The standard wants
-// base64url; clients also send plain base64, padded or not, and hexadecimal.
+// hasThumbprint compares the header's x5t#S256, or else its x5t. The standard
+// requires base64url; clients also send base64, with or without padding, and
+// hexadecimal.
 func hasThumbprint(c *x509.Certificate, header map[string]any) bool {
 	sum256, sum1 := sha256.Sum256(c.Raw), sha1.Sum(c.Raw)
 	if v, ok := header["x5t#S256"].(string); ok {
@@ -117,20 +118,21 @@ func timeError(err error) bool {
 		errors.Is(err, jwt.ErrTokenRequiredClaimMissing)
 }
 
-// verify checks signature and times, with the five minutes of clock skew that
-// Entra ID allows.
+// verify checks the signature and the times, with the clock skew of five minutes
+// that Entra ID allows.
 func (s *entra) verify(assertion string, key jwt.Keyfunc, algorithms ...string) error {
 	_, err := jwt.ParseWithClaims(assertion, &jwt.RegisteredClaims{}, key, jwt.WithValidMethods(algorithms),
 		jwt.WithTimeFunc(s.now), jwt.WithLeeway(5*time.Minute), jwt.WithExpirationRequired())
 	return err
 }
 
-// federatedAlgorithms are how the token of another issuer may be signed. A
-// cluster whose API server has an elliptic key is refused, however it is set up.
+// federatedAlgorithms are the signature algorithms for tokens of other issuers.
+// Tokens of a cluster whose API server has an elliptic-curve key are always
+// refused.
 var federatedAlgorithms = []string{"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}
 
 // authenticateByFederation compares issuer, then subject, then audience, each exactly
-// as written, and names the first that fails.
+// as written. The error names the first one that differs.
 func (s *entra) authenticateByFederation(p principal, token *jwt.Token, claims jwt.RegisteredClaims, assertion string) error {
 	if len(p.federated) == 0 {
 		return &entraError{401, "invalid_client", 70025, fmt.Sprintf(

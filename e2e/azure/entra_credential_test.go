@@ -24,13 +24,13 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// byAssertion is a token request with that proof.
+// byAssertion is a token request with that assertion.
 func byAssertion(clientID, assertion string) url.Values {
 	return url.Values{"grant_type": {"client_credentials"}, "client_id": {clientID}, "scope": {vault},
 		"client_assertion_type": {assertionType}, "client_assertion": {assertion}}
 }
 
-func TestACertificateOfEachCurveSignsWithThatCurvesAlgorithm(t *testing.T) {
+func TestEachCurveHasItsSignatureAlgorithm(t *testing.T) {
 	s := start(t)
 	endpoint := "https://" + s.at.Entra + "/" + tenant + "/oauth2/v2.0/token"
 	a := app
@@ -70,7 +70,7 @@ func TestACertificateOfEachCurveSignsWithThatCurvesAlgorithm(t *testing.T) {
 	}
 }
 
-func TestEachAnswerCarriesTheIDsThatTheLogKnowsItBy(t *testing.T) {
+func TestEachResponseHasTheIDsOfItsLogEntry(t *testing.T) {
 	s := start(t)
 	s.must(s.AddApp(t.Context(), app))
 	send := func(method, path, correlation string, form url.Values) *http.Response {
@@ -113,7 +113,7 @@ func TestEachAnswerCarriesTheIDsThatTheLogKnowsItBy(t *testing.T) {
 	}
 }
 
-func TestLogAndCountsTellProofsApart(t *testing.T) {
+func TestLogAndCountsDistinguishCredentials(t *testing.T) {
 	s, c := start(t), newCluster(t)
 	s.must(s.AddApp(t.Context(), app))
 	s.must(s.AddFederated(t.Context(), app.ClientID, c.trusted()))
@@ -126,8 +126,8 @@ func TestLogAndCountsTellProofsApart(t *testing.T) {
 	own := signed(t, jwt.SigningMethodPS256, key, map[string]any{"x5t#S256": base64.RawURLEncoding.EncodeToString(sum[:])}, jwt.RegisteredClaims{
 		Issuer: a.ClientID, Subject: a.ClientID, Audience: jwt.ClaimStrings{"https://" + s.at.Entra + endpoint}, ExpiresAt: jwt.NewNumericDate(time.Now().Add(time.Hour))})
 	for _, one := range []struct {
-		form                 url.Values
-		proof, subject, says string
+		form                      url.Values
+		credential, subject, want string
 	}{
 		{bySecret(), CredentialSecret, "", ""},
 		{byAssertion(a.ClientID, own), CredentialCertificate, "", ""},
@@ -136,11 +136,11 @@ func TestLogAndCountsTellProofsApart(t *testing.T) {
 		{byAssertion(a.ClientID, "nonsense"), "", "", "AADSTS50027"},
 	} {
 		s.ask(endpoint, one.form)
-		if e := s.lastEntry(); e.Credential != one.proof || e.Subject != one.subject || e.ClientID != a.ClientID || !strings.Contains(e.Error, one.says) {
+		if e := s.lastEntry(); e.Credential != one.credential || e.Subject != one.subject || e.ClientID != a.ClientID || !strings.Contains(e.Error, one.want) {
 			t.Errorf("logged %+v, want %+v", e, one)
 		}
 	}
-	s.set("entra.status=503") // a request that is never looked at counts all the same
+	s.set("entra.status=503") // a request counts even if a fault replaces its response
 	s.ask(endpoint, bySecret())
 	resp, err := s.https().Get("https://" + s.at.Entra + "/" + tenant + "/v2.0/.well-known/openid-configuration")
 	s.must(err)
@@ -150,12 +150,12 @@ func TestLogAndCountsTellProofsApart(t *testing.T) {
 		t.Errorf("counted %+v", st)
 	}
 	if n := len(s.stats().IMDS.ByCredential); n != 0 {
-		t.Errorf("%d kinds of proof at IMDS, which knows none", n)
+		t.Errorf("%d kinds of credentials at IMDS, which uses none", n)
 	}
 }
 
-// Clients compare the issuer's host with the authority's, so each name must do as if it were the only one.
-func TestUnmodifiedClientsGetTokensUnderEachHost(t *testing.T) {
+// Clients compare the issuer's host with the authority's, so each name must work as if it were the only one.
+func TestUnmodifiedClientsGetTokensAtEachHost(t *testing.T) {
 	s := start(t, func(c *Config) { c.EntraHosts = []string{"login.a.test", "10.246.0.2", "login.b.test"} })
 	s.must(s.AddApp(t.Context(), app))
 	key, cert, text := makeCert(t, time.Now().Add(time.Hour))

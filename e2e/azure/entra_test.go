@@ -38,7 +38,7 @@ const (
 
 var app = App{ClientID: guid(30), ObjectID: guid(31), Secrets: []AppSecret{{Value: "hush"}}}
 
-// https trusts the stand-in's CA and no other.
+// https trusts only the CA of the fake Azure.
 func (s *fakeAzure) https() *http.Client {
 	s.t.Helper()
 	ca, err := os.ReadFile(stateDir + "/" + CAFile)
@@ -59,7 +59,7 @@ func (s *fakeAzure) options() policy.ClientOptions {
 	}
 }
 
-// ask posts a form to the token endpoint and reads the answer.
+// ask posts a form to the token endpoint and reads the response.
 func (s *fakeAzure) ask(path string, form url.Values) (int, map[string]any) {
 	s.t.Helper()
 	resp, err := s.https().PostForm("https://"+s.at.Entra+path, form)
@@ -145,7 +145,7 @@ func TestAnUnmodifiedClientGetsATokenWithACertificate(t *testing.T) {
 	}
 }
 
-// cluster issues ServiceAccount tokens.
+// cluster issues tokens of ServiceAccounts.
 type cluster struct{ *issuer }
 
 func newCluster(t *testing.T) cluster {
@@ -196,7 +196,7 @@ func TestAServiceAccountTokenIsExchangedForAManagedIdentitysToken(t *testing.T) 
 	}
 }
 
-func TestEachBadAssertionIsRefusedByItsCode(t *testing.T) {
+func TestEachInvalidAssertionHasItsErrorCode(t *testing.T) {
 	s, c, foreign := start(t), newCluster(t), newCluster(t)
 	later, past := time.Now().Add(time.Hour), time.Now().Add(-time.Hour)
 	key, cert, text := makeCert(t, later)
@@ -252,7 +252,7 @@ func TestEachBadAssertionIsRefusedByItsCode(t *testing.T) {
 	}
 }
 
-func TestEachBadRequestIsRefusedByItsCode(t *testing.T) {
+func TestEachInvalidRequestHasItsErrorCode(t *testing.T) {
 	s := start(t)
 	a := app
 	a.Secrets = []AppSecret{{Value: "hush"}, {Value: "stale", Expires: time.Now().Add(-time.Hour)}}
@@ -271,7 +271,7 @@ func TestEachBadRequestIsRefusedByItsCode(t *testing.T) {
 		"grant type":     {home, bySecret("grant_type", "password"), 400, "unsupported_grant_type", 70003},
 		"secret":         {home, bySecret("client_secret", "wrong"), 401, "invalid_client", 7000215},
 		"expired secret": {home, bySecret("client_secret", "stale"), 401, "invalid_client", 7000222},
-		"no proof":       {home, bySecret("client_secret", ""), 401, "invalid_client", 7000218},
+		"no credential":  {home, bySecret("client_secret", ""), 401, "invalid_client", 7000218},
 		"no scope":       {home, bySecret("scope", ""), 400, "invalid_scope", 70011},
 		"two scopes":     {home, bySecret("scope", vault+" https://other.test/.default"), 400, "invalid_scope", 70011},
 		"user scope":     {home, bySecret("scope", "https://vault.azure.net/read"), 400, "invalid_scope", 1002012},
@@ -291,7 +291,7 @@ func TestEachBadRequestIsRefusedByItsCode(t *testing.T) {
 	}
 }
 
-func TestTheOldEndpointAnswersStringsAndTheNewOneNumbers(t *testing.T) {
+func TestTheOldEndpointReturnsStringsAndTheNewOneNumbers(t *testing.T) {
 	s := start(t)
 	s.must(s.AddApp(t.Context(), app))
 	status, v2 := s.ask("/"+tenant+"/oauth2/v2.0/token", bySecret())
@@ -304,7 +304,7 @@ func TestTheOldEndpointAnswersStringsAndTheNewOneNumbers(t *testing.T) {
 	}
 }
 
-func TestAnApplicationGetsTokensOfEachTenantItIsIn(t *testing.T) {
+func TestAnApplicationGetsTokensOfEachOfItsTenants(t *testing.T) {
 	s := start(t)
 	a := app
 	a.Tenants = []string{tenant, guid(50)}
@@ -319,7 +319,7 @@ func TestAnApplicationGetsTokensOfEachTenantItIsIn(t *testing.T) {
 	}
 }
 
-func TestDiscoveryNamesTheHostThatWasAsked(t *testing.T) {
+func TestDiscoveryReturnsTheHostOfTheRequest(t *testing.T) {
 	s := start(t)
 	base := "https://" + s.at.Entra
 	for path, want := range map[string]string{
@@ -338,7 +338,7 @@ func TestDiscoveryNamesTheHostThatWasAsked(t *testing.T) {
 	}
 }
 
-func TestEntrasFaultsAreItsOwn(t *testing.T) {
+func TestFaultsOfEntraIDDoNotAffectIMDS(t *testing.T) {
 	s := start(t)
 	s.must(s.AddApp(t.Context(), app))
 	s.add(red)

@@ -13,7 +13,7 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// The v2.0 endpoint answers numbers, the old one strings.
+// The v2.0 endpoint returns numbers, the old one strings.
 
 type tokenAnswerV2 struct {
 	TokenType    string `json:"token_type"`
@@ -32,8 +32,8 @@ type tokenAnswerV1 struct {
 	AccessToken  string `json:"access_token"`
 }
 
-// note fills in what a request says of itself, so that the log also has it of
-// those that a fault swallows.
+// annotate adds what a request contains to its log entry. The log has it also if a
+// fault replaces the response.
 func (s *entra) annotate(x *requestContext) {
 	x.trace = newTrace(x.Header.Get("Client-Request-Id"))
 	x.entry.CorrelationID = x.trace.correlation
@@ -46,8 +46,8 @@ func (s *entra) annotate(x *requestContext) {
 	}
 }
 
-// credentialIn says how the client means to prove itself, true or not, and whose
-// token it shows if that is another issuer's.
+// credentialIn returns how the client authenticates, whether the credential is
+// valid or not, and the subject of a federated token.
 func credentialIn(form url.Values) (kind, subject string) {
 	assertion := form.Get("client_assertion")
 	switch {
@@ -89,7 +89,7 @@ func (s *entra) token(x *requestContext, tenant string, v2 bool) response {
 	}))
 }
 
-// grant is the client credentials flow, with whichever proof the client sent.
+// issueToken is the client credentials flow, with any kind of credential.
 func (s *entra) issueToken(x *requestContext, tenant string, v2 bool) (minted, error) {
 	form, err := url.ParseQuery(string(x.body))
 	if err != nil {
@@ -117,7 +117,7 @@ func (s *entra) issueToken(x *requestContext, tenant string, v2 bool) (minted, e
 		return minted{}, err
 	}
 	x.entry.Resource = truncate(resource)
-	proof, err := s.authenticate(x, p, tenant, form)
+	acr, err := s.authenticate(x, p, tenant, form)
 	if err != nil {
 		return minted{}, err
 	}
@@ -125,7 +125,7 @@ func (s *entra) issueToken(x *requestContext, tenant string, v2 bool) (minted, e
 		return minted{}, unknownResource(resource, tenant)
 	}
 	p.TenantID = tenant
-	return s.issuer.mint(p.Identity, resource, proof, x.faults.tokenLifetime)
+	return s.issuer.mint(p.Identity, resource, acr, x.faults.tokenLifetime)
 }
 
 func missing(name string) error {
@@ -133,8 +133,8 @@ func missing(name string) error {
 		fmt.Sprintf("The request body must contain the following parameter: '%s'.", name)}
 }
 
-// requestedResource takes everything before the last slash of the one scope
-// that ends in /.default, so a resource's own trailing slash stays.
+// requestedResource is everything before the last slash of the one scope that
+// ends in /.default. A trailing slash of the resource itself is kept.
 func requestedResource(form url.Values, v2 bool) (string, error) {
 	if !v2 {
 		if r := form.Get("resource"); r != "" {
@@ -162,7 +162,7 @@ func requestedResource(form url.Values, v2 bool) (string, error) {
 
 const assertionType = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 
-// prove checks the client's proof and says of which kind it was.
+// authenticate checks the client's credential and returns its appidacr claim.
 func (s *entra) authenticate(x *requestContext, p principal, tenant string, form url.Values) (string, error) {
 	switch {
 	case form.Get("client_assertion") != "":

@@ -19,7 +19,7 @@ import (
 
 const (
 	tenant = "11111111-1111-1111-1111-111111111111"
-	// Loopback lends every caller an address of its own.
+	// Each caller has its own loopback address.
 	nodeA, podA   = "127.0.1.1", "127.0.2.7"
 	nodeB, podB   = "127.0.3.1", "127.0.4.7"
 	unknownSource = "127.0.99.1"
@@ -39,7 +39,7 @@ func userAssigned(name string, n int) Identity {
 		"Microsoft.ManagedIdentity/userAssignedIdentities/" + name}
 }
 
-// stateDir is shared: making keys is slow.
+// All tests share stateDir: to generate keys is slow.
 var stateDir string
 
 func TestMain(m *testing.M) {
@@ -53,8 +53,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// clock is a time that tests move; it starts at the real one, so that tokens
-// are valid.
+// clock is a time that tests advance. It starts with the current time, so that
+// tokens are valid.
 type clock struct {
 	mu sync.Mutex
 	t  time.Time
@@ -72,7 +72,7 @@ func (c *clock) advance(d time.Duration) {
 	c.t = c.t.Add(d)
 }
 
-// fakeAzure is a running stand-in with two nodes, a and b.
+// fakeAzure is a running fake Azure with two nodes, a and b.
 type fakeAzure struct {
 	*Client
 	t     *testing.T
@@ -87,7 +87,7 @@ func prefixes(node, pods string) []netip.Prefix {
 func testConfig(dir string) Config {
 	return Config{
 		IMDSAddr: "127.0.0.1:0", EntraAddr: "127.0.0.1:0", ControlSocket: filepath.Join(dir, "control"), StateDir: stateDir,
-		EntraHosts: []string{"login.stand-in.test"}, Tenant: tenant,
+		EntraHosts: []string{"login.fake-azure.test"}, Tenant: tenant,
 		Nodes: []Node{
 			{Name: "a", Sources: prefixes(nodeA, "127.0.2.0/24"), ProviderID: "azure:///subscriptions/sub/resourceGroups/rg/providers/" +
 				"Microsoft.Compute/virtualMachineScaleSets/set/virtualMachines/3"},
@@ -164,7 +164,7 @@ func (s *fakeAzure) lastEntry() Entry {
 	return entries[len(entries)-1]
 }
 
-// answer is a response read whole.
+// answer is a complete response.
 type answer struct {
 	status int
 	header http.Header
@@ -192,7 +192,7 @@ func (s *fakeAzure) dialFrom(source string) net.Conn {
 	return conn
 }
 
-// try sends a request exactly as written: no client library tidies the path.
+// try sends a request exactly as written: no client library normalizes the path.
 func (s *fakeAzure) try(source, method, target string, headers ...string) (answer, error) {
 	s.t.Helper()
 	conn := s.dialFrom(source)
@@ -225,16 +225,16 @@ func (s *fakeAzure) get(source, target string) answer {
 	return s.send(source, "GET", target, "Metadata: true")
 }
 
-// until asks again and again, for at most ten seconds.
+// waitUntil waits until the condition is true, for at most a minute.
 func (s *fakeAzure) waitUntil(what string, ok func() bool) {
 	s.t.Helper()
-	tick, deadline := time.NewTicker(5*time.Millisecond), time.After(10*time.Second)
+	tick, deadline := time.NewTicker(5*time.Millisecond), time.After(time.Minute)
 	defer tick.Stop()
 	for !ok() {
 		select {
 		case <-tick.C:
 		case <-deadline:
-			s.t.Fatalf("not within ten seconds: %s", what)
+			s.t.Fatalf("not within a minute: %s", what)
 		}
 	}
 }

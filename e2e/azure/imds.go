@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// ForbiddenMark is part of every answer of IMDS that a pod must never see
-// (credentials of the machine, attested documents, approved maintenance).
+// ForbiddenMark is part of each response of IMDS that a pod must never receive:
+// credentials of the machine, attested documents, approved maintenance.
 const ForbiddenMark = "fake-azure-forbidden"
 
 const imdsServer = "IMDS/150.870.65.1103"
@@ -27,7 +27,7 @@ const (
 	pathEvents       = "/metadata/scheduledevents"
 )
 
-// imdsClasses name the paths in log and stats.
+// imdsClasses are the names of the paths in log and stats.
 var imdsClasses = map[string]string{
 	pathToken: classToken, pathInfo: "info", pathPlatform: "getplatformmetadata", pathIssue: "issuecredential",
 	pathVersions: "versions", pathInstance: "instance", pathLoadBalancer: "loadbalancer",
@@ -44,8 +44,8 @@ type imds struct {
 	maxKeys int
 }
 
-// cacheKey holds the whole identity: when any of it changes, the cached token
-// is no longer found.
+// cacheKey contains the whole identity: after any change of it, the cached token
+// is not used any more.
 type cacheKey struct {
 	node     string
 	identity Identity
@@ -56,8 +56,8 @@ func newIMDS(dir *directory, issuer *issuer, now func() time.Time) *imds {
 	return &imds{dir: dir, issuer: issuer, now: now, cache: map[cacheKey]minted{}, maxKeys: 10_000}
 }
 
-// imdsPath reads a path the way the real service does, or more loosely where
-// it is not known: whatever might reach the token endpoint, does.
+// imdsPath normalizes a path as the real service does. Where that is not known,
+// it is more permissive: each path that might reach the token endpoint does.
 func imdsPath(r *http.Request) string {
 	p := path.Clean("/" + strings.ReplaceAll(r.URL.Path, `\`, "/"))
 	first, rest, deeper := strings.Cut(p[1:], "/")
@@ -83,7 +83,7 @@ type imdsError struct {
 	Description string `json:"error_description"`
 }
 
-// refuse answers with IMDS's flat error.
+// refuse returns an error in the flat format of IMDS.
 func refuse(x *requestContext, status int, code, description string) response {
 	x.entry.Error = description
 	return withServerHeader(jsonResponse(status, imdsError{code, description}))
@@ -114,7 +114,7 @@ func (m *imds) fail(x *requestContext, status int) response {
 	return withServerHeader(jsonResponse(status, imdsError{code, http.StatusText(status)}))
 }
 
-// badInstanceRequest is the form of errors outside of /metadata/identity.
+// badInstanceRequest is the format of errors outside of /metadata/identity.
 func badInstanceRequest(x *requestContext, text string) response {
 	x.entry.Error = text
 	return withServerHeader(jsonResponse(http.StatusBadRequest, map[string]string{"error": "Bad request. " + text}))
@@ -184,7 +184,7 @@ func (m *imds) route(x *requestContext, p string, q map[string]string) response 
 	return refuse(x, http.StatusNotFound, "not_found", "Not found")
 }
 
-// dangerous answers what no pod may get, recognisably.
+// forbiddenRoute returns responses that no pod may receive, with ForbiddenMark.
 func (m *imds) forbiddenRoute(x *requestContext, n Node) response {
 	x.entry.Error = ForbiddenMark
 	switch x.class {

@@ -22,7 +22,7 @@ var loadBalancer = map[string]any{"loadbalancer": map[string]any{
 	"publicIpAddresses": []any{}, "inboundRules": []any{}, "outboundRules": []any{},
 }}
 
-// instanceDocument is what a virtual machine says of itself. All leaves are
+// instanceDocument is the instance metadata of a virtual machine. All leaves are
 // strings.
 func instanceDocument(n Node) map[string]any {
 	m := n.instance()
@@ -41,7 +41,7 @@ func instanceDocument(n Node) map[string]any {
 			"platformUpdateDomain": "0", "provider": "Microsoft.Compute", "publisher": "",
 			"resourceGroupName": m.resourceGroup, "resourceId": m.resourceID, "sku": "",
 			"subscriptionId": m.subscription, "tags": "", "tagsList": []any{},
-			"userData": "c3RhbmQtaW4gdXNlciBkYXRh", "version": "", "vmId": fmt.Sprintf("%x-%x-%x-%x-%x", sum[:4], sum[4:6], sum[6:8], sum[8:10], sum[10:16]),
+			"userData": "ZmFrZSB1c2VyIGRhdGE=", "version": "", "vmId": fmt.Sprintf("%x-%x-%x-%x-%x", sum[:4], sum[4:6], sum[6:8], sum[8:10], sum[10:16]),
 			"vmScaleSetName": m.scaleSet, "vmSize": "Standard_D2s_v5", "zone": "1",
 			"osProfile": map[string]any{"adminUsername": "azureuser", "computerName": n.Name},
 		},
@@ -56,8 +56,8 @@ func instanceDocument(n Node) map[string]any {
 	}
 }
 
-// instance serves the document or the part of it that the route names. A leaf
-// must be asked for as text; text of a branch is its list of keys.
+// instance returns the document or the part of it that the route selects. A leaf
+// needs format=text; a branch with format=text is its list of keys.
 func (m *imds) instance(x *requestContext, n Node, route, format string) response {
 	var node any = instanceDocument(n)
 	for _, step := range strings.Split(strings.Trim(route, "/"), "/") {

@@ -51,7 +51,7 @@ func TestATokenVerifiesAndCarriesTheIdentity(t *testing.T) {
 	}
 }
 
-func TestTheResourceComesBackByteForByte(t *testing.T) {
+func TestTheResourceIsReturnedByteForByte(t *testing.T) {
 	s := start(t)
 	s.add(red)
 	for _, resource := range []string{"https://a.test/x?y=<&>", "api://" + guid(9), guid(9), "https://a.test//"} {
@@ -63,7 +63,7 @@ func TestTheResourceComesBackByteForByte(t *testing.T) {
 	}
 }
 
-func TestOddTokenRequestsAreRefusedInIMDSsWords(t *testing.T) {
+func TestInvalidTokenRequestsHaveTheErrorsOfIMDS(t *testing.T) {
 	s := start(t)
 	s.add(red, "a")
 	flat := func(code, text string) string { return `{"error":"` + code + `","error_description":"` + text + `"}` }
@@ -108,7 +108,7 @@ func TestOddTokenRequestsAreRefusedInIMDSsWords(t *testing.T) {
 	}
 }
 
-func TestTheDefaultIdentityFollowsTheRule(t *testing.T) {
+func TestTheDefaultIdentityIsThatOfIMDS(t *testing.T) {
 	s := start(t, func(c *Config) { c.Nodes[1].SystemAssigned = &system })
 	if a := s.get(nodeA, tokenQuery); !strings.Contains(a.body, "Identity not found") {
 		t.Errorf("none attached: %s", a.body)
@@ -127,7 +127,7 @@ func TestTheDefaultIdentityFollowsTheRule(t *testing.T) {
 	}
 }
 
-func TestEachSelectorFindsItsIdentityWithoutRegardToCase(t *testing.T) {
+func TestSelectorsAreNotCaseSensitive(t *testing.T) {
 	s := start(t)
 	s.add(red)
 	s.add(blue)
@@ -141,7 +141,7 @@ func TestEachSelectorFindsItsIdentityWithoutRegardToCase(t *testing.T) {
 	}
 }
 
-func TestAnIdentityYieldsTokensOnlyWhereItIsAttached(t *testing.T) {
+func TestIMDSProvidesAnIdentityOnlyWhereItIsAttached(t *testing.T) {
 	s := start(t)
 	s.add(red, "a")
 	s.get(nodeA, tokenQuery).token(t)
@@ -160,7 +160,7 @@ func TestAnIdentityYieldsTokensOnlyWhereItIsAttached(t *testing.T) {
 	}
 }
 
-func TestPathsThatTheRealServiceAcceptsEarnAToken(t *testing.T) {
+func TestPathsThatTheRealServiceAcceptsReturnAToken(t *testing.T) {
 	s := start(t)
 	s.add(red)
 	query := tokenQuery[strings.Index(tokenQuery, "?"):]
@@ -193,7 +193,7 @@ func TestPathsThatTheRealServiceAcceptsEarnAToken(t *testing.T) {
 	}
 }
 
-func TestTheServicesCacheAnswersTheSameTokenAndCountsDown(t *testing.T) {
+func TestTheCacheReturnsTheSameTokenAndCountsDown(t *testing.T) {
 	s := start(t)
 	s.add(red)
 	first := s.get(nodeA, tokenQuery).token(t)
@@ -229,7 +229,7 @@ func TestTheServicesCacheAnswersTheSameTokenAndCountsDown(t *testing.T) {
 	}
 }
 
-func TestATokenNearItsEndIsReplaced(t *testing.T) {
+func TestATokenThatExpiresSoonIsReplaced(t *testing.T) {
 	s := start(t)
 	s.add(red)
 	s.set("imds.token-lifetime=1h")
@@ -244,7 +244,7 @@ func TestATokenNearItsEndIsReplaced(t *testing.T) {
 	}
 }
 
-func TestDangerousEndpointsAnswerRecognisably(t *testing.T) {
+func TestForbiddenEndpointsReturnTheMark(t *testing.T) {
 	s := start(t)
 	for _, c := range []struct{ method, target, class string }{
 		{"GET", "/metadata/identity/getplatformmetadata?cred-api-version=2.0", "getplatformmetadata"},
@@ -259,7 +259,7 @@ func TestDangerousEndpointsAnswerRecognisably(t *testing.T) {
 	}
 }
 
-func TestHarmlessEndpointsAnswer(t *testing.T) {
+func TestOtherEndpointsReturnMetadata(t *testing.T) {
 	s := start(t)
 	for target, want := range map[string]string{
 		"/metadata/identity/info?api-version=2018-02-01":                                                              `{"tenantId":"` + tenant + `"}`,
@@ -291,7 +291,7 @@ func TestHarmlessEndpointsAnswer(t *testing.T) {
 	}
 }
 
-func TestARequestFromNowhereGetsNothing(t *testing.T) {
+func TestARequestFromAnUnknownSourceIsRefused(t *testing.T) {
 	s := start(t)
 	s.add(red)
 	a := s.get(unknownSource, tokenQuery)

@@ -9,7 +9,8 @@ import (
 	"time"
 )
 
-// tokenAnswer has IMDS's order of fields, and its strings in place of numbers.
+// tokenAnswer has the fields in the order of IMDS, and strings instead of
+// numbers, as IMDS has.
 type tokenAnswer struct {
 	AccessToken  string `json:"access_token"`
 	ClientID     string `json:"client_id"`
@@ -21,8 +22,8 @@ type tokenAnswer struct {
 	TokenType    string `json:"token_type"`
 }
 
-// parseQuery reads names without case, separates at & only, and refuses a name
-// given twice.
+// parseQuery parses a query as IMDS does: names are not case-sensitive, & is the
+// only separator, and a repeated name is an error.
 func parseQuery(raw string) (map[string]string, error) {
 	q := map[string]string{}
 	for _, pair := range strings.Split(raw, "&") {
@@ -97,9 +98,9 @@ func (m *imds) token(x *requestContext, q map[string]string) response {
 
 func seconds(d time.Duration) string { return strconv.FormatInt(int64(max(d, 0)/time.Second), 10) }
 
-// fetch answers from the service's own cache, as the real one does for most of
-// a token's lifetime, or has a new token minted. The last five minutes, or
-// twelfth of a short lifetime, are never handed out.
+// fetch returns a token from the cache of IMDS, as the real one does for most of
+// a token's lifetime, or a new one. It does not return a cached token in the
+// last five minutes of its lifetime, or the last twelfth of a short one.
 func (m *imds) fetch(x *requestContext, key cacheKey, bypass bool) (minted, bool, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -123,8 +124,8 @@ func (m *imds) fetch(x *requestContext, key cacheKey, bypass bool) (minted, bool
 	return t, false, nil
 }
 
-// knownResource is what the tenant has a service principal for: any GUID or
-// absolute URI, except under .invalid, which is never registered.
+// knownResource reports whether the tenant has a service principal for the
+// resource: for any GUID or absolute URI, except under .invalid.
 func knownResource(resource string) bool {
 	if isGUID(strings.TrimSuffix(resource, "/")) {
 		return true

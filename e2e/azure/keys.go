@@ -19,31 +19,32 @@ import (
 	"time"
 )
 
-// Files in the state directory. They outlive the process, so that clients
-// which trust ca.crt and tokens already handed out survive a restart.
+// Files in the state directory. They outlive the process: after a restart,
+// clients still trust ca.crt and earlier tokens are still valid.
 const (
 	signingKeyFile = "signing.key"
 	caKeyFile      = "ca.key"
 	tlsKeyFile     = "tls.key"
 	tlsCertFile    = "tls.crt"
-	// CAFile is the name, inside the state directory, of the CA certificate
-	// that clients of the stand-in's Entra ID must trust.
+	// CAFile is the name of the CA certificate in the state directory. Clients of
+	// the fake Entra ID must trust it.
 	CAFile = "ca.crt"
 )
 
 const certLifetime = 365 * 24 * time.Hour
 
-// state is the key material of one stand-in.
+// state is the key material of a fake Azure.
 type state struct {
 	signing *rsa.PrivateKey
 	caPEM   []byte
 	tls     tls.Certificate
 }
 
-// openState reads the key material, making what is missing or no longer fits.
+// openState reads the key material. It creates what is missing or does not match
+// the configuration.
 func openState(dir string, hosts []string) (*state, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, fmt.Errorf("create the state directory: %w", err)
+		return nil, fmt.Errorf("creating the state directory: %w", err)
 	}
 	signing, err := loadOrMakeKey(filepath.Join(dir, signingKeyFile))
 	if err != nil {
@@ -110,7 +111,7 @@ func loadOrMakeCA(file string, key *rsa.PrivateKey) (*x509.Certificate, error) {
 		return cert, nil
 	}
 	template := &x509.Certificate{
-		Subject: pkix.Name{CommonName: "stand-in Azure CA"}, IsCA: true, BasicConstraintsValid: true,
+		Subject: pkix.Name{CommonName: "fake Azure CA"}, IsCA: true, BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
 	}
 	return makeCertificate(file, template, template, key, key)
@@ -118,7 +119,7 @@ func loadOrMakeCA(file string, key *rsa.PrivateKey) (*x509.Certificate, error) {
 
 func loadOrMakeLeaf(file string, key *rsa.PrivateKey, ca *x509.Certificate, caKey *rsa.PrivateKey, hosts []string) (*x509.Certificate, error) {
 	template := &x509.Certificate{
-		Subject: pkix.Name{CommonName: "stand-in Azure"}, KeyUsage: x509.KeyUsageDigitalSignature,
+		Subject: pkix.Name{CommonName: "fake Azure"}, KeyUsage: x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
 	for _, h := range hosts {
@@ -141,18 +142,19 @@ func loadOrMakeLeaf(file string, key *rsa.PrivateKey, ca *x509.Certificate, caKe
 
 func fresh(c *x509.Certificate) bool { return time.Until(c.NotAfter) > certLifetime/2 }
 
-// makeCertificate signs and writes; the certificate is its own parent for a CA.
+// makeCertificate signs and writes a certificate. A CA certificate is its own
+// parent.
 func makeCertificate(file string, template, parent *x509.Certificate, key, signer *rsa.PrivateKey) (*x509.Certificate, error) {
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
 	if err != nil {
-		return nil, fmt.Errorf("make a serial number: %w", err)
+		return nil, fmt.Errorf("generating a serial number: %w", err)
 	}
 	template.SerialNumber = serial
 	template.NotBefore = time.Now().Add(-time.Hour)
 	template.NotAfter = time.Now().Add(certLifetime)
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, signer)
 	if err != nil {
-		return nil, fmt.Errorf("sign %s: %w", filepath.Base(file), err)
+		return nil, fmt.Errorf("signing %s: %w", filepath.Base(file), err)
 	}
 	if err := writePEM(file, "CERTIFICATE", der, 0o644); err != nil {
 		return nil, err
@@ -180,20 +182,20 @@ func readCertificate(file string) (*x509.Certificate, error) {
 	return cert, nil
 }
 
-// writePEM replaces the file in one step: no reader sees half of it.
+// writePEM replaces the file atomically: a reader never sees a part of it.
 func writePEM(file, kind string, der []byte, mode fs.FileMode) error {
 	tmp := file + ".new"
 	if err := os.WriteFile(tmp, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), mode); err != nil {
-		return fmt.Errorf("write %s: %w", filepath.Base(file), err)
+		return fmt.Errorf("writing %s: %w", filepath.Base(file), err)
 	}
 	if err := os.Rename(tmp, file); err != nil {
-		return fmt.Errorf("write %s: %w", filepath.Base(file), err)
+		return fmt.Errorf("writing %s: %w", filepath.Base(file), err)
 	}
 	return nil
 }
 
-// certificateHosts adds the address that Entra ID and ARM listen on to the
-// names given.
+// certificateHosts are the configured host names, and the listen address of
+// Entra ID and ARM.
 func certificateHosts(cfg Config) []string {
 	hosts := slices.Concat(cfg.EntraHosts, cfg.ARMHosts)
 	host, _, _ := net.SplitHostPort(cfg.EntraAddr)

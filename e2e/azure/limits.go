@@ -5,9 +5,9 @@ import (
 	"time"
 )
 
-// limiter keeps Azure's limits for one virtual machine each: 20 token requests
-// a second and 5 at once, and 5 a second of everything else. What it refuses
-// does not count against the next second.
+// limiter enforces the limits of IMDS for each virtual machine: 20 token
+// requests a second and 5 concurrent ones, and 5 other requests a second. A
+// refused request does not count.
 type limiter struct {
 	now   func() time.Time
 	mu    sync.Mutex
@@ -20,17 +20,18 @@ type nodeLimits struct {
 }
 
 const (
-	tokenRequestsPerSecond = 20
-	tokenRequestsAtOnce    = 5
-	otherRequestsPerSecond = 5
+	tokenRequestsPerSecond  = 20
+	concurrentTokenRequests = 5
+	otherRequestsPerSecond  = 5
 )
 
 func newLimiter(now func() time.Time) *limiter {
 	return &limiter{now: now, nodes: map[string]*nodeLimits{}}
 }
 
-// admit takes a place for a request, whether or not limits are enforced, so
-// that switching them on midway counts right. The place must be given back.
+// admit counts a request, whether limits are enforced or not, so that the counts
+// are right when a test enables them later. The caller must call release after
+// the request.
 func (l *limiter) admit(node, class string, enforce bool) (release func(), ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -47,7 +48,7 @@ func (l *limiter) admit(node, class string, enforce bool) (release func(), ok bo
 		n.other.add(now)
 		return func() {}, true
 	}
-	if enforce && (n.running >= tokenRequestsAtOnce || n.token.count(now) >= tokenRequestsPerSecond) {
+	if enforce && (n.running >= concurrentTokenRequests || n.token.count(now) >= tokenRequestsPerSecond) {
 		return func() {}, false
 	}
 	n.token.add(now)

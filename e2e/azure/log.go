@@ -8,43 +8,43 @@ import (
 
 // Kinds of log entries.
 const (
-	// KindRequest is a request that was read whole.
+	// KindRequest is a complete request.
 	KindRequest = "request"
-	// KindConnection is a TCP connection to IMDS that did not come from a
-	// node's own address: something that must not happen, even without a
-	// request. Connections from nodes are only counted, in Stats.
+	// KindConnection is a TCP connection to IMDS whose source is not the address
+	// of a node. It must not happen, even without a request. Connections from
+	// nodes are not logged, only counted in Stats.
 	KindConnection = "connection"
 )
 
-// How the client of a token request to Entra ID proves itself.
+// Kinds of credentials in token requests to Entra ID.
 const (
 	CredentialSecret      = "secret"
 	CredentialCertificate = "certificate"
 	CredentialFederated   = "federated"
 )
 
-// Entry is one line of the request log. A request is logged before its answer
-// is written: who has the answer can read the entry.
+// Entry is one entry of the request log. It is logged before the response is
+// written: a client that has the response can read the entry.
 type Entry struct {
 	Seq      int               `json:"seq"` // never reset, so that "since" stays valid
 	Time     time.Time         `json:"time"`
 	Kind     string            `json:"kind"`
 	Service  string            `json:"service"`
-	Node     string            `json:"node"` // empty: the source is no node's
+	Node     string            `json:"node"` // empty: the source is unknown
 	Source   string            `json:"source"`
 	FromPod  bool              `json:"from_pod"`
 	Class    string            `json:"class,omitempty"`
 	Method   string            `json:"method,omitempty"`
 	Path     string            `json:"path,omitempty"` // raw request URI
 	Headers  map[string]string `json:"headers,omitempty"`
-	Status   int               `json:"status"` // 0: no answer (dropped, or the client left)
+	Status   int               `json:"status"` // 0: no response (dropped, or the client disconnected)
 	Error    string            `json:"error,omitempty"`
 	ClientID string            `json:"client_id,omitempty"`
 	Resource string            `json:"resource,omitempty"`
-	TokenID  string            `json:"token_id,omitempty"` // the uti claim of the token answered
-	Cached   bool              `json:"cached,omitempty"`   // out of IMDS's own cache
-	// Of Entra ID only: the ID that the answer's header Client-Request-Id has,
-	// how the client proved itself, and the subject of a federated token.
+	TokenID  string            `json:"token_id,omitempty"` // the uti claim of the token in the response
+	Cached   bool              `json:"cached,omitempty"`   // the token is from the cache of IMDS
+	// Only for Entra ID: the response header Client-Request-Id, the kind of
+	// credential, and the subject of a federated token.
 	CorrelationID string  `json:"correlation_id,omitempty"`
 	Credential    string  `json:"credential,omitempty"`
 	Subject       string  `json:"subject,omitempty"`
@@ -56,8 +56,8 @@ const (
 	maxLoggedBytes = 4 << 10 // of a path or a header value
 )
 
-// ring keeps the newest entries and counts what it lost. Who owns it holds the
-// lock.
+// ring keeps the newest entries and counts those it dropped. Its owner's lock
+// guards it.
 type ring[T any, P interface {
 	*T
 	number(seq int)
@@ -101,8 +101,8 @@ func (l *ring[T, P]) reset() {
 	l.entries, l.oldest, l.dropped = nil, 0, 0
 }
 
-// loggedHeaders are those that tell attacks and clients apart. An empty value
-// is recorded too: its presence counts.
+// loggedHeaders are the headers that distinguish attacks and clients. An empty
+// value is logged, too, because the header is present.
 var loggedHeaders = []string{"Metadata", "User-Agent", "X-Forwarded-For"}
 
 func headersOf(r *http.Request) map[string]string {

@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-func TestTheLogTellsPodsFromNodesAndCountsTheirConnections(t *testing.T) {
+func TestTheLogDistinguishesPodsAndNodesAndCountsTheirConnections(t *testing.T) {
 	s := start(t)
 	s.add(red)
 	s.get(nodeA, tokenQuery)
@@ -27,7 +27,7 @@ func TestTheLogTellsPodsFromNodesAndCountsTheirConnections(t *testing.T) {
 	}
 }
 
-func TestAConnectionWithoutARequestIsSeen(t *testing.T) {
+func TestAConnectionWithoutARequestIsLogged(t *testing.T) {
 	s := start(t)
 	for _, source := range []string{podA, unknownSource, nodeA} {
 		conn := s.dialFrom(source)
@@ -61,7 +61,7 @@ func TestResettingTheLogKeepsSequenceNumbers(t *testing.T) {
 	}
 }
 
-func TestTheLogKeepsTheNewestEntriesAndCountsTheLost(t *testing.T) {
+func TestTheLogKeepsTheNewestEntriesAndCountsTheDropped(t *testing.T) {
 	l := requestLog{capacity: 3}
 	for range 5 {
 		l.add(Entry{})
@@ -83,7 +83,7 @@ func TestTheLogKeepsTheNewestEntriesAndCountsTheLost(t *testing.T) {
 	}
 }
 
-func TestTheBusiestSecondIsAnyOneSecond(t *testing.T) {
+func TestTheMaximumPerSecondIsOfAnySecond(t *testing.T) {
 	var m meter
 	base := time.Now()
 	for _, ms := range []int{0, 600, 700, 1500, 1599, 1601, 5000} {

@@ -16,33 +16,34 @@ import (
 	"time"
 )
 
-// maxSocketPath is what the kernel allows (sun_path, with its closing 0).
+// maxSocketPath is the kernel's limit: the size of sun_path without the final 0.
 const maxSocketPath = 107
 
-// Run serves until the context ends, then returns nil. It opens everything
-// before it serves anything: an error means that nothing was started.
+// Run serves until the context ends, then returns nil. It opens all listeners
+// before it serves any request: after an error nothing has started.
 func Run(ctx context.Context, cfg Config) error {
 	return run(ctx, cfg, time.Now)
 }
 
-// run takes the clock, so that tests need not wait for tokens to grow old.
+// run has the clock as a parameter, so that tests need not wait until tokens
+// expire.
 func run(ctx context.Context, cfg Config, now func() time.Time) error {
 	if err := cfg.Validate(); err != nil {
-		return fmt.Errorf("stand-in Azure: configuration: %w", err)
+		return fmt.Errorf("fake Azure: configuration: %w", err)
 	}
 	st, err := openState(cfg.StateDir, certificateHosts(cfg))
 	if err != nil {
-		return fmt.Errorf("stand-in Azure: %w", err)
+		return fmt.Errorf("fake Azure: %w", err)
 	}
 	ls, err := listen(cfg)
 	if err != nil {
-		return fmt.Errorf("stand-in Azure: %w", err)
+		return fmt.Errorf("fake Azure: %w", err)
 	}
 	defer ls.close()
 	return serve(ctx, ls, servers(ctx, cfg, st, ls, now))
 }
 
-// listeners are owned by run; closing twice is harmless.
+// listeners are owned by run. Closing them twice is harmless.
 type listeners struct{ imds, entra, control net.Listener }
 
 func (l *listeners) close() {
@@ -61,10 +62,10 @@ func listen(cfg Config) (_ *listeners, err error) {
 		}
 	}()
 	if l.imds, err = net.Listen("tcp", cfg.IMDSAddr); err != nil {
-		return nil, fmt.Errorf("cannot listen on %s for IMDS: %w", cfg.IMDSAddr, err)
+		return nil, fmt.Errorf("listening on %s for IMDS: %w", cfg.IMDSAddr, err)
 	}
 	if l.entra, err = net.Listen("tcp", cfg.EntraAddr); err != nil {
-		return nil, fmt.Errorf("cannot listen on %s for Entra ID: %w", cfg.EntraAddr, err)
+		return nil, fmt.Errorf("listening on %s for Entra ID: %w", cfg.EntraAddr, err)
 	}
 	if l.control, err = listenUnix(cfg.ControlSocket); err != nil {
 		return nil, err
@@ -72,8 +73,8 @@ func listen(cfg Config) (_ *listeners, err error) {
 	return l, nil
 }
 
-// listenUnix takes over the socket of a stand-in that is gone, never that of
-// one that runs.
+// listenUnix replaces the socket of a process that has ended, but not that of a
+// running one.
 func listenUnix(path string) (net.Listener, error) {
 	if len(path) > maxSocketPath {
 		return nil, fmt.Errorf("control socket %s: the path is %d bytes long, the kernel allows %d", path, len(path), maxSocketPath)
@@ -85,10 +86,10 @@ func listenUnix(path string) (net.Listener, error) {
 	switch {
 	case err == nil:
 		_ = conn.Close()
-		return nil, fmt.Errorf("control socket %s is in use by a running stand-in", path)
+		return nil, fmt.Errorf("control socket %s is in use by a running process", path)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		if err := os.Remove(path); err != nil {
-			return nil, fmt.Errorf("remove the stale control socket: %w", err)
+			return nil, fmt.Errorf("removing the stale control socket: %w", err)
 		}
 	}
 	l, err := net.Listen("unix", path)
@@ -102,7 +103,7 @@ func listenUnix(path string) (net.Listener, error) {
 	return l, nil
 }
 
-// servers wires the parts. The order matches that of listeners.
+// servers creates and connects the parts. The order is that of listeners.
 func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func() time.Time) []*http.Server {
 	iss := newIssuer(st.signing, now)
 	arm := NewARM(ARMOptions{Now: now, Verify: iss.verify, Tenant: cfg.Tenant})
@@ -111,7 +112,7 @@ func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func
 	login := &entra{dir: dir, issuer: iss, now: now}
 	keys, err := iss.keys(st.caPEM)
 	if err != nil {
-		panic(err) // an RSA key always encodes
+		panic(err) // encoding an RSA key cannot fail
 	}
 	imdsService := &service{
 		name: serviceIMDS, dir: dir, switches: sw, rec: rec, now: now,
@@ -132,8 +133,8 @@ func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func
 		{Handler: api.handler()},
 	}
 	for _, s := range out {
-		// Hung requests end with the context. Garbage on the wire is counted
-		// as a connection; the server's own notes about it would be noise.
+		// Requests that hang end with the context. Invalid data is counted as a
+		// connection, so the server need not log it.
 		s.BaseContext = func(net.Listener) context.Context { return ctx }
 		s.ErrorLog = log.New(io.Discard, "", 0)
 		s.ReadHeaderTimeout = 30 * time.Second
@@ -142,8 +143,8 @@ func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func
 	return out
 }
 
-// behindTLS tells apart what Entra ID and ARM are asked, by the path: clients
-// may know ARM by any name.
+// behindTLS distinguishes requests to Entra ID and to ARM by their path: clients
+// may use any host name for ARM.
 func behindTLS(arm, entra http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if strings.EqualFold(segment(r.URL.Path, 0), "subscriptions") {
@@ -154,7 +155,7 @@ func behindTLS(arm, entra http.Handler) http.Handler {
 	})
 }
 
-// serve owns the servers until all have ended.
+// serve runs the servers until all have ended.
 func serve(ctx context.Context, ls *listeners, servers []*http.Server) error {
 	ended := make(chan error, len(servers))
 	for i, start := range []func() error{
@@ -164,7 +165,7 @@ func serve(ctx context.Context, ls *listeners, servers []*http.Server) error {
 	} {
 		go func() {
 			if err := start(); !errors.Is(err, http.ErrServerClosed) {
-				ended <- fmt.Errorf("stand-in Azure: server %d: %w", i, err)
+				ended <- fmt.Errorf("fake Azure: server %d: %w", i, err)
 				return
 			}
 			ended <- nil

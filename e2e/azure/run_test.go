@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-func TestAnAddressInUseIsSaidPlainly(t *testing.T) {
+func TestAnAddressInUseIsReported(t *testing.T) {
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -19,13 +19,13 @@ func TestAnAddressInUseIsSaidPlainly(t *testing.T) {
 	defer taken.Close()
 	s := start(t)
 	for says, change := range map[string]func(*Config){
-		"cannot listen on " + taken.Addr().String() + " for IMDS":     func(c *Config) { c.IMDSAddr = taken.Addr().String() },
-		"cannot listen on " + taken.Addr().String() + " for Entra ID": func(c *Config) { c.EntraAddr = taken.Addr().String() },
-		"is in use by a running stand-in":                             func(c *Config) { c.ControlSocket = s.socket },
-		"the kernel allows 107":                                       func(c *Config) { c.ControlSocket = "/" + strings.Repeat("x", 120) },
-		`tenant "nobody" is not a GUID`:                               func(c *Config) { c.Tenant = "nobody" },
-		"overlaps":                                                    func(c *Config) { c.Nodes[1].Sources = c.Nodes[0].Sources },
-		`node "a" is given twice`:                                     func(c *Config) { c.Nodes[1].Name = "a" },
+		"listening on " + taken.Addr().String() + " for IMDS":     func(c *Config) { c.IMDSAddr = taken.Addr().String() },
+		"listening on " + taken.Addr().String() + " for Entra ID": func(c *Config) { c.EntraAddr = taken.Addr().String() },
+		"is in use by a running process":                          func(c *Config) { c.ControlSocket = s.socket },
+		"the kernel allows 107":                                   func(c *Config) { c.ControlSocket = "/" + strings.Repeat("x", 120) },
+		`tenant "nobody" is not a GUID`:                           func(c *Config) { c.Tenant = "nobody" },
+		"overlaps":                                                func(c *Config) { c.Nodes[1].Sources = c.Nodes[0].Sources },
+		`node "a" is given twice`:                                 func(c *Config) { c.Nodes[1].Name = "a" },
 	} {
 		cfg := testConfig(t.TempDir())
 		change(&cfg)
@@ -36,7 +36,7 @@ func TestAnAddressInUseIsSaidPlainly(t *testing.T) {
 	s.must(s.Ready(t.Context()))
 }
 
-func TestARestartTakesOverAStaleSocketAndKeepsTheKeys(t *testing.T) {
+func TestARestartReplacesAStaleSocketAndKeepsTheKeys(t *testing.T) {
 	dir, err := os.MkdirTemp("", "azure")
 	if err != nil {
 		t.Fatal(err)
@@ -61,7 +61,7 @@ func TestARestartTakesOverAStaleSocketAndKeepsTheKeys(t *testing.T) {
 	}
 }
 
-func TestAConfigurationSurvivesAFile(t *testing.T) {
+func TestAConfigurationCanBeWrittenAndRead(t *testing.T) {
 	cfg := testConfig(t.TempDir())
 	cfg.Nodes[0].SystemAssigned = &system
 	file := filepath.Join(t.TempDir(), "config.json")
@@ -111,7 +111,7 @@ func TestNewHostsGetANewCertificateOfTheSameCA(t *testing.T) {
 	}
 }
 
-func TestWrongRegistrationsAreRefusedByName(t *testing.T) {
+func TestInvalidRegistrationsAreRefused(t *testing.T) {
 	s := start(t)
 	ctx := t.Context()
 	s.add(red)
@@ -140,7 +140,7 @@ func TestWrongRegistrationsAreRefusedByName(t *testing.T) {
 		t.Errorf("identities: %+v", list)
 	}
 	s.must(s.RemoveIdentity(ctx, guid(79)))
-	if err := Dial(filepath.Join(t.TempDir(), "none")).Ready(context.Background()); err == nil || !strings.Contains(err.Error(), "does not answer") {
+	if err := Dial(filepath.Join(t.TempDir(), "none")).Ready(context.Background()); err == nil || !strings.Contains(err.Error(), "connecting to the fake Azure") {
 		t.Errorf("nobody there: %v", err)
 	}
 }

@@ -17,16 +17,16 @@ const (
 	serviceARM   = "arm"
 )
 
-// services are those with faults and counts in common; ARM has its own.
+// services are those that share the code for faults and counts. ARM has its own.
 var services = []string{serviceIMDS, serviceEntra}
 
-// classToken is the class of requests for a token, in either service.
+// classToken is the class of token requests in both services.
 const classToken = "token"
 
 const maxBodyBytes = 1 << 20
 
-// service is what IMDS and Entra ID have in common: the source of each
-// request, the faults, the log. The protocol is behind the functions.
+// service is the common part of IMDS and Entra ID: the source of each request,
+// the faults and the log. The functions implement the protocol.
 type service struct {
 	name     string
 	dir      *directory
@@ -36,12 +36,12 @@ type service struct {
 
 	classify func(*http.Request) string
 	admit    func(node, class string, enforce bool) (release func(), ok bool)
-	annotate func(*requestContext) // what a request says of itself, answered or not
+	annotate func(*requestContext) // adds the request's contents to the log entry
 	answer   func(*requestContext) response
-	fail     func(x *requestContext, status int) response // the service's own form of that status
+	fail     func(x *requestContext, status int) response // an error in the service's own format
 }
 
-// exchange is one request and what becomes known of it.
+// requestContext is a request in progress.
 type requestContext struct {
 	*http.Request
 	caller caller
@@ -52,7 +52,8 @@ type requestContext struct {
 	trace  trace // Entra ID only
 }
 
-// reply is a whole answer. Status 0 is none: the connection is cut.
+// response is a complete response. Status 0 is no response: the connection is
+// reset.
 type response struct {
 	status      int
 	contentType string
@@ -76,7 +77,7 @@ func (s *service) callerOf(remote string) caller {
 	return s.dir.callerOf(addr.Addr())
 }
 
-// connState counts connections; it is the server's ConnState hook.
+// connState counts connections. It is the server's ConnState hook.
 func (s *service) connState(conn net.Conn, state http.ConnState) {
 	if state == http.StateNew {
 		s.rec.connection(s.name, s.callerOf(conn.RemoteAddr().String()))
@@ -101,14 +102,14 @@ func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	writeResponse(w, out)
 }
 
-// handle reads the body first: only then does the server notice that a client
-// has left a hung request.
+// handle reads the body first: only after that does the server notice when a
+// client disconnects from a request that hangs.
 func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Request) response {
 	var err error
 	x.body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, maxBodyBytes))
 	s.annotate(x)
 	if err != nil {
-		x.entry.Error = "body not read: " + err.Error()
+		x.entry.Error = "reading the body: " + err.Error()
 		return s.fail(x, http.StatusRequestEntityTooLarge)
 	}
 	release, admitted := s.admit(x.caller.node, x.class, x.faults.limits)
@@ -119,22 +120,22 @@ func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Reque
 		return response{}
 	case x.faults.hang:
 		<-r.Context().Done()
-		x.entry.Error = "hung until the client left"
+		x.entry.Error = "hung until the client disconnected"
 		return response{}
 	case !sleep(r.Context(), x.faults.latency):
-		x.entry.Error = "the client left"
+		x.entry.Error = "the client disconnected"
 		return response{}
 	case x.faults.status != 0:
-		x.entry.Error = "switched"
+		x.entry.Error = "status set by a switch"
 		return s.forcedResponse(x, x.faults.status)
 	case !admitted:
-		x.entry.Error = "over the limits"
+		x.entry.Error = "over the rate limits"
 		return s.forcedResponse(x, http.StatusTooManyRequests)
 	}
 	return s.answer(x)
 }
 
-// forced is an error that a switch or a limit asks for.
+// forcedResponse is the error of a switch or a limit.
 func (s *service) forcedResponse(x *requestContext, status int) response {
 	out := s.fail(x, status)
 	if x.faults.plainErrors {
@@ -149,7 +150,7 @@ func (s *service) forcedResponse(x *requestContext, status int) response {
 	return out
 }
 
-// wait is false if the client left first.
+// sleep returns false if the client disconnects first.
 func sleep(ctx context.Context, d time.Duration) bool {
 	if d <= 0 {
 		return true
@@ -175,12 +176,12 @@ func writeResponse(w http.ResponseWriter, out response) {
 	w.Header().Set("Content-Type", out.contentType)
 	w.Header().Set("Content-Length", strconv.Itoa(len(out.body)))
 	w.WriteHeader(out.status)
-	_, _ = w.Write(out.body) // a client that has left is not our concern
+	_, _ = w.Write(out.body) // ignore clients that have disconnected
 }
 
-// cut resets the connection, so that the client sees neither an answer nor an
-// orderly end. HTTP/2 connections cannot be taken over: aborting resets the
-// stream.
+// resetConnection resets the TCP connection, so that the client receives neither
+// a response nor a regular end. HTTP/2 connections cannot be hijacked: aborting
+// the handler resets the stream.
 func resetConnection(w http.ResponseWriter) {
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {

@@ -6,15 +6,15 @@ import (
 	"time"
 )
 
-// Load is how much came at once.
+// Load has counts of requests and their concurrency.
 type Load struct {
 	Requests       int `json:"requests"`
 	InFlight       int `json:"in_flight"`
 	MaxConcurrency int `json:"max_concurrency"`
-	MaxPerSecond   int `json:"max_per_second"` // most arrivals within any one second
+	MaxPerSecond   int `json:"max_per_second"` // maximum of arrivals within one second
 }
 
-// Source is what came from one address.
+// Source has the counts of one source address.
 type Source struct {
 	Node        string `json:"node"`
 	FromPod     bool   `json:"from_pod"`
@@ -26,27 +26,27 @@ type Source struct {
 type ServiceStats struct {
 	All                 Load              `json:"all"`
 	Token               Load              `json:"token"`         // token requests
-	TokenByNode         map[string]Load   `json:"token_by_node"` // "" is no node
+	TokenByNode         map[string]Load   `json:"token_by_node"` // "": unknown source
 	ByClass             map[string]int    `json:"by_class"`
-	ByStatus            map[int]int       `json:"by_status"`     // 0: no answer
-	ByCredential        map[string]int    `json:"by_credential"` // token requests to Entra ID that have ended
+	ByStatus            map[int]int       `json:"by_status"`     // 0: no response
+	ByCredential        map[string]int    `json:"by_credential"` // completed token requests to Entra ID
 	Connections         int               `json:"connections"`
 	ConnectionsFromPods int               `json:"connections_from_pods"`
 	RequestsFromPods    int               `json:"requests_from_pods"`
-	Sources             map[string]Source `json:"sources"` // "other" once there are too many
+	Sources             map[string]Source `json:"sources"` // "other" if there are too many
 }
 
 // TokenStats count the tokens of one client ID.
 type TokenStats struct {
-	Answered int `json:"answered"` // answers that held a token
-	Minted   int `json:"minted"`   // of those, the ones not out of IMDS's cache
+	Answered int `json:"answered"` // responses with a token
+	Minted   int `json:"minted"`   // of those, responses with a new token, not one from the cache of IMDS
 }
 
-// Stats are all counts. IMDS.RequestsFromPods and IMDS.ConnectionsFromPods
-// must stay 0 wherever NMI does its work.
+// Stats are all counts. IMDS.RequestsFromPods and IMDS.ConnectionsFromPods must
+// stay 0 while NMI runs.
 type Stats struct {
 	Since      time.Time             `json:"since"`
-	LogDropped int                   `json:"log_dropped"` // entries the bounded log has lost
+	LogDropped int                   `json:"log_dropped"` // entries that the bounded log has dropped
 	IMDS       ServiceStats          `json:"imds"`
 	Entra      ServiceStats          `json:"entra"`
 	ARM        ARMStats              `json:"arm"`
@@ -55,7 +55,7 @@ type Stats struct {
 
 const maxSources = 10_000
 
-// window holds the arrivals of the last second.
+// window has the arrivals of the last second.
 type window struct{ arrivals []time.Time }
 
 func (w *window) count(now time.Time) int {
@@ -91,15 +91,15 @@ func (m *meter) reset() {
 	m.window = window{}
 }
 
-// serviceMeters measure one service.
+// serviceMeters are the counts of one service.
 type serviceMeters struct {
 	all, token meter
 	byNode     map[string]*meter
-	stats      ServiceStats // the plain counters
+	stats      ServiceStats // the simple counters
 }
 
-// recorder writes the log and the counts. One lock holds both, so that a
-// reset never leaves one without the other.
+// recorder writes the log and the counts. One lock guards both, so that a reset
+// is atomic.
 type recorder struct {
 	now func() time.Time
 
@@ -119,7 +119,7 @@ func newRecorder(now func() time.Time) *recorder {
 	return r
 }
 
-// reset empties log and counts; what is in flight stays in flight.
+// reset empties the log and the counts. Requests in progress stay counted.
 func (r *recorder) reset() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -166,7 +166,7 @@ func (r *recorder) connection(service string, c caller) {
 	}
 }
 
-// begin counts a request's arrival; the function it returns counts its end.
+// begin counts a request when it arrives. end counts its end.
 func (r *recorder) begin(service, class string, c caller) (end func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -10,16 +10,16 @@ import (
 	"time"
 )
 
-// faults are the switches of one service. The zero value is not the default;
-// see defaultFaults.
+// faults are the switches of one service. The zero value is not the default: see
+// defaultFaults.
 type faults struct {
 	latency       time.Duration
-	throttle      int // token requests still to be throttled; -1: all
+	throttle      int // number of token requests that will be throttled; -1: all
 	retryAfter    int // seconds; 0: no header
 	status        int // 0: off
-	statusCount   int // requests still to get the status; 0: all
+	statusCount   int // number of requests that will get the status; 0: all
 	hang, drop    bool
-	everything    bool // faults hit every request, not only token requests
+	everything    bool // faults apply to all requests, not only to token requests
 	plainErrors   bool
 	tokenLifetime time.Duration
 	limits        bool // IMDS only
@@ -34,11 +34,11 @@ func defaultFaults(service string) faults {
 	return f
 }
 
-// switchKind is one switch of a T: how it is spelled, read and set.
+// switchKind is a switch for a field of T: its name, and how it is read and set.
 type switchKind[T any] struct {
 	name     string
 	imdsOnly bool
-	values   string // what is valid, for the error
+	values   string // the valid values, for error messages
 	get      func(*T) string
 	set      func(*T, string) error
 }
@@ -148,7 +148,7 @@ func oneOfSwitch[T any, V ~string](name string, field func(*T) *V, words ...V) s
 	}
 }
 
-// switches holds the faults of both services, and leads to ARM's settings.
+// switches has the faults of both services, and changes ARM's settings.
 type switches struct {
 	arm *ARM
 	mu  sync.Mutex
@@ -164,8 +164,8 @@ func newSwitches(arm *ARM) *switches {
 	return s
 }
 
-// set applies all of the changes or, if one is wrong, none. "reset=all"
-// comes before the others.
+// set applies all changes or, if one is invalid, none. "reset=all" is applied
+// first.
 func (s *switches) set(changes map[string]string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -253,8 +253,8 @@ func (s *switches) all() map[string]string {
 	return out
 }
 
-// take snapshots the switches for one request and uses up the counted ones.
-// In the result, status is what the request must be answered with, if any.
+// consume returns the switches for one request and decreases the counted ones. In
+// the result, status is the status of the response, if a switch sets it.
 func (s *switches) consume(service string, isToken bool) faults {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-func TestAWrongSwitchIsRefusedByNameAndNothingChanges(t *testing.T) {
+func TestAnInvalidSwitchIsRefusedAndNothingChanges(t *testing.T) {
 	s := start(t)
 	for _, c := range []struct{ key, value, says string }{
 		{"imds.nonsense", "1", "entra.latency"},
@@ -50,7 +50,7 @@ func TestResetRestoresTheDefaults(t *testing.T) {
 	}
 }
 
-func TestThrottlingEndsAfterItsCountAndSparesOtherRequests(t *testing.T) {
+func TestThrottlingEndsAfterItsCountAndAppliesOnlyToTokenRequests(t *testing.T) {
 	s := start(t)
 	s.add(red)
 	s.set("imds.throttle=2", "imds.retry-after=3")
@@ -72,7 +72,7 @@ func TestThrottlingEndsAfterItsCountAndSparesOtherRequests(t *testing.T) {
 	}
 }
 
-func TestAStatusIsAnsweredAsOftenAsAsked(t *testing.T) {
+func TestAStatusEndsAfterItsCount(t *testing.T) {
 	s := start(t)
 	s.add(red)
 	s.set("imds.status=410", "imds.status-count=2")
@@ -91,7 +91,7 @@ func TestAStatusIsAnsweredAsOftenAsAsked(t *testing.T) {
 	}
 }
 
-func TestADroppedRequestGetsNoAnswer(t *testing.T) {
+func TestADroppedRequestGetsNoResponse(t *testing.T) {
 	s := start(t)
 	s.set("imds.drop=true")
 	if a, err := s.try(nodeA, "GET", tokenQuery, "Metadata: true"); err == nil {
@@ -102,7 +102,7 @@ func TestADroppedRequestGetsNoAnswer(t *testing.T) {
 	}
 }
 
-func TestAHungRequestEndsWhenTheClientLeaves(t *testing.T) {
+func TestAHungRequestEndsWhenTheClientDisconnects(t *testing.T) {
 	s := start(t)
 	s.set("imds.hang=true")
 	ctx, leave := context.WithCancel(t.Context())
@@ -124,7 +124,7 @@ func TestAHungRequestEndsWhenTheClientLeaves(t *testing.T) {
 	}
 }
 
-func TestLatencyDelaysEveryAnswer(t *testing.T) {
+func TestLatencyDelaysEachResponse(t *testing.T) {
 	s := start(t)
 	s.set("imds.latency=40ms")
 	began := time.Now()
@@ -134,7 +134,7 @@ func TestLatencyDelaysEveryAnswer(t *testing.T) {
 	}
 }
 
-func TestTheRealLimitsHoldForEachNode(t *testing.T) {
+func TestTheLimitsOfIMDSApplyPerNode(t *testing.T) {
 	s := start(t)
 	s.add(red)
 	s.set("imds.limits=true")
@@ -163,7 +163,7 @@ func TestTheRealLimitsHoldForEachNode(t *testing.T) {
 	}
 }
 
-func TestNoMoreThanFiveTokenRequestsRunAtOnce(t *testing.T) {
+func TestAtMostFiveTokenRequestsRunConcurrently(t *testing.T) {
 	s := start(t)
 	s.add(red)
 	s.set("imds.limits=true", "imds.hang=true")

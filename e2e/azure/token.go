@@ -17,7 +17,7 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// Claims are the claims of a token the stand-in issued.
+// Claims are the claims of a token that the fake Azure issued.
 type Claims struct {
 	Audience   string           `json:"aud"`
 	Issuer     string           `json:"iss"`
@@ -44,7 +44,7 @@ func (c Claims) GetIssuer() (string, error)                   { return c.Issuer,
 func (c Claims) GetSubject() (string, error)                  { return c.Subject, nil }
 func (c Claims) GetAudience() (jwt.ClaimStrings, error)       { return jwt.ClaimStrings{c.Audience}, nil }
 
-// How a principal proved itself (the appidacr claim).
+// Values of the appidacr claim: how the client authenticated.
 const (
 	acrSecret = "1"
 	acrKey    = "2" // certificate, federated token or managed identity
@@ -62,7 +62,7 @@ func newIssuer(key *rsa.PrivateKey, now func() time.Time) *issuer {
 	return &issuer{key: key, kid: base64.RawURLEncoding.EncodeToString(sum[:20]), now: now}
 }
 
-// minted is a token with the times that answers are computed from.
+// minted is a token with its claims.
 type minted struct {
 	raw    string
 	claims Claims
@@ -72,8 +72,8 @@ func (m minted) expires() time.Time { return m.claims.Expires.Time }
 
 func (m minted) lifetime() time.Duration { return m.expires().Sub(m.claims.IssuedAt.Time) }
 
-// mint issues a token for the identity; the audience is what was asked for,
-// byte for byte.
+// mint issues a token for the identity. The audience is the requested one, byte
+// for byte.
 func (i *issuer) mint(id Identity, audience, proof string, lifetime time.Duration) (minted, error) {
 	now := i.now().Truncate(time.Second)
 	var uti [16]byte
@@ -91,23 +91,23 @@ func (i *issuer) mint(id Identity, audience, proof string, lifetime time.Duratio
 	token.Header["kid"] = i.kid
 	raw, err := token.SignedString(i.key)
 	if err != nil {
-		return minted{}, fmt.Errorf("sign a token: %w", err)
+		return minted{}, fmt.Errorf("signing a token: %w", err)
 	}
 	m.raw = raw
 	return m, nil
 }
 
-// Keys verify what the stand-in issues.
+// Keys verify the tokens and certificates of the fake Azure.
 type Keys struct {
 	JWKS json.RawMessage `json:"jwks"` // of the token signing key
 	PEM  string          `json:"pem"`  // the same key
-	CA   string          `json:"ca"`   // certificate that the TLS certificate descends from
+	CA   string          `json:"ca"`   // CA certificate of the TLS certificate
 }
 
 func (i *issuer) keys(ca []byte) (Keys, error) {
 	der, err := x509.MarshalPKIXPublicKey(&i.key.PublicKey)
 	if err != nil {
-		return Keys{}, fmt.Errorf("encode the signing key: %w", err)
+		return Keys{}, fmt.Errorf("encoding the signing key: %w", err)
 	}
 	return Keys{
 		JWKS: i.jwks(),
@@ -140,7 +140,7 @@ func (i *issuer) jwks() json.RawMessage {
 func parseJWKS(data []byte) (map[string]*rsa.PublicKey, error) {
 	var set jwkSet
 	if err := json.Unmarshal(data, &set); err != nil {
-		return nil, fmt.Errorf("parse a key set: %w", err)
+		return nil, fmt.Errorf("parsing a key set: %w", err)
 	}
 	keys := map[string]*rsa.PublicKey{}
 	for _, k := range set.Keys {
@@ -155,7 +155,7 @@ func parseJWKS(data []byte) (map[string]*rsa.PublicKey, error) {
 		keys[k.ID] = &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: int(new(big.Int).SetBytes(e).Int64())}
 	}
 	if len(keys) == 0 {
-		return nil, errors.New("the key set holds no RSA key")
+		return nil, errors.New("the key set contains no RSA key")
 	}
 	return keys, nil
 }
@@ -169,7 +169,7 @@ func (k Keys) Verify(token string) (Claims, error) {
 	}
 	_, err = jwt.ParseWithClaims(token, &claims, keyByID(keys), jwt.WithValidMethods([]string{"RS256"}), jwt.WithExpirationRequired())
 	if err != nil {
-		return Claims{}, fmt.Errorf("verify a token: %w", err)
+		return Claims{}, fmt.Errorf("verifying a token: %w", err)
 	}
 	return claims, nil
 }
@@ -184,8 +184,8 @@ func keyByID(keys map[string]*rsa.PublicKey) jwt.Keyfunc {
 	}
 }
 
-// encode marshals plain values that cannot fail, as Azure does: compact, and
-// with &, < and > left alone, so that a resource comes back byte for byte.
+// encode returns compact JSON without escapes of &, < and >, as Azure does, so
+// that a resource is returned byte for byte. Its values cannot fail to encode.
 func encode(v any) []byte {
 	var buf bytes.Buffer
 	enc := json.NewEncoder(&buf)
