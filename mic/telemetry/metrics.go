@@ -7,6 +7,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/podidentity/podidentity/internal/metric"
+	"github.com/podidentity/podidentity/mic/azure"
 )
 
 // Operation is a write of an AzureAssignedIdentity. The names are those of AAD Pod Identity.
@@ -25,6 +26,9 @@ var (
 	longTimes  = []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 900}
 )
 
+// armOperations are the operations that an azure.Observer reports.
+var armOperations = []string{"vm_get", "vm_update", "vm_poll", "vmss_get", "vmss_update", "vmss_poll"}
+
 // The metrics of MIC. Those that begin with aadpodidentity_ are the metrics of AAD Pod Identity. Its cycle went over the
 // whole cluster; here a cycle is one reconcile of one machine. The lengths of the queues and the waiting times in them
 // are metrics of controller-runtime: workqueue_depth and others, with name pods, machines or bindings.
@@ -42,11 +46,14 @@ var (
 	updates = metric.Definition{Name: "aadpodidentity_assigned_identity_update_count", Type: metric.Counter,
 		Help: "AzureAssignedIdentity objects whose copies were updated."}
 	apiErrors = metric.Definition{Name: "aadpodidentity_kubernetes_api_operations_errors_count", Type: metric.Counter, Labels: []string{"operation_type"},
-		Help: "Requests to the API server that failed."}
+		Help:   "Requests to the API server that failed.",
+		Values: map[string][]string{"operation_type": {string(Create), string(Delete), string(UpdateCopies), string(UpdateState)}}}
 	cloudTime = metric.Definition{Name: "aadpodidentity_cloud_provider_operations_duration_seconds", Type: metric.Histogram, Buckets: longTimes,
-		Labels: []string{"operation_type"}, Help: "Time of calls to Azure Resource Manager."}
+		Labels: []string{"operation_type"}, Help: "Time of calls to Azure Resource Manager.",
+		Values: map[string][]string{"operation_type": armOperations}}
 	cloudErrors = metric.Definition{Name: "aadpodidentity_cloud_provider_operations_errors_count", Type: metric.Counter, Labels: []string{"operation_type"},
-		Help: "Calls to Azure Resource Manager that failed."}
+		Help:   "Calls to Azure Resource Manager that failed.",
+		Values: map[string][]string{"operation_type": armOperations}}
 	cycleTime = metric.Definition{Name: "aadpodidentity_mic_cycle_duration_seconds", Type: metric.Histogram, Buckets: longTimes,
 		Help: "Time of one reconcile of one VM or VMSS, including the updates that it sent."}
 	cycles = metric.Definition{Name: "aadpodidentity_mic_cycle_count", Type: metric.Counter,
@@ -54,7 +61,9 @@ var (
 	newLeader = metric.Definition{Name: "aadpodidentity_mic_new_leader_election_count", Type: metric.Counter,
 		Help: "Times that this process became the leader."}
 	armCalls = metric.Definition{Name: "podidentity_mic_arm_calls_total", Type: metric.Counter, Labels: []string{"operation", "outcome"},
-		Help: "Calls to Azure Resource Manager by outcome."}
+		Help: "Calls to Azure Resource Manager by outcome.",
+		Values: map[string][]string{"operation": armOperations, "outcome": {"ok", string(azure.NotFound), string(azure.Throttled), string(azure.Conflict),
+			string(azure.BadIdentity), string(azure.Denied), string(azure.Unavailable), string(azure.Invalid), string(azure.Unconfigured)}}}
 	assignmentTime = metric.Definition{Name: "podidentity_mic_assignment_duration_seconds", Type: metric.Histogram, Buckets: longTimes,
 		Help: "Time from when MIC observed a scheduled pod until all of its identities were Assigned."}
 	setAside = metric.Definition{Name: "podidentity_mic_identities_set_aside", Type: metric.Gauge,

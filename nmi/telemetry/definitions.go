@@ -45,7 +45,7 @@ var (
 	podLookups = metric.Definition{Name: "podidentity_nmi_pod_lookup_duration_seconds", Type: metric.Histogram, Buckets: durationBuckets,
 		Help: "Time to find the pod of a request."}
 	refusedConnections = metric.Definition{Name: "podidentity_nmi_connections_refused_total", Type: metric.Counter,
-		Help: "RefusedConnections that NMI closed at once because their source, or all sources together, had too many."}
+		Help: "Connections that NMI closed at once because their source, or all sources together, had too many."}
 	staleWatches = metric.Definition{Name: "podidentity_nmi_stale_watches", Type: metric.Gauge,
 		Help: "Watches that are disconnected from the API server or have not caught up yet."}
 	assignmentWaits = metric.Definition{Name: "podidentity_nmi_assignment_wait_seconds", Type: metric.Histogram,
