@@ -1,6 +1,6 @@
-// Command reference writes the pages of docs/reference, and the section of reason codes of docs/troubleshooting.md, from
-// the code, the chart's schema and values, and the custom resource definitions. With -check it writes nothing and
-// fails if a page is not up to date.
+// Command reference writes the pages of docs/reference, the section of reason codes of docs/troubleshooting.md and the
+// packages of docs/architecture.md from the code, the chart's schema and values, and the custom resource definitions. With
+// -check it writes nothing and fails if a page is not up to date.
 //
 // It prevents documents that say something else than the product does: nobody edits these pages by hand.
 package main
@@ -24,7 +24,11 @@ type page struct {
 var pages = []page{
 	{"docs/reference/chart-values.md", whole(chartValues)},
 	{"docs/reference/crds.md", whole(customResources)},
+	{"docs/reference/metrics.md", whole(metrics)},
+	{"docs/reference/mic-flags.md", whole(micFlags)},
+	{"docs/reference/nmi-flags.md", whole(nmiFlags)},
 	{"docs/reference/reason-codes.md", whole(reasonCodes)},
+	{"docs/architecture.md", packageSections},
 	{"docs/troubleshooting.md", reasonSections},
 }
 

@@ -2,7 +2,9 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -11,7 +13,7 @@ type document struct{ bytes.Buffer }
 
 func newDocument(title, source string) *document {
 	d := &document{}
-	fmt.Fprintf(d, "# %s\n\n<!-- Generated from %s by `make generate`. Do not edit. -->\n", title, source)
+	fmt.Fprintf(d, "# %s\n\n%s", title, generatedBegin(source))
 	return d
 }
 
@@ -20,6 +22,24 @@ func (d *document) heading(level int, text string) {
 }
 
 func (d *document) paragraph(text string) { fmt.Fprintf(d, "\n%s\n", text) }
+
+// The generated part of a page that is otherwise written by hand stands between two lines.
+const generatedEnd = "<!-- End of the generated part. -->\n"
+
+func generatedBegin(source string) string {
+	return "<!-- Generated from " + source + " by `make generate`. Do not edit. -->\n"
+}
+
+// replaceGenerated puts text between the two lines.
+func replaceGenerated(current []byte, source string, text []byte) ([]byte, error) {
+	begin := []byte(generatedBegin(source))
+	before, rest, hasBegin := bytes.Cut(current, begin)
+	_, after, hasEnd := bytes.Cut(rest, []byte(generatedEnd))
+	if !hasBegin || !hasEnd {
+		return nil, errors.New("the lines that mark the generated part are missing")
+	}
+	return slices.Concat(before, begin, text, []byte(generatedEnd), after), nil
+}
 
 // table writes rows of cells, which are Markdown.
 func (d *document) table(header []string, rows [][]string) {

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
 	"net/http"
 	"strconv"
@@ -37,19 +35,8 @@ func statuses(e identity.Explanation) string {
 	return strings.Join(all, " or ")
 }
 
-// The section of reason codes stands between these lines.
-const (
-	sectionsBegin = "<!-- Generated from package identity by `make generate`. Do not edit. -->\n"
-	sectionsEnd   = "<!-- End of the generated part. -->\n"
-)
-
-// reasonSections replaces the generated part of a page that is otherwise written by hand.
+// reasonSections replaces the generated part of the page that says what to do about each reason.
 func reasonSections(_ string, current []byte) ([]byte, error) {
-	before, rest, hasBegin := bytes.Cut(current, []byte(sectionsBegin))
-	_, after, hasEnd := bytes.Cut(rest, []byte(sectionsEnd))
-	if !hasBegin || !hasEnd {
-		return nil, errors.New("the lines that mark the generated part are missing")
-	}
 	d := &document{}
 	for _, e := range identity.Explanations() {
 		d.heading(3, code(string(e.Reason)))
@@ -61,5 +48,5 @@ func reasonSections(_ string, current []byte) ([]byte, error) {
 		}
 	}
 	d.WriteString("\n")
-	return bytes.Join([][]byte{before, []byte(sectionsBegin), d.Bytes(), []byte(sectionsEnd), after}, nil), nil
+	return replaceGenerated(current, "package identity", d.Bytes())
 }

@@ -3,10 +3,15 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
+
+	"github.com/podidentity/podidentity/internal/metric"
 )
 
 const root = "../../.."
@@ -61,13 +66,96 @@ func TestEachFieldOfACustomResourceIsListed(t *testing.T) {
 	}
 }
 
+func TestDeprecatedFlagsAreListedApart(t *testing.T) {
+	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+	flags.Int("port", 80, "`port` to listen on")
+	flags.Bool("events", true, "report Events")
+	flags.String("name", "", "the `name`")
+	flags.Bool("hold", false, "")
+	flags.String("old", "", "")
+	_ = flags.MarkHidden("hold")
+	_ = flags.MarkDeprecated("old", "use --name")
+	current, deprecated := flagRows(flags)
+	want := [][]string{
+		{"`--events`", "`true`", "report Events"},
+		{"`--name NAME`", "", "the name"},
+		{"`--port PORT`", "`80`", "port to listen on"},
+	}
+	if diff := cmp.Diff(want, current); diff != "" {
+		t.Error(diff)
+	}
+	if diff := cmp.Diff([][]string{{"`--old`", "use --name"}}, deprecated); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestDefaultsFromTheEnvironmentAreNamesOfVariables(t *testing.T) {
+	for _, name := range append(fromEnvironment, "FORCENAMESPACED") {
+		t.Setenv(name, "true")
+	}
+	text, err := nmiFlags("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range []string{"| `--node NAME` | `$NODE_NAME` |", "| `--force-namespaced` | `false` |"} {
+		if !strings.Contains(string(text), row) {
+			t.Errorf("no row begins with %s", row)
+		}
+	}
+}
+
+func TestLabelsAreListedWithTheirValues(t *testing.T) {
+	rows := metricRows([]metric.Definition{
+		{Name: "a_total", Help: "Counts.", Type: metric.Counter, Labels: []string{"x", "y"}, Values: map[string][]string{"y": {"1", "2"}}},
+		{Name: "b", Help: "Is.", Type: metric.Gauge, Deprecated: "use a_total"},
+	})
+	want := [][]string{
+		{"`a_total`", "counter", "`x`, `y` (1, 2)", "Counts."},
+		{"`b`", "gauge", "", "Is. Deprecated: use a_total."},
+	}
+	if diff := cmp.Diff(want, rows); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestTheDiagramLeavesOutImportsThatFollowFromOthers(t *testing.T) {
+	packages := map[string]goPackage{
+		"cmd/a":      {imports: []string{"a", "a/b", "internal/x"}},
+		"a":          {imports: []string{"a/b", "c"}},
+		"a/b":        {imports: []string{"c", "internal/x"}},
+		"c":          {},
+		"internal/x": {},
+	}
+	want := "flowchart TD\n  a[a]\n  a --> a_b\n  a_b[a/b]\n  a_b --> c\n  c[c]\n  cmd_a[cmd/a]\n  cmd_a --> a\n"
+	if diff := cmp.Diff(want, importDiagram(packages)); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestPackagesOfTheModuleAreRead(t *testing.T) {
+	packages, err := readPackages(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := packages["identity"]
+	if !strings.HasPrefix(p.comment, "Package identity ") || !slices.Contains(p.imports, "api/v1") {
+		t.Errorf("got %+v", p)
+	}
+	for name := range packages {
+		if strings.HasPrefix(name, "e2e") || strings.HasSuffix(name, "test") {
+			t.Errorf("%s is no package of the product", name)
+		}
+	}
+}
+
 func TestOnlyTheMarkedPartOfAPageIsReplaced(t *testing.T) {
-	text, err := reasonSections("", []byte("before\n"+sectionsBegin+"OUTDATED\n"+sectionsEnd+"after\n"))
+	begin := generatedBegin("package identity")
+	text, err := reasonSections("", []byte("before\n"+begin+"OUTDATED\n"+generatedEnd+"after\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	s := string(text)
-	if !strings.HasPrefix(s, "before\n"+sectionsBegin) || !strings.HasSuffix(s, sectionsEnd+"after\n") || strings.Contains(s, "OUTDATED") {
+	if !strings.HasPrefix(s, "before\n"+begin) || !strings.HasSuffix(s, generatedEnd+"after\n") || strings.Contains(s, "OUTDATED") {
 		t.Errorf("the hand-written part changed, or the generated part did not; the page begins with %.200q", s)
 	}
 	if !strings.Contains(s, "\n### `pod_not_labelled`\n\nHTTP status: 400 Bad Request.\n") {
@@ -112,8 +200,10 @@ func copyOfSources(t *testing.T) string {
 	if err := os.MkdirAll(filepath.Join(dir, "docs/reference"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "docs/troubleshooting.md"), []byte(sectionsBegin+sectionsEnd), 0o644); err != nil {
-		t.Fatal(err)
+	for name, source := range map[string]string{"troubleshooting": "package identity", "architecture": "the packages"} {
+		if err := os.WriteFile(filepath.Join(dir, "docs", name+".md"), []byte(generatedBegin(source)+generatedEnd), 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return dir
 }

@@ -1,0 +1,86 @@
+package main
+
+import (
+	"os"
+	"strings"
+
+	"github.com/spf13/pflag"
+
+	micoptions "github.com/podidentity/podidentity/cmd/mic/options"
+	nmioptions "github.com/podidentity/podidentity/cmd/nmi/options"
+)
+
+// Defaults that come from the environment are shown as the name of the variable.
+var fromEnvironment = []string{"NODE_NAME", "KUBECONFIG", "MIC_POD_NAMESPACE"}
+
+func setEnvironment() error {
+	for _, name := range fromEnvironment {
+		if err := os.Setenv(name, "$"+name); err != nil {
+			return err
+		}
+	}
+	return os.Unsetenv("FORCENAMESPACED")
+}
+
+func nmiFlags(string) ([]byte, error) {
+	d := newDocument("Flags of NMI", "cmd/nmi/options")
+	d.paragraph("The chart sets these flags from its [values](chart-values.md).")
+	d.paragraph("`nmi uninstall` removes NMI's rules and network interface from the node. It takes the flags of the listener, the capture and " +
+		"the log. With `--wait-for-signal` it keeps running afterwards, until a signal, for a DaemonSet; `--hold` is the old name of that flag.")
+	return flagPage(d, func(f *pflag.FlagSet) { nmioptions.New().AddFlags(f) })
+}
+
+func micFlags(string) ([]byte, error) {
+	d := newDocument("Flags of MIC", "cmd/mic/options")
+	d.paragraph("The chart sets these flags from its [values](chart-values.md).")
+	d.paragraph("`mic plan` prints what MIC would attach and detach, why, and with which requests, and sends none of them. `mic uninstall` detaches what " +
+		"MIC attached and removes what it wrote into the cluster. Both take the same flags as MIC. With `--wait-for-signal`, `mic uninstall` keeps " +
+		"running afterwards and responds to `/readyz` on the probe port, until a signal, for a Deployment; `--hold` is the old name of that flag.")
+	return flagPage(d, func(f *pflag.FlagSet) { micoptions.New().AddFlags(f) })
+}
+
+func flagPage(d *document, addFlags func(*pflag.FlagSet)) ([]byte, error) {
+	if err := setEnvironment(); err != nil {
+		return nil, err
+	}
+	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+	addFlags(flags)
+	current, deprecated := flagRows(flags)
+	d.table([]string{"Flag", "Default", "Description"}, current)
+	d.heading(2, "Deprecated flags")
+	d.paragraph("Manifests of AAD Pod Identity contain these flags. They are accepted with a warning.")
+	d.table([]string{"Flag", "What to do"}, deprecated)
+	return d.Bytes(), nil
+}
+
+// flagRows lists flags in use, and those that are deprecated.
+func flagRows(flags *pflag.FlagSet) (current, deprecated [][]string) {
+	flags.VisitAll(func(f *pflag.Flag) {
+		if f.Deprecated != "" {
+			deprecated = append(deprecated, []string{code("--" + f.Name), plain(f.Deprecated)})
+			return
+		}
+		if f.Hidden {
+			return
+		}
+		placeholder, usage := pflag.UnquoteUsage(f)
+		name := "--" + f.Name
+		if placeholder != "" {
+			name += " " + strings.ToUpper(placeholder)
+		}
+		current = append(current, []string{code(name), flagDefault(f), plain(usage)})
+	})
+	return current, deprecated
+}
+
+// flagDefault is empty for a flag without a default. The default that is the host's name differs on each host.
+func flagDefault(f *pflag.Flag) string {
+	host, err := os.Hostname()
+	switch {
+	case f.DefValue == "" || f.DefValue == "[]":
+		return ""
+	case err == nil && f.DefValue == host:
+		return "the host's name"
+	}
+	return code(f.DefValue)
+}
