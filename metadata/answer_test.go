@@ -12,7 +12,7 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-func TestATokenIsWrittenAsTheRealServiceWritesIt(t *testing.T) {
+func TestATokenIsWrittenLikeIMDS(t *testing.T) {
 	w := httptest.NewRecorder()
 	TokenAnswer{
 		AccessToken: "eyJ.a.b", ClientID: "0d46", Resource: `https://x/?a=1&b=<">`,
@@ -28,7 +28,7 @@ func TestATokenIsWrittenAsTheRealServiceWritesIt(t *testing.T) {
 	}
 }
 
-func TestAnExpiredTokenHasNoNegativeRest(t *testing.T) {
+func TestAnExpiredTokenHasNoNegativeLifetime(t *testing.T) {
 	w := httptest.NewRecorder()
 	TokenAnswer{ExpiresOn: time.Unix(100, 0)}.Write(w, time.Unix(200, 0))
 	if !strings.Contains(w.Body.String(), `"expires_in":"0"`) {
@@ -36,7 +36,7 @@ func TestAnExpiredTokenHasNoNegativeRest(t *testing.T) {
 	}
 }
 
-func TestErrorsAreFlatAndTellWhenToComeAgain(t *testing.T) {
+func TestErrorsAreFlatAndHaveRetryAfter(t *testing.T) {
 	cases := []struct {
 		name       string
 		err        *Error
@@ -79,7 +79,7 @@ func TestErrorsAreFlatAndTellWhenToComeAgain(t *testing.T) {
 	}
 }
 
-// pass sends one request through an Upstream whose real service is h, and returns the answer.
+// pass sends one request through an Upstream with the fake IMDS h, and returns the response.
 func pass(t *testing.T, h http.HandlerFunc, target string, headers ...string) (*httptest.ResponseRecorder, *Error) {
 	t.Helper()
 	real := httptest.NewServer(h)
@@ -94,7 +94,7 @@ func pass(t *testing.T, h http.HandlerFunc, target string, headers ...string) (*
 	return w, u.Pass(w, r, req)
 }
 
-func TestWhatGoesToTheRealServiceIsBuiltHere(t *testing.T) {
+func TestTheRequestToIMDSIsBuiltFromParsedValues(t *testing.T) {
 	var seen *http.Request
 	w, err := pass(t, func(w http.ResponseWriter, r *http.Request) {
 		seen = r
@@ -116,7 +116,7 @@ func TestWhatGoesToTheRealServiceIsBuiltHere(t *testing.T) {
 	}
 }
 
-func TestAnAnswerWithoutEndIsCut(t *testing.T) {
+func TestAnEndlessResponseIsLimited(t *testing.T) {
 	w, _ := pass(t, func(w http.ResponseWriter, _ *http.Request) {
 		for range 3 {
 			w.Write(make([]byte, maxPassBytes))
@@ -127,7 +127,7 @@ func TestAnAnswerWithoutEndIsCut(t *testing.T) {
 	}
 }
 
-func TestARealServiceThatHangsUpIsUnavailable(t *testing.T) {
+func TestAnIMDSThatClosesTheConnectionIsUnavailable(t *testing.T) {
 	w, _ := pass(t, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, "/metadata/versions")
 	if w.Code != 503 || w.Header().Get("Retry-After") == "" || !strings.Contains(w.Body.String(), "upstream_unavailable") {
 		t.Errorf("got %d %v %s", w.Code, w.Header(), w.Body)
@@ -152,7 +152,7 @@ func TestTheNodesBudgetIsSharedAndBounded(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	}
-	// One at once, then one every 200 ms for as long as anyone waits.
+	// One request at once, then one every 200 ms.
 	if most := 1 + int((passWait+time.Since(start))*passRate/time.Second); served < 5 || served > most {
 		t.Errorf("%d of %d were served, at most %d may", served, asked, most)
 	}

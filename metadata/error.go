@@ -10,14 +10,14 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// Error is an answer that refuses. Code and Description are what the real service says in such a case, where that is
-// known, since clients look at them; Reason and Detail are ours and travel beside them in the same flat object.
+// Error is an error response. Code and Description are those of IMDS for the same case, where they are known, because
+// clients compare them. Reason and Detail are additional fields of the same flat JSON object.
 type Error struct {
 	Status      int
 	Code        string // IMDS's "error"
 	Description string // IMDS's "error_description"
 	Reason      identity.Reason
-	Detail      string        // a sentence for whoever operates the pod; may be empty
+	Detail      string        // a sentence for the operator of the pod; may be empty
 	RetryAfter  time.Duration // 0 sends no header
 }
 
@@ -25,7 +25,7 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("%d %s: %s (%s) %s", e.Status, e.Code, e.Description, e.Reason, e.Detail)
 }
 
-// The texts of the real service that clients are known to look for.
+// Texts of IMDS that clients are known to compare.
 const (
 	textHeader      = "Required metadata header not specified"
 	textNotFound    = "Identity not found"
@@ -40,15 +40,16 @@ const (
 	codeUnavailable = "service_unavailable"
 )
 
-// Clients give up at once when told to wait longer than their own limit, and the smallest limit known is azidentity's
-// 25 s. Less than a second would be no pause at all.
+// Clients give up at once if Retry-After exceeds their own limit; the smallest known limit is azidentity's 25 s. The header
+// has a resolution of one second.
 const minRetryAfter, maxRetryAfter = 1 * time.Second, 25 * time.Second
 
-// AfterPending is when a client is to come again that has waited for its identity in vain.
+// AfterPending is the Retry-After for a client whose wait for its identity timed out.
 const AfterPending = 5 * time.Second
 
-// Refusal is the answer to a request that the decision did not grant. What is refused is refused for good, as by IMDS's
-// own 400, so that a chain of credentials goes on to its next member at once; what is pending is to be asked for again.
+// Refusal returns the response to a request that the decision did not grant. A refused request gets a permanent error, like IMDS's
+// own 400, so that a chain of credentials tries its next credential at once. A pending request gets an error that makes
+// the client retry.
 func Refusal(d identity.Decision) *Error {
 	if d.Outcome == identity.Pending {
 		return Unavailable(d.Reason, d.Detail, AfterPending)
@@ -63,22 +64,22 @@ func Refusal(d identity.Decision) *Error {
 	return e
 }
 
-// Unavailable is the answer while something that passes is in the way. The client is asked to come again.
+// Unavailable returns the response to a request that fails temporarily. Clients retry after retryAfter.
 func Unavailable(r identity.Reason, detail string, retryAfter time.Duration) *Error {
 	return &Error{Status: http.StatusServiceUnavailable, Code: codeUnavailable, Description: detail, Reason: r, RetryAfter: max(retryAfter, minRetryAfter)}
 }
 
-// Throttled is the answer to a caller that must slow down.
+// Throttled returns the response to a caller that sends too many requests.
 func Throttled(r identity.Reason, detail string, retryAfter time.Duration) *Error {
 	return &Error{Status: http.StatusTooManyRequests, Code: codeThrottled, Description: detail, Reason: r, RetryAfter: max(retryAfter, minRetryAfter)}
 }
 
-// Forbidden is the answer to what a pod may not have whoever it is.
+// Forbidden returns the response to a request that NMI refuses for every pod.
 func Forbidden(r identity.Reason, detail string) *Error {
 	return &Error{Status: http.StatusForbidden, Code: codeForbidden, Description: detail, Reason: r}
 }
 
-// Passed passes on the refusal that the source of tokens answered, with its own code and text.
+// Passed returns the response that passes on an error of the token source, with its code and description.
 func Passed(status int, code, description string) *Error {
 	if code == "" {
 		code = codeInvalid
@@ -116,7 +117,7 @@ func writeJSON(w http.ResponseWriter, status int, body []byte) {
 	h["Content-Type"] = jsonType
 	h["Content-Length"] = []string{strconv.Itoa(len(body))}
 	w.WriteHeader(status)
-	// The client may be gone; there is nobody to tell.
+	// An error means that the client is gone, so nothing can be reported to it.
 	_, _ = w.Write(body)
 }
 

@@ -10,7 +10,7 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// Headers by which a program of the node says whose token it wants.
+// Headers with which a program of the node names the pod that the token is for.
 const (
 	headerPodNamespace = "podns"
 	headerPodName      = "podname"
@@ -19,14 +19,14 @@ const (
 // maxName bounds the name of a namespace or a pod, as Kubernetes does.
 const maxName = 253
 
-// ParseHostToken reads a request for /host/token, by which a program of the node asks for a token on behalf of a pod:
-// the Azure provider of the Secrets Store CSI driver and the Key Vault FlexVolume do, before the pod runs. It is the
-// predecessor's own protocol, not IMDS's: headers name the pod, no Metadata header is wanted, and no api-version. Whether
-// the caller may speak for pods is for whoever listens to see to.
+// ParseHostToken parses a request for /host/token, with which a program of the node requests a token on behalf of a pod: the
+// Azure provider of the Secrets Store CSI driver and the Key Vault FlexVolume do that before the pod runs. The protocol
+// is that of AAD Pod Identity, not of IMDS: headers name the pod, and neither a Metadata header nor an api-version is
+// required. The server must make sure that the caller may act for pods.
 func ParseHostToken(r *http.Request) (Request, *Error) {
 	req := Request{Route: RouteUnknown}
 	rawPath, rawQuery := split(r)
-	path, err := normalise(rawPath)
+	path, err := normalize(rawPath)
 	if err != nil {
 		return req, &Error{Status: http.StatusBadRequest, Code: codeBadRequest, Description: "Invalid request path", Reason: identity.PathRefused}
 	}
@@ -43,7 +43,7 @@ func ParseHostToken(r *http.Request) (Request, *Error) {
 	for name, into := range map[string]*string{headerPodNamespace: &req.PodNamespace, headerPodName: &req.PodName} {
 		given := r.Header[http.CanonicalHeaderKey(name)]
 		if len(given) != 1 || given[0] == "" || len(given[0]) > maxName || !printable(given[0]) {
-			return req, malformed(fmt.Sprintf("the headers %s and %s must each be given once; they name the pod that the token is for", headerPodNamespace, headerPodName))
+			return req, malformed(fmt.Sprintf("the headers %s and %s must each be present once; they name the pod that the token is for", headerPodNamespace, headerPodName))
 		}
 		*into = given[0]
 	}
@@ -51,11 +51,11 @@ func ParseHostToken(r *http.Request) (Request, *Error) {
 	if problem != "" {
 		return req, malformed(problem)
 	}
-	return parseWhatToken(req, values)
+	return parseTokenParameters(req, values)
 }
 
-// hostAnswer has the field names of the predecessor.
-type hostAnswer struct {
+// hostTokenResponse has the field names of AAD Pod Identity.
+type hostTokenResponse struct {
 	Token struct {
 		AccessToken  string `json:"access_token"`
 		RefreshToken string `json:"refresh_token"` // always empty
@@ -68,15 +68,15 @@ type hostAnswer struct {
 	ClientID string `json:"clientid"`
 }
 
-// WriteHostToken sends the token as the answer to a request for /host/token.
+// WriteHostToken writes the token as the response to a request for /host/token.
 func (a TokenAnswer) WriteHostToken(w http.ResponseWriter, now time.Time) {
-	var answer hostAnswer
-	answer.ClientID = a.ClientID
-	t := &answer.Token
+	var response hostTokenResponse
+	response.ClientID = a.ClientID
+	t := &response.Token
 	t.AccessToken, t.Resource, t.Type = a.AccessToken, a.Resource, "Bearer"
 	t.ExpiresIn = strconv.FormatInt(int64(max(a.ExpiresOn.Sub(now), 0)/time.Second), 10)
 	t.ExpiresOn, t.NotBefore = strconv.FormatInt(a.ExpiresOn.Unix(), 10), strconv.FormatInt(a.NotBefore.Unix(), 10)
-	body, err := json.Marshal(answer)
+	body, err := json.Marshal(response)
 	if err != nil { // strings always marshal
 		panic(err)
 	}

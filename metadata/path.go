@@ -5,45 +5,44 @@ import (
 	"strings"
 )
 
-// Route is what a request is for: the closed list of things that are answered, and of things that are refused in a
-// way of their own. It is fit to be a metric label.
+// Route is the kind of resource that a request is for. The list is closed, so a Route can be a metric label.
 type Route string
 
 const (
-	// RouteToken asks for a token: /metadata/identity/oauth2/token.
+	// RouteToken is a token: /metadata/identity/oauth2/token.
 	RouteToken Route = "token"
-	// RouteInfo asks for the tenant: /metadata/identity/info.
+	// RouteInfo is the tenant: /metadata/identity/info.
 	RouteInfo Route = "info"
-	// RouteInstance asks for the description of the machine or a part of it: /metadata/instance/...
+	// RouteInstance is the description of the VM or a part of it: /metadata/instance/...
 	RouteInstance Route = "instance"
-	// RouteVersions lists the versions of the service: /metadata/versions.
+	// RouteVersions is the list of API versions: /metadata/versions.
 	RouteVersions Route = "versions"
-	// RouteLoadBalancer describes the machine's load balancer: /metadata/loadbalancer.
+	// RouteLoadBalancer is the description of the VM's load balancer: /metadata/loadbalancer.
 	RouteLoadBalancer Route = "loadbalancer"
-	// RouteAttested would hand out proof of being the machine: /metadata/attested/... Never answered.
+	// RouteAttested is a document that proves to be the VM: /metadata/attested/... Always refused.
 	RouteAttested Route = "attested"
-	// RouteScheduledEvents shows the machine's maintenance and, by POST, approves it. Never answered.
+	// RouteScheduledEvents shows the maintenance of the VM and, by POST, approves it. Always refused.
 	RouteScheduledEvents Route = "scheduledevents"
-	// RouteHostToken asks for a token on behalf of a pod, from the node itself: /host/token. See ParseHostToken.
+	// RouteHostToken is a token that a program of the node requests on behalf of a pod: /host/token. See ParseHostToken.
 	RouteHostToken Route = "host_token"
-	// RouteUnknown is everything else, among it all other paths below /metadata/identity, some of which hand out
-	// credentials of the machine itself (getplatformmetadata, issuecredential).
+	// RouteUnknown is everything else, including all other paths below /metadata/identity. Some of those return
+	// credentials of the VM itself (getplatformmetadata, issuecredential).
 	RouteUnknown Route = "unknown"
 )
 
 var errPath = errors.New("the path of the request is not well-formed")
 
-// maxPath bounds the path; the longest real one has fewer than 200 bytes.
+// maxPath bounds the path. The longest path of IMDS has fewer than 200 bytes.
 const maxPath = 1024
 
-// normalise decodes a raw request path once and brings it into the one form that is compared with the list of routes:
-// "/" between segments, no empty segment, no trailing slash.
+// normalize decodes a raw request path once and returns it in the form that is compared with the list of routes: "/"
+// between segments, no empty segment, no trailing slash.
 //
-// The real service reads "\" as "/" and ignores the case of "/metadata"; old clients send "//" and a trailing slash.
-// Those are understood. What has no honest use is refused instead of interpreted: an encoded separator, dot segments
-// however written, a second layer of encoding, control characters, bytes beyond ASCII. Two readers can not disagree
-// about a path that has none of them.
-func normalise(raw string) (string, error) {
+// IMDS reads "\" as "/" and ignores the case of "/metadata"; old clients send "//" and a trailing slash. Those are
+// accepted. Forms that no client needs are refused instead of interpreted: encoded separators, dot segments in any
+// encoding, double encoding, control characters, bytes beyond ASCII. Two parsers cannot disagree about a path without
+// them.
+func normalize(raw string) (string, error) {
 	if len(raw) > maxPath || raw == "" || (raw[0] != '/' && raw[0] != '\\') {
 		return "", errPath
 	}
@@ -95,7 +94,7 @@ func unhex(c byte) (byte, bool) {
 	return 0, false
 }
 
-// classify compares a normalised path with the list of routes, without case.
+// classify compares a normalized path with the list of routes. It ignores case.
 func classify(path string) Route {
 	path = strings.ToLower(path)
 	switch path {
@@ -123,8 +122,8 @@ func classify(path string) Route {
 	return RouteUnknown
 }
 
-// plainSegments holds the parts of /metadata/instance/... that become part of a request to the real service to the
-// letters they are made of: names of fields and indexes of lists.
+// plainSegments reports whether a path below /metadata/instance consists only of the characters of field names and list
+// indexes. Such a path becomes part of a request to IMDS.
 func plainSegments(path string) bool {
 	for i := range len(path) {
 		c := path[i]

@@ -12,52 +12,51 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// Request is a request as far as it is understood. Nothing of the client's own text is left in it but what the route
-// has a use for.
+// Request is a parsed request. It contains only those texts of the client that its route needs.
 type Request struct {
 	Route Route
-	// Field is what comes after /metadata/instance, in the client's case: "" or "/compute/name".
+	// Field is the path after /metadata/instance, in the client's case: "" or "/compute/name".
 	Field string
 	// Resource is the audience the token is for, as the client wrote it.
 	Resource string
-	// Selector is the identity the client asks for.
+	// Selector is the identity that the client requests.
 	Selector identity.Selector
-	// Bypass asks for a token that is not from a cache.
+	// Bypass requests a token that is not from a cache.
 	Bypass bool
-	// Rejected is the SHA-256, in hex, of a token the client wants replaced; empty as a rule.
+	// Rejected is the SHA-256, in hexadecimal, of a token that the client does not accept; usually empty.
 	Rejected string
-	// PodNamespace and PodName are whom the node itself asks for; see ParseHostToken.
+	// PodNamespace and PodName identify the pod that a program of the node requests the token for; see ParseHostToken.
 	PodNamespace, PodName string
-	// APIVersion and Format are passed on to the real service for descriptions of the machine.
+	// APIVersion and Format are passed on to IMDS for descriptions of the VM.
 	APIVersion, Format string
 }
 
 // Rules of the parser.
 type Rules struct {
-	// HeaderOptional serves requests without "Metadata: true". Never wanted: it lets a forged request through that
-	// cannot set headers. The predecessor had the switch.
+	// HeaderOptional serves requests without "Metadata: true". Do not use it if you can avoid it: it also serves a forged
+	// request whose author cannot set headers (SSRF). It exists because AAD Pod Identity has it.
 	HeaderOptional bool
 }
 
-// Limits of a query. The longest real one has a resource ID and a resource URL.
+// Limits of a query. The longest legitimate query has a resource ID and a resource URL.
 const (
 	maxQuery      = 8 << 10
 	maxParameters = 32
 	maxValue      = 2048
 )
 
-// oldestVersion is the first version of the service that knew identities, and the one that every client library sends.
+// oldestVersion is the first API version of IMDS with identities, and the one that every client library sends.
 const oldestVersion = "2018-02-01"
 
-// Parse reads a request, or says how IMDS refuses it. The Request is filled as far as parsing came also when it is
-// refused, so that its Route can be logged.
+// Parse parses a request, or returns the error with which IMDS refuses it. Also for a refused request it returns what it
+// has parsed so far, so that the Route can be logged.
 //
-// The order is: the path, because what is not there has to look absent even to a request without the header; the
-// header, before anything that could cost something; the method; the parameters.
+// The order of checks is: the path, because an unknown path is "not found" also for a request without the header; the
+// header, before anything expensive; the method; the parameters.
 func Parse(r *http.Request, rules Rules) (Request, *Error) {
 	req := Request{Route: RouteUnknown}
 	rawPath, rawQuery := split(r)
-	path, err := normalise(rawPath)
+	path, err := normalize(rawPath)
 	if err != nil {
 		return req, &Error{Status: http.StatusBadRequest, Code: codeBadRequest, Description: "Invalid request path", Reason: identity.PathRefused}
 	}
@@ -68,7 +67,7 @@ func Parse(r *http.Request, rules Rules) (Request, *Error) {
 	if req.Route == RouteUnknown {
 		return req, &Error{Status: http.StatusNotFound, Code: codeNotFound, Description: "No such endpoint", Reason: identity.PathUnknown}
 	}
-	// A forwarded request comes from somebody else than the pod that seems to send it. Even an empty header says so.
+	// A proxy sent a forwarded request on behalf of someone else than the pod it runs in. Even an empty header shows that.
 	if _, forwarded := r.Header["X-Forwarded-For"]; forwarded {
 		return req, &Error{Status: http.StatusBadRequest, Code: codeInvalid, Description: "Requests with an X-Forwarded-For header are not served", Reason: identity.Forwarded}
 	}
@@ -77,9 +76,9 @@ func Parse(r *http.Request, rules Rules) (Request, *Error) {
 	}
 	switch req.Route {
 	case RouteAttested:
-		return req, Forbidden(identity.RouteBlocked, "Attested documents prove to be the machine; they are not given to pods")
+		return req, Forbidden(identity.RouteBlocked, "Attested documents prove the identity of the VM; pods do not get them")
 	case RouteScheduledEvents:
-		return req, Forbidden(identity.RouteBlocked, "Scheduled events belong to the machine; they are not open to pods")
+		return req, Forbidden(identity.RouteBlocked, "Scheduled events belong to the VM; pods have no access to them")
 	}
 	if r.Method != http.MethodGet {
 		return req, &Error{Status: http.StatusMethodNotAllowed, Code: codeMethod, Description: "Only GET is allowed", Reason: identity.MethodNotAllowed}
@@ -102,8 +101,8 @@ func malformed(problem string) *Error {
 	return &Error{Status: http.StatusBadRequest, Code: codeInvalid, Description: problem, Reason: identity.RequestMalformed}
 }
 
-// split returns path and query as the client sent them, undecoded. A request line may hold a whole URL, as a client
-// with a proxy sends it; scheme and host of such a one decide nothing.
+// split returns path and query as the client sent them, not decoded. The request line may contain a whole URL, as clients
+// send it to a proxy; its scheme and host are ignored.
 func split(r *http.Request) (path, query string) {
 	raw := r.RequestURI
 	if len(raw) > 7 && strings.EqualFold(raw[:7], "http://") {
@@ -118,7 +117,8 @@ func split(r *http.Request) (path, query string) {
 	return path, query
 }
 
-// hasMetadataHeader wants every Metadata header to be "true", whatever its case: two that differ are no consent.
+// hasMetadataHeader reports whether there is a Metadata header and all of them are "true", in any case. Headers that differ
+// are refused.
 func hasMetadataHeader(h http.Header) bool {
 	values := h["Metadata"]
 	for _, v := range values {
@@ -129,7 +129,7 @@ func hasMetadataHeader(h http.Header) bool {
 	return len(values) > 0
 }
 
-// parameter is one of a query, its name in lower case.
+// parameter is a query parameter, with its name in lower case.
 type parameter struct{ name, value string }
 
 type parameterList []parameter
@@ -176,14 +176,15 @@ func parameters(raw string) (parameterList, string) {
 		}
 		name = strings.ToLower(name)
 		if values.has(name) {
-			return nil, "a parameter is given more than once"
+			return nil, "a parameter is present more than once"
 		}
 		values = append(values, parameter{name, value})
 	}
 	return values, ""
 }
 
-// printable wants UTF-8 without control characters: the value may end up in a log, in an answer and in another query.
+// printable reports whether s is UTF-8 without control characters. A value can become part of a log line, a response or
+// another query.
 func printable(s string) bool {
 	for i := range len(s) {
 		if s[i] < 0x20 || s[i] == 0x7f {
@@ -196,18 +197,18 @@ func printable(s string) bool {
 func parseToken(req Request, values parameterList) (Request, *Error) {
 	if !isDate(req.APIVersion) || req.APIVersion < oldestVersion {
 		return req, &Error{Status: http.StatusBadRequest, Code: codeInvalid, Reason: identity.APIVersion,
-			Description: "api-version is invalid or was not specified in the request; write api-version=" + oldestVersion}
+			Description: "api-version is invalid or was not specified in the request; use api-version=" + oldestVersion}
 	}
-	return parseWhatToken(req, values)
+	return parseTokenParameters(req, values)
 }
 
-// parseWhatToken reads the parameters that say which token is wanted.
-func parseWhatToken(req Request, values parameterList) (Request, *Error) {
+// parseTokenParameters reads the parameters that say which token the client requests.
+func parseTokenParameters(req Request, values parameterList) (Request, *Error) {
 	req.Resource = values.get("resource")
 	if req.Resource == "" {
 		return req, &Error{Status: http.StatusBadRequest, Code: codeInvalid, Description: textNoResource, Reason: identity.ResourceMissing}
 	}
-	// The documentation has msi_res_id; some clients send mi_res_id. An empty selector is none: old clients send one.
+	// The documentation has msi_res_id, but some clients send mi_res_id. Old clients send empty selectors; they are ignored.
 	given := 0
 	for _, p := range values {
 		if p.value == "" {
@@ -227,7 +228,7 @@ func parseWhatToken(req Request, values parameterList) (Request, *Error) {
 	}
 	if given > 1 {
 		req.Selector = identity.Selector{}
-		return req, malformed("client_id, object_id and msi_res_id exclude each other")
+		return req, malformed("only one of client_id, object_id and msi_res_id may be present")
 	}
 	req.Bypass = strings.EqualFold(values.get("bypass_cache"), "true")
 	req.Rejected = values.get("token_sha256_to_refresh")

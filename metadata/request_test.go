@@ -13,7 +13,7 @@ import (
 
 const tokenPath = "/metadata/identity/oauth2/token"
 
-// request reads the text of a request the way the server does; a request that Go's server refuses by itself is nil.
+// request parses the text of a request like the HTTP server; it returns nil for a request that the server refuses itself.
 func request(t testing.TB, target string, headers ...string) *http.Request {
 	t.Helper()
 	text := target
@@ -33,7 +33,7 @@ func request(t testing.TB, target string, headers ...string) *http.Request {
 
 const good = tokenPath + "?api-version=2018-02-01&resource=https://vault.azure.net"
 
-func TestRequestsThatAreServed(t *testing.T) {
+func TestValidRequestsAreParsed(t *testing.T) {
 	plain := Request{Route: RouteToken, Resource: "https://vault.azure.net", APIVersion: "2018-02-01"}
 	with := func(change func(*Request)) Request { r := plain; change(&r); return r }
 	cases := []struct {
@@ -73,7 +73,7 @@ func TestRequestsThatAreServed(t *testing.T) {
 	}
 }
 
-func TestRequestsThatAreRefused(t *testing.T) {
+func TestInvalidRequestsAreRefused(t *testing.T) {
 	cases := []struct {
 		name, target string
 		headers      []string
@@ -158,7 +158,7 @@ func manyParameters(n int) string {
 	return v.Encode()
 }
 
-func TestAHeaderThatIsOptionalIsNotMissed(t *testing.T) {
+func TestAnOptionalMetadataHeaderMayBeMissing(t *testing.T) {
 	got, refusal := Parse(request(t, good), Rules{HeaderOptional: true})
 	if refusal != nil || got.Resource == "" {
 		t.Errorf("got %+v, %v", got, refusal)
@@ -170,7 +170,7 @@ func FuzzPath(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, raw string) {
-		path, err := normalise(raw)
+		path, err := normalize(raw)
 		if err != nil {
 			if path != "" {
 				t.Fatalf("%q: an error and a path %q", raw, path)
@@ -186,7 +186,7 @@ func FuzzPath(f *testing.F) {
 			}
 		}
 		if path != "" && !strings.Contains(path, "%") {
-			again, err := normalise(path)
+			again, err := normalize(path)
 			if err != nil || again != path {
 				t.Fatalf("%q became %q, and that %q, %v", raw, path, again, err)
 			}

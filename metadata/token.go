@@ -1,15 +1,15 @@
-// Package metadata speaks the protocol of the Azure Instance Metadata Service (IMDS): it reads a pod's request
-// strictly and writes a token, an error or what the real service says, in the form that client libraries expect.
+// Package metadata implements the protocol of the Azure Instance Metadata Service (IMDS): it parses a pod's request
+// strictly, and writes a token, an error or the response of IMDS in the form that client libraries expect.
 //
-// What it protects against: requests that mean one thing to the reader that authorises and another to the one that
-// answers. A path is decoded once and compared with a short list; parameters that come twice, forwarded requests and
-// requests without the Metadata header are refused; whatever goes to the real service is built here from parsed parts
-// and never from the client's text. Paths that hand out credentials of the machine are not on the list.
+// It protects against requests that the code that authorizes and the server that responds interpret differently. A path
+// is decoded once and compared with a short list. Repeated parameters, forwarded requests and requests without the
+// Metadata header are refused. Requests to IMDS are built from parsed values, never from the client's text. Paths that
+// return credentials of the VM are not on the list.
 //
-// The facts about the protocol are from Microsoft's documentation of the service
+// The protocol is taken from Microsoft's documentation of the service
 // (learn.microsoft.com/azure/virtual-machines/instance-metadata-service and
-// learn.microsoft.com/entra/identity/managed-identities-azure-resources/how-to-use-vm-token), from captures of real
-// answers, and from the client libraries, which rely on more than is documented.
+// learn.microsoft.com/entra/identity/managed-identities-azure-resources/how-to-use-vm-token), from captured responses of
+// IMDS, and from the client libraries, which rely on more than is documented.
 package metadata
 
 import (
@@ -21,31 +21,31 @@ import (
 	"time"
 )
 
-// TokenAnswer is a token on its way to a client.
+// TokenAnswer is the response with a token.
 type TokenAnswer struct {
 	AccessToken string
-	// ClientID is the identity's; empty for an identity the request did not name and nobody knows the ID of.
+	// ClientID of the identity; empty if the request did not name an identity and the ID is unknown.
 	ClientID string
-	// Resource is echoed as the client wrote it: clients use it as a key of their caches.
+	// Resource exactly as the client sent it: clients use it as a cache key.
 	Resource  string
 	ExpiresOn time.Time
 	NotBefore time.Time
-	// Lifetime is that of the token when it was issued; it does not count down.
+	// Lifetime of the token when it was issued, not the remaining one.
 	Lifetime time.Duration
 }
 
 var buffers = sync.Pool{New: func() any { return new([]byte) }}
 
-// Write sends the token. expires_in is what is left of its life at now.
+// Write writes the token. expires_in is the remaining lifetime at now.
 //
-// The fields are those of the real answer, in its order (alphabetical: one client library takes the last of expires_in
-// and expires_on) and all as strings (numbers and empty strings break others).
+// The fields are those of IMDS's response, in the same order (alphabetical: one client library uses the last of expires_in
+// and expires_on) and all are strings (numbers and empty strings break other libraries).
 func (a TokenAnswer) Write(w http.ResponseWriter, now time.Time) {
 	write(w, func(b []byte) []byte { return a.append(b, now) })
 }
 
-// WriteTokens sends the tokens of an identity of several tenants, as the predecessor did: an array, the home tenant's
-// first.
+// WriteTokens writes the tokens of an identity with several tenants like AAD Pod Identity: an array, with the token of
+// the home tenant first.
 func WriteTokens(w http.ResponseWriter, tokens []TokenAnswer, now time.Time) {
 	write(w, func(b []byte) []byte {
 		b = append(b, '[')
@@ -80,7 +80,8 @@ func (a TokenAnswer) append(b []byte, now time.Time) []byte {
 	return append(b, `,"token_type":"Bearer"}`...)
 }
 
-// appendJSON appends a string of JSON. Tokens and most resources need no escaping, and a token is long.
+// appendJSON appends s as a JSON string. Tokens are long and, like most resources, need no escaping, so the common case avoids
+// the encoder.
 func appendJSON(b []byte, s string) []byte {
 	for i := range len(s) {
 		if c := s[i]; c < 0x20 || c >= 0x7f || c == '"' || c == '\\' {
@@ -93,7 +94,7 @@ func appendJSON(b []byte, s string) []byte {
 func appendEscaped(b []byte, s string) []byte {
 	var escaped bytes.Buffer
 	enc := json.NewEncoder(&escaped)
-	enc.SetEscapeHTML(false) // "&" of a resource stays "&": byte for byte
+	enc.SetEscapeHTML(false) // a resource must come back byte for byte, also with "&"
 	if err := enc.Encode(s); err != nil {
 		panic(err) // strings always encode
 	}
@@ -110,7 +111,7 @@ func appendNumber(b []byte, n int64) []byte {
 
 var noStore = []string{"no-store"}
 
-// WriteInfo answers /metadata/identity/info.
+// WriteInfo writes the response to /metadata/identity/info.
 func WriteInfo(w http.ResponseWriter, tenantID string) {
 	body, err := json.Marshal(map[string]string{"tenantId": tenantID})
 	if err != nil { // strings always marshal

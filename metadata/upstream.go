@@ -20,8 +20,8 @@ import (
 
 const instancePath = "/metadata/instance"
 
-// The real service allows a machine 5 requests a second to everything but tokens. All pods of the node share them; one
-// that finds none left waits this long at most. A real answer has some 10 KiB.
+// IMDS allows a VM 5 requests per second for everything except tokens. All pods of the node share this budget; a request
+// waits for it at most passWait. A response of IMDS has some 10 KiB.
 const (
 	passRate     = 5
 	passWait     = 2 * time.Second
@@ -29,8 +29,8 @@ const (
 	maxPassBytes = 1 << 20
 )
 
-// Upstream passes descriptions of the machine on from the real service: RouteInstance, RouteVersions,
-// RouteLoadBalancer, and RouteInfo where no tenant is configured.
+// Upstream forwards requests for descriptions of the VM to IMDS: RouteInstance, RouteVersions, RouteLoadBalancer, and
+// RouteInfo if no tenant is configured.
 type Upstream struct {
 	proxy   *httputil.ReverseProxy
 	limiter *rate.Limiter
@@ -38,15 +38,15 @@ type Upstream struct {
 
 type upstreamKey struct{}
 
-// NewUpstream passes requests on to the real service at addr.
+// NewUpstream returns an Upstream that forwards requests to IMDS at addr.
 func NewUpstream(addr netip.AddrPort) *Upstream {
 	u := &Upstream{limiter: rate.NewLimiter(passRate, 1)}
 	dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
-		// Whatever the URL says, there is one place to go.
+		// Always connect to addr, whatever the URL contains.
 		return (&net.Dialer{Timeout: 2 * time.Second}).DialContext(ctx, network, addr.String())
 	}
 	u.proxy = &httputil.ReverseProxy{
-		// Rewrite, unlike Director, adds no X-Forwarded-For, which the real service refuses.
+		// Unlike Director, Rewrite adds no X-Forwarded-For, which IMDS refuses.
 		Rewrite: func(p *httputil.ProxyRequest) {
 			target := p.In.Context().Value(upstreamKey{}).(*url.URL)
 			p.Out.URL, p.Out.Host = target, addr.String()
@@ -54,7 +54,7 @@ func NewUpstream(addr netip.AddrPort) *Upstream {
 			p.Out.Header = http.Header{"Metadata": {"true"}, "User-Agent": {"podidentity-nmi"}}
 		},
 		Transport: &http.Transport{
-			Proxy:                  nil, // the service must never be reached through a proxy
+			Proxy:                  nil, // IMDS must never be reached through a proxy
 			DialContext:            dial,
 			MaxConnsPerHost:        passRate,
 			MaxIdleConnsPerHost:    1,
@@ -65,40 +65,40 @@ func NewUpstream(addr netip.AddrPort) *Upstream {
 		},
 		ModifyResponse: func(r *http.Response) error {
 			if r.ContentLength > maxPassBytes {
-				return fmt.Errorf("the answer has %d bytes, more than the %d that are passed on", r.ContentLength, maxPassBytes)
+				return fmt.Errorf("the response of IMDS has %d bytes; NMI forwards at most %d", r.ContentLength, maxPassBytes)
 			}
-			r.Body = bounded{io.LimitReader(r.Body, maxPassBytes), r.Body}
+			r.Body = limitedBody{io.LimitReader(r.Body, maxPassBytes), r.Body}
 			return nil
 		},
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
 			unreachable(err).Write(w)
 		},
-		// Every request has its own line in NMI's log; what the proxy has to say beyond that is about clients that left.
+		// NMI logs every request. What the proxy logs in addition concerns only clients that are gone.
 		ErrorLog: log.New(io.Discard, "", 0),
 	}
 	return u
 }
 
-type bounded struct {
+type limitedBody struct {
 	io.Reader
 	io.Closer
 }
 
 func unreachable(err error) *Error {
-	detail := "The metadata service of the machine did not answer"
+	detail := "The metadata service of the VM did not respond"
 	if errors.Is(err, context.DeadlineExceeded) {
 		detail += " in time"
 	}
 	return Unavailable(identity.UpstreamUnavailable, detail, time.Second)
 }
 
-// Pass answers the request with what the real service says. It returns an error, with nothing written, when the node
-// has used up its budget.
+// Pass forwards the request to IMDS and writes its response. If the node has used up its budget it returns an error and
+// writes nothing.
 func (u *Upstream) Pass(w http.ResponseWriter, r *http.Request, req Request) *Error {
 	waiting, cancel := context.WithTimeout(r.Context(), passWait)
 	defer cancel()
 	if err := u.limiter.Wait(waiting); err != nil {
-		return Throttled(identity.UpstreamThrottled, fmt.Sprintf("The pods of this node have used up the %d requests a second that the metadata service allows", passRate), time.Second)
+		return Throttled(identity.UpstreamThrottled, fmt.Sprintf("The pods of this node have used up the %d requests per second that the metadata service allows", passRate), time.Second)
 	}
 	ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), upstreamKey{}, req.upstreamURL()), passTimeout)
 	defer cancel()
@@ -106,7 +106,7 @@ func (u *Upstream) Pass(w http.ResponseWriter, r *http.Request, req Request) *Er
 	return nil
 }
 
-// upstreamURL is built from the route and from parsed values alone.
+// upstreamURL builds the URL only from the route and parsed values.
 func (req Request) upstreamURL() *url.URL {
 	target := &url.URL{Scheme: "http", Host: "imds"}
 	switch req.Route {
