@@ -2,47 +2,48 @@ package identity
 
 import "fmt"
 
-// State is how far the assignment of an identity to the pod's machine has come.
+// State is the state of an assignment of an identity to the pod's machine.
 type State string
 
 const (
-	StateLegacy     State = "" // written before states existed; see Assignment.Usable
+	StateLegacy     State = "" // from a version without states; see Assignment.Usable
 	StateCreated    State = "Created"
 	StateAssigned   State = "Assigned"
 	StateUnassigned State = "Unassigned"
 )
 
-// Assignment is an AzureAssignedIdentity, as far as it matters here.
+// Assignment has the fields of an AzureAssignedIdentity that the decision reads.
 type Assignment struct {
 	IdentityNamespace, IdentityName string
-	// Kind and ResourceID are those that the identity had when the assignment was made.
+	// Kind and ResourceID of the identity when the assignment was created.
 	Kind       Kind
 	ResourceID string
 
 	PodNamespace, PodName string
-	// PodUID is that of the pod that owns the object. Objects of the predecessor have no owner.
+	// PodUID is the UID of the pod that owns the object. Objects of AAD Pod Identity have no owner.
 	PodUID string
 
 	State State
-	// Message is why the identity is not on the machine yet; empty if nothing is in the way.
+	// Message says why the identity could not be attached to the machine yet; empty if there is no problem.
 	Message string
 }
 
-// Covers reports whether the assignment is about this pod and this identity as both are now. One that was made for an
-// earlier pod of the name, or before the identity became another resource, says nothing about these.
+// Covers reports whether the assignment is for this pod and the current version of this identity. It is not if it was
+// created for an earlier pod of the same name, or before the resource ID of the identity changed.
 func (a Assignment) Covers(pod Pod, i *Identity) bool {
 	return a.PodName == pod.Name && a.PodNamespace == pod.Namespace && (a.PodUID == "" || a.PodUID == pod.UID) &&
 		a.IdentityName == i.Name && a.IdentityNamespace == i.Namespace && a.Kind == i.Kind &&
 		(i.Kind != UserAssigned || sameResource(a.ResourceID, i.ResourceID))
 }
 
-// Usable reports whether the pod may use the identity. An object without a state is from before there were states, when
-// it meant just that; but one that a pod owns is MIC's, and MIC has not said a word on it yet.
+// Usable reports whether the pod may use the identity. An object without a state and without an owner is from a version of
+// AAD Pod Identity without states, where it meant that the identity is attached. An object without a state that a pod owns
+// is from MIC, which has not set the state yet.
 func (a Assignment) Usable() bool {
 	return a.State == StateAssigned || a.State == StateLegacy && a.PodUID == ""
 }
 
-// Assigned returns nil if the identity is assigned to the machine of the pod, or else the decision to wait for that.
+// Assigned returns nil if the identity is assigned to the machine of the pod, otherwise the pending decision.
 func Assigned(pod Pod, i *Identity, assignments []Assignment) *Decision {
 	created, message := false, ""
 	for _, a := range assignments {
@@ -58,11 +59,11 @@ func Assigned(pod Pod, i *Identity, assignments []Assignment) *Decision {
 	switch {
 	case message != "":
 		d.Reason = AssignmentFailed
-		d.Detail = fmt.Sprintf("AzureIdentity %s could not be assigned to the machine of pod %s/%s so far: %s", i.Key(), pod.Namespace, pod.Name, message)
+		d.Detail = fmt.Sprintf("AzureIdentity %s could not be assigned to the machine of pod %s/%s yet: %s", i.Key(), pod.Namespace, pod.Name, message)
 	case created:
 		d.Detail = fmt.Sprintf("AzureIdentity %s is being assigned to the machine of pod %s/%s", i.Key(), pod.Namespace, pod.Name)
 	default:
-		d.Detail = fmt.Sprintf("AzureIdentity %s is not assigned to the machine of pod %s/%s, and MIC has not taken it up yet", i.Key(), pod.Namespace, pod.Name)
+		d.Detail = fmt.Sprintf("AzureIdentity %s is not assigned to the machine of pod %s/%s, and MIC has not created an AzureAssignedIdentity yet", i.Key(), pod.Namespace, pod.Name)
 	}
 	return &d
 }

@@ -1,12 +1,12 @@
-// Package identity is the one decision of Pod Identity: which Azure identity, if any, a pod may use.
+// Package identity decides which Azure identity, if any, a pod may use.
 //
-// NMI asks it for every token request, MIC asks it for every assignment and the command line asks it to explain a
-// refusal. It is a pure function over plain values: no I/O, no clock, no log. The same question gets the same answer
-// everywhere, and the answer carries a [Reason] that is spelled the same in the HTTP error, the log and the metrics.
+// NMI calls it for every token request, MIC for every assignment, and the command line to explain a refusal. It is a pure
+// function over plain values: no I/O, no clock, no log. The same input has the same result everywhere, and the result has
+// a [Reason] that is spelled the same in the HTTP error, the log and the metrics.
 //
-// What it protects against: a pod that gets an identity nobody bound to it. Whatever is doubtful (two bindings that
-// disagree, a binding whose identity is gone, an identity that cannot work) is a refusal that names the objects, never
-// a pick. Client-chosen text only ever narrows the set of identities that the cluster's objects allow.
+// It protects against a pod that gets an identity that is not bound to it. A doubtful case (two bindings that disagree, a
+// binding whose identity does not exist, an invalid identity) is refused with the names of the objects; the package never guesses.
+// Text that the client chooses can only narrow the set of identities that the cluster's objects allow.
 package identity
 
 import (
@@ -23,10 +23,11 @@ import (
 type Mode int
 
 const (
-	// Managed mode: identities are attached to the machines beforehand; pod, binding and identity share a namespace.
+	// Managed mode: an operator attaches identities to the machines beforehand. Pod, binding and identity are in the same
+	// namespace.
 	Managed Mode = iota
-	// Standard mode: MIC attaches identities and records it in assignments; bindings match across namespaces unless
-	// the identity or the installation says otherwise.
+	// Standard mode: MIC attaches identities and records them in assignments. Bindings match across namespaces unless the
+	// identity or the installation forbids it.
 	Standard
 )
 
@@ -40,30 +41,30 @@ const (
 	Federated                   Kind = 3 // an app or managed identity that trusts the cluster's issuer
 )
 
-// Rules are the settings of the installation that take part in the decision.
+// Rules are the settings of the installation that affect the decision.
 type Rules struct {
 	Mode Mode
-	// ForceNamespaced keeps bindings to their own namespace in standard mode too.
+	// ForceNamespaced restricts bindings to their own namespace in standard mode too.
 	ForceNamespaced bool
-	// AllowCrossNamespaceSecrets lets an identity name a Secret of another namespace than its own. Whoever may create
-	// identities can then use every Secret that NMI may read.
+	// AllowCrossNamespaceSecrets allows an identity to name a Secret in another namespace. Users who may create identities
+	// can then use every Secret that NMI may read.
 	AllowCrossNamespaceSecrets bool
 }
 
 // Pod is the caller.
 type Pod struct {
 	Namespace, Name string
-	// UID tells the pod from others that have had its name. Only assignments are compared with it.
+	// UID distinguishes the pod from earlier pods of the same name. Only assignments are compared with it.
 	UID    string
 	Labels map[string]string
 }
 
-// Selector is what the caller asked for. At most one field is set; the parser of the request sees to that.
+// Selector is the identity that the caller requests. At most one field is set; the parser of the request ensures that.
 type Selector struct {
 	ClientID, ObjectID, ResourceID string
 }
 
-// IsZero reports whether the caller left the choice to us.
+// IsZero reports whether the caller requests no particular identity.
 func (s Selector) IsZero() bool { return s == Selector{} }
 
 func (s Selector) String() string {
@@ -75,7 +76,7 @@ func (s Selector) String() string {
 	case s.ResourceID != "":
 		return fmt.Sprintf("msi_res_id %q", s.ResourceID)
 	}
-	return "no identity in particular"
+	return "no particular identity"
 }
 
 // Identity is an AzureIdentity.
@@ -85,31 +86,31 @@ type Identity struct {
 	ClientID        string
 	ResourceID      string
 	TenantID        string
-	// AuxiliaryTenantIDs are further tenants that tokens are wanted from, for ServicePrincipalSecret.
+	// AuxiliaryTenantIDs are further tenants to request tokens from, for ServicePrincipalSecret.
 	AuxiliaryTenantIDs []string
-	// ADEndpoint is the authority to ask, by default that of the installation. Not for UserAssigned.
+	// ADEndpoint is the authority, by default that of the installation. Not for UserAssigned.
 	ADEndpoint string
-	// SecretNamespace and SecretName say where a service principal's secret or certificate is. A namespace that is
-	// left out is the identity's own.
+	// SecretNamespace and SecretName name the Secret with the client secret or certificate. The namespace defaults to that
+	// of the identity.
 	SecretNamespace, SecretName string
-	// ObjectID is not part of the AzureIdentity; callers that have seen a token of this identity fill it in from its
-	// oid claim. Only a request by object_id needs it.
+	// ObjectID is not part of the AzureIdentity. Callers that have received a token of this identity set it from the oid
+	// claim. Only a request by object_id needs it.
 	ObjectID string
-	// Namespaced is the annotation that confines this identity to pods of its own namespace.
+	// Namespaced restricts the identity to pods of its own namespace. It is set by an annotation.
 	Namespaced bool
 }
 
-// Equal reports whether two states of an AzureIdentity mean the same.
+// Equal reports whether two states of an AzureIdentity are equal for the decision.
 func (i Identity) Equal(o Identity) bool { return reflect.DeepEqual(i, o) }
 
-// Key names the object.
+// Key returns namespace/name.
 func (i Identity) Key() string { return i.Namespace + "/" + i.Name }
 
 func (i Identity) usesSecret() bool {
 	return i.Kind == ServicePrincipalSecret || i.Kind == ServicePrincipalCertificate
 }
 
-// sameCredential reports whether two objects describe the very same principal, so that either answers for both.
+// sameCredential reports whether two objects describe the same principal with the same credential, so that either can be used.
 func (i Identity) sameCredential(o Identity) bool {
 	if i.Kind != o.Kind || !strings.EqualFold(i.ClientID, o.ClientID) {
 		return false
@@ -120,7 +121,7 @@ func (i Identity) sameCredential(o Identity) bool {
 	case Federated:
 		return strings.EqualFold(i.TenantID, o.TenantID) && i.ADEndpoint == o.ADEndpoint
 	}
-	return false // each has a Secret of its own
+	return false // each has its own Secret
 }
 
 // Binding is an AzureIdentityBinding.
@@ -136,7 +137,7 @@ type Exception struct {
 	PodLabels       map[string]string
 }
 
-// Facts are the objects around the pod. A caller may pass more than concerns the pod: what does not match is ignored.
+// Facts are the objects that the decision depends on. Objects that do not concern the pod are ignored.
 type Facts struct {
 	Exceptions  []Exception
 	Bindings    []Binding
@@ -144,27 +145,27 @@ type Facts struct {
 	Assignments []Assignment // read in standard mode only
 }
 
-// Outcome is what to do with the request.
+// Outcome is the result of a decision.
 type Outcome int
 
 const (
-	Refused Outcome = iota // for good, as long as the objects stay as they are
-	Pending                // not yet; worth waiting for
+	Refused Outcome = iota // permanently, until the objects change
+	Pending                // not yet granted; the caller can wait
 	Granted
 )
 
-// Decision is the answer.
+// Decision is the result of Decide.
 type Decision struct {
 	Outcome Outcome
 	Reason  Reason
-	// Identity is what the pod may use. Nil unless granted, or pending on that identity. Nil as well for an excepted
-	// pod (Reason Excepted): that one is served by the machine's own identities.
+	// Identity is the identity that the pod may use, or that is pending. It is nil if the request is refused, and for an
+	// excepted pod (Reason Excepted), which uses the identities of the machine itself.
 	Identity *Identity
 	// Detail is one sentence for an operator; empty when granted.
 	Detail string
 }
 
-// Decide answers whether the pod may have the identity it asks for.
+// Decide decides whether the pod may use the identity that it requests.
 func Decide(rules Rules, pod Pod, want Selector, facts Facts) Decision {
 	if excepted(pod, facts.Exceptions) {
 		return Decision{Outcome: Granted, Reason: Excepted}
@@ -188,14 +189,14 @@ func Decide(rules Rules, pod Pod, want Selector, facts Facts) Decision {
 	return Decision{Outcome: Granted, Reason: Allowed, Identity: chosen}
 }
 
-// Usable returns the refusal for an identity that no pod can use whoever it is bound to, or nil.
+// Usable returns the refusal for an identity that no pod can use, or nil.
 func Usable(rules Rules, i Identity) *Decision {
 	if problem := i.Problem(); problem != "" {
-		d := refuse(IdentityInvalid, "AzureIdentity %s cannot work: %s", i.Key(), problem)
+		d := refuse(IdentityInvalid, "AzureIdentity %s is invalid: %s", i.Key(), problem)
 		return &d
 	}
 	if i.usesSecret() && i.SecretNamespace != i.Namespace && !rules.AllowCrossNamespaceSecrets {
-		d := refuse(SecretNotAllowed, "AzureIdentity %s names Secret %s/%s, which is in another namespace than the identity; put the Secret into namespace %s, or run NMI with --allow-cross-namespace-secrets", i.Key(), i.SecretNamespace, i.SecretName, i.Namespace)
+		d := refuse(SecretNotAllowed, "AzureIdentity %s names Secret %s/%s, which is in another namespace than the identity; move the Secret to namespace %s, or run NMI with --allow-cross-namespace-secrets", i.Key(), i.SecretNamespace, i.SecretName, i.Namespace)
 		return &d
 	}
 	return nil
@@ -208,8 +209,8 @@ func refuse(r Reason, format string, args ...any) Decision {
 	return Decision{Outcome: Refused, Reason: r, Detail: fmt.Sprintf(format, args...)}
 }
 
-// excepted follows the predecessor's rule: one matching label of one exception in the pod's namespace is enough, and
-// values compare without case.
+// excepted applies the rule of AAD Pod Identity: one matching label of one exception in the pod's namespace is enough, and
+// the case of values is ignored.
 func excepted(pod Pod, exceptions []Exception) bool {
 	for _, e := range exceptions {
 		if e.Namespace != pod.Namespace {
@@ -224,8 +225,8 @@ func excepted(pod Pod, exceptions []Exception) bool {
 	return false
 }
 
-// Bound returns the identities that bindings give to the pod, each once, sorted by namespace and name; or the refusal
-// if there is none. It ignores exceptions and what the request asks for.
+// Bound returns the identities that are bound to the pod, each once, sorted by namespace and name, or the refusal if there
+// is none. It ignores exceptions and the request.
 func Bound(rules Rules, pod Pod, facts Facts) ([]Identity, *Decision) {
 	label := pod.Labels[v1.BindingLabel]
 	if label == "" {
@@ -279,7 +280,7 @@ func where(rules Rules, pod Pod) string {
 	return ""
 }
 
-// choose picks the one identity the request means. Several objects count as one only if they are the same principal.
+// choose returns the identity that the request means. Several objects are accepted only if they have the same credential.
 func choose(pod Pod, want Selector, bound []Identity) (*Identity, *Decision) {
 	candidates := bound
 	if !want.IsZero() {
@@ -291,7 +292,7 @@ func choose(pod Pod, want Selector, bound []Identity) (*Identity, *Decision) {
 		}
 	}
 	if len(candidates) == 0 {
-		d := refuse(IdentityNotBound, "pod %s/%s asked for %s, which is not among the identities bound to it: %s", pod.Namespace, pod.Name, want, names(bound))
+		d := refuse(IdentityNotBound, "pod %s/%s requested %s, which is not one of the identities bound to it: %s", pod.Namespace, pod.Name, want, names(bound))
 		return nil, &d
 	}
 	first := candidates[0]
@@ -300,10 +301,10 @@ func choose(pod Pod, want Selector, bound []Identity) (*Identity, *Decision) {
 			continue
 		}
 		if want.IsZero() {
-			d := refuse(MultipleIdentities, "several identities are bound to pod %s/%s (%s) and the request names none; give client_id, object_id or msi_res_id", pod.Namespace, pod.Name, names(candidates))
+			d := refuse(MultipleIdentities, "several identities are bound to pod %s/%s (%s) and the request names none; set client_id, object_id or msi_res_id", pod.Namespace, pod.Name, names(candidates))
 			return nil, &d
 		}
-		d := refuse(IdentityAmbiguous, "%s means several AzureIdentity objects that differ: %s; remove all but one, or their bindings", want, names(candidates))
+		d := refuse(IdentityAmbiguous, "%s matches several AzureIdentity objects that differ: %s; delete all but one, or their bindings", want, names(candidates))
 		return nil, &d
 	}
 	return &first, nil
@@ -320,7 +321,7 @@ func (s Selector) matches(i Identity) bool {
 	}
 }
 
-// sameResource compares resource IDs as Azure does.
+// sameResource compares resource IDs like Azure: it ignores case and a slash at the end.
 func sameResource(a, b string) bool {
 	return strings.EqualFold(strings.TrimSuffix(a, "/"), strings.TrimSuffix(b, "/"))
 }

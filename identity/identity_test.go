@@ -112,7 +112,7 @@ func TestTheDecision(t *testing.T) {
 		{"two objects of one principal are one", managed, pod, Selector{}, twins, Granted, Allowed, "a/x"},
 		{"one client id, two kinds of credential", managed, pod, Selector{ClientID: clientA}, rivals, Refused, IdentityAmbiguous, ""},
 		{"two bindings to one identity", managed, pod, Selector{}, Facts{Bindings: append([]Binding{{Namespace: "a", Name: "again", AzureIdentity: "x", Selector: "app"}}, one.Bindings...), Identities: one.Identities}, Granted, Allowed, "a/x"},
-		{"an identity that cannot work", managed, pod, Selector{}, Facts{Bindings: one.Bindings, Identities: []Identity{{Namespace: "a", Name: "x", ClientID: "me", ResourceID: resource("x")}}}, Refused, IdentityInvalid, ""},
+		{"an invalid identity", managed, pod, Selector{}, Facts{Bindings: one.Bindings, Identities: []Identity{{Namespace: "a", Name: "x", ClientID: "me", ResourceID: resource("x")}}}, Refused, IdentityInvalid, ""},
 		{"an identity of a kind nobody knows", managed, pod, Selector{}, Facts{Bindings: one.Bindings, Identities: []Identity{{Namespace: "a", Name: "x", Kind: 7, ClientID: clientA}}}, Refused, IdentityInvalid, ""},
 		{"an excepted pod", managed, pod, Selector{}, excepted, Granted, Excepted, ""},
 		{"an exception of another namespace", managed, pod, Selector{}, exceptionElsewhere, Granted, Allowed, "a/x"},
@@ -158,7 +158,7 @@ func TestTheDecision(t *testing.T) {
 	}
 }
 
-func TestResourceIDsOfUserAssignedIdentitiesAreToldFromOthers(t *testing.T) {
+func TestResourceIDsOfUserAssignedIdentitiesAreRecognized(t *testing.T) {
 	for id, want := range map[string]bool{
 		resource("x"): true, strings.ToUpper(resource("x")): true, resource("x") + "/": true,
 		"": false, "/": false, resource(""): false, resource("x") + "/y": false, resource("x") + "//": false, "x" + resource("x"): false, resource("x")[1:]: false,
@@ -178,8 +178,7 @@ func TestResourceIDsOfUserAssignedIdentitiesAreToldFromOthers(t *testing.T) {
 	}
 }
 
-// Whatever the order in which the caches list the objects, the answer is the same.
-func TestAnIdentityThatCannotWorkIsToldWhatToWrite(t *testing.T) {
+func TestAnInvalidIdentityIsRefusedWithAdvice(t *testing.T) {
 	good := Identity{Namespace: "a", Name: "x", Kind: ServicePrincipalSecret, ClientID: clientA, TenantID: "contoso.example", SecretNamespace: "a", SecretName: "s", ADEndpoint: "https://login.example:8443/"}
 	if problem := good.Problem(); problem != "" {
 		t.Fatal(problem)
@@ -212,7 +211,7 @@ func TestAnIdentityThatCannotWorkIsToldWhatToWrite(t *testing.T) {
 	}
 }
 
-func TestAuthoritiesAreReadAsHosts(t *testing.T) {
+func TestAuthoritiesAreParsedToSchemeAndHost(t *testing.T) {
 	for in, want := range map[string]string{
 		"https://login.microsoftonline.com/": "https://login.microsoftonline.com", "https://Login.MicrosoftOnline.com": "https://login.microsoftonline.com",
 		"https://adfs.example:8443//": "https://adfs.example:8443",
@@ -223,7 +222,7 @@ func TestAuthoritiesAreReadAsHosts(t *testing.T) {
 	}
 }
 
-func TestASecretOfAnotherNamespaceIsUsedOnlyWhereThatIsAllowed(t *testing.T) {
+func TestASecretOfAnotherNamespaceIsUsedOnlyIfAllowed(t *testing.T) {
 	i := Identity{Namespace: "a", Name: "x", Kind: ServicePrincipalCertificate, ClientID: clientA, TenantID: "t", SecretNamespace: "b", SecretName: "s"}
 	facts := Facts{Bindings: []Binding{bind("a", "x", "app")}, Identities: []Identity{i}}
 	if d := Decide(Rules{}, labelled("a", "p", "app"), Selector{}, facts); d.Reason != SecretNotAllowed || !strings.Contains(d.Detail, "b/s") {
@@ -234,7 +233,8 @@ func TestASecretOfAnotherNamespaceIsUsedOnlyWhereThatIsAllowed(t *testing.T) {
 	}
 }
 
-func TestTheAnswerDoesNotDependOnTheOrderOfObjects(t *testing.T) {
+// Caches list objects in random order.
+func TestTheDecisionDoesNotDependOnTheOrderOfObjects(t *testing.T) {
 	a := Facts{
 		Bindings:   []Binding{bind("a", "x", "app"), bind("b", "y", "app"), bind("a", "z", "app")},
 		Identities: []Identity{id("a", "x", clientA), id("b", "y", clientB), id("a", "z", clientB)},
@@ -249,7 +249,7 @@ func TestTheAnswerDoesNotDependOnTheOrderOfObjects(t *testing.T) {
 	}
 }
 
-func TestWhichOfSeveralAssignmentsSpeaksDoesNotDependOnTheirOrder(t *testing.T) {
+func TestTheMessageOfSeveralAssignmentsDoesNotDependOnTheirOrder(t *testing.T) {
 	created, failed, other := assignmentOf("a", "x"), assignmentOf("a", "x"), assignmentOf("a", "x")
 	created.State, failed.State, other.State = StateCreated, StateCreated, StateCreated
 	failed.Message, other.Message = "no role", "a hung PATCH"
@@ -261,7 +261,7 @@ func TestWhichOfSeveralAssignmentsSpeaksDoesNotDependOnTheirOrder(t *testing.T) 
 	}
 }
 
-func TestAnAssignmentIsReadOffItsObject(t *testing.T) {
+func TestAnAssignmentIsReadFromItsObject(t *testing.T) {
 	object := func(change func(*v1.AzureAssignedIdentity)) *v1.AzureAssignedIdentity {
 		o := &v1.AzureAssignedIdentity{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "p-x-1", OwnerReferences: []metav1.OwnerReference{
@@ -307,7 +307,7 @@ func TestAnAssignmentIsReadOffItsObject(t *testing.T) {
 	}
 }
 
-// No input whatsoever makes the decision hand out an identity that is not bound to the pod by an equal selector in an
+// For no input the decision grants an identity that is not bound to the pod by an equal selector in an
 // allowed namespace, or in standard mode one that is not assigned to this very pod as it is now.
 func FuzzDecide(f *testing.F) {
 	assigned, uid := string(StateAssigned), "uid-of-p"

@@ -9,7 +9,7 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// FromAzureIdentity takes from the object what the decision reads.
+// FromAzureIdentity returns the fields of the object that the decision reads.
 func FromAzureIdentity(o *v1.AzureIdentity) Identity {
 	i := Identity{
 		Namespace:  o.Namespace,
@@ -20,7 +20,7 @@ func FromAzureIdentity(o *v1.AzureIdentity) Identity {
 		Namespaced: strings.EqualFold(o.Annotations[v1.BehaviorAnnotation], v1.BehaviorNamespaced),
 	}
 	if i.Kind == UserAssigned {
-		return i // the rest means nothing there, and identities are kept by the thousand
+		return i // the other fields have no meaning for this type, and thousands of identities are kept in memory
 	}
 	i.TenantID, i.ADEndpoint = o.Spec.TenantID, o.Spec.ADEndpoint
 	if i.usesSecret() {
@@ -33,18 +33,18 @@ func FromAzureIdentity(o *v1.AzureIdentity) Identity {
 	return i
 }
 
-// FromAzureIdentityBinding takes from the object what the decision reads.
+// FromAzureIdentityBinding returns the fields of the object that the decision reads.
 func FromAzureIdentityBinding(o *v1.AzureIdentityBinding) Binding {
 	return Binding{Namespace: o.Namespace, Name: o.Name, AzureIdentity: o.Spec.AzureIdentity, Selector: o.Spec.Selector}
 }
 
-// FromAzurePodIdentityException takes from the object what the decision reads.
+// FromAzurePodIdentityException returns the fields of the object that the decision reads.
 func FromAzurePodIdentityException(o *v1.AzurePodIdentityException) Exception {
 	return Exception{Namespace: o.Namespace, Name: o.Name, PodLabels: o.Spec.PodLabels}
 }
 
-// FromAzureAssignedIdentity takes from the object what the decision reads. One without a copy of its identity is about
-// none.
+// FromAzureAssignedIdentity returns the fields of the object that the decision reads. An object without a copy of its identity
+// covers no identity.
 func FromAzureAssignedIdentity(o *v1.AzureAssignedIdentity) Assignment {
 	a := Assignment{
 		PodNamespace: o.Spec.PodNamespace,

@@ -1,7 +1,7 @@
 package identity
 
-// Reason says why a request ended as it did. It stands in the error that the pod gets, in the log, in the metrics and
-// in explanations, spelled the same. The set is closed: a reason is fit to be a metric label.
+// Reason is the reason code of a result. It is spelled the same in the error response, in the log, in the metrics and in
+// explanations. The set is closed, so a reason can be a metric label.
 type Reason string
 
 // Reasons of the decision.
@@ -20,7 +20,7 @@ const (
 	AssignmentFailed   Reason = "assignment_failed"
 )
 
-// Reasons from before the decision: the request itself, and who sent it.
+// Reasons before the decision: the request itself, and the pod that sent it.
 const (
 	HeaderMissing    Reason = "metadata_header_missing"
 	Forwarded        Reason = "forwarded_request"
@@ -37,7 +37,7 @@ const (
 	ClientGone       Reason = "client_gone"
 )
 
-// Reasons from after the decision: where the token comes from.
+// Reasons after the decision: the credential and the source of the token.
 const (
 	SecretMissing           Reason = "secret_missing"
 	SecretUnreadable        Reason = "secret_unreadable"

@@ -6,9 +6,9 @@ import (
 	"strings"
 )
 
-// Problem says why the identity can never yield a token, or "" if nothing speaks against it. New objects of this form
-// are refused by the CRD's own rules; objects stored by the predecessor never met those. It is asked for every request,
-// so it looks at the text by hand.
+// Problem returns why no token can be requested for the identity, or "" if it is valid. The validation rules of the CRD
+// refuse invalid new objects, but not those that AAD Pod Identity stored. Problem is called for every request, so it uses no
+// regular expressions.
 func (i Identity) Problem() string {
 	switch i.Kind {
 	case UserAssigned:
@@ -26,19 +26,19 @@ func (i Identity) Problem() string {
 	return ""
 }
 
-// maxAuxiliaryTenants bounds how many tokens one request may cost.
+// maxAuxiliaryTenants bounds the number of tokens for one request.
 const maxAuxiliaryTenants = 10
 
-// entraProblem is Problem for what asks Entra ID itself.
+// entraProblem is Problem for the types that request tokens from Entra ID directly.
 func (i Identity) entraProblem() string {
 	if i.ClientID == "" || i.TenantID == "" {
-		return "spec.clientID and spec.tenantID are both needed for this type"
+		return "this type requires both spec.clientID and spec.tenantID"
 	}
 	if i.Kind == Federated && !isGUID(i.ClientID) {
 		return fmt.Sprintf("spec.clientID %q is not a GUID; write the client ID of the application or managed identity", i.ClientID)
 	}
 	if i.Kind != Federated && i.SecretName == "" {
-		return "spec.clientPassword.name is missing; write the name of the Secret that holds the client secret or the certificate"
+		return "spec.clientPassword.name is missing; write the name of the Secret with the client secret or the certificate"
 	}
 	for _, tenant := range append([]string{i.TenantID}, i.AuxiliaryTenantIDs...) {
 		if !isTenant(tenant) {
@@ -46,7 +46,7 @@ func (i Identity) entraProblem() string {
 		}
 	}
 	if len(i.AuxiliaryTenantIDs) > maxAuxiliaryTenants {
-		return fmt.Sprintf("spec.auxiliaryTenantIDs has %d tenants; at most %d are served", len(i.AuxiliaryTenantIDs), maxAuxiliaryTenants)
+		return fmt.Sprintf("spec.auxiliaryTenantIDs has %d tenants; at most %d are supported", len(i.AuxiliaryTenantIDs), maxAuxiliaryTenants)
 	}
 	if i.ADEndpoint != "" {
 		if _, err := ParseAuthority(i.ADEndpoint); err != nil {
@@ -56,8 +56,8 @@ func (i Identity) entraProblem() string {
 	return ""
 }
 
-// isTenant wants a GUID or a domain name: letters, digits, dots and hyphens. "common" and "organizations" are such
-// names, but stand for no tenant and have no service principals.
+// isTenant reports whether s is a GUID or a domain name: letters, digits, dots and hyphens. "common", "organizations" and
+// "consumers" are no tenants and have no service principals.
 func isTenant(s string) bool {
 	if s == "" || len(s) > 253 || strings.EqualFold(s, "common") || strings.EqualFold(s, "organizations") || strings.EqualFold(s, "consumers") {
 		return false
@@ -74,23 +74,23 @@ func isTenant(s string) bool {
 	return true
 }
 
-// ParseAuthority reads the address of a token service and returns it as https://host or https://host:port, in lower
-// case: nothing that it says otherwise could be meant for Entra ID.
+// ParseAuthority parses the address of a token service and returns https://host or https://host:port, in lower case. An
+// address of Entra ID has no other parts.
 func ParseAuthority(s string) (string, error) {
 	u, err := url.Parse(s)
 	if err != nil {
 		return "", fmt.Errorf("%q is not a URL; write one such as https://login.microsoftonline.com/", s)
 	}
 	if u.Scheme != "https" {
-		return "", fmt.Errorf("%q does not begin with https://; secrets are sent there, so nothing else is taken", s)
+		return "", fmt.Errorf("%q does not begin with https://, which is required because secrets are sent there", s)
 	}
 	if u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || strings.Trim(u.Path, "/") != "" || u.Opaque != "" {
-		return "", fmt.Errorf("%q is more or less than scheme and host; write one such as https://login.microsoftonline.com/, and the tenant in spec.tenantID", s)
+		return "", fmt.Errorf("%q does not consist of scheme and host; write one such as https://login.microsoftonline.com/, and the tenant in spec.tenantID", s)
 	}
 	return "https://" + strings.ToLower(u.Host), nil
 }
 
-// isGUID wants 8-4-4-4-12 hexadecimal digits.
+// isGUID reports whether s has the form 8-4-4-4-12 of hexadecimal digits.
 func isGUID(s string) bool {
 	if len(s) != 36 {
 		return false
@@ -110,8 +110,8 @@ func isGUID(s string) bool {
 	return true
 }
 
-// userAssignedForm is the resource ID of a user-assigned managed identity, with "" for what is free. Azure compares IDs
-// without case.
+// userAssignedForm has the segments of the resource ID of a user-assigned managed identity; "" is a name. Azure ignores the
+// case of IDs.
 var userAssignedForm = [...]string{"subscriptions", "", "resourcegroups", "", "providers", "Microsoft.ManagedIdentity", "userAssignedIdentities", ""}
 
 func isUserAssignedID(id string) bool {
