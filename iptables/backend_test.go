@@ -27,7 +27,7 @@ func TestParseBackend(t *testing.T) {
 	}
 }
 
-func TestBackendIsWhereTheRulesOfTheNodeAre(t *testing.T) {
+func TestTheBackendWithTheRulesOfTheNodeIsChosen(t *testing.T) {
 	const (
 		empty = "*filter\n:INPUT ACCEPT [0:0]\nCOMMIT\n"
 		ours  = "*nat\n:PODIDENTITY-NAT-B - [0:0]\nCOMMIT\n"
@@ -55,7 +55,7 @@ func TestBackendIsWhereTheRulesOfTheNodeAre(t *testing.T) {
 	}
 }
 
-func TestConfigIsChecked(t *testing.T) {
+func TestAnInvalidConfigIsRefused(t *testing.T) {
 	good := Config{MetadataIP: testMetadata.Addr(), MetadataPort: 80, Listen: testListen}
 	if err := good.check(); err != nil {
 		t.Error(err)
@@ -80,7 +80,7 @@ func TestConfigIsChecked(t *testing.T) {
 	}
 }
 
-func TestCapabilitiesAreAskedForByName(t *testing.T) {
+func TestAMissingCapabilityIsNamed(t *testing.T) {
 	for says, err := range map[string]error{
 		"add NET_ADMIN": requireAdmin(1 << unix.CAP_NET_RAW),
 		"add NET_RAW":   requireRaw(1 << unix.CAP_NET_ADMIN),
@@ -108,7 +108,7 @@ func testConfig(backend Backend) Config {
 	return Config{MetadataIP: testMetadata.Addr(), MetadataPort: testMetadata.Port(), Listen: testListen, Backend: backend}
 }
 
-func TestDetectionOnAFreshNodeTakesNFTAndMakesNoLegacyTables(t *testing.T) {
+func TestDetectionOnAFreshNodeChoosesNFTAndCreatesNoLegacyTables(t *testing.T) {
 	inNamespaces(t, func(t *testing.T) {
 		buildNetwork(t)
 		core, logs := observer.New(zap.InfoLevel)
@@ -135,7 +135,7 @@ func TestDetectionOnAFreshNodeTakesNFTAndMakesNoLegacyTables(t *testing.T) {
 	})
 }
 
-func TestDetectionFollowsKubernetesIntoLegacy(t *testing.T) {
+func TestDetectionChoosesLegacyIfKubernetesUsesIt(t *testing.T) {
 	inNamespaces(t, func(t *testing.T) {
 		buildNetwork(t)
 		run(t, "iptables-legacy", "-t", "mangle", "-N", "KUBE-KUBELET-CANARY")
@@ -150,10 +150,10 @@ func TestDetectionFollowsKubernetesIntoLegacy(t *testing.T) {
 	})
 }
 
-func TestInstallInAnotherBackendCleansTheFormerOne(t *testing.T) {
+func TestInstallInAnotherBackendCleansThePreviousOne(t *testing.T) {
 	inNamespaces(t, func(t *testing.T) {
 		buildNetwork(t)
-		dumpOf := func(b Backend) string { return (&world{t: t, backend: b}).dump() }
+		dumpOf := func(b Backend) string { return (&testNetwork{t: t, backend: b}).dump() }
 		for _, backend := range []Backend{BackendLegacy, BackendNFT, BackendLegacy} {
 			c, err := New(testConfig(backend))
 			if err != nil {
@@ -200,7 +200,7 @@ func TestUninstallCleansBothBackends(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, b := range []Backend{BackendNFT, BackendLegacy} {
-			if left := (&world{t: t, backend: b}).dump(); strings.Contains(left, "PODIDENTITY") {
+			if left := (&testNetwork{t: t, backend: b}).dump(); strings.Contains(left, "PODIDENTITY") {
 				t.Errorf("%v still has\n%s", b, left)
 			}
 		}
@@ -270,7 +270,7 @@ func withoutCapability(t *testing.T, capability int, do func()) {
 func TestWithoutACapabilityNewSaysWhatToAddAndChangesNothing(t *testing.T) {
 	inNamespaces(t, func(t *testing.T) {
 		buildNetwork(t)
-		before := (&world{t: t, backend: BackendNFT}).dump()
+		before := (&testNetwork{t: t, backend: BackendNFT}).dump()
 		withoutCapability(t, unix.CAP_NET_ADMIN, func() {
 			if _, err := New(testConfig(BackendAuto)); !errors.Is(err, ErrMissingCapability) || !strings.Contains(fmt.Sprint(err), "NET_ADMIN") {
 				t.Errorf("got %v", err)
@@ -293,7 +293,7 @@ func TestWithoutACapabilityNewSaysWhatToAddAndChangesNothing(t *testing.T) {
 				t.Errorf("nft was asked for: %v", err)
 			}
 		})
-		if after := (&world{t: t, backend: BackendNFT}).dump(); after != before {
+		if after := (&testNetwork{t: t, backend: BackendNFT}).dump(); after != before {
 			t.Errorf("something was changed:\n%s", after)
 		}
 	})

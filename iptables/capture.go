@@ -53,20 +53,20 @@ type Capture struct {
 
 	// mu is held by the method at work. turn does the same among processes; nil for none.
 	mu   sync.Mutex
-	turn func(context.Context, *zap.Logger, time.Duration) (done func(), err error)
+	lock func(context.Context, *zap.Logger, time.Duration) (done func(), err error)
 }
 
-// begin waits for the turn of the calling method, which calls done when it ends.
-func (c *Capture) begin(ctx context.Context) (done func(), err error) {
+// acquire waits for the turn of the calling method, which calls done when it ends.
+func (c *Capture) acquire(ctx context.Context) (done func(), err error) {
 	c.mu.Lock()
 	if err := ctx.Err(); err != nil {
 		c.mu.Unlock()
 		return nil, err
 	}
-	if c.turn == nil {
+	if c.lock == nil {
 		return c.mu.Unlock, nil
 	}
-	release, err := c.turn(ctx, c.log, turnLimit)
+	release, err := c.lock(ctx, c.log, lockTimeout)
 	if err != nil {
 		c.mu.Unlock()
 		return nil, err
@@ -83,12 +83,12 @@ type linker interface {
 
 // flows forgets connections that conntrack remembers. Implemented by conntrack; tests put a fake here.
 type flows interface {
-	forgetUncaptured(context.Context) (int, error)
-	forgetCaptured(context.Context) (int, error)
+	deleteUncaptured(context.Context) (int, error)
+	deleteCaptured(context.Context) (int, error)
 }
 
-// detectLimit is far above what a dump takes on a node with tens of thousands of rules.
-const detectLimit = 30 * time.Second
+// detectTimeout is far above what a dump takes on a node with tens of thousands of rules.
+const detectTimeout = 30 * time.Second
 
 // New checks the configuration, what this process may do and what programs it has, and detects the back end. It changes
 // nothing on the node.
@@ -116,7 +116,7 @@ func New(cfg Config) (*Capture, error) {
 	}
 	chosen, reason := want, "it was configured"
 	if want == BackendAuto {
-		ctx, cancel := context.WithTimeout(context.Background(), detectLimit)
+		ctx, cancel := context.WithTimeout(context.Background(), detectTimeout)
 		defer cancel()
 		if chosen, reason, err = found.detect(ctx, capabilities); err != nil {
 			return nil, err
@@ -136,7 +136,7 @@ func New(cfg Config) (*Capture, error) {
 		link:     ownLink{address: cfg.Listen.Addr()},
 		flows:    conntrack{metadata: metadata, listen: cfg.Listen},
 		log:      cfg.Logger,
-		turn:     takeTurn,
+		lock:     acquireLock,
 	}, nil
 }
 
@@ -145,7 +145,7 @@ func (c *Capture) Backend() Backend { return c.backend }
 
 // EnsureLink makes the link with the listen address. Call it before the listener is bound. Idempotent.
 func (c *Capture) EnsureLink(ctx context.Context) error {
-	done, err := c.begin(ctx)
+	done, err := c.acquire(ctx)
 	if err != nil {
 		return err
 	}
@@ -158,7 +158,7 @@ func (c *Capture) EnsureLink(ctx context.Context) error {
 // pods are sent to it. Idempotent. After an error what is in place stays, and nothing pods could do before is possible
 // that was not; call it again.
 func (c *Capture) Install(ctx context.Context) error {
-	done, err := c.begin(ctx)
+	done, err := c.acquire(ctx)
 	if err != nil {
 		return err
 	}
@@ -166,7 +166,7 @@ func (c *Capture) Install(ctx context.Context) error {
 	if _, err := c.sync(ctx, "capture installed"); err != nil {
 		return fmt.Errorf("installing capture of metadata traffic: %w", err)
 	}
-	c.forgetUncaptured(ctx)
+	c.deleteUncaptured(ctx)
 	// A former run may have used the other back end. Its rules go only now that these stand.
 	for backend := range c.backends {
 		if backend == c.backend {
@@ -201,20 +201,20 @@ func (c *Capture) purge(ctx context.Context, backend Backend, order ...slot) err
 // Sync compares everything with how it should be and repairs what differs, without a gap. Each string names one thing
 // repaired: "link", or one of forward, input, nat followed by chain, jump or leftover; ten values in all.
 func (c *Capture) Sync(ctx context.Context) (repaired []string, err error) {
-	done, err := c.begin(ctx)
+	done, err := c.acquire(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer done()
 	repaired, err = c.sync(ctx, "capture repaired")
-	if slices.ContainsFunc(repaired, opensTheWay) {
-		c.forgetUncaptured(ctx)
+	if slices.ContainsFunc(repaired, allowedBypass) {
+		c.deleteUncaptured(ctx)
 	}
 	return repaired, err
 }
 
-// opensTheWay says whether pods may have opened connections past us while the thing was broken.
-func opensTheWay(repaired string) bool {
+// allowedBypass says whether pods may have opened connections past us while the thing was broken.
+func allowedBypass(repaired string) bool {
 	return strings.HasPrefix(repaired, "forward ") || strings.HasPrefix(repaired, "nat ")
 }
 
@@ -245,7 +245,7 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 			continue
 		}
 		// The other slots are still worth repairing if one fails: each is a defence of its own.
-		if err := settle(ctx, tables, state); err != nil {
+		if err := repairSlot(ctx, tables, state); err != nil {
 			failed = append(failed, fmt.Errorf("repairing %s of table %s: %w", state.hook, state.table, err))
 			continue
 		}
@@ -262,10 +262,10 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 	return repaired, errors.Join(append(failed, err)...)
 }
 
-// forgetUncaptured makes clients with a connection from before notice at once. Nothing depends on it: the drop in
+// deleteUncaptured makes clients with a connection from before notice at once. Nothing depends on it: the drop in
 // FORWARD holds for those connections too, their clients would only wait for a timeout. So failing is no error.
-func (c *Capture) forgetUncaptured(ctx context.Context) {
-	n, err := c.flows.forgetUncaptured(ctx)
+func (c *Capture) deleteUncaptured(ctx context.Context) {
+	n, err := c.flows.deleteUncaptured(ctx)
 	if err != nil {
 		c.log.Warn("connections opened before capture end by timeout, not at once", zap.Error(err))
 	}
@@ -277,7 +277,7 @@ func (c *Capture) forgetUncaptured(ctx context.Context) {
 // Verify changes nothing. nil if everything is as it should be, else an error that is ErrDrift and lists what differs,
 // or says why it could not look.
 func (c *Capture) Verify(ctx context.Context) error {
-	done, err := c.begin(ctx)
+	done, err := c.acquire(ctx)
 	if err != nil {
 		return err
 	}
@@ -322,7 +322,7 @@ func (c *Capture) uninstallOrder() []slot {
 // Idempotent. It stops at the first failure, so that the drop stays if the redirection could not be removed. A foreign
 // chain or link with one of our names stays, and is reported once all that is ours is gone.
 func (c *Capture) Uninstall(ctx context.Context) error {
-	done, err := c.begin(ctx)
+	done, err := c.acquire(ctx)
 	if err != nil {
 		return err
 	}
@@ -351,7 +351,7 @@ func (c *Capture) Uninstall(ctx context.Context) error {
 		return fmt.Errorf("uninstalling capture of metadata traffic: %w", err)
 	}
 	// Else connections that were captured would be sent to an address that is gone until conntrack lets go of them.
-	if _, err := c.flows.forgetCaptured(ctx); err != nil {
+	if _, err := c.flows.deleteCaptured(ctx); err != nil {
 		c.log.Warn("captured connections end by timeout, not at once", zap.Error(err))
 	}
 	return errors.Join(foreign...)

@@ -24,9 +24,9 @@ type flow struct {
 	source, destination, answers netip.AddrPort
 }
 
-// forgetUncaptured forgets what pods opened past us, or while we led elsewhere. Connections of the node itself stay.
-func (c conntrack) forgetUncaptured(ctx context.Context) (int, error) {
-	addresses, err := again(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
+// deleteUncaptured forgets what pods opened past us, or while we led elsewhere. Connections of the node itself stay.
+func (c conntrack) deleteUncaptured(ctx context.Context) (int, error) {
+	addresses, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
 		return 0, fmt.Errorf("listing the addresses of the node: %w", err)
 	}
@@ -35,17 +35,17 @@ func (c conntrack) forgetUncaptured(ctx context.Context) (int, error) {
 		ip, _ := netip.AddrFromSlice(a.IP.To4())
 		node[ip] = true
 	}
-	return forget(ctx, func(f flow) bool {
+	return deleteFlows(ctx, func(f flow) bool {
 		return f.destination == c.metadata && f.answers != c.listen && !node[f.source.Addr()]
 	})
 }
 
-// forgetCaptured forgets what was redirected.
-func (c conntrack) forgetCaptured(ctx context.Context) (int, error) {
-	return forget(ctx, func(f flow) bool { return f.destination == c.metadata && f.answers != c.metadata })
+// deleteCaptured forgets what was redirected.
+func (c conntrack) deleteCaptured(ctx context.Context) (int, error) {
+	return deleteFlows(ctx, func(f flow) bool { return f.destination == c.metadata && f.answers != c.metadata })
 }
 
-func forget(ctx context.Context, match func(flow) bool) (forgotten int, err error) {
+func deleteFlows(ctx context.Context, match func(flow) bool) (deleted int, err error) {
 	var keys [][]byte
 	for range dumpAttempts {
 		keys = keys[:0]
@@ -67,12 +67,12 @@ func forget(ctx context.Context, match func(flow) bool) (forgotten int, err erro
 	for _, key := range keys {
 		switch err := request(nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK, key, nil); {
 		case err == nil:
-			forgotten++
+			deleted++
 		case !errors.Is(err, unix.ENOENT): // It ended by itself in the meantime.
 			failed = append(failed, fmt.Errorf("forgetting a tracked connection: %w", err))
 		}
 	}
-	return forgotten, errors.Join(failed...)
+	return deleted, errors.Join(failed...)
 }
 
 func request(operation, flags int, payload []byte, each func([]byte) bool) error {

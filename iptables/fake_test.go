@@ -169,16 +169,16 @@ func (f *fakeTables) foreignText() string {
 	return others.text()
 }
 
-// fate of a pod's packet. A higher one is never worse.
-type fate int
+// outcome of a pod's packet. A higher one is never worse.
+type outcome int
 
 const (
-	leaked fate = iota
+	leaked outcome = iota
 	dropped
 	captured
 )
 
-func (f fate) String() string { return [...]string{"leaked", "dropped", "captured"}[f] }
+func (f outcome) String() string { return [...]string{"leaked", "dropped", "captured"}[f] }
 
 type packet struct {
 	protocol  string
@@ -188,22 +188,22 @@ type packet struct {
 	wasDNATed bool
 }
 
-// fates follows a pod's packets through the tables: TCP to the port that is redirected, and what never may pass.
-func (f *fakeTables) fates() map[string]fate {
+// outcomes follows a pod's packets through the tables: TCP to the port that is redirected, and what never may pass.
+func (f *fakeTables) outcomes() map[string]outcome {
 	metadata := testMetadata.Addr().String()
 	all := map[string]packet{
 		"tcp 80":  {protocol: "tcp", port: "80", to: metadata, via: "pod0"},
 		"tcp 443": {protocol: "tcp", port: "443", to: metadata, via: "pod0"},
 		"udp 53":  {protocol: "udp", port: "53", to: metadata, via: "pod0"},
 	}
-	result := map[string]fate{}
+	result := map[string]outcome{}
 	for name, p := range all {
-		result[name] = f.fate(p)
+		result[name] = f.outcome(p)
 	}
 	return result
 }
 
-func (f *fakeTables) fate(p packet) fate {
+func (f *fakeTables) outcome(p packet) outcome {
 	if to, ok := strings.CutPrefix(f.walk("nat", "PREROUTING", p), "DNAT "); ok {
 		to, _, _ = strings.Cut(to, ":")
 		p.to, p.wasDNATed = to, true
@@ -280,8 +280,8 @@ func (l *fakeLink) remove() error { l.there = false; return nil }
 
 type fakeFlows struct{ uncaptured, captured int }
 
-func (f *fakeFlows) forgetUncaptured(context.Context) (int, error) { f.uncaptured++; return 0, nil }
-func (f *fakeFlows) forgetCaptured(context.Context) (int, error)   { f.captured++; return 0, nil }
+func (f *fakeFlows) deleteUncaptured(context.Context) (int, error) { f.uncaptured++; return 0, nil }
+func (f *fakeFlows) deleteCaptured(context.Context) (int, error)   { f.captured++; return 0, nil }
 
 // newFakeCapture is a Capture as a process just started has it, over tables that may hold anything.
 func newFakeCapture(t *testing.T, nft, legacy tables, listen netip.AddrPort) *Capture {

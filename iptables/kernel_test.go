@@ -17,8 +17,8 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// sendEverything sends from the pod what is not a TCP connection to the metadata port.
-func (w *world) sendEverything() {
+// sendOtherTraffic sends from the pod what is not a TCP connection to the metadata port.
+func (w *testNetwork) sendOtherTraffic() {
 	w.t.Helper()
 	w.wantNoAnswer("pod", "169.254.169.254:443")
 	inNS(w.t, "pod", func() {
@@ -37,16 +37,16 @@ func (w *world) sendEverything() {
 	})
 }
 
-func TestPodsAreCapturedAndTheNodeIsNot(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, w *world) {
+func TestTrafficOfPodsIsCapturedButNotOfTheNode(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		// The network works, so that what is not seen later was stopped by us.
 		w.wantAnswer("pod", "169.254.169.254:80", "azure "+podIP)
 		w.wantAnswer("", "169.254.169.254:80", "azure "+nodeIP)
 		before := w.podPackets()
-		w.sendEverything()
+		w.sendOtherTraffic()
 		// On a busy computer the kernel delivers packets some time after the system call that sends them.
 		sent := 0
-		for deadline := time.Now().Add(generosity); sent < 4 && time.Now().Before(deadline); {
+		for deadline := time.Now().Add(longTimeout); sent < 4 && time.Now().Before(deadline); {
 			sent = w.podPackets() - before
 		}
 		if sent < 4 {
@@ -56,7 +56,7 @@ func TestPodsAreCapturedAndTheNodeIsNot(t *testing.T) {
 		w.install()
 		before = w.podPackets()
 		w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
-		w.sendEverything()
+		w.sendOtherTraffic()
 		w.wantAnswer("", "169.254.169.254:80", "azure "+nodeIP)
 		w.wantAnswer("", testListen.String(), "nmi "+testListen.Addr().String())
 		if leaked := w.podPackets() - before; leaked != 0 {
@@ -66,7 +66,7 @@ func TestPodsAreCapturedAndTheNodeIsNot(t *testing.T) {
 }
 
 func TestOnlyCapturedConnectionsReachTheListener(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, w *world) {
+	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		if err := w.capture.EnsureLink(context.Background()); err != nil {
 			t.Fatal(err)
 		}
@@ -87,17 +87,17 @@ func TestOnlyCapturedConnectionsReachTheListener(t *testing.T) {
 }
 
 func TestAConnectionOpenedBeforeInstallationIsCutOff(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, w *world) {
+	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		// Connections are tracked only once some rule wants that, as kube-proxy's do on a node.
 		w.iptables("-t", "nat", "-A", "POSTROUTING", "-s", "192.0.2.0/24", "-j", "MASQUERADE")
 		var fromPod, fromNode net.Conn
 		dial := func() net.Conn {
-			conn, err := net.DialTimeout("tcp4", "169.254.169.254:80", generosity)
+			conn, err := net.DialTimeout("tcp4", "169.254.169.254:80", longTimeout)
 			if err != nil {
 				t.Error(err)
 				return nil
 			}
-			conn.SetDeadline(time.Now().Add(generosity))
+			conn.SetDeadline(time.Now().Add(longTimeout))
 			bufio.NewReader(conn).ReadString('\n')
 			return conn
 		}
@@ -144,7 +144,7 @@ func TestAConnectionOpenedBeforeInstallationIsCutOff(t *testing.T) {
 }
 
 func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, w *world) {
+	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		w.install()
 		before := w.podPackets()
 		ctx, cancel := context.WithCancel(context.Background())
@@ -155,13 +155,13 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 				inNS(t, "pod", func() {
 					// Paced, so that the repairs get their share of a small machine.
 					for pace := time.NewTicker(2 * time.Millisecond); ctx.Err() == nil; <-pace.C {
-						conn, err := net.DialTimeout("tcp4", "169.254.169.254:80", generosity)
+						conn, err := net.DialTimeout("tcp4", "169.254.169.254:80", longTimeout)
 						if err != nil {
 							failed.Add(1)
 							t.Errorf("connecting during a repair: %v", err)
 							return
 						}
-						conn.SetDeadline(time.Now().Add(generosity))
+						conn.SetDeadline(time.Now().Add(longTimeout))
 						answer, err := bufio.NewReader(conn).ReadString('\n')
 						if err != nil || answer != "nmi "+podIP+"\n" {
 							failed.Add(1)
@@ -227,7 +227,7 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 }
 
 // current is the chain in force among the generations with a prefix.
-func (w *world) current(prefix string) string {
+func (w *testNetwork) current(prefix string) string {
 	w.t.Helper()
 	for _, generation := range generations {
 		if strings.Contains(w.dump(), ":"+prefix+generation+" ") {
@@ -238,8 +238,8 @@ func (w *world) current(prefix string) string {
 	return ""
 }
 
-func TestDamageByHandIsFoundAndRepaired(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, w *world) {
+func TestManualChangesAreDetectedAndRepaired(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		w.install()
 		for _, damage := range []struct {
 			name     string
@@ -290,12 +290,12 @@ func TestDamageByHandIsFoundAndRepaired(t *testing.T) {
 	})
 }
 
-func TestWithoutAListenerPodsGetNothing(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, w *world) {
+func TestWithoutAListenerPodsGetNoResponse(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		w.install()
 		w.nmi.listener.Close()
 		before := w.podPackets()
-		if _, err := w.ask("pod", "169.254.169.254:80", generosity); !errors.Is(err, syscall.ECONNREFUSED) {
+		if _, err := w.ask("pod", "169.254.169.254:80", longTimeout); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("got %v, want the connection refused at once", err)
 		}
 		// Nor if the link is gone, too: then the packet has nowhere to go.
@@ -308,8 +308,8 @@ func TestWithoutAListenerPodsGetNothing(t *testing.T) {
 	})
 }
 
-func TestAnotherListenAddressTakesOverWithoutAGap(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, w *world) {
+func TestTheListenAddressChangesWithoutAGap(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		w.install()
 		w.nmi.listener.Close()
 		next := testListen.Addr().Next().String() + ":2580"
@@ -334,7 +334,7 @@ func TestAnotherListenAddressTakesOverWithoutAGap(t *testing.T) {
 }
 
 func TestUninstallRestoresTheNode(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, w *world) {
+	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		for _, rule := range []string{
 			"-t nat -N KUBE-SERVICES", "-t nat -A PREROUTING -m comment --comment portals -j KUBE-SERVICES",
 			"-t nat -A POSTROUTING -s 10.77.0.0/16 -d 192.0.2.0/24 -j MASQUERADE",
@@ -349,7 +349,7 @@ func TestUninstallRestoresTheNode(t *testing.T) {
 		var kept net.Conn
 		inNS(t, "pod", func() {
 			var err error
-			if kept, err = net.DialTimeout("tcp4", "169.254.169.254:80", generosity); err != nil {
+			if kept, err = net.DialTimeout("tcp4", "169.254.169.254:80", longTimeout); err != nil {
 				t.Error(err)
 			}
 		})
@@ -389,7 +389,7 @@ func TestUninstallRestoresTheNode(t *testing.T) {
 func tracked(t *testing.T, match func(*netlink.ConntrackFlow) bool) (n int) {
 	t.Helper()
 	// The kernel reports an interrupted dump when the table changes during it.
-	all, err := again(func() ([]*netlink.ConntrackFlow, error) {
+	all, err := retryInterrupted(func() ([]*netlink.ConntrackFlow, error) {
 		return netlink.ConntrackTableList(netlink.ConntrackTable, netlink.FAMILY_V4)
 	})
 	if err != nil {
@@ -403,8 +403,8 @@ func tracked(t *testing.T, match func(*netlink.ConntrackFlow) bool) (n int) {
 	return n
 }
 
-func TestAForeignChainIsLeftAlone(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, w *world) {
+func TestAForeignChainIsNotChanged(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		w.iptables("-N", "PODIDENTITY-FWD-B")
 		w.iptables("-A", "PODIDENTITY-FWD-B", "-s", "192.0.2.1", "-j", "ACCEPT")
 		w.iptables("-t", "nat", "-S") // Makes the table in the legacy back end, as looking for our chains there does.
@@ -426,8 +426,8 @@ func TestAForeignChainIsLeftAlone(t *testing.T) {
 	})
 }
 
-func TestHowLongVerifyAndSyncTake(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, w *world) {
+func TestVerifyAndSyncAreFast(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		took := func(what string, times int, do func()) {
 			start := time.Now()
 			for range times {

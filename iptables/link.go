@@ -46,7 +46,7 @@ func (l ownLink) inspect() (linkState, error) {
 		state.link = link
 		state.up = link.Attrs().Flags&net.FlagUp != 0
 	}
-	addresses, err := again(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
+	addresses, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
 		return state, fmt.Errorf("listing the addresses of the node: %w", err)
 	}
@@ -75,7 +75,7 @@ func checkOwn(link netlink.Link) error {
 	case "dummy":
 		return nil
 	case "bridge":
-		links, err := again(netlink.LinkList)
+		links, err := retryInterrupted(netlink.LinkList)
 		if err != nil {
 			return fmt.Errorf("listing the links of the node: %w", err)
 		}
@@ -181,8 +181,8 @@ func (l ownLink) remove() error {
 	return nil
 }
 
-// again repeats a listing while the kernel reports that it changed under the reader.
-func again[T any](list func() (T, error)) (result T, err error) {
+// retryInterrupted repeats a listing while the kernel reports that it changed under the reader.
+func retryInterrupted[T any](list func() (T, error)) (result T, err error) {
 	for range dumpAttempts {
 		if result, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
 			break

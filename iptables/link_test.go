@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-func TestALostLinkIsFoundAndRepairedUnderTheListener(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, w *world) {
+func TestADeletedLinkIsRepairedWithoutRestartingTheListener(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		w.install()
 		for _, damage := range []string{
 			"ip link del " + LinkName,
@@ -32,7 +32,7 @@ func TestALostLinkIsFoundAndRepairedUnderTheListener(t *testing.T) {
 }
 
 func TestTheListenAddressIsNotTheSourceOfOtherTraffic(t *testing.T) {
-	onBothBackends(t, func(t *testing.T, w *world) {
+	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		w.install()
 		// A link-local destination on another link, where the scope matters most.
 		run(t, "ip", "route", "add", "169.254.77.1/32", "dev", "out0", "scope", "link")

@@ -9,20 +9,20 @@ import (
 	"go.uber.org/zap"
 )
 
-func TestProcessesTakeTurns(t *testing.T) {
+func TestOneProcessAtATimeHoldsTheLock(t *testing.T) {
 	inNamespaces(t, func(t *testing.T) {
-		first, err := takeTurn(context.Background(), zap.NewNop(), generosity)
+		first, err := acquireLock(context.Background(), zap.NewNop(), longTimeout)
 		if err != nil {
 			t.Fatal(err)
 		}
-		short, cancel := context.WithTimeout(context.Background(), 5*turnRetry)
+		short, cancel := context.WithTimeout(context.Background(), 5*lockRetryInterval)
 		defer cancel()
-		if _, err := takeTurn(short, zap.NewNop(), generosity); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := acquireLock(short, zap.NewNop(), longTimeout); !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatalf("a second one got the turn: %v", err)
 		}
 		second := make(chan func())
 		go func() {
-			done, err := takeTurn(context.Background(), zap.NewNop(), generosity)
+			done, err := acquireLock(context.Background(), zap.NewNop(), longTimeout)
 			if err != nil {
 				t.Error(err)
 			}
@@ -32,22 +32,22 @@ func TestProcessesTakeTurns(t *testing.T) {
 		select {
 		case done := <-second:
 			done()
-		case <-time.After(generosity):
+		case <-time.After(longTimeout):
 			t.Fatal("the turn was never passed on")
 		}
 	})
 }
 
-func TestAnotherNamespaceIsAnotherTurn(t *testing.T) {
+func TestEachNetworkNamespaceHasItsOwnLock(t *testing.T) {
 	inNamespaces(t, func(t *testing.T) {
 		buildNetwork(t)
-		done, err := takeTurn(context.Background(), zap.NewNop(), generosity)
+		done, err := acquireLock(context.Background(), zap.NewNop(), longTimeout)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer done()
 		inNS(t, "pod", func() {
-			other, err := takeTurn(context.Background(), zap.NewNop(), generosity)
+			other, err := acquireLock(context.Background(), zap.NewNop(), longTimeout)
 			if err != nil {
 				t.Error(err)
 				return
@@ -57,20 +57,20 @@ func TestAnotherNamespaceIsAnotherTurn(t *testing.T) {
 	})
 }
 
-func TestWhoeverHoldsTheTurnForeverDoesNotKeepRulesBroken(t *testing.T) {
+func TestRulesAreRepairedAlthoughAnotherProcessKeepsTheLock(t *testing.T) {
 	inNamespaces(t, func(t *testing.T) {
-		done, err := takeTurn(context.Background(), zap.NewNop(), patience)
+		done, err := acquireLock(context.Background(), zap.NewNop(), shortTimeout)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer done()
 		start := time.Now()
-		other, err := takeTurn(context.Background(), zap.NewNop(), patience)
+		other, err := acquireLock(context.Background(), zap.NewNop(), shortTimeout)
 		if err != nil {
 			t.Fatal(err)
 		}
 		other()
-		if waited := time.Since(start); waited < patience {
+		if waited := time.Since(start); waited < shortTimeout {
 			t.Errorf("went on after %v", waited)
 		}
 	})

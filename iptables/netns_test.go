@@ -172,7 +172,7 @@ func inNS(t *testing.T, name string, do func()) {
 // lifetimes, and the link-local IPv6 addresses that it adds once there is a carrier.
 func links(t *testing.T) string {
 	t.Helper()
-	all, err := again(netlink.LinkList)
+	all, err := retryInterrupted(netlink.LinkList)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +181,7 @@ func links(t *testing.T) string {
 		a := link.Attrs()
 		fmt.Fprintf(&text, "%d: %s: kind %s, up %t, master %d, peer or parent %d, MTU %d, MAC %s, alias %q\n",
 			a.Index, a.Name, link.Type(), a.Flags&net.FlagUp != 0, a.MasterIndex, a.ParentIndex, a.MTU, a.HardwareAddr, a.Alias)
-		addresses, err := again(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_ALL) })
+		addresses, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_ALL) })
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -139,11 +139,11 @@ func (st slotState) compare(g int) string {
 	return fmt.Sprintf("%s: %s", st.chain(g), strings.Join(parts, ", "))
 }
 
-// settle brings one slot to how it should be. At each instant between its commands the slot protects at least as much as
+// repairSlot brings one slot to how it should be. At each instant between its commands the slot protects at least as much as
 // before: a chain is edited only while no rule leads to it, and a jump is taken away only behind one that stands.
-func settle(ctx context.Context, t tables, st slotState) error {
+func repairSlot(ctx context.Context, t tables, st slotState) error {
 	var err error
-	if st, err = freeOne(ctx, t, st); err != nil {
+	if st, err = freeGeneration(ctx, t, st); err != nil {
 		return err
 	}
 	if g := st.inForce(); g >= 0 && st.generations[g].good && len(st.generations[g].jumps) == 1 {
@@ -152,7 +152,7 @@ func settle(ctx context.Context, t tables, st slotState) error {
 	// The shortest way, when someone took away no more than the jump.
 	target := st.find(func(g generationState) bool { return g.good && len(g.jumps) == 0 })
 	if target < 0 {
-		target = st.pickForBuilding()
+		target = st.generationToBuild()
 		if err := build(ctx, t, st, target); err != nil {
 			return err
 		}
@@ -175,10 +175,10 @@ func settle(ctx context.Context, t tables, st slotState) error {
 	return discard(ctx, t, now, 1-target)
 }
 
-// freeOne takes one generation out of service if both are in it and one of them is complete. That is how a repair looks
+// freeGeneration takes one generation out of service if both are in it and one of them is complete. That is how a repair looks
 // that was cut short; if someone tampered with the result as well, the complete one may stand behind other rules, so it
 // is put first before the other goes.
-func freeOne(ctx context.Context, t tables, st slotState) (slotState, error) {
+func freeGeneration(ctx context.Context, t tables, st slotState) (slotState, error) {
 	if len(st.generations[0].jumps) == 0 || len(st.generations[1].jumps) == 0 {
 		return st, nil
 	}
@@ -197,10 +197,10 @@ func freeOne(ctx context.Context, t tables, st slotState) (slotState, error) {
 	return readSlot(t, st.slot)
 }
 
-// pickForBuilding chooses the generation that can be taken out of service: one that nothing leads to, if there is one.
+// generationToBuild chooses the generation that can be taken out of service: one that nothing leads to, if there is one.
 // Both are in use only when a repair was cut short and neither is what is wanted, as after an upgrade with another
 // configuration. Then the one stays that is not empty, and of equals the one that packets meet first.
-func (st slotState) pickForBuilding() int {
+func (st slotState) generationToBuild() int {
 	if free := st.find(func(g generationState) bool { return len(g.jumps) == 0 }); free >= 0 {
 		return free
 	}

@@ -135,11 +135,11 @@ func otherRules(f *fakeTables) {
 }
 
 // watch checks after each command that no packet of a pod ever fares worse than before.
-func watch(t *testing.T, f *fakeTables, worst func(was, is fate) bool) {
+func watch(t *testing.T, f *fakeTables, worst func(was, is outcome) bool) {
 	t.Helper()
-	before := f.fates()
+	before := f.outcomes()
 	f.after = func(command string) {
-		now := f.fates()
+		now := f.outcomes()
 		for name, is := range now {
 			if worst(before[name], is) {
 				t.Errorf("after %q a pod's packet to %s is %v, was %v before\n%s", command, name, is, before[name], f.text())
@@ -149,7 +149,7 @@ func watch(t *testing.T, f *fakeTables, worst func(was, is fate) bool) {
 	}
 }
 
-func worse(was, is fate) bool { return is < was }
+func worse(was, is outcome) bool { return is < was }
 
 // faults returns each way to fail at each command of a run, given how many commands a run without faults takes.
 func faults(commands int) []fault {
@@ -162,7 +162,7 @@ func faults(commands int) []fault {
 
 // runWithEveryFault builds a state, runs something with one fault after the other, and then without. check is called on
 // the result of the last run.
-func runWithEveryFault(t *testing.T, prepare func() *fakeTables, run func(*fakeTables) error, worst func(was, is fate) bool, check func(*testing.T, *fakeTables)) {
+func runWithEveryFault(t *testing.T, prepare func() *fakeTables, run func(*fakeTables) error, worst func(was, is outcome) bool, check func(*testing.T, *fakeTables)) {
 	t.Helper()
 	clean := prepare()
 	foreign := clean.foreignText()
@@ -220,8 +220,8 @@ func checkInstalled(t *testing.T, f *fakeTables) {
 	if repaired, err := c.Sync(context.Background()); err != nil || len(repaired) != 0 {
 		t.Errorf("a second Sync repaired %v, %v", repaired, err)
 	}
-	want := map[string]fate{"tcp 80": captured, "tcp 443": dropped, "udp 53": dropped}
-	if got := f.fates(); !maps.Equal(got, want) {
+	want := map[string]outcome{"tcp 80": captured, "tcp 443": dropped, "udp 53": dropped}
+	if got := f.outcomes(); !maps.Equal(got, want) {
 		t.Errorf("pods' packets are %v, want %v", got, want)
 	}
 	text := f.text()
@@ -232,13 +232,13 @@ func checkInstalled(t *testing.T, f *fakeTables) {
 	}
 }
 
-func TestInstallNeverLetsAPacketThroughThatItAlreadyStopped(t *testing.T) {
+func TestInstallKeepsBlockedPacketsBlocked(t *testing.T) {
 	prepare := func() *fakeTables { f := newFakeTables(); otherRules(f); return f }
 	run := func(f *fakeTables) error { return newFakeCapture(t, f, nil, testListen).Install(context.Background()) }
 	runWithEveryFault(t, prepare, run, worse, checkInstalled)
 }
 
-func TestInstallPutsTheDropFirstAndTheRedirectionLast(t *testing.T) {
+func TestInstallAddsTheDropFirstAndTheRedirectionLast(t *testing.T) {
 	f := newFakeTables()
 	var hooks []string
 	f.after = func(command string) {
@@ -264,7 +264,7 @@ func TestAnotherConfigurationReplacesTheRulesWithoutAGap(t *testing.T) {
 	}
 }
 
-func TestAnotherConfigurationAfterARepairThatWasCutShort(t *testing.T) {
+func TestAnotherConfigurationAfterAnInterruptedRepair(t *testing.T) {
 	prepare := func() *fakeTables {
 		f := installed(t, netip.MustParseAddrPort("169.254.25.79:9999"))
 		copyChain("filter", "PODIDENTITY-FWD-A", "PODIDENTITY-FWD-B")(f)
@@ -334,7 +334,7 @@ func TestSyncReportsWhatItRepairedAndVerifyWhatIsWrong(t *testing.T) {
 	}
 }
 
-func TestSyncCutsConnectionsOnlyWhenPodsMayHaveOpenedSome(t *testing.T) {
+func TestSyncDeletesConnectionsOnlyIfPodsMayHaveBypassedCapture(t *testing.T) {
 	for _, tt := range []struct {
 		change change
 		want   int
@@ -356,7 +356,7 @@ func TestSyncCutsConnectionsOnlyWhenPodsMayHaveOpenedSome(t *testing.T) {
 	}
 }
 
-func TestSyncRepairsTheRulesEvenIfTheLinkCannotBe(t *testing.T) {
+func TestSyncRepairsTheRulesEvenIfTheLinkFails(t *testing.T) {
 	f := installed(t, testListen)
 	flush("nat", "PREROUTING")(f)
 	c := newFakeCapture(t, f, nil, testListen)
@@ -402,7 +402,7 @@ func TestAForeignChainOfOurNameIsRefusedAndNothingChanged(t *testing.T) {
 	}
 }
 
-func TestUninstallLeavesTheNodeAsItWas(t *testing.T) {
+func TestUninstallRestoresThePreviousRules(t *testing.T) {
 	untouched := newFakeTables()
 	otherRules(untouched)
 	for _, damage := range damages {
@@ -417,7 +417,7 @@ func TestUninstallLeavesTheNodeAsItWas(t *testing.T) {
 			run := func(f *fakeTables) error {
 				return newFakeCapture(t, f, nil, testListen).Uninstall(context.Background())
 			}
-			never := func(was, is fate) bool { return false }
+			never := func(was, is outcome) bool { return false }
 			runWithEveryFault(t, prepare, run, never, func(t *testing.T, f *fakeTables) {
 				if strings.Contains(f.text(), "PODIDENTITY") {
 					t.Errorf("something of ours is left:\n%s", f.text())
@@ -432,12 +432,12 @@ func TestUninstallLeavesTheNodeAsItWas(t *testing.T) {
 
 func TestUninstallRemovesTheDropLast(t *testing.T) {
 	f := installed(t, testListen)
-	var seen []fate
-	f.after = func(string) { seen = append(seen, f.fates()["tcp 80"]) }
+	var seen []outcome
+	f.after = func(string) { seen = append(seen, f.outcomes()["tcp 80"]) }
 	if err := newFakeCapture(t, f, nil, testListen).Uninstall(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := slices.Compact(seen), []fate{captured, dropped, leaked}; !slices.Equal(got, want) {
+	if got, want := slices.Compact(seen), []outcome{captured, dropped, leaked}; !slices.Equal(got, want) {
 		t.Errorf("pods' packets were %v in turn, want %v", got, want)
 	}
 }
@@ -449,7 +449,7 @@ func TestABackendChangeMovesTheRulesWithoutAGap(t *testing.T) {
 	for _, side := range []*fakeTables{old, f} {
 		side.after = func(command string) {
 			// Both back ends see each packet; it is leaked only if neither stops it.
-			if old.fates()["udp 53"] == leaked && f.fates()["udp 53"] == leaked {
+			if old.outcomes()["udp 53"] == leaked && f.outcomes()["udp 53"] == leaked {
 				t.Errorf("a packet is leaked after %q", command)
 			}
 		}

@@ -9,7 +9,7 @@ import (
 )
 
 // The text of our rules is what operators see and write their own rules around; a change of it is a change for them.
-func TestRulesAreExactlyThese(t *testing.T) {
+func TestTheRulesHaveThisText(t *testing.T) {
 	want := map[string]string{
 		"filter FORWARD PODIDENTITY-FWD-": `jump: -m comment --comment 'podidentity: pods never reach the metadata service itself' -j PODIDENTITY-FWD-A
 -d 169.254.169.254/32 -m comment --comment 'podidentity: no packet of a pod leaves for the metadata service' -j DROP
@@ -63,7 +63,7 @@ func TestEveryRuleAndJumpCarriesTheMarker(t *testing.T) {
 	}
 }
 
-func TestRulesAreRecognisedAsEitherBackendListsThem(t *testing.T) {
+func TestRulesAreRecognizedInTheOutputOfBothBackends(t *testing.T) {
 	all := slots(testMetadata, testListen)
 	for line, want := range map[string][]string{
 		// As nft lists them.
@@ -81,7 +81,7 @@ func TestRulesAreRecognisedAsEitherBackendListsThem(t *testing.T) {
 	}
 }
 
-func TestRulesThatDifferAreToldApart(t *testing.T) {
+func TestDifferentRulesAreDistinguished(t *testing.T) {
 	nat := slots(testMetadata, testListen)[2]
 	whole := `-A X -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -m comment --comment "podidentity: to the node server" -j DNAT --to-destination 169.254.25.79:2579`
 	if rule, ok := parseListed(whole); !ok || !rule.is(nat.rules[0]) {
@@ -109,7 +109,7 @@ func TestRulesThatDifferAreToldApart(t *testing.T) {
 	}
 }
 
-func TestTheTextOfACommentIsNoFlag(t *testing.T) {
+func TestTheTextOfACommentIsNotParsedAsAFlag(t *testing.T) {
 	rule, ok := parseListed(`-A X -m comment --comment "-j DROP" -j ACCEPT`)
 	if !ok || rule.target() != "ACCEPT" || valueOf(rule.args, "--comment") != "-j DROP" {
 		t.Errorf("got %q", rule.args)

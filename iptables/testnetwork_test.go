@@ -15,14 +15,14 @@ import (
 	"time"
 )
 
-// patience bounds waiting for a packet that must not arrive; generosity for one that must.
+// shortTimeout bounds waiting for a packet that must not arrive; longTimeout for one that must.
 const (
-	patience   = 300 * time.Millisecond
-	generosity = 30 * time.Second
+	shortTimeout   = 300 * time.Millisecond
+	longTimeout = 30 * time.Second
 )
 
-// world is the network with servers in it, seen from the node.
-type world struct {
+// testNetwork is the network with servers in it, seen from the node.
+type testNetwork struct {
 	t       *testing.T
 	backend Backend
 	azure   *server
@@ -30,13 +30,13 @@ type world struct {
 	capture *Capture
 }
 
-// onBothBackends runs body for each back end, each in a new world in which nothing is installed yet.
-func onBothBackends(t *testing.T, body func(t *testing.T, w *world)) {
+// onBothBackends runs body for each back end, each in a new network in which nothing is installed yet.
+func onBothBackends(t *testing.T, body func(t *testing.T, w *testNetwork)) {
 	for _, backend := range []Backend{BackendNFT, BackendLegacy} {
 		t.Run(string(backend), func(t *testing.T) {
 			inNamespaces(t, func(t *testing.T) {
 				buildNetwork(t)
-				w := &world{t: t, backend: backend}
+				w := &testNetwork{t: t, backend: backend}
 				inNS(t, "azure", func() { w.azure = serve(t, "azure", testMetadata.String()) })
 				w.capture = w.newCapture(testListen)
 				body(t, w)
@@ -45,7 +45,7 @@ func onBothBackends(t *testing.T, body func(t *testing.T, w *world)) {
 	}
 }
 
-func (w *world) newCapture(listen netip.AddrPort) *Capture {
+func (w *testNetwork) newCapture(listen netip.AddrPort) *Capture {
 	w.t.Helper()
 	c, err := New(Config{MetadataIP: testMetadata.Addr(), MetadataPort: testMetadata.Port(), Listen: listen, Backend: w.backend})
 	if err != nil {
@@ -55,7 +55,7 @@ func (w *world) newCapture(listen netip.AddrPort) *Capture {
 }
 
 // install does what the node server does: link, listener, rules.
-func (w *world) install() {
+func (w *testNetwork) install() {
 	w.t.Helper()
 	if err := w.capture.EnsureLink(context.Background()); err != nil {
 		w.t.Fatal(err)
@@ -67,14 +67,14 @@ func (w *world) install() {
 	w.verify()
 }
 
-func (w *world) verify() {
+func (w *testNetwork) verify() {
 	w.t.Helper()
 	if err := w.capture.Verify(context.Background()); err != nil {
 		w.t.Error(err)
 	}
 }
 
-func (w *world) sync() []string {
+func (w *testNetwork) sync() []string {
 	w.t.Helper()
 	repaired, err := w.capture.Sync(context.Background())
 	if err != nil {
@@ -83,7 +83,7 @@ func (w *world) sync() []string {
 	return repaired
 }
 
-func (w *world) iptables(args ...string) string {
+func (w *testNetwork) iptables(args ...string) string {
 	w.t.Helper()
 	return run(w.t, "iptables-"+string(w.backend), args...)
 }
@@ -94,14 +94,14 @@ var (
 )
 
 // dump is what iptables-save prints, without times and counters.
-func (w *world) dump() string {
+func (w *testNetwork) dump() string {
 	w.t.Helper()
 	text := run(w.t, "iptables-"+string(w.backend)+"-save")
 	return dumpCounters.ReplaceAllString(dumpComment.ReplaceAllString(text, ""), "[0:0]")
 }
 
 // podPackets is the number of packets of pods, or of anyone but the node, that have arrived at Azure.
-func (w *world) podPackets() (total int) {
+func (w *testNetwork) podPackets() (total int) {
 	w.t.Helper()
 	inNS(w.t, "azure", func() {
 		for line := range strings.Lines(run(w.t, "iptables-nft", "-t", "raw", "-L", "PREROUTING", "-v", "-x", "-n")) {
@@ -115,7 +115,7 @@ func (w *world) podPackets() (total int) {
 }
 
 // ask connects from a namespace ("" is the node) and returns what the server there says: its name and who it sees.
-func (w *world) ask(from, to string, timeout time.Duration) (answer string, err error) {
+func (w *testNetwork) ask(from, to string, timeout time.Duration) (answer string, err error) {
 	w.t.Helper()
 	dial := func() {
 		var conn net.Conn
@@ -134,16 +134,16 @@ func (w *world) ask(from, to string, timeout time.Duration) (answer string, err 
 	return strings.TrimSpace(answer), err
 }
 
-func (w *world) wantAnswer(from, to, want string) {
+func (w *testNetwork) wantAnswer(from, to, want string) {
 	w.t.Helper()
-	if got, err := w.ask(from, to, generosity); err != nil || got != want {
+	if got, err := w.ask(from, to, longTimeout); err != nil || got != want {
 		w.t.Errorf("from %q to %s: got %q, %v; want %q", from, to, got, err, want)
 	}
 }
 
-func (w *world) wantNoAnswer(from, to string) {
+func (w *testNetwork) wantNoAnswer(from, to string) {
 	w.t.Helper()
-	if got, err := w.ask(from, to, patience); err == nil {
+	if got, err := w.ask(from, to, shortTimeout); err == nil {
 		w.t.Errorf("from %q to %s: got %q; want no answer", from, to, got)
 	}
 }
