@@ -7,9 +7,9 @@ import (
 	"strings"
 )
 
-// Backend is one of the two sets of tables the kernel has for iptables. Both are always in effect, so capture would work
-// in either; it goes where the rest of the node's rules are, because that is where an operator looks, and because an
-// order among rules can only be kept within one.
+// Backend is one of the two iptables back ends of the kernel. The kernel evaluates both, so capture works in either. It uses
+// the one with the other rules of the node, because operators look there, and because an order of rules exists only within
+// one back end.
 type Backend string
 
 const (
@@ -20,7 +20,7 @@ const (
 
 func (b Backend) String() string { return string(b) }
 
-// ParseBackend reads the name of a back end, as a flag gives it. Case does not matter, and empty means auto.
+// ParseBackend parses the value of a flag. Case is ignored, and "" means auto.
 func ParseBackend(name string) (Backend, error) {
 	switch b := Backend(strings.ToLower(name)); b {
 	case "":
@@ -31,10 +31,10 @@ func ParseBackend(name string) (Backend, error) {
 	return "", fmt.Errorf("unknown iptables back end %q: use auto, nft or legacy", name)
 }
 
-// kubeHints are chains that kubelet and kube-proxy leave in the back end they use, for others to find.
+// kubeHints are chains with which the kubelet and kube-proxy mark the back end they use.
 var kubeHints = []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY", "KUBE-PROXY-CANARY", "KUBE-SERVICES", "KUBE-FORWARD", "KUBE-FIREWALL"}
 
-// choose picks the back end from what is in them, and says why. It is pure.
+// choose returns the back end to use, by the content of both, and the reason. It is pure.
 func choose(nft, legacy dump) (Backend, string) {
 	both := [2]Backend{BackendNFT, BackendLegacy}
 	pick := func(inNFT, inLegacy bool) (Backend, bool) {
@@ -47,17 +47,17 @@ func choose(nft, legacy dump) (Backend, string) {
 		return "", false
 	}
 	if b, ok := pick(nft.hasChain(isOurName), legacy.hasChain(isOurName)); ok {
-		return b, "our chains are there already"
+		return b, "it already has our chains"
 	}
 	isHint := func(chain string) bool { return slices.Contains(kubeHints, chain) }
 	if b, ok := pick(nft.hasChain(isHint), legacy.hasChain(isHint)); ok {
-		return b, "the chains of Kubernetes are there"
+		return b, "it has the chains of Kubernetes"
 	}
 	n, l := nft.ruleCount(), legacy.ruleCount()
 	if b, ok := pick(n > l, l > n); ok {
 		return b, fmt.Sprintf("it has more rules (nft %d, legacy %d)", n, l)
 	}
-	return BackendNFT, "nothing speaks for either"
+	return BackendNFT, "both have equally many rules, and nft is the default"
 }
 
 func (d dump) hasChain(match func(string) bool) bool {
@@ -78,17 +78,17 @@ func isOurName(chain string) bool {
 	return false
 }
 
-// backends are the back ends whose programs this machine has.
+// backends are the back ends whose programs are installed.
 type backends map[Backend]tables
 
-// openBackends finds the programs of both back ends. That one is missing is an error only when it was asked for, or when
-// both are.
-func openBackends(want Backend, capabilities uint64) (backends, error) {
+// openBackends finds the programs of both back ends. A missing back end is an error only if it is configured, or if both are
+// missing.
+func openBackends(configured Backend, capabilities uint64) (backends, error) {
 	found := backends{}
 	for _, b := range [...]Backend{BackendNFT, BackendLegacy} {
 		p, err := findProgram(b)
 		if err != nil {
-			if want == b {
+			if configured == b {
 				return nil, err
 			}
 			continue
@@ -96,9 +96,9 @@ func openBackends(want Backend, capabilities uint64) (backends, error) {
 		found[b] = p
 	}
 	if len(found) == 0 {
-		return nil, fmt.Errorf("%w: there is neither iptables-nft nor iptables-legacy, with its -save program, that runs from PATH, /usr/sbin or /sbin; install the iptables package in the image", ErrMissingBinary)
+		return nil, fmt.Errorf("%w: found neither iptables-nft nor iptables-legacy with its -save program in PATH, /usr/sbin or /sbin; install the iptables package in the image", ErrMissingBinary)
 	}
-	if want == BackendLegacy {
+	if configured == BackendLegacy {
 		if err := requireRaw(capabilities); err != nil {
 			return nil, err
 		}
@@ -106,7 +106,7 @@ func openBackends(want Backend, capabilities uint64) (backends, error) {
 	return found, nil
 }
 
-// detect reads both back ends and chooses. It changes nothing, and brings no table into being.
+// detect reads both back ends and chooses one. It changes nothing, and creates no table.
 func (bs backends) detect(ctx context.Context, capabilities uint64) (Backend, string, error) {
 	dumps := map[Backend]dump{}
 	for b, t := range bs {
@@ -131,7 +131,7 @@ func (bs backends) detect(ctx context.Context, capabilities uint64) (Backend, st
 	b, reason := choose(dumps[BackendNFT], dumps[BackendLegacy])
 	if bs[b] == nil {
 		for only := range bs {
-			return only, "the programs of the other are missing", nil
+			return only, "the programs of the other back end are missing", nil
 		}
 	}
 	return b, reason, nil

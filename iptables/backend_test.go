@@ -46,8 +46,8 @@ func TestTheBackendWithTheRulesOfTheNodeIsChosen(t *testing.T) {
 		{"Kubernetes in nft", kube, rule, BackendNFT, "Kubernetes"},
 		{"Kubernetes in both, more rules in legacy", kube, kube + rule, BackendLegacy, "more rules"},
 		{"more rules in legacy", empty, rule, BackendLegacy, "more rules"},
-		{"chains without rules in both", empty, empty, BackendNFT, "nothing"},
-		{"nothing at all", "", "", BackendNFT, "nothing"},
+		{"chains without rules in both", empty, empty, BackendNFT, "equally many rules"},
+		{"nothing at all", "", "", BackendNFT, "equally many rules"},
 	} {
 		if got, reason := choose(parseDump(tt.nft), parseDump(tt.legacy)); got != tt.want || !strings.Contains(reason, tt.reason) {
 			t.Errorf("%s: got %v because %s", tt.name, got, reason)
@@ -166,7 +166,7 @@ func TestInstallInAnotherBackendCleansThePreviousOne(t *testing.T) {
 			if !strings.Contains(dumpOf(backend), "PODIDENTITY") || strings.Contains(dumpOf(other), "PODIDENTITY") {
 				t.Errorf("after installing in %v, it has\n%s\nand the other\n%s", backend, dumpOf(backend), dumpOf(other))
 			}
-			// Without being told, the next one goes where the former is.
+			// In auto mode the next one uses the back end of the previous one.
 			auto, err := New(testConfig(BackendAuto))
 			if err != nil {
 				t.Fatal(err)
@@ -188,7 +188,7 @@ func TestUninstallCleansBothBackends(t *testing.T) {
 		if err := nft.Install(context.Background()); err != nil {
 			t.Fatal(err)
 		}
-		// As it is when a change of the back end was cut short.
+		// The state after an interrupted change of the back end.
 		legacy, err := New(testConfig(BackendLegacy))
 		if err != nil {
 			t.Fatal(err)
@@ -226,7 +226,7 @@ func TestWithoutAProgramNewSaysWhatToInstall(t *testing.T) {
 				t.Errorf("%v: got %v", backend, err)
 			}
 		}
-		// An image whose only iptables is of one back end serves that one, under any name.
+		// An image with iptables of only one back end works for that one, under any name.
 		for _, name := range []string{"iptables", "iptables-save"} {
 			script := "#!/bin/sh\n[ \"$1\" = --version ] && echo 'iptables v1.8.9 (legacy)'\nexit 0\n"
 			if err := os.WriteFile(filepath.Join(bin, name), []byte(script), 0o755); err != nil {
@@ -242,7 +242,7 @@ func TestWithoutAProgramNewSaysWhatToInstall(t *testing.T) {
 	})
 }
 
-// withoutCapability runs do on a thread that lacks one.
+// withoutCapability runs do on a thread without the capability.
 func withoutCapability(t *testing.T, capability int, do func()) {
 	t.Helper()
 	done := make(chan error)

@@ -13,11 +13,11 @@ import (
 	"go.uber.org/zap"
 )
 
-// Config says what is captured and where it goes.
+// Config says which traffic is captured and where it is redirected.
 type Config struct {
-	MetadataIP   netip.Addr     // The address pods ask: 169.254.169.254.
+	MetadataIP   netip.Addr     // The address that pods send requests to: 169.254.169.254.
 	MetadataPort uint16         // 80.
-	Listen       netip.AddrPort // The node server's own address, on the link this package makes.
+	Listen       netip.AddrPort // The node server's address, on the link that this package creates.
 	Backend      Backend        // Empty means auto.
 	Logger       *zap.Logger    // May be nil.
 }
@@ -30,9 +30,9 @@ func (c Config) check() error {
 	case c.MetadataPort == 0:
 		return errors.New("metadata port: must not be 0")
 	case listen.Is4() && listen.IsLoopback():
-		return fmt.Errorf("listen address %v: loopback would need route_localnet, which opens all of the node's loopback services; use a link-local address such as 169.254.25.79", listen)
+		return fmt.Errorf("listen address %v: loopback would require route_localnet, which exposes all loopback services of the node; use a link-local address such as 169.254.25.79", listen)
 	case !listen.Is4() || listen.IsUnspecified() || listen.IsMulticast():
-		return fmt.Errorf("listen address %v: must be a unicast IPv4 address, one that no other link has", listen)
+		return fmt.Errorf("listen address %v: must be a unicast IPv4 address that no other link has", listen)
 	case c.Listen.Port() == 0:
 		return errors.New("listen port: must not be 0")
 	case listen == c.MetadataIP:
@@ -41,8 +41,8 @@ func (c Config) check() error {
 	return nil
 }
 
-// Capture owns our chains and our link on this node. Its methods may be called from any goroutine, and by several
-// processes in the same network namespace at once; they take turns.
+// Capture owns our chains and our link on this node. Its methods may be called from any goroutine, and by several processes in
+// the same network namespace at once; a lock serializes them.
 type Capture struct {
 	slots    []slot
 	backend  Backend
@@ -51,13 +51,13 @@ type Capture struct {
 	flows    flows
 	log      *zap.Logger
 
-	// mu is held by the method at work. turn does the same among processes; nil for none.
+	// mu is held by the running method. lock is the lock between processes; nil means none.
 	mu   sync.Mutex
 	lock func(context.Context, *zap.Logger, time.Duration) (done func(), err error)
 }
 
-// acquire waits for the turn of the calling method, which calls done when it ends.
-func (c *Capture) acquire(ctx context.Context) (done func(), err error) {
+// acquire acquires both locks for the calling method, which calls release when it ends.
+func (c *Capture) acquire(ctx context.Context) (release func(), err error) {
 	c.mu.Lock()
 	if err := ctx.Err(); err != nil {
 		c.mu.Unlock()
@@ -66,37 +66,37 @@ func (c *Capture) acquire(ctx context.Context) (done func(), err error) {
 	if c.lock == nil {
 		return c.mu.Unlock, nil
 	}
-	release, err := c.lock(ctx, c.log, lockTimeout)
+	unlock, err := c.lock(ctx, c.log, lockTimeout)
 	if err != nil {
 		c.mu.Unlock()
 		return nil, err
 	}
-	return func() { release(); c.mu.Unlock() }, nil
+	return func() { unlock(); c.mu.Unlock() }, nil
 }
 
-// linker keeps the link with the listen address. Implemented by ownLink; tests put a fake here.
+// linker manages the link with the listen address. ownLink implements it; tests use a fake.
 type linker interface {
 	ensure() (changed bool, err error)
 	differences() ([]string, error)
 	remove() error
 }
 
-// flows forgets connections that conntrack remembers. Implemented by conntrack; tests put a fake here.
+// flows deletes connections from conntrack's table. conntrack implements it; tests use a fake.
 type flows interface {
 	deleteUncaptured(context.Context) (int, error)
 	deleteCaptured(context.Context) (int, error)
 }
 
-// detectTimeout is far above what a dump takes on a node with tens of thousands of rules.
+// detectTimeout is far above the time of a dump on a node with tens of thousands of rules.
 const detectTimeout = 30 * time.Second
 
-// New checks the configuration, what this process may do and what programs it has, and detects the back end. It changes
-// nothing on the node.
+// New checks the configuration, the capabilities of the process and the installed programs, and detects the back end. It
+// changes nothing on the node.
 func New(cfg Config) (*Capture, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
 	}
-	want, err := ParseBackend(string(cfg.Backend))
+	configured, err := ParseBackend(string(cfg.Backend))
 	if err != nil {
 		return nil, err
 	}
@@ -110,12 +110,12 @@ func New(cfg Config) (*Capture, error) {
 	if err := requireAdmin(capabilities); err != nil {
 		return nil, err
 	}
-	found, err := openBackends(want, capabilities)
+	found, err := openBackends(configured, capabilities)
 	if err != nil {
 		return nil, err
 	}
-	chosen, reason := want, "it was configured"
-	if want == BackendAuto {
+	chosen, reason := configured, "it is configured"
+	if configured == BackendAuto {
 		ctx, cancel := context.WithTimeout(context.Background(), detectTimeout)
 		defer cancel()
 		if chosen, reason, err = found.detect(ctx, capabilities); err != nil {
@@ -123,10 +123,10 @@ func New(cfg Config) (*Capture, error) {
 		}
 	}
 	if chosen != BackendLegacy && requireRaw(capabilities) != nil {
-		// We could not read the legacy back end, and have never written there without this capability.
+		// Without this capability the legacy back end cannot be read, and earlier versions cannot have written to it.
 		delete(found, BackendLegacy)
 	}
-	cfg.Logger.Info("iptables back end chosen", zap.Stringer("backend", chosen), zap.String("reason", reason))
+	cfg.Logger.Info("chose the iptables back end", zap.Stringer("backend", chosen), zap.String("reason", reason))
 
 	metadata := netip.AddrPortFrom(cfg.MetadataIP, cfg.MetadataPort)
 	return &Capture{
@@ -140,10 +140,10 @@ func New(cfg Config) (*Capture, error) {
 	}, nil
 }
 
-// Backend is the back end in use, never auto.
+// Backend returns the back end in use, never auto.
 func (c *Capture) Backend() Backend { return c.backend }
 
-// EnsureLink makes the link with the listen address. Call it before the listener is bound. Idempotent.
+// EnsureLink creates the link with the listen address. Call it before Install. Idempotent.
 func (c *Capture) EnsureLink(ctx context.Context) error {
 	done, err := c.acquire(ctx)
 	if err != nil {
@@ -154,9 +154,9 @@ func (c *Capture) EnsureLink(ctx context.Context) error {
 	return err
 }
 
-// Install puts the rules in place and cuts off connections opened before. Call it once the listener is up: from here on
-// pods are sent to it. Idempotent. After an error what is in place stays, and nothing pods could do before is possible
-// that was not; call it again.
+// Install installs the rules and ends connections that were opened before. Call it when the listener is up: from then on
+// traffic of pods is redirected to it. Idempotent. After an error the rules installed so far stay, and pods cannot reach more
+// than before; call Install again.
 func (c *Capture) Install(ctx context.Context) error {
 	done, err := c.acquire(ctx)
 	if err != nil {
@@ -167,19 +167,19 @@ func (c *Capture) Install(ctx context.Context) error {
 		return fmt.Errorf("installing capture of metadata traffic: %w", err)
 	}
 	c.deleteUncaptured(ctx)
-	// A former run may have used the other back end. Its rules go only now that these stand.
+	// An earlier run may have used the other back end. Its rules are removed only now, when these are in place.
 	for backend := range c.backends {
 		if backend == c.backend {
 			continue
 		}
 		if err := c.purge(ctx, backend, c.uninstallOrder()...); err != nil {
-			c.log.Warn("the other iptables back end was not cleaned", zap.Stringer("backend", backend), zap.Error(err))
+			c.log.Warn("cannot remove our rules from the other iptables back end", zap.Stringer("backend", backend), zap.Error(err))
 		}
 	}
 	return nil
 }
 
-// purge removes slots from one back end, in the order given. Idempotent. Foreign chains stay and are reported at the end.
+// purge removes slots from one back end, in the given order. Idempotent. Foreign chains stay and are reported at the end.
 func (c *Capture) purge(ctx context.Context, backend Backend, order ...slot) error {
 	tables := c.backends[backend]
 	d, err := tables.dump(ctx)
@@ -198,8 +198,8 @@ func (c *Capture) purge(ctx context.Context, backend Backend, order ...slot) err
 	return errors.Join(foreign...)
 }
 
-// Sync compares everything with how it should be and repairs what differs, without a gap. Each string names one thing
-// repaired: "link", or one of forward, input, nat followed by chain, jump or leftover; ten values in all.
+// Sync compares rules and link with the expected state and repairs differences, without a gap. Each string names one
+// repaired thing: "link", or one of forward, input, nat followed by chain, jump or leftover; ten values in all.
 func (c *Capture) Sync(ctx context.Context) (repaired []string, err error) {
 	done, err := c.acquire(ctx)
 	if err != nil {
@@ -213,12 +213,12 @@ func (c *Capture) Sync(ctx context.Context) (repaired []string, err error) {
 	return repaired, err
 }
 
-// allowedBypass says whether pods may have opened connections past us while the thing was broken.
+// allowedBypass reports whether pods could open connections that bypass capture before this repair.
 func allowedBypass(repaired string) bool {
 	return strings.HasPrefix(repaired, "forward ") || strings.HasPrefix(repaired, "nat ")
 }
 
-// sync does what Sync says; message is what the log calls it.
+// sync implements Sync. message is the log message of a repair.
 func (c *Capture) sync(ctx context.Context, message string) (repaired []string, err error) {
 	tables := c.backends[c.backend]
 	var states []slotState
@@ -232,7 +232,7 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 		}
 		states = append(states, state)
 	}
-	// Before the first change, so that meeting a foreign chain leaves everything as it was.
+	// Check for foreign chains before the first change, so that a foreign chain leaves everything unchanged.
 	for _, state := range states {
 		if err := state.foreign(); err != nil {
 			return nil, err
@@ -244,7 +244,7 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 		if len(differences) == 0 {
 			continue
 		}
-		// The other slots are still worth repairing if one fails: each is a defence of its own.
+		// If one slot fails, the others are still repaired: each of them blocks traffic by itself.
 		if err := repairSlot(ctx, tables, state); err != nil {
 			failed = append(failed, fmt.Errorf("repairing %s of table %s: %w", state.hook, state.table, err))
 			continue
@@ -262,20 +262,21 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 	return repaired, errors.Join(append(failed, err)...)
 }
 
-// deleteUncaptured makes clients with a connection from before notice at once. Nothing depends on it: the drop in
-// FORWARD holds for those connections too, their clients would only wait for a timeout. So failing is no error.
+// deleteUncaptured ends connections that were opened before capture, so that their clients notice at once. Security does not
+// depend on it: the drop in FORWARD applies to those connections too, and their clients would only wait for a timeout.
+// Therefore a failure is only logged.
 func (c *Capture) deleteUncaptured(ctx context.Context) {
 	n, err := c.flows.deleteUncaptured(ctx)
 	if err != nil {
-		c.log.Warn("connections opened before capture end by timeout, not at once", zap.Error(err))
+		c.log.Warn("cannot end connections opened before capture; they end by timeout", zap.Error(err))
 	}
 	if n > 0 {
-		c.log.Info("connections opened before capture cut off", zap.Int("count", n))
+		c.log.Info("ended connections opened before capture", zap.Int("count", n))
 	}
 }
 
-// Verify changes nothing. nil if everything is as it should be, else an error that is ErrDrift and lists what differs,
-// or says why it could not look.
+// Verify compares rules and link with the expected state and changes nothing. It returns nil if there is no difference, an
+// error that is ErrDrift and lists the differences, or the error that prevented the comparison.
 func (c *Capture) Verify(ctx context.Context) error {
 	done, err := c.acquire(ctx)
 	if err != nil {
@@ -311,16 +312,16 @@ func (c *Capture) Verify(ctx context.Context) error {
 	return fmt.Errorf("%w: %s", ErrDrift, strings.Join(differ, "; "))
 }
 
-// uninstallOrder is that of installation reversed: the drop falls last.
+// uninstallOrder returns the slots in reverse order of installation: the drop is removed last.
 func (c *Capture) uninstallOrder() []slot {
 	order := slices.Clone(c.slots)
 	slices.Reverse(order)
 	return order
 }
 
-// Uninstall takes away everything of ours, in both back ends: from here on pods reach the metadata service itself.
+// Uninstall removes our rules from both back ends, and our link: from then on pods reach the metadata service itself.
 // Idempotent. It stops at the first failure, so that the drop stays if the redirection could not be removed. A foreign
-// chain or link with one of our names stays, and is reported once all that is ours is gone.
+// chain or link with one of our names stays, and is reported after everything of ours has been removed.
 func (c *Capture) Uninstall(ctx context.Context) error {
 	done, err := c.acquire(ctx)
 	if err != nil {
@@ -328,7 +329,7 @@ func (c *Capture) Uninstall(ctx context.Context) error {
 	}
 	defer done()
 	var foreign []error
-	// The one in use goes last: if the other cannot be cleaned, the capture that holds is still whole.
+	// The back end in use is last: if cleaning the other one fails, capture is still complete.
 	order := []Backend{BackendNFT, BackendLegacy}
 	if c.backend == BackendNFT {
 		slices.Reverse(order)
@@ -350,9 +351,9 @@ func (c *Capture) Uninstall(ctx context.Context) error {
 	case err != nil:
 		return fmt.Errorf("uninstalling capture of metadata traffic: %w", err)
 	}
-	// Else connections that were captured would be sent to an address that is gone until conntrack lets go of them.
+	// Otherwise captured connections would be redirected to a removed address until their conntrack entries time out.
 	if _, err := c.flows.deleteCaptured(ctx); err != nil {
-		c.log.Warn("captured connections end by timeout, not at once", zap.Error(err))
+		c.log.Warn("cannot end captured connections; they end by timeout", zap.Error(err))
 	}
 	return errors.Join(foreign...)
 }

@@ -12,19 +12,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// conntrack forgets connections to the metadata service, so that the kernel decides about their next packet anew. The
-// table can hold a million connections; it is read as a stream, and only what is to be forgotten is kept.
+// conntrack deletes connections to the metadata service from the kernel's connection tracking table, so that their next
+// packet is matched against the rules again. The table can have a million entries; it is read as a stream, and only the
+// entries to delete are kept in memory.
 type conntrack struct {
 	metadata netip.AddrPort
 	listen   netip.AddrPort
 }
 
-// flow is one tracked TCP connection: who opened it to whom, and who answers. The latter two differ if it was redirected.
+// flow is one tracked TCP connection: its source, its original destination, and the server that replies. The latter two
+// differ if the connection was redirected.
 type flow struct {
-	source, destination, answers netip.AddrPort
+	source, destination, server netip.AddrPort
 }
 
-// deleteUncaptured forgets what pods opened past us, or while we led elsewhere. Connections of the node itself stay.
+// deleteUncaptured deletes connections of pods that were not captured, or that were redirected to an earlier listen address.
+// Connections of the node itself stay.
 func (c conntrack) deleteUncaptured(ctx context.Context) (int, error) {
 	addresses, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
@@ -36,13 +39,13 @@ func (c conntrack) deleteUncaptured(ctx context.Context) (int, error) {
 		node[ip] = true
 	}
 	return deleteFlows(ctx, func(f flow) bool {
-		return f.destination == c.metadata && f.answers != c.listen && !node[f.source.Addr()]
+		return f.destination == c.metadata && f.server != c.listen && !node[f.source.Addr()]
 	})
 }
 
-// deleteCaptured forgets what was redirected.
+// deleteCaptured deletes redirected connections.
 func (c conntrack) deleteCaptured(ctx context.Context) (int, error) {
-	return deleteFlows(ctx, func(f flow) bool { return f.destination == c.metadata && f.answers != c.metadata })
+	return deleteFlows(ctx, func(f flow) bool { return f.destination == c.metadata && f.server != c.metadata })
 }
 
 func deleteFlows(ctx context.Context, match func(flow) bool) (deleted int, err error) {
@@ -59,7 +62,7 @@ func deleteFlows(ctx context.Context, match func(flow) bool) (deleted int, err e
 			break
 		}
 	}
-	// What an interrupted reading did find is forgotten all the same.
+	// Also after an interrupted dump the entries found so far are deleted.
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return 0, fmt.Errorf("reading tracked connections: %w", err)
 	}
@@ -68,8 +71,8 @@ func deleteFlows(ctx context.Context, match func(flow) bool) (deleted int, err e
 		switch err := request(nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK, key, nil); {
 		case err == nil:
 			deleted++
-		case !errors.Is(err, unix.ENOENT): // It ended by itself in the meantime.
-			failed = append(failed, fmt.Errorf("forgetting a tracked connection: %w", err))
+		case !errors.Is(err, unix.ENOENT): // ENOENT: the connection ended before.
+			failed = append(failed, fmt.Errorf("deleting a tracked connection: %w", err))
 		}
 	}
 	return deleted, errors.Join(failed...)
@@ -87,12 +90,12 @@ func request(operation, flags int, payload []byte, each func([]byte) bool) error
 	return r.ExecuteIter(unix.NETLINK_NETFILTER, 0, each)
 }
 
-// attributeType is without the flags that the kernel puts beside it.
+// attributeType masks the flags in the type of a netlink attribute.
 const attributeType = 0x3fff
 
-// parseFlow reads one message of the kernel. ok is false for what is not TCP over IPv4. key is what names the connection
-// for deletion: its original tuple, its zone, and its number, without which a connection that has since taken its place
-// would be meant.
+// parseFlow parses one message of the kernel. ok is false if the connection is not TCP over IPv4. key identifies the connection
+// for deletion: its original tuple, its zone and its ID. Without the ID, a newer connection with the same tuple could be
+// deleted.
 func parseFlow(message []byte) (f flow, key []byte, ok bool) {
 	if len(message) < nl.SizeofNfgenmsg {
 		return flow{}, nil, false
@@ -107,7 +110,7 @@ func parseFlow(message []byte) (f flow, key []byte, ok bool) {
 		case nl.CTA_TUPLE_ORIG:
 			f.source, f.destination, original = parseTuple(a.Value)
 		case nl.CTA_TUPLE_REPLY:
-			f.answers, _, reply = parseTuple(a.Value)
+			f.server, _, reply = parseTuple(a.Value)
 			continue
 		case nl.CTA_ZONE, nl.CTA_ID:
 		default:

@@ -17,17 +17,17 @@ var (
 	testListen   = netip.MustParseAddrPort("169.254.25.79:2579")
 )
 
-// fault says at which command something goes wrong, and how.
+// fault says which command fails, and how.
 type fault struct {
 	at      int  // Counted from 0 over all commands, reads included; -1 for never.
-	applied bool // The command takes effect and fails nevertheless, as when we are killed before we see its result.
-	dead    bool // Nothing works from then on: the process has died. Otherwise only that one command fails.
+	applied bool // The command has its effect but returns an error, as if the process was killed before the result.
+	dead    bool // All later commands fail too: the process has died.
 }
 
 var errInjected = errors.New("injected fault")
 
-// fakeTables is one back end in memory. It refuses what the kernel refuses: to drop a chain in use or not empty, to
-// jump to a chain that is not there, to remove a rule that is not there.
+// fakeTables is a back end in memory. Like the kernel it refuses to drop a chain that is in use or not empty, to jump to a
+// chain that does not exist, and to delete a rule that does not exist.
 type fakeTables struct {
 	chains map[string]map[string][]listed // Table, chain, rules.
 	fault  fault
@@ -43,7 +43,7 @@ func newFakeTables() *fakeTables {
 	}}
 }
 
-// do runs one command under the fault in force.
+// do runs one command with the configured fault.
 func (f *fakeTables) do(command string, effect func() error) error {
 	now := f.op
 	f.op++
@@ -144,7 +144,7 @@ func (f *fakeTables) dump(context.Context) (d dump, err error) {
 	return d, err
 }
 
-// text is everything there is, in a form to compare.
+// text returns the whole content in a comparable form.
 func (f *fakeTables) text() string {
 	var lines []string
 	for table, chains := range f.chains {
@@ -156,7 +156,7 @@ func (f *fakeTables) text() string {
 	return strings.Join(lines, "\n")
 }
 
-// foreignText is all that must survive whatever we do: chains that are not ours, with the rules that do not lead to us.
+// foreignText returns what must never change: foreign chains, with the rules that do not jump to our chains.
 func (f *fakeTables) foreignText() string {
 	others := newFakeTables()
 	for table, chains := range f.chains {
@@ -169,7 +169,7 @@ func (f *fakeTables) foreignText() string {
 	return others.text()
 }
 
-// outcome of a pod's packet. A higher one is never worse.
+// outcome is what happens to a packet of a pod. A higher value is better.
 type outcome int
 
 const (
@@ -184,11 +184,11 @@ type packet struct {
 	protocol  string
 	port      string
 	to        string
-	via       string // The interface it came in by.
+	via       string // The interface on which it arrived.
 	wasDNATed bool
 }
 
-// outcomes follows a pod's packets through the tables: TCP to the port that is redirected, and what never may pass.
+// outcomes evaluates the tables for packets of a pod: TCP to the redirected port, and packets that must never pass.
 func (f *fakeTables) outcomes() map[string]outcome {
 	metadata := testMetadata.Addr().String()
 	all := map[string]packet{
@@ -207,13 +207,13 @@ func (f *fakeTables) outcome(p packet) outcome {
 	if to, ok := strings.CutPrefix(f.walk("nat", "PREROUTING", p), "DNAT "); ok {
 		to, _, _ = strings.Cut(to, ":")
 		p.to, p.wasDNATed = to, true
-		if strings.HasPrefix(to, "169.254.25.") { // Local, as all listen addresses of these tests are.
+		if strings.HasPrefix(to, "169.254.25.") { // Local, like all listen addresses of these tests.
 			if f.walk("filter", "INPUT", p) == "DROP" {
 				return dropped
 			}
 			return captured
 		}
-		// A foreign redirection. The pod gets no token of the node, but not ours either.
+		// A foreign redirection: the pod reaches neither the metadata service nor our server.
 		return dropped
 	}
 	if f.walk("filter", "FORWARD", p) == "DROP" {
@@ -254,7 +254,7 @@ func (p packet) matches(rule listed) bool {
 	return valueOf(rule.args, "--ctstate") != "DNAT" || p.wasDNATed
 }
 
-// fakeLink and fakeFlows record what was wanted of them.
+// fakeLink and fakeFlows record their calls.
 type fakeLink struct {
 	there bool
 	err   error
@@ -283,7 +283,7 @@ type fakeFlows struct{ uncaptured, captured int }
 func (f *fakeFlows) deleteUncaptured(context.Context) (int, error) { f.uncaptured++; return 0, nil }
 func (f *fakeFlows) deleteCaptured(context.Context) (int, error)   { f.captured++; return 0, nil }
 
-// newFakeCapture is a Capture as a process just started has it, over tables that may hold anything.
+// newFakeCapture returns the Capture of a process that has just started, on the given tables.
 func newFakeCapture(t *testing.T, nft, legacy tables, listen netip.AddrPort) *Capture {
 	t.Helper()
 	c := &Capture{

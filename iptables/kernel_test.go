@@ -17,7 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// sendOtherTraffic sends from the pod what is not a TCP connection to the metadata port.
+// sendOtherTraffic sends packets from the pod that are not TCP connections to the metadata port.
 func (w *testNetwork) sendOtherTraffic() {
 	w.t.Helper()
 	w.wantNoAnswer("pod", "169.254.169.254:443")
@@ -28,7 +28,7 @@ func (w *testNetwork) sendOtherTraffic() {
 				w.t.Error(err)
 				return
 			}
-			// An ICMP echo request; for the others it is just bytes.
+			// An ICMP echo request; for the other protocols arbitrary bytes.
 			if _, err := conn.Write([]byte{8, 0, 0xf7, 0xff, 0, 0, 0, 0}); err != nil {
 				w.t.Errorf("%s: %v", network, err)
 			}
@@ -39,7 +39,7 @@ func (w *testNetwork) sendOtherTraffic() {
 
 func TestTrafficOfPodsIsCapturedButNotOfTheNode(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, w *testNetwork) {
-		// The network works, so that what is not seen later was stopped by us.
+		// Check that the network works, so that packets that are missing later were blocked by our rules.
 		w.wantAnswer("pod", "169.254.169.254:80", "azure "+podIP)
 		w.wantAnswer("", "169.254.169.254:80", "azure "+nodeIP)
 		before := w.podPackets()
@@ -81,14 +81,14 @@ func TestOnlyCapturedConnectionsReachTheListener(t *testing.T) {
 		if accepted, _ := w.nmi.counts(); accepted != 0 {
 			t.Errorf("the listener accepted %d connections", accepted)
 		}
-		// What remains: a neighbour that takes the node for the metadata service is seen for what it is.
+		// A neighbour that uses the node as metadata service is seen with its own address.
 		w.wantAnswer("outside", "169.254.169.254:80", "nmi "+outsideIP)
 	})
 }
 
 func TestAConnectionOpenedBeforeInstallationIsCutOff(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, w *testNetwork) {
-		// Connections are tracked only once some rule wants that, as kube-proxy's do on a node.
+		// The kernel tracks connections only if a rule requires it, like those of kube-proxy on a node.
 		w.iptables("-t", "nat", "-A", "POSTROUTING", "-s", "192.0.2.0/24", "-j", "MASQUERADE")
 		var fromPod, fromNode net.Conn
 		dial := func() net.Conn {
@@ -126,7 +126,7 @@ func TestAConnectionOpenedBeforeInstallationIsCutOff(t *testing.T) {
 		if _, err := fromPod.Write([]byte("token please\n")); err != nil {
 			t.Fatal(err)
 		}
-		// A quick end, rather than a timeout.
+		// The connection ends at once, not by timeout.
 		if _, err := fromPod.Read(make([]byte, 100)); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("reading on the old connection: %v, want a reset", err)
 		}
@@ -153,7 +153,7 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 		for range 3 {
 			group.Go(func() {
 				inNS(t, "pod", func() {
-					// Paced, so that the repairs get their share of a small machine.
+					// Paced, so that the repairs get CPU time on a small computer.
 					for pace := time.NewTicker(2 * time.Millisecond); ctx.Err() == nil; <-pace.C {
 						conn, err := net.DialTimeout("tcp4", "169.254.169.254:80", longTimeout)
 						if err != nil {
@@ -168,14 +168,14 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 							t.Errorf("asking during a repair: %q, %v", answer, err)
 						}
 						answered.Add(1)
-						// Without lingering, so that the load does not use up the ports.
+						// Without linger, so that the load does not use up the ports.
 						conn.(*net.TCPConn).SetLinger(0)
 						conn.Close()
 					}
 				})
 			})
 		}
-		// Each takes another path through the repair; none opens a way by itself.
+		// Each change causes another path through the repair; none lets packets bypass capture by itself.
 		tamper := [][]string{
 			{"-t", "nat", "-I", "PREROUTING", "1", "-s", "192.0.2.1", "-j", "RETURN"},
 			{"-I", "FORWARD", "1", "-s", "192.0.2.1", "-j", "RETURN"},
@@ -226,7 +226,7 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 	})
 }
 
-// current is the chain in force among the generations with a prefix.
+// current returns the active chain of the generations with a prefix.
 func (w *testNetwork) current(prefix string) string {
 	w.t.Helper()
 	for _, generation := range generations {
@@ -298,7 +298,7 @@ func TestWithoutAListenerPodsGetNoResponse(t *testing.T) {
 		if _, err := w.ask("pod", "169.254.169.254:80", longTimeout); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("got %v, want the connection refused at once", err)
 		}
-		// Nor if the link is gone, too: then the packet has nowhere to go.
+		// The same if the link is deleted too: then there is no route.
 		run(t, "ip", "link", "del", LinkName)
 		run(t, "ip", "route", "add", "169.254.25.79/32", "via", "10.88.0.1")
 		w.wantNoAnswer("pod", "169.254.169.254:80")
@@ -385,7 +385,7 @@ func TestUninstallRestoresTheNode(t *testing.T) {
 	})
 }
 
-// tracked is the number of connections that conntrack has and that match.
+// tracked returns the number of matching entries in the conntrack table.
 func tracked(t *testing.T, match func(*netlink.ConntrackFlow) bool) (n int) {
 	t.Helper()
 	// The kernel reports an interrupted dump when the table changes during it.
@@ -407,7 +407,7 @@ func TestAForeignChainIsNotChanged(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		w.iptables("-N", "PODIDENTITY-FWD-B")
 		w.iptables("-A", "PODIDENTITY-FWD-B", "-s", "192.0.2.1", "-j", "ACCEPT")
-		w.iptables("-t", "nat", "-S") // Makes the table in the legacy back end, as looking for our chains there does.
+		w.iptables("-t", "nat", "-S") // Creates the table in the legacy back end, like listing our chains there.
 		before := w.dump()
 		for doing, err := range map[string]error{
 			"Install":   w.capture.Install(context.Background()),
@@ -420,7 +420,7 @@ func TestAForeignChainIsNotChanged(t *testing.T) {
 		if got := w.dump(); got != before {
 			t.Errorf("rules are now\n%s\nwere\n%s", got, before)
 		}
-		// An empty chain of that name is a leftover of ours.
+		// An empty chain with our name is our leftover.
 		w.iptables("-F", "PODIDENTITY-FWD-B")
 		w.install()
 	})

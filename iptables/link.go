@@ -10,27 +10,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// LinkName is the link that has the listen address and nothing else.
+// LinkName is the name of the link that has only the listen address.
 const LinkName = "podidentity0"
 
-// dumpAttempts is how often a listing is tried again that the kernel says changed while it was read.
+// dumpAttempts is the maximum number of attempts at a dump that the kernel reports as interrupted by a change.
 const dumpAttempts = 5
 
-// ownLink is the link with the listen address. It is a dummy link, or on the rare kernel without that driver a bridge
-// that has no ports: to the one address on it the two are the same.
+// ownLink manages the link with the listen address. It is a dummy link, or on the rare kernel without that driver a bridge
+// without ports, which works the same for a local address.
 //
-// Sockets bound to the address live on when link and address disappear, and work again when they return; so a repair
-// does not concern the listener.
+// Sockets bound to the address survive when the link is deleted, and work again when it is created again. So a repair does
+// not affect the listener.
 type ownLink struct {
 	address netip.Addr
 }
 
-// linkState is what is there of the link. link is nil when there is none.
+// linkState is the current state of the link. link is nil if there is none.
 type linkState struct {
 	link    netlink.Link
 	up      bool
 	address bool
-	others  []netlink.Addr // Addresses of a former configuration.
+	others  []netlink.Addr // Addresses of an earlier configuration.
 }
 
 func (l ownLink) inspect() (linkState, error) {
@@ -66,10 +66,10 @@ func (l ownLink) inspect() (linkState, error) {
 	return state, nil
 }
 
-// checkOwn refuses a link with our name that cannot be one of ours.
+// checkOwn returns an error if a link with our name cannot be ours.
 func checkOwn(link netlink.Link) error {
 	foreign := func(is string) error {
-		return fmt.Errorf("%w: link %s %s; nothing was changed: find out who made it, then rename or delete it", ErrForeignLink, LinkName, is)
+		return fmt.Errorf("%w: link %s %s; nothing was changed: find out which program created it, then rename or delete it", ErrForeignLink, LinkName, is)
 	}
 	switch kind := link.Type(); kind {
 	case "dummy":
@@ -108,16 +108,16 @@ func (l ownLink) ensure() (changed bool, err error) {
 		}
 	}
 	if !state.address {
-		// Scope link keeps it from being the source of anything that goes elsewhere.
-		wanted := &netlink.Addr{IPNet: netlink.NewIPNet(net.IP(l.address.AsSlice())), Scope: unix.RT_SCOPE_LINK}
-		if err := netlink.AddrAdd(state.link, wanted); err != nil && !errors.Is(err, unix.EEXIST) {
+		// With scope link the kernel never chooses the address as the source of other traffic.
+		address := &netlink.Addr{IPNet: netlink.NewIPNet(net.IP(l.address.AsSlice())), Scope: unix.RT_SCOPE_LINK}
+		if err := netlink.AddrAdd(state.link, address); err != nil && !errors.Is(err, unix.EEXIST) {
 			return changed, fmt.Errorf("adding %v to link %s: %w", l.address, LinkName, err)
 		}
 		changed = true
 	}
 	for _, other := range state.others {
 		if err := netlink.AddrDel(state.link, &other); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			return changed, fmt.Errorf("removing the former address %v from link %s: %w", other.IPNet, LinkName, err)
+			return changed, fmt.Errorf("removing the earlier address %v from link %s: %w", other.IPNet, LinkName, err)
 		}
 		changed = true
 	}
@@ -181,7 +181,7 @@ func (l ownLink) remove() error {
 	return nil
 }
 
-// retryInterrupted repeats a listing while the kernel reports that it changed under the reader.
+// retryInterrupted repeats a dump while the kernel reports that a change interrupted it.
 func retryInterrupted[T any](list func() (T, error)) (result T, err error) {
 	for range dumpAttempts {
 		if result, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {

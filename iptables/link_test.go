@@ -25,7 +25,7 @@ func TestADeletedLinkIsRepairedWithoutRestartingTheListener(t *testing.T) {
 				t.Errorf("%s: Sync repaired %v", damage, repaired)
 			}
 			w.verify()
-			// The listener was bound before all this, and was not touched.
+			// The listener was bound before, and was not restarted.
 			w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
 		}
 	})

@@ -10,22 +10,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockName is an abstract socket. Its names belong to the network namespace, as the rules do, so whoever binds it has the
-// rules to himself; and the kernel releases it when its owner dies, however that happens. No file, no mount.
+// lockName is the name of an abstract Unix socket. Like the rules, these names belong to the network namespace, so the
+// process that binds it holds the lock for the rules. The kernel releases the name whenever the process ends, and no file or
+// mount is needed.
 const lockName = "@podidentity-capture"
 
 const (
-	// lockTimeout is well above the longest repair. After it we go on without: any process in the namespace can hold the
-	// name, and must not be able to keep rules from being repaired.
-	lockTimeout = 10 * time.Second
+	// lockTimeout is well above the longest repair. After it the caller continues without the lock: any process in the
+	// namespace can bind the name, and must not be able to prevent repairs.
+	lockTimeout       = 10 * time.Second
 	lockRetryInterval = 20 * time.Millisecond
 )
 
-// acquireLock waits until no other process works on the rules of this network namespace, as the old and the new node server
-// would during an upgrade: each would build its next generation in the chain that the other has just put in force.
-func acquireLock(ctx context.Context, log *zap.Logger, limit time.Duration) (done func(), err error) {
-	enough := time.NewTimer(limit)
-	defer enough.Stop()
+// acquireLock waits until no other process changes the rules of this network namespace. During an upgrade the old and the
+// new node server run at the same time: without the lock each would build its next generation in the chain that the other
+// has just activated.
+func acquireLock(ctx context.Context, log *zap.Logger, limit time.Duration) (release func(), err error) {
+	timeout := time.NewTimer(limit)
+	defer timeout.Stop()
 	retry := time.NewTicker(lockRetryInterval)
 	defer retry.Stop()
 	for {
@@ -37,14 +39,14 @@ func acquireLock(ctx context.Context, log *zap.Logger, limit time.Duration) (don
 			return func() { socket.Close() }, nil
 		}
 		if !errors.Is(err, unix.EADDRINUSE) {
-			log.Warn("capture does not wait for other processes", zap.Error(err))
+			log.Warn("cannot lock the rules against other processes; continuing without the lock", zap.Error(err))
 			return func() {}, nil
 		}
 		select {
 		case <-ctx.Done():
 			return nil, ctx.Err()
-		case <-enough.C:
-			log.Warn("capture waited long enough for another process that holds the socket", zap.String("socket", lockName))
+		case <-timeout.C:
+			log.Warn("another process holds the lock of the rules for too long; continuing without the lock", zap.String("socket", lockName))
 			return func() {}, nil
 		case <-retry.C:
 		}

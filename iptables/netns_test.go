@@ -17,16 +17,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Tests against a real kernel change rules and links, so they run in a child of this process that was born into a network
-// namespace of its own. parentNamespace tells the child where it came from, and that it is one.
+// Tests against a real kernel change rules and links, so they run in a child process with its own network namespace.
+// parentNamespace is the environment variable with the parent's namespace; it also marks the process as the child.
 const parentNamespace = "PODIDENTITY_TEST_PARENT_NETNS"
 
 // initialNamespace is the inode that the kernel gives the first network namespace, since 6.17.
 const initialNamespace = 0xEFFFFFF9
 
 // inNamespaces runs body in fresh network and mount namespaces. In this process it starts the child and reports its
-// outcome; in the child it runs body. A machine that does not allow it fails the test: one that passes without having
-// run would be worth nothing.
+// outcome; in the child it runs body. If the computer does not allow it, the test
+// fails instead of being skipped: a test that did not run proves nothing.
 func inNamespaces(t *testing.T, body func(t *testing.T)) {
 	t.Helper()
 	if os.Getenv(parentNamespace) != "" {
@@ -47,7 +47,7 @@ func inNamespaces(t *testing.T, body func(t *testing.T)) {
 	child := exec.Command("/proc/self/exe", "-test.run="+strings.Join(pattern, "/"), "-test.v", "-test.timeout=5m", "-test.count=1")
 	child.Env = append(os.Environ(), fmt.Sprintf("%s=%d", parentNamespace, own))
 	child.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	runtime.LockOSThread() // Pdeathsig is about the thread.
+	runtime.LockOSThread() // Pdeathsig is sent when the thread ends.
 	defer runtime.UnlockOSThread()
 	out, err := child.CombinedOutput()
 	switch {
@@ -62,7 +62,7 @@ func inNamespaces(t *testing.T, body func(t *testing.T)) {
 	}
 }
 
-// checkNamespace makes sure, in three ways, that what follows does not happen to the machine itself.
+// checkNamespace checks, in three ways, that the process is not in the network namespace of the computer itself.
 func checkNamespace() error {
 	own, err := namespaceInode("/proc/self/ns/net")
 	if err != nil {
@@ -88,8 +88,8 @@ func namespaceInode(path string) (uint64, error) {
 	return stat.Ino, nil
 }
 
-// The network of these tests: a pod behind the node, and beyond the node one segment with the stand-in for Azure and a
-// neighbour that is no part of the cluster. There is no way out of any of them.
+// The network of these tests: a pod behind the node, and beyond the node one segment with the fake Azure and a
+// neighbour outside the cluster. None of them has a route to the outside.
 //
 //	pod 10.77.1.2 -- 10.77.1.1 node 10.88.0.2 --+-- azure 10.88.0.1, 169.254.169.254
 //	                                            +-- outside 10.88.0.3
@@ -136,7 +136,7 @@ ip route add 169.254.169.254/32 via 10.88.0.1
 echo 1 > /proc/sys/net/ipv4/ip_forward
 `
 	run(t, "sh", "-e", "-c", script)
-	// Packets of pods that arrive at Azure, and any to the metadata address that are not the node's.
+	// Counts packets of pods that arrive at Azure, and packets to the metadata address that are not from the node.
 	inNS(t, "azure", func() {
 		run(t, "iptables-nft", "-t", "raw", "-A", "PREROUTING", "-s", "10.77.1.0/24")
 		run(t, "iptables-nft", "-t", "raw", "-A", "PREROUTING", "-d", "169.254.169.254/32", "!", "-s", nodeIP)

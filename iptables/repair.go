@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// slotState is what is found in one slot.
+// slotState is the current state of one slot.
 type slotState struct {
 	slot
 	hookRules   []listed
@@ -18,14 +18,14 @@ type slotState struct {
 type generationState struct {
 	exists bool
 	rules  []listed
-	good   bool     // The rules are exactly ours, in our order.
-	jumps  []listed // The rules of the hook that lead here, in order.
+	good   bool     // The rules are exactly the expected ones, in the expected order.
+	jumps  []listed // The rules of the hook that jump here, in order.
 }
 
-// difference is one way in which a slot is not as it should be.
+// difference is one difference between a slot and its expected state.
 type difference struct {
-	what string // Of a bounded vocabulary, see Sync.
-	text string // For people.
+	what string // One of a fixed set, see Sync.
+	text string // For logs and errors.
 }
 
 func readSlot(t tables, s slot) (slotState, error) {
@@ -53,8 +53,8 @@ func readSlot(t tables, s slot) (slotState, error) {
 	return state, nil
 }
 
-// foreign refuses a chain that has one of our names, but rules of which none is ours and no jump of ours leading to it.
-// An empty one is what a crash leaves; one that mixes ours with others is ours, and was tampered with.
+// foreign returns an error if a chain with one of our names has rules, none of them ours, and no jump of ours to it. An empty
+// chain can be left by a crash of ours. A chain with rules of ours and others is ours, and was changed by someone.
 func (st slotState) foreign() error {
 	for g, found := range st.generations {
 		if isForeign(found.rules, found.jumps) {
@@ -69,11 +69,11 @@ func isForeign(rules, jumps []listed) bool {
 }
 
 func foreignChain(table, chain string) error {
-	return fmt.Errorf("%w: chain %s of table %s holds rules without the comment %q; nothing was changed there: find out who made it, then rename or delete it",
+	return fmt.Errorf("%w: chain %s of table %s holds rules without the comment %q; nothing was changed there: find out which program created it, then rename or delete it",
 		ErrForeignChain, chain, table, strings.TrimSpace(marker)+" ...")
 }
 
-// inForce is the generation whose jump is the first rule of the hook, exactly as we write it, or -1.
+// inForce returns the active generation, whose jump, exactly as we write it, is the first rule of the hook; -1 if there is none.
 func (st slotState) inForce() int {
 	for g := range generations {
 		if len(st.hookRules) > 0 && st.hookRules[0].is(st.jump(g)) {
@@ -87,7 +87,7 @@ func (st slotState) find(match func(generationState) bool) int {
 	return slices.IndexFunc(st.generations[:], match)
 }
 
-// differences is empty when the slot is as it should be: one generation, complete, with a single jump at position 1.
+// differences returns nothing if the slot is in its expected state: one complete generation with a single jump at position 1.
 func (st slotState) differences() []difference {
 	var ds []difference
 	report := func(what, format string, args ...any) {
@@ -102,13 +102,13 @@ func (st slotState) differences() []difference {
 			report("jump", "the jump from %s to %s is altered or not the first rule; the first is: %s", st.hook, st.chain(current), st.hookRules[0])
 			break
 		}
-		report("jump", "%s has no jump to us", st.hook)
+		report("jump", "%s has no jump to our chain", st.hook)
 		if current = st.find(func(g generationState) bool { return g.good }); current < 0 {
 			current = st.find(func(g generationState) bool { return g.exists })
 		}
 	}
 	if current < 0 {
-		report("chain", "there is none")
+		report("chain", "the chain does not exist")
 		return ds
 	}
 	if found := st.generations[current]; !found.good {
@@ -139,8 +139,8 @@ func (st slotState) compare(g int) string {
 	return fmt.Sprintf("%s: %s", st.chain(g), strings.Join(parts, ", "))
 }
 
-// repairSlot brings one slot to how it should be. At each instant between its commands the slot protects at least as much as
-// before: a chain is edited only while no rule leads to it, and a jump is taken away only behind one that stands.
+// repairSlot brings one slot to its expected state. Between any two commands the slot blocks at least as much as before: a
+// chain is changed only while no rule jumps to it, and a jump is removed only behind one that is complete.
 func repairSlot(ctx context.Context, t tables, st slotState) error {
 	var err error
 	if st, err = freeGeneration(ctx, t, st); err != nil {
@@ -149,7 +149,7 @@ func repairSlot(ctx context.Context, t tables, st slotState) error {
 	if g := st.inForce(); g >= 0 && st.generations[g].good && len(st.generations[g].jumps) == 1 {
 		return discard(ctx, t, st, 1-g)
 	}
-	// The shortest way, when someone took away no more than the jump.
+	// The shortest repair, if only the jump is missing.
 	target := st.find(func(g generationState) bool { return g.good && len(g.jumps) == 0 })
 	if target < 0 {
 		target = st.generationToBuild()
@@ -168,16 +168,16 @@ func repairSlot(ctx context.Context, t tables, st slotState) error {
 		return err
 	}
 	if now.inForce() != target || !now.generations[target].good {
-		// The other generation stays, so nothing is lost. The next Sync starts from what it finds.
-		return fmt.Errorf("the jump to %s is no longer first, or the chain not as it was just written: something else changes rules at the same time, or this iptables lists rules in an unknown form",
+		// The other generation stays, so nothing is lost. The next Sync starts from the state it finds.
+		return fmt.Errorf("the jump to %s is no longer first, or the chain differs from what was just written: another program changes rules at the same time, or this iptables lists rules in an unknown form",
 			st.chain(target))
 	}
 	return discard(ctx, t, now, 1-target)
 }
 
-// freeGeneration takes one generation out of service if both are in it and one of them is complete. That is how a repair looks
-// that was cut short; if someone tampered with the result as well, the complete one may stand behind other rules, so it
-// is put first before the other goes.
+// freeGeneration removes one generation if both have jumps and one of them is complete. That is the state after an interrupted
+// repair. If someone changed rules after that, the complete generation may be behind other rules, so its jump is
+// inserted first before the other generation is removed.
 func freeGeneration(ctx context.Context, t tables, st slotState) (slotState, error) {
 	if len(st.generations[0].jumps) == 0 || len(st.generations[1].jumps) == 0 {
 		return st, nil
@@ -197,9 +197,9 @@ func freeGeneration(ctx context.Context, t tables, st slotState) (slotState, err
 	return readSlot(t, st.slot)
 }
 
-// generationToBuild chooses the generation that can be taken out of service: one that nothing leads to, if there is one.
-// Both are in use only when a repair was cut short and neither is what is wanted, as after an upgrade with another
-// configuration. Then the one stays that is not empty, and of equals the one that packets meet first.
+// generationToBuild returns the generation to rebuild: one without a jump, if there is one. Both have jumps only if a repair
+// was interrupted and neither generation has the expected rules, as after an upgrade with another configuration. Then the
+// non-empty generation is kept, or of two non-empty ones the one that packets reach first.
 func (st slotState) generationToBuild() int {
 	if free := st.find(func(g generationState) bool { return len(g.jumps) == 0 }); free >= 0 {
 		return free
@@ -218,12 +218,12 @@ func (st slotState) generationToBuild() int {
 	return 0
 }
 
-// build fills a generation that is out of service, after taking it out.
+// build removes the jumps to a generation and writes its rules.
 func build(ctx context.Context, t tables, st slotState, g int) error {
 	if err := retire(ctx, t, st, g); err != nil {
 		return err
 	}
-	// Also makes the chain, if there was none.
+	// Also creates the chain if it does not exist.
 	if err := t.empty(st.table, st.chain(g)); err != nil {
 		return err
 	}
@@ -238,9 +238,9 @@ func build(ctx context.Context, t tables, st slotState, g int) error {
 	return nil
 }
 
-// retire empties a generation and removes the jumps to it. In this order, because a crash in between may leave an empty
-// chain, but not one with rules and without a jump: had someone replaced the rules, that could not be told from a foreign
-// one. Jumps are removed by their text and never by their number, which may by now be that of a foreign rule.
+// retire empties a generation and then removes the jumps to it. The order matters: a crash in between may leave an empty chain, but
+// must not leave one with rules and without a jump. If someone had replaced the rules, that chain could not be distinguished from
+// a foreign one. Jumps are deleted by their text, never by their number, which may have become that of a foreign rule.
 func retire(ctx context.Context, t tables, st slotState, g int) error {
 	if !st.generations[g].exists {
 		return nil
@@ -271,7 +271,7 @@ func discard(ctx context.Context, t tables, st slotState, g int) error {
 	if first == nil {
 		return nil
 	}
-	// Someone made another chain lead here. Reading everything is slow on a large node, so it is done only now.
+	// A rule of another chain jumps here. A complete dump is slow on a large node, so it is made only in this case.
 	d, err := t.dump(ctx)
 	if err != nil {
 		return errors.Join(first, err)
@@ -294,8 +294,8 @@ func removeReferences(t tables, d dump, table, chain string) error {
 	return nil
 }
 
-// purge removes a slot from one back end: jumps, then chains. What is not there is no error, since being gone is the
-// aim. It works on a dump, which unlike a listing never creates a table that the node does not have.
+// purge removes a slot from one back end: jumps, then chains. Missing chains are no error, because the aim is that they do not
+// exist. It works on a dump, which unlike a listing does not create tables on the node.
 func purge(ctx context.Context, t tables, d dump, s slot) error {
 	var foreign error
 	for g := range generations {
@@ -319,7 +319,7 @@ func purge(ctx context.Context, t tables, d dump, s slot) error {
 			foreign = foreignChain(s.table, chain)
 			continue
 		}
-		if err := t.empty(s.table, chain); err != nil { // Before the jumps, for the reason given at retire.
+		if err := t.empty(s.table, chain); err != nil { // Before the jumps, see retire.
 			return err
 		}
 		if err := removeReferences(t, d, s.table, chain); err != nil {

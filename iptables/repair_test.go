@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// change is what someone does to the tables behind our back.
+// change is a change of the tables by another program.
 type change func(f *fakeTables)
 
 func flush(table, chain string) change {
@@ -45,7 +45,7 @@ func move(table, chain string, from, to int) change {
 	}
 }
 
-// halfBuilt leaves the beginning of a generation, as a crash does.
+// halfBuilt leaves an incomplete generation, like a crash.
 func halfBuilt(table, chain string, rules ...string) change {
 	return func(f *fakeTables) {
 		f.chains[table][chain] = nil
@@ -55,7 +55,7 @@ func halfBuilt(table, chain string, rules ...string) change {
 	}
 }
 
-// copyChain makes another generation that equals the first one.
+// copyChain creates another generation with the same rules.
 func copyChain(table, from, to string) change {
 	return func(f *fakeTables) { f.chains[table][to] = slices.Clone(f.chains[table][from]) }
 }
@@ -126,7 +126,7 @@ var damages = []struct {
 	}, nil},
 }
 
-// otherRules stand in for the rest of a node: they must survive everything.
+// otherRules adds rules of other programs on the node. They must never change.
 func otherRules(f *fakeTables) {
 	f.chains["nat"]["KUBE-SERVICES"] = nil
 	appendRule("nat", "PREROUTING", `-m comment --comment "kubernetes service portals" -j KUBE-SERVICES`)(f)
@@ -134,7 +134,7 @@ func otherRules(f *fakeTables) {
 	appendRule("filter", "INPUT", "-p tcp --dport 22 -j ACCEPT")(f)
 }
 
-// watch checks after each command that no packet of a pod ever fares worse than before.
+// watch checks after each command that the outcome for no packet of a pod is worse than before.
 func watch(t *testing.T, f *fakeTables, worst func(was, is outcome) bool) {
 	t.Helper()
 	before := f.outcomes()
@@ -151,7 +151,7 @@ func watch(t *testing.T, f *fakeTables, worst func(was, is outcome) bool) {
 
 func worse(was, is outcome) bool { return is < was }
 
-// faults returns each way to fail at each command of a run, given how many commands a run without faults takes.
+// faults returns all faults at all commands of a run, given the number of commands of a run without faults.
 func faults(commands int) []fault {
 	var all []fault
 	for at := range commands {
@@ -160,7 +160,7 @@ func faults(commands int) []fault {
 	return all
 }
 
-// runWithEveryFault builds a state, runs something with one fault after the other, and then without. check is called on
+// runWithEveryFault prepares a state, calls run with one fault after the other, and then without a fault. check is called on
 // the result of the last run.
 func runWithEveryFault(t *testing.T, prepare func() *fakeTables, run func(*fakeTables) error, worst func(was, is outcome) bool, check func(*testing.T, *fakeTables)) {
 	t.Helper()
@@ -209,7 +209,7 @@ func installed(t *testing.T, listen netip.AddrPort) *fakeTables {
 	return f
 }
 
-// checkInstalled fails unless pods are captured and nothing of ours is left over.
+// checkInstalled fails unless pods are captured and there are no leftovers of ours.
 func checkInstalled(t *testing.T, f *fakeTables) {
 	t.Helper()
 	f.after = nil

@@ -7,16 +7,15 @@ import (
 	"strings"
 )
 
-// marker opens the comment of every rule and jump of ours. It is what tells ours from another's.
+// marker is the beginning of the comment of all our rules and jumps. It distinguishes them from those of others.
 const marker = "podidentity: "
 
 const metadataProtocol = "tcp"
 
-// generations of a chain. One is in force, the other is where its successor is built.
+// generations of a chain. One is active, the next one is built in the other.
 var generations = [2]string{"A", "B"}
 
-// slot is one place where we hang into netfilter: a hook, and the chain, in one of two generations, it jumps to.
-// Its name is part of what Sync returns.
+// slot is a netfilter hook, and our chain, in two generations, that the hook jumps to. The name is part of the result of Sync.
 type slot struct {
 	name   string
 	table  string
@@ -32,8 +31,8 @@ func (s slot) jump(generation int) []string {
 	return []string{"-m", "comment", "--comment", marker + s.why, "-j", s.chain(generation)}
 }
 
-// slots returns the three slots in the order of installation: the drop first, for it alone already keeps the promise,
-// and the redirection last, when the address it leads to is guarded.
+// slots returns the three slots in the order of installation: the drop first, because it alone already protects the metadata
+// service, and the redirection last, when the address it redirects to is protected.
 func slots(metadata, listen netip.AddrPort) []slot {
 	metadataNet, listenNet := metadata.Addr().String()+"/32", listen.Addr().String()+"/32"
 	metadataPort := strconv.Itoa(int(metadata.Port()))
@@ -48,11 +47,11 @@ func slots(metadata, listen netip.AddrPort) []slot {
 			why: "pods never reach the metadata service itself",
 			rules: [][]string{
 				rule("no packet of a pod leaves for the metadata service", "-j DROP", "-d", metadataNet),
-				// Also cuts what is still on its way to a connection opened before we came, and keeps neighbours from
-				// posing as the metadata service towards pods.
+				// Also drops responses for connections opened before capture, and prevents neighbours from posing as the
+				// metadata service.
 				rule("no packet from the metadata address reaches a pod", "-j DROP", "-s", metadataNet),
-				// Without its link the listen address is no longer local, and a redirected request would be routed to
-				// whoever claims that address outside.
+				// If the link is deleted, the listen address is no longer local, and a redirected request would be routed to a
+				// host outside that claims the address.
 				rule("no captured packet leaves the node", "-j DROP", "-d", listenNet),
 			},
 		},
@@ -79,13 +78,13 @@ func slots(metadata, listen netip.AddrPort) []slot {
 	}
 }
 
-// listed is one rule as iptables lists it: "-A CHAIN ...", with the arguments taken apart.
+// listed is one rule as iptables lists it: "-A CHAIN ...", split into arguments.
 type listed struct {
 	chain string
 	args  []string
 }
 
-// parseListed reads one line of a listing or of a dump. ok is false for lines that are no rule.
+// parseListed parses one line of a listing or a dump. ok is false if the line is not a rule.
 func parseListed(line string) (listed, bool) {
 	words, ok := splitWords(line)
 	if !ok || len(words) < 2 || words[0] != "-A" {
@@ -94,7 +93,8 @@ func parseListed(line string) (listed, bool) {
 	return listed{chain: words[1], args: words[2:]}, true
 }
 
-// splitWords undoes the quoting of iptables: double quotes around a word that needs them, backslashes within.
+// splitWords splits a line into words and removes the quoting of iptables: double quotes around words that need them, with
+// backslashes inside.
 func splitWords(line string) ([]string, bool) {
 	var words []string
 	var word strings.Builder
@@ -125,9 +125,9 @@ func splitWords(line string) ([]string, bool) {
 	return words, !quoted && !escaped
 }
 
-// canonical brings a rule into a form that is equal for equal rules, whichever back end and version listed them: they
-// differ in the order of matches, in naming the module of a match, and in numbers for protocols. Anything it does not
-// know stays in and makes the rule a different one.
+// canonical returns a form that is equal for equal rules, independent of the back end and version that listed them. Those
+// differ in the order of matches, in whether they name the module of a match, and in numbers for protocols. Arguments that
+// canonical does not know stay in the form and make the rule different.
 func canonical(args []string) string {
 	var parts []string
 	for i := 0; i < len(args); {
@@ -136,7 +136,7 @@ func canonical(args []string) string {
 			part, i = append(part, "!"), i+1
 		}
 		if i == len(args) {
-			return strings.Join(args, "\x00") // Cut off after "!": equal to nothing we write.
+			return strings.Join(args, "\x00") // Truncated after "!": different from all our rules.
 		}
 		flag := args[i]
 		part, i = append(part, flag), i+1
@@ -178,7 +178,7 @@ func valueOf(args []string, flags ...string) string {
 			if slices.Contains(flags, args[i]) {
 				return args[i+1]
 			}
-			i++ // The text of a comment is no flag, whatever it says.
+			i++ // The text of a comment is not a flag.
 			continue
 		}
 		if slices.Contains(flags, args[i]) {
@@ -190,7 +190,7 @@ func valueOf(args []string, flags ...string) string {
 
 func (l listed) ours() bool { return strings.HasPrefix(valueOf(l.args, "--comment"), marker) }
 
-// target is where the rule sends a packet: a chain or a verdict.
+// target returns the target of the rule: a chain or a verdict.
 func (l listed) target() string { return valueOf(l.args, "-j", "-g", "--jump", "--goto") }
 
 func (l listed) is(args []string) bool { return canonical(l.args) == canonical(args) }

@@ -8,7 +8,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// The text of our rules is what operators see and write their own rules around; a change of it is a change for them.
+// Operators see the text of our rules and write their own rules around them, so a change of the text affects them.
 func TestTheRulesHaveThisText(t *testing.T) {
 	want := map[string]string{
 		"filter FORWARD PODIDENTITY-FWD-": `jump: -m comment --comment 'podidentity: pods never reach the metadata service itself' -j PODIDENTITY-FWD-A
@@ -72,7 +72,7 @@ func TestRulesAreRecognizedInTheOutputOfBothBackends(t *testing.T) {
 		// In another order, without the module of the protocol, without the mask.
 		`-A X -p tcp -d 169.254.169.254 --dport 80 -m comment --comment "podidentity: to the node server" -j DNAT --to-destination 169.254.25.79:2579`:         all[2].rules[0],
 		`-A X -d 169.254.169.254/32 -p 6 -m tcp --dport 80 -m comment --comment "podidentity: to the node server" -j DNAT --to-destination 169.254.25.79:2579`: all[2].rules[0],
-		// Quotes within.
+		// With quotes inside.
 		`-A X -m comment --comment "podidentity: pods\' metadata requests are answered on this node" -j PODIDENTITY-NAT-B`: all[2].jump(1),
 	} {
 		if rule, ok := parseListed(line); !ok || !rule.is(want) {

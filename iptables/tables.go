@@ -13,28 +13,29 @@ import (
 	coreos "github.com/coreos/go-iptables/iptables"
 )
 
-// lockSeconds bounds how long one command waits for the lock that all users of legacy iptables on the node share.
+// lockSeconds bounds how long one command waits for the lock of legacy iptables on the node.
 const lockSeconds = 5
 
 // errNoChain is what tables.list returns for a chain that does not exist.
 var errNoChain = errors.New("no such chain")
 
-// tables is what capture needs of one back end. Each method is a single command, atomic in the kernel and bounded by
-// lockSeconds, so a context is looked at between them; what happens when we die there is the caller's concern.
+// tables are the operations of capture on one back end. Each method is a single command, atomic in the kernel and bounded by
+// lockSeconds, so callers check their context between the methods. Callers must keep the rules safe if the process ends
+// between two commands.
 type tables interface {
 	// list returns the rules of a chain in order. errNoChain if there is none.
 	list(table, chain string) ([]listed, error)
-	// empty makes the chain exist and have no rules. Idempotent.
+	// empty removes the rules of a chain, and creates the chain if it does not exist. Idempotent.
 	empty(table, chain string) error
 	// add appends a rule. Not idempotent.
 	add(table, chain string, rule []string) error
-	// insertFirst puts a rule at position 1. Not idempotent.
+	// insertFirst inserts a rule at position 1. Not idempotent.
 	insertFirst(table, chain string, rule []string) error
 	// remove deletes the first rule that equals rule. An error if there is none.
 	remove(table, chain string, rule []string) error
-	// drop deletes an empty chain nothing refers to. An error if there is none.
+	// drop deletes an empty chain without references. An error if there is none.
 	drop(table, chain string) error
-	// dump returns everything there is, without bringing a table into being by looking at it.
+	// dump returns all tables, without creating any.
 	dump(ctx context.Context) (dump, error)
 }
 
@@ -72,7 +73,7 @@ func parseDump(text string) dump {
 	return d
 }
 
-// program is one back end on this machine. It implements tables.
+// program runs the iptables commands of one back end. It implements tables.
 type program struct {
 	backend Backend
 	path    string
@@ -80,8 +81,8 @@ type program struct {
 	ipt     *coreos.IPTables
 }
 
-// findProgram looks for the commands of one back end, the unambiguous names first. "iptables" alone is either back end,
-// depending on the image; it says which in its version.
+// findProgram finds the commands of one back end, unambiguous names first. "iptables" alone is either back end, depending on
+// the image; the output of --version says which.
 func findProgram(backend Backend) (*program, error) {
 	mode := map[Backend]string{BackendNFT: "(nf_tables)", BackendLegacy: "(legacy)"}[backend]
 	for _, name := range []string{"iptables-" + string(backend), "iptables"} {
@@ -98,7 +99,7 @@ func findProgram(backend Backend) (*program, error) {
 		}
 		return &program{backend: backend, path: path, save: save, ipt: ipt}, nil
 	}
-	return nil, fmt.Errorf("%w: there is no iptables-%s, with its -save program, that runs from PATH, /usr/sbin or /sbin; install the iptables package in the image",
+	return nil, fmt.Errorf("%w: found no iptables-%s with its -save program in PATH, /usr/sbin or /sbin; install the iptables package in the image",
 		ErrMissingBinary, backend)
 }
 
@@ -117,7 +118,7 @@ func findCommand(name string) string {
 func (p *program) list(table, chain string) ([]listed, error) {
 	lines, err := p.ipt.List(table, chain)
 	if err != nil {
-		// Both back ends report a chain that is not there with status 1 and different words; the words are not for us.
+		// Both back ends report a missing chain with exit status 1 and different texts, so only the status is compared.
 		var exit *coreos.Error
 		if errors.As(err, &exit) && exit.ExitStatus() == 1 {
 			return nil, errNoChain
@@ -142,7 +143,7 @@ func (p *program) add(table, chain string, rule []string) error {
 }
 
 func (p *program) insertFirst(table, chain string, rule []string) error {
-	return wrap(p.ipt.Insert(table, chain, 1, rule...), "putting a jump first in chain", table, chain)
+	return wrap(p.ipt.Insert(table, chain, 1, rule...), "inserting a jump at position 1 of chain", table, chain)
 }
 
 func (p *program) remove(table, chain string, rule []string) error {
@@ -160,10 +161,11 @@ func wrap(err error, doing, table, chain string) error {
 	return fmt.Errorf("%s %s of table %s: %w", doing, chain, table, err)
 }
 
-// legacyTables names the legacy tables of this network namespace. It is absent where the legacy back end was never used.
+// legacyTables is the file that lists the legacy tables of this network namespace. It does not exist if the legacy back end
+// was never used.
 const legacyTables = "/proc/thread-self/net/ip_tables_names"
 
-// legacyInUse says whether there is anything in the legacy back end. Asking its own programs would create the tables.
+// legacyInUse reports whether the legacy back end has tables. It does not run the legacy programs, which would create them.
 func legacyInUse() (bool, error) {
 	names, err := os.ReadFile(legacyTables)
 	if errors.Is(err, os.ErrNotExist) {

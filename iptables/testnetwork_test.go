@@ -17,11 +17,11 @@ import (
 
 // shortTimeout bounds waiting for a packet that must not arrive; longTimeout for one that must.
 const (
-	shortTimeout   = 300 * time.Millisecond
-	longTimeout = 30 * time.Second
+	shortTimeout = 300 * time.Millisecond
+	longTimeout  = 30 * time.Second
 )
 
-// testNetwork is the network with servers in it, seen from the node.
+// testNetwork is the network with its servers, in the namespace of the node.
 type testNetwork struct {
 	t       *testing.T
 	backend Backend
@@ -54,7 +54,7 @@ func (w *testNetwork) newCapture(listen netip.AddrPort) *Capture {
 	return c
 }
 
-// install does what the node server does: link, listener, rules.
+// install does the same as the node server: link, listener, rules.
 func (w *testNetwork) install() {
 	w.t.Helper()
 	if err := w.capture.EnsureLink(context.Background()); err != nil {
@@ -100,7 +100,7 @@ func (w *testNetwork) dump() string {
 	return dumpCounters.ReplaceAllString(dumpComment.ReplaceAllString(text, ""), "[0:0]")
 }
 
-// podPackets is the number of packets of pods, or of anyone but the node, that have arrived at Azure.
+// podPackets returns the number of packets that arrived at Azure from pods or others than the node.
 func (w *testNetwork) podPackets() (total int) {
 	w.t.Helper()
 	inNS(w.t, "azure", func() {
@@ -114,7 +114,7 @@ func (w *testNetwork) podPackets() (total int) {
 	return total
 }
 
-// ask connects from a namespace ("" is the node) and returns what the server there says: its name and who it sees.
+// ask connects from a namespace ("" is the node) and returns the greeting of the server: its name and the client's address.
 func (w *testNetwork) ask(from, to string, timeout time.Duration) (answer string, err error) {
 	w.t.Helper()
 	dial := func() {
@@ -148,7 +148,7 @@ func (w *testNetwork) wantNoAnswer(from, to string) {
 	}
 }
 
-// server greets each connection with its own name and the address it sees, and then repeats what it is told.
+// server greets each connection with its own name and the client's address, and then echoes what it receives.
 type server struct {
 	listener net.Listener
 	mu       sync.Mutex
@@ -185,7 +185,7 @@ func serve(t *testing.T, name, address string) *server {
 	return s
 }
 
-// Write counts what clients say.
+// Write counts the received bytes.
 func (s *server) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
