@@ -1,9 +1,14 @@
 package mic
 
 import (
+	"encoding/json"
+	"fmt"
+	"net/http"
 	"slices"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
@@ -16,6 +21,29 @@ func (s *apiServer) schedule(d time.Duration, work func()) {
 		defer s.mu.Unlock()
 		work()
 	})
+}
+
+// bindPod handles the subresource with which the scheduler assigns a pod to a node.
+func (s *apiServer) bindPod(c *call) (*http.Response, error) {
+	old, ok := c.kind.objects[objectKey{c.namespace, c.name}]
+	if !ok {
+		return nil, apierrors.NewNotFound(c.kind.groupResource(), c.name)
+	}
+	var binding corev1.Binding
+	if err := json.Unmarshal(c.body, &binding); err != nil {
+		return nil, apierrors.NewBadRequest(err.Error())
+	}
+	if node, _, _ := unstructured.NestedString(old.Object, "spec", "nodeName"); node != "" || old.GetDeletionTimestamp() != nil {
+		return nil, apierrors.NewConflict(c.kind.groupResource(), c.name, fmt.Errorf("the pod is already assigned to node %q or is being deleted", node))
+	}
+	u := old.DeepCopy()
+	if err := unstructured.SetNestedField(u.Object, binding.Target.Name, "spec", "nodeName"); err != nil {
+		return nil, apierrors.NewBadRequest(err.Error())
+	}
+	if _, err := s.replace(c.kind, old, u); err != nil {
+		return nil, err
+	}
+	return jsonResponse(http.StatusCreated, metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusSuccess, Code: http.StatusCreated})
 }
 
 // isRunning reports whether a kubelet has to stop the pod before it can be deleted.

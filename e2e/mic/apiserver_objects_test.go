@@ -55,6 +55,9 @@ func createObject[T any](s *apiServer, v *T) (*T, error) {
 	if _, ok := k.objects[objectKey{u.GetNamespace(), u.GetName()}]; ok {
 		return nil, apierrors.NewAlreadyExists(k.groupResource(), u.GetName())
 	}
+	if err := s.validate(k, u); err != nil {
+		return nil, err
+	}
 	o, err := s.insert(k, u)
 	if err != nil {
 		return nil, err

@@ -2,6 +2,7 @@ package mic
 
 import (
 	"context"
+	"net/http"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -20,8 +21,7 @@ import (
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
-// The tests of this package depend on the fake API server, so the fake has tests of its own. compare_test.go compares it
-// with a real one.
+// The tests of this package depend on the fake API server, so the fake has tests of its own.
 
 // runWithClients runs a test with clients of the fake API server.
 func runWithClients(t *testing.T, test func(*testing.T, *apiServer, *kubernetes.Clientset, rest.Interface)) {
@@ -31,19 +31,29 @@ func runWithClients(t *testing.T, test func(*testing.T, *apiServer, *kubernetes.
 		if _, err := createObject(s, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "ns"}}); err != nil {
 			t.Fatal(err)
 		}
-		scheme := runtime.NewScheme()
-		metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
-		if err := v1.AddToScheme(scheme); err != nil {
-			t.Fatal(err)
-		}
-		config := &rest.Config{Host: "http://api.test", Transport: l.apiTransport(s), QPS: -1}
-		config.GroupVersion, config.APIPath, config.NegotiatedSerializer = &v1.GroupVersion, "/apis", serializer.NewCodecFactory(scheme).WithoutConversion()
-		custom, err := rest.RESTClientFor(config)
+		core, custom, err := newClients(l.apiTransport(s, s.handle), "http://api.test")
 		if err != nil {
 			t.Fatal(err)
 		}
-		test(t, s, kubernetes.NewForConfigOrDie(config), custom)
+		test(t, s, core, custom)
 	})
+}
+
+// newClients returns clients for the core resources and for ours.
+func newClients(transport http.RoundTripper, host string) (*kubernetes.Clientset, rest.Interface, error) {
+	scheme := runtime.NewScheme()
+	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
+	if err := v1.AddToScheme(scheme); err != nil {
+		return nil, nil, err
+	}
+	config := &rest.Config{Host: host, Transport: transport, QPS: -1}
+	config.GroupVersion, config.APIPath, config.NegotiatedSerializer = &v1.GroupVersion, "/apis", serializer.NewCodecFactory(scheme).WithoutConversion()
+	custom, err := rest.RESTClientFor(config)
+	if err != nil {
+		return nil, nil, err
+	}
+	core, err := kubernetes.NewForConfig(config)
+	return core, custom, err
 }
 
 func newAssignment() *v1.AzureAssignedIdentity {

@@ -83,14 +83,20 @@ func (s *apiServer) create(k *kind, namespace string, u *unstructured.Unstructur
 			return nil, err
 		}
 	}
+	if k.hasStatus {
+		unstructured.RemoveNestedField(u.Object, "status")
+	}
+	if k.resource == "pods" {
+		u.Object["status"] = map[string]any{"phase": "Pending"}
+	}
+	if err := s.validate(k, u); err != nil {
+		return nil, err
+	}
 	if u.GetResourceVersion() != "" {
-		return nil, apierrors.NewBadRequest("resourceVersion should not be set on objects to be created")
+		return nil, &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusInternalServerError, Message: "resourceVersion should not be set on objects to be created"}}
 	}
 	if _, ok := k.objects[objectKey{namespace, u.GetName()}]; ok {
 		return nil, apierrors.NewAlreadyExists(k.groupResource(), u.GetName())
-	}
-	if k.hasStatus {
-		unstructured.RemoveNestedField(u.Object, "status")
 	}
 	return s.insert(k, u)
 }
@@ -115,9 +121,8 @@ func (s *apiServer) insert(k *kind, u *unstructured.Unstructured) (*object, erro
 	u.SetUID(types.UID(fmt.Sprintf("00000000-0000-4000-8000-%012d", s.uids)))
 	u.SetCreationTimestamp(metav1.Now())
 	u.SetDeletionTimestamp(nil)
-	u.SetGeneration(1)
-	if err := s.validate(k, u); err != nil {
-		return nil, err
+	if k.strict || k.resource == "pods" {
+		u.SetGeneration(1)
 	}
 	o := s.commit(k, nil, u, false)
 	if len(u.GetOwnerReferences()) > 0 {
@@ -128,21 +133,29 @@ func (s *apiServer) insert(k *kind, u *unstructured.Unstructured) (*object, erro
 
 // update replaces an object, or only its status for the subresource status.
 func (s *apiServer) update(k *kind, key objectKey, sub string, u *unstructured.Unstructured) (*object, error) {
-	old, ok := k.objects[key]
 	if u.GetNamespace() == "" {
 		u.SetNamespace(key.namespace)
 	}
-	switch {
-	case !ok:
-		return nil, apierrors.NewNotFound(k.groupResource(), key.name)
-	case u.GetName() != key.name || u.GetNamespace() != key.namespace:
+	if u.GetName() != key.name || u.GetNamespace() != key.namespace {
 		return nil, apierrors.NewBadRequest("the name or namespace of the object does not match that on the URL")
-	case u.GetUID() != "" && u.GetUID() != old.GetUID():
+	}
+	old, ok := k.objects[key]
+	if !ok {
+		return nil, apierrors.NewNotFound(k.groupResource(), key.name)
+	}
+	if u.GetUID() != "" && u.GetUID() != old.GetUID() {
 		return nil, apierrors.NewConflict(k.groupResource(), key.name, fmt.Errorf("Precondition failed: UID in precondition: %s, UID in object meta: %s", u.GetUID(), old.GetUID()))
+	}
+	return s.updateFrom(k, old, sub, u)
+}
+
+// updateFrom is what an update and a patch have in common.
+func (s *apiServer) updateFrom(k *kind, old *object, sub string, u *unstructured.Unstructured) (*object, error) {
+	switch {
 	case u.GetResourceVersion() == "" && k.strict:
-		return nil, apierrors.NewInvalid(k.GroupKind(), key.name, field.ErrorList{field.Invalid(field.NewPath("metadata.resourceVersion"), "", "must be specified for an update")})
+		return nil, k.invalid(u, field.Invalid(field.NewPath("metadata.resourceVersion"), "", "must be specified for an update"))
 	case u.GetResourceVersion() != "" && u.GetResourceVersion() != old.GetResourceVersion():
-		return nil, apierrors.NewConflict(k.groupResource(), key.name, fmt.Errorf("the object has been modified; please apply your changes to the latest version and try again"))
+		return nil, apierrors.NewConflict(k.groupResource(), old.key.name, fmt.Errorf("the object has been modified; please apply your changes to the latest version and try again"))
 	}
 	status := u.Object["status"]
 	switch {
@@ -152,7 +165,17 @@ func (s *apiServer) update(k *kind, key objectKey, sub string, u *unstructured.U
 	case k.hasStatus:
 		setOrRemove(u, "status", old.Object["status"])
 	}
+	switch {
+	case u.GetUID() != "" && u.GetUID() != old.GetUID():
+		return nil, k.invalid(u, field.Invalid(field.NewPath("metadata.uid"), u.GetUID(), "field is immutable"))
+	case k.resource == "pods" && !reflect.DeepEqual(u.Object["spec"], old.Object["spec"]):
+		return nil, k.invalid(u, field.Forbidden(field.NewPath("spec"), "pod updates may not change fields other than the image and some others"))
+	}
 	return s.replace(k, old, u)
+}
+
+func (k *kind) invalid(u *unstructured.Unstructured, err *field.Error) error {
+	return apierrors.NewInvalid(k.GroupKind(), u.GetName(), field.ErrorList{err})
 }
 
 func setOrRemove(u *unstructured.Unstructured, key string, v any) {
@@ -170,7 +193,7 @@ func (s *apiServer) replace(k *kind, old *object, u *unstructured.Unstructured) 
 	u.SetGeneration(old.GetGeneration())
 	u.SetResourceVersion(old.GetResourceVersion())
 	u.SetGroupVersionKind(k.GroupVersionKind)
-	if !reflect.DeepEqual(u.Object["spec"], old.Object["spec"]) {
+	if k.strict && !k.sameContent(u, old) {
 		u.SetGeneration(old.GetGeneration() + 1)
 	}
 	if old.GetDeletionTimestamp() != nil {
@@ -190,12 +213,33 @@ func (s *apiServer) replace(k *kind, old *object, u *unstructured.Unstructured) 
 	return s.commit(k, old, u, gone), nil
 }
 
+// sameContent reports whether two states of a custom resource differ only in metadata and in a status that is a
+// subresource. Other changes increment the generation.
+func (k *kind) sameContent(u *unstructured.Unstructured, old *object) bool {
+	ignored := func(key string) bool { return key == "metadata" || key == "status" && k.hasStatus }
+	for key, value := range u.Object {
+		if !ignored(key) && !reflect.DeepEqual(value, old.Object[key]) {
+			return false
+		}
+	}
+	for key := range old.Object {
+		if _, ok := u.Object[key]; !ok && !ignored(key) {
+			return false
+		}
+	}
+	return true
+}
+
 func (s *apiServer) patch(c *call) (*object, error) {
+	contentType := c.header.Get("Content-Type")
+	if !c.kind.supportsPatch(types.PatchType(contentType)) {
+		return nil, apierrors.NewGenericServerResponse(http.StatusUnsupportedMediaType, "patch", c.kind.groupResource(), "", "unsupported patch type "+contentType, 0, true)
+	}
 	old, ok := c.kind.objects[objectKey{c.namespace, c.name}]
 	if !ok {
 		return nil, apierrors.NewNotFound(c.kind.groupResource(), c.name)
 	}
-	patched, err := c.kind.applyPatch(c.header.Get("Content-Type"), old.raw, c.body)
+	patched, err := c.kind.applyPatch(types.PatchType(contentType), old.raw, c.body)
 	if err != nil {
 		return nil, err
 	}
@@ -203,13 +247,20 @@ func (s *apiServer) patch(c *call) (*object, error) {
 	if err := utiljson.Unmarshal(patched, &u.Object); err != nil {
 		return nil, apierrors.NewBadRequest(err.Error())
 	}
-	return s.update(c.kind, objectKey{c.namespace, c.name}, c.sub, u)
+	if u.GetName() != c.name || u.GetNamespace() != c.namespace {
+		return nil, apierrors.NewBadRequest("the name or namespace of the object does not match that on the URL")
+	}
+	return s.updateFrom(c.kind, old, c.sub, u)
 }
 
-func (k *kind) applyPatch(contentType string, old, body []byte) ([]byte, error) {
+func (k *kind) supportsPatch(patchType types.PatchType) bool {
+	return patchType == types.MergePatchType || patchType == types.JSONPatchType || patchType == types.StrategicMergePatchType && !k.strict
+}
+
+func (k *kind) applyPatch(patchType types.PatchType, old, body []byte) ([]byte, error) {
 	var patched []byte
 	var err error
-	switch types.PatchType(contentType) {
+	switch patchType {
 	case types.MergePatchType:
 		patched, err = jsonpatch.MergePatch(old, body)
 	case types.JSONPatchType:
@@ -221,21 +272,12 @@ func (k *kind) applyPatch(contentType string, old, body []byte) ([]byte, error) 
 			return nil, apierrors.NewGenericServerResponse(http.StatusUnprocessableEntity, "patch", k.groupResource(), "", err.Error(), 0, true)
 		}
 	case types.StrategicMergePatchType:
-		if k.strict {
-			return nil, unsupportedPatch(k, contentType)
-		}
 		patched, err = strategicpatch.StrategicMergePatch(old, body, reflect.New(k.goType).Interface())
-	default:
-		return nil, unsupportedPatch(k, contentType)
 	}
 	if err != nil {
 		return nil, apierrors.NewBadRequest(err.Error())
 	}
 	return patched, nil
-}
-
-func unsupportedPatch(k *kind, contentType string) error {
-	return apierrors.NewGenericServerResponse(http.StatusUnsupportedMediaType, "patch", k.groupResource(), "", "unsupported patch type "+contentType, 0, true)
 }
 
 // remove deletes an object, or sets its deletionTimestamp if finalizers or running containers delay the deletion.

@@ -160,16 +160,31 @@ func (s *apiServer) parse(r *http.Request) (*call, error) {
 	return c, nil
 }
 
+// handle is the apiHandler of the fake: the response to a call, or the fault that is injected instead.
+func (s *apiServer) handle(ctx context.Context, _ *http.Request, c *call) (*http.Response, error) {
+	if err := s.injectedFault(ctx, c); err != nil {
+		return errorResponse(err)
+	}
+	response, err := s.serve(ctx, c)
+	if err != nil {
+		return statusResponse(err), nil
+	}
+	return response, nil
+}
+
 // serve handles one call. The client gets an error as a Status.
 func (s *apiServer) serve(ctx context.Context, c *call) (*http.Response, error) {
 	if c.kind == nil {
 		return s.discover(c)
 	}
-	if c.sub != "" && (c.sub != "status" || !c.kind.hasStatus) {
-		return nil, apierrors.NewNotFound(c.kind.groupResource(), c.name+"/"+c.sub)
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	switch {
+	case c.kind.resource == "pods" && c.sub == "binding" && c.verb == "create":
+		return s.bindPod(c)
+	case c.sub != "" && (c.sub != "status" || !c.kind.hasStatus):
+		return nil, apierrors.NewNotFound(c.kind.groupResource(), c.name+"/"+c.sub)
+	}
 	switch c.verb {
 	case "get":
 		o, ok := c.kind.objects[objectKey{c.namespace, c.name}]
@@ -204,6 +219,9 @@ func (s *apiServer) serve(ctx context.Context, c *call) (*http.Response, error) 
 			return nil, err
 		}
 		o, err := s.remove(c.kind, objectKey{c.namespace, c.name}, options)
+		if _, remains := c.kind.objects[objectKey{c.namespace, c.name}]; err == nil && !remains && c.kind.resource != "pods" {
+			return jsonResponse(http.StatusOK, metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusSuccess})
+		}
 		return c.writeResponse(http.StatusOK, o, err)
 	}
 	return nil, apierrors.NewMethodNotSupported(c.kind.groupResource(), c.verb)

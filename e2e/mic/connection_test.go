@@ -176,26 +176,22 @@ func (c *closeNotifier) Close() error {
 	return c.ReadCloser.Close()
 }
 
-// apiTransport is the transport to the API server.
-func (l *connection) apiTransport(s *apiServer) http.RoundTripper {
+// apiHandler handles one call to an API server. Its response can be a Status that reports an error.
+type apiHandler func(context.Context, *http.Request, *call) (*http.Response, error)
+
+// apiTransport is the transport to an API server. s parses the requests; handle may be that of another server.
+func (l *connection) apiTransport(s *apiServer, handle apiHandler) http.RoundTripper {
 	return roundTripper(func(r *http.Request) (*http.Response, error) {
 		c, err := s.parse(r)
 		if err != nil {
 			return nil, err
 		}
-		to := toAPI
+		target := toAPI
 		if c.kind == nil {
-			to = toDiscovery
+			target = toDiscovery
 		}
-		return l.roundTrip(request{r.Context(), to, c.String(), c.isWrite()}, func(ctx context.Context) (*http.Response, error) {
-			if err := s.injectedFault(ctx, c); err != nil {
-				return errorResponse(err)
-			}
-			response, err := s.serve(ctx, c)
-			if err != nil {
-				return statusResponse(err), nil
-			}
-			return response, nil
+		return l.roundTrip(request{r.Context(), target, c.String(), c.isWrite()}, func(ctx context.Context) (*http.Response, error) {
+			return handle(ctx, r, c)
 		})
 	})
 }

@@ -51,6 +51,7 @@ type simulation struct {
 	t                testing.TB
 	api              *apiServer
 	arm              *azure.ARM
+	handle           apiHandler // of api, or of a real API server
 	cfg              mic.Config
 	log              *zap.Logger
 	newTrace         func(process string) func(request, string) // returns a connection's trace; nil: no trace
@@ -64,6 +65,7 @@ type simulation struct {
 
 func newSimulation(t testing.TB) *simulation {
 	sim := &simulation{t: t, api: newAPIServer(), arm: azure.NewARM(azure.ARMOptions{}), cfg: mic.DefaultConfig(), log: zap.NewNop(), objectsByVersion: map[int64]*objects{}, azureState: newAzureState()}
+	sim.handle = sim.api.handle
 	sim.cfg.Namespace, sim.cfg.Workers = micNamespace, 4
 	sim.addNamespace(micNamespace)
 	sim.addNamespace("default")
@@ -112,7 +114,7 @@ func (sim *simulation) start() *process {
 		sim.t.Fatal(err)
 	}
 	c, err := mic.New(sim.cfg, mic.Deps{
-		Kube:     &rest.Config{Host: "http://api.test", Transport: p.conn.apiTransport(sim.api)},
+		Kube:     &rest.Config{Host: "http://api.test", Transport: p.conn.apiTransport(sim.api, sim.handle)},
 		Machines: machinesClient{client, sim.ownIdentities}, Log: sim.log.Named(p.conn.name), Registry: prometheus.NewRegistry(),
 	})
 	if err != nil {
