@@ -50,7 +50,7 @@ func (s *sequence) addMachine(id string) {
 	if strings.HasSuffix(id, "a") {
 		m.SystemAssigned = &azure.Identity{ClientID: clientID("system"), ObjectID: clientID("system")}
 	}
-	s.requireNoError(s.arm.AddMachine(m))
+	requireNoError(s.t, s.arm.AddMachine(m))
 	addIdentity(s.initiallyAttached, id, azure.FoldID(kubelet))
 	addIdentity(s.foreign, id, azure.FoldID(kubelet))
 	s.foreignPeriods = append(s.foreignPeriods, foreignPeriod{machine: id, identity: azure.FoldID(kubelet), from: time.Now()})
@@ -61,14 +61,14 @@ func (s *sequence) anyMachine(r *rand.Rand) azure.Machine {
 	return machines[r.IntN(len(machines))]
 }
 
-func (s *sequence) changeDelay(r *rand.Rand) string {
+func changeDelay(s *sequence, r *rand.Rand) string {
 	delay := pick(r, 0, 0, 3*time.Second, 20*time.Second, 60*time.Second)
 	s.arm.Change(func(a *azure.ARMSettings) { a.Delay = delay })
 	return fmt.Sprintf("Azure takes %s for an update", delay)
 }
 
 // failARMRequests injects a random fault into some of the next requests to ARM.
-func (s *sequence) failARMRequests(r *rand.Rand) string {
+func failARMRequests(s *sequence, r *rand.Rand) string {
 	f := azure.ARMFault{Count: 1 + r.IntN(4), Operation: pick(r, azure.OpGet, azure.OpPatch, azure.OpPatch, azure.OpPoll, "")}
 	if r.IntN(2) == 0 {
 		f.Resource = s.anyMachine(r).ID
@@ -91,13 +91,13 @@ func (s *sequence) failARMRequests(r *rand.Rand) string {
 	case 8:
 		f.Latency = randomDuration(r, time.Second, 40*time.Second)
 	}
-	s.requireNoError(s.arm.SetFault(f))
+	requireNoError(s.t, s.arm.SetFault(f))
 	return fmt.Sprintf("fault for the next %d requests %q to %q: status %d, retry after %d, hang %t, drop %t, fails %t, latency %s, applied: %t",
 		f.Count, f.Operation, lastSegment(f.Resource), f.Status, f.RetryAfter, f.Hang, f.Drop, f.Fails, f.Latency, f.Apply)
 }
 
 // makeIdentityRefused makes Azure refuse an identity from now on: MIC may not assign it, or it no longer exists.
-func (s *sequence) makeIdentityRefused(r *rand.Rand) string {
+func makeIdentityRefused(s *sequence, r *rand.Rand) string {
 	id := azure.FoldID(identityID(pick(r, managedNames[:4]...)))
 	naming := pick(r, azure.NamedInDetails, azure.NamedInText, azure.Unnamed)
 	s.refused[id] = true
@@ -107,15 +107,15 @@ func (s *sequence) makeIdentityRefused(r *rand.Rand) string {
 		delete(s.existing, id)
 		return fmt.Sprintf("%s is deleted in Azure", lastSegment(id))
 	case 1:
-		s.requireNoError(s.arm.SetIdentityFault(azure.IdentityFault{Identity: id, Denied: true, Naming: naming}))
+		requireNoError(s.t, s.arm.SetIdentityFault(azure.IdentityFault{Identity: id, Denied: true, Naming: naming}))
 		return fmt.Sprintf("MIC may not assign %s (error names it: %s)", lastSegment(id), naming)
 	default:
-		s.requireNoError(s.arm.SetIdentityFault(azure.IdentityFault{Identity: id, Missing: true, Naming: naming}))
+		requireNoError(s.t, s.arm.SetIdentityFault(azure.IdentityFault{Identity: id, Missing: true, Naming: naming}))
 		return fmt.Sprintf("Azure does not find %s (error names it: %s)", lastSegment(id), naming)
 	}
 }
 
-func (s *sequence) makeIdentityAccepted(r *rand.Rand) string {
+func makeIdentityAccepted(s *sequence, r *rand.Rand) string {
 	ids := slices.Sorted(maps.Keys(s.refused))
 	id := ids[r.IntN(len(ids))]
 	if id == azure.FoldID(identityID("ghost")) {
@@ -123,7 +123,7 @@ func (s *sequence) makeIdentityAccepted(r *rand.Rand) string {
 	}
 	delete(s.refused, id)
 	s.defineManagedIdentity(lastSegment(id))
-	s.requireNoError(s.arm.SetIdentityFault(azure.IdentityFault{Identity: id}))
+	requireNoError(s.t, s.arm.SetIdentityFault(azure.IdentityFault{Identity: id}))
 	return fmt.Sprintf("Azure accepts %s again", lastSegment(id))
 }
 
@@ -132,7 +132,7 @@ func (s *sequence) defineManagedIdentity(name string) {
 	s.existing[azure.FoldID(s.addManagedIdentity(name))] = true
 }
 
-func (s *sequence) detachManually(r *rand.Rand) string {
+func detachManually(s *sequence, r *rand.Rand) string {
 	m := s.anyMachine(r)
 	if len(m.Identities) == 0 {
 		return ""
@@ -143,7 +143,7 @@ func (s *sequence) detachManually(r *rand.Rand) string {
 }
 
 // attachManually attaches an identity that MIC has not assigned or recorded so far.
-func (s *sequence) attachManually(r *rand.Rand) string {
+func attachManually(s *sequence, r *rand.Rand) string {
 	m := s.anyMachine(r)
 	id := identityID(pick(r, "other", "u0", "u1", "u2", "u3"))
 	folded := azure.FoldID(id)
@@ -165,18 +165,18 @@ func (s *sequence) attachManually(r *rand.Rand) string {
 	return fmt.Sprintf("%s is attached to %s externally", lastSegment(id), lastSegment(m.ID))
 }
 
-func (s *sequence) setMachineState(r *rand.Rand) string {
+func setMachineState(s *sequence, r *rand.Rand) string {
 	m, state := s.anyMachine(r), pick(r, "Deleting", "Updating", "Failed")
-	s.requireNoError(s.arm.SetProvisioningState(m.ID, state))
+	requireNoError(s.t, s.arm.SetProvisioningState(m.ID, state))
 	s.schedule(randomDuration(r, time.Second, 5*time.Minute), func() {
 		if _, there := s.arm.Machine(m.ID); there {
-			s.requireNoError(s.arm.SetProvisioningState(m.ID, ""))
+			requireNoError(s.t, s.arm.SetProvisioningState(m.ID, ""))
 		}
 	})
 	return fmt.Sprintf("%s has provisioning state %s", lastSegment(m.ID), state)
 }
 
-func (s *sequence) failAPIRequests(r *rand.Rand) string {
+func failAPIRequests(s *sequence, r *rand.Rand) string {
 	var statuses []int
 	for range 1 + r.IntN(10) {
 		statuses = append(statuses, pick(r, 500, 503, 504, 429, 0))
@@ -185,7 +185,7 @@ func (s *sequence) failAPIRequests(r *rand.Rand) string {
 	return fmt.Sprintf("the next requests to the API server fail with %v", statuses)
 }
 
-func (s *sequence) makeAPIUnavailable(r *rand.Rand) string {
+func makeAPIUnavailable(s *sequence, r *rand.Rand) string {
 	d := randomDuration(r, time.Second, 4*time.Minute)
 	s.api.makeUnavailable()
 	s.schedule(d, func() {
@@ -195,12 +195,12 @@ func (s *sequence) makeAPIUnavailable(r *rand.Rand) string {
 	return fmt.Sprintf("the API server is unavailable for %s", d)
 }
 
-func (s *sequence) expireWatches(*rand.Rand) string {
+func expireWatches(s *sequence, _ *rand.Rand) string {
 	s.api.expireWatches()
 	return "watches are closed and their resource versions have expired"
 }
 
-func (s *sequence) delayWatch(r *rand.Rand) string {
+func delayWatch(s *sequence, r *rand.Rand) string {
 	resource, d := pick(r, "pods", "nodes", "azureidentities", "azureidentitybindings", "azureassignedidentities", "namespaces"), randomDuration(r, time.Second, 20*time.Second)
 	s.api.delayWatches(resource, d)
 	s.maxWatchDelay += d
@@ -208,7 +208,7 @@ func (s *sequence) delayWatch(r *rand.Rand) string {
 }
 
 // crashLeader kills the leader now or at one of its next writes, before or after the write takes effect.
-func (s *sequence) crashLeader(r *rand.Rand) string {
+func crashLeader(s *sequence, r *rand.Rand) string {
 	p := s.leader
 	s.restartDelay = randomDuration(r, 0, pick(r, time.Second, time.Minute, 4*time.Minute))
 	if p == nil {
@@ -224,7 +224,7 @@ func (s *sequence) crashLeader(r *rand.Rand) string {
 }
 
 // changeLeader starts another leader while the previous one is stepping down.
-func (s *sequence) changeLeader(*rand.Rand) string {
+func changeLeader(s *sequence, _ *rand.Rand) string {
 	if s.leader == nil {
 		return ""
 	}

@@ -23,35 +23,35 @@ var (
 
 // actions are all kinds of steps.
 var actions = []action{
-	{12, (*sequence).createPod},
-	{3, (*sequence).schedulePod},
-	{6, (*sequence).deletePod},
-	{3, (*sequence).replacePod},
-	{3, (*sequence).finishPod},
-	{4, (*sequence).relabelPod},
-	{4, (*sequence).createBinding},
-	{4, (*sequence).deleteBinding},
-	{3, (*sequence).editBinding},
-	{3, (*sequence).createIdentity},
-	{3, (*sequence).deleteIdentity},
-	{5, (*sequence).editIdentity},
-	{2, (*sequence).deleteNode},
-	{2, (*sequence).createNode},
-	{1, (*sequence).deleteNamespace},
-	{2, (*sequence).deleteAssignment},
-	{3, (*sequence).changeDelay},
-	{7, (*sequence).failARMRequests},
-	{4, (*sequence).makeIdentityRefused},
-	{2, (*sequence).makeIdentityAccepted},
-	{3, (*sequence).detachManually},
-	{2, (*sequence).attachManually},
-	{1, (*sequence).setMachineState},
-	{3, (*sequence).failAPIRequests},
-	{2, (*sequence).makeAPIUnavailable},
-	{2, (*sequence).expireWatches},
-	{2, (*sequence).delayWatch},
-	{6, (*sequence).crashLeader},
-	{2, (*sequence).changeLeader},
+	{12, createPod},
+	{3, schedulePod},
+	{6, deletePod},
+	{3, replacePod},
+	{3, finishPod},
+	{4, relabelPod},
+	{4, createBinding},
+	{4, deleteBinding},
+	{3, editBinding},
+	{3, createIdentity},
+	{3, deleteIdentity},
+	{5, editIdentity},
+	{2, deleteNode},
+	{2, createNode},
+	{1, deleteNamespace},
+	{2, deleteAssignment},
+	{3, changeDelay},
+	{7, failARMRequests},
+	{4, makeIdentityRefused},
+	{2, makeIdentityAccepted},
+	{3, detachManually},
+	{2, attachManually},
+	{1, setMachineState},
+	{3, failAPIRequests},
+	{2, makeAPIUnavailable},
+	{2, expireWatches},
+	{2, delayWatch},
+	{6, crashLeader},
+	{2, changeLeader},
 }
 
 func key(o metav1.Object) string { return o.GetNamespace() + "/" + o.GetName() }
@@ -65,7 +65,7 @@ func anyOf[T any](s *sequence, r *rand.Rand, which func(*T) bool) *T {
 	return found[r.IntN(len(found))]
 }
 
-func (s *sequence) anyNode(r *rand.Rand) string {
+func anyNode(s *sequence, r *rand.Rand) string {
 	n := anyOf(s, r, func(*corev1.Node) bool { return true })
 	if n == nil || r.IntN(12) == 0 {
 		return ""
@@ -73,18 +73,18 @@ func (s *sequence) anyNode(r *rand.Rand) string {
 	return n.Name
 }
 
-func (s *sequence) createPod(r *rand.Rand) string {
+func createPod(s *sequence, r *rand.Rand) string {
 	selector := pick(r, append(selectors, "")...)
-	p, err := createObject(s.api, newPod(pick(r, namespaces...), pick(r, podNames...), s.anyNode(r), selector))
+	p, err := createObject(s.api, newPod(pick(r, namespaces...), pick(r, podNames...), anyNode(s, r), selector))
 	if err != nil {
 		return ""
 	}
 	return fmt.Sprintf("pod %s (%s) with %q on %q", key(p), p.UID, selector, p.Spec.NodeName)
 }
 
-func (s *sequence) schedulePod(r *rand.Rand) string {
+func schedulePod(s *sequence, r *rand.Rand) string {
 	p := anyOf(s, r, func(p *corev1.Pod) bool { return p.Spec.NodeName == "" })
-	node := s.anyNode(r)
+	node := anyNode(s, r)
 	if p == nil || node == "" {
 		return ""
 	}
@@ -92,7 +92,7 @@ func (s *sequence) schedulePod(r *rand.Rand) string {
 	return fmt.Sprintf("pod %s is scheduled to %s", key(p), node)
 }
 
-func (s *sequence) deletePod(r *rand.Rand) string {
+func deletePod(s *sequence, r *rand.Rand) string {
 	p := anyOf(s, r, func(p *corev1.Pod) bool { return p.DeletionTimestamp == nil })
 	if p == nil {
 		return ""
@@ -107,7 +107,7 @@ func (s *sequence) deletePod(r *rand.Rand) string {
 
 // replacePod replaces a pod as a StatefulSet does: another pod of the same name follows at once, possibly on another
 // node.
-func (s *sequence) replacePod(r *rand.Rand) string {
+func replacePod(s *sequence, r *rand.Rand) string {
 	p := anyOf(s, r, func(*corev1.Pod) bool { return true })
 	if p == nil {
 		return ""
@@ -117,14 +117,14 @@ func (s *sequence) replacePod(r *rand.Rand) string {
 		selector = pick(r, selectors...)
 	}
 	deleteObject[corev1.Pod](s.api, p.Namespace, p.Name, 0)
-	again, err := createObject(s.api, newPod(p.Namespace, p.Name, s.anyNode(r), selector))
+	again, err := createObject(s.api, newPod(p.Namespace, p.Name, anyNode(s, r), selector))
 	if err != nil {
 		return fmt.Sprintf("pod %s is deleted with grace period 0", key(p))
 	}
 	return fmt.Sprintf("pod %s is replaced by %s with %q on %q", key(p), again.UID, selector, again.Spec.NodeName)
 }
 
-func (s *sequence) finishPod(r *rand.Rand) string {
+func finishPod(s *sequence, r *rand.Rand) string {
 	p := anyOf(s, r, func(p *corev1.Pod) bool { return p.Status.Phase == corev1.PodRunning })
 	if p == nil {
 		return ""
@@ -134,7 +134,7 @@ func (s *sequence) finishPod(r *rand.Rand) string {
 	return fmt.Sprintf("pod %s has phase %s", key(p), phase)
 }
 
-func (s *sequence) relabelPod(r *rand.Rand) string {
+func relabelPod(s *sequence, r *rand.Rand) string {
 	p := anyOf(s, r, func(*corev1.Pod) bool { return true })
 	if p == nil {
 		return ""
@@ -148,7 +148,7 @@ func (s *sequence) relabelPod(r *rand.Rand) string {
 	return fmt.Sprintf("pod %s has label %q now", key(p), selector)
 }
 
-func (s *sequence) createBinding(r *rand.Rand) string {
+func createBinding(s *sequence, r *rand.Rand) string {
 	namespace, name, selector := pick(r, namespaces...), pick(r, identityNames...), pick(r, selectors...)
 	b, err := createObject(s.api, &v1.AzureIdentityBinding{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: fmt.Sprintf("%s-%s", name, selector)},
@@ -160,7 +160,7 @@ func (s *sequence) createBinding(r *rand.Rand) string {
 	return fmt.Sprintf("binding %s: %s for %q", key(b), name, selector)
 }
 
-func (s *sequence) deleteBinding(r *rand.Rand) string {
+func deleteBinding(s *sequence, r *rand.Rand) string {
 	b := anyOf(s, r, func(*v1.AzureIdentityBinding) bool { return true })
 	if b == nil {
 		return ""
@@ -177,7 +177,7 @@ func (s *sequence) deleteBinding(r *rand.Rand) string {
 	return fmt.Sprintf("binding %s is deleted for a while", key(b))
 }
 
-func (s *sequence) editBinding(r *rand.Rand) string {
+func editBinding(s *sequence, r *rand.Rand) string {
 	b := anyOf(s, r, func(*v1.AzureIdentityBinding) bool { return true })
 	if b == nil {
 		return ""
@@ -193,7 +193,7 @@ func (s *sequence) editBinding(r *rand.Rand) string {
 }
 
 // randomIdentity returns the spec of an AzureIdentity: mostly a managed identity, with its ID in random letter case.
-func (s *sequence) randomIdentity(r *rand.Rand) v1.AzureIdentitySpec {
+func randomIdentity(r *rand.Rand) v1.AzureIdentitySpec {
 	switch n := r.IntN(20); {
 	case n == 0:
 		return v1.AzureIdentitySpec{Type: v1.ServicePrincipal, TenantID: "contoso.example", ClientID: clientID("sp"), ClientPassword: corev1.SecretReference{Name: "secret"}}
@@ -219,15 +219,15 @@ func describeSpec(i v1.AzureIdentitySpec) string {
 	return fmt.Sprintf("type %d %s", i.Type, i.ResourceID[strings.LastIndex(i.ResourceID, "/")+1:])
 }
 
-func (s *sequence) createIdentity(r *rand.Rand) string {
-	i := &v1.AzureIdentity{ObjectMeta: metav1.ObjectMeta{Namespace: pick(r, namespaces...), Name: pick(r, identityNames...)}, Spec: s.randomIdentity(r)}
+func createIdentity(s *sequence, r *rand.Rand) string {
+	i := &v1.AzureIdentity{ObjectMeta: metav1.ObjectMeta{Namespace: pick(r, namespaces...), Name: pick(r, identityNames...)}, Spec: randomIdentity(r)}
 	if _, err := createObject(s.api, i); err != nil {
 		return ""
 	}
 	return fmt.Sprintf("identity %s: %s", key(i), describeSpec(i.Spec))
 }
 
-func (s *sequence) deleteIdentity(r *rand.Rand) string {
+func deleteIdentity(s *sequence, r *rand.Rand) string {
 	i := anyOf(s, r, func(*v1.AzureIdentity) bool { return true })
 	if i == nil {
 		return ""
@@ -244,13 +244,13 @@ func (s *sequence) deleteIdentity(r *rand.Rand) string {
 	return fmt.Sprintf("identity %s is deleted for a while", key(i))
 }
 
-func (s *sequence) editIdentity(r *rand.Rand) string {
+func editIdentity(s *sequence, r *rand.Rand) string {
 	i := anyOf(s, r, func(*v1.AzureIdentity) bool { return true })
 	if i == nil {
 		return ""
 	}
 	text := ""
-	switch spec := s.randomIdentity(r); r.IntN(4) {
+	switch spec := randomIdentity(r); r.IntN(4) {
 	case 0:
 		editObject(s.api, i.Namespace, i.Name, func(i *v1.AzureIdentity) { i.Spec.ClientID = clientID(fmt.Sprint(r.IntN(100))) })
 		text = "another client ID"
@@ -273,7 +273,7 @@ func (s *sequence) editIdentity(r *rand.Rand) string {
 
 // deleteNode deletes a node, and its pods some time later. A node with assignments of AAD Pod Identity is kept: without
 // the node nobody can tell which machine they belong to.
-func (s *sequence) deleteNode(r *rand.Rand) string {
+func deleteNode(s *sequence, r *rand.Rand) string {
 	n := anyOf(s, r, func(*corev1.Node) bool { return true })
 	if n == nil || anyOf(s, r, func(a *v1.AzureAssignedIdentity) bool { return ownerPodUID(a) == "" && a.Spec.NodeName == n.Name }) != nil {
 		return ""
@@ -302,7 +302,7 @@ func (s *sequence) deletePodsOf(node string) {
 }
 
 // createNode creates a missing node, at first possibly without a provider ID.
-func (s *sequence) createNode(r *rand.Rand) string {
+func createNode(s *sequence, r *rand.Rand) string {
 	for name, providerID := range sorted(nodeProviders) {
 		if _, ok := getObject[corev1.Node](s.api, "", name); ok {
 			continue
@@ -323,7 +323,7 @@ func (s *sequence) createNode(r *rand.Rand) string {
 }
 
 // deleteNamespace deletes a namespace; it is created again later, empty.
-func (s *sequence) deleteNamespace(r *rand.Rand) string {
+func deleteNamespace(s *sequence, r *rand.Rand) string {
 	name := pick(r, namespaces...)
 	if !deleteObject[corev1.Namespace](s.api, "", name) {
 		return ""
@@ -340,7 +340,7 @@ func (s *sequence) restoreNamespace(name string) {
 
 // deleteAssignment deletes an assignment as a user would, possibly after removing its finalizer. What AAD Pod Identity
 // attached is recorded only in its assignments, so those keep their finalizer.
-func (s *sequence) deleteAssignment(r *rand.Rand) string {
+func deleteAssignment(s *sequence, r *rand.Rand) string {
 	a := anyOf(s, r, func(*v1.AzureAssignedIdentity) bool { return true })
 	if a == nil {
 		return ""

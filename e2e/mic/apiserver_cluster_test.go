@@ -15,7 +15,7 @@ import (
 )
 
 // schedule runs work of a cluster component after d.
-func (s *apiServer) schedule(d time.Duration, work func()) {
+func (s *objectStore) schedule(d time.Duration, work func()) {
 	time.AfterFunc(d, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -54,14 +54,14 @@ func isRunning(pod *object) bool {
 }
 
 // finishPodDeletion removes a deleted pod, as the kubelet does when it has stopped the pod's containers.
-func (s *apiServer) finishPodDeletion(k *kind, key objectKey, uid types.UID) {
+func (s *objectStore) finishPodDeletion(k *kind, key objectKey, uid types.UID) {
 	if old, ok := k.objects[key]; ok && old.GetUID() == uid {
 		s.commit(k, old, old.DeepCopy(), len(old.GetFinalizers()) == 0)
 	}
 }
 
 // collectDependents is the garbage collector's reaction to the deletion of an object.
-func (s *apiServer) collectDependents(owner types.UID) {
+func (s *objectStore) collectDependents(owner types.UID) {
 	for _, k := range s.kinds {
 		for key, o := range k.objects {
 			if slices.ContainsFunc(o.GetOwnerReferences(), func(r metav1.OwnerReference) bool { return r.UID == owner }) {
@@ -72,7 +72,7 @@ func (s *apiServer) collectDependents(owner types.UID) {
 }
 
 // collectGarbage deletes an object if none of its owners exists. Owners are looked up in the object's own namespace only.
-func (s *apiServer) collectGarbage(k *kind, key objectKey, uid types.UID) {
+func (s *objectStore) collectGarbage(k *kind, key objectKey, uid types.UID) {
 	o, ok := k.objects[key]
 	if !ok || o.GetUID() != uid || len(o.GetOwnerReferences()) == 0 {
 		return
@@ -95,7 +95,7 @@ func (s *apiServer) collectGarbage(k *kind, key objectKey, uid types.UID) {
 
 // emptyNamespace deletes the content of a namespace that is being deleted, repeatedly until it is empty, and then the
 // namespace itself.
-func (s *apiServer) emptyNamespace(name string) {
+func (s *objectStore) emptyNamespace(name string) {
 	namespaces := s.kinds["namespaces"]
 	namespace, ok := namespaces.objects[objectKey{"", name}]
 	if !ok || namespace.GetDeletionTimestamp() == nil {

@@ -13,10 +13,9 @@ import (
 
 // apiFaults are the faults of the API server; guarded by its mutex.
 type apiFaults struct {
-	unavailable bool                     // connections are refused
-	failures    []int                    // HTTP status of the next requests; 0: the connection is lost after a while, without a response
-	watchDelay  map[string]time.Duration // how long events of a resource are delayed
-	noWatchList bool                     // reject watches with sendInitialEvents, as old servers do
+	unavailable bool  // connections are refused
+	failures    []int // HTTP status of the next requests; 0: the connection is lost after a while, without a response
+	noWatchList bool  // reject watches with sendInitialEvents, as old servers do
 	bookmarks   bool
 }
 
@@ -74,10 +73,11 @@ func (s *apiServer) failNextRequests(statuses ...int) {
 func (s *apiServer) delayWatches(resource string, d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.faults.watchDelay == nil {
-		s.faults.watchDelay = map[string]time.Duration{}
+	for _, k := range s.kinds {
+		if k.resource == resource {
+			k.watchDelay = d
+		}
 	}
-	s.faults.watchDelay[resource] = d
 }
 
 // expireWatches aborts all watches and compacts the history: no watch can resume, and clients have to list again.
@@ -104,5 +104,8 @@ func (s *apiServer) abortWatches() {
 func (s *apiServer) clearFaults() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.faults.unavailable, s.faults.failures, s.faults.watchDelay = false, nil, nil
+	s.faults.unavailable, s.faults.failures = false, nil
+	for _, k := range s.kinds {
+		k.watchDelay = 0
+	}
 }

@@ -149,7 +149,7 @@ func listObjectsAt[T any](s *apiServer, version int64) []*T {
 
 // versionAt returns the version of the last change of any of these resources up to some time; without arguments, of all
 // resources.
-func (s *apiServer) versionAt(when time.Time, resources ...string) (version int64) {
+func (s *objectStore) versionAt(when time.Time, resources ...string) (version int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for name, k := range s.kinds {

@@ -44,7 +44,7 @@ type change struct {
 }
 
 // commit stores the next state of an object and sends it to the watches. It is the only function that changes objects.
-func (s *apiServer) commit(k *kind, before *object, u *unstructured.Unstructured, gone bool) *object {
+func (s *objectStore) commit(k *kind, before *object, u *unstructured.Unstructured, gone bool) *object {
 	s.version++
 	u.SetGroupVersionKind(k.GroupVersionKind)
 	u.SetResourceVersion(strconv.FormatInt(s.version, 10))
@@ -63,12 +63,12 @@ func (s *apiServer) commit(k *kind, before *object, u *unstructured.Unstructured
 	c := change{version: s.version, at: time.Now(), before: before, after: o, deleted: gone}
 	k.history = append(k.history, c)
 	for w := range k.streams {
-		w.sendChange(c, s.faults.watchDelay[k.resource])
+		w.sendChange(c, k.watchDelay)
 	}
 	return o
 }
 
-func (s *apiServer) create(k *kind, namespace string, u *unstructured.Unstructured) (*object, error) {
+func (s *objectStore) create(k *kind, namespace string, u *unstructured.Unstructured) (*object, error) {
 	if u.GetName() == "" && u.GetGenerateName() != "" {
 		u.SetName(fmt.Sprintf("%s%05d", u.GetGenerateName(), s.version%100000))
 	}
@@ -102,7 +102,7 @@ func (s *apiServer) create(k *kind, namespace string, u *unstructured.Unstructur
 }
 
 // checkNamespace is the NamespaceLifecycle admission: no object is created in a missing or terminating namespace.
-func (s *apiServer) checkNamespace(k *kind, u *unstructured.Unstructured) error {
+func (s *objectStore) checkNamespace(k *kind, u *unstructured.Unstructured) error {
 	namespace, ok := s.kinds["namespaces"].objects[objectKey{"", u.GetNamespace()}]
 	if !ok {
 		return apierrors.NewNotFound(s.kinds["namespaces"].groupResource(), u.GetNamespace())
@@ -116,7 +116,7 @@ func (s *apiServer) checkNamespace(k *kind, u *unstructured.Unstructured) error 
 }
 
 // insert stores a new object with its status.
-func (s *apiServer) insert(k *kind, u *unstructured.Unstructured) (*object, error) {
+func (s *objectStore) insert(k *kind, u *unstructured.Unstructured) (*object, error) {
 	s.uids++
 	u.SetUID(types.UID(fmt.Sprintf("00000000-0000-4000-8000-%012d", s.uids)))
 	u.SetCreationTimestamp(metav1.Now())
@@ -132,7 +132,7 @@ func (s *apiServer) insert(k *kind, u *unstructured.Unstructured) (*object, erro
 }
 
 // update replaces an object, or only its status for the subresource status.
-func (s *apiServer) update(k *kind, key objectKey, sub string, u *unstructured.Unstructured) (*object, error) {
+func (s *objectStore) update(k *kind, key objectKey, sub string, u *unstructured.Unstructured) (*object, error) {
 	if u.GetNamespace() == "" {
 		u.SetNamespace(key.namespace)
 	}
@@ -150,7 +150,7 @@ func (s *apiServer) update(k *kind, key objectKey, sub string, u *unstructured.U
 }
 
 // updateFrom is what an update and a patch have in common.
-func (s *apiServer) updateFrom(k *kind, old *object, sub string, u *unstructured.Unstructured) (*object, error) {
+func (s *objectStore) updateFrom(k *kind, old *object, sub string, u *unstructured.Unstructured) (*object, error) {
 	switch {
 	case u.GetResourceVersion() == "" && k.strict:
 		return nil, k.invalid(u, field.Invalid(field.NewPath("metadata.resourceVersion"), "", "must be specified for an update"))
@@ -185,7 +185,7 @@ func setOrRemove(u *unstructured.Unstructured, key string, v any) {
 }
 
 // replace stores the next state of an object with its status. Fields that only the server sets keep their values.
-func (s *apiServer) replace(k *kind, old *object, u *unstructured.Unstructured) (*object, error) {
+func (s *objectStore) replace(k *kind, old *object, u *unstructured.Unstructured) (*object, error) {
 	u.SetUID(old.GetUID())
 	u.SetCreationTimestamp(old.GetCreationTimestamp())
 	u.SetDeletionTimestamp(old.GetDeletionTimestamp())
@@ -281,7 +281,7 @@ func (k *kind) applyPatch(patchType types.PatchType, old, body []byte) ([]byte, 
 }
 
 // remove deletes an object, or sets its deletionTimestamp if finalizers or running containers delay the deletion.
-func (s *apiServer) remove(k *kind, key objectKey, options metav1.DeleteOptions) (*object, error) {
+func (s *objectStore) remove(k *kind, key objectKey, options metav1.DeleteOptions) (*object, error) {
 	old, ok := k.objects[key]
 	if !ok {
 		return nil, apierrors.NewNotFound(k.groupResource(), key.name)
@@ -314,7 +314,7 @@ func (s *apiServer) remove(k *kind, key objectKey, options metav1.DeleteOptions)
 }
 
 // validate checks the metadata of an object, and the copies in an assignment.
-func (s *apiServer) validate(k *kind, u *unstructured.Unstructured) error {
+func (s *objectStore) validate(k *kind, u *unstructured.Unstructured) error {
 	var meta metav1.ObjectMeta
 	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object["metadata"].(map[string]any), &meta); err != nil {
 		return apierrors.NewBadRequest(err.Error())

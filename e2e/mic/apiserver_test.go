@@ -26,11 +26,16 @@ import (
 // apiServer is a fake Kubernetes API server in memory. It includes the garbage collector, the namespace controller and
 // kubelets that stop deleted pods. It rejects the requests of a controller that a real API server rejects.
 type apiServer struct {
+	objectStore
+	faults apiFaults
+}
+
+// objectStore stores the objects of the API server, and applies the rules for changes to them.
+type objectStore struct {
 	mu      sync.Mutex
 	kinds   map[string]*kind // by resource and group, such as "leases.coordination.k8s.io"
 	version int64
 	uids    int
-	faults  apiFaults
 
 	// How long the garbage collector, the namespace controller and a kubelet take.
 	collectDelay, namespaceDelay, podStop time.Duration
@@ -49,6 +54,8 @@ type kind struct {
 	history   []change // all changes since the start
 	compacted int64    // watches cannot start before this version
 	streams   map[*watchStream]struct{}
+
+	watchDelay time.Duration // a fault: how long watches delay the events
 }
 
 type objectKey struct{ namespace, name string }
@@ -58,7 +65,7 @@ func (k *kind) groupResource() schema.GroupResource {
 }
 
 func newAPIServer() *apiServer {
-	s := &apiServer{kinds: map[string]*kind{}, version: 1000, collectDelay: time.Second, namespaceDelay: time.Second, podStop: 2 * time.Second}
+	s := &apiServer{objectStore: objectStore{kinds: map[string]*kind{}, version: 1000, collectDelay: time.Second, namespaceDelay: time.Second, podStop: 2 * time.Second}}
 	core := corev1.SchemeGroupVersion
 	s.add(core, "namespaces", corev1.Namespace{}, kind{})
 	s.add(core, "nodes", corev1.Node{}, kind{})
@@ -74,7 +81,7 @@ func newAPIServer() *apiServer {
 	return s
 }
 
-func (s *apiServer) add(gv schema.GroupVersion, resource string, example any, k kind) {
+func (s *objectStore) add(gv schema.GroupVersion, resource string, example any, k kind) {
 	k.goType = reflect.TypeOf(example)
 	k.GroupVersionKind, k.resource = gv.WithKind(k.goType.Name()), resource
 	k.objects, k.streams = map[objectKey]*object{}, map[*watchStream]struct{}{}
@@ -82,7 +89,7 @@ func (s *apiServer) add(gv schema.GroupVersion, resource string, example any, k 
 }
 
 // kindOf returns the first kind that matches; nil if there is none.
-func (s *apiServer) kindOf(match func(*kind) bool) *kind {
+func (s *objectStore) kindOf(match func(*kind) bool) *kind {
 	for _, k := range s.kinds {
 		if match(k) {
 			return k

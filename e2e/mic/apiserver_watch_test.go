@@ -167,7 +167,7 @@ func (w *watchStream) sendBookmark() {
 	w.server.mu.Lock()
 	defer w.server.mu.Unlock()
 	if _, ok := w.call.kind.streams[w]; ok {
-		w.send("BOOKMARK", w.bookmark(w.server.version, false), w.server.faults.watchDelay[w.call.kind.resource])
+		w.send("BOOKMARK", w.bookmark(w.server.version, false), w.call.kind.watchDelay)
 		w.bookmarks.Reset(bookmarkInterval)
 	}
 }

@@ -2,13 +2,17 @@ package mic
 
 import (
 	"slices"
+	"testing"
 	"time"
 
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// azureState is what a test knows about Azure beyond the logs of the fake ARM. IDs are folded.
+// azureState is the fake ARM, and what a test knows about Azure beyond the logs of the fake. IDs are folded.
 type azureState struct {
+	t   testing.TB
+	arm *azure.ARM
+
 	existing   map[string]bool // identities that exist in Azure
 	refused    map[string]bool // identities that Azure refuses to attach
 	immutable  map[string]bool // identities that must never be detached
@@ -26,8 +30,8 @@ type foreignPeriod struct {
 	from, until       time.Time // until is zero while the period lasts
 }
 
-func newAzureState() azureState {
-	return azureState{existing: map[string]bool{}, refused: map[string]bool{}, immutable: map[string]bool{}, neverBound: map[string]bool{},
+func newAzureState(t testing.TB) azureState {
+	return azureState{t: t, arm: azure.NewARM(azure.ARMOptions{}), existing: map[string]bool{}, refused: map[string]bool{}, immutable: map[string]bool{}, neverBound: map[string]bool{},
 		foreign: map[string]map[string]bool{}, initiallyAttached: map[string]map[string]bool{}, deletedMachines: map[string]bool{}}
 }
 
@@ -39,38 +43,38 @@ func addIdentity(m map[string]map[string]bool, machine, identity string) {
 }
 
 // attachExternally attaches an identity as somebody other than MIC; MIC must not detach it.
-func (sim *simulation) attachExternally(machine, identity string) {
-	sim.requireNoError(sim.arm.Attach(machine, identity))
+func (s *azureState) attachExternally(machine, identity string) {
+	requireNoError(s.t, s.arm.Attach(machine, identity))
 	machine, identity = azure.FoldID(machine), azure.FoldID(identity)
-	addIdentity(sim.foreign, machine, identity)
-	sim.foreignPeriods = append(sim.foreignPeriods, foreignPeriod{machine: machine, identity: identity, from: time.Now()})
+	addIdentity(s.foreign, machine, identity)
+	s.foreignPeriods = append(s.foreignPeriods, foreignPeriod{machine: machine, identity: identity, from: time.Now()})
 }
 
 // detachExternally detaches an identity as somebody other than MIC, whoever attached it.
-func (sim *simulation) detachExternally(machine, identity string) {
-	sim.requireNoError(sim.arm.Detach(machine, identity))
-	sim.endForeignPeriods(azure.FoldID(machine), func(id string) bool { return id == azure.FoldID(identity) })
+func (s *azureState) detachExternally(machine, identity string) {
+	requireNoError(s.t, s.arm.Detach(machine, identity))
+	s.endForeignPeriods(azure.FoldID(machine), func(id string) bool { return id == azure.FoldID(identity) })
 }
 
-func (sim *simulation) endForeignPeriods(machine string, which func(identity string) bool) {
-	for i, s := range sim.foreignPeriods {
-		if s.machine == machine && which(s.identity) && s.until.IsZero() {
-			sim.foreignPeriods[i].until = time.Now()
-			delete(sim.foreign[machine], s.identity)
+func (s *azureState) endForeignPeriods(machine string, which func(identity string) bool) {
+	for i, p := range s.foreignPeriods {
+		if p.machine == machine && which(p.identity) && p.until.IsZero() {
+			s.foreignPeriods[i].until = time.Now()
+			delete(s.foreign[machine], p.identity)
 		}
 	}
 }
 
 // deleteMachine deletes a machine in Azure.
-func (sim *simulation) deleteMachine(id string) {
-	sim.arm.RemoveMachine(id)
-	sim.deletedMachines[azure.FoldID(id)] = true
-	sim.endForeignPeriods(azure.FoldID(id), func(string) bool { return true })
+func (s *azureState) deleteMachine(id string) {
+	s.arm.RemoveMachine(id)
+	s.deletedMachines[azure.FoldID(id)] = true
+	s.endForeignPeriods(azure.FoldID(id), func(string) bool { return true })
 }
 
 // wasForeign reports whether the changed identity was attached by somebody other than MIC at that time.
-func (sim *simulation) wasForeign(c azure.ARMChange) bool {
-	return slices.ContainsFunc(sim.foreignPeriods, func(s foreignPeriod) bool {
-		return s.machine == c.Resource && s.identity == c.Identity && !c.Time.Before(s.from) && (s.until.IsZero() || c.Time.Before(s.until))
+func (s *azureState) wasForeign(c azure.ARMChange) bool {
+	return slices.ContainsFunc(s.foreignPeriods, func(p foreignPeriod) bool {
+		return p.machine == c.Resource && p.identity == c.Identity && !c.Time.Before(p.from) && (p.until.IsZero() || c.Time.Before(p.until))
 	})
 }

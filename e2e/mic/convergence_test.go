@@ -15,23 +15,28 @@ import (
 
 // convergenceErrors lists what differs from the desired state.
 func (sim *simulation) convergenceErrors() (wrong []string) {
-	now := sim.objectsAt(time.Now())
-	expected := now.expected
-	wrong = append(wrong, sim.assignmentErrors(expected, now)...)
+	c := convergenceCheck{sim, sim.objectsAt(time.Now())}
+	wrong = c.assignmentErrors()
 	for _, m := range sim.arm.Machines() {
-		wrong = append(wrong, sim.machineErrors(m, expected)...)
+		wrong = append(wrong, c.machineErrors(m)...)
 	}
 	for _, o := range listObjects[corev1.ConfigMap](sim.api) {
 		if o.Namespace == micNamespace {
-			wrong = append(wrong, sim.ledgerErrors(o, expected)...)
+			wrong = append(wrong, c.ledgerErrors(o)...)
 		}
 	}
 	return wrong
 }
 
-func (sim *simulation) assignmentErrors(expected []expectedAssignment, now *objects) (wrong []string) {
-	remaining := listObjects[v1.AzureAssignedIdentity](sim.api)
-	for _, c := range expected {
+// convergenceCheck is a simulation with its objects as of the time of the check.
+type convergenceCheck struct {
+	*simulation
+	now *objects
+}
+
+func (check convergenceCheck) assignmentErrors() (wrong []string) {
+	remaining := listObjects[v1.AzureAssignedIdentity](check.api)
+	for _, c := range check.now.expected {
 		i := slices.IndexFunc(remaining, func(a *v1.AzureAssignedIdentity) bool { return ownerPodUID(a) != "" && c.matches(a) })
 		if i < 0 {
 			wrong = append(wrong, fmt.Sprintf("pod %s has no AzureAssignedIdentity for %s (%s)", c.pod, c.identity, lastSegment(c.resource)))
@@ -39,7 +44,7 @@ func (sim *simulation) assignmentErrors(expected []expectedAssignment, now *obje
 		}
 		a := remaining[i]
 		remaining = slices.Delete(remaining, i, i+1)
-		want, message := sim.expectedState(c)
+		want, message := check.expectedState(c)
 		if a.Status.Status != want || (a.Status.Message != "") != message || a.DeletionTimestamp != nil {
 			wrong = append(wrong, fmt.Sprintf("%s is %q (message %q, being deleted: %t); want %q, with a message: %t",
 				describeAssignment(a), a.Status.Status, a.Status.Message, a.DeletionTimestamp != nil, want, message))
@@ -47,7 +52,7 @@ func (sim *simulation) assignmentErrors(expected []expectedAssignment, now *obje
 		if a.Namespace+"/"+a.Spec.Pod != c.pod || a.Labels[v1.NodeNameLabel] != v1.NodeNameLabelValue(c.node) || !slices.Contains(a.Finalizers, v1.AssignedIdentityFinalizer) {
 			wrong = append(wrong, fmt.Sprintf("%s: namespace %s, labels %v, finalizers %v", describeAssignment(a), a.Namespace, a.Labels, a.Finalizers))
 		}
-		for _, i := range now.identities {
+		for _, i := range check.now.identities {
 			if i.Namespace+"/"+i.Name == c.identity && a.Spec.AzureIdentityRef.Spec.ClientID != i.Spec.ClientID {
 				wrong = append(wrong, fmt.Sprintf("%s has client ID %s, the AzureIdentity %s", describeAssignment(a), a.Spec.AzureIdentityRef.Spec.ClientID, i.Spec.ClientID))
 			}
@@ -61,36 +66,36 @@ func (sim *simulation) assignmentErrors(expected []expectedAssignment, now *obje
 
 // expectedState returns the state of an assignment after convergence, and whether its status has a message that names the
 // problem.
-func (sim *simulation) expectedState(c expectedAssignment) (v1.AssignmentState, bool) {
+func (check convergenceCheck) expectedState(c expectedAssignment) (v1.AssignmentState, bool) {
 	if c.identityType != v1.UserAssignedMSI {
 		return v1.AssignmentAssigned, false
 	}
-	if c.machine != "" && sim.arm.Attached(c.machine, c.resource) {
+	if c.machine != "" && check.arm.Attached(c.machine, c.resource) {
 		return v1.AssignmentAssigned, false
 	}
 	return v1.AssignmentCreated, true
 }
 
-func (sim *simulation) machineErrors(m azure.Machine, expected []expectedAssignment) (wrong []string) {
+func (check convergenceCheck) machineErrors(m azure.Machine) (wrong []string) {
 	id := azure.FoldID(m.ID)
 	var needed []string
-	for _, c := range expected {
+	for _, c := range check.now.expected {
 		if c.machine == id && c.resource != "" {
 			needed = append(needed, c.resource)
 		}
 	}
 	for _, i := range needed {
-		if !slices.Contains(m.Identities, i) && !sim.refused[i] {
+		if !slices.Contains(m.Identities, i) && !check.refused[i] {
 			wrong = append(wrong, fmt.Sprintf("%s is not attached to %s, where a pod needs it", lastSegment(i), lastSegment(id)))
 		}
 	}
-	for i := range sim.foreign[id] {
+	for i := range check.foreign[id] {
 		if !slices.Contains(m.Identities, i) {
 			wrong = append(wrong, fmt.Sprintf("%s is no longer attached to %s, although somebody else attached it", lastSegment(i), lastSegment(id)))
 		}
 	}
 	for _, i := range m.Identities {
-		if !slices.Contains(needed, i) && !sim.foreign[id][i] && !sim.immutable[i] {
+		if !slices.Contains(needed, i) && !check.foreign[id][i] && !check.immutable[i] {
 			wrong = append(wrong, fmt.Sprintf("%s is still attached to %s", lastSegment(i), lastSegment(id)))
 		}
 	}
@@ -100,11 +105,11 @@ func (sim *simulation) machineErrors(m azure.Machine, expected []expectedAssignm
 var identityPattern = regexp.MustCompile(`(?i)/subscriptions/[^"/]+/resourcegroups/[^"/]+/providers/Microsoft\.ManagedIdentity/userAssignedIdentities/[^"/]+`)
 
 // ledgerErrors finds identities that a ledger of MIC records for a machine although no pod needs them there.
-func (sim *simulation) ledgerErrors(o *corev1.ConfigMap, expected []expectedAssignment) (wrong []string) {
+func (check convergenceCheck) ledgerErrors(o *corev1.ConfigMap) (wrong []string) {
 	text := fmt.Sprint(o.Data)
 	for _, id := range identityPattern.FindAllString(text, -1) {
 		id = azure.FoldID(id)
-		if !slices.ContainsFunc(expected, func(c expectedAssignment) bool {
+		if !slices.ContainsFunc(check.now.expected, func(c expectedAssignment) bool {
 			return c.resource == id && c.machine != "" && strings.Contains(strings.ToLower(text), c.machine)
 		}) {
 			wrong = append(wrong, fmt.Sprintf("ConfigMap %s still records %s: %s", o.Name, lastSegment(id), text))

@@ -29,7 +29,7 @@ func (s *sequence) runWorkload() {
 	s.addBinding("blue/shared", "app")
 	s.addBinding("blue/own", "own")
 	s.addBinding("red/old", "old")
-	s.requireNoError(s.arm.Attach(set, old))
+	requireNoError(s.t, s.arm.Attach(set, old))
 	s.addPod("red/old", "n0", "old")
 	s.addLegacyAssignment(expectedAssignment{pod: "red/old", node: "n0", identity: "red/old", resource: old, machine: azure.FoldID(set)}, v1.AssignmentAssigned)
 	s.startLeader()

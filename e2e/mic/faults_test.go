@@ -41,7 +41,7 @@ func TestAMachineThatHangsDelaysNoOther(t *testing.T) {
 					s.addVirtualMachine(name)
 					pods = append(pods, "blue/"+name)
 				}
-				s.requireNoError(s.arm.SetFault(azure.ARMFault{Resource: s.set, Operation: operation, Hang: true}))
+				requireNoError(s.t, s.arm.SetFault(azure.ARMFault{Resource: s.set, Operation: operation, Hang: true}))
 				s.start()
 				time.Sleep(time.Second)
 				s.addPod("blue/hung", "n0", "app")
@@ -67,10 +67,10 @@ func TestAThrottledSubscriptionGetsNoRequestUntilRetryAfterAndOthersDo(t *testin
 	runScenario(t, func(t *testing.T, s *scenario) {
 		s.addBoundIdentity("blue", "app")
 		const other = "/subscriptions/5ab5c21f-0000-4000-8000-000000000002/resourceGroups/MC_Group/providers/Microsoft.Compute/virtualMachines/far"
-		s.requireNoError(s.arm.AddMachine(azure.Machine{ID: other}))
+		requireNoError(s.t, s.arm.AddMachine(azure.Machine{ID: other}))
 		s.addNode("far", "azure://"+other)
 		s.addVirtualMachine("near")
-		s.requireNoError(s.arm.SetFault(azure.ARMFault{Resource: subscription, Status: http.StatusTooManyRequests, RetryAfter: 240, Count: 1}))
+		requireNoError(s.t, s.arm.SetFault(azure.ARMFault{Resource: subscription, Status: http.StatusTooManyRequests, RetryAfter: 240, Count: 1}))
 		s.start()
 		s.addPod("blue/p", "n0", "app")
 		time.Sleep(5 * time.Second)
@@ -91,7 +91,7 @@ func TestAThrottledSubscriptionGetsNoRequestUntilRetryAfterAndOthersDo(t *testin
 func TestAMachineThatIsBeingDeletedIsNotUpdated(t *testing.T) {
 	runScenario(t, func(t *testing.T, s *scenario) {
 		s.addBoundIdentity("blue", "app")
-		s.requireNoError(s.arm.SetProvisioningState(s.set, "Deleting"))
+		requireNoError(s.t, s.arm.SetProvisioningState(s.set, "Deleting"))
 		s.start()
 		s.addPod("blue/p", "n0", "app")
 		time.Sleep(time.Hour)
@@ -101,7 +101,7 @@ func TestAMachineThatIsBeingDeletedIsNotUpdated(t *testing.T) {
 		if found := s.assignmentsOf("blue/p"); len(found) != 1 || found[0].Status.Status != v1.AssignmentCreated || found[0].Status.Message == "" {
 			t.Errorf("assignments: %+v", found)
 		}
-		s.requireNoError(s.arm.SetProvisioningState(s.set, ""))
+		requireNoError(s.t, s.arm.SetProvisioningState(s.set, ""))
 		s.waitAssigned(10*time.Minute, "blue/p")
 	})
 }
@@ -111,7 +111,7 @@ func TestAnUpdateIsPlannedAgainAfterAConflict(t *testing.T) {
 		t.Run(http.StatusText(status), func(t *testing.T) {
 			runScenario(t, func(t *testing.T, s *scenario) {
 				s.addBoundIdentity("blue", "app")
-				s.requireNoError(s.arm.SetFault(azure.ARMFault{Operation: azure.OpPatch, Status: status, Count: 2}))
+				requireNoError(s.t, s.arm.SetFault(azure.ARMFault{Operation: azure.OpPatch, Status: status, Count: 2}))
 				s.start()
 				s.addPod("blue/p", "n0", "app")
 				s.waitAssigned(30*time.Second, "blue/p")
@@ -236,8 +236,8 @@ func TestAPausedFormerLeaderRepeatsNoUpdate(t *testing.T) {
 func TestAssignmentsOfAADPodIdentityAreTakenOverWithoutInterruption(t *testing.T) {
 	runScenario(t, func(t *testing.T, s *scenario) {
 		app, stale := s.addBoundIdentity("blue", "app"), s.addBoundIdentity("blue", "stale")
-		s.requireNoError(s.arm.Attach(s.set, app))
-		s.requireNoError(s.arm.Attach(s.set, stale))
+		requireNoError(s.t, s.arm.Attach(s.set, app))
+		requireNoError(s.t, s.arm.Attach(s.set, stale))
 		for pod, id := range map[string]string{"p": app, "gone": stale} {
 			_, err := createObject(s.api, &v1.AzureAssignedIdentity{
 				ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: pod + "-red-" + lastSegment(id), Finalizers: []string{v1.AssignedIdentityFinalizer},
@@ -247,7 +247,7 @@ func TestAssignmentsOfAADPodIdentityAreTakenOverWithoutInterruption(t *testing.T
 					AzureBindingRef:  (&v1.AzureIdentityBinding{ObjectMeta: metav1.ObjectMeta{Namespace: "blue", Name: "b"}}).Copy()},
 				Status: v1.AzureAssignedIdentityStatus{Status: v1.AssignmentAssigned},
 			})
-			s.requireNoError(err)
+			requireNoError(s.t, err)
 		}
 		s.addPod("red/p", "n0", "app")
 		s.start()
@@ -282,7 +282,7 @@ func TestAnUpdateWithALostResponseIsCheckedAndNotRepeated(t *testing.T) {
 					s.arm.Change(func(a *azure.ARMSettings) { a.Delay = takes })
 					s.addBoundIdentity("blue", "app")
 					fault.Operation, fault.Count, fault.Apply = azure.OpPatch, 1, true
-					s.requireNoError(s.arm.SetFault(fault))
+					requireNoError(s.t, s.arm.SetFault(fault))
 					s.start()
 					s.addPod("blue/p", "n0", "app")
 					s.waitAssigned(3*time.Minute, "blue/p")
@@ -329,7 +329,7 @@ func TestAnUpdateWhoseStatusCannotBeReadIsNotTakenForFinished(t *testing.T) {
 						s.start()
 						s.addPod("blue/p", "n0", "app")
 						time.Sleep(5 * time.Second)
-						s.requireNoError(s.arm.SetFault(azure.ARMFault{Operation: operation, Status: status, Count: 3}))
+						requireNoError(s.t, s.arm.SetFault(azure.ARMFault{Operation: operation, Status: status, Count: 3}))
 						if deletePod {
 							s.deletePod("blue/p")
 							s.eventually(10*time.Minute, "nothing is left behind", func() bool { return len(s.convergenceErrors()) == 0 })

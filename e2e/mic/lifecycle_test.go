@@ -241,7 +241,7 @@ func TestTheDeletionOfANamespaceDoesNotWaitForAzure(t *testing.T) {
 		s.start()
 		s.addPod("green/p", "n0", "app")
 		s.waitAssigned(2*time.Second, "green/p")
-		s.requireNoError(s.arm.SetFault(azure.ARMFault{Hang: true}))
+		requireNoError(s.t, s.arm.SetFault(azure.ARMFault{Hang: true}))
 		deleteObject[corev1.Namespace](s.api, "", "green")
 		s.eventually(20*time.Second, "the namespace is deleted", func() bool {
 			_, there := getObject[corev1.Namespace](s.api, "", "green")

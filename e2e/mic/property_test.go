@@ -66,11 +66,11 @@ func (s *sequence) setUp() {
 		s.addNode(name, providerID)
 	}
 	for range 4 {
-		s.createIdentity(r)
-		s.createBinding(r)
+		createIdentity(s, r)
+		createBinding(s, r)
 	}
 	for range r.IntN(5) {
-		s.createPod(r)
+		createPod(s, r)
 	}
 	if r.IntN(3) == 0 {
 		s.addLegacyAssignments(r)
@@ -89,7 +89,7 @@ func (s *sequence) addLegacyAssignments(r *rand.Rand) {
 			state = v1.AssignmentCreated
 		}
 		if s.addLegacyAssignment(c, state) && state != v1.AssignmentCreated && c.resource != "" {
-			s.requireNoError(s.arm.Attach(c.machine, c.resource))
+			requireNoError(s.t, s.arm.Attach(c.machine, c.resource))
 		}
 	}
 }

@@ -24,7 +24,7 @@ func TestAnIdentityThatAzureRefusesAffectsNoOther(t *testing.T) {
 						s.addBoundIdentity("blue", "bad")
 						fault := bad
 						fault.Identity = identityID("bad")
-						s.requireNoError(s.arm.SetIdentityFault(fault))
+						requireNoError(s.t, s.arm.SetIdentityFault(fault))
 						s.refused[azure.FoldID(fault.Identity)] = true
 						var pods []string
 						for i := range good {

@@ -175,11 +175,11 @@ func (s *sequence) converge() []string {
 	s.arm.ClearFaults("")
 	for id := range s.refused {
 		if _, defined := s.existing[id]; defined {
-			s.requireNoError(s.arm.SetIdentityFault(azure.IdentityFault{Identity: id, Denied: true}))
+			requireNoError(s.t, s.arm.SetIdentityFault(azure.IdentityFault{Identity: id, Denied: true}))
 		}
 	}
 	for _, m := range s.arm.Machines() {
-		s.requireNoError(s.arm.SetProvisioningState(m.ID, ""))
+		requireNoError(s.t, s.arm.SetProvisioningState(m.ID, ""))
 	}
 	s.startLeader()
 	s.logf("   all faults are removed")

@@ -50,7 +50,6 @@ func clientID(name string) string {
 type simulation struct {
 	t                testing.TB
 	api              *apiServer
-	arm              *azure.ARM
 	handle           apiHandler // of api, or of a real API server
 	cfg              mic.Config
 	log              *zap.Logger
@@ -64,7 +63,7 @@ type simulation struct {
 }
 
 func newSimulation(t testing.TB) *simulation {
-	sim := &simulation{t: t, api: newAPIServer(), arm: azure.NewARM(azure.ARMOptions{}), cfg: mic.DefaultConfig(), log: zap.NewNop(), objectsByVersion: map[int64]*objects{}, azureState: newAzureState()}
+	sim := &simulation{t: t, api: newAPIServer(), cfg: mic.DefaultConfig(), log: zap.NewNop(), objectsByVersion: map[int64]*objects{}, azureState: newAzureState(t)}
 	sim.handle = sim.api.handle
 	sim.cfg.Namespace, sim.cfg.Workers = micNamespace, 4
 	sim.addNamespace(micNamespace)
@@ -185,22 +184,22 @@ func (f transporter) Do(r *http.Request) (*http.Response, error) { return f(r) }
 
 // Functions that create objects with only the necessary fields.
 
-func (sim *simulation) requireNoError(err error) {
-	sim.t.Helper()
+func requireNoError(t testing.TB, err error) {
+	t.Helper()
 	if err != nil {
-		sim.t.Fatal(err)
+		t.Fatal(err)
 	}
 }
 
 func (sim *simulation) addNamespace(name string) {
 	_, err := createObject(sim.api, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NamespaceStatus{Phase: corev1.NamespaceActive}})
-	sim.requireNoError(err)
+	requireNoError(sim.t, err)
 }
 
 // addScaleSet creates a scale set with nodes, and returns its ID.
 func (sim *simulation) addScaleSet(name string, nodes ...string) string {
 	id := scaleSetID(name)
-	sim.requireNoError(sim.arm.AddMachine(azure.Machine{ID: id}))
+	requireNoError(sim.t, sim.arm.AddMachine(azure.Machine{ID: id}))
 	for i, node := range nodes {
 		sim.addNode(node, fmt.Sprintf("azure://%s/virtualMachines/%d", id, i))
 	}
@@ -210,20 +209,20 @@ func (sim *simulation) addScaleSet(name string, nodes ...string) string {
 // addVirtualMachine creates a virtual machine that is a node, and returns its ID.
 func (sim *simulation) addVirtualMachine(name string) string {
 	id := virtualMachineID(name)
-	sim.requireNoError(sim.arm.AddMachine(azure.Machine{ID: id}))
+	requireNoError(sim.t, sim.arm.AddMachine(azure.Machine{ID: id}))
 	sim.addNode(name, "azure://"+id)
 	return id
 }
 
 func (sim *simulation) addNode(name, providerID string) {
 	_, err := createObject(sim.api, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.NodeSpec{ProviderID: providerID}})
-	sim.requireNoError(err)
+	requireNoError(sim.t, err)
 }
 
 // addManagedIdentity creates a managed identity in Azure, and returns its resource ID.
 func (sim *simulation) addManagedIdentity(name string) string {
 	id := identityID(name)
-	sim.requireNoError(sim.arm.DefineIdentity(azure.Identity{ResourceID: id, ClientID: clientID(name), ObjectID: clientID("o" + name)}))
+	requireNoError(sim.t, sim.arm.DefineIdentity(azure.Identity{ResourceID: id, ClientID: clientID(name), ObjectID: clientID("o" + name)}))
 	return id
 }
 
@@ -234,7 +233,7 @@ func (sim *simulation) addAzureIdentity(key, resourceID string) {
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
 		Spec:       v1.AzureIdentitySpec{ResourceID: resourceID, ClientID: clientID(resourceID[strings.LastIndex(resourceID, "/")+1:])},
 	})
-	sim.requireNoError(err)
+	requireNoError(sim.t, err)
 }
 
 // addBinding binds an AzureIdentity (namespace/name) to the pods with a selector.
@@ -244,7 +243,7 @@ func (sim *simulation) addBinding(key, selector string) {
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name + "-" + selector},
 		Spec:       v1.AzureIdentityBindingSpec{AzureIdentity: name, Selector: selector},
 	})
-	sim.requireNoError(err)
+	requireNoError(sim.t, err)
 }
 
 // addBoundIdentity creates a managed identity, an AzureIdentity and a binding; the name of all is also the selector.
@@ -270,7 +269,7 @@ func newPod(namespace, name, node, selector string) *corev1.Pod {
 func (sim *simulation) addPod(key, node, selector string) *corev1.Pod {
 	namespace, name, _ := strings.Cut(key, "/")
 	p, err := createObject(sim.api, newPod(namespace, name, node, selector))
-	sim.requireNoError(err)
+	requireNoError(sim.t, err)
 	return p
 }
 

@@ -17,8 +17,8 @@ const maxIdentitiesPerPatch = 150
 // violations lists what must not have happened at any time, from the histories of the API server and of ARM. maxWatchDelay
 // is how long it may take until the controller has received a change.
 func (sim *simulation) violations(maxWatchDelay time.Duration) (found []string) {
-	requests, changes, transitions := sim.arm.Log(0), sim.arm.Changes(0), sim.assignedTransitions()
-	for _, r := range requests {
+	v := &violationCheck{simulation: sim, requests: sim.arm.Log(0), transitions: assignedTransitions(sim.api), maxWatchDelay: maxWatchDelay}
+	for _, r := range v.requests {
 		if r.Operation != azure.OpPatch {
 			continue
 		}
@@ -29,24 +29,37 @@ func (sim *simulation) violations(maxWatchDelay time.Duration) (found []string) 
 			found = append(found, fmt.Sprintf("%s: PATCH of %s with %d identities", formatTime(r.Time), lastSegment(r.Resource), n))
 		}
 	}
+	changes := sim.arm.Changes(0)
 	for _, c := range changes {
-		if c.ByHand {
-			continue
+		if !c.ByHand {
+			found = append(found, v.checkChange(c)...)
 		}
-		if why := sim.whyForbidden(c); why != "" {
-			found = append(found, fmt.Sprintf("%s: %s: %s %s", formatTime(c.Time), lastSegment(c.Resource), describeChange(c), why))
-		}
-		if c.Attached {
-			continue
-		}
-		sent := c.Time
-		if i := slices.IndexFunc(requests, func(r azure.ARMRequest) bool { return r.OperationID == c.OperationID }); i >= 0 {
-			sent = requests[i].Time
-		}
-		found = append(found, sim.detachedInUse(c, sent, maxWatchDelay)...)
-		found = append(found, sim.assignedDuringDetach(c, sent, transitions)...)
 	}
-	return append(found, sim.assignedButNotAttached(transitions, changes)...)
+	return append(found, v.assignedButNotAttached(changes)...)
+}
+
+// violationCheck is a simulation with the histories that its checks use.
+type violationCheck struct {
+	*simulation
+	requests      []azure.ARMRequest
+	transitions   []assignedTransition
+	maxWatchDelay time.Duration
+}
+
+// checkChange checks one change that the controller made.
+func (v *violationCheck) checkChange(c azure.ARMChange) (found []string) {
+	if why := v.whyForbidden(c); why != "" {
+		found = append(found, fmt.Sprintf("%s: %s: %s %s", formatTime(c.Time), lastSegment(c.Resource), describeChange(c), why))
+	}
+	if c.Attached {
+		return found
+	}
+	sent := c.Time
+	if i := slices.IndexFunc(v.requests, func(r azure.ARMRequest) bool { return r.OperationID == c.OperationID }); i >= 0 {
+		sent = v.requests[i].Time
+	}
+	found = append(found, v.detachedInUse(c, sent)...)
+	return append(found, v.assignedDuringDetach(c, sent)...)
 }
 
 func describeChange(c azure.ARMChange) string {
@@ -57,27 +70,27 @@ func describeChange(c azure.ARMChange) string {
 }
 
 // whyForbidden returns why the controller must not make this change, or "".
-func (sim *simulation) whyForbidden(c azure.ARMChange) string {
+func (v *violationCheck) whyForbidden(c azure.ARMChange) string {
 	switch {
 	case c.Identity == azure.SystemIdentity:
 		return "(the system-assigned identity)"
-	case sim.neverBound[c.Identity]:
+	case v.neverBound[c.Identity]:
 		return "(which no AzureIdentity ever referenced)"
-	case !c.Attached && sim.immutable[c.Identity]:
+	case !c.Attached && v.immutable[c.Identity]:
 		return "(which must never be detached)"
-	case !c.Attached && sim.wasForeign(c):
+	case !c.Attached && v.wasForeign(c):
 		return "(which somebody else attached)"
 	}
 	return ""
 }
 
 // detachedInUse finds pods that lost an identity in use. A pod used it if, when the update was sent, the pod had an
-// assignment that allowed tokens, and had been bound to the identity without a break for maxWatchDelay.
-func (sim *simulation) detachedInUse(c azure.ARMChange, sent time.Time, maxWatchDelay time.Duration) (found []string) {
-	from := sent.Add(-maxWatchDelay)
-	times := append(slices.Concat(sim.decisiveChangeTimes(from, sent)), from, sent)
-	for _, a := range sim.assignmentsAt(sent) {
-		if identityOfAssignment(a) == c.Identity && allowsTokens(a) && sim.expectedAtAll(a, c, times) {
+// assignment that allowed tokens, and had been bound to the identity without a break for v.maxWatchDelay.
+func (v *violationCheck) detachedInUse(c azure.ARMChange, sent time.Time) (found []string) {
+	from := sent.Add(-v.maxWatchDelay)
+	times := append(slices.Concat(v.decisiveChangeTimes(from, sent)), from, sent)
+	for _, a := range v.assignmentsAt(sent) {
+		if identityOfAssignment(a) == c.Identity && allowsTokens(a) && v.expectedAtAll(a, c, times) {
 			found = append(found, fmt.Sprintf("%s: %s detached from %s (sent %s) although it was in use: %s", formatTime(c.Time), lastSegment(c.Identity), lastSegment(c.Resource), formatTime(sent), describeAssignment(a)))
 		}
 	}
@@ -85,32 +98,32 @@ func (sim *simulation) detachedInUse(c azure.ARMChange, sent time.Time, maxWatch
 }
 
 // assignedDuringDetach finds assignments that became Assigned while their identity was being detached.
-func (sim *simulation) assignedDuringDetach(c azure.ARMChange, sent time.Time, transitions []assignedTransition) (found []string) {
-	for _, a := range sim.assignmentsAt(c.Time) {
-		if identityOfAssignment(a) != c.Identity || !allowsTokens(a) || ownerPodUID(a) == "" || !sim.expectedAtAll(a, c, []time.Time{c.Time}) {
+func (v *violationCheck) assignedDuringDetach(c azure.ARMChange, sent time.Time) (found []string) {
+	for _, a := range v.assignmentsAt(c.Time) {
+		if identityOfAssignment(a) != c.Identity || !allowsTokens(a) || ownerPodUID(a) == "" || !v.expectedAtAll(a, c, []time.Time{c.Time}) {
 			continue
 		}
-		if since := assignedSince(a, c.Time, transitions); since.After(sent) {
+		if since := assignedSince(a, c.Time, v.transitions); since.After(sent) {
 			found = append(found, fmt.Sprintf("%s: %s detached from %s (sent %s) and Assigned at %s: %s", formatTime(c.Time), lastSegment(c.Identity), lastSegment(c.Resource), formatTime(sent), formatTime(since), describeAssignment(a)))
 		}
 	}
 	return found
 }
 
-func (sim *simulation) assignmentsAt(when time.Time) []*v1.AzureAssignedIdentity {
-	return listObjectsAt[v1.AzureAssignedIdentity](sim.api, sim.api.versionAt(when))
+func (v *violationCheck) assignmentsAt(when time.Time) []*v1.AzureAssignedIdentity {
+	return listObjectsAt[v1.AzureAssignedIdentity](v.api, v.api.versionAt(when))
 }
 
 // decisiveChangeTimes returns the times of changes to objects that determine which pod should have which identity.
-func (sim *simulation) decisiveChangeTimes(after, until time.Time) []time.Time {
-	return slices.Concat(changeTimes[corev1.Pod](sim.api, after, until), changeTimes[corev1.Node](sim.api, after, until),
-		changeTimes[v1.AzureIdentity](sim.api, after, until), changeTimes[v1.AzureIdentityBinding](sim.api, after, until))
+func (v *violationCheck) decisiveChangeTimes(after, until time.Time) []time.Time {
+	return slices.Concat(changeTimes[corev1.Pod](v.api, after, until), changeTimes[corev1.Node](v.api, after, until),
+		changeTimes[v1.AzureIdentity](v.api, after, until), changeTimes[v1.AzureIdentityBinding](v.api, after, until))
 }
 
 // expectedAtAll reports whether the assignment was expected on the machine of the change at each of these times.
-func (sim *simulation) expectedAtAll(a *v1.AzureAssignedIdentity, c azure.ARMChange, times []time.Time) bool {
+func (v *violationCheck) expectedAtAll(a *v1.AzureAssignedIdentity, c azure.ARMChange, times []time.Time) bool {
 	for _, t := range times {
-		expected := sim.objectsAt(t).expected
+		expected := v.objectsAt(t).expected
 		if !slices.ContainsFunc(expected, func(d expectedAssignment) bool { return d.machine == c.Resource && d.matches(a) }) {
 			return false
 		}
@@ -134,10 +147,10 @@ type assignedTransition struct {
 	assignment *v1.AzureAssignedIdentity
 }
 
-func (sim *simulation) assignedTransitions() (transitions []assignedTransition) {
-	sim.api.mu.Lock()
-	defer sim.api.mu.Unlock()
-	for _, c := range kindFor[v1.AzureAssignedIdentity](sim.api).history {
+func assignedTransitions(s *apiServer) (transitions []assignedTransition) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range kindFor[v1.AzureAssignedIdentity](s).history {
 		now := decodedObject[v1.AzureAssignedIdentity](c.after)
 		if now.Status.Status != v1.AssignmentAssigned || ownerPodUID(now) == "" || c.deleted {
 			continue
@@ -151,16 +164,16 @@ func (sim *simulation) assignedTransitions() (transitions []assignedTransition) 
 
 // assignedButNotAttached finds assignments that became Assigned while the identity was not attached. External detachments
 // are excluded: the controller learns of them only later.
-func (sim *simulation) assignedButNotAttached(transitions []assignedTransition, changes []azure.ARMChange) (found []string) {
-	for _, p := range transitions {
+func (v *violationCheck) assignedButNotAttached(changes []azure.ARMChange) (found []string) {
+	for _, p := range v.transitions {
 		resource := identityOfAssignment(p.assignment)
-		providerID, _ := sim.objectsAt(p.at).providerID(p.assignment.Spec.NodeName)
+		providerID, _ := v.objectsAt(p.at).providerID(p.assignment.Spec.NodeName)
 		machine := machineOfProviderID(providerID)
 		if resource == "" || machine == "" {
 			continue
 		}
-		attached := sim.initiallyAttached[machine][resource]
-		external := sim.deletedMachines[machine]
+		attached := v.initiallyAttached[machine][resource]
+		external := v.deletedMachines[machine]
 		for _, c := range changes {
 			if c.Resource == machine && c.Identity == resource && !c.Time.After(p.at) {
 				attached, external = c.Attached, external || c.ByHand
