@@ -18,21 +18,25 @@ import (
 // It starts no goroutine that outlives a request: on each access it computes
 // from the clock which operations have ended. IDs are not case-sensitive.
 type ARM struct {
+	*armState
+	*armFaults
+	limits    armLimits // guarded by the lock of armState, as is responses
+	responses int       // for CasingChanging
+}
+
+// armState has the machines with their identities and operations, and the logs.
+type armState struct {
 	o ARMOptions
 
 	// mu guards the fields below. No request waits while it holds mu.
-	mu             sync.Mutex
-	settings       ARMSettings
-	identities     map[string]Identity // those that exist, by folded resource ID
-	identityFaults map[string]IdentityFault
-	machines       map[string]*armMachine // by folded ID
-	running        map[*armMachine]bool   // those with operations
-	operations     map[string]*armOperation
-	ended          []string // IDs of ended operations, oldest first
-	faults         map[faultKey]*ARMFault
-	limits         armLimits
-	records        armRecords
-	answers        int // for CasingChanging
+	mu         sync.Mutex
+	settings   ARMSettings
+	identities map[string]Identity    // those that exist, by folded resource ID
+	machines   map[string]*armMachine // by folded ID
+	running    map[*armMachine]bool   // those with operations
+	operations map[string]*armOperation
+	ended      []string // IDs of operations that have ended, oldest first
+	records    armRecords
 }
 
 // ARMOptions configure an ARM. The zero value has the defaults.
@@ -116,23 +120,22 @@ func NewARM(o ARMOptions) *ARM {
 	if o.LogCapacity == 0 {
 		o.LogCapacity = logCapacity
 	}
-	return &ARM{
-		o: o, settings: DefaultARMSettings(),
-		identities: map[string]Identity{}, identityFaults: map[string]IdentityFault{},
-		machines: map[string]*armMachine{}, running: map[*armMachine]bool{}, operations: map[string]*armOperation{},
-		faults: map[faultKey]*ARMFault{}, limits: armLimits{}, records: newARMRecords(o.LogCapacity),
+	state := &armState{
+		o: o, settings: DefaultARMSettings(), identities: map[string]Identity{}, machines: map[string]*armMachine{},
+		running: map[*armMachine]bool{}, operations: map[string]*armOperation{}, records: newARMRecords(o.LogCapacity),
 	}
+	return &ARM{armState: state, armFaults: newARMFaults(), limits: armLimits{}}
 }
 
 // Settings returns the current settings.
-func (a *ARM) Settings() ARMSettings {
+func (a *armState) Settings() ARMSettings {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.settings
 }
 
 // Change changes settings. Running operations keep their delay.
-func (a *ARM) Change(change func(*ARMSettings)) {
+func (a *armState) Change(change func(*ARMSettings)) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.finishDueOperations()
@@ -180,7 +183,7 @@ func FoldID(id string) string { return strings.TrimRight(strings.ToLower(id), "/
 
 // DefineIdentity creates or replaces a user-assigned identity. It does not
 // change where the identity is attached.
-func (a *ARM) DefineIdentity(id Identity) error {
+func (a *armState) DefineIdentity(id Identity) error {
 	if err := validateUserAssigned(id); err != nil {
 		return err
 	}
@@ -193,7 +196,7 @@ func (a *ARM) DefineIdentity(id Identity) error {
 // DeleteIdentity deletes an identity. As in Azure, it remains attached to its
 // machines, but IMDS issues no tokens for it. An unknown identity is not an
 // error.
-func (a *ARM) DeleteIdentity(resourceID string) {
+func (a *armState) DeleteIdentity(resourceID string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	delete(a.identities, FoldID(resourceID))

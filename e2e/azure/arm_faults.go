@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -45,6 +46,17 @@ type IdentityFault struct {
 
 type faultKey struct{ resource, operation string }
 
+// armFaults are the faults that tests have set.
+type armFaults struct {
+	lock         sync.Mutex
+	ofRequests   map[faultKey]*ARMFault
+	ofIdentities map[string]IdentityFault // by folded resource ID
+}
+
+func newARMFaults() *armFaults {
+	return &armFaults{ofRequests: map[faultKey]*ARMFault{}, ofIdentities: map[string]IdentityFault{}}
+}
+
 var subscriptionForm = regexp.MustCompile(`(?i)^/subscriptions/[^/]+/?$`)
 
 func (f ARMFault) validate() error {
@@ -76,35 +88,35 @@ func (f ARMFault) validate() error {
 
 // SetFault sets a fault. It replaces the fault of the same resource and
 // operation.
-func (a *ARM) SetFault(f ARMFault) error {
+func (s *armFaults) SetFault(f ARMFault) error {
 	if err := f.validate(); err != nil {
 		return err
 	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.faults[faultKey{FoldID(f.Resource), f.Operation}] = &f
+	s.lock.Lock()
+	defer s.lock.Unlock()
+	s.ofRequests[faultKey{FoldID(f.Resource), f.Operation}] = &f
 	return nil
 }
 
 // ClearFaults clears the faults of a resource. With "" it clears all faults,
 // including those of identities.
-func (a *ARM) ClearFaults(resource string) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
+func (s *armFaults) ClearFaults(resource string) {
+	s.lock.Lock()
+	defer s.lock.Unlock()
 	if resource == "" {
-		clear(a.faults)
-		clear(a.identityFaults)
+		clear(s.ofRequests)
+		clear(s.ofIdentities)
 		return
 	}
-	maps.DeleteFunc(a.faults, func(k faultKey, _ *ARMFault) bool { return k.resource == FoldID(resource) })
+	maps.DeleteFunc(s.ofRequests, func(k faultKey, _ *ARMFault) bool { return k.resource == FoldID(resource) })
 }
 
 // Faults returns the faults that are set, sorted by resource.
-func (a *ARM) Faults() []ARMFault {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	out := make([]ARMFault, 0, len(a.faults))
-	for _, f := range a.faults {
+func (s *armFaults) Faults() []ARMFault {
+	s.lock.Lock()
+	defer s.lock.Unlock()
+	out := make([]ARMFault, 0, len(s.ofRequests))
+	for _, f := range s.ofRequests {
 		out = append(out, *f)
 	}
 	slices.SortFunc(out, func(x, y ARMFault) int {
@@ -115,19 +127,19 @@ func (a *ARM) Faults() []ARMFault {
 
 // SetIdentityFault sets the fault of an identity. One with neither Denied nor
 // Missing clears it.
-func (a *ARM) SetIdentityFault(f IdentityFault) error {
+func (s *armFaults) SetIdentityFault(f IdentityFault) error {
 	if !userAssignedForm.MatchString(f.Identity) {
 		return fmt.Errorf("identity fault: %q is not the resource ID of a user-assigned identity", f.Identity)
 	}
 	if err := f.Naming.validate(); f.Naming != "" && err != nil {
 		return err
 	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
+	s.lock.Lock()
+	defer s.lock.Unlock()
 	if key := FoldID(f.Identity); f.Denied || f.Missing {
-		a.identityFaults[key] = f
+		s.ofIdentities[key] = f
 	} else {
-		delete(a.identityFaults, key)
+		delete(s.ofIdentities, key)
 	}
 	return nil
 }
@@ -139,29 +151,37 @@ func (n Naming) validate() error {
 	return nil
 }
 
-func (a *ARM) naming(f IdentityFault) Naming {
+// ofIdentity returns the fault of an identity, or the zero value.
+func (s *armFaults) ofIdentity(key string) IdentityFault {
+	s.lock.Lock()
+	defer s.lock.Unlock()
+	return s.ofIdentities[key]
+}
+
+// naming is how errors name the identity.
+func (f IdentityFault) naming(settings ARMSettings) Naming {
 	if f.Naming == "" {
-		return a.settings.Naming
+		return settings.Naming
 	}
 	return f.Naming
 }
 
 // consumeFault returns the fault that applies to the request, and decreases its
 // count.
-func (a *ARM) consumeFault(x *armRequestContext) *ARMFault {
-	a.mu.Lock()
-	defer a.mu.Unlock()
+func (s *armFaults) consumeFault(x *armRequestContext) *ARMFault {
+	s.lock.Lock()
+	defer s.lock.Unlock()
 	for _, resource := range []string{x.machine.key(), FoldID("/subscriptions/" + segment(x.URL.Path, 1)), ""} {
 		for _, operation := range []string{x.entry.Operation, ""} {
 			key := faultKey{resource, operation}
-			f, ok := a.faults[key]
+			f, ok := s.ofRequests[key]
 			if !ok || f.Fails && x.entry.Operation != OpPatch {
 				continue
 			}
 			taken := *f
 			if f.Count > 0 {
 				if f.Count--; f.Count == 0 {
-					delete(a.faults, key)
+					delete(s.ofRequests, key)
 				}
 			}
 			x.fault = &taken
@@ -179,7 +199,7 @@ var defaultCodes = map[int]string{
 	412: "PreconditionFailed", 429: "TooManyRequests", 500: "InternalServerError", 502: "BadGateway", 503: "ServerBusy", 504: "GatewayTimeout",
 }
 
-func (f *ARMFault) response(x *armRequestContext, a *ARM) response {
+func (f *ARMFault) response(x *armRequestContext) response {
 	e := &armError{Status: f.Status, Code: f.Code, Message: f.Message}
 	if e.Code == "" {
 		e.Code = defaultCodes[f.Status]
@@ -190,7 +210,7 @@ func (f *ARMFault) response(x *armRequestContext, a *ARM) response {
 	if e.Message == "" {
 		e.Message = http.StatusText(f.Status) + ", because of a fault that a test has set."
 	}
-	out := a.refuse(x, e)
+	out := x.refuse(e)
 	if f.RetryAfter > 0 {
 		out.header["Retry-After"] = strconv.Itoa(f.RetryAfter)
 	}

@@ -60,6 +60,8 @@ func (c *ARMChange) number(seq int) { c.Seq = seq }
 // SystemIdentity is the system-assigned identity in the change log.
 const SystemIdentity = "system"
 
+type changeLog = ring[ARMChange, *ARMChange]
+
 // ARMCounts count requests of one machine.
 type ARMCounts struct {
 	Get       int `json:"get"`
@@ -82,7 +84,7 @@ type ARMStats struct {
 // armRecords are both logs and the counts. ARM's lock guards them.
 type armRecords struct {
 	requests ring[ARMRequest, *ARMRequest]
-	changes  ring[ARMChange, *ARMChange]
+	changes  changeLog
 	stats    ARMStats
 }
 

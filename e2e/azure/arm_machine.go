@@ -34,7 +34,7 @@ const (
 // AddMachine adds a machine or replaces it. It uses the ID, SystemAssigned,
 // Identities and ProvisioningState of m. These identities are not in the change
 // log.
-func (a *ARM) AddMachine(m Machine) error {
+func (a *armState) AddMachine(m Machine) error {
 	id, ok := parseComputeID(m.ID)
 	if !ok {
 		return fmt.Errorf("%q is not the ID of a virtual machine or a scale set"+
@@ -61,14 +61,14 @@ func (a *ARM) AddMachine(m Machine) error {
 
 // RemoveMachine deletes a machine and ends its operations. An unknown one is not
 // an error.
-func (a *ARM) RemoveMachine(id string) {
+func (a *armState) RemoveMachine(id string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.finishDueOperations()
 	a.remove(FoldID(id))
 }
 
-func (a *ARM) remove(key string) {
+func (a *armState) remove(key string) {
 	m, ok := a.machines[key]
 	if !ok {
 		return
@@ -82,7 +82,7 @@ func (a *ARM) remove(key string) {
 }
 
 // Machines returns all machines, by ID.
-func (a *ARM) Machines() []Machine {
+func (a *armState) Machines() []Machine {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.finishDueOperations()
@@ -94,7 +94,7 @@ func (a *ARM) Machines() []Machine {
 }
 
 // Machine returns one machine.
-func (a *ARM) Machine(id string) (Machine, bool) {
+func (a *armState) Machine(id string) (Machine, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.finishDueOperations()
@@ -117,7 +117,7 @@ func (m *armMachine) snapshot() Machine {
 }
 
 // change runs f on a machine.
-func (a *ARM) change(id string, f func(*armMachine) error) error {
+func (a *armState) change(id string, f func(*armMachine) error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.finishDueOperations()
@@ -130,7 +130,7 @@ func (a *ARM) change(id string, f func(*armMachine) error) error {
 
 // SetProvisioningState overrides the provisioning state until it is set to "".
 // A state of Failed ends with the next PATCH that succeeds.
-func (a *ARM) SetProvisioningState(id, state string) error {
+func (a *armState) SetProvisioningState(id, state string) error {
 	return a.change(id, func(m *armMachine) error {
 		m.setState(state)
 		m.version++
@@ -151,7 +151,7 @@ func (m *armMachine) setState(state string) {
 
 // SetDelay sets a delay for one machine that overrides the setting. A negative
 // delay removes the override.
-func (a *ARM) SetDelay(id string, d time.Duration) error {
+func (a *armState) SetDelay(id string, d time.Duration) error {
 	return a.change(id, func(m *armMachine) error {
 		m.delay = d
 		return nil
@@ -160,7 +160,7 @@ func (a *ARM) SetDelay(id string, d time.Duration) error {
 
 // Attach attaches an identity immediately, also during an operation, as a manual
 // change does.
-func (a *ARM) Attach(machine, identity string) error {
+func (a *armState) Attach(machine, identity string) error {
 	return a.change(machine, func(m *armMachine) error {
 		key := FoldID(identity)
 		known, ok := a.identities[key]
@@ -171,7 +171,7 @@ func (a *ARM) Attach(machine, identity string) error {
 		if _, had := set.user[key]; !had {
 			set.user[key] = attachment{asSent: known.ResourceID, identity: known, since: now}
 		}
-		a.replace(m, set, ARMChange{Time: now, ByHand: true})
+		m.replace(set, ARMChange{Time: now, ByHand: true}, &a.records.changes)
 		m.version++
 		return nil
 	})
@@ -179,18 +179,18 @@ func (a *ARM) Attach(machine, identity string) error {
 
 // Detach detaches an identity immediately. One that is not attached is not an
 // error.
-func (a *ARM) Detach(machine, identity string) error {
+func (a *armState) Detach(machine, identity string) error {
 	return a.change(machine, func(m *armMachine) error {
 		set := m.set.clone()
 		delete(set.user, FoldID(identity))
-		a.replace(m, set, ARMChange{Time: a.o.Now(), ByHand: true})
+		m.replace(set, ARMChange{Time: a.o.Now(), ByHand: true}, &a.records.changes)
 		m.version++
 		return nil
 	})
 }
 
 // Attached reports whether an identity is attached to a machine now.
-func (a *ARM) Attached(machine, identity string) bool {
+func (a *armState) Attached(machine, identity string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.finishDueOperations()
@@ -203,7 +203,7 @@ func (a *ARM) Attached(machine, identity string) bool {
 
 // provides reports whether IMDS on the machine issues tokens for the identity: it
 // exists, is the one that was attached, and IMDS has learned of it.
-func (a *ARM) provides(machine string, id Identity) bool {
+func (a *armState) provides(machine string, id Identity) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.finishDueOperations()
@@ -219,7 +219,7 @@ func (a *ARM) provides(machine string, id Identity) bool {
 
 // systemAssigned returns the machine's system-assigned identity, and whether the
 // machine exists.
-func (a *ARM) systemAssigned(machine string) (*Identity, bool) {
+func (a *armState) systemAssigned(machine string) (*Identity, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.finishDueOperations()

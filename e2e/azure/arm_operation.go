@@ -98,7 +98,7 @@ func (m *armMachine) provisioningState() string {
 
 // finishDueOperations finishes all operations whose end has passed, in the order
 // of their ends. The caller holds the lock.
-func (a *ARM) finishDueOperations() {
+func (a *armState) finishDueOperations() {
 	now := a.o.Now()
 	for {
 		var next *armMachine
@@ -115,7 +115,7 @@ func (a *ARM) finishDueOperations() {
 }
 
 // finish ends the running operation of the machine.
-func (a *ARM) finish(m *armMachine) {
+func (a *armState) finish(m *armMachine) {
 	o := m.operations[0]
 	if m.operations = m.operations[1:]; len(m.operations) == 0 {
 		delete(a.running, m)
@@ -133,7 +133,7 @@ func (a *ARM) finish(m *armMachine) {
 		m.idleState = stateFailed
 	}
 	if o.apply {
-		a.replace(m, m.set.after(o.delta), ARMChange{Time: o.end, OperationID: o.id})
+		m.replace(m.set.after(o.delta), ARMChange{Time: o.end, OperationID: o.id}, &a.records.changes)
 	}
 	m.version++
 }
@@ -150,11 +150,11 @@ func derivedGUID(text string) string {
 }
 
 // replace sets the identities of the machine and logs the differences.
-func (a *ARM) replace(m *armMachine, set identitySet, change ARMChange) {
+func (m *armMachine) replace(set identitySet, change ARMChange, changes *changeLog) {
 	change.Resource = m.key()
 	log := func(identity string, attached bool) {
 		change.Identity, change.Attached = identity, attached
-		a.records.changes.add(change)
+		changes.add(change)
 	}
 	if (m.set.system == nil) != (set.system == nil) {
 		log(SystemIdentity, set.system != nil)
@@ -183,7 +183,7 @@ func (m *armMachine) projected() identitySet {
 
 // begin starts the operation of a PATCH, or queues it. An operation without a
 // delay that does not fail ends immediately.
-func (a *ARM) begin(m *armMachine, p identityPatch, failure *armError, apply bool) *armOperation {
+func (a *armState) begin(m *armMachine, p identityPatch, failure *armError, apply bool) *armOperation {
 	now := a.o.Now()
 	delay := m.delay
 	if delay < 0 {
@@ -194,7 +194,7 @@ func (a *ARM) begin(m *armMachine, p identityPatch, failure *armError, apply boo
 		o.start = m.operations[n-1].end
 	}
 	o.end = o.start.Add(delay)
-	o.delta = a.deltaOf(m, p, o.end)
+	o.delta = p.delta(m, a.identities, o.end)
 	m.operations = append(m.operations, o)
 	a.running[m] = true
 	if o.start.Equal(now) && delay == 0 && failure == nil {
@@ -206,9 +206,9 @@ func (a *ARM) begin(m *armMachine, p identityPatch, failure *armError, apply boo
 	return o
 }
 
-// deltaOf looks up the identities that a PATCH adds. It omits those that do not
+// delta looks up the identities that a PATCH adds. It omits those that do not
 // exist.
-func (a *ARM) deltaOf(m *armMachine, p identityPatch, at time.Time) *delta {
+func (p identityPatch) delta(m *armMachine, identities map[string]Identity, at time.Time) *delta {
 	if !p.given {
 		return nil
 	}
@@ -218,7 +218,7 @@ func (a *ARM) deltaOf(m *armMachine, p identityPatch, at time.Time) *delta {
 		d.system = &id
 	}
 	for key, asSent := range p.add {
-		if identity, ok := a.identities[key]; ok {
+		if identity, ok := identities[key]; ok {
 			d.add[key] = attachment{asSent: asSent, identity: identity, since: at}
 		}
 	}

@@ -99,18 +99,23 @@ func invalidParameter(target, message string) *armError {
 func (a *ARM) patch(x *armRequestContext, m *armMachine) response {
 	p := x.patch
 	if len(p.malformed) > 0 {
-		return a.refuse(x, &armError{Status: http.StatusBadRequest, Code: "LinkedInvalidPropertyId", Message: "Property id '" + p.malformed[0] +
+		return x.refuse(&armError{Status: http.StatusBadRequest, Code: "LinkedInvalidPropertyId", Message: "Property id '" + p.malformed[0] +
 			"' at path 'identity.userAssignedIdentities' is invalid. Expect fully qualified resource Id that start with" +
 			" '/subscriptions/{subscriptionId}' or '/providers/{resourceProviderNamespace}/'."})
 	}
-	for _, check := range []func(*armRequestContext, *armMachine) *armError{a.checkBody, a.checkLinked, a.checkState} {
-		if err := check(x, m); err != nil {
-			return a.refuse(x, err)
-		}
+	if p.failure != nil {
+		return x.refuse(p.failure)
 	}
-	failure, apply := a.missing(m, p), false
+	check := patchCheck{a.armState, a.armFaults, x, m}
+	if err := check.linked(); err != nil {
+		return x.refuse(err)
+	}
+	if err := check.state(); err != nil {
+		return x.refuse(err)
+	}
+	failure, apply := check.missing(), false
 	if failure != nil && !a.settings.LateErrors {
-		return a.refuse(x, failure)
+		return x.refuse(failure)
 	}
 	if f := x.fault; f != nil && f.Fails {
 		failure, apply = f.operationError(), f.Apply
@@ -121,24 +126,31 @@ func (a *ARM) patch(x *armRequestContext, m *armMachine) response {
 	if !o.ended {
 		out.header["Azure-AsyncOperation"] = x.base() + "/subscriptions/" + m.subscription + "/providers/Microsoft.Compute/locations/" +
 			a.o.Location + "/operations/" + o.id + "?api-version=" + x.version
-		a.retryAfter(out)
+		a.settings.addRetryAfter(out)
 	}
 	return out
 }
 
-func (a *ARM) checkBody(x *armRequestContext, _ *armMachine) *armError { return x.patch.failure }
+// patchCheck has the checks of one PATCH that need more than its body.
+type patchCheck struct {
+	*armState
+	faults *armFaults
+	x      *armRequestContext
+	m      *armMachine
+}
 
-// checkLinked checks whether the caller may assign the identities.
-func (a *ARM) checkLinked(x *armRequestContext, m *armMachine) *armError {
+// linked checks whether the caller may assign the identities.
+func (c patchCheck) linked() *armError {
+	x, m := c.x, c.m
 	var named []string
 	denied, details := false, false
 	for _, key := range slices.Sorted(maps.Keys(x.patch.add)) {
-		bad := a.identityFaults[key]
+		bad := c.faults.ofIdentity(key)
 		if !bad.Denied {
 			continue
 		}
 		denied = true
-		naming := a.naming(bad)
+		naming := bad.naming(c.settings)
 		details = details || naming == NamedInDetails
 		if naming != Unnamed {
 			named = append(named, x.patch.add[key])
@@ -164,8 +176,9 @@ func (a *ARM) checkLinked(x *armRequestContext, m *armMachine) *armError {
 	return err
 }
 
-// checkState checks whether the machine can be changed now.
-func (a *ARM) checkState(x *armRequestContext, m *armMachine) *armError {
+// state checks whether the machine can be changed now.
+func (c patchCheck) state() *armError {
+	x, m := c.x, c.m
 	what := "Virtual Machine"
 	if m.kind == KindVMSS {
 		what = "Virtual Machine Scale Set"
@@ -175,16 +188,16 @@ func (a *ARM) checkState(x *armRequestContext, m *armMachine) *armError {
 			"' is not allowed on " + what + " '" + m.name + "' since it is marked for deletion."}
 	}
 	want := x.entry.IfMatch
-	if want != "" && want != "*" && !a.settings.NoETags && strings.Trim(want, `"`) != strings.Trim(m.etag(), `"`) {
+	if want != "" && want != "*" && !c.settings.NoETags && strings.Trim(want, `"`) != strings.Trim(m.etag(), `"`) {
 		return &armError{Status: http.StatusPreconditionFailed, Code: "PreconditionFailed",
 			Message: "Etag provided in if-match header " + want + " does not match etag " + m.etag() + " of resource."}
 	}
 	busy := len(m.operations) > 0 || strings.EqualFold(m.forced, stateUpdating) || strings.EqualFold(m.forced, stateCreating)
-	if busy && !a.settings.Queue {
+	if busy && !c.settings.Queue {
 		return &armError{Status: http.StatusConflict, Code: "Conflict", Message: "The request failed due to conflict with a concurrent request. " +
 			"To resolve it, please refer to https://aka.ms/activitylog to get more details on the conflicting requests."}
 	}
-	if x.patch.user && a.leavesNothing(m, x.patch) {
+	if x.patch.user && c.leavesNothing() {
 		return &armError{Status: http.StatusBadRequest, Code: "MissingIdentityIds",
 			Message: "The identity ids must not be null or empty for '" + x.patch.text + "' identity type."}
 	}
@@ -193,8 +206,8 @@ func (a *ARM) checkState(x *armRequestContext, m *armMachine) *armError {
 
 // leavesNothing reports whether the machine would have no user-assigned identity
 // after the PATCH. Non-existing identities count: they cause another error.
-func (a *ARM) leavesNothing(m *armMachine, p identityPatch) bool {
-	left := maps.Clone(m.projected().user)
+func (c patchCheck) leavesNothing() bool {
+	left, p := maps.Clone(c.m.projected().user), c.x.patch
 	for _, key := range p.remove {
 		delete(left, key)
 	}
@@ -202,12 +215,13 @@ func (a *ARM) leavesNothing(m *armMachine, p identityPatch) bool {
 }
 
 // missing is the error of a PATCH with non-existing identities.
-func (a *ARM) missing(m *armMachine, p identityPatch) *armError {
+func (c patchCheck) missing() *armError {
+	m, p := c.m, c.x.patch
 	if !p.user {
 		return nil
 	}
 	asSent := maps.Clone(p.add)
-	if a.settings.Dangling {
+	if c.settings.Dangling {
 		for key, at := range m.projected().user {
 			if !slices.Contains(p.remove, key) {
 				asSent[key] = at.asSent
@@ -217,13 +231,13 @@ func (a *ARM) missing(m *armMachine, p identityPatch) *armError {
 	var inText, inDetails []string
 	gone := false
 	for _, key := range slices.Sorted(maps.Keys(asSent)) {
-		_, exists := a.identities[key]
-		bad := a.identityFaults[key]
+		_, exists := c.identities[key]
+		bad := c.faults.ofIdentity(key)
 		if exists && !bad.Missing {
 			continue
 		}
 		gone = true
-		naming := a.naming(bad)
+		naming := bad.naming(c.settings)
 		if naming != Unnamed {
 			inText = append(inText, asSent[key])
 		}

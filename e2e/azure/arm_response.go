@@ -16,7 +16,7 @@ type armError struct {
 }
 
 // refuse returns an error response and logs its code.
-func (a *ARM) refuse(x *armRequestContext, e *armError) response {
+func (x *armRequestContext) refuse(e *armError) response {
 	x.entry.Code = e.Code
 	out := jsonResponse(e.Status, map[string]*armError{"error": e})
 	out.header = map[string]string{}
@@ -28,9 +28,10 @@ func notFound(c computeID) *armError {
 		"' under resource group '" + c.resourceGroup + "' was not found. For more details please go to https://aka.ms/ARMResourceNotFoundFix"}
 }
 
-func (a *ARM) retryAfter(out response) {
-	if a.settings.RetryAfter > 0 {
-		out.header["Retry-After"] = strconv.Itoa(a.settings.RetryAfter)
+// addRetryAfter adds the Retry-After header to a response.
+func (s ARMSettings) addRetryAfter(out response) {
+	if s.RetryAfter > 0 {
+		out.header["Retry-After"] = strconv.Itoa(s.RetryAfter)
 	}
 }
 
@@ -101,8 +102,8 @@ func (a *ARM) identityOf(set identitySet) *armIdentity {
 		out.UserAssignedIdentities = map[string]armAssigned{}
 		casing := a.settings.Casing
 		if casing == CasingChanging {
-			casing = casings[a.answers%(len(casings)-1)]
-			a.answers++
+			casing = casings[a.responses%(len(casings)-1)]
+			a.responses++
 		}
 		for _, at := range set.user {
 			out.UserAssignedIdentities[casing.apply(at.asSent)] = armAssigned{at.identity.ObjectID, at.identity.ClientID}
@@ -151,7 +152,7 @@ func (a *ARM) poll(x *armRequestContext, o *armOperation) response {
 	out := jsonResponse(http.StatusOK, doc)
 	out.header = map[string]string{}
 	if !o.ended {
-		a.retryAfter(out)
+		a.settings.addRetryAfter(out)
 	}
 	return out
 }

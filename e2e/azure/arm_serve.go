@@ -51,7 +51,7 @@ func (a *ARM) serve(r *http.Request) response {
 	a.recordArrival(x, body)
 	var out response
 	if err != nil {
-		out = a.refuse(x, &armError{Status: http.StatusRequestEntityTooLarge, Code: "RequestContentTooLarge", Message: "The request body was not read: " + err.Error()})
+		out = x.refuse(&armError{Status: http.StatusRequestEntityTooLarge, Code: "RequestContentTooLarge", Message: "The request body was not read: " + err.Error()})
 	} else {
 		out = a.handle(x)
 	}
@@ -124,7 +124,7 @@ func (a *ARM) recordResponse(x *armRequestContext, status int) {
 // handle returns ARM's own response, or that of a fault.
 func (a *ARM) handle(x *armRequestContext) response {
 	if err := a.authorise(x); err != nil {
-		out := a.refuse(x, err)
+		out := x.refuse(err)
 		out.header["WWW-Authenticate"] = `Bearer authorization_uri="https://login.microsoftonline.com/` + a.o.Tenant +
 			`", error="invalid_token", error_description="` + err.Message + `"`
 		return out
@@ -151,7 +151,7 @@ func (a *ARM) handle(x *armRequestContext) response {
 		<-x.Context().Done()
 		return response{}
 	}
-	return f.response(x, a)
+	return f.response(x)
 }
 
 // answer is ARM's own response.
@@ -160,10 +160,10 @@ func (a *ARM) answer(x *armRequestContext) response {
 	defer a.mu.Unlock()
 	a.finishDueOperations()
 	if err := checkVersion(x.version); err != nil {
-		return a.refuse(x, err)
+		return x.refuse(err)
 	}
 	if x.entry.Operation == OpOther {
-		return a.refuse(x, &armError{Status: http.StatusNotFound, Code: "NotFound",
+		return x.refuse(&armError{Status: http.StatusNotFound, Code: "NotFound",
 			Message: "The fake ARM has no resource at " + x.Method + " " + truncate(x.URL.Path) + "."})
 	}
 	remaining, throttled := a.admit(x)
@@ -173,14 +173,14 @@ func (a *ARM) answer(x *armRequestContext) response {
 	switch {
 	case throttled != nil:
 		x.entry.Forced = true
-		out = a.refuse(x, &throttled.armError)
+		out = x.refuse(&throttled.armError)
 		out.header["Retry-After"] = throttled.retryAfter
 	case x.entry.Operation == OpPoll && (!known || !strings.EqualFold(o.machine.subscription, segment(x.URL.Path, 1))):
-		out = a.refuse(x, &armError{Status: http.StatusNotFound, Code: "NotFound", Message: "The entity was not found."})
+		out = x.refuse(&armError{Status: http.StatusNotFound, Code: "NotFound", Message: "The entity was not found."})
 	case x.entry.Operation == OpPoll:
 		out = a.poll(x, o)
 	case !exists:
-		out = a.refuse(x, notFound(x.machine))
+		out = x.refuse(notFound(x.machine))
 	case x.entry.Operation == OpPatch:
 		out = a.patch(x, m)
 	default:
