@@ -54,18 +54,18 @@ func (c *control) handleARM(mux *http.ServeMux) {
 
 // DefineIdentity creates or replaces a user-assigned identity without changing
 // where it is attached. RemoveIdentity deletes it.
-func (c *Client) DefineIdentity(ctx context.Context, id Identity) error {
+func (c ARMClient) DefineIdentity(ctx context.Context, id Identity) error {
 	return c.call(ctx, "PUT", "/identities/define", id, nil)
 }
 
 // Machines returns the virtual machines and scale sets.
-func (c *Client) Machines(ctx context.Context) ([]Machine, error) {
+func (c ARMClient) Machines(ctx context.Context) ([]Machine, error) {
 	var out []Machine
 	return out, c.call(ctx, "GET", "/arm/machines", nil, &out)
 }
 
 // Machine returns one of them.
-func (c *Client) Machine(ctx context.Context, ref string) (Machine, error) {
+func (c ARMClient) Machine(ctx context.Context, ref string) (Machine, error) {
 	machines, err := c.Machines(ctx)
 	if err != nil {
 		return Machine{}, err
@@ -79,69 +79,69 @@ func (c *Client) Machine(ctx context.Context, ref string) (Machine, error) {
 }
 
 // AddMachine adds a machine or replaces it. See ARM.AddMachine.
-func (c *Client) AddMachine(ctx context.Context, m Machine) error {
+func (c ARMClient) AddMachine(ctx context.Context, m Machine) error {
 	return c.call(ctx, "PUT", "/arm/machines", m, nil)
 }
 
 // RemoveMachine deletes a machine. An unknown one is not an error.
-func (c *Client) RemoveMachine(ctx context.Context, ref string) error {
+func (c ARMClient) RemoveMachine(ctx context.Context, ref string) error {
 	return c.call(ctx, "DELETE", "/arm/machines", machineRequest{Machine: ref}, nil)
 }
 
 // SetProvisioningState overrides the provisioning state of a machine, for
 // example with Deleting. "" removes the override.
-func (c *Client) SetProvisioningState(ctx context.Context, ref, state string) error {
+func (c ARMClient) SetProvisioningState(ctx context.Context, ref, state string) error {
 	return c.call(ctx, "PUT", "/arm/state", machineRequest{Machine: ref, State: state}, nil)
 }
 
 // SetDelay sets a delay for one machine that overrides the switch. A negative
 // delay removes the override.
-func (c *Client) SetDelay(ctx context.Context, ref string, d time.Duration) error {
+func (c ARMClient) SetDelay(ctx context.Context, ref string, d time.Duration) error {
 	return c.call(ctx, "PUT", "/arm/delay", machineRequest{Machine: ref, Delay: d}, nil)
 }
 
 // AttachTo attaches an identity to a machine immediately, as a manual change in
 // the portal does.
-func (c *Client) AttachTo(ctx context.Context, machine, identity string) error {
+func (c ARMClient) AttachTo(ctx context.Context, machine, identity string) error {
 	return c.call(ctx, "POST", "/arm/attach", machineRequest{Machine: machine, Identity: identity}, nil)
 }
 
 // DetachFrom detaches an identity from a machine immediately. An identity that
 // is not attached is not an error.
-func (c *Client) DetachFrom(ctx context.Context, machine, identity string) error {
+func (c ARMClient) DetachFrom(ctx context.Context, machine, identity string) error {
 	return c.call(ctx, "POST", "/arm/detach", machineRequest{Machine: machine, Identity: identity}, nil)
 }
 
 // SetARMFault sets a fault. It replaces the fault of the same resource and
 // operation.
-func (c *Client) SetARMFault(ctx context.Context, f ARMFault) error {
+func (c ARMClient) SetARMFault(ctx context.Context, f ARMFault) error {
 	return c.call(ctx, "PUT", "/arm/faults", f, nil)
 }
 
 // ClearARMFaults clears the faults of a machine or a subscription. With "" it
 // clears all faults, including those of identities.
-func (c *Client) ClearARMFaults(ctx context.Context, resource string) error {
+func (c ARMClient) ClearARMFaults(ctx context.Context, resource string) error {
 	return c.call(ctx, "DELETE", "/arm/faults", machineRequest{Machine: resource}, nil)
 }
 
 // ARMFaults returns the faults that are set, with their remaining counts.
-func (c *Client) ARMFaults(ctx context.Context) ([]ARMFault, error) {
+func (c ARMClient) ARMFaults(ctx context.Context) ([]ARMFault, error) {
 	var out []ARMFault
 	return out, c.call(ctx, "GET", "/arm/faults", nil, &out)
 }
 
 // SetIdentityFault sets the fault of an identity.
-func (c *Client) SetIdentityFault(ctx context.Context, f IdentityFault) error {
+func (c ARMClient) SetIdentityFault(ctx context.Context, f IdentityFault) error {
 	return c.call(ctx, "PUT", "/arm/identity-faults", f, nil)
 }
 
 // ARMLog returns the requests to ARM with a sequence number greater than since.
-func (c *Client) ARMLog(ctx context.Context, since int) ([]ARMRequest, error) {
-	return readLines[ARMRequest](ctx, c, "/arm/log", since)
+func (c ARMClient) ARMLog(ctx context.Context, since int) ([]ARMRequest, error) {
+	return readLines[ARMRequest](ctx, c.controlClient, "/arm/log", since)
 }
 
 // ARMChanges returns the attached and detached identities with a sequence
 // number greater than since.
-func (c *Client) ARMChanges(ctx context.Context, since int) ([]ARMChange, error) {
-	return readLines[ARMChange](ctx, c, "/arm/changes", since)
+func (c ARMClient) ARMChanges(ctx context.Context, since int) ([]ARMChange, error) {
+	return readLines[ARMChange](ctx, c.controlClient, "/arm/changes", since)
 }

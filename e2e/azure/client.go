@@ -15,22 +15,30 @@ import (
 )
 
 // Client controls a fake Azure over its unix socket. It is safe for concurrent
-// use.
+// use. Its methods about ARM are those of ARMClient.
 type Client struct {
-	socket string
-	http   *http.Client
+	ARMClient
 
 	mu   sync.Mutex
 	keys Keys // for Verify; fetched once
 }
 
+// ARMClient has the methods of a Client about ARM.
+type ARMClient struct{ *controlClient }
+
+// controlClient sends requests to the control API.
+type controlClient struct {
+	socket string
+	http   *http.Client
+}
+
 // Dial returns a client for the socket. It does not connect yet.
 func Dial(socket string) *Client {
-	return &Client{socket: socket, http: &http.Client{Transport: &http.Transport{
+	return &Client{ARMClient: ARMClient{&controlClient{socket: socket, http: &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 		},
-	}}}
+	}}}}}
 }
 
 // Ready returns nil if the fake Azure responds. It does not wait.
@@ -125,10 +133,10 @@ func (c *Client) Switches(ctx context.Context) (map[string]string, error) {
 
 // Log returns the entries with a sequence number greater than since.
 func (c *Client) Log(ctx context.Context, since int) ([]Entry, error) {
-	return readLines[Entry](ctx, c, "/log", since)
+	return readLines[Entry](ctx, c.controlClient, "/log", since)
 }
 
-func readLines[T any](ctx context.Context, c *Client, path string, since int) ([]T, error) {
+func readLines[T any](ctx context.Context, c *controlClient, path string, since int) ([]T, error) {
 	body, err := c.do(ctx, "GET", path+"?since="+strconv.Itoa(since), nil)
 	if err != nil {
 		return nil, err
@@ -182,7 +190,7 @@ func (c *Client) Verify(token string) (Claims, error) {
 	return c.keys.Verify(token)
 }
 
-func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
+func (c *controlClient) call(ctx context.Context, method, path string, in, out any) error {
 	body, err := c.do(ctx, method, path, in)
 	if err != nil {
 		return err
@@ -197,7 +205,7 @@ func (c *Client) call(ctx context.Context, method, path string, in, out any) err
 	return nil
 }
 
-func (c *Client) do(ctx context.Context, method, path string, in any) (io.ReadCloser, error) {
+func (c *controlClient) do(ctx context.Context, method, path string, in any) (io.ReadCloser, error) {
 	var payload io.Reader
 	if in != nil {
 		data, err := json.Marshal(in)

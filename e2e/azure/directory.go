@@ -57,10 +57,9 @@ type caller struct {
 // attached. IMDS and Entra ID read it, the control API writes it. Only ARM knows
 // what is attached to a machine: the directory calls ARM, never the reverse.
 type directory struct {
-	tenant   string
-	nodes    []Node            // read-only after construction, as are the next two
-	machines map[string]string // node -> folded ID of its machine in ARM, if it has one
-	arm      *ARM
+	topology
+	tenant string // read-only after construction
+	arm    *ARM
 
 	mu         sync.RWMutex
 	identities map[string]Identity        // by folded resource ID
@@ -69,9 +68,16 @@ type directory struct {
 	federated  map[string][]FederatedCredential
 }
 
+// topology has the nodes and their machines. It does not change after its
+// construction.
+type topology struct {
+	nodes    []Node
+	machines map[string]string // node -> folded ID of its machine in ARM, if it has one
+}
+
 func newDirectory(cfg Config, arm *ARM) *directory {
 	d := &directory{
-		tenant: cfg.Tenant, nodes: cfg.Nodes, machines: map[string]string{}, arm: arm,
+		topology: topology{cfg.Nodes, map[string]string{}}, tenant: cfg.Tenant, arm: arm,
 		identities: map[string]Identity{}, attached: map[string]map[string]bool{},
 		apps: map[string]App{}, federated: map[string][]FederatedCredential{},
 	}
@@ -88,11 +94,11 @@ func newDirectory(cfg Config, arm *ARM) *directory {
 	return d
 }
 
-func (d *directory) callerOf(addr netip.Addr) caller {
+func (t topology) callerOf(addr netip.Addr) caller {
 	addr = addr.Unmap()
 	c := caller{source: addr}
 	best := -1
-	for _, n := range d.nodes {
+	for _, n := range t.nodes {
 		for _, p := range n.Sources {
 			if p.Contains(addr) && p.Bits() > best {
 				best, c.node, c.fromPod = p.Bits(), n.Name, !p.IsSingleIP()
@@ -102,19 +108,19 @@ func (d *directory) callerOf(addr netip.Addr) caller {
 	return c
 }
 
-func (d *directory) node(name string) (Node, bool) {
-	i := slices.IndexFunc(d.nodes, func(n Node) bool { return n.Name == name })
+func (t topology) node(name string) (Node, bool) {
+	i := slices.IndexFunc(t.nodes, func(n Node) bool { return n.Name == name })
 	if i < 0 {
 		return Node{}, false
 	}
-	return d.nodes[i], true
+	return t.nodes[i], true
 }
 
 // selectNodes returns the nodes with these names. No names, or the empty name,
 // means all nodes.
-func (d *directory) selectNodes(names []string) ([]string, error) {
-	all := make([]string, len(d.nodes))
-	for i, n := range d.nodes {
+func (t topology) selectNodes(names []string) ([]string, error) {
+	all := make([]string, len(t.nodes))
+	for i, n := range t.nodes {
 		all[i] = n.Name
 	}
 	if len(names) == 0 || slices.Contains(names, "") {
@@ -324,8 +330,8 @@ func (d *directory) defaultIdentity(node string, system *Identity) (Identity, er
 }
 
 // machineOf takes the ID of a machine or the name of one of its nodes.
-func (d *directory) machineOf(ref string) string {
-	if machine, ok := d.machines[ref]; ok {
+func (t topology) machineOf(ref string) string {
+	if machine, ok := t.machines[ref]; ok {
 		return machine
 	}
 	return ref
