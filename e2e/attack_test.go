@@ -17,7 +17,39 @@ func TestNoPathAndNoHeaderBypassesTheDecision(t *testing.T) {
 	must(t, fakeAzure.ResetLog(t.Context()))
 	const query = "?api-version=2018-02-01&resource=https://vault.azure.net"
 	named := query + "&client_id=" + id.ClientID
-	paths := []string{
+	paths, headers := attackPaths(query, named), attackHeaders(named)
+	for _, path := range paths {
+		for _, h := range headers {
+			target := "http://169.254.169.254/" + strings.TrimPrefix(path, "/")
+			args := append([]string{"-g"}, h...)
+			if strings.HasPrefix(path, `\`) {
+				args = append(args, "--request-target", path, "http://169.254.169.254/")
+			} else {
+				args = append(args, target)
+			}
+			a := s.curl("attacker", args...)
+			if a.token() != "" || strings.Contains(a.raw, "eyJ") || strings.Contains(a.raw, azure.ForbiddenMark) {
+				t.Errorf("%s with %q returned %s", path, h, a.raw)
+			}
+			if a.status < 400 && !strings.HasPrefix(path, "/metadata/instance?") {
+				t.Errorf("%s with %q: status %d %s", path, h, a.status, a.raw)
+			}
+		}
+	}
+	checkNoPodReachedIMDS(t)
+	entries, err := fakeAzure.Log(t.Context(), 0)
+	must(t, err)
+	for _, e := range entries {
+		if e.Class != "instance" && e.Kind == "request" {
+			t.Errorf("this request reached IMDS: %s %s", e.Method, e.Path)
+		}
+	}
+}
+
+// attackPaths are the known ways to write the path of an endpoint so that a filter does not recognize it, and the paths of
+// endpoints that no pod may use. named is a query that selects an identity.
+func attackPaths(query, named string) []string {
+	return []string{
 		"/metadata/identity/oauth2/token" + named,
 		"/metadata/identity/oauth2/token/" + named,
 		`/metadata/identity\oauth2\token/` + named,
@@ -46,7 +78,11 @@ func TestNoPathAndNoHeaderBypassesTheDecision(t *testing.T) {
 		"/machine/?comp=goalstate",
 		"/",
 	}
-	headers := [][]string{
+}
+
+// attackHeaders are the headers with which each path is tried.
+func attackHeaders(named string) [][]string {
+	return [][]string{
 		{"-H", "Metadata: true"},
 		{"-H", "Metadata:true", "-X", "POST", "-d", "x"},
 		{"-H", "Metadata: true", "-H", "X-Forwarded-For: 10.10.0.11"},
@@ -54,32 +90,6 @@ func TestNoPathAndNoHeaderBypassesTheDecision(t *testing.T) {
 		{"-H", "Metadata: true", "-H", "Host: 169.254.169.254:80", "-H", "podns: kube-system", "-H", "podname: x"},
 		{"-H", "Metadata: true", "-H", "Transfer-Encoding: chunked", "-X", "GET", "-d", "GET /metadata/identity/oauth2/token" + named + " HTTP/1.1\r\n\r\n"},
 		{},
-	}
-	for _, path := range paths {
-		for _, h := range headers {
-			target := "http://169.254.169.254/" + strings.TrimPrefix(path, "/")
-			args := append([]string{"-g"}, h...)
-			if strings.HasPrefix(path, `\`) {
-				args = append(args, "--request-target", path, "http://169.254.169.254/")
-			} else {
-				args = append(args, target)
-			}
-			a := s.curl("attacker", args...)
-			if a.token() != "" || strings.Contains(a.raw, "eyJ") || strings.Contains(a.raw, azure.ForbiddenMark) {
-				t.Errorf("%s with %q returned %s", path, h, a.raw)
-			}
-			if a.status < 400 && !strings.HasPrefix(path, "/metadata/instance?") {
-				t.Errorf("%s with %q: status %d %s", path, h, a.status, a.raw)
-			}
-		}
-	}
-	checkNoPodReachedIMDS(t)
-	entries, err := fakeAzure.Log(t.Context(), 0)
-	must(t, err)
-	for _, e := range entries {
-		if e.Class != "instance" && e.Kind == "request" {
-			t.Errorf("this request reached IMDS: %s %s", e.Method, e.Path)
-		}
 	}
 }
 

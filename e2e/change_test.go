@@ -216,30 +216,36 @@ func apiClient(t *testing.T) rest.Interface {
 	return kube.CoreV1().RESTClient()
 }
 
-// objectPath is the path of an object in the API.
-func (s *testNamespace) objectPath(kind, name string) string {
+// objectClient changes objects of the namespace.
+type objectClient struct {
+	s      *testNamespace
+	server rest.Interface
+}
+
+// path is the path of an object in the API.
+func (c objectClient) path(kind, name string) string {
 	if kind == secrets {
-		return "/api/v1/namespaces/" + s.name + "/secrets/" + name
+		return "/api/v1/namespaces/" + c.s.name + "/secrets/" + name
 	}
-	return "/apis/aadpodidentity.k8s.io/v1/namespaces/" + s.name + "/" + kind + "/" + name
+	return "/apis/aadpodidentity.k8s.io/v1/namespaces/" + c.s.name + "/" + kind + "/" + name
 }
 
 const secrets, identities, bindings = "secrets", "azureidentities", "azureidentitybindings"
 
-func (s *testNamespace) patchObject(server rest.Interface, kind, name, body string) func() error {
+func (c objectClient) patch(kind, name, body string) func() error {
 	return func() error {
-		return server.Patch(types.MergePatchType).AbsPath(s.objectPath(kind, name)).Body([]byte(body)).Do(s.t.Context()).Error()
+		return c.server.Patch(types.MergePatchType).AbsPath(c.path(kind, name)).Body([]byte(body)).Do(c.s.t.Context()).Error()
 	}
 }
 
-func (s *testNamespace) deleteObject(server rest.Interface, kind, name string) func() error {
-	return func() error { return server.Delete().AbsPath(s.objectPath(kind, name)).Do(s.t.Context()).Error() }
+func (c objectClient) delete(kind, name string) func() error {
+	return func() error { return c.server.Delete().AbsPath(c.path(kind, name)).Do(c.s.t.Context()).Error() }
 }
 
 func TestAChangeTakesEffectImmediatelyAndForAllPodsUnderLoad(t *testing.T) {
 	s := newNamespace(t)
 	first, second := newApp(t, withSecret("old")), newApp(t, withSecret("new"))
-	server := apiClient(t)
+	objects := objectClient{s, apiClient(t)}
 	// For creating what was deleted.
 	secret := s.secretYAML("app", map[string][]byte{"clientSecret": []byte("new")})
 	bound := s.boundYAML("app", "app", bySecretSpec(1, second, "app"))
@@ -272,22 +278,28 @@ func TestAChangeTakesEffectImmediatelyAndForAllPodsUnderLoad(t *testing.T) {
 		}
 	}
 	ofOld := func(one sample) bool { return one.status == 200 && slices.Contains(old, one.token) }
-	applyUnderLoad(t, samplers, change{"Secret rotated", s.patchObject(server, secrets, "app", `{"data":{"clientSecret":"bmV3"}}`), ofOld,
+	applyUnderLoad(t, samplers, change{"Secret rotated", objects.patch(secrets, "app", `{"data":{"clientSecret":"bmV3"}}`), ofOld,
 		func(one sample) bool { return of(first)(one) && !ofOld(one) }})
 	rotated := time.Now()
 	s.mustHaveTokenOf(s.ask("on1", elsewhere), first, elsewhere) // the cached refusal belonged to the old Secret
 
 	for _, c := range []change{
-		{"clientID changed", s.patchObject(server, identities, "app", `{"spec":{"clientID":"`+second.ClientID+`"}}`), of(first), of(second)},
-		{"Secret removed", s.deleteObject(server, secrets, "app"), of(second), refused(403, "secret_missing")},
+		{"clientID changed", objects.patch(identities, "app", `{"spec":{"clientID":"`+second.ClientID+`"}}`), of(first), of(second)},
+		{"Secret removed", objects.delete(secrets, "app"), of(second), refused(403, "secret_missing")},
 		{"Secret created again", again(secret), refused(403, "secret_missing"), of(second)},
-		{"binding removed", s.deleteObject(server, bindings, "app-binding"), of(second), refused(400, "no_matching_binding")},
+		{"binding removed", objects.delete(bindings, "app-binding"), of(second), refused(400, "no_matching_binding")},
 		{"binding created again", again(bound), refused(400, "no_matching_binding"), of(second)},
-		{"identity removed", s.deleteObject(server, identities, "app"), of(second), refused(400, "identity_missing")},
+		{"identity removed", objects.delete(identities, "app"), of(second), refused(400, "identity_missing")},
 		{"identity created again", again(bound), refused(400, "identity_missing"), of(second)},
 	} {
 		applyUnderLoad(t, samplers, c)
 	}
+	checkNoOldToken(t, samplers, rotated, ofOld)
+}
+
+// checkNoOldToken stops the samplers and checks that no request after the rotation of the Secret got a token from before.
+func checkNoOldToken(t *testing.T, samplers []*sampler, rotated time.Time, ofOld func(sample) bool) {
+	t.Helper()
 	for _, w := range samplers {
 		w.stop()
 		samples := w.since(time.Time{})
@@ -305,7 +317,7 @@ func TestAChangeTakesEffectImmediatelyAndForAllPodsUnderLoad(t *testing.T) {
 func TestAChangeDuringAFetchAppliesToItsAnswer(t *testing.T) {
 	s := newNamespace(t)
 	first, second := newApp(t, withSecret("hush")), newApp(t, withSecret("hush"))
-	server := apiClient(t)
+	objects := objectClient{s, apiClient(t)}
 	secret, bound := s.secretYAML("app", map[string][]byte{"clientSecret": []byte("hush")}), s.boundYAML("app", "app", bySecretSpec(1, first, "app"))
 	s.apply(secret + bound)
 	s.pod("p", "app", "node1")
@@ -318,10 +330,10 @@ func TestAChangeDuringAFetchAppliesToItsAnswer(t *testing.T) {
 		status int
 		want   string // in the answer: the reason, or the client ID
 	}{
-		{"clientID changed", s.patchObject(server, identities, "app", `{"spec":{"clientID":"`+second.ClientID+`"}}`), 200, second.ClientID},
-		{"Secret removed", s.deleteObject(server, secrets, "app"), 403, "secret_missing"},
-		{"binding removed", s.deleteObject(server, bindings, "app-binding"), 400, "no_matching_binding"},
-		{"identity removed", s.deleteObject(server, identities, "app"), 400, "identity_missing"},
+		{"clientID changed", objects.patch(identities, "app", `{"spec":{"clientID":"`+second.ClientID+`"}}`), 200, second.ClientID},
+		{"Secret removed", objects.delete(secrets, "app"), 403, "secret_missing"},
+		{"binding removed", objects.delete(bindings, "app-binding"), 400, "no_matching_binding"},
+		{"identity removed", objects.delete(identities, "app"), 400, "identity_missing"},
 	} {
 		stats, err := fakeAzure.Stats(t.Context())
 		must(t, err)

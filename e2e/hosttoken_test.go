@@ -10,8 +10,11 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// hostToken requests a token for a pod from NMI in the node's network namespace, as a process of the node does.
-func (s *testNamespace) hostToken(node, query string, headers ...string) answer {
+// hostClient requests tokens for pods from NMI in a node's network namespace, as a process of the node does.
+type hostClient struct{ s *testNamespace }
+
+func (h hostClient) token(node, query string, headers ...string) answer {
+	s := h.s
 	s.t.Helper()
 	args := []string{"-s", "--max-time", "30", "-D", "/dev/stderr", "-w", "\n%{http_code}"}
 	for _, h := range headers {
@@ -29,12 +32,14 @@ func (s *testNamespace) hostToken(node, query string, headers ...string) answer 
 	return a
 }
 
-func (s *testNamespace) as(pod string) []string {
-	return []string{"podns: " + s.name, "podname: " + pod}
+// headersFor are the request headers that name a pod of the namespace.
+func (h hostClient) headersFor(pod string) []string {
+	return []string{"podns: " + h.s.name, "podname: " + pod}
 }
 
-// mustHaveHostTokenOf checks the token and the format that clients of AAD Pod Identity expect.
-func (s *testNamespace) mustHaveHostTokenOf(a answer, id azure.Identity, resource string) {
+// mustHaveTokenOf checks the token and the format that clients of AAD Pod Identity expect.
+func (h hostClient) mustHaveTokenOf(a answer, id azure.Identity, resource string) {
+	s := h.s
 	s.t.Helper()
 	var body struct {
 		Token    map[string]string // all values must be strings
@@ -60,6 +65,7 @@ func (s *testNamespace) mustHaveHostTokenOf(a answer, id azure.Identity, resourc
 
 func TestAProcessOfTheNodeGetsTokensForThePodsOfTheNode(t *testing.T) {
 	s, managed := newNamespace(t), newIdentity(t)
+	host := hostClient{s}
 	bySecret, federated := newApp(t, withSecret("hush")), newApp(t, func(*azure.App) {})
 	trust(t, federated, s.name, "default")
 	s.bind("managed", "managed", managed)
@@ -72,26 +78,26 @@ func TestAProcessOfTheNodeGetsTokensForThePodsOfTheNode(t *testing.T) {
 	must(t, fakeAzure.ResetLog(t.Context()))
 	query := "?resource=" + url.QueryEscape(vault)
 	for pod, id := range map[string]azure.Identity{"managed": managed, "secret": bySecret, "federated": federated} {
-		a := s.hostToken("node1", query, s.as(pod)...)
-		s.mustHaveHostTokenOf(a, id, vault)
+		a := host.token("node1", query, host.headersFor(pod)...)
+		host.mustHaveTokenOf(a, id, vault)
 		if !strings.Contains(a.raw, s.ask(pod, vault).token()) {
 			t.Errorf("pod %s itself got a different token", pod)
 		}
 	}
-	s.mustBeRefused(s.hostToken("node1", query, s.as("unbound")...), 400, "no_matching_binding")
+	s.mustBeRefused(host.token("node1", query, host.headersFor("unbound")...), 400, "no_matching_binding")
 
 	ns, name := "podns: "+s.name, "podname: managed"
 	elsewhere := make(chan answer, 1)
-	go func() { elsewhere <- s.hostToken("node2", query, ns, name) }()
+	go func() { elsewhere <- host.token("node2", query, ns, name) }()
 	for what, got := range map[string]answer{
-		"no headers":        s.hostToken("node1", query),
-		"no namespace":      s.hostToken("node1", query, name),
-		"no name":           s.hostToken("node1", query, ns),
-		"an empty name":     s.hostToken("node1", query, ns, "podname;"),
-		"two names":         s.hostToken("node1", query, ns, name, "podname: secret"),
-		"no resource":       s.hostToken("node1", "", ns, name),
-		"forwarded":         s.hostToken("node1", query, ns, name, "X-Forwarded-For: 10.10.0.11"),
-		"another namespace": s.hostToken("node1", query, "podns: default", name), // NMI waits as long as a new pod may take to appear in its watch
+		"no headers":        host.token("node1", query),
+		"no namespace":      host.token("node1", query, name),
+		"no name":           host.token("node1", query, ns),
+		"an empty name":     host.token("node1", query, ns, "podname;"),
+		"two names":         host.token("node1", query, ns, name, "podname: secret"),
+		"no resource":       host.token("node1", "", ns, name),
+		"forwarded":         host.token("node1", query, ns, name, "X-Forwarded-For: 10.10.0.11"),
+		"another namespace": host.token("node1", query, "podns: default", name), // NMI waits as long as a new pod may take to appear in its watch
 		"another node":      <-elsewhere,
 	} {
 		if strings.Contains(got.raw, "eyJ") || got.status < 400 || got.reason() == "" {

@@ -188,7 +188,7 @@ func deletedNamespace(t *testing.T, l *testEnvironment) {
 
 func identitiesWithoutMachine(t *testing.T, l *testEnvironment) {
 	s := l.newNamespace(t)
-	bySecret, byCertificate, federated := s.newApp("hush", nil), s.newApp("", s.pkcs12()), s.newApp("", nil)
+	bySecret, byCertificate, federated := s.newApp("hush", nil), s.newApp("", pkcs12(t)), s.newApp("", nil)
 	must(t, l.Trust(t.Context(), federated.ClientID, s.name, "default"))
 	of := func(kind v1.IdentityType, id azure.Identity) v1.AzureIdentitySpec {
 		spec := v1.AzureIdentitySpec{Type: kind, ClientID: id.ClientID, TenantID: id.TenantID}
@@ -239,19 +239,19 @@ func (s *testNamespace) newApp(secret string, certificate map[string][]byte) azu
 }
 
 // pkcs12 issues a certificate: as PEM for Entra ID, and as a PKCS #12 file with its key for a Secret.
-func (s *testNamespace) pkcs12() map[string][]byte {
-	s.t.Helper()
+func pkcs12(t *testing.T) map[string][]byte {
+	t.Helper()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	must(s.t, err)
+	must(t, err)
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "app"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	must(s.t, err)
+	must(t, err)
 	public := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 	private, err := x509.MarshalPKCS8PrivateKey(key)
-	must(s.t, err)
-	file := filepath.Join(s.t.TempDir(), "both.pem")
-	must(s.t, os.WriteFile(file, append(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), public...), 0o600))
-	p12, err := exec.CommandContext(s.t.Context(), "openssl", "pkcs12", "-export", "-passout", "pass:", "-in", file).Output()
-	must(s.t, err)
+	must(t, err)
+	file := filepath.Join(t.TempDir(), "both.pem")
+	must(t, os.WriteFile(file, append(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), public...), 0o600))
+	p12, err := exec.CommandContext(t.Context(), "openssl", "pkcs12", "-export", "-passout", "pass:", "-in", file).Output()
+	must(t, err)
 	return map[string][]byte{"pem": public, "certificate": p12}
 }

@@ -50,7 +50,7 @@ func leaderChangesDuringUpdate(t *testing.T, l *testEnvironment) {
 	must(t, l.kube.Delete(t.Context(), &corev1.Pod{ObjectMeta: s.meta("q")}))
 
 	first, holder := l.leader(t, "")
-	l.killMIC(t, first)
+	killMIC(t, l, first)
 	killed := time.Now()
 	second, holder := l.leader(t, holder)
 	t.Logf("%s became the leader %.1f s after the first leader was killed", second, time.Since(killed).Seconds())
@@ -96,7 +96,7 @@ func (l *testEnvironment) waitUntilEmpty(t *testing.T) {
 }
 
 // killMIC sends SIGKILL to the MIC process in a pod. The kubelet restarts it.
-func (l *testEnvironment) killMIC(t *testing.T, pod string) {
+func killMIC(t *testing.T, l *testEnvironment, pod string) {
 	t.Helper()
 	pids, err := l.PodPIDs(t.Context(), cluster.ChartNamespace, pod)
 	must(t, err)

@@ -35,23 +35,7 @@ func refusedIdentities(t *testing.T, l *testEnvironment) {
 		{"denied", denied.ResourceID, denied, "grant MIC's identity the role Managed Identity Operator"},
 		{"misspelled", wrong.ResourceID, misspelled, "see that the managed identity exists"},
 	} {
-		eventually(t, updateTimeout, func() error { return s.checkWaiting("p", bad.name, bad.resource, bad.advice) })
-		eventually(t, 30*time.Second, func() error {
-			for kind, object := range map[string]string{"Pod": "p", "AzureIdentityBinding": bad.name} {
-				if events := s.events(kind, object); !strings.Contains(events, bad.advice) || !containsFold(events, bad.resource) {
-					return fmt.Errorf("the Events of %s %s are %q", kind, object, events)
-				}
-			}
-			return nil
-		})
-		a := p.ask(of(bad.id))
-		a.mustBeRefused(t, 503, "assignment_failed")
-		if !strings.Contains(a.raw, s.name+"/"+bad.name) || !strings.Contains(a.raw, bad.advice) || a.header.Get("Retry-After") != "5" {
-			t.Errorf("the pod receives %v %s", a.header, a.raw)
-		}
-		if a.took > 10*time.Second {
-			t.Errorf("the answer took %s", a.took)
-		}
+		p.checkRefusal(t, bad.name, bad.resource, bad.advice, of(bad.id))
 	}
 
 	// Both are repaired. A new identity that a pod starts to use meanwhile is not delayed.
@@ -78,6 +62,29 @@ func refusedIdentities(t *testing.T, l *testEnvironment) {
 		}
 		return nil
 	})
+}
+
+// checkRefusal checks that the assignment, the Events and the answer of NMI report the refusal of an identity.
+func (p podClient) checkRefusal(t *testing.T, name, resource, advice, query string) {
+	t.Helper()
+	s := p.s
+	eventually(t, updateTimeout, func() error { return s.checkWaiting("p", name, resource, advice) })
+	eventually(t, 30*time.Second, func() error {
+		for kind, object := range map[string]string{"Pod": "p", "AzureIdentityBinding": name} {
+			if events := s.events(kind, object); !strings.Contains(events, advice) || !containsFold(events, resource) {
+				return fmt.Errorf("the Events of %s %s are %q", kind, object, events)
+			}
+		}
+		return nil
+	})
+	a := p.ask(query)
+	a.mustBeRefused(t, 503, "assignment_failed")
+	if !strings.Contains(a.raw, s.name+"/"+name) || !strings.Contains(a.raw, advice) || a.header.Get("Retry-After") != "5" {
+		t.Errorf("the pod receives %v %s", a.header, a.raw)
+	}
+	if a.took > 10*time.Second {
+		t.Errorf("the answer took %s", a.took)
+	}
 }
 
 // checkWaiting returns nil if the pod has an assignment in state Created whose message explains the refusal.

@@ -26,7 +26,7 @@ func uninstall(t *testing.T, l *testEnvironment) {
 	must(t, l.cloud.Set(t.Context(), map[string]string{"arm.delay": "1s"}))
 	repo, err := cluster.RepoDir()
 	must(t, err)
-	l.helm(t, "upgrade", "podidentity", filepath.Join(repo, "deploy", "podidentity"), "--reset-then-reuse-values", "--set", "nmi.uninstall=true")
+	helm(t, l, "upgrade", "podidentity", filepath.Join(repo, "deploy", "podidentity"), "--reset-then-reuse-values", "--set", "nmi.uninstall=true")
 	for _, what := range []string{"daemonset/podidentity-nmi", "deployment/" + micName} {
 		_, err := l.Kubectl(t.Context(), "rollout", "status", "-n", cluster.ChartNamespace, what, "--timeout=90s")
 		must(t, err)
@@ -55,7 +55,7 @@ func uninstall(t *testing.T, l *testEnvironment) {
 		t.Errorf("want the answer of the fake IMDS, which has no such identity; got %d %s", a.status, a.raw)
 	}
 
-	l.helm(t, "uninstall", "podidentity", "--wait")
+	helm(t, l, "uninstall", "podidentity", "--wait")
 	for _, name := range []string{s.name, cluster.ChartNamespace} {
 		must(t, l.kube.Delete(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}))
 	}
@@ -68,7 +68,7 @@ func uninstall(t *testing.T, l *testEnvironment) {
 	})
 }
 
-func (l *testEnvironment) helm(t *testing.T, args ...string) {
+func helm(t *testing.T, l *testEnvironment, args ...string) {
 	t.Helper()
 	cmd, err := l.HelmCommand(t.Context(), append(args, "-n", cluster.ChartNamespace)...)
 	must(t, err)
