@@ -8,16 +8,16 @@ import (
 )
 
 const (
-	// AssignedIdentityFinalizer keeps an AzureAssignedIdentity until its identity is off the machine again.
+	// AssignedIdentityFinalizer keeps an AzureAssignedIdentity until its identity is detached from the VM or scale set.
 	AssignedIdentityFinalizer = "azureassignedidentity.finalizers.aadpodidentity.k8s.io"
 
-	// NodeNameLabel on an AzureAssignedIdentity holds NodeNameLabelValue of the node, so that a node watches only its
-	// own.
+	// NodeNameLabel is a label of AzureAssignedIdentity with the NodeNameLabelValue of the node. With it a node watches only
+	// its own objects.
 	NodeNameLabel = "nodename"
 )
 
-// NodeNameLabelValue is the node's name, as the predecessor wrote it; of a name that is too long for a label (63 bytes)
-// the first 46 bytes, a hyphen and 16 hexadecimal digits of its SHA-256.
+// NodeNameLabelValue returns the node's name, like AAD Pod Identity. If the name is too long for a label (63 bytes), it
+// returns the first 46 bytes, a hyphen and 16 hexadecimal digits of its SHA-256.
 func NodeNameLabelValue(node string) string {
 	if len(node) <= 63 {
 		return node
@@ -26,24 +26,24 @@ func NodeNameLabelValue(node string) string {
 	return node[:46] + "-" + hex.EncodeToString(sum[:8])
 }
 
-// AssignmentState says how far an assignment is.
+// AssignmentState is the state of an assignment.
 type AssignmentState string
 
 const (
-	// AssignmentLegacy is the state of objects written before there were states: the pod may use the identity. An object
-	// that a pod owns was not: there it is the state before the first word on it, and means the same as Created.
+	// AssignmentLegacy is the state of objects from versions without states: the pod may use the identity. An object that a
+	// pod owns is from MIC, which has not set the state yet: there it means the same as Created.
 	AssignmentLegacy AssignmentState = ""
-	// AssignmentCreated means that the identity is wanted and not yet on the pod's machine.
+	// AssignmentCreated means that the pod needs the identity, and it is not yet attached to the pod's VM or scale set.
 	AssignmentCreated AssignmentState = "Created"
-	// AssignmentAssigned means that the identity is on the pod's machine: the pod may use it.
+	// AssignmentAssigned means that the identity is attached to the pod's VM or scale set: the pod may use it.
 	AssignmentAssigned AssignmentState = "Assigned"
-	// AssignmentUnassigned means that the identity is off the machine again and the object is about to go.
+	// AssignmentUnassigned means that the identity has been detached and the object is about to be deleted.
 	AssignmentUnassigned AssignmentState = "Unassigned"
 )
 
-// AzureAssignedIdentity records that one pod has one identity on one node. The controller writes it, nobody else. It is
-// in the namespace of its pod, which owns it; objects of the predecessor are in that of the identity or in "default",
-// and nobody owns them.
+// AzureAssignedIdentity records the assignment of one identity to one pod on one node. Only MIC writes it. It is in the
+// namespace of its pod, which owns it. Objects of AAD Pod Identity are in the namespace of the identity or in "default",
+// and have no owner.
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:resource:path=azureassignedidentities,singular=azureassignedidentity,scope=Namespaced
@@ -67,18 +67,18 @@ type AzureAssignedIdentity struct {
 	Status AzureAssignedIdentityStatus `json:"status,omitempty"`
 }
 
-// AzureAssignedIdentitySpec says who has what where.
+// AzureAssignedIdentitySpec names the pod, its node, the identity and the binding.
 type AzureAssignedIdentitySpec struct {
 	// Deprecated: never had a meaning. Put labels and annotations into the object's own metadata.
 	// +optional
 	Metadata *metav1.ObjectMeta `json:"metadata,omitempty"`
 
-	// AzureIdentityRef is the whole AzureIdentity as it was when it was assigned.
+	// AzureIdentityRef is a copy of the whole AzureIdentity at the time of the assignment.
 	// +optional
 	// +kubebuilder:validation:EmbeddedResource
 	AzureIdentityRef *AzureIdentityCopy `json:"azureIdentityRef,omitempty"`
 
-	// AzureBindingRef is the whole AzureIdentityBinding as it was when the identity was assigned.
+	// AzureBindingRef is a copy of the whole AzureIdentityBinding at the time of the assignment.
 	// +optional
 	// +kubebuilder:validation:EmbeddedResource
 	AzureBindingRef *AzureIdentityBindingCopy `json:"azureBindingRef,omitempty"`
@@ -91,7 +91,7 @@ type AzureAssignedIdentitySpec struct {
 	// +optional
 	PodNamespace string `json:"podNamespace,omitempty"`
 
-	// NodeName is the node that the pod runs on. The key is written in lower case.
+	// NodeName is the node that the pod runs on. The name of the field is in lower case.
 	// +optional
 	NodeName string `json:"nodename,omitempty"`
 
@@ -101,21 +101,21 @@ type AzureAssignedIdentitySpec struct {
 	Replicas *int32 `json:"replicas,omitempty"`
 }
 
-// AzureAssignedIdentityStatus says how far the assignment is.
+// AzureAssignedIdentityStatus is the state of the assignment.
 type AzureAssignedIdentityStatus struct {
 	// Deprecated: never had a meaning. Put labels and annotations into the object's own metadata.
 	// +optional
 	Metadata *metav1.ObjectMeta `json:"metadata,omitempty"`
 
-	// Status is Created, Assigned or Unassigned; empty in objects written before there were states.
+	// Status is Created, Assigned or Unassigned; empty in objects from versions without states.
 	// +optional
 	Status AssignmentState `json:"status,omitempty"`
 
-	// Message says why the state is still Created and what to do about it; empty if nothing is in the way.
+	// Message says why the state is still Created and what to do; empty if there is no problem.
 	// +optional
 	Message string `json:"message,omitempty"`
 
-	// Deprecated: says nothing (it was always 1). Look at status.
+	// Deprecated: always 1, without a meaning. See status.
 	// +optional
 	AvailableReplicas int32 `json:"availableReplicas,omitempty"`
 }

@@ -6,22 +6,22 @@ import (
 )
 
 const (
-	// BehaviorAnnotation on an AzureIdentity says how it may be matched; see BehaviorNamespaced.
+	// BehaviorAnnotation is an annotation of AzureIdentity that says how it is matched; see BehaviorNamespaced.
 	BehaviorAnnotation = "aadpodidentity.k8s.io/Behavior"
 
-	// BehaviorNamespaced as the value of BehaviorAnnotation keeps the identity to bindings and pods of its own namespace.
+	// BehaviorNamespaced as the value of BehaviorAnnotation restricts the identity to bindings and pods of its namespace.
 	BehaviorNamespaced = "namespaced"
 )
 
-// IdentityType says what kind of Azure identity an AzureIdentity stands for, and so where its tokens come from.
+// IdentityType is the type of the Azure identity. It decides how NMI gets tokens.
 type IdentityType int
 
 const (
 	// UserAssignedMSI is a user-assigned managed identity; it is the default.
 	UserAssignedMSI IdentityType = 0
-	// ServicePrincipal is a service principal that proves itself with a client secret.
+	// ServicePrincipal is a service principal that authenticates with a client secret.
 	ServicePrincipal IdentityType = 1
-	// ServicePrincipalCertificate is a service principal that proves itself with a certificate.
+	// ServicePrincipalCertificate is a service principal that authenticates with a certificate.
 	ServicePrincipalCertificate IdentityType = 2
 	// Federated is an application or a user-assigned managed identity that trusts tokens of this cluster.
 	Federated IdentityType = 3
@@ -45,22 +45,22 @@ type AzureIdentity struct {
 
 	// +optional
 	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || (self.type >= 0 && self.type <= 3)`,fieldPath=`.type`,message="write type 0 (user-assigned managed identity), 1 (service principal with a client secret), 2 (service principal with a certificate) or 3 (federated identity)"
-	// +kubebuilder:validation:XValidation:rule=`(has(self.type) && self.type != 0) || (has(self.resourceID) && self.resourceID.matches('(?i)^/subscriptions/[^/\\s<>{}$%?#&]+/resourcegroups/[^/\\s<>{}$%?#&]+/providers/microsoft\\.managedidentity/userassignedidentities/[^/\\s<>{}$%?#&]+/?$'))`,fieldPath=`.resourceID`,message="type 0 needs in resourceID (spelled so) the whole ARM ID of a user-assigned managed identity and nothing else: /subscriptions/SUBSCRIPTION/resourcegroups/GROUP/providers/Microsoft.ManagedIdentity/userAssignedIdentities/NAME"
-	// +kubebuilder:validation:XValidation:rule=`(has(self.type) && self.type != 0) || (has(self.clientID) && self.clientID.matches('^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$'))`,fieldPath=`.clientID`,message="type 0 needs in clientID (spelled so) the client ID of the managed identity, a GUID such as 01234567-89ab-cdef-0123-456789abcdef"
-	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type < 1 || self.type > 2 || (has(self.tenantID) && self.tenantID.size() > 0)`,fieldPath=`.tenantID`,message="types 1 and 2 need in tenantID (spelled so) the tenant of the service principal"
-	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type < 1 || self.type > 2 || (has(self.clientID) && self.clientID.size() > 0)`,fieldPath=`.clientID`,message="types 1 and 2 need in clientID (spelled so) the client ID of the service principal"
-	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type < 1 || self.type > 2 || (has(self.clientPassword) && has(self.clientPassword.name) && self.clientPassword.name.size() > 0)`,fieldPath=`.clientPassword`,message="types 1 and 2 need in clientPassword.name and clientPassword.namespace (spelled so) the Secret that holds the client secret or the certificate"
-	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type != 3 || (has(self.tenantID) && self.tenantID.size() > 0)`,fieldPath=`.tenantID`,message="type 3 needs in tenantID (spelled so) the tenant of the federated identity"
-	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type != 3 || (has(self.clientID) && self.clientID.matches('^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$'))`,fieldPath=`.clientID`,message="type 3 needs in clientID (spelled so) the client ID of the federated identity, a GUID such as 01234567-89ab-cdef-0123-456789abcdef"
+	// +kubebuilder:validation:XValidation:rule=`(has(self.type) && self.type != 0) || (has(self.resourceID) && self.resourceID.matches('(?i)^/subscriptions/[^/\\s<>{}$%?#&]+/resourcegroups/[^/\\s<>{}$%?#&]+/providers/microsoft\\.managedidentity/userassignedidentities/[^/\\s<>{}$%?#&]+/?$'))`,fieldPath=`.resourceID`,message="type 0 requires the field resourceID (case-sensitive): the whole ARM ID of a user-assigned managed identity and nothing else: /subscriptions/SUBSCRIPTION/resourcegroups/GROUP/providers/Microsoft.ManagedIdentity/userAssignedIdentities/NAME"
+	// +kubebuilder:validation:XValidation:rule=`(has(self.type) && self.type != 0) || (has(self.clientID) && self.clientID.matches('^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$'))`,fieldPath=`.clientID`,message="type 0 requires the field clientID (case-sensitive): the client ID of the managed identity, a GUID such as 01234567-89ab-cdef-0123-456789abcdef"
+	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type < 1 || self.type > 2 || (has(self.tenantID) && self.tenantID.size() > 0)`,fieldPath=`.tenantID`,message="types 1 and 2 require the field tenantID (case-sensitive): the tenant of the service principal"
+	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type < 1 || self.type > 2 || (has(self.clientID) && self.clientID.size() > 0)`,fieldPath=`.clientID`,message="types 1 and 2 require the field clientID (case-sensitive): the client ID of the service principal"
+	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type < 1 || self.type > 2 || (has(self.clientPassword) && has(self.clientPassword.name) && self.clientPassword.name.size() > 0)`,fieldPath=`.clientPassword`,message="types 1 and 2 require the fields clientPassword.name and clientPassword.namespace (case-sensitive): the Secret that holds the client secret or the certificate"
+	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type != 3 || (has(self.tenantID) && self.tenantID.size() > 0)`,fieldPath=`.tenantID`,message="type 3 requires the field tenantID (case-sensitive): the tenant of the federated identity"
+	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type != 3 || (has(self.clientID) && self.clientID.matches('^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$'))`,fieldPath=`.clientID`,message="type 3 requires the field clientID (case-sensitive): the client ID of the federated identity, a GUID such as 01234567-89ab-cdef-0123-456789abcdef"
 	Spec AzureIdentitySpec `json:"spec,omitempty"`
 
 	// +optional
 	Status AzureIdentityStatus `json:"status,omitempty"`
 }
 
-// AzureIdentityCopy is an AzureIdentity as the controller found it when it assigned it. It is a type of its own
-// because the schema rules that hang on AzureIdentity must not hang on copies, and its metadata is no embedded field
-// because the schema generator takes whatever embeds that for a resource.
+// AzureIdentityCopy is a copy of an AzureIdentity at the time when MIC assigned it. It is a separate type because the
+// validation rules of AzureIdentity must not apply to copies. Its metadata is not an embedded field because the schema
+// generator treats every type that embeds ObjectMeta as a resource.
 type AzureIdentityCopy struct {
 	metav1.TypeMeta `json:",inline"`
 
@@ -74,9 +74,8 @@ type AzureIdentityCopy struct {
 	Status AzureIdentityStatus `json:"status,omitempty"`
 }
 
-// Copy returns what an AzureAssignedIdentity keeps of the identity. Kind and version are filled in, as the API server
-// asks for them in an embedded object and objects from a typed client lack them; the bookkeeping of server-side apply
-// is left out.
+// Copy returns the copy of the identity for an AzureAssignedIdentity. It sets kind and apiVersion, which the API server
+// requires in an embedded object and objects from a typed client lack, and omits managedFields.
 func (in *AzureIdentity) Copy() *AzureIdentityCopy {
 	in = in.DeepCopy()
 	in.ManagedFields = nil
@@ -88,14 +87,14 @@ func (in *AzureIdentity) Copy() *AzureIdentityCopy {
 	}
 }
 
-// AzureIdentity returns the identity that was copied.
+// AzureIdentity returns the copied identity.
 func (in *AzureIdentityCopy) AzureIdentity() *AzureIdentity {
 	in = in.DeepCopy()
 	return &AzureIdentity{TypeMeta: in.TypeMeta, ObjectMeta: in.Metadata, Spec: in.Spec, Status: in.Status}
 }
 
-// AzureIdentitySpec says which identity it is. Lengths are bounded far above what Azure allows, only so that the API
-// server can tell beforehand what its validation rules may cost.
+// AzureIdentitySpec identifies the Azure identity. Maximum lengths are far above what Azure allows. The API server needs
+// them to estimate the cost of the validation rules.
 type AzureIdentitySpec struct {
 	// Deprecated: never had a meaning. Put labels and annotations into the object's own metadata.
 	// +optional
@@ -106,7 +105,7 @@ type AzureIdentitySpec struct {
 	// +optional
 	Type IdentityType `json:"type,omitempty"`
 
-	// ResourceID is the ARM ID of the user-assigned managed identity, for type 0. Letter case does not matter.
+	// ResourceID is the ARM ID of the user-assigned managed identity, for type 0. Case is ignored.
 	// +optional
 	// +kubebuilder:validation:MaxLength=2048
 	ResourceID string `json:"resourceID,omitempty"`
@@ -116,7 +115,7 @@ type AzureIdentitySpec struct {
 	// +kubebuilder:validation:MaxLength=1024
 	ClientID string `json:"clientID,omitempty"`
 
-	// ClientPassword names the Secret that holds the client secret (type 1, key clientSecret) or the certificate
+	// ClientPassword names the Secret with the client secret (type 1, key clientSecret) or the certificate
 	// (type 2, keys certificate and password).
 	// +optional
 	ClientPassword corev1.SecretReference `json:"clientPassword,omitempty,omitzero"`
@@ -131,7 +130,7 @@ type AzureIdentitySpec struct {
 	// +nullable
 	AuxiliaryTenantIDs []string `json:"auxiliaryTenantIDs,omitempty"`
 
-	// Deprecated: never had a meaning. The resource is the one that the application names in its token request.
+	// Deprecated: never had a meaning. The application names the resource in its token request.
 	// +optional
 	ADResourceID string `json:"adResourceID,omitempty"`
 
@@ -145,13 +144,13 @@ type AzureIdentitySpec struct {
 	Replicas *int32 `json:"replicas,omitempty"`
 }
 
-// AzureIdentityStatus is not written by anybody.
+// AzureIdentityStatus is never written.
 type AzureIdentityStatus struct {
 	// Deprecated: never had a meaning. Put labels and annotations into the object's own metadata.
 	// +optional
 	Metadata *metav1.ObjectMeta `json:"metadata,omitempty"`
 
-	// Deprecated: never had a meaning. The AzureAssignedIdentity objects say who has the identity.
+	// Deprecated: never had a meaning. The AzureAssignedIdentity objects say which pods have the identity.
 	// +optional
 	AvailableReplicas int32 `json:"availableReplicas,omitempty"`
 }

@@ -5,7 +5,7 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 // BindingLabel is the pod label whose value a binding's selector must equal.
 const BindingLabel = "aadpodidbinding"
 
-// AzureIdentityBinding gives pods an identity: those whose label aadpodidbinding equals its selector.
+// AzureIdentityBinding binds an identity to the pods whose label aadpodidbinding equals its selector.
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:resource:path=azureidentitybindings,singular=azureidentitybinding,scope=Namespaced
@@ -20,16 +20,16 @@ type AzureIdentityBinding struct {
 	metav1.ObjectMeta `json:"metadata,omitempty"`
 
 	// +optional
-	// +kubebuilder:validation:XValidation:rule=`has(self.azureIdentity) && self.azureIdentity.size() <= 253 && self.azureIdentity.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')`,fieldPath=`.azureIdentity`,message="write in azureIdentity (spelled so) the metadata.name of an AzureIdentity in the namespace of this binding"
-	// +kubebuilder:validation:XValidation:rule=`has(self.selector) && self.selector.size() <= 63 && self.selector.matches('^[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?$')`,fieldPath=`.selector`,message="write in selector (spelled so) the value that pods carry in their label aadpodidbinding: a label value, not an expression"
+	// +kubebuilder:validation:XValidation:rule=`has(self.azureIdentity) && self.azureIdentity.size() <= 253 && self.azureIdentity.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')`,fieldPath=`.azureIdentity`,message="the field azureIdentity (case-sensitive) must be the metadata.name of an AzureIdentity in the namespace of this binding"
+	// +kubebuilder:validation:XValidation:rule=`has(self.selector) && self.selector.size() <= 63 && self.selector.matches('^[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?$')`,fieldPath=`.selector`,message="the field selector (case-sensitive) must be the value that pods have in their label aadpodidbinding: a label value, not an expression"
 	Spec AzureIdentityBindingSpec `json:"spec,omitempty"`
 
 	// +optional
 	Status AzureIdentityBindingStatus `json:"status,omitempty"`
 }
 
-// AzureIdentityBindingCopy is an AzureIdentityBinding as the controller found it when it assigned an identity. Why it
-// is a type of its own: see AzureIdentityCopy.
+// AzureIdentityBindingCopy is a copy of an AzureIdentityBinding at the time when MIC assigned the identity. AzureIdentityCopy
+// explains why it is a separate type.
 type AzureIdentityBindingCopy struct {
 	metav1.TypeMeta `json:",inline"`
 
@@ -43,9 +43,8 @@ type AzureIdentityBindingCopy struct {
 	Status AzureIdentityBindingStatus `json:"status,omitempty"`
 }
 
-// Copy returns what an AzureAssignedIdentity keeps of the binding. Kind and version are filled in, as the API server
-// asks for them in an embedded object and objects from a typed client lack them; the bookkeeping of server-side apply
-// is left out.
+// Copy returns the copy of the binding for an AzureAssignedIdentity. It sets kind and apiVersion, which the API server
+// requires in an embedded object and objects from a typed client lack, and omits managedFields.
 func (in *AzureIdentityBinding) Copy() *AzureIdentityBindingCopy {
 	in = in.DeepCopy()
 	in.ManagedFields = nil
@@ -57,13 +56,13 @@ func (in *AzureIdentityBinding) Copy() *AzureIdentityBindingCopy {
 	}
 }
 
-// AzureIdentityBinding returns the binding that was copied.
+// AzureIdentityBinding returns the copied binding.
 func (in *AzureIdentityBindingCopy) AzureIdentityBinding() *AzureIdentityBinding {
 	in = in.DeepCopy()
 	return &AzureIdentityBinding{TypeMeta: in.TypeMeta, ObjectMeta: in.Metadata, Spec: in.Spec, Status: in.Status}
 }
 
-// AzureIdentityBindingSpec says which identity goes to which pods. Lengths: see AzureIdentitySpec.
+// AzureIdentityBindingSpec names the identity and selects the pods. AzureIdentitySpec explains the maximum lengths.
 type AzureIdentityBindingSpec struct {
 	// Deprecated: never had a meaning. Put labels and annotations into the object's own metadata.
 	// +optional
@@ -84,13 +83,13 @@ type AzureIdentityBindingSpec struct {
 	Weight int `json:"weight,omitempty"`
 }
 
-// AzureIdentityBindingStatus is not written by anybody.
+// AzureIdentityBindingStatus is never written.
 type AzureIdentityBindingStatus struct {
 	// Deprecated: never had a meaning. Put labels and annotations into the object's own metadata.
 	// +optional
 	Metadata *metav1.ObjectMeta `json:"metadata,omitempty"`
 
-	// Deprecated: never had a meaning. The AzureAssignedIdentity objects say who has the identity.
+	// Deprecated: never had a meaning. The AzureAssignedIdentity objects say which pods have the identity.
 	// +optional
 	AvailableReplicas int32 `json:"availableReplicas,omitempty"`
 }

@@ -2,7 +2,7 @@ package v1
 
 import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-// AzurePodIdentityException takes pods of its namespace out: they get what the machine itself would get.
+// AzurePodIdentityException exempts pods of its namespace: they get tokens of the identities of their VM itself.
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:resource:path=azurepodidentityexceptions,singular=azurepodidentityexception,scope=Namespaced
@@ -21,18 +21,18 @@ type AzurePodIdentityException struct {
 	Status AzurePodIdentityExceptionStatus `json:"status,omitempty"`
 }
 
-// AzurePodIdentityExceptionSpec says which pods are excepted.
+// AzurePodIdentityExceptionSpec selects the pods.
 type AzurePodIdentityExceptionSpec struct {
 	// Deprecated: never had a meaning. Put labels and annotations into the object's own metadata.
 	// +optional
 	Metadata *metav1.ObjectMeta `json:"metadata,omitempty"`
 
-	// PodLabels excepts a pod that carries any one of these labels; letter case of the value does not matter.
+	// PodLabels exempts a pod that has at least one of these labels. The case of the value is ignored.
 	// +optional
 	PodLabels map[string]string `json:"podLabels,omitempty"`
 }
 
-// AzurePodIdentityExceptionStatus is not written by anybody.
+// AzurePodIdentityExceptionStatus is never written.
 type AzurePodIdentityExceptionStatus struct {
 	// Deprecated: never had a meaning. Put labels and annotations into the object's own metadata.
 	// +optional

@@ -1,20 +1,20 @@
-// Package v1 holds the four custom resources of group aadpodidentity.k8s.io: who an Azure identity is
-// (AzureIdentity), which pods may have it (AzureIdentityBinding), which pod on which node has it
-// (AzureAssignedIdentity) and which pods are left alone (AzurePodIdentityException).
+// Package v1 holds the four custom resources of group aadpodidentity.k8s.io: an Azure identity
+// (AzureIdentity), the pods that may use it (AzureIdentityBinding), the assignment of an identity to a pod on a node
+// (AzureAssignedIdentity) and the pods that get the identities of the VM itself (AzurePodIdentityException).
 //
-// The JSON is that of AAD Pod Identity, field for field, because clusters change over with their objects in place.
-// What protects them:
+// The JSON is that of AAD Pod Identity, field for field, because clusters migrate with their objects in place.
+// It protects clusters against objects that cannot work and against objects that cannot be read:
 //
-//   - What could never have worked is refused at the API server with a sentence that says what to write instead.
-//     The rules hang on the spec of an object that somebody writes. They do not hang on the copies inside
-//     AzureAssignedIdentity: those repeat what is already stored, and refusing them would only stop the controller.
-//   - An object that was stored before the rules came stays readable, can have its labels and finalizers changed, and
-//     can be deleted. Rules on spec are not evaluated again while spec stays as it is (the API server's validation
-//     ratcheting); the rules on the whole object look at the old object themselves.
-//   - Everything that is read has a JSON type in the schema, in the copies too: one object that does not decode
-//     would stop a client's whole list.
+//   - The API server refuses an invalid object with a message that says what to write instead. The validation rules apply
+//     to the spec of objects that users write. They do not apply to the copies inside AzureAssignedIdentity: those repeat
+//     what is already stored, and refusing them would only stop the controller.
+//   - An invalid object that was stored before the rules existed stays readable, its labels and finalizers can be changed, and
+//     it can be deleted. The API server does not evaluate rules on spec again while spec is unchanged (validation
+//     ratcheting); the rules on the whole object compare with the old object themselves.
+//   - Every field that is read has a JSON type in the schema, in the copies too: a single object that does not decode would
+//     make a client's whole list fail.
 //
-// The package imports nothing but k8s.io/apimachinery and k8s.io/api/core/v1, so that the node server stays small.
+// The package imports only k8s.io/apimachinery and k8s.io/api/core/v1, so that the node server stays small.
 //
 // +kubebuilder:object:generate=true
 // +groupName=aadpodidentity.k8s.io

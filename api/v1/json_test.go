@@ -10,7 +10,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 )
 
-// The documents hold every field that AAD Pod Identity knew, spelled its way.
+// The documents contain every field of AAD Pod Identity, with its spelling.
 var everyField = map[string]string{
 	"AzureIdentity": `{"kind":"AzureIdentity","apiVersion":"aadpodidentity.k8s.io/v1","metadata":{"name":"i","namespace":"n"},
 		"spec":{"metadata":{},"type":1,"resourceID":"/r","clientID":"c","clientPassword":{"name":"s","namespace":"n"},
@@ -34,7 +34,7 @@ var everyField = map[string]string{
 		"status":{"metadata":{},"status":"s"}}`,
 }
 
-func TestEveryFieldOfThePredecessorSurvivesTheGoTypes(t *testing.T) {
+func TestTheGoTypesHaveEveryFieldOfAADPodIdentity(t *testing.T) {
 	scheme := runtime.NewScheme()
 	if err := AddToScheme(scheme); err != nil {
 		t.Fatal(err)
@@ -61,7 +61,7 @@ func TestEveryFieldOfThePredecessorSurvivesTheGoTypes(t *testing.T) {
 	}
 }
 
-func TestListsAndObjectsAreKnownToTheScheme(t *testing.T) {
+func TestTheSchemeHasObjectsAndLists(t *testing.T) {
 	scheme := runtime.NewScheme()
 	if err := AddToScheme(scheme); err != nil {
 		t.Fatal(err)
@@ -75,7 +75,7 @@ func TestListsAndObjectsAreKnownToTheScheme(t *testing.T) {
 	}
 }
 
-func TestACopyOfAnIdentityIsCompleteAndItsOwn(t *testing.T) {
+func TestACopyOfAnIdentityIsCompleteAndIndependent(t *testing.T) {
 	var identity AzureIdentity
 	if err := json.Unmarshal([]byte(everyField["AzureIdentity"]), &identity); err != nil {
 		t.Fatal(err)
@@ -90,13 +90,13 @@ func TestACopyOfAnIdentityIsCompleteAndItsOwn(t *testing.T) {
 	}
 }
 
-func TestACopyOfABindingIsCompleteAndNamesItsKind(t *testing.T) {
+func TestACopyOfABindingIsCompleteAndHasItsKind(t *testing.T) {
 	var binding AzureIdentityBinding
 	if err := json.Unmarshal([]byte(everyField["AzureIdentityBinding"]), &binding); err != nil {
 		t.Fatal(err)
 	}
 	want := binding.DeepCopy()
-	// As a typed client hands it out.
+	// As returned by a typed client.
 	binding.Kind, binding.APIVersion = "", ""
 	if diff := cmp.Diff(want, binding.Copy().AzureIdentityBinding()); diff != "" {
 		t.Errorf("binding and copy differ:\n%s", diff)

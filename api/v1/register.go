@@ -10,12 +10,12 @@ import (
 const GroupName = "aadpodidentity.k8s.io"
 
 var (
-	// GroupVersion is the one version there has ever been.
+	// GroupVersion is the only version of the group.
 	GroupVersion = schema.GroupVersion{Group: GroupName, Version: "v1"}
 
 	schemeBuilder = runtime.NewSchemeBuilder(addKnownTypes)
 
-	// AddToScheme makes a client's scheme know the types of this package.
+	// AddToScheme adds the types of this package to a scheme.
 	AddToScheme = schemeBuilder.AddToScheme
 )
 
