@@ -121,8 +121,8 @@ func TestTheDecision(t *testing.T) {
 		{"standard mode with forced namespaces", Rules{Mode: Standard, ForceNamespaced: true}, pod, Selector{}, elsewhere, Refused, NoMatchingBinding, ""},
 		{"an identity confined to its namespace", standard, pod, Selector{}, confined, Refused, NoMatchingBinding, ""},
 		{"assigned", standard, pod, Selector{}, assigned(state(StateAssigned)), Granted, Allowed, "a/x"},
-		{"assigned by the predecessor", standard, pod, Selector{}, assigned(unowned(StateAssigned)), Granted, Allowed, "a/x"},
-		{"assigned by the oldest predecessor", standard, pod, Selector{}, assigned(unowned(StateLegacy)), Granted, Allowed, "a/x"},
+		{"assigned by AAD Pod Identity", standard, pod, Selector{}, assigned(unowned(StateAssigned)), Granted, Allowed, "a/x"},
+		{"assigned by a version of AAD Pod Identity without states", standard, pod, Selector{}, assigned(unowned(StateLegacy)), Granted, Allowed, "a/x"},
 		{"without a word of MIC yet", standard, pod, Selector{}, assigned(state(StateLegacy)), Pending, AssignmentPending, "a/x"},
 		{"created only", standard, pod, Selector{}, assigned(state(StateCreated)), Pending, AssignmentPending, "a/x"},
 		{"unassigned", standard, pod, Selector{}, assigned(state(StateUnassigned)), Pending, AssignmentPending, "a/x"},
@@ -281,7 +281,7 @@ func TestAnAssignmentIsReadFromItsObject(t *testing.T) {
 		covers, usable bool
 	}{
 		{"MIC's", func(*v1.AzureAssignedIdentity) {}, func(*Assignment) {}, true, true},
-		{"the predecessor's", func(o *v1.AzureAssignedIdentity) { o.OwnerReferences, o.Status.Status = nil, "" }, func(a *Assignment) { a.PodUID, a.State = "", StateLegacy }, true, true},
+		{"of AAD Pod Identity", func(o *v1.AzureAssignedIdentity) { o.OwnerReferences, o.Status.Status = nil, "" }, func(a *Assignment) { a.PodUID, a.State = "", StateLegacy }, true, true},
 		{"just created", func(o *v1.AzureAssignedIdentity) { o.Status.Status = "" }, func(a *Assignment) { a.State = StateLegacy }, true, false},
 		{"without a copy of the identity", func(o *v1.AzureAssignedIdentity) { o.Spec.AzureIdentityRef = nil }, func(a *Assignment) { a.IdentityNamespace, a.IdentityName, a.ResourceID = "", "", "" }, false, true},
 		{"with a text of Azure's", func(o *v1.AzureAssignedIdentity) {

@@ -18,7 +18,7 @@ func TestOneProcessAtATimeHoldsTheLock(t *testing.T) {
 		short, cancel := context.WithTimeout(context.Background(), 5*lockRetryInterval)
 		defer cancel()
 		if _, err := acquireLock(short, zap.NewNop(), longTimeout); !errors.Is(err, context.DeadlineExceeded) {
-			t.Fatalf("a second one got the turn: %v", err)
+			t.Fatalf("a second process acquired the lock: %v", err)
 		}
 		second := make(chan func())
 		go func() {
@@ -33,7 +33,7 @@ func TestOneProcessAtATimeHoldsTheLock(t *testing.T) {
 		case done := <-second:
 			done()
 		case <-time.After(longTimeout):
-			t.Fatal("the turn was never passed on")
+			t.Fatal("the lock was never released")
 		}
 	})
 }

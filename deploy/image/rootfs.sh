@@ -1,11 +1,11 @@
 #!/bin/sh
-# Assembles the root file system that the NMI image has below its one binary: both iptables back ends with what they
-# load at run time, CA certificates, and nothing else (no shell, no package manager). The Dockerfile and the cluster
-# of the end-to-end tests run this same script, so that what is tested is what is shipped.
+# Assembles the root file system of the NMI image, without NMI itself: both iptables back ends with what they load at
+# run time, CA certificates, and nothing else (no shell, no package manager). The Dockerfile and the cluster of the
+# end-to-end tests run the same script, so that the tests use what is shipped.
 #
 # Files come from Debian packages of the release that the script runs on, fetched and verified by apt; nothing is
-# installed. All match and target extensions are in, not only those of our own rules: legacy iptables cannot even list
-# a chain in which somebody else uses an extension that it does not find.
+# installed. It includes all match and target extensions, not only those of our own rules: legacy iptables cannot even
+# list a chain in which another program uses an extension that it does not find.
 set -eu
 
 usage() {
@@ -53,7 +53,7 @@ fi
 packages='iptables libc6 libip4tc2 libip6tc2 libmnl0 libnetfilter-conntrack3 libnfnetlink0 libnftnl11 libxtables12
 ca-certificates'
 
-# Beside DEST, so that the finished tree takes its place by renaming: nobody meets half of one.
+# In the same folder as DEST, so that the finished tree can be renamed to DEST: it never exists incompletely.
 mkdir -p "$(dirname "$dest")"
 work=$(mktemp -d "$(dirname "$dest")/.rootfs.XXXXXX")
 trap 'rm -rf "$work"' EXIT
@@ -69,7 +69,7 @@ for package in $packages; do
 	*) names="$names $package:$arch" ;;
 	esac
 done
-# As root apt would fetch as a user that may not write here, and only warn; better to say what is meant.
+# As root, apt downloads as another user, which may not write here, and prints a warning; so set the user explicitly.
 # shellcheck disable=SC2086 # one word for each package
 (cd "$debs" && apt-get -qq -o APT::Sandbox::User=root download $names) ||
 	fail "apt-get could not fetch the packages: run apt-get update, and look at the lines above"
@@ -83,13 +83,13 @@ ln -s usr/sbin "$root/sbin"
 for deb in "$debs"/*.deb; do
 	package=$(dpkg-deb -f "$deb" Package)
 	dpkg-deb -x "$deb" "$unpacked" || fail "$deb cannot be unpacked"
-	# Where image scanners look when there is no package manager.
+	# Image scanners read this if there is no package manager.
 	{ dpkg-deb -f "$deb" && echo 'Status: install ok installed'; } >"$root/var/lib/dpkg/status.d/$package"
 	mkdir -p "$root/usr/share/doc/$package"
 	cp "$unpacked/usr/share/doc/$package/copyright" "$root/usr/share/doc/$package/"
 done
 
-# put copies one file to where it was, under its name as the loader asks for it.
+# put copies one file to the same path, under the name that the loader uses.
 put() {
 	[ -e "$unpacked/$1" ] || fail "$1 is not in the packages of this Debian release"
 	mkdir -p "$root/$(dirname "$1")"
@@ -101,7 +101,7 @@ put "lib/$triplet/libc.so.6"
 put "lib/$triplet/libm.so.6"
 for library in libip4tc.so.2 libip6tc.so.2 libmnl.so.0 libnetfilter_conntrack.so.3 libnfnetlink.so.0 libnftnl.so.11 \
 	libxtables.so.12; do
-	if [ -e "$unpacked/lib/$triplet/$library" ]; then # where a package keeps it differs
+	if [ -e "$unpacked/lib/$triplet/$library" ]; then # the folder differs between packages
 		put "lib/$triplet/$library"
 	else
 		put "usr/lib/$triplet/$library"
@@ -122,7 +122,7 @@ for action in '' -save -restore; do
 	ln -s "iptables-nft$action" "$root/usr/sbin/iptables$action"
 done
 
-# What update-ca-certificates would write, which would have to be run inside.
+# The output of update-ca-certificates, which would have to run inside the image.
 cat "$unpacked"/usr/share/ca-certificates/mozilla/*.crt >"$root/etc/ssl/certs/ca-certificates.crt"
 [ -s "$root/etc/ssl/certs/ca-certificates.crt" ] || fail "the package ca-certificates holds no certificates"
 
@@ -136,7 +136,7 @@ nonroot:x:65532:
 END
 echo 'hosts: files dns' >"$root/etc/nsswitch.conf"
 
-# A library that is missing shows only when something asks for it: ask, where that is possible.
+# A missing library shows only when a program loads it, so run the programs if possible.
 if [ "$arch" = "$native" ] && [ "$(id -u)" = 0 ]; then
 	for backend in nft legacy; do
 		chroot "$root" "/usr/sbin/iptables-$backend" --version >/dev/null ||

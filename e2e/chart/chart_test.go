@@ -404,7 +404,7 @@ func TestBadValuesAreRefusedWithAReason(t *testing.T) {
 		"nmi: {listenAddress: 127.0.0.300}":          "at '/nmi/listenAddress'",
 		"nmi: {kubeletConfig: relative/path}":        "at '/nmi/kubeletConfig'",
 		"nmi: {port: 8085}":                          "nmi.port, nmi.probePort and nmi.prometheusPort must differ",
-		"nmi: {serviceAccount: {create: false}}":     "nmi.serviceAccount.name is needed",
+		"nmi: {serviceAccount: {create: false}}":     "nmi.serviceAccount.name is required",
 		"operationMode: both":                        "at '/operationMode'",
 		"azureIdentities: {a: {resourceId: x}}":      "additional properties 'resourceId' not allowed",
 		"azureIdentities: {a: {type: 9}}":            "at '/azureIdentities/a/type': value must be one of 0, 1, 2, 3",

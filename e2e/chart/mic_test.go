@@ -331,7 +331,7 @@ func TestBadValuesOfMICAreRefusedWithAReason(t *testing.T) {
 		"mic: {replicas: -1}":                                              "at '/mic/replicas'",
 		"mic: {probePort: 8888}":                                           "mic.probePort, mic.prometheusPort and the profiler's 6060 must differ",
 		"mic: {probePort: 6060, enableProfile: true}":                      "must differ, and are [6060 8888 6060]",
-		"mic: {serviceAccount: {create: false}}":                           "mic.serviceAccount.name is needed",
+		"mic: {serviceAccount: {create: false}}":                           "mic.serviceAccount.name is required",
 		"mic: {cloudConfig: azure.json}":                                   "at '/mic/cloudConfig'",
 		"mic: {cloudConfig: /}":                                            "at '/mic/cloudConfig'",
 		"mic: {customCloud: {enabled: true, configPath: ''}}":              "at '/mic/customCloud/configPath'",
@@ -353,7 +353,7 @@ func TestBadValuesOfMICAreRefusedWithAReason(t *testing.T) {
 		"nmi: {assignmentWait: 25}":                                        "at '/nmi/assignmentWait': got number, want string",
 		"mic: {caBundle: /etc/ssl/ca.pem}":                                 "at '/mic/caBundle'",
 		fmt.Sprintf("mic: {caBundle: %q}", "-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----\n"+certificate):                             "mic.caBundle holds a private key",
-		"{adminsecret: {useMSI: true}, mic: {workloadIdentity: {enabled: true, clientID: c11e0000-0000-4000-8000-000000000001, tenantID: t}}}": "two ways for MIC to reach Azure",
+		"{adminsecret: {useMSI: true}, mic: {workloadIdentity: {enabled: true, clientID: c11e0000-0000-4000-8000-000000000001, tenantID: t}}}": "both say how MIC authenticates to Azure",
 	} {
 		text := standard(values)
 		if strings.HasPrefix(values, "{") {

@@ -194,8 +194,8 @@ func TestNamespacesAreNotWidenedByMistake(t *testing.T) {
 		"secretNamespaces: ['']":                                              "at '/nmi/secretNamespaces/0'",
 		"secretNamespaces: [1]":                                               "at '/nmi/secretNamespaces/0': got number, want string",
 		"secretNamespaces: [all]":                                             "nmi.secretNamespaces: write the word all in place of the list, not in it",
-		"secretNamespaces: [a, a]":                                            "nmi.secretNamespaces: namespace a is there twice",
-		"secretNamespaces: [a, {namespace: a, names: [b]}]":                   "nmi.secretNamespaces: namespace a is there twice",
+		"secretNamespaces: [a, a]":                                            "nmi.secretNamespaces: namespace a is listed twice",
+		"secretNamespaces: [a, {namespace: a, names: [b]}]":                   "nmi.secretNamespaces: namespace a is listed twice",
 		"secretNamespaces: [{namespace: a}]":                                  "missing property 'names'",
 		"secretNamespaces: [{names: [a]}]":                                    "missing property 'namespace'",
 		"secretNamespaces: [{namespace: a, names: []}]":                       "at '/nmi/secretNamespaces/0/names': minItems: got 0, want 1",
@@ -225,7 +225,7 @@ const (
 func TestAnIdentityThatNMILacksTheRightsForIsRefused(t *testing.T) {
 	const unreadable = "azureIdentities.robot: NMI may not read Secret shop/robot; add its namespace, or " +
 		"{namespace: shop, names: [robot]}, to nmi.secretNamespaces"
-	const unasked = "azureIdentities.web: NMI may not ask for tokens of ServiceAccounts in namespace shop; add it to " +
+	const unasked = "azureIdentities.web: NMI may not request tokens of ServiceAccounts in namespace shop; add it to " +
 		"nmi.federatedNamespaces"
 	for values, want := range map[string]string{
 		withSecret: unreadable,
@@ -233,7 +233,7 @@ func TestAnIdentityThatNMILacksTheRightsForIsRefused(t *testing.T) {
 		withSecret + "\nnmi: {secretNamespaces: [{namespace: shop, names: [other]}]}":           unreadable,
 		withCertificate + "\nnmi: {secretNamespaces: [shop], allowCrossNamespaceSecrets: true}": "NMI may not read Secret vault/robot",
 		withCertificate + "\nnmi: {secretNamespaces: all}": "azureIdentities.robot: Secret vault/robot is in another namespace " +
-			"than the identity; put it into namespace shop, or set nmi.allowCrossNamespaceSecrets to true",
+			"than the identity; move it to namespace shop, or set nmi.allowCrossNamespaceSecrets to true",
 		federated: unasked,
 		federated + "\nnmi: {federatedNamespaces: [billing], secretNamespaces: all}": unasked,
 	} {

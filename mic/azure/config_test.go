@@ -67,7 +67,7 @@ func TestTheConfigurationIsReadFromFileAndEnvironment(t *testing.T) {
 	}{
 		{"managed identity", azureJSON, nil, aks},
 		{"service principal", principalJSON, nil, Config{TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}},
-		{"YAML, as the predecessor took it", "cloud: AzureChinaCloud\ntenantId: tenant\naadClientId: app\naadClientSecret: 1234567890\n", nil,
+		{"YAML, as for AAD Pod Identity", "cloud: AzureChinaCloud\ntenantId: tenant\naadClientId: app\naadClientSecret: 1234567890\n", nil,
 			Config{Cloud: "AzureChinaCloud", TenantID: "tenant", ClientID: "app", ClientSecret: "1234567890"}},
 		{"a byte order mark", "\xef\xbb\xbf" + principalJSON, nil, Config{TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}},
 		{"the environment alone", "", []string{

@@ -39,7 +39,7 @@ app.kubernetes.io/component: nmi
 {{- if .Values.nmi.serviceAccount.create }}
 {{- default (include "podidentity.nmi.name" .) .Values.nmi.serviceAccount.name }}
 {{- else }}
-{{- required "nmi.serviceAccount.name is needed when nmi.serviceAccount.create is false" .Values.nmi.serviceAccount.name }}
+{{- required "nmi.serviceAccount.name is required when nmi.serviceAccount.create is false" .Values.nmi.serviceAccount.name }}
 {{- end }}
 {{- end }}
 
@@ -63,7 +63,7 @@ podidentity.io/mic: {{ include "podidentity.mic.name" . }}
 {{- if .Values.mic.serviceAccount.create }}
 {{- default (include "podidentity.mic.name" .) .Values.mic.serviceAccount.name }}
 {{- else }}
-{{- required "mic.serviceAccount.name is needed when mic.serviceAccount.create is false" .Values.mic.serviceAccount.name }}
+{{- required "mic.serviceAccount.name is required when mic.serviceAccount.create is false" .Values.mic.serviceAccount.name }}
 {{- end }}
 {{- end }}
 
@@ -135,7 +135,7 @@ names are under different keys (key). An empty namespace means the whole cluster
 {{- $scope = dict "namespace" .namespace "names" (get . $.key) }}
 {{- end }}
 {{- if has $scope.namespace $seen }}
-{{- fail (printf "nmi.%s: namespace %s is there twice; make it one entry" $.value $scope.namespace) }}
+{{- fail (printf "nmi.%s: namespace %s is listed twice; merge the entries" $.value $scope.namespace) }}
 {{- end }}
 {{- $seen = append $seen $scope.namespace }}
 {{- $scopes = append $scopes $scope }}
@@ -199,7 +199,7 @@ subjects:
 {{- define "podidentity.mic.checks" -}}
 {{- $mic := .Values.mic }}
 {{- if and (eq (int $mic.replicas) 0) (not (include "podidentity.mic.uninstall" .)) }}
-{{- fail "mic.replicas is 0: in standard mode no pod gets an identity without MIC; give 1 or more, or set operationMode to managed" }}
+{{- fail "mic.replicas is 0: in standard mode no pod gets an identity without MIC; set it to 1 or more, or set operationMode to managed" }}
 {{- end }}
 {{- $ports := list (int $mic.probePort) (int $mic.prometheusPort) }}
 {{- if $mic.enableProfile }}
@@ -209,11 +209,11 @@ subjects:
 {{- fail (printf "mic.probePort, mic.prometheusPort and the profiler's 6060 must differ, and are %v" $ports) }}
 {{- end }}
 {{- if contains "PRIVATE KEY" (default "" $mic.caBundle) }}
-{{- fail "mic.caBundle holds a private key; give certificates only, as they become a ConfigMap" }}
+{{- fail "mic.caBundle holds a private key; set it to certificates only, because they become a ConfigMap" }}
 {{- end }}
 {{- $secret := .Values.adminsecret }}
 {{- if and $secret $mic.workloadIdentity.enabled }}
-{{- fail "adminsecret and mic.workloadIdentity.enabled are two ways for MIC to reach Azure; give one of them" }}
+{{- fail "adminsecret and mic.workloadIdentity.enabled both say how MIC authenticates to Azure; set only one of them" }}
 {{- end }}
 {{- if and $mic.workloadIdentity.enabled (not (and $mic.workloadIdentity.clientID $mic.workloadIdentity.tenantID)) }}
 {{- fail "mic.workloadIdentity needs clientID and tenantID: of the application or managed identity that trusts MIC's ServiceAccount" }}
@@ -233,7 +233,7 @@ subjects:
 {{- fail (printf "nmi.port, nmi.probePort and nmi.prometheusPort must differ, and are %v" $ports) }}
 {{- end }}
 {{- if contains "PRIVATE KEY" (default "" .Values.nmi.caBundle) }}
-{{- fail "nmi.caBundle holds a private key; give certificates only, as they become a ConfigMap" }}
+{{- fail "nmi.caBundle holds a private key; set it to certificates only, because they become a ConfigMap" }}
 {{- end }}
 {{- /* None of this may prevent the removal of NMI. */}}
 {{- if not .Values.nmi.uninstall }}
@@ -246,7 +246,7 @@ subjects:
 {{- $secret := dig "clientPassword" "name" "" $identity }}
 {{- $secretNamespace := default $namespace (dig "clientPassword" "namespace" "" $identity) }}
 {{- if and (ne $secretNamespace $namespace) (not $.Values.nmi.allowCrossNamespaceSecrets) }}
-{{- fail (printf "azureIdentities.%s: Secret %s/%s is in another namespace than the identity; put it into namespace %s, or set nmi.allowCrossNamespaceSecrets to true" $key $secretNamespace $secret $namespace) }}
+{{- fail (printf "azureIdentities.%s: Secret %s/%s is in another namespace than the identity; move it to namespace %s, or set nmi.allowCrossNamespaceSecrets to true" $key $secretNamespace $secret $namespace) }}
 {{- end }}
 {{- $covered := false }}
 {{- range $secrets }}
@@ -265,7 +265,7 @@ subjects:
 {{- end }}
 {{- end }}
 {{- if and $.Values.rbac.enabled (not $covered) }}
-{{- fail (printf "azureIdentities.%s: NMI may not ask for tokens of ServiceAccounts in namespace %s; add it to nmi.federatedNamespaces" $key $namespace) }}
+{{- fail (printf "azureIdentities.%s: NMI may not request tokens of ServiceAccounts in namespace %s; add it to nmi.federatedNamespaces" $key $namespace) }}
 {{- end }}
 {{- end }}
 {{- end }}
