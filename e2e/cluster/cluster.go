@@ -328,7 +328,7 @@ func (c *Cluster) KubectlCommand(ctx context.Context, args ...string) (*exec.Cmd
 
 // HelmCommand returns a command that runs helm as admin.
 func (c *Cluster) HelmCommand(ctx context.Context, args ...string) (*exec.Cmd, error) {
-	return c.adminCommand(ctx, c.bin.Helm, args...)
+	return c.adminCommand(ctx, c.bin.kube("helm"), args...)
 }
 
 func (c *Cluster) adminCommand(ctx context.Context, program string, args ...string) (*exec.Cmd, error) {

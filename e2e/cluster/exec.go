@@ -16,7 +16,7 @@ import (
 func (c *Cluster) ExecKubectl(args []string) error { return execAdmin(c.bin.kube("kubectl"), args) }
 
 // ExecHelm executes helm as admin.
-func (c *Cluster) ExecHelm(args []string) error { return execAdmin(c.bin.Helm, args) }
+func (c *Cluster) ExecHelm(args []string) error { return execAdmin(c.bin.kube("helm"), args) }
 
 func execAdmin(program string, args []string) error {
 	for _, entry := range adminEnv() {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/podidentity/podidentity/e2e/cluster"
@@ -85,8 +86,10 @@ func up(ctx context.Context, opts upOptions) (err error) {
 	if err := cluster.RequireRoot(); err != nil {
 		return err
 	}
-	built := make(chan error, 1)
-	go func() { built <- buildImages(ctx, opts, say) }() // while the cluster starts
+	var images errgroup.Group
+	if !opts.noChart {
+		images.Go(func() error { return cluster.BuildProductImages(ctx, say, opts.standard) }) // while the cluster starts
+	}
 	c, err := cluster.Start(ctx, opts.Options)
 	if err != nil {
 		return err
@@ -96,7 +99,7 @@ func up(ctx context.Context, opts upOptions) (err error) {
 			err = errors.Join(err, c.Stop())
 		}
 	}()
-	if err := <-built; err != nil {
+	if err := images.Wait(); err != nil {
 		return err
 	}
 	if err := installChart(ctx, c, opts, say); err != nil {
@@ -114,18 +117,6 @@ func up(ctx context.Context, opts upOptions) (err error) {
 		fmt.Print(whatNextInStandardMode)
 	}
 	return nil
-}
-
-// buildImages builds what the chart will need; installing finds it done.
-func buildImages(ctx context.Context, opts upOptions, say func(string)) error {
-	if opts.noChart {
-		return nil
-	}
-	if _, err := cluster.BuildNMIImage(ctx, say); err != nil || !opts.standard {
-		return err
-	}
-	_, err := cluster.BuildMICImage(ctx)
-	return err
 }
 
 func installChart(ctx context.Context, c *cluster.Cluster, opts upOptions, say func(string)) error {

@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/podidentity/podidentity/e2e/azure"
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
@@ -101,6 +103,8 @@ type demo struct {
 func run(ctx context.Context) (err error) {
 	title("A cluster of two nodes, and a stand-in for Azure")
 	say("etcd, API server, controllers, two kubelets with containerd, and an Azure that has Entra ID and the metadata\nservice, all in network namespaces of this machine without a way out. The first time Kubernetes is built from source.")
+	var images errgroup.Group
+	images.Go(func() error { return cluster.BuildProductImages(ctx, step, true) }) // while the cluster starts
 	c, err := cluster.Start(ctx, cluster.Options{Progress: step})
 	if err != nil {
 		return err
@@ -111,6 +115,9 @@ func run(ctx context.Context) (err error) {
 	}()
 	d := &demo{c, ctx}
 
+	if err := images.Wait(); err != nil {
+		return err
+	}
 	title("Installing the chart")
 	if err := c.InstallChart(ctx); err != nil {
 		return err
