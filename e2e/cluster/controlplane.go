@@ -71,7 +71,7 @@ func (c *controlPlane) start(ctx context.Context, onAPI func()) error {
 	if err != nil {
 		return err
 	}
-	return waitFor(ctx, "the ServiceAccount of the namespace default", time.Minute, []*process{c.manager, c.apiserver}, c.api.awaitServiceAccount)
+	return waitFor(ctx, "the ServiceAccount of the namespace default", startLimit, []*process{c.manager, c.apiserver}, c.api.awaitServiceAccount)
 }
 
 // startEtcd runs etcd with its data in memory: to sync each write to a disk would take most of the start time, and the
@@ -93,7 +93,7 @@ func (c *controlPlane) startEtcd(ctx context.Context) error {
 		return err
 	}
 	probe := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DialContext: DialFrom(c.netns, nil), DisableKeepAlives: true}}
-	return waitFor(ctx, "etcd", 30*time.Second, []*process{c.etcd}, polled(func(ctx context.Context) error {
+	return waitFor(ctx, "etcd", startLimit, []*process{c.etcd}, polled(func(ctx context.Context) error {
 		return checkHealth(ctx, probe, client+"/health")
 	}))
 }
@@ -116,7 +116,7 @@ func (c *controlPlane) startAPIServer(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return waitFor(ctx, "the API server", time.Minute, []*process{c.apiserver, c.etcd}, polled(c.api.checkReady))
+	return waitFor(ctx, "the API server", startLimit, []*process{c.apiserver, c.etcd}, polled(c.api.checkReady))
 }
 
 func (c *controlPlane) stop() error {

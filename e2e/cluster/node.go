@@ -89,7 +89,7 @@ func (n *node) boot(ctx context.Context) error {
 	if err := n.onStart(n.Name, n.init); err != nil {
 		return err
 	}
-	return waitFor(ctx, "containerd on "+n.Name, 30*time.Second, []*process{n.init}, polled(func(ctx context.Context) error {
+	return waitFor(ctx, "containerd on "+n.Name, startLimit, []*process{n.init}, polled(func(ctx context.Context) error {
 		conn, err := new(net.Dialer).DialContext(ctx, "unix", containerdSocket(n.Name))
 		if err == nil {
 			conn.Close()
@@ -106,7 +106,7 @@ func (n *node) startKubelet() error {
 }
 
 func (n *node) awaitReady(ctx context.Context, api *apiClient) error {
-	err := waitFor(ctx, "node "+n.Name, time.Minute, []*process{n.init}, func(ctx context.Context) error { return api.awaitNode(ctx, n.Name, n.began) })
+	err := waitFor(ctx, "node "+n.Name, startLimit, []*process{n.init}, func(ctx context.Context) error { return api.awaitNode(ctx, n.Name, n.began) })
 	if err != nil {
 		return fmt.Errorf("%w%s", err, logTail(n.log("kubelet")))
 	}

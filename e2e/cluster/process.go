@@ -190,6 +190,10 @@ func (p *process) ended() error {
 	}
 }
 
+// startLimit is how long one process may take to become ready. It is long, because a busy host is slow, and a process
+// that has ended ends the wait at once.
+const startLimit = 3 * time.Minute
+
 // errTooLate is the cause of a context whose wait took longer than its limit.
 var errTooLate = errors.New("the limit is over")
 

@@ -261,7 +261,7 @@ func (s *supervisor) startAzure(ctx context.Context) error {
 	if err := s.record("azure", s.azure); err != nil {
 		return err
 	}
-	if err := waitFor(ctx, "the fake Azure", 15*time.Second, []*process{s.azure}, polled(azureReady)); err != nil {
+	if err := waitFor(ctx, "the fake Azure", startLimit, []*process{s.azure}, polled(azureReady)); err != nil {
 		return err
 	}
 	s.step("the fake Azure runs")
