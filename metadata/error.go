@@ -44,15 +44,15 @@ const (
 // has a resolution of one second.
 const minRetryAfter, maxRetryAfter = 1 * time.Second, 25 * time.Second
 
-// AfterPending is the Retry-After for a client whose wait for its identity timed out.
-const AfterPending = 5 * time.Second
+// PendingRetryAfter is the Retry-After for a client whose wait for its identity timed out.
+const PendingRetryAfter = 5 * time.Second
 
 // Refusal returns the response to a request that the decision did not grant. A refused request gets a permanent error, like IMDS's
 // own 400, so that a chain of credentials tries its next credential at once. A pending request gets an error that makes
 // the client retry.
 func Refusal(d identity.Decision) *Error {
 	if d.Outcome == identity.Pending {
-		return Unavailable(d.Reason, d.Detail, AfterPending)
+		return Unavailable(d.Reason, d.Detail, PendingRetryAfter)
 	}
 	e := &Error{Status: http.StatusBadRequest, Code: codeInvalid, Description: textNotFound, Reason: d.Reason, Detail: d.Detail}
 	switch d.Reason {
@@ -79,8 +79,8 @@ func Forbidden(r identity.Reason, detail string) *Error {
 	return &Error{Status: http.StatusForbidden, Code: codeForbidden, Description: detail, Reason: r}
 }
 
-// Passed returns the response that passes on an error of the token source, with its code and description.
-func Passed(status int, code, description string) *Error {
+// SourceError returns the response that contains an error of the token source, with its code and description.
+func SourceError(status int, code, description string) *Error {
 	if code == "" {
 		code = codeInvalid
 	}

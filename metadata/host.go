@@ -69,7 +69,7 @@ type hostTokenResponse struct {
 }
 
 // WriteHostToken writes the token as the response to a request for /host/token.
-func (a TokenAnswer) WriteHostToken(w http.ResponseWriter, now time.Time) {
+func (a TokenResponse) WriteHostToken(w http.ResponseWriter, now time.Time) {
 	var response hostTokenResponse
 	response.ClientID = a.ClientID
 	t := &response.Token

@@ -21,8 +21,8 @@ import (
 	"time"
 )
 
-// TokenAnswer is the response with a token.
-type TokenAnswer struct {
+// TokenResponse is the response with a token.
+type TokenResponse struct {
 	AccessToken string
 	// ClientID of the identity; empty if the request did not name an identity and the ID is unknown.
 	ClientID string
@@ -40,13 +40,13 @@ var buffers = sync.Pool{New: func() any { return new([]byte) }}
 //
 // The fields are those of IMDS's response, in the same order (alphabetical: one client library uses the last of expires_in
 // and expires_on) and all are strings (numbers and empty strings break other libraries).
-func (a TokenAnswer) Write(w http.ResponseWriter, now time.Time) {
+func (a TokenResponse) Write(w http.ResponseWriter, now time.Time) {
 	write(w, func(b []byte) []byte { return a.append(b, now) })
 }
 
 // WriteTokens writes the tokens of an identity with several tenants like AAD Pod Identity: an array, with the token of
 // the home tenant first.
-func WriteTokens(w http.ResponseWriter, tokens []TokenAnswer, now time.Time) {
+func WriteTokens(w http.ResponseWriter, tokens []TokenResponse, now time.Time) {
 	write(w, func(b []byte) []byte {
 		b = append(b, '[')
 		for i, t := range tokens {
@@ -67,7 +67,7 @@ func write(w http.ResponseWriter, body func([]byte) []byte) {
 	writeJSON(w, http.StatusOK, *pooled)
 }
 
-func (a TokenAnswer) append(b []byte, now time.Time) []byte {
+func (a TokenResponse) append(b []byte, now time.Time) []byte {
 	b = appendJSON(append(b, `{"access_token":`...), a.AccessToken)
 	if a.ClientID != "" {
 		b = appendJSON(append(b, `,"client_id":`...), a.ClientID)

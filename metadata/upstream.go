@@ -21,12 +21,12 @@ import (
 const instancePath = "/metadata/instance"
 
 // IMDS allows a VM 5 requests per second for everything except tokens. All pods of the node share this budget; a request
-// waits for it at most passWait. A response of IMDS has some 10 KiB.
+// waits for it at most forwardWait. A response of IMDS has some 10 KiB.
 const (
-	passRate     = 5
-	passWait     = 2 * time.Second
-	passTimeout  = 10 * time.Second
-	maxPassBytes = 1 << 20
+	forwardRate     = 5
+	forwardWait     = 2 * time.Second
+	forwardTimeout  = 10 * time.Second
+	maxForwardBytes = 1 << 20
 )
 
 // Upstream forwards requests for descriptions of the VM to IMDS: RouteInstance, RouteVersions, RouteLoadBalancer, and
@@ -40,7 +40,7 @@ type upstreamKey struct{}
 
 // NewUpstream returns an Upstream that forwards requests to IMDS at addr.
 func NewUpstream(addr netip.AddrPort) *Upstream {
-	u := &Upstream{limiter: rate.NewLimiter(passRate, 1)}
+	u := &Upstream{limiter: rate.NewLimiter(forwardRate, 1)}
 	dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
 		// Always connect to addr, whatever the URL contains.
 		return (&net.Dialer{Timeout: 2 * time.Second}).DialContext(ctx, network, addr.String())
@@ -56,18 +56,18 @@ func NewUpstream(addr netip.AddrPort) *Upstream {
 		Transport: &http.Transport{
 			Proxy:                  nil, // IMDS must never be reached through a proxy
 			DialContext:            dial,
-			MaxConnsPerHost:        passRate,
+			MaxConnsPerHost:        forwardRate,
 			MaxIdleConnsPerHost:    1,
 			IdleConnTimeout:        30 * time.Second,
-			ResponseHeaderTimeout:  passTimeout,
+			ResponseHeaderTimeout:  forwardTimeout,
 			MaxResponseHeaderBytes: 16 << 10,
 			DisableCompression:     true,
 		},
 		ModifyResponse: func(r *http.Response) error {
-			if r.ContentLength > maxPassBytes {
-				return fmt.Errorf("the response of IMDS has %d bytes; NMI forwards at most %d", r.ContentLength, maxPassBytes)
+			if r.ContentLength > maxForwardBytes {
+				return fmt.Errorf("the response of IMDS has %d bytes; NMI forwards at most %d", r.ContentLength, maxForwardBytes)
 			}
-			r.Body = limitedBody{io.LimitReader(r.Body, maxPassBytes), r.Body}
+			r.Body = limitedBody{io.LimitReader(r.Body, maxForwardBytes), r.Body}
 			return nil
 		},
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
@@ -92,15 +92,15 @@ func unreachable(err error) *Error {
 	return Unavailable(identity.UpstreamUnavailable, detail, time.Second)
 }
 
-// Pass forwards the request to IMDS and writes its response. If the node has used up its budget it returns an error and
+// Forward forwards the request to IMDS and writes its response. If the node has used up its budget it returns an error and
 // writes nothing.
-func (u *Upstream) Pass(w http.ResponseWriter, r *http.Request, req Request) *Error {
-	waiting, cancel := context.WithTimeout(r.Context(), passWait)
+func (u *Upstream) Forward(w http.ResponseWriter, r *http.Request, req Request) *Error {
+	waitCtx, cancel := context.WithTimeout(r.Context(), forwardWait)
 	defer cancel()
-	if err := u.limiter.Wait(waiting); err != nil {
-		return Throttled(identity.UpstreamThrottled, fmt.Sprintf("The pods of this node have used up the %d requests per second that the metadata service allows", passRate), time.Second)
+	if err := u.limiter.Wait(waitCtx); err != nil {
+		return Throttled(identity.UpstreamThrottled, fmt.Sprintf("The pods of this node have used up the %d requests per second that the metadata service allows", forwardRate), time.Second)
 	}
-	ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), upstreamKey{}, req.upstreamURL()), passTimeout)
+	ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), upstreamKey{}, req.upstreamURL()), forwardTimeout)
 	defer cancel()
 	u.proxy.ServeHTTP(w, r.WithContext(ctx))
 	return nil

@@ -47,11 +47,11 @@ type Options struct {
 	Observer   Observer
 	// RequestTimeout bounds one request to ARM; 0 means 30 s.
 	RequestTimeout time.Duration
-	// PollMost bounds how long Wait polls an update; 0 means 20 minutes.
-	PollMost time.Duration
-	// PollEvery is the interval between polls of an update if ARM sends no Retry-After; 0 means 5 s. ARM allows 15 polls per
+	// MaxPollTime bounds how long Wait polls an update; 0 means 20 minutes.
+	MaxPollTime time.Duration
+	// PollInterval is the interval between polls of an update if ARM sends no Retry-After; 0 means 5 s. ARM allows 15 polls per
 	// minute for one machine.
-	PollEvery time.Duration
+	PollInterval time.Duration
 }
 
 const (
@@ -106,8 +106,8 @@ func New(cfg Config, o Options) (*Client, error) {
 		tokens:         &tokens{own: own, scope: manager.Audience + "/.default"},
 		observer:       o.Observer,
 		requestTimeout: positive(o.RequestTimeout, requestTimeout),
-		maxPollTime:    positive(o.PollMost, maxPollTime),
-		pollInterval:   positive(o.PollEvery, pollInterval),
+		maxPollTime:    positive(o.MaxPollTime, maxPollTime),
+		pollInterval:   positive(o.PollInterval, pollInterval),
 		subscriptions:  map[string]*subscription{},
 	}
 	c.arm = arm.ClientOptions{

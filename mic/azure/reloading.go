@@ -14,8 +14,8 @@ const reloadInterval = 10 * time.Second
 // Reloading is a Client that follows its configuration. Running operations keep the configuration they started with; operations
 // after a change use the new one. An invalid change is reported, and the previous Client stays in use.
 type Reloading struct {
-	// Every is how often the configuration is checked; 0 means 10 s. It must not be set after Run started.
-	Every time.Duration
+	// CheckInterval is how often the configuration is checked; 0 means 10 s. It must not be set after Run started.
+	CheckInterval time.Duration
 
 	path    string
 	getenv  func(string) string
@@ -45,7 +45,7 @@ func NewReloading(path string, getenv func(string) string, o Options, changed fu
 
 // Run checks the configuration until ctx ends. It compares the content, so a file may be edited or replaced.
 func (r *Reloading) Run(ctx context.Context) {
-	ticker := time.NewTicker(positive(r.Every, reloadInterval))
+	ticker := time.NewTicker(positive(r.CheckInterval, reloadInterval))
 	defer ticker.Stop()
 	for {
 		select {

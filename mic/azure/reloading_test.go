@@ -108,7 +108,7 @@ func TestCallsReportAnInvalidConfigurationUntilItIsCorrected(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		reported := &reports{}
 		r := NewReloading(path, env(), Options{Transport: anywhere(), Credential: credential(hasToken)}, reported.changed)
-		r.Every = time.Second
+		r.CheckInterval = time.Second
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		go r.Run(ctx)

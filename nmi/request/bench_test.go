@@ -73,7 +73,7 @@ func (b *bench) Latest(p *corev1.Pod) *corev1.Pod          { return p }
 func (b *bench) StaleWatch() string                        { return b.staleWatch }
 
 func (b *bench) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	var tokens []metadata.TokenAnswer
+	var tokens []metadata.TokenResponse
 	req, refusal := metadata.Parse(r, metadata.Rules{})
 	if refusal == nil {
 		tokens, refusal = b.tokens.ForAddress(r.Context(), &Caller{}, netip.MustParseAddrPort(r.RemoteAddr).Addr(), req)

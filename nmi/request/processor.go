@@ -69,7 +69,7 @@ type Caller struct {
 }
 
 // ForAddress goes the way of a request: pod, decision, token. It fills in the caller as far as it comes.
-func (p *Processor) ForAddress(ctx context.Context, who *Caller, source netip.Addr, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
+func (p *Processor) ForAddress(ctx context.Context, who *Caller, source netip.Addr, req metadata.Request) ([]metadata.TokenResponse, *metadata.Error) {
 	pod, refusal := p.findPod(ctx, podQuery{address: source})
 	if refusal != nil {
 		return nil, refusal
@@ -121,7 +121,7 @@ const maxRounds = 3
 // binding may go or a Secret be replaced, so after one it is decided again, and only an answer to what holds then goes
 // out. In standard mode the request waits, within its time, for an identity that is being assigned, and for the machine's
 // metadata service to hear of that.
-func (p *Processor) forPod(ctx context.Context, who *Caller, source netip.Addr, pod *corev1.Pod, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
+func (p *Processor) forPod(ctx context.Context, who *Caller, source netip.Addr, pod *corev1.Pod, req metadata.Request) ([]metadata.TokenResponse, *metadata.Error) {
 	who.Pod = pod
 	w := requestWait{WaitConfig: p.Wait, source: source}
 	defer w.finish()
@@ -204,10 +204,10 @@ func (p *Processor) authorize(ctx context.Context, pod *corev1.Pod, req metadata
 
 // fetchTokens gets the tokens of a grant. again is to ask although there was a no a moment ago. waited is false if all of them,
 // or the failure, were at hand.
-func (p *Processor) fetchTokens(ctx context.Context, who *Caller, g authorization, req metadata.Request, again bool) (answers []metadata.TokenAnswer, waited bool, refusal *metadata.Error) {
-	answers = make([]metadata.TokenAnswer, len(g.keys))
+func (p *Processor) fetchTokens(ctx context.Context, who *Caller, g authorization, req metadata.Request, again bool) (answers []metadata.TokenResponse, waited bool, refusal *metadata.Error) {
+	answers = make([]metadata.TokenResponse, len(g.keys))
 	for i, key := range g.keys {
-		got, origin, err := p.Cache.Get(ctx, token.Request{Key: key, Pod: string(g.pod.UID), Fresh: req.Bypass, Rejected: req.Rejected, Again: again})
+		got, origin, err := p.Cache.Get(ctx, token.Request{Key: key, Pod: string(g.pod.UID), Fresh: req.Bypass, Rejected: req.Rejected, Recheck: again})
 		who.Origin = origin
 		waited = waited || origin == token.Fetched || origin == token.Shared
 		if err != nil {
@@ -221,7 +221,7 @@ func (p *Processor) fetchTokens(ctx context.Context, who *Caller, g authorizatio
 		if i == 0 {
 			who.TokenID, who.CorrelationID = got.ID, got.CorrelationID
 		}
-		answers[i] = metadata.TokenAnswer{
+		answers[i] = metadata.TokenResponse{
 			AccessToken: got.AccessToken,
 			ClientID:    got.ClientID,
 			Resource:    req.Resource,
@@ -315,7 +315,7 @@ func (p *Processor) objectID(ctx context.Context, pod *corev1.Pod, id identity.I
 }
 
 // ForPodName is the way of a request that names its pod.
-func (p *Processor) ForPodName(ctx context.Context, who *Caller, source netip.Addr, req metadata.Request) ([]metadata.TokenAnswer, *metadata.Error) {
+func (p *Processor) ForPodName(ctx context.Context, who *Caller, source netip.Addr, req metadata.Request) ([]metadata.TokenResponse, *metadata.Error) {
 	pod, refusal := p.findPod(ctx, podQuery{name: req.PodNamespace + "/" + req.PodName})
 	if refusal != nil {
 		return nil, refusal

@@ -45,7 +45,7 @@ func upstreamError(d identity.Decision, err error) *metadata.Error {
 		answer.Detail = e.Detail
 		return answer
 	}
-	answer := metadata.Passed(upstreamStatus(d, e), e.Code, e.Description)
+	answer := metadata.SourceError(upstreamStatus(d, e), e.Code, e.Description)
 	answer.Reason = cmp.Or(e.Reason, identity.UpstreamRefused)
 	answer.Detail = cmp.Or(e.Detail, refusalDetail(d, from, upstreamMessage(e)))
 	return answer

@@ -202,6 +202,6 @@ func (p *Processor) notYetPropagated(pod *corev1.Pod, id *identity.Identity, err
 		e.Class != token.Denied || e.Status != http.StatusBadRequest || isResourceError(e) || time.Since(p.Wait.AssignedSince(pod, id)) >= propagationTime {
 		return err
 	}
-	return &token.Error{Class: token.Unavailable, Reason: identity.AssignmentPending, RetryAfter: metadata.AfterPending, Err: err,
+	return &token.Error{Class: token.Unavailable, Reason: identity.AssignmentPending, RetryAfter: metadata.PendingRetryAfter, Err: err,
 		Detail: fmt.Sprintf("AzureIdentity %s was assigned to the machine of pod %s/%s a moment ago, and the metadata service of the machine does not give a token for it yet: %s", id.Key(), pod.Namespace, pod.Name, upstreamMessage(e))}
 }

@@ -127,7 +127,7 @@ func (s *Server) handle(c *requestContext, r *http.Request) {
 		c.refuse(metadata.Forbidden(identity.RouteBlocked, "Descriptions of the machine are not given to pods on this cluster"))
 	default:
 		c.reason = identity.Forwarding
-		if refusal := s.upstream.Pass(c, r, c.req); refusal != nil {
+		if refusal := s.upstream.Forward(c, r, c.req); refusal != nil {
 			c.refuse(refusal)
 		}
 	}

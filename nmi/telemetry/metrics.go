@@ -88,11 +88,11 @@ func (m *Metrics) CountAPIFailure(operation string) { m.apiErrors.WithLabelValue
 
 func (m *Metrics) CountDecision(r identity.Reason) { m.Decisions.WithLabelValues(string(r)).Inc() }
 
-// CacheAnswered implements token.Observer.
-func (m *Metrics) CacheAnswered(o token.Origin) { m.cache.WithLabelValues(string(o)).Inc() }
+// CacheResult implements token.Observer.
+func (m *Metrics) CacheResult(o token.Origin) { m.cache.WithLabelValues(string(o)).Inc() }
 
-// SourceAsked implements token.Observer.
-func (m *Metrics) SourceAsked(source token.Source, class token.Class, d time.Duration) {
+// FetchDone implements token.Observer.
+func (m *Metrics) FetchDone(source token.Source, class token.Class, d time.Duration) {
 	outcome := string(class)
 	if outcome == "" {
 		outcome = "ok"

@@ -41,7 +41,7 @@ const (
 	// bypassInterval is the minimum time between two fetches for one key that bypass the cache (bypass_cache).
 	bypassInterval = 10 * time.Second
 
-	// recheckInterval is the minimum time between two rechecks of a cached refusal for one key, see Request.Again.
+	// recheckInterval is the minimum time between two rechecks of a cached refusal for one key, see Request.Recheck.
 	// recheckRate bounds the rechecks of all keys per second: only a part of what IMDS allows, the rest is for other
 	// requests.
 	recheckInterval = time.Second
@@ -62,10 +62,10 @@ const DefaultSize = 2048
 
 // Observer receives what the cache does, for metrics. Its methods must not block.
 type Observer interface {
-	// CacheAnswered is called when a Get ends.
-	CacheAnswered(Origin)
-	// SourceAsked is called when a fetch ends, with its duration. class is empty if the fetch returned a token.
-	SourceAsked(source Source, class Class, d time.Duration)
+	// CacheResult is called when a Get ends.
+	CacheResult(Origin)
+	// FetchDone is called when a fetch ends, with its duration. class is empty if the fetch returned a token.
+	FetchDone(source Source, class Class, d time.Duration)
 }
 
 // Cache holds tokens. It fetches a missing token once for all callers that wait for it, and renews tokens that running pods
@@ -136,9 +136,9 @@ type Request struct {
 	Fresh bool
 	// Rejected is the hash of a token that the caller does not accept. If that is the cached token, it has the effect of Fresh.
 	Rejected string
-	// Again requests a new fetch although a refusal is cached, because the refusal is probably outdated. The rate is
+	// Recheck requests a new fetch although a refusal is cached, because the refusal is probably outdated. The rate is
 	// limited, see recheckInterval.
-	Again bool
+	Recheck bool
 }
 
 // ErrPodThrottled is the error for a pod that causes too many fetches.
@@ -148,7 +148,7 @@ var ErrPodThrottled = errors.New("this pod requests new tokens too often")
 // ErrPodThrottled, or the error of ctx, which bounds only this caller's wait.
 func (c *Cache) Get(ctx context.Context, r Request) (Token, Origin, error) {
 	t, origin, err := c.get(ctx, r)
-	c.observe.CacheAnswered(origin)
+	c.observe.CacheResult(origin)
 	return t, origin, err
 }
 
@@ -202,7 +202,7 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 
 // servesFailure reports whether Get returns the cached failure. c.mu is held.
 func (c *Cache) servesFailure(r Request, pod *podState, e *entry, now time.Time) bool {
-	if !r.Again || classOf(e.failure) != Denied {
+	if !r.Recheck || classOf(e.failure) != Denied {
 		return now.Before(e.failureUntil)
 	}
 	if e.fetching != nil {
@@ -294,7 +294,7 @@ func (c *Cache) startFetch(call Call, e *entry) {
 		defer cancel()
 		start := time.Now()
 		f.token, f.err = c.fetcher.Fetch(ctx, call)
-		c.observe.SourceAsked(call.Source, classOf(f.err), time.Since(start))
+		c.observe.FetchDone(call.Source, classOf(f.err), time.Since(start))
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		e.fetching = nil

@@ -147,7 +147,7 @@ func TestARefusalIsRecheckedAtALimitedRate(t *testing.T) {
 		refused := &Error{Class: Denied, Status: 400}
 		s.set(func(s *source) { s.fails, s.takes = refused, 0 })
 		ask := func(name, pod string, again bool) Origin {
-			_, origin, err := c.Get(t.Context(), Request{Key: key(name), Pod: pod, Again: again})
+			_, origin, err := c.Get(t.Context(), Request{Key: key(name), Pod: pod, Recheck: again})
 			if err == ErrPodThrottled {
 				t.Errorf("pod %s is throttled", pod)
 			}
@@ -161,7 +161,7 @@ func TestARefusalIsRecheckedAtALimitedRate(t *testing.T) {
 		}
 		time.Sleep(recheckInterval)
 		if got := ask("x", "p", false); got != Failed {
-			t.Errorf("without Again: %s", got)
+			t.Errorf("without Recheck: %s", got)
 		}
 		if got := ask("x", "p", true); got != Fetched {
 			t.Errorf("after a second: %s", got)

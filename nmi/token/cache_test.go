@@ -57,8 +57,8 @@ func (s *source) count() int {
 
 type noObserver struct{}
 
-func (noObserver) CacheAnswered(Origin)                     {}
-func (noObserver) SourceAsked(Source, Class, time.Duration) {}
+func (noObserver) CacheResult(Origin)                     {}
+func (noObserver) FetchDone(Source, Class, time.Duration) {}
 
 // inBubble runs the test with a fake clock, a source of tokens that last a day, and a cache for which all pods run.
 func inBubble(t *testing.T, test func(t *testing.T, s *source, c *Cache)) {

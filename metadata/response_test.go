@@ -14,7 +14,7 @@ import (
 
 func TestATokenIsWrittenLikeIMDS(t *testing.T) {
 	w := httptest.NewRecorder()
-	TokenAnswer{
+	TokenResponse{
 		AccessToken: "eyJ.a.b", ClientID: "0d46", Resource: `https://x/?a=1&b=<">`,
 		ExpiresOn: time.Unix(1709895997, 0), NotBefore: time.Unix(1709809297, 0), Lifetime: 86399 * time.Second,
 	}.Write(w, time.Unix(1709895997-86317, 0))
@@ -30,7 +30,7 @@ func TestATokenIsWrittenLikeIMDS(t *testing.T) {
 
 func TestAnExpiredTokenHasNoNegativeLifetime(t *testing.T) {
 	w := httptest.NewRecorder()
-	TokenAnswer{ExpiresOn: time.Unix(100, 0)}.Write(w, time.Unix(200, 0))
+	TokenResponse{ExpiresOn: time.Unix(100, 0)}.Write(w, time.Unix(200, 0))
 	if !strings.Contains(w.Body.String(), `"expires_in":"0"`) {
 		t.Error(w.Body)
 	}
@@ -91,7 +91,7 @@ func pass(t *testing.T, h http.HandlerFunc, target string, headers ...string) (*
 		t.Fatal(refusal)
 	}
 	w := httptest.NewRecorder()
-	return w, u.Pass(w, r, req)
+	return w, u.Forward(w, r, req)
 }
 
 func TestTheRequestToIMDSIsBuiltFromParsedValues(t *testing.T) {
@@ -119,10 +119,10 @@ func TestTheRequestToIMDSIsBuiltFromParsedValues(t *testing.T) {
 func TestAnEndlessResponseIsLimited(t *testing.T) {
 	w, _ := pass(t, func(w http.ResponseWriter, _ *http.Request) {
 		for range 3 {
-			w.Write(make([]byte, maxPassBytes))
+			w.Write(make([]byte, maxForwardBytes))
 		}
 	}, "/metadata/instance?api-version=2021-02-01")
-	if w.Body.Len() > maxPassBytes {
+	if w.Body.Len() > maxForwardBytes {
 		t.Errorf("%d bytes were passed on", w.Body.Len())
 	}
 }
@@ -142,7 +142,7 @@ func TestTheNodesBudgetIsSharedAndBounded(t *testing.T) {
 	results := make(chan *Error)
 	const asked = 30
 	for range asked {
-		go func() { results <- u.Pass(httptest.NewRecorder(), r, Request{Route: RouteVersions}) }()
+		go func() { results <- u.Forward(httptest.NewRecorder(), r, Request{Route: RouteVersions}) }()
 	}
 	served, start := 0, time.Now()
 	for range asked {
@@ -153,7 +153,7 @@ func TestTheNodesBudgetIsSharedAndBounded(t *testing.T) {
 		}
 	}
 	// One request at once, then one every 200 ms.
-	if most := 1 + int((passWait+time.Since(start))*passRate/time.Second); served < 5 || served > most {
+	if most := 1 + int((forwardWait+time.Since(start))*forwardRate/time.Second); served < 5 || served > most {
 		t.Errorf("%d of %d were served, at most %d may", served, asked, most)
 	}
 }
