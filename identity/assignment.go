@@ -36,9 +36,9 @@ func (a Assignment) Covers(pod Pod, i *Identity) bool {
 		(i.Kind != UserAssigned || sameResource(a.ResourceID, i.ResourceID))
 }
 
-// Usable reports whether the pod may use the identity. An object without a state and without an owner is from a version of
-// AAD Pod Identity without states, where it meant that the identity is attached. An object without a state that a pod owns
-// is from MIC, which has not set the state yet.
+// Usable reports whether the pod may use the identity. An object without a state and without an owner is from a version
+// of AAD Pod Identity without states, where it meant that the identity is attached. An object without a state that a
+// pod owns is from MIC, which has not set the state yet.
 func (a Assignment) Usable() bool {
 	return a.State == StateAssigned || a.State == StateLegacy && a.PodUID == ""
 }

@@ -4,9 +4,9 @@
 // function over plain values: no I/O, no clock, no log. The same input has the same result everywhere, and the result has
 // a [Reason] that is spelled the same in the HTTP error, the log and the metrics.
 //
-// It protects against a pod that gets an identity that is not bound to it. A doubtful case (two bindings that disagree, a
-// binding whose identity does not exist, an invalid identity) is refused with the names of the objects; the package never guesses.
-// Text that the client chooses can only narrow the set of identities that the cluster's objects allow.
+// It protects against a pod that gets an identity that is not bound to it. A doubtful case (two bindings that disagree,
+// a binding whose identity does not exist, an invalid identity) is refused with the names of the objects; the package
+// never guesses. Text that the client chooses can only narrow the set of identities that the cluster's objects allow.
 package identity
 
 import (
@@ -46,8 +46,8 @@ type Rules struct {
 	Mode Mode
 	// ForceNamespaced restricts bindings to their own namespace in standard mode too.
 	ForceNamespaced bool
-	// AllowCrossNamespaceSecrets allows an identity to name a Secret in another namespace. Users who may create identities
-	// can then use every Secret that NMI may read.
+	// AllowCrossNamespaceSecrets allows an identity to name a Secret in another namespace. Users who may create
+	// identities can then use every Secret that NMI may read.
 	AllowCrossNamespaceSecrets bool
 }
 
@@ -90,8 +90,8 @@ type Identity struct {
 	AuxiliaryTenantIDs []string
 	// ADEndpoint is the authority, by default that of the installation. Not for UserAssigned.
 	ADEndpoint string
-	// SecretNamespace and SecretName name the Secret with the client secret or certificate. The namespace defaults to that
-	// of the identity.
+	// SecretNamespace and SecretName name the Secret with the client secret or certificate. The namespace defaults to
+	// that of the identity.
 	SecretNamespace, SecretName string
 	// ObjectID is not part of the AzureIdentity. Callers that have received a token of this identity set it from the oid
 	// claim. Only a request by object_id needs it.
@@ -110,7 +110,8 @@ func (i Identity) usesSecret() bool {
 	return i.Kind == ServicePrincipalSecret || i.Kind == ServicePrincipalCertificate
 }
 
-// sameCredential reports whether two objects describe the same principal with the same credential, so that either can be used.
+// sameCredential reports whether two objects describe the same principal with the same credential, so that either can
+// be used.
 func (i Identity) sameCredential(o Identity) bool {
 	if i.Kind != o.Kind || !strings.EqualFold(i.ClientID, o.ClientID) {
 		return false
@@ -209,8 +210,8 @@ func refuse(r Reason, format string, args ...any) Decision {
 	return Decision{Outcome: Refused, Reason: r, Detail: fmt.Sprintf(format, args...)}
 }
 
-// excepted applies the rule of AAD Pod Identity: one matching label of one exception in the pod's namespace is enough, and
-// the case of values is ignored.
+// excepted applies the rule of AAD Pod Identity: one matching label of one exception in the pod's namespace is enough,
+// and the case of values is ignored.
 func excepted(pod Pod, exceptions []Exception) bool {
 	for _, e := range exceptions {
 		if e.Namespace != pod.Namespace {
@@ -225,8 +226,8 @@ func excepted(pod Pod, exceptions []Exception) bool {
 	return false
 }
 
-// Bound returns the identities that are bound to the pod, each once, sorted by namespace and name, or the refusal if there
-// is none. It ignores exceptions and the request.
+// Bound returns the identities that are bound to the pod, each once, sorted by namespace and name, or the refusal if
+// there is none. It ignores exceptions and the request.
 func Bound(rules Rules, pod Pod, facts Facts) ([]Identity, *Decision) {
 	label := pod.Labels[v1.BindingLabel]
 	if label == "" {

@@ -43,8 +43,8 @@ func FromAzurePodIdentityException(o *v1.AzurePodIdentityException) Exception {
 	return Exception{Namespace: o.Namespace, Name: o.Name, PodLabels: o.Spec.PodLabels}
 }
 
-// FromAzureAssignedIdentity returns the fields of the object that the decision reads. An object without a copy of its identity
-// covers no identity.
+// FromAzureAssignedIdentity returns the fields of the object that the decision reads. An object without a copy of its
+// identity covers no identity.
 func FromAzureAssignedIdentity(o *v1.AzureAssignedIdentity) Assignment {
 	a := Assignment{
 		PodNamespace: o.Spec.PodNamespace,

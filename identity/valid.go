@@ -7,8 +7,8 @@ import (
 )
 
 // Problem returns why no token can be requested for the identity, or "" if it is valid. The validation rules of the CRD
-// refuse invalid new objects, but not those that AAD Pod Identity stored. Problem is called for every request, so it uses no
-// regular expressions.
+// refuse invalid new objects, but not those that AAD Pod Identity stored. Problem is called for every request, so it
+// uses no regular expressions.
 func (i Identity) Problem() string {
 	switch i.Kind {
 	case UserAssigned:
@@ -110,8 +110,8 @@ func isGUID(s string) bool {
 	return true
 }
 
-// userAssignedForm has the segments of the resource ID of a user-assigned managed identity; "" is a name. Azure ignores the
-// case of IDs.
+// userAssignedForm has the segments of the resource ID of a user-assigned managed identity; "" is a name. Azure ignores
+// the case of IDs.
 var userAssignedForm = [...]string{"subscriptions", "", "resourcegroups", "", "providers", "Microsoft.ManagedIdentity", "userAssignedIdentities", ""}
 
 func isUserAssignedID(id string) bool {

@@ -41,8 +41,8 @@ func (c Config) check() error {
 	return nil
 }
 
-// Capture owns our chains and our link on this node. Its methods may be called from any goroutine, and by several processes in
-// the same network namespace at once; a lock serializes them.
+// Capture owns our chains and our link on this node. Its methods may be called from any goroutine, and by several
+// processes in the same network namespace at once; a lock serializes them.
 type Capture struct {
 	slots    []slot
 	backend  Backend
@@ -154,9 +154,9 @@ func (c *Capture) EnsureLink(ctx context.Context) error {
 	return err
 }
 
-// Install installs the rules and ends connections that were opened before. Call it when the listener is up: from then on
-// traffic of pods is redirected to it. Idempotent. After an error the rules installed so far stay, and pods cannot reach more
-// than before; call Install again.
+// Install installs the rules and ends connections that were opened before. Call it when the listener is up: from then
+// on traffic of pods is redirected to it. Idempotent. After an error the rules installed so far stay, and pods cannot
+// reach more than before; call Install again.
 func (c *Capture) Install(ctx context.Context) error {
 	done, err := c.acquire(ctx)
 	if err != nil {
@@ -262,9 +262,9 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 	return repaired, errors.Join(append(failed, err)...)
 }
 
-// deleteUncaptured ends connections that were opened before capture, so that their clients notice at once. Security does not
-// depend on it: the drop in FORWARD applies to those connections too, and their clients would only wait for a timeout.
-// Therefore a failure is only logged.
+// deleteUncaptured ends connections that were opened before capture, so that their clients notice at once. Security
+// does not depend on it: the drop in FORWARD applies to those connections too, and their clients would only wait for a
+// timeout. Therefore a failure is only logged.
 func (c *Capture) deleteUncaptured(ctx context.Context) {
 	n, err := c.flows.deleteUncaptured(ctx)
 	if err != nil {
@@ -275,8 +275,8 @@ func (c *Capture) deleteUncaptured(ctx context.Context) {
 	}
 }
 
-// Verify compares rules and link with the expected state and changes nothing. It returns nil if there is no difference, an
-// error that is ErrDrift and lists the differences, or the error that prevented the comparison.
+// Verify compares rules and link with the expected state and changes nothing. It returns nil if there is no difference,
+// an error that is ErrDrift and lists the differences, or the error that prevented the comparison.
 func (c *Capture) Verify(ctx context.Context) error {
 	done, err := c.acquire(ctx)
 	if err != nil {

@@ -26,8 +26,8 @@ type flow struct {
 	source, destination, server netip.AddrPort
 }
 
-// deleteUncaptured deletes connections of pods that were not captured, or that were redirected to an earlier listen address.
-// Connections of the node itself stay.
+// deleteUncaptured deletes connections of pods that were not captured, or that were redirected to an earlier listen
+// address. Connections of the node itself stay.
 func (c conntrack) deleteUncaptured(ctx context.Context) (int, error) {
 	addresses, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
@@ -93,9 +93,9 @@ func request(operation, flags int, payload []byte, each func([]byte) bool) error
 // attributeType masks the flags in the type of a netlink attribute.
 const attributeType = 0x3fff
 
-// parseFlow parses one message of the kernel. ok is false if the connection is not TCP over IPv4. key identifies the connection
-// for deletion: its original tuple, its zone and its ID. Without the ID, a newer connection with the same tuple could be
-// deleted.
+// parseFlow parses one message of the kernel. ok is false if the connection is not TCP over IPv4. key identifies the
+// connection for deletion: its original tuple, its zone and its ID. Without the ID, a newer connection with the same
+// tuple could be deleted.
 func parseFlow(message []byte) (f flow, key []byte, ok bool) {
 	if len(message) < nl.SizeofNfgenmsg {
 		return flow{}, nil, false

@@ -30,9 +30,10 @@
 // that are created and deleted with the pods, and its previous value must be restored. The link needs no sysctl and is
 // easy to remove, and the kernel never chooses its address as the source of other traffic.
 //
-// Linux responds to an address of any of its links on all of them. A neighbour could therefore route packets to the listen
-// address through the node, or a pod connect to it directly. The INPUT chain admits only connections that, according to
-// conntrack, were sent to the metadata address and redirected, and those from the node itself, such as probes.
+// Linux responds to an address of any of its links on all of them. A neighbour could therefore route packets to the
+// listen address through the node, or a pod connect to it directly. The INPUT chain admits only connections that,
+// according to conntrack, were sent to the metadata address and redirected, and those from the node itself, such as
+// probes.
 //
 // # Limits
 //
@@ -46,7 +47,7 @@
 //
 // # How rules change without a gap
 //
-// Each chain has two generations, A and B. A repair never changes the active chain. It fills the other one, inserts a jump
-// to it at position 1, checks the result, and only then removes the old jump and chain. After a crash at any point the
-// capture is still complete, and the next Sync removes leftovers.
+// Each chain has two generations, A and B. A repair never changes the active chain. It fills the other one, inserts a
+// jump to it at position 1, checks the result, and only then removes the old jump and chain. After a crash at any point
+// the capture is still complete, and the next Sync removes leftovers.
 package iptables

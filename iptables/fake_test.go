@@ -26,8 +26,8 @@ type fault struct {
 
 var errInjected = errors.New("injected fault")
 
-// fakeTables is a back end in memory. Like the kernel it refuses to drop a chain that is in use or not empty, to jump to a
-// chain that does not exist, and to delete a rule that does not exist.
+// fakeTables is a back end in memory. Like the kernel it refuses to drop a chain that is in use or not empty, to jump
+// to a chain that does not exist, and to delete a rule that does not exist.
 type fakeTables struct {
 	chains map[string]map[string][]listed // Table, chain, rules.
 	fault  fault

@@ -16,11 +16,11 @@ const LinkName = "podidentity0"
 // dumpAttempts is the maximum number of attempts at a dump that the kernel reports as interrupted by a change.
 const dumpAttempts = 5
 
-// ownLink manages the link with the listen address. It is a dummy link, or on the rare kernel without that driver a bridge
-// without ports, which works the same for a local address.
+// ownLink manages the link with the listen address. It is a dummy link, or on the rare kernel without that driver a
+// bridge without ports, which works the same for a local address.
 //
-// Sockets bound to the address survive when the link is deleted, and work again when it is created again. So a repair does
-// not affect the listener.
+// Sockets bound to the address survive when the link is deleted, and work again when it is created again. So a repair
+// does not affect the listener.
 type ownLink struct {
 	address netip.Addr
 }

@@ -11,8 +11,8 @@ import (
 )
 
 // lockName is the name of an abstract Unix socket. Like the rules, these names belong to the network namespace, so the
-// process that binds it holds the lock for the rules. The kernel releases the name whenever the process ends, and no file or
-// mount is needed.
+// process that binds it holds the lock for the rules. The kernel releases the name whenever the process ends, and no
+// file or mount is needed.
 const lockName = "@podidentity-capture"
 
 const (

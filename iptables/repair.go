@@ -53,8 +53,9 @@ func readSlot(t tables, s slot) (slotState, error) {
 	return state, nil
 }
 
-// foreign returns an error if a chain with one of our names has rules, none of them ours, and no jump of ours to it. An empty
-// chain can be left by a crash of ours. A chain with rules of ours and others is ours, and was changed by someone.
+// foreign returns an error if a chain with one of our names has rules, none of them ours, and no jump of ours to it. An
+// empty chain can be left by a crash of ours. A chain with rules of ours and others is ours, and was changed by
+// someone.
 func (st slotState) foreign() error {
 	for g, found := range st.generations {
 		if isForeign(found.rules, found.jumps) {
@@ -73,7 +74,8 @@ func foreignChain(table, chain string) error {
 		ErrForeignChain, chain, table, strings.TrimSpace(marker)+" ...")
 }
 
-// inForce returns the active generation, whose jump, exactly as we write it, is the first rule of the hook; -1 if there is none.
+// inForce returns the active generation, whose jump, exactly as we write it, is the first rule of the hook; -1 if there
+// is none.
 func (st slotState) inForce() int {
 	for g := range generations {
 		if len(st.hookRules) > 0 && st.hookRules[0].is(st.jump(g)) {
@@ -87,7 +89,8 @@ func (st slotState) find(match func(generationState) bool) int {
 	return slices.IndexFunc(st.generations[:], match)
 }
 
-// differences returns nothing if the slot is in its expected state: one complete generation with a single jump at position 1.
+// differences returns nothing if the slot is in its expected state: one complete generation with a single jump at
+// position 1.
 func (st slotState) differences() []difference {
 	var ds []difference
 	report := func(what, format string, args ...any) {
@@ -139,8 +142,8 @@ func (st slotState) compare(g int) string {
 	return fmt.Sprintf("%s: %s", st.chain(g), strings.Join(parts, ", "))
 }
 
-// repairSlot brings one slot to its expected state. Between any two commands the slot blocks at least as much as before: a
-// chain is changed only while no rule jumps to it, and a jump is removed only behind one that is complete.
+// repairSlot brings one slot to its expected state. Between any two commands the slot blocks at least as much as
+// before: a chain is changed only while no rule jumps to it, and a jump is removed only behind one that is complete.
 func repairSlot(ctx context.Context, t tables, st slotState) error {
 	var err error
 	if st, err = freeGeneration(ctx, t, st); err != nil {
@@ -175,9 +178,9 @@ func repairSlot(ctx context.Context, t tables, st slotState) error {
 	return discard(ctx, t, now, 1-target)
 }
 
-// freeGeneration removes one generation if both have jumps and one of them is complete. That is the state after an interrupted
-// repair. If someone changed rules after that, the complete generation may be behind other rules, so its jump is
-// inserted first before the other generation is removed.
+// freeGeneration removes one generation if both have jumps and one of them is complete. That is the state after an
+// interrupted repair. If someone changed rules after that, the complete generation may be behind other rules, so its
+// jump is inserted first before the other generation is removed.
 func freeGeneration(ctx context.Context, t tables, st slotState) (slotState, error) {
 	if len(st.generations[0].jumps) == 0 || len(st.generations[1].jumps) == 0 {
 		return st, nil
@@ -197,9 +200,9 @@ func freeGeneration(ctx context.Context, t tables, st slotState) (slotState, err
 	return readSlot(t, st.slot)
 }
 
-// generationToBuild returns the generation to rebuild: one without a jump, if there is one. Both have jumps only if a repair
-// was interrupted and neither generation has the expected rules, as after an upgrade with another configuration. Then the
-// non-empty generation is kept, or of two non-empty ones the one that packets reach first.
+// generationToBuild returns the generation to rebuild: one without a jump, if there is one. Both have jumps only if a
+// repair was interrupted and neither generation has the expected rules, as after an upgrade with another configuration.
+// Then the non-empty generation is kept, or of two non-empty ones the one that packets reach first.
 func (st slotState) generationToBuild() int {
 	if free := st.find(func(g generationState) bool { return len(g.jumps) == 0 }); free >= 0 {
 		return free
@@ -238,9 +241,10 @@ func build(ctx context.Context, t tables, st slotState, g int) error {
 	return nil
 }
 
-// retire empties a generation and then removes the jumps to it. The order matters: a crash in between may leave an empty chain, but
-// must not leave one with rules and without a jump. If someone had replaced the rules, that chain could not be distinguished from
-// a foreign one. Jumps are deleted by their text, never by their number, which may have become that of a foreign rule.
+// retire empties a generation and then removes the jumps to it. The order matters: a crash in between may leave an
+// empty chain, but must not leave one with rules and without a jump. If someone had replaced the rules, that chain
+// could not be distinguished from a foreign one. Jumps are deleted by their text, never by their number, which may have
+// become that of a foreign rule.
 func retire(ctx context.Context, t tables, st slotState, g int) error {
 	if !st.generations[g].exists {
 		return nil
@@ -294,8 +298,8 @@ func removeReferences(t tables, d dump, table, chain string) error {
 	return nil
 }
 
-// purge removes a slot from one back end: jumps, then chains. Missing chains are no error, because the aim is that they do not
-// exist. It works on a dump, which unlike a listing does not create tables on the node.
+// purge removes a slot from one back end: jumps, then chains. Missing chains are no error, because the aim is that they
+// do not exist. It works on a dump, which unlike a listing does not create tables on the node.
 func purge(ctx context.Context, t tables, d dump, s slot) error {
 	var foreign error
 	for g := range generations {

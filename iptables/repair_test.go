@@ -160,8 +160,8 @@ func faults(commands int) []fault {
 	return all
 }
 
-// runWithEveryFault prepares a state, calls run with one fault after the other, and then without a fault. check is called on
-// the result of the last run.
+// runWithEveryFault prepares a state, calls run with one fault after the other, and then without a fault. check is
+// called on the result of the last run.
 func runWithEveryFault(t *testing.T, prepare func() *fakeTables, run func(*fakeTables) error, worst func(was, is outcome) bool, check func(*testing.T, *fakeTables)) {
 	t.Helper()
 	clean := prepare()

@@ -15,7 +15,8 @@ const metadataProtocol = "tcp"
 // generations of a chain. One is active, the next one is built in the other.
 var generations = [2]string{"A", "B"}
 
-// slot is a netfilter hook, and our chain, in two generations, that the hook jumps to. The name is part of the result of Sync.
+// slot is a netfilter hook, and our chain, in two generations, that the hook jumps to. The name is part of the result
+// of Sync.
 type slot struct {
 	name   string
 	table  string
@@ -31,8 +32,8 @@ func (s slot) jump(generation int) []string {
 	return []string{"-m", "comment", "--comment", marker + s.why, "-j", s.chain(generation)}
 }
 
-// slots returns the three slots in the order of installation: the drop first, because it alone already protects the metadata
-// service, and the redirection last, when the address it redirects to is protected.
+// slots returns the three slots in the order of installation: the drop first, because it alone already protects the
+// metadata service, and the redirection last, when the address it redirects to is protected.
 func slots(metadata, listen netip.AddrPort) []slot {
 	metadataNet, listenNet := metadata.Addr().String()+"/32", listen.Addr().String()+"/32"
 	metadataPort := strconv.Itoa(int(metadata.Port()))
@@ -50,8 +51,8 @@ func slots(metadata, listen netip.AddrPort) []slot {
 				// Also drops responses for connections opened before capture, and prevents neighbours from posing as the
 				// metadata service.
 				rule("no packet from the metadata address reaches a pod", "-j DROP", "-s", metadataNet),
-				// If the link is deleted, the listen address is no longer local, and a redirected request would be routed to a
-				// host outside that claims the address.
+				// If the link is deleted, the listen address is no longer local, and a redirected request would be
+				// routed to a host outside that claims the address.
 				rule("no captured packet leaves the node", "-j DROP", "-d", listenNet),
 			},
 		},
@@ -93,8 +94,8 @@ func parseListed(line string) (listed, bool) {
 	return listed{chain: words[1], args: words[2:]}, true
 }
 
-// splitWords splits a line into words and removes the quoting of iptables: double quotes around words that need them, with
-// backslashes inside.
+// splitWords splits a line into words and removes the quoting of iptables: double quotes around words that need them,
+// with backslashes inside.
 func splitWords(line string) ([]string, bool) {
 	var words []string
 	var word strings.Builder
@@ -125,9 +126,9 @@ func splitWords(line string) ([]string, bool) {
 	return words, !quoted && !escaped
 }
 
-// canonical returns a form that is equal for equal rules, independent of the back end and version that listed them. Those
-// differ in the order of matches, in whether they name the module of a match, and in numbers for protocols. Arguments that
-// canonical does not know stay in the form and make the rule different.
+// canonical returns a form that is equal for equal rules, independent of the back end and version that listed them.
+// Those differ in the order of matches, in whether they name the module of a match, and in numbers for protocols.
+// Arguments that canonical does not know stay in the form and make the rule different.
 func canonical(args []string) string {
 	var parts []string
 	for i := 0; i < len(args); {

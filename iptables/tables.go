@@ -19,9 +19,9 @@ const lockSeconds = 5
 // errNoChain is what tables.list returns for a chain that does not exist.
 var errNoChain = errors.New("no such chain")
 
-// tables are the operations of capture on one back end. Each method is a single command, atomic in the kernel and bounded by
-// lockSeconds, so callers check their context between the methods. Callers must keep the rules safe if the process ends
-// between two commands.
+// tables are the operations of capture on one back end. Each method is a single command, atomic in the kernel and
+// bounded by lockSeconds, so callers check their context between the methods. Callers must keep the rules safe if the
+// process ends between two commands.
 type tables interface {
 	// list returns the rules of a chain in order. errNoChain if there is none.
 	list(table, chain string) ([]listed, error)
@@ -81,8 +81,8 @@ type program struct {
 	ipt     *coreos.IPTables
 }
 
-// findProgram finds the commands of one back end, unambiguous names first. "iptables" alone is either back end, depending on
-// the image; the output of --version says which.
+// findProgram finds the commands of one back end, unambiguous names first. "iptables" alone is either back end,
+// depending on the image; the output of --version says which.
 func findProgram(backend Backend) (*program, error) {
 	mode := map[Backend]string{BackendNFT: "(nf_tables)", BackendLegacy: "(legacy)"}[backend]
 	for _, name := range []string{"iptables-" + string(backend), "iptables"} {
@@ -161,11 +161,12 @@ func wrap(err error, doing, table, chain string) error {
 	return fmt.Errorf("%s %s of table %s: %w", doing, chain, table, err)
 }
 
-// legacyTables is the file that lists the legacy tables of this network namespace. It does not exist if the legacy back end
-// was never used.
+// legacyTables is the file that lists the legacy tables of this network namespace. It does not exist if the legacy back
+// end was never used.
 const legacyTables = "/proc/thread-self/net/ip_tables_names"
 
-// legacyInUse reports whether the legacy back end has tables. It does not run the legacy programs, which would create them.
+// legacyInUse reports whether the legacy back end has tables. It does not run the legacy programs, which would create
+// them.
 func legacyInUse() (bool, error) {
 	names, err := os.ReadFile(legacyTables)
 	if errors.Is(err, os.ErrNotExist) {

@@ -114,7 +114,8 @@ func (w *testNetwork) podPackets() (total int) {
 	return total
 }
 
-// ask connects from a namespace ("" is the node) and returns the greeting of the server: its name and the client's address.
+// ask connects from a namespace ("" is the node) and returns the greeting of the server: its name and the client's
+// address.
 func (w *testNetwork) ask(from, to string, timeout time.Duration) (answer string, err error) {
 	w.t.Helper()
 	dial := func() {

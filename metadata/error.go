@@ -40,16 +40,16 @@ const (
 	codeUnavailable = "service_unavailable"
 )
 
-// Clients give up at once if Retry-After exceeds their own limit; the smallest known limit is azidentity's 25 s. The header
-// has a resolution of one second.
+// Clients give up at once if Retry-After exceeds their own limit; the smallest known limit is azidentity's 25 s. The
+// header has a resolution of one second.
 const minRetryAfter, maxRetryAfter = 1 * time.Second, 25 * time.Second
 
 // PendingRetryAfter is the Retry-After for a client whose wait for its identity timed out.
 const PendingRetryAfter = 5 * time.Second
 
-// Refusal returns the response to a request that the decision did not grant. A refused request gets a permanent error, like IMDS's
-// own 400, so that a chain of credentials tries its next credential at once. A pending request gets an error that makes
-// the client retry.
+// Refusal returns the response to a request that the decision did not grant. A refused request gets a permanent error,
+// like IMDS's own 400, so that a chain of credentials tries its next credential at once. A pending request gets an
+// error that makes the client retry.
 func Refusal(d identity.Decision) *Error {
 	if d.Outcome == identity.Pending {
 		return Unavailable(d.Reason, d.Detail, PendingRetryAfter)

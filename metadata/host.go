@@ -19,10 +19,10 @@ const (
 // maxName bounds the name of a namespace or a pod, as Kubernetes does.
 const maxName = 253
 
-// ParseHostToken parses a request for /host/token, with which a program of the node requests a token on behalf of a pod: the
-// Azure provider of the Secrets Store CSI driver and the Key Vault FlexVolume do that before the pod runs. The protocol
-// is that of AAD Pod Identity, not of IMDS: headers name the pod, and neither a Metadata header nor an api-version is
-// required. The server must make sure that the caller may act for pods.
+// ParseHostToken parses a request for /host/token, with which a program of the node requests a token on behalf of a
+// pod: the Azure provider of the Secrets Store CSI driver and the Key Vault FlexVolume do that before the pod runs. The
+// protocol is that of AAD Pod Identity, not of IMDS: headers name the pod, and neither a Metadata header nor an
+// api-version is required. The server must make sure that the caller may act for pods.
 func ParseHostToken(r *http.Request) (Request, *Error) {
 	req := Request{Route: RouteUnknown}
 	rawPath, rawQuery := split(r)

@@ -67,7 +67,8 @@ func Parse(r *http.Request, rules Rules) (Request, *Error) {
 	if req.Route == RouteUnknown {
 		return req, &Error{Status: http.StatusNotFound, Code: codeNotFound, Description: "No such endpoint", Reason: identity.PathUnknown}
 	}
-	// A proxy sent a forwarded request on behalf of someone else than the pod it runs in. Even an empty header shows that.
+	// A proxy sent a forwarded request on behalf of someone else than the pod it runs in. Even an empty header shows
+	// that.
 	if _, forwarded := r.Header["X-Forwarded-For"]; forwarded {
 		return req, &Error{Status: http.StatusBadRequest, Code: codeInvalid, Description: "Requests with an X-Forwarded-For header are not served", Reason: identity.Forwarded}
 	}
@@ -117,8 +118,8 @@ func split(r *http.Request) (path, query string) {
 	return path, query
 }
 
-// hasMetadataHeader reports whether there is a Metadata header and all of them are "true", in any case. Headers that differ
-// are refused.
+// hasMetadataHeader reports whether there is a Metadata header and all of them are "true", in any case. Headers that
+// differ are refused.
 func hasMetadataHeader(h http.Header) bool {
 	values := h["Metadata"]
 	for _, v := range values {
@@ -208,7 +209,8 @@ func parseTokenParameters(req Request, values parameterList) (Request, *Error) {
 	if req.Resource == "" {
 		return req, &Error{Status: http.StatusBadRequest, Code: codeInvalid, Description: textNoResource, Reason: identity.ResourceMissing}
 	}
-	// The documentation has msi_res_id, but some clients send mi_res_id. Old clients send empty selectors; they are ignored.
+	// The documentation has msi_res_id, but some clients send mi_res_id. Old clients send empty selectors; they are
+	// ignored.
 	given := 0
 	for _, p := range values {
 		if p.value == "" {

@@ -38,8 +38,8 @@ var buffers = sync.Pool{New: func() any { return new([]byte) }}
 
 // Write writes the token. expires_in is the remaining lifetime at now.
 //
-// The fields are those of IMDS's response, in the same order (alphabetical: one client library uses the last of expires_in
-// and expires_on) and all are strings (numbers and empty strings break other libraries).
+// The fields are those of IMDS's response, in the same order (alphabetical: one client library uses the last of
+// expires_in and expires_on) and all are strings (numbers and empty strings break other libraries).
 func (a TokenResponse) Write(w http.ResponseWriter, now time.Time) {
 	write(w, func(b []byte) []byte { return a.append(b, now) })
 }
@@ -80,8 +80,8 @@ func (a TokenResponse) append(b []byte, now time.Time) []byte {
 	return append(b, `,"token_type":"Bearer"}`...)
 }
 
-// appendJSON appends s as a JSON string. Tokens are long and, like most resources, need no escaping, so the common case avoids
-// the encoder.
+// appendJSON appends s as a JSON string. Tokens are long and, like most resources, need no escaping, so the common case
+// avoids the encoder.
 func appendJSON(b []byte, s string) []byte {
 	for i := range len(s) {
 		if c := s[i]; c < 0x20 || c >= 0x7f || c == '"' || c == '\\' {

@@ -92,8 +92,8 @@ func unreachable(err error) *Error {
 	return Unavailable(identity.UpstreamUnavailable, detail, time.Second)
 }
 
-// Forward forwards the request to IMDS and writes its response. If the node has used up its budget it returns an error and
-// writes nothing.
+// Forward forwards the request to IMDS and writes its response. If the node has used up its budget it returns an error
+// and writes nothing.
 func (u *Upstream) Forward(w http.ResponseWriter, r *http.Request, req Request) *Error {
 	waitCtx, cancel := context.WithTimeout(r.Context(), forwardWait)
 	defer cancel()

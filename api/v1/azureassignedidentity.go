@@ -11,8 +11,8 @@ const (
 	// AssignedIdentityFinalizer keeps an AzureAssignedIdentity until its identity is detached from the VM or scale set.
 	AssignedIdentityFinalizer = "azureassignedidentity.finalizers.aadpodidentity.k8s.io"
 
-	// NodeNameLabel is a label of AzureAssignedIdentity with the NodeNameLabelValue of the node. With it a node watches only
-	// its own objects.
+	// NodeNameLabel is a label of AzureAssignedIdentity with the NodeNameLabelValue of the node. With it a node watches
+	// only its own objects.
 	NodeNameLabel = "nodename"
 )
 
@@ -30,8 +30,8 @@ func NodeNameLabelValue(node string) string {
 type AssignmentState string
 
 const (
-	// AssignmentLegacy is the state of objects from versions without states: the pod may use the identity. An object that a
-	// pod owns is from MIC, which has not set the state yet: there it means the same as Created.
+	// AssignmentLegacy is the state of objects from versions without states: the pod may use the identity. An object
+	// that a pod owns is from MIC, which has not set the state yet: there it means the same as Created.
 	AssignmentLegacy AssignmentState = ""
 	// AssignmentCreated means that the pod needs the identity, and it is not yet attached to the pod's VM or scale set.
 	AssignmentCreated AssignmentState = "Created"

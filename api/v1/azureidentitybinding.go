@@ -28,8 +28,8 @@ type AzureIdentityBinding struct {
 	Status AzureIdentityBindingStatus `json:"status,omitempty"`
 }
 
-// AzureIdentityBindingCopy is a copy of an AzureIdentityBinding at the time when MIC assigned the identity. AzureIdentityCopy
-// explains why it is a separate type.
+// AzureIdentityBindingCopy is a copy of an AzureIdentityBinding at the time when MIC assigned the identity.
+// AzureIdentityCopy explains why it is a separate type.
 type AzureIdentityBindingCopy struct {
 	metav1.TypeMeta `json:",inline"`
 

@@ -6,8 +6,8 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// IndexBy returns an index function for objects of type T from a function that returns one value, or "" for an object that
-// is not in the index.
+// IndexBy returns an index function for objects of type T from a function that returns one value, or "" for an object
+// that is not in the index.
 func IndexBy[T any](value func(T) string) cache.IndexFunc {
 	return func(o any) ([]string, error) {
 		t, ok := o.(T)
@@ -31,8 +31,8 @@ func Get[T any](informer cache.SharedIndexInformer, key string) (none T, ok bool
 	return t, ok
 }
 
-// ByIndex returns the objects of type T that an index has under a value. The index must exist: that it does is fixed when the
-// informer is made, so an error is a mistake in the program, and the result is empty.
+// ByIndex returns the objects of type T that an index has under a value. The index must exist: that it does is fixed
+// when the informer is made, so an error is a mistake in the program, and the result is empty.
 func ByIndex[T any](informer cache.SharedIndexInformer, index, value string) []T {
 	objects, _ := informer.GetIndexer().ByIndex(index, value)
 	found := make([]T, 0, len(objects))

@@ -1,6 +1,6 @@
-// Package kube is what NMI and MIC both need to work with the API server: client configuration, REST clients that know few
-// types, and informers whose objects are trimmed to what is read. It protects the memory of the node: a client for all of
-// Kubernetes and whole objects would take several times as much.
+// Package kube is what NMI and MIC both need to work with the API server: client configuration, REST clients that know
+// few types, and informers whose objects are trimmed to what is read. It protects the memory of the node: a client for
+// all of Kubernetes and whole objects would take several times as much.
 package kube
 
 import (
@@ -27,8 +27,8 @@ func Config(kubeconfig, userAgent string) (*rest.Config, error) {
 	return config, nil
 }
 
-// Client returns a client for the resources of one group and version. path is /api or /apis. The scheme needs to know only the types
-// of that group: a client for all of Kubernetes would take several times the memory.
+// Client returns a client for the resources of one group and version. path is /api or /apis. The scheme needs to know
+// only the types of that group: a client for all of Kubernetes would take several times the memory.
 func Client(config *rest.Config, scheme *runtime.Scheme, gv schema.GroupVersion, path, contentType string) (rest.Interface, error) {
 	c := rest.CopyConfig(config)
 	c.GroupVersion, c.APIPath = &gv, path

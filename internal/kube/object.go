@@ -27,8 +27,8 @@ func Key(namespace, name string) string {
 	return cache.NewObjectName(namespace, name).String()
 }
 
-// LastState returns the object of a deletion. If the watch missed the deletion, the informer passes a tombstone, and this is the
-// last known state; nil if there is none.
+// LastState returns the object of a deletion. If the watch missed the deletion, the informer passes a tombstone, and
+// this is the last known state; nil if there is none.
 func LastState(o any) any {
 	if tombstone, ok := o.(cache.DeletedFinalStateUnknown); ok {
 		return tombstone.Obj
@@ -36,9 +36,9 @@ func LastState(o any) any {
 	return o
 }
 
-// TypedHandler returns an event handler for an informer that holds objects of type *T. It calls handle with old nil for an
-// added object and with current nil for a deleted one. Events about other types are dropped, as are deletions of which no
-// state is known.
+// TypedHandler returns an event handler for an informer that holds objects of type *T. It calls handle with old nil for
+// an added object and with current nil for a deleted one. Events about other types are dropped, as are deletions of
+// which no state is known.
 func TypedHandler[T any](handle func(old, current *T)) cache.ResourceEventHandlerFuncs {
 	call := func(old, current any) {
 		before, _ := old.(*T)

@@ -36,8 +36,8 @@ func (g *RetryAfterGate) Extend(d time.Duration) {
 	}
 }
 
-// WithOwnBody returns a copy of the request that has its own body. If a response arrives early, net/http may still read the
-// body of the first attempt while the Azure SDK already rewinds it for the next one.
+// WithOwnBody returns a copy of the request that has its own body. If a response arrives early, net/http may still read
+// the body of the first attempt while the Azure SDK already rewinds it for the next one.
 func WithOwnBody(r *http.Request) (*http.Request, error) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return r, nil
@@ -52,8 +52,8 @@ func WithOwnBody(r *http.Request) (*http.Request, error) {
 	return own, nil
 }
 
-// RootCAs returns the certificates of the system and those of the PEM file that the flag --ca-bundle names. It returns nil,
-// which means those of the system, if file is "".
+// RootCAs returns the certificates of the system and those of the PEM file that the flag --ca-bundle names. It returns
+// nil, which means those of the system, if file is "".
 func RootCAs(file string) (*x509.CertPool, error) {
 	if file == "" {
 		return nil, nil

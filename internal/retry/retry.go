@@ -1,5 +1,5 @@
-// Package retry spaces attempts that failed: exponential backoff with jitter. It protects the API server and Azure against
-// many nodes or many objects that failed together and would otherwise retry together.
+// Package retry spaces attempts that failed: exponential backoff with jitter. It protects the API server and Azure
+// against many nodes or many objects that failed together and would otherwise retry together.
 //
 // It adds to wait.Backoff of apimachinery the wait after a given number of failures: reconcilers here keep that number
 // with the object, not a wait.Backoff for each.
@@ -52,8 +52,8 @@ func (b Backoff) Steps() *wait.Backoff {
 // Jitter returns d with up to DefaultJitter of it added at random.
 func Jitter(d time.Duration) time.Duration { return wait.Jitter(d, DefaultJitter) }
 
-// UntilSuccess calls try until it returns nil or ctx ends. Between attempts it calls onFailure with the error, then waits.
-// It returns nil after success, otherwise the error of ctx.
+// UntilSuccess calls try until it returns nil or ctx ends. Between attempts it calls onFailure with the error, then
+// waits. It returns nil after success, otherwise the error of ctx.
 func UntilSuccess(ctx context.Context, b Backoff, try func(context.Context) error, onFailure func(error)) error {
 	for steps := b.Steps(); ctx.Err() == nil; {
 		err := try(ctx)

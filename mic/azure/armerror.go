@@ -16,12 +16,12 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// The error codes, folded, with which ARM refuses an update because of some of its identities: an identity does not exist, or
-// MIC may not assign it.
+// The error codes, folded, with which ARM refuses an update because of some of its identities: an identity does not
+// exist, or MIC may not assign it.
 var identityCodes = map[string]bool{"failedidentityoperation": true, "linkedauthorizationfailed": true}
 
-// operationCodes classifies running updates that failed: for them there is no HTTP status to go by. All other codes are taken
-// as failures of Azure.
+// operationCodes classifies running updates that failed: for them there is no HTTP status to go by. All other codes are
+// taken as failures of Azure.
 var operationCodes = map[string]Class{
 	"authorizationfailed":              Denied,
 	"conflict":                         Conflict,
@@ -82,8 +82,8 @@ func (c cleaner) failure(operation string, requested map[string]bool, err error)
 	return e
 }
 
-// classify returns the class for a status and code. A refusal that names an identity of the request is a BadIdentity even if its
-// code is unknown.
+// classify returns the class for a status and code. A refusal that names an identity of the request is a BadIdentity
+// even if its code is unknown.
 func classify(status int, code, operationStatus string, named bool) Class {
 	code = strings.ToLower(code)
 	switch {
@@ -127,8 +127,8 @@ func classifyOperation(code, status string, named bool) Class {
 	return Unavailable
 }
 
-// contextError returns the context error in err, or nil. The messages of this package replace the text of err; callers still
-// need errors.Is.
+// contextError returns the context error in err, or nil. The messages of this package replace the text of err; callers
+// still need errors.Is.
 func contextError(err error) error {
 	for _, known := range []error{context.Canceled, context.DeadlineExceeded} {
 		if errors.Is(err, known) {
@@ -214,8 +214,8 @@ func (a *armError) addIdentities(s string) {
 	}
 }
 
-// named returns the requested identities that the response names: those in fields of their own, or else those inside texts.
-// Texts come second because they may also name other resources.
+// named returns the requested identities that the response names: those in fields of their own, or else those inside
+// texts. Texts come second because they may also name other resources.
 func (a *armError) named(requested map[string]bool) []string {
 	for _, found := range [][]string{a.exact, a.within} {
 		if requested != nil {

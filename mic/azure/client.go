@@ -2,8 +2,8 @@
 // A "machine" here is a virtual machine or a scale set.
 //
 // It protects against:
-//   - removing an identity that MIC did not add: an update contains only what to add and what to remove, keeps the identity type that
-//     the remaining identities need, and applies only to the state it was planned from (ETag);
+//   - removing an identity that MIC did not add: an update contains only what to add and what to remove, keeps the
+//     identity type that the remaining identities need, and applies only to the state it was planned from (ETag);
 //   - a throttled subscription, or a response that hangs, that delays the machines of other subscriptions;
 //   - MIC's token or client secret in a log, or sent to a host other than Azure's.
 //
@@ -29,8 +29,8 @@ import (
 	"github.com/podidentity/podidentity/internal/outbound"
 )
 
-// Observer is called when a call to ARM ends. operation is vm_get, vm_update, vm_poll, vmss_get, vmss_update or vmss_poll;
-// outcome is "ok" or the class of the failure.
+// Observer is called when a call to ARM ends. operation is vm_get, vm_update, vm_poll, vmss_get, vmss_update or
+// vmss_poll; outcome is "ok" or the class of the failure.
 type Observer interface {
 	Called(operation, outcome string, d time.Duration)
 }
@@ -49,8 +49,8 @@ type Options struct {
 	RequestTimeout time.Duration
 	// MaxPollTime bounds how long Wait polls an update; 0 means 20 minutes.
 	MaxPollTime time.Duration
-	// PollInterval is the interval between polls of an update if ARM sends no Retry-After; 0 means 5 s. ARM allows 15 polls per
-	// minute for one machine.
+	// PollInterval is the interval between polls of an update if ARM sends no Retry-After; 0 means 5 s. ARM allows 15
+	// polls per minute for one machine.
 	PollInterval time.Duration
 }
 
@@ -134,8 +134,8 @@ func positive(d, otherwise time.Duration) time.Duration {
 	return otherwise
 }
 
-// shouldRetry reports whether the SDK retries at once. It does not after a timeout: the next attempt would probably time out
-// too, while callers wait.
+// shouldRetry reports whether the SDK retries at once. It does not after a timeout: the next attempt would probably
+// time out too, while callers wait.
 func shouldRetry(resp *http.Response, err error) bool {
 	if err != nil {
 		return !timedOut(err)
@@ -152,8 +152,8 @@ func (c *Client) once(ctx context.Context) context.Context {
 	return policy.WithRetryOptions(ctx, policy.RetryOptions{MaxRetries: -1, TryTimeout: c.requestTimeout})
 }
 
-// acceptedAsOK changes the status of a 202 to 200. ARM's contract allows 202 for an update that started, but the SDK accepts
-// only 200 with the headers that say where to poll.
+// acceptedAsOK changes the status of a 202 to 200. ARM's contract allows 202 for an update that started, but the SDK
+// accepts only 200 with the headers that say where to poll.
 type acceptedAsOK struct{}
 
 func (acceptedAsOK) Do(r *policy.Request) (*http.Response, error) {

@@ -25,8 +25,8 @@ func (Secret) GoString() string { return redacted }
 // MarshalText keeps the secret out of logs.
 func (Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }
 
-// Config says how MIC reaches Azure. Its fields are those of azure.json, the configuration file of the Azure cloud provider on
-// every node. Configs are comparable; Clients with equal Configs behave the same.
+// Config says how MIC reaches Azure. Its fields are those of azure.json, the configuration file of the Azure cloud
+// provider on every node. Configs are comparable; Clients with equal Configs behave the same.
 type Config struct {
 	Cloud    string `json:"cloud"`
 	TenantID string `json:"tenantId"`
@@ -59,8 +59,8 @@ type Config struct {
 // maxConfig bounds the size of configuration files.
 const maxConfig = 1 << 20
 
-// LoadConfig reads azure.json and then the environment, whose variables take precedence. If path is empty it reads only the
-// environment. The error says what to do, and contains nothing of the file's content.
+// LoadConfig reads azure.json and then the environment, whose variables take precedence. If path is empty it reads only
+// the environment. The error says what to do, and contains nothing of the file's content.
 func LoadConfig(path string, getenv func(string) string) (Config, error) {
 	cfg := Config{from: "the environment"}
 	if path != "" {
@@ -127,7 +127,8 @@ func (c *Config) applyEnvironment(getenv func(string) string) error {
 	return nil
 }
 
-// OwnIdentities returns the client ID or resource ID of the managed identity that MIC itself uses. It must never be detached.
+// OwnIdentities returns the client ID or resource ID of the managed identity that MIC itself uses. It must never be
+// detached.
 func (c Config) OwnIdentities() []string {
 	if c.UserAssignedIdentityID == "" {
 		return nil
@@ -161,8 +162,8 @@ func readFile(path string) ([]byte, error) {
 	return text, nil
 }
 
-// parse reads JSON, or YAML, which AAD Pod Identity also accepted. Errors of parsers quote the input, which may be a secret, so
-// the error here contains only the position.
+// parse reads JSON, or YAML, which AAD Pod Identity also accepted. Errors of parsers quote the input, which may be a
+// secret, so the error here contains only the position.
 func parse(text []byte, into any) error {
 	text = bytes.TrimPrefix(text, []byte("\xef\xbb\xbf"))
 	if len(bytes.TrimSpace(text)) == 0 {

@@ -142,8 +142,8 @@ func (u unreadableAssertion) Error() string {
 	return u.err.Error() + "; check that MIC's pod has the volume of the webhook"
 }
 
-// failure classifies a failure to get a token by the last response. It does not keep the SDK's errors, which quote responses in
-// full.
+// failure classifies a failure to get a token by the last response. It does not keep the SDK's errors, which quote
+// responses in full.
 func (own *ownCredential) failure(w *lastResponse, err error) *Error {
 	var unreadable unreadableAssertion
 	switch {
@@ -183,7 +183,8 @@ func (own *ownCredential) failure(w *lastResponse, err error) *Error {
 	return own.tokenError(Denied, message+"; "+own.advice)
 }
 
-// givenCredentialFailure classifies the failure of a credential from Options, whose requests do not pass through this package.
+// givenCredentialFailure classifies the failure of a credential from Options, whose requests do not pass through this
+// package.
 func (own *ownCredential) givenCredentialFailure(err error) *Error {
 	var answered *azidentity.AuthenticationFailedError
 	if errors.As(err, &answered) && answered.RawResponse != nil {

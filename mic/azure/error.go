@@ -76,11 +76,12 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// NonRetriable keeps the Azure SDK from retrying: an *Error inside its pipeline is already the result of several attempts.
+// NonRetriable keeps the Azure SDK from retrying: an *Error inside its pipeline is already the result of several
+// attempts.
 func (e *Error) NonRetriable() {}
 
-// Maximum sizes of texts from outside, in bytes. A message of ARM about a missing permission has about 600 bytes, with the
-// action and the scope in the first 500.
+// Maximum sizes of texts from outside, in bytes. A message of ARM about a missing permission has about 600 bytes, with
+// the action and the scope in the first 500.
 const (
 	maxMessage = 1024
 	maxCode    = 128
@@ -90,8 +91,8 @@ const (
 // jwt matches tokens.
 var jwt = regexp.MustCompile(`eyJ[\w-]+\.[\w-]+(\.[\w-]*)?`)
 
-// minSecret is the minimum length of a secret that clean removes from texts. Those of Entra ID have 40 characters; removing
-// all occurrences of a very short one would make texts unreadable.
+// minSecret is the minimum length of a secret that clean removes from texts. Those of Entra ID have 40 characters;
+// removing all occurrences of a very short one would make texts unreadable.
 const minSecret = 8
 
 // cleaner removes secrets from texts: the client secret, and everything that looks like a token.

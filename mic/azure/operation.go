@@ -36,16 +36,16 @@ func (c *Client) operation(r Resource, s *subscription, p poller, requested map[
 	return o
 }
 
-// Token returns the token for [Client.Resume]; empty once the operation is done. The token is secret: it contains URLs that
-// give access to the result of the update without a credential.
+// Token returns the token for [Client.Resume]; empty once the operation is done. The token is secret: it contains URLs
+// that give access to the result of the update without a credential.
 func (o *Operation) Token() string { return o.token }
 
-// Wait polls until the update is done, at the interval that ARM requests, and returns the resulting state of the machine.
-// Throttling and failed polls do not end it. If Token is unchanged after an error, the outcome is unknown, and Wait may be
-// called again; after the maximum time it then polls only once. Its error is an *Error.
+// Wait polls until the update is done, at the interval that ARM requests, and returns the resulting state of the
+// machine. Throttling and failed polls do not end it. If Token is unchanged after an error, the outcome is unknown, and
+// Wait may be called again; after the maximum time it then polls only once. Its error is an *Error.
 //
-// ARM forgets updates after a while. If ARM no longer knows the update, Wait returns the state of the machine without an error;
-// the caller must compare it with what the update was to do.
+// ARM forgets updates after a while. If ARM no longer knows the update, Wait returns the state of the machine without
+// an error; the caller must compare it with what the update was to do.
 func (o *Operation) Wait(ctx context.Context) (State, error) {
 	if o.poller == nil {
 		return o.state, o.failed
@@ -76,7 +76,8 @@ func (o *Operation) Wait(ctx context.Context) (State, error) {
 	}
 }
 
-// waitForPoll waits until the next poll is due and the subscription is not throttled. failed is the error of the last poll.
+// waitForPoll waits until the next poll is due and the subscription is not throttled. failed is the error of the last
+// poll.
 func (o *Operation) waitForPoll(ctx context.Context, failed *Error) error {
 	for {
 		throttled := o.s.retryAfter.Remaining()
@@ -112,8 +113,8 @@ func (o *Operation) unfinished(e Error) error {
 	return &e
 }
 
-// isFinal reports whether the error means that the update failed, not only a poll. ARM reports a failed update in a response with
-// a success status. The classes listed here cannot result from a poll, so they too are about the update.
+// isFinal reports whether the error means that the update failed, not only a poll. ARM reports a failed update in a
+// response with a success status. The classes listed here cannot result from a poll, so they too are about the update.
 func (o *Operation) isFinal(e *Error) bool {
 	switch e.Class {
 	case NotFound, Conflict, BadIdentity, Invalid:

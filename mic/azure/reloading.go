@@ -11,8 +11,8 @@ import (
 // reloadInterval is how often the configuration is checked.
 const reloadInterval = 10 * time.Second
 
-// Reloading is a Client that follows its configuration. Running operations keep the configuration they started with; operations
-// after a change use the new one. An invalid change is reported, and the previous Client stays in use.
+// Reloading is a Client that follows its configuration. Running operations keep the configuration they started with;
+// operations after a change use the new one. An invalid change is reported, and the previous Client stays in use.
 type Reloading struct {
 	// CheckInterval is how often the configuration is checked; 0 means 10 s. It must not be set after Run started.
 	CheckInterval time.Duration
@@ -35,8 +35,8 @@ type activeConfig struct {
 	err    error   // why client is nil
 }
 
-// NewReloading reads the configuration like [LoadConfig]. It calls changed with the result, and Run calls it once for each
-// change: with the configuration, or with the error that makes it unusable.
+// NewReloading reads the configuration like [LoadConfig]. It calls changed with the result, and Run calls it once for
+// each change: with the configuration, or with the error that makes it unusable.
 func NewReloading(path string, getenv func(string) string, o Options, changed func(Config, error)) *Reloading {
 	r := &Reloading{path: path, getenv: getenv, options: o, changed: changed}
 	r.report(r.refresh())

@@ -34,7 +34,8 @@ func (k Kind) armType() string {
 	return "virtualMachines"
 }
 
-// Resource identifies a machine, spelled as in the provider ID of its nodes. Azure ignores case, so compare Resources by Key.
+// Resource identifies a machine, spelled as in the provider ID of its nodes. Azure ignores case, so compare Resources
+// by Key.
 type Resource struct {
 	Kind                                Kind
 	SubscriptionID, ResourceGroup, Name string
@@ -63,8 +64,8 @@ const (
 // maxSegment bounds the names in a provider ID. The longest that Azure allows, for a resource group, has 90 characters.
 const maxSegment = 128
 
-// ParseProviderID parses the spec.providerID of a Node. For an instance of a scale set it returns the scale set. The error is
-// [ErrNotAzure] if the node does not run in Azure.
+// ParseProviderID parses the spec.providerID of a Node. For an instance of a scale set it returns the scale set. The
+// error is [ErrNotAzure] if the node does not run in Azure.
 func ParseProviderID(s string) (Resource, error) {
 	provider, id, ok := strings.Cut(s, "://")
 	if !ok || !strings.EqualFold(provider, "azure") {
@@ -122,7 +123,8 @@ type State struct {
 	// Identities are the user-assigned identities, by folded ID.
 	Identities     map[string]Identity
 	SystemAssigned bool
-	// ProvisioningState is "Succeeded", "Updating", "Deleting" and so on. ARM refuses updates of a machine that is "Deleting".
+	// ProvisioningState is "Succeeded", "Updating", "Deleting" and so on. ARM refuses updates of a machine that is
+	// "Deleting".
 	ProvisioningState string
 	// ETag is the version of the state; empty if ARM returned none.
 	ETag string

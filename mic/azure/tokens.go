@@ -13,18 +13,18 @@ import (
 const (
 	// fetchTimeout bounds one fetch of a token.
 	fetchTimeout = 30 * time.Second
-	// refreshAhead is how long before its expiry a token is replaced, unless Entra ID specifies a time. minValidity is how long
-	// a token must still be valid to be used.
+	// refreshAhead is how long before its expiry a token is replaced, unless Entra ID specifies a time. minValidity is
+	// how long a token must still be valid to be used.
 	refreshAhead, minValidity = 5 * time.Minute, time.Minute
 	// failureTTL is how long a failure is cached for all callers, of which there may be hundreds. A longer Retry-After is
 	// respected up to maxFailureTTL.
 	failureTTL, maxFailureTTL = 5 * time.Second, time.Minute
 )
 
-// tokens caches MIC's token for ARM. In the SDK's own cache one caller fetches the token and the others wait without regard to
-// their contexts, so a response that hangs would delay all machines, one after the other. Here the context of the fetch
-// belongs to no caller, and callers stop waiting when their context ends. Before each call, [tokens.ready] makes sure that the
-// SDK finds a token at once.
+// tokens caches MIC's token for ARM. In the SDK's own cache one caller fetches the token and the others wait without
+// regard to their contexts, so a response that hangs would delay all machines, one after the other. Here the context of
+// the fetch belongs to no caller, and callers stop waiting when their context ends. Before each call, [tokens.ready]
+// makes sure that the SDK finds a token at once.
 type tokens struct {
 	own   *ownCredential
 	scope string
@@ -41,7 +41,8 @@ type fetch struct {
 	failed *Error // valid once done
 }
 
-// ready waits until there is a usable token. If the token expires soon, ready starts to replace it but does not wait for that.
+// ready waits until there is a usable token. If the token expires soon, ready starts to replace it but does not wait
+// for that.
 func (t *tokens) ready(ctx context.Context) error {
 	_, err := t.get(ctx)
 	return err

@@ -27,8 +27,8 @@ const (
 	maxTokenResponse = 64 << 10
 )
 
-// httpClient returns the HTTP client for Azure. It uses HTTP/1.1, where each running request has its own connection: a request
-// that hangs delays no other. Without a proxy the client is for IMDS, which must never be reached through one.
+// httpClient returns the HTTP client for Azure. It uses HTTP/1.1, where each running request has its own connection: a
+// request that hangs delays no other. Without a proxy the client is for IMDS, which must never be reached through one.
 func httpClient(roots *x509.CertPool, proxy func(*http.Request) (*url.URL, error)) *http.Client {
 	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
 	return &http.Client{
@@ -50,9 +50,9 @@ func httpClient(roots *x509.CertPool, proxy func(*http.Request) (*url.URL, error
 type transporter struct {
 	next     policy.Transporter
 	maxBytes int64
-	// host is the only host that requests may go to, with its subdomains; empty means any. ARM's responses contain poll URLs,
-	// and resume tokens are stored where others may write. MIC's token for ARM must not be sent to another host because of
-	// either.
+	// host is the only host that requests may go to, with its subdomains; empty means any. ARM's responses contain poll
+	// URLs, and resume tokens are stored where others may write. MIC's token for ARM must not be sent to another host
+	// because of either.
 	host string
 }
 
@@ -120,8 +120,8 @@ func (tooLarge) NonRetriable() {}
 
 type lastResponseKey struct{}
 
-// lastResponse is the last response, or transport error, of a token request. Not all errors of the SDK contain the status, and
-// their texts quote responses in full. The attempts of a request are sequential, so it needs no lock.
+// lastResponse is the last response, or transport error, of a token request. Not all errors of the SDK contain the
+// status, and their texts quote responses in full. The attempts of a request are sequential, so it needs no lock.
 type lastResponse struct {
 	status int
 	header http.Header

@@ -31,8 +31,8 @@ func (p patch) ifMatch() *string {
 	return &p.etag
 }
 
-// newPatch returns the patch that adds and removes identities. It skips additions that the machine has and removals that it does not have,
-// and spells a removal as ARM does. A patch without identities must not be sent.
+// newPatch returns the patch that adds and removes identities. It skips additions that the machine has and removals
+// that it does not have, and spells a removal as ARM does. A patch without identities must not be sent.
 //
 // The identity type describes the result. A type without "UserAssigned" removes all user-assigned identities, so newPatch
 // uses it only if all identities of basis are to be removed, and then the patch names none.
@@ -82,9 +82,9 @@ func newPatch(basis State, add, remove []string) (patch, error) {
 	return p, nil
 }
 
-// Begin sends one update that adds and removes identities. It was planned from the state basis: if basis has an ETag and the machine
-// has changed since, the error is a Conflict. If there is nothing to do, Begin sends nothing and the operation is done. The
-// caller checks whether the machine may be updated at all, or is Deleting.
+// Begin sends one update that adds and removes identities. It was planned from the state basis: if basis has an ETag
+// and the machine has changed since, the error is a Conflict. If there is nothing to do, Begin sends nothing and the
+// operation is done. The caller checks whether the machine may be updated at all, or is Deleting.
 //
 // Begin sends the update once. After Unavailable it may have started nevertheless; only Get shows that. Its error is an
 // *Error.
@@ -118,8 +118,8 @@ func (c *Client) Begin(ctx context.Context, r Resource, basis State, add, remove
 	return o, nil
 }
 
-// Resume returns the operation of an update that another Client started, from the token of that operation. It sends no request. An
-// unusable token is Invalid; drop it and read the machine instead. Its error is an *Error.
+// Resume returns the operation of an update that another Client started, from the token of that operation. It sends no
+// request. An unusable token is Invalid; drop it and read the machine instead. Its error is an *Error.
 func (c *Client) Resume(ctx context.Context, r Resource, token string) (*Operation, error) {
 	s, err := c.subscription(r)
 	if err != nil {

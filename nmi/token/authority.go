@@ -24,13 +24,13 @@ const (
 	authorityHosts = 256
 )
 
-// authorities is the transport to the token services that AzureIdentities name. Users who may create an AzureIdentity choose
-// the host, and this process runs in the node's network. To keep them from reaching services that only the node can
-// reach, it does not connect to addresses of the node itself or of its link.
+// authorities is the transport to the token services that AzureIdentities name. Users who may create an AzureIdentity
+// choose the host, and this process runs in the node's network. To keep them from reaching services that only the node
+// can reach, it does not connect to addresses of the node itself or of its link.
 type authorities struct {
 	direct, proxied http.RoundTripper
-	// proxy is read from the environment, as in other programs. The operator of NMI chooses the proxy, so the proxy itself
-	// may have an address of the node.
+	// proxy is read from the environment, as in other programs. The operator of NMI chooses the proxy, so the proxy
+	// itself may have an address of the node.
 	proxy     func(*http.Request) (*url.URL, error)
 	forbidden func(netip.Addr) bool
 	hosts     *lru.Cache[string, semaphore]
@@ -72,7 +72,8 @@ func (a *authorities) RoundTrip(r *http.Request) (*http.Response, error) {
 	if proxy, err := a.proxy(r); err != nil {
 		return nil, err
 	} else if proxy != nil {
-		// The proxy resolves names and decides itself which addresses it may reach. Only a literal address can be checked here.
+		// The proxy resolves names and decides itself which addresses it may reach. Only a literal address can be
+		// checked here.
 		if ip, err := netip.ParseAddr(r.URL.Hostname()); err == nil && a.forbidden(ip) {
 			return nil, nodeAddress(ip)
 		}

@@ -68,8 +68,8 @@ type Observer interface {
 	FetchDone(source Source, class Class, d time.Duration)
 }
 
-// Cache holds tokens. It fetches a missing token once for all callers that wait for it, and renews tokens that running pods
-// use. It is safe for concurrent use. Close stops it.
+// Cache holds tokens. It fetches a missing token once for all callers that wait for it, and renews tokens that running
+// pods use. It is safe for concurrent use. Close stops it.
 type Cache struct {
 	fetcher Fetcher
 	allowed func(pod string, p Principal) bool
@@ -109,8 +109,9 @@ type podState struct {
 	keys    map[Key]struct{}
 }
 
-// NewCache returns a cache of size tokens in front of the fetcher. allowed reports whether the pod with a UID still runs and may
-// still have tokens of a principal, so that the cache renews them. It must neither block nor call the cache.
+// NewCache returns a cache of size tokens in front of the fetcher. allowed reports whether the pod with a UID still
+// runs and may still have tokens of a principal, so that the cache renews them. It must neither block nor call the
+// cache.
 func NewCache(fetcher Fetcher, size int, allowed func(pod string, p Principal) bool, observe Observer) (*Cache, error) {
 	c := &Cache{fetcher: fetcher, allowed: allowed, observe: observe, rechecks: rate.NewLimiter(recheckRate, recheckRate), pods: map[string]*podState{}}
 	c.ctx, c.stop = context.WithCancel(context.Background())
@@ -134,7 +135,8 @@ type Request struct {
 	Pod string
 	// Fresh requests a token that is not from the cache. The rate is limited, see bypassInterval.
 	Fresh bool
-	// Rejected is the hash of a token that the caller does not accept. If that is the cached token, it has the effect of Fresh.
+	// Rejected is the hash of a token that the caller does not accept. If that is the cached token, it has the effect
+	// of Fresh.
 	Rejected string
 	// Recheck requests a new fetch although a refusal is cached, because the refusal is probably outdated. The rate is
 	// limited, see recheckInterval.
@@ -221,8 +223,8 @@ func (c *Cache) podState(pod string) *podState {
 	return h
 }
 
-// hasRoom reports whether the pod may have one more key. Before, it removes keys of the pod without a valid token. c.mu is
-// held.
+// hasRoom reports whether the pod may have one more key. Before, it removes keys of the pod without a valid token. c.mu
+// is held.
 func (c *Cache) hasRoom(h *podState, key Key, now time.Time) bool {
 	if _, has := h.keys[key]; has || len(h.keys) < podKeys {
 		return true
@@ -243,8 +245,8 @@ func (c *Cache) addUser(r Request, h *podState, e *entry) {
 	}
 }
 
-// Release removes the state of a deleted or finished pod. The cache stops renewing its tokens unless other pods use them too.
-// For a pod without state it does nothing.
+// Release removes the state of a deleted or finished pod. The cache stops renewing its tokens unless other pods use
+// them too. For a pod without state it does nothing.
 func (c *Cache) Release(pod string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

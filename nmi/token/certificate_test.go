@@ -327,7 +327,8 @@ func FuzzCertificate(f *testing.F) {
 	})
 }
 
-// checkReading reads a Secret and checks that the result is a credential, or an error that contains no part of the Secret.
+// checkReading reads a Secret and checks that the result is a credential, or an error that contains no part of the
+// Secret.
 func checkReading(t *testing.T, data map[string][]byte, asCertificate bool) {
 	t.Helper()
 	var err error

@@ -12,9 +12,9 @@ import (
 // clockSkew is how far before the time of issue Entra ID sets a token's "not before".
 const clockSkew = 5 * time.Minute
 
-// describe returns the token with the fields from its claims. The signature is not verified: the token came from Azure over
-// a connection that this process opened, and clients get it unchanged. The claims only fill fields of the response and
-// find an object_id among the identities that the pod has anyway.
+// describe returns the token with the fields from its claims. The signature is not verified: the token came from Azure
+// over a connection that this process opened, and clients get it unchanged. The claims only fill fields of the response
+// and find an object_id among the identities that the pod has anyway.
 func describe(accessToken string, expiresOn, now time.Time) Token {
 	t := Token{AccessToken: accessToken, ExpiresOn: expiresOn, NotBefore: now.Add(-clockSkew), Fetched: now}
 	parts := strings.Split(accessToken, ".")

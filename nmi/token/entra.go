@@ -57,11 +57,12 @@ type Entra struct {
 	clients     *lru.Cache[Principal, *client]
 }
 
-// client is the client of one principal for Entra ID. The goroutine that holds lock owns the other fields, except retryAfter.
+// client is the client of one principal for Entra ID. The goroutine that holds lock owns the other fields, except
+// retryAfter.
 type client struct {
 	lock chan struct{}
-	// retryAfter is closed by a 429. Entra ID throttles one application or one tenant, but each principal has a gate of its
-	// own: with a gate for each tenant, any user who names a tenant could close it for others.
+	// retryAfter is closed by a 429. Entra ID throttles one application or one tenant, but each principal has a gate of
+	// its own: with a gate for each tenant, any user who names a tenant could close it for others.
 	retryAfter outbound.RetryAfterGate
 
 	credential    azcore.TokenCredential
@@ -95,8 +96,8 @@ func NewEntra(cfg EntraConfig) (*Entra, error) {
 	}, nil
 }
 
-// Drop removes the credentials of the principals for which which returns true. It is called after an AzureIdentity or a Secret
-// changed or was deleted.
+// Drop removes the credentials of the principals for which which returns true. It is called after an AzureIdentity or a
+// Secret changed or was deleted.
 func (e *Entra) Drop(which func(Principal) bool) {
 	for _, p := range e.clients.Keys() {
 		if which(p) {
@@ -132,8 +133,9 @@ func (e *Entra) client(p Principal) *client {
 	return c
 }
 
-// requestToken sends one token request, apart from the SDK's short retries. With a failure it returns the error codes of Entra
-// ID. The SDK serializes the requests of a credential and ignores the context while it waits; acquiring lock first respects it.
+// requestToken sends one token request, apart from the SDK's short retries. With a failure it returns the error codes
+// of Entra ID. The SDK serializes the requests of a credential and ignores the context while it waits; acquiring lock
+// first respects it.
 func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertion string) (Token, []int, *Error) {
 	select {
 	case c.lock <- struct{}{}:

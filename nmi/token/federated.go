@@ -23,8 +23,8 @@ type Assertions interface {
 // minutes to propagate, and until then requests succeed and fail by turns.
 var untrustedCodes = []int{70021, 70025, 700211, 700212, 700213, 7002137, 7002138}
 
-// federationRetryWaits are the waits before retries. Callers wait all this time, and the cache's timeout of a fetch does not
-// allow more.
+// federationRetryWaits are the waits before retries. Callers wait all this time, and the cache's timeout of a fetch
+// does not allow more.
 var federationRetryWaits = [...]time.Duration{1 * time.Second, 2 * time.Second, 4 * time.Second, 5 * time.Second}
 
 // federationRetryTime is the time that a retry itself needs.
@@ -71,8 +71,8 @@ func waitForRetry(ctx context.Context, pause time.Duration) bool {
 	}
 }
 
-// federationUntrusted returns an error that says what the federated credential must contain. The claims of the assertion are
-// not verified: it came from the API server.
+// federationUntrusted returns an error that says what the federated credential must contain. The claims of the
+// assertion are not verified: it came from the API server.
 func federationUntrusted(p Principal, assertion string, failed *Error) *Error {
 	var claims struct {
 		Issuer   string   `json:"iss"`

@@ -26,8 +26,8 @@ const maxResponse = 64 << 10
 // maxErrorText bounds, in bytes, a text from IMDS or from a token before it becomes part of log lines and responses.
 const maxErrorText = 512
 
-// managedCredentials bounds the number of credentials that are kept. A credential takes some hundred bytes and is cheap to
-// create, so the bound only has to exceed what a node needs at a time.
+// managedCredentials bounds the number of credentials that are kept. A credential takes some hundred bytes and is cheap
+// to create, so the bound only has to exceed what a node needs at a time.
 const managedCredentials = 1024
 
 // ManagedIdentities gets tokens of the managed identities of the VM from IMDS, through azidentity.
@@ -122,8 +122,8 @@ type imdsQuery struct {
 
 type imdsQueryKey struct{}
 
-// Do sets the resource exactly as the client sent it: the SDK would remove "/.default" at its end. If the fetch is to bypass
-// caches, Do sets bypass_cache.
+// Do sets the resource exactly as the client sent it: the SDK would remove "/.default" at its end. If the fetch is to
+// bypass caches, Do sets bypass_cache.
 func (imdsQuery) Do(r *policy.Request) (*http.Response, error) {
 	w, _ := r.Raw().Context().Value(imdsQueryKey{}).(imdsQuery)
 	q := r.Raw().URL.Query()
@@ -135,8 +135,8 @@ func (imdsQuery) Do(r *policy.Request) (*http.Response, error) {
 	return r.Next()
 }
 
-// transporter reads each response completely, up to a bound, and stores the last one for its fetch: not all errors of the SDK
-// contain the status, and their texts are not stable.
+// transporter reads each response completely, up to a bound, and stores the last one for its fetch: not all errors of
+// the SDK contain the status, and their texts are not stable.
 type transporter struct{ client *http.Client }
 
 func (t transporter) Do(r *http.Request) (*http.Response, error) {
@@ -169,8 +169,8 @@ func (t transporter) Do(r *http.Request) (*http.Response, error) {
 
 type responseKey struct{}
 
-// response is the last response, or error of the transport, in one fetch. Attempts of a fetch are sequential, so it needs no
-// lock.
+// response is the last response, or error of the transport, in one fetch. Attempts of a fetch are sequential, so it
+// needs no lock.
 type response struct {
 	status int
 	header http.Header

@@ -49,8 +49,8 @@ type pkcs12Response struct {
 	Problem       string
 }
 
-// ParsePKCS12Main reads a PKCS#12 file from stdin and writes its contents to stdout. It sets permanent limits on the whole process,
-// so the process must not do anything else.
+// ParsePKCS12Main reads a PKCS#12 file from stdin and writes its contents to stdout. It sets permanent limits on the
+// whole process, so the process must not do anything else.
 func ParsePKCS12Main(stdin io.Reader, stdout io.Writer) error {
 	if err := limitProcess(); err != nil {
 		return fmt.Errorf("limiting the process: %w", err)
@@ -68,7 +68,8 @@ func limitProcess() error {
 		return err
 	}
 	defer f.Close()
-	// The limit is on the data segment, not on the address space: the Go runtime reserves address space that it does not use.
+	// The limit is on the data segment, not on the address space: the Go runtime reserves address space that it does
+	// not use.
 	var size, resident, shared, text, lib, data uint64
 	if _, err := fmt.Fscan(f, &size, &resident, &shared, &text, &lib, &data); err != nil {
 		return err

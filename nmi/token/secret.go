@@ -32,8 +32,8 @@ const (
 // maxSecret bounds a client secret or a password. Entra ID generates client secrets of 40 characters.
 const maxSecret = 4 << 10
 
-// flaw says what is wrong with the content of a Secret: the rest of a sentence that begins with the Secret's name. It never
-// contains any part of the content.
+// flaw says what is wrong with the content of a Secret: the rest of a sentence that begins with the Secret's name. It
+// never contains any part of the content.
 type flaw string
 
 func (f flaw) Error() string { return string(f) }
@@ -50,8 +50,8 @@ func contentError(ref Ref, err error) *Error {
 	return &Error{Class: Unavailable, Err: err}
 }
 
-// clientSecret returns the client secret. AAD Pod Identity accepted any key, so a Secret with a single key may use any name
-// for it. From several keys AAD Pod Identity took a random one; here that is an error.
+// clientSecret returns the client secret. AAD Pod Identity accepted any key, so a Secret with a single key may use any
+// name for it. From several keys AAD Pod Identity took a random one; here that is an error.
 func clientSecret(data map[string][]byte) (string, error) {
 	value, ok := data[secretKey]
 	switch {
@@ -67,8 +67,8 @@ func clientSecret(data map[string][]byte) (string, error) {
 	return plainText(value, "client secret")
 }
 
-// plainText returns a value that a person typed. It removes line breaks at the end: files and pipes add them, and no client
-// secret or password ends with one.
+// plainText returns a value that a person typed. It removes line breaks at the end: files and pipes add them, and no
+// client secret or password ends with one.
 func plainText(value []byte, what flaw) (string, error) {
 	value = bytes.TrimRight(value, "\r\n")
 	switch {

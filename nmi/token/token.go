@@ -1,10 +1,10 @@
 // Package token gets tokens: it has the token sources, one file each, and the cache in front of them.
 //
 // It protects against two things: a token that reaches a pod it was not issued for, and a node that sends Azure so many
-// requests that all pods on it are throttled. The cache knows nothing of the rights of pods: callers first authorize the
-// request, then look the token up with a key that contains everything that decided which token it is. One fetch serves all callers that wait
-// for the same key; its context belongs to none of them. The requests of this process to the Instance Metadata Service
-// together stay below the limits of one VM.
+// requests that all pods on it are throttled. The cache knows nothing of the rights of pods: callers first authorize
+// the request, then look the token up with a key that contains everything that decided which token it is. One fetch
+// serves all callers that wait for the same key; its context belongs to none of them. The requests of this process to
+// the Instance Metadata Service together stay below the limits of one VM.
 package token
 
 import (
@@ -32,8 +32,8 @@ const (
 	Federated Source = "federated"
 )
 
-// Principal is the identity that a token is for, and how it authenticates. Two principals are equal only if any caller that may
-// have a token of one may also have a token of the other.
+// Principal is the identity that a token is for, and how it authenticates. Two principals are equal only if any caller
+// that may have a token of one may also have a token of the other.
 type Principal struct {
 	Source Source
 	// Managed: at most one of these is set. None means the default identity of the VM, which only a pod with an
@@ -63,8 +63,8 @@ type Key struct {
 	Resource string
 }
 
-// ManagedKey returns the key of a managed identity's token. Azure compares the IDs without regard to case, so the key has them in
-// lower case.
+// ManagedKey returns the key of a managed identity's token. Azure compares the IDs without regard to case, so the key
+// has them in lower case.
 func ManagedKey(clientID, objectID, resourceID, resource string) Key {
 	return Key{
 		Principal: Principal{
@@ -156,6 +156,6 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// NonRetriable keeps the Azure SDK from retrying. An *Error inside the SDK's pipeline means that this process itself did not
-// send the request.
+// NonRetriable keeps the Azure SDK from retrying. An *Error inside the SDK's pipeline means that this process itself
+// did not send the request.
 func (e *Error) NonRetriable() {}
