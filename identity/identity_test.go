@@ -109,7 +109,7 @@ func TestTheDecision(t *testing.T) {
 		{"a client id of nobody", managed, pod, Selector{ClientID: "cccccccc-0000-0000-0000-00000000000c"}, two, Refused, IdentityNotBound, ""},
 		{"one identity is no excuse to ignore the wish", managed, pod, Selector{ClientID: clientB}, one, Refused, IdentityNotBound, ""},
 		{"managed mode does not look across namespaces", managed, pod, Selector{}, elsewhere, Refused, NoMatchingBinding, ""},
-		{"two objects of one principal are one", managed, pod, Selector{}, twins, Granted, Allowed, "a/x"},
+		{"two objects with the same credential count as one", managed, pod, Selector{}, twins, Granted, Allowed, "a/x"},
 		{"one client id, two kinds of credential", managed, pod, Selector{ClientID: clientA}, rivals, Refused, IdentityAmbiguous, ""},
 		{"two bindings to one identity", managed, pod, Selector{}, Facts{Bindings: append([]Binding{{Namespace: "a", Name: "again", AzureIdentity: "x", Selector: "app"}}, one.Bindings...), Identities: one.Identities}, Granted, Allowed, "a/x"},
 		{"an invalid identity", managed, pod, Selector{}, Facts{Bindings: one.Bindings, Identities: []Identity{{Namespace: "a", Name: "x", ClientID: "me", ResourceID: resource("x")}}}, Refused, IdentityInvalid, ""},
@@ -139,7 +139,7 @@ func TestTheDecision(t *testing.T) {
 		{"of a resource that is spelled otherwise", standard, pod, Selector{}, assigned(func(a *Assignment) { a.ResourceID = strings.ToUpper(a.ResourceID) + "/" }), Granted, Allowed, "a/x"},
 		{"of no user-assigned identity", standard, pod, Selector{}, principalAssigned, Granted, Allowed, "a/x"},
 		{"of what was a user-assigned identity", standard, pod, Selector{}, onceUserAssigned, Pending, AssignmentPending, "a/x"},
-		{"in managed mode assignments are not asked for", managed, pod, Selector{}, assigned(state(StateUnassigned)), Granted, Allowed, "a/x"},
+		{"in managed mode assignments are ignored", managed, pod, Selector{}, assigned(state(StateUnassigned)), Granted, Allowed, "a/x"},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {

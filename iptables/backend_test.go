@@ -290,7 +290,7 @@ func TestWithoutACapabilityNewSaysWhatToAddAndChangesNothing(t *testing.T) {
 				t.Errorf("legacy tables cannot be read, yet: %v", err)
 			}
 			if _, err := New(testConfig(BackendNFT)); err != nil {
-				t.Errorf("nft was asked for: %v", err)
+				t.Errorf("with nft configured: %v", err)
 			}
 		})
 		if after := (&testNetwork{t: t, backend: BackendNFT}).dump(); after != before {

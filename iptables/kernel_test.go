@@ -20,7 +20,7 @@ import (
 // sendOtherTraffic sends packets from the pod that are not TCP connections to the metadata port.
 func (w *testNetwork) sendOtherTraffic() {
 	w.t.Helper()
-	w.wantNoAnswer("pod", "169.254.169.254:443")
+	w.wantNoGreeting("pod", "169.254.169.254:443")
 	inNS(w.t, "pod", func() {
 		for network, address := range map[string]string{"udp4": "169.254.169.254:80", "ip4:icmp": "169.254.169.254", "ip4:132": "169.254.169.254"} {
 			conn, err := net.Dial(network, address)
@@ -40,8 +40,8 @@ func (w *testNetwork) sendOtherTraffic() {
 func TestTrafficOfPodsIsCapturedButNotOfTheNode(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		// Check that the network works, so that packets that are missing later were blocked by our rules.
-		w.wantAnswer("pod", "169.254.169.254:80", "azure "+podIP)
-		w.wantAnswer("", "169.254.169.254:80", "azure "+nodeIP)
+		w.wantGreeting("pod", "169.254.169.254:80", "azure "+podIP)
+		w.wantGreeting("", "169.254.169.254:80", "azure "+nodeIP)
 		before := w.podPackets()
 		w.sendOtherTraffic()
 		// On a busy computer the kernel delivers packets some time after the system call that sends them.
@@ -55,10 +55,10 @@ func TestTrafficOfPodsIsCapturedButNotOfTheNode(t *testing.T) {
 
 		w.install()
 		before = w.podPackets()
-		w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
+		w.wantGreeting("pod", "169.254.169.254:80", "nmi "+podIP)
 		w.sendOtherTraffic()
-		w.wantAnswer("", "169.254.169.254:80", "azure "+nodeIP)
-		w.wantAnswer("", testListen.String(), "nmi "+testListen.Addr().String())
+		w.wantGreeting("", "169.254.169.254:80", "azure "+nodeIP)
+		w.wantGreeting("", testListen.String(), "nmi "+testListen.Addr().String())
 		if leaked := w.podPackets() - before; leaked != 0 {
 			t.Errorf("%d packets of the pod reached Azure", leaked)
 		}
@@ -71,18 +71,18 @@ func TestOnlyCapturedConnectionsReachTheListener(t *testing.T) {
 			t.Fatal(err)
 		}
 		listener := serve(t, "nmi", testListen.String())
-		w.wantAnswer("outside", testListen.String(), "nmi "+outsideIP) // Without rules the address is open to neighbours.
-		w.wantAnswer("pod", testListen.String(), "nmi "+podIP)
+		w.wantGreeting("outside", testListen.String(), "nmi "+outsideIP) // Without rules the address is open to neighbours.
+		w.wantGreeting("pod", testListen.String(), "nmi "+podIP)
 		listener.listener.Close()
 
 		w.install()
-		w.wantNoAnswer("outside", testListen.String())
-		w.wantNoAnswer("pod", testListen.String())
+		w.wantNoGreeting("outside", testListen.String())
+		w.wantNoGreeting("pod", testListen.String())
 		if accepted, _ := w.nmi.counts(); accepted != 0 {
 			t.Errorf("the listener accepted %d connections", accepted)
 		}
 		// A neighbour that uses the node as metadata service is seen with its own address.
-		w.wantAnswer("outside", "169.254.169.254:80", "nmi "+outsideIP)
+		w.wantGreeting("outside", "169.254.169.254:80", "nmi "+outsideIP)
 	})
 }
 
@@ -139,7 +139,7 @@ func TestAConnectionOpenedBeforeInstallationIsCutOff(t *testing.T) {
 		if _, err := fromNode.Read(make([]byte, 100)); err != nil {
 			t.Errorf("the node's own connection: %v", err)
 		}
-		w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
+		w.wantGreeting("pod", "169.254.169.254:80", "nmi "+podIP)
 	})
 }
 
@@ -148,7 +148,7 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 		w.install()
 		before := w.podPackets()
 		ctx, cancel := context.WithCancel(context.Background())
-		var answered, failed atomic.Int64
+		var greeted, failed atomic.Int64
 		var group sync.WaitGroup
 		for range 3 {
 			group.Go(func() {
@@ -162,12 +162,12 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 							return
 						}
 						conn.SetDeadline(time.Now().Add(longTimeout))
-						answer, err := bufio.NewReader(conn).ReadString('\n')
-						if err != nil || answer != "nmi "+podIP+"\n" {
+						greeting, err := bufio.NewReader(conn).ReadString('\n')
+						if err != nil || greeting != "nmi "+podIP+"\n" {
 							failed.Add(1)
-							t.Errorf("asking during a repair: %q, %v", answer, err)
+							t.Errorf("connecting during a repair: %q, %v", greeting, err)
 						}
-						answered.Add(1)
+						greeted.Add(1)
 						// Without linger, so that the load does not use up the ports.
 						conn.(*net.TCPConn).SetLinger(0)
 						conn.Close()
@@ -213,8 +213,8 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 		cancel()
 		group.Wait()
 		w.verify()
-		t.Logf("%d repairs, %d connections answered, %d failed", repairs, answered.Load(), failed.Load())
-		if answered.Load() < int64(repairs) {
+		t.Logf("%d repairs, %d connections greeted, %d failed", repairs, greeted.Load(), failed.Load())
+		if greeted.Load() < int64(repairs) {
 			t.Error("there was not enough load for this test to mean anything")
 		}
 		if leaked := w.podPackets() - before; leaked != 0 {
@@ -279,9 +279,9 @@ func TestManualChangesAreDetectedAndRepaired(t *testing.T) {
 					t.Errorf("a second Sync repaired %q", again)
 				}
 				before := w.podPackets()
-				w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
-				w.wantNoAnswer("pod", "169.254.169.254:443")
-				w.wantNoAnswer("outside", testListen.String())
+				w.wantGreeting("pod", "169.254.169.254:80", "nmi "+podIP)
+				w.wantNoGreeting("pod", "169.254.169.254:443")
+				w.wantNoGreeting("outside", testListen.String())
 				if leaked := w.podPackets() - before; leaked != 0 {
 					t.Errorf("%d packets of the pod reached Azure", leaked)
 				}
@@ -295,13 +295,13 @@ func TestWithoutAListenerPodsGetNoResponse(t *testing.T) {
 		w.install()
 		w.nmi.listener.Close()
 		before := w.podPackets()
-		if _, err := w.ask("pod", "169.254.169.254:80", longTimeout); !errors.Is(err, syscall.ECONNREFUSED) {
+		if _, err := w.connect("pod", "169.254.169.254:80", longTimeout); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("got %v, want the connection refused at once", err)
 		}
 		// The same if the link is deleted too: then there is no route.
 		run(t, "ip", "link", "del", LinkName)
 		run(t, "ip", "route", "add", "169.254.25.79/32", "via", "10.88.0.1")
-		w.wantNoAnswer("pod", "169.254.169.254:80")
+		w.wantNoGreeting("pod", "169.254.169.254:80")
 		if leaked := w.podPackets() - before; leaked != 0 {
 			t.Errorf("%d packets of the pod left the node", leaked)
 		}
@@ -323,7 +323,7 @@ func TestTheListenAddressChangesWithoutAGap(t *testing.T) {
 			t.Fatal(err)
 		}
 		w.verify()
-		w.wantAnswer("pod", "169.254.169.254:80", "next "+podIP)
+		w.wantGreeting("pod", "169.254.169.254:80", "next "+podIP)
 		if leaked := w.podPackets() - before; leaked != 0 {
 			t.Errorf("%d packets of the pod reached Azure", leaked)
 		}
@@ -345,7 +345,7 @@ func TestUninstallRestoresTheNode(t *testing.T) {
 		rulesBefore, linksBefore := w.dump(), links(t)
 
 		w.install()
-		w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
+		w.wantGreeting("pod", "169.254.169.254:80", "nmi "+podIP)
 		var kept net.Conn
 		inNS(t, "pod", func() {
 			var err error
@@ -377,11 +377,11 @@ func TestUninstallRestoresTheNode(t *testing.T) {
 		if left := tracked(t, redirected); left != 0 {
 			t.Errorf("%d captured connections are still tracked", left)
 		}
-		w.wantAnswer("pod", "169.254.169.254:80", "azure "+podIP)
+		w.wantGreeting("pod", "169.254.169.254:80", "azure "+podIP)
 		// And it can be installed again.
 		w.nmi.listener.Close()
 		w.install()
-		w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
+		w.wantGreeting("pod", "169.254.169.254:80", "nmi "+podIP)
 	})
 }
 

@@ -156,10 +156,10 @@ func (l ownLink) differences() ([]string, error) {
 		texts = append(texts, LinkName+" is down")
 	}
 	if !state.address {
-		texts = append(texts, fmt.Sprintf("%s lacks %v", LinkName, l.address))
+		texts = append(texts, fmt.Sprintf("%s does not have the address %v", LinkName, l.address))
 	}
 	for _, other := range state.others {
-		texts = append(texts, fmt.Sprintf("%s has %v", LinkName, other.IPNet))
+		texts = append(texts, fmt.Sprintf("%s has the additional address %v", LinkName, other.IPNet))
 	}
 	return texts, nil
 }

@@ -26,7 +26,7 @@ func TestADeletedLinkIsRepairedWithoutRestartingTheListener(t *testing.T) {
 			}
 			w.verify()
 			// The listener was bound before, and was not restarted.
-			w.wantAnswer("pod", "169.254.169.254:80", "nmi "+podIP)
+			w.wantGreeting("pod", "169.254.169.254:80", "nmi "+podIP)
 		}
 	})
 }

@@ -114,9 +114,9 @@ func (w *testNetwork) podPackets() (total int) {
 	return total
 }
 
-// ask connects from a namespace ("" is the node) and returns the greeting of the server: its name and the client's
+// connect connects from a namespace ("" is the node) and returns the greeting of the server: its name and the client's
 // address.
-func (w *testNetwork) ask(from, to string, timeout time.Duration) (answer string, err error) {
+func (w *testNetwork) connect(from, to string, timeout time.Duration) (greeting string, err error) {
 	w.t.Helper()
 	dial := func() {
 		var conn net.Conn
@@ -125,26 +125,26 @@ func (w *testNetwork) ask(from, to string, timeout time.Duration) (answer string
 		}
 		defer conn.Close()
 		conn.SetDeadline(time.Now().Add(timeout))
-		answer, err = bufio.NewReader(conn).ReadString('\n')
+		greeting, err = bufio.NewReader(conn).ReadString('\n')
 	}
 	if from == "" {
 		dial()
 	} else {
 		inNS(w.t, from, dial)
 	}
-	return strings.TrimSpace(answer), err
+	return strings.TrimSpace(greeting), err
 }
 
-func (w *testNetwork) wantAnswer(from, to, want string) {
+func (w *testNetwork) wantGreeting(from, to, want string) {
 	w.t.Helper()
-	if got, err := w.ask(from, to, longTimeout); err != nil || got != want {
+	if got, err := w.connect(from, to, longTimeout); err != nil || got != want {
 		w.t.Errorf("from %q to %s: got %q, %v; want %q", from, to, got, err, want)
 	}
 }
 
-func (w *testNetwork) wantNoAnswer(from, to string) {
+func (w *testNetwork) wantNoGreeting(from, to string) {
 	w.t.Helper()
-	if got, err := w.ask(from, to, shortTimeout); err == nil {
+	if got, err := w.connect(from, to, shortTimeout); err == nil {
 		w.t.Errorf("from %q to %s: got %q; want no answer", from, to, got)
 	}
 }

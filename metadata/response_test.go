@@ -140,12 +140,12 @@ func TestTheNodesBudgetIsSharedAndBounded(t *testing.T) {
 	u := NewUpstream(netip.MustParseAddrPort(strings.TrimPrefix(real.URL, "http://")))
 	r := request(t, "/metadata/versions", "Metadata: true")
 	results := make(chan *Error)
-	const asked = 30
-	for range asked {
+	const requests = 30
+	for range requests {
 		go func() { results <- u.Forward(httptest.NewRecorder(), r, Request{Route: RouteVersions}) }()
 	}
 	served, start := 0, time.Now()
-	for range asked {
+	for range requests {
 		if err := <-results; err == nil {
 			served++
 		} else if err.Status != 429 || err.Reason != identity.UpstreamThrottled {
@@ -153,7 +153,7 @@ func TestTheNodesBudgetIsSharedAndBounded(t *testing.T) {
 		}
 	}
 	// One request at once, then one every 200 ms.
-	if most := 1 + int((forwardWait+time.Since(start))*forwardRate/time.Second); served < 5 || served > most {
-		t.Errorf("%d of %d were served, at most %d may", served, asked, most)
+	if maxServed := 1 + int((forwardWait+time.Since(start))*forwardRate/time.Second); served < 5 || served > maxServed {
+		t.Errorf("%d of %d were served, at most %d may", served, requests, maxServed)
 	}
 }

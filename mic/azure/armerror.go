@@ -46,21 +46,21 @@ func (c cleaner) failure(operation string, requested map[string]bool, err error)
 		e.Operation = operation
 		return &e
 	}
-	var answered *azcore.ResponseError
-	if !errors.As(err, &answered) || answered.RawResponse == nil {
+	var responseErr *azcore.ResponseError
+	if !errors.As(err, &responseErr) || responseErr.RawResponse == nil {
 		e := c.noResponse(operation, err)
 		if final := interface{ NonRetriable() }(nil); errors.As(err, &final) {
 			e.Class = Invalid // an address that is not ARM's, or a response that is too large
 		}
 		return e
 	}
-	resp := answered.RawResponse
+	resp := responseErr.RawResponse
 	body, _ := runtime.Payload(resp) // the transporter has read all of it
 	parsed := parseARMError(body)
 	e := &Error{
 		Operation:     operation,
 		Status:        resp.StatusCode,
-		Code:          c.clean(cmp.Or(parsed.code, answered.ErrorCode), maxCode),
+		Code:          c.clean(cmp.Or(parsed.code, responseErr.ErrorCode), maxCode),
 		Message:       c.clean(parsed.message, maxMessage),
 		CorrelationID: text.OneLine(cmp.Or(resp.Header.Get("X-Ms-Correlation-Request-Id"), resp.Header.Get("X-Ms-Request-Id")), maxID),
 		RetryAfter:    retryAfter(resp.Header),

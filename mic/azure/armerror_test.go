@@ -88,7 +88,7 @@ func TestARefusedUpdateIsClassified(t *testing.T) {
 			Error{Class: Throttled, Message: "Too Many Requests, without an error message", RetryAfter: 1500 * time.Millisecond}},
 		{"a fault of Azure, whatever it names", 500, armBody("FailedIdentityOperation", missing("a"), ""), nil,
 			Error{Class: Unavailable, Code: "FailedIdentityOperation", Message: missing("a")}},
-		{"a proxy answers", 502, "<html>\n<b>no</b></html>", nil,
+		{"the response of a proxy", 502, "<html>\n<b>no</b></html>", nil,
 			Error{Class: Unavailable, Message: "Bad Gateway, without an error message"}},
 		{"it makes no sense", 400, armBody("InvalidParameter", "what?\n\tagain", ""), nil,
 			Error{Class: Invalid, Code: "InvalidParameter", Message: "what? again"}},

@@ -15,7 +15,7 @@ import (
 
 // fakeAzure responds to requests in place of Azure, and records them.
 type fakeAzure struct {
-	answer func(n int, r *http.Request) (*http.Response, error) // n counts from 1
+	respond func(n int, r *http.Request) (*http.Response, error) // n counts from 1
 
 	mu   sync.Mutex
 	seen []seen
@@ -39,7 +39,7 @@ func (s *fakeAzure) Do(r *http.Request) (*http.Response, error) {
 	s.seen = append(s.seen, seen{r.Method, r.URL.String(), string(body), r.Header.Clone(), time.Now()})
 	n := len(s.seen)
 	s.mu.Unlock()
-	return s.answer(n, r)
+	return s.respond(n, r)
 }
 
 func (s *fakeAzure) requests() []seen {
@@ -64,7 +64,7 @@ func reply(r *http.Request, status int, body string, headers ...string) (*http.R
 
 // replies responds with one function after the other, then always with the last.
 func replies(each ...func(*http.Request) (*http.Response, error)) *fakeAzure {
-	return &fakeAzure{answer: func(n int, r *http.Request) (*http.Response, error) {
+	return &fakeAzure{respond: func(n int, r *http.Request) (*http.Response, error) {
 		return each[min(n, len(each))-1](r)
 	}}
 }

@@ -58,7 +58,7 @@ func TestAReadIsRetriedAfterTemporaryFailuresOnly(t *testing.T) {
 	reset := func(*http.Request) (*http.Response, error) { return nil, errors.New("connection reset by peer") }
 	cases := []struct {
 		name     string
-		answer   func(*http.Request) (*http.Response, error)
+		respond  func(*http.Request) (*http.Response, error)
 		class    Class
 		calls    int
 		most     time.Duration
@@ -79,7 +79,7 @@ func TestAReadIsRetriedAfterTemporaryFailuresOnly(t *testing.T) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				arm, observer, start := replies(c.answer), &calls{}, time.Now()
+				arm, observer, start := replies(c.respond), &calls{}, time.Now()
 				_, err := newClient(t, arm, func(o *Options) { o.Observer = observer }).Get(t.Context(), vm)
 				var failed *Error
 				if !errors.As(err, &failed) || failed.Class != c.class || !strings.Contains(err.Error(), c.contains) {
@@ -100,7 +100,7 @@ func TestA429ThrottlesOnlyItsSubscription(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		other := Resource{Kind: VirtualMachine, SubscriptionID: "Other", ResourceGroup: "Group", Name: "node"}
 		throttle := true
-		arm := &fakeAzure{answer: func(_ int, r *http.Request) (*http.Response, error) {
+		arm := &fakeAzure{respond: func(_ int, r *http.Request) (*http.Response, error) {
 			if throttle && strings.Contains(r.URL.Path, "/Sub/") {
 				return reply(r, 429, "", "Retry-After: 60")
 			}
@@ -141,7 +141,7 @@ func TestA429ThrottlesOnlyItsSubscription(t *testing.T) {
 
 func TestARunningUpdateWaitsWhileItsSubscriptionIsThrottled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		arm := &fakeAzure{answer: func(n int, r *http.Request) (*http.Response, error) {
+		arm := &fakeAzure{respond: func(n int, r *http.Request) (*http.Response, error) {
 			switch {
 			case r.Method == http.MethodPatch:
 				return begun(vm, "Retry-After: 5")(r)
@@ -166,7 +166,7 @@ func TestARunningUpdateWaitsWhileItsSubscriptionIsThrottled(t *testing.T) {
 
 func TestAHangingMachineDoesNotDelayOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		arm := &fakeAzure{answer: func(_ int, r *http.Request) (*http.Response, error) {
+		arm := &fakeAzure{respond: func(_ int, r *http.Request) (*http.Response, error) {
 			if strings.Contains(r.URL.Path, "virtualMachineScaleSets") {
 				return hung(r)
 			}
@@ -267,8 +267,8 @@ func TestACustomCloudIsReachedOverTLS(t *testing.T) {
 
 func TestARequestToAHangingServerTimesOut(t *testing.T) {
 	cases := map[string]func(w http.ResponseWriter){
-		"before its answer": func(http.ResponseWriter) {},
-		"within its answer": func(w http.ResponseWriter) {
+		"before its response": func(http.ResponseWriter) {},
+		"within its response": func(w http.ResponseWriter) {
 			io.WriteString(w, `{"id":`)
 			w.(http.Flusher).Flush()
 		},

@@ -186,9 +186,9 @@ func (own *ownCredential) failure(w *lastResponse, err error) *Error {
 // givenCredentialFailure classifies the failure of a credential from Options, whose requests do not pass through this
 // package.
 func (own *ownCredential) givenCredentialFailure(err error) *Error {
-	var answered *azidentity.AuthenticationFailedError
-	if errors.As(err, &answered) && answered.RawResponse != nil {
-		status := answered.RawResponse.StatusCode
+	var responseErr *azidentity.AuthenticationFailedError
+	if errors.As(err, &responseErr) && responseErr.RawResponse != nil {
+		status := responseErr.RawResponse.StatusCode
 		if status >= 400 && status < 500 && status != http.StatusTooManyRequests {
 			return own.tokenError(Denied, fmt.Sprintf("status %d", status))
 		}

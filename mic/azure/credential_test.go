@@ -25,7 +25,7 @@ const clientSecret = "the~client.secret-of-forty-characters-0123"
 func directory(token func(n int, r *http.Request) (*http.Response, error)) *fakeAzure {
 	n := 0
 	var mu sync.Mutex
-	return &fakeAzure{answer: func(_ int, r *http.Request) (*http.Response, error) {
+	return &fakeAzure{respond: func(_ int, r *http.Request) (*http.Response, error) {
 		authority := "https://" + r.URL.Host
 		switch {
 		case strings.HasSuffix(r.URL.Path, "/.well-known/openid-configuration"):
@@ -101,7 +101,7 @@ func TestMICAuthenticatesAsConfigured(t *testing.T) {
 				t.Fatal(err)
 			}
 			if len(azure.requests()) != 0 {
-				t.Error("it asks for a token before one is needed")
+				t.Error("it requests a token before one is needed")
 			}
 			if _, err := client.Get(t.Context(), vm); err != nil {
 				t.Fatal(err)
@@ -111,14 +111,14 @@ func TestMICAuthenticatesAsConfigured(t *testing.T) {
 			if !strings.HasPrefix(last.url, c.arm+"/subscriptions/") || last.header.Get("Authorization") != "Bearer "+bearer {
 				t.Errorf("ARM received %+v", last)
 			}
-			asked := requests[len(requests)-2]
-			if !strings.HasPrefix(asked.url, c.host+"/") {
-				t.Errorf("the token is from %s, want %s", asked.url, c.host)
+			tokenRequest := requests[len(requests)-2]
+			if !strings.HasPrefix(tokenRequest.url, c.host+"/") {
+				t.Errorf("the token is from %s, want %s", tokenRequest.url, c.host)
 			}
-			u, _ := url.Parse(asked.url)
+			u, _ := url.Parse(tokenRequest.url)
 			form := u.Query()
-			if asked.method == http.MethodPost {
-				form, _ = url.ParseQuery(asked.body)
+			if tokenRequest.method == http.MethodPost {
+				form, _ = url.ParseQuery(tokenRequest.body)
 			}
 			for name, want := range c.form {
 				if got := form.Get(name); got != want[0] && (want[0] != "*" || got == "") {
@@ -167,7 +167,7 @@ func TestAConfigurationWithoutACredentialSaysWhatToDo(t *testing.T) {
 }
 
 func TestATokenFailureIsClassifiedAndContainsNoSecret(t *testing.T) {
-	answering := func(status int, body string, headers ...string) func(int, *http.Request) (*http.Response, error) {
+	responding := func(status int, body string, headers ...string) func(int, *http.Request) (*http.Response, error) {
 		return func(_ int, r *http.Request) (*http.Response, error) { return reply(r, status, body, headers...) }
 	}
 	secret := func(*testing.T) Config {
@@ -177,38 +177,38 @@ func TestATokenFailureIsClassifiedAndContainsNoSecret(t *testing.T) {
 	cases := []struct {
 		name     string
 		cfg      func(*testing.T) Config
-		answer   func(int, *http.Request) (*http.Response, error)
+		respond  func(int, *http.Request) (*http.Response, error)
 		class    Class
 		contains string
 	}{
-		{"a wrong secret", secret, answering(401, `{"error":"invalid_client","error_description":"AADSTS7000215: Invalid client secret `+clientSecret+` provided.\r\nTrace ID: x","error_codes":[7000215]}`), Denied, "AADSTS7000215: Invalid client secret [...] provided."},
-		{"no such application", secret, answering(400, `{"error":"unauthorized_client","error_description":"AADSTS700016"}`), Denied, "correct tenantId, aadClientId and aadClientSecret in the configuration"},
-		{"an answer that is no JSON", secret, answering(403, `<html>`+clientSecret), Denied, "status 403"},
-		{"Entra ID is busy", secret, answering(429, `{}`, "Retry-After: 30"), Unavailable, "retry after 30s"},
-		{"Entra ID is broken", secret, answering(503, `{}`), Unavailable, "status 503"},
-		{"no token in the response", secret, answering(200, `{"secret":"`+clientSecret+`"}`), Unavailable, "no usable token"},
-		{"an expired token", secret, answering(200, `{"access_token":"`+bearer+`","token_type":"Bearer","expires_in":1}`), Unavailable, "check the clock of the node"},
-		{"an answer without end", secret, answering(200, strings.Repeat("x", maxTokenResponse+1)), Unavailable, "larger than"},
+		{"a wrong secret", secret, responding(401, `{"error":"invalid_client","error_description":"AADSTS7000215: Invalid client secret `+clientSecret+` provided.\r\nTrace ID: x","error_codes":[7000215]}`), Denied, "AADSTS7000215: Invalid client secret [...] provided."},
+		{"no such application", secret, responding(400, `{"error":"unauthorized_client","error_description":"AADSTS700016"}`), Denied, "correct tenantId, aadClientId and aadClientSecret in the configuration"},
+		{"a response that is not JSON", secret, responding(403, `<html>`+clientSecret), Denied, "status 403"},
+		{"Entra ID is busy", secret, responding(429, `{}`, "Retry-After: 30"), Unavailable, "retry after 30s"},
+		{"Entra ID is broken", secret, responding(503, `{}`), Unavailable, "status 503"},
+		{"no token in the response", secret, responding(200, `{"secret":"`+clientSecret+`"}`), Unavailable, "no usable token"},
+		{"an expired token", secret, responding(200, `{"access_token":"`+bearer+`","token_type":"Bearer","expires_in":1}`), Unavailable, "check the clock of the node"},
+		{"an endless response", secret, responding(200, strings.Repeat("x", maxTokenResponse+1)), Unavailable, "larger than"},
 		{"nobody there", secret, func(int, *http.Request) (*http.Response, error) { return nil, errors.New("refused " + clientSecret) }, Unavailable, "refused [...]"},
 		{"Entra ID hangs", secret, func(_ int, r *http.Request) (*http.Response, error) { return hung(r) }, Unavailable, "no response in time"},
-		{"not attached to the machine", managed, answering(400, `{"error":"invalid_request","error_description":"Identity not found"}`), Denied, "check that it is attached to the machine MIC runs on"},
-		{"the metadata service is not ready", managed, answering(404, ``), Unavailable, "status 404"},
-		{"the metadata service is updated", managed, answering(410, ``), Unavailable, "status 410"},
-		{"the metadata service is broken", managed, answering(500, ``), Unavailable, "status 500"},
+		{"not attached to the machine", managed, responding(400, `{"error":"invalid_request","error_description":"Identity not found"}`), Denied, "check that it is attached to the machine MIC runs on"},
+		{"the metadata service is not ready", managed, responding(404, ``), Unavailable, "status 404"},
+		{"the metadata service is updated", managed, responding(410, ``), Unavailable, "status 410"},
+		{"the metadata service is broken", managed, responding(500, ``), Unavailable, "status 500"},
 		{"the metadata service hangs", managed, func(_ int, r *http.Request) (*http.Response, error) { return hung(r) }, Unavailable, "no response in time"},
 		{"no file", func(*testing.T) Config {
 			return Config{UseWorkloadIdentity: true, TenantID: "t", ClientID: "c", FederatedTokenFile: "/nowhere/token"}
 		}, issueToken, Denied, "/nowhere/token"},
 		{"no federated credential", func(t *testing.T) Config {
 			return Config{UseWorkloadIdentity: true, TenantID: "t", ClientID: "c", FederatedTokenFile: tokenFile(t, bearer)}
-		}, answering(401, `{"error":"invalid_client","error_description":"AADSTS700213: no match for `+bearer+`"}`), Denied, "no match for [...]; check that it has a federated credential"},
+		}, responding(401, `{"error":"invalid_client","error_description":"AADSTS700213: no match for `+bearer+`"}`), Denied, "no match for [...]; check that it has a federated credential"},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			cfg := c.cfg(t)
 			synctest.Test(t, func(t *testing.T) {
 				observer := &calls{}
-				client, err := New(cfg, Options{Transport: directory(c.answer), Observer: observer})
+				client, err := New(cfg, Options{Transport: directory(c.respond), Observer: observer})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -231,7 +231,7 @@ func TestATokenFailureIsClassifiedAndContainsNoSecret(t *testing.T) {
 }
 
 func TestTheFailureOfAGivenCredentialIsClassifiedByItsResponse(t *testing.T) {
-	answered := func(status int) error {
+	failedWith := func(status int) error {
 		resp, _ := reply(nil, status, clientSecret)
 		return &azidentity.AuthenticationFailedError{RawResponse: resp}
 	}
@@ -239,9 +239,9 @@ func TestTheFailureOfAGivenCredentialIsClassifiedByItsResponse(t *testing.T) {
 		err  error
 		want Class
 	}{
-		{answered(401), Denied},
-		{answered(429), Unavailable},
-		{answered(503), Unavailable},
+		{failedWith(401), Denied},
+		{failedWith(429), Unavailable},
+		{failedWith(503), Unavailable},
 		{errors.New("no\nroute, " + bearer), Unavailable},
 	}
 	for _, c := range cases {

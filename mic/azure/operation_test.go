@@ -49,47 +49,47 @@ func begin(t *testing.T, c *Client, r Resource) *Operation {
 func TestWaitPollsAnUpdateUntilItEnds(t *testing.T) {
 	refuses := errors.New("connection reset by peer")
 	cases := []struct {
-		name    string
-		answers []func(*http.Request) (*http.Response, error)
-		pauses  []float64
-		calls   string
+		name      string
+		responses []func(*http.Request) (*http.Response, error)
+		pauses    []float64
+		calls     string
 	}{
-		{"done at once, by a word in the answer", []func(*http.Request) (*http.Response, error){
+		{"done at once, by the status in the response", []func(*http.Request) (*http.Response, error){
 			replying(200, describe(vm, "Succeeded", "UserAssigned", "a", "kubelet"))},
 			nil, "vm_update ok, vm_get ok"},
-		{"done at once, with an address to ask", []func(*http.Request) (*http.Response, error){begun(vm), succeeded},
+		{"done at once, with a URL to poll", []func(*http.Request) (*http.Response, error){begun(vm), succeeded},
 			[]float64{0, 0}, "vm_update ok, vm_poll ok, vm_get ok"},
-		{"without a word of when to ask, less and less often", []func(*http.Request) (*http.Response, error){
+		{"without Retry-After, at growing intervals", []func(*http.Request) (*http.Response, error){
 			begun(vm), inProgress(), inProgress(), inProgress(), inProgress(), inProgress(), succeeded},
 			[]float64{0, 1, 2, 4, 5, 5, 0}, "vm_update ok, " + strings.Repeat("vm_poll ok, ", 6) + "vm_get ok"},
-		{"as often as the answers say", []func(*http.Request) (*http.Response, error){
+		{"at the interval of Retry-After", []func(*http.Request) (*http.Response, error){
 			begun(vm, "Retry-After: 10"), inProgress("Retry-After: 20"), inProgress("Retry-After: 7"), succeeded},
 			[]float64{10, 20, 7, 0}, "vm_update ok, vm_poll ok, vm_poll ok, vm_poll ok, vm_get ok"},
 		{"throttled on the way", []func(*http.Request) (*http.Response, error){
 			begun(vm), replying(429, "", "Retry-After: 33"), succeeded},
 			[]float64{0, 33, 0}, "vm_update ok, vm_poll throttled, vm_poll ok, vm_get ok"},
-		{"answers that fail", []func(*http.Request) (*http.Response, error){
+		{"failed polls", []func(*http.Request) (*http.Response, error){
 			begun(vm), replying(500, ""), replying(503, "", "Retry-After: 9"), func(*http.Request) (*http.Response, error) { return nil, refuses }, replying(200, "<html>"), succeeded},
 			[]float64{0, 1, 9, 2, 4, 0}, "vm_update ok, vm_poll unavailable, vm_poll unavailable, vm_poll unavailable, vm_poll unavailable, vm_poll ok, vm_get ok"},
-		{"an answer that hangs", []func(*http.Request) (*http.Response, error){begun(vm), hung, succeeded},
+		{"a response that hangs", []func(*http.Request) (*http.Response, error){begun(vm), hung, succeeded},
 			[]float64{0, 31, 0}, "vm_update ok, vm_poll unavailable, vm_poll ok, vm_get ok"},
 		{"begun with a 202", []func(*http.Request) (*http.Response, error){
 			replying(202, "", "Azure-AsyncOperation: "+pollURL), inProgress(), succeeded},
 			[]float64{0, 1, 0}, "vm_update ok, vm_poll ok, vm_poll ok, vm_get ok"},
-		{"throttled when the machine is asked for", []func(*http.Request) (*http.Response, error){
+		{"throttled when the machine is read", []func(*http.Request) (*http.Response, error){
 			begun(vm), succeeded, replying(429, "", "Retry-After: 5")},
 			[]float64{0, 0, 5}, "vm_update ok, vm_poll ok, vm_get throttled, vm_get ok"},
 		{"forgotten by ARM", []func(*http.Request) (*http.Response, error){
 			begun(vm), inProgress(), replying(404, armBody("NotFound", "no such operation", ""))},
 			[]float64{0, 1, 0}, "vm_update ok, vm_poll ok, vm_poll not_found, vm_get ok"},
-		{"an answer about another machine", []func(*http.Request) (*http.Response, error){
+		{"a response about another machine", []func(*http.Request) (*http.Response, error){
 			begun(vm), succeeded, replying(200, describe(vmss, "Succeeded", "UserAssigned", "other"))},
 			[]float64{0, 0, 0}, "vm_update ok, vm_poll ok, vm_get ok, vm_get ok"},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				arm := replies(append(c.answers, replying(200, describe(vm, "Succeeded", "UserAssigned", "a", "kubelet")))...)
+				arm := replies(append(c.responses, replying(200, describe(vm, "Succeeded", "UserAssigned", "a", "kubelet")))...)
 				observer := &calls{}
 				o := begin(t, newClient(t, arm, func(o *Options) { o.Observer = observer }), vm)
 				state, err := o.Wait(t.Context())
@@ -114,7 +114,7 @@ func TestAFailedUpdateIsClassifiedLikeARefusedOne(t *testing.T) {
 	a := Fold(id("a"))
 	cases := []struct {
 		name     string
-		answer   func(*http.Request) (*http.Response, error)
+		respond  func(*http.Request) (*http.Response, error)
 		class    Class
 		named    []string
 		contains string
@@ -133,7 +133,7 @@ func TestAFailedUpdateIsClassifiedLikeARefusedOne(t *testing.T) {
 		for _, c := range cases {
 			t.Run(r.Kind.String()+", "+c.name, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					arm := replies(begun(r), inProgress("Retry-After: 3"), c.answer)
+					arm := replies(begun(r), inProgress("Retry-After: 3"), c.respond)
 					observer := &calls{}
 					o := begin(t, newClient(t, arm, func(o *Options) { o.Observer = observer }), r)
 					_, err := o.Wait(t.Context())
@@ -219,7 +219,7 @@ func TestAnInvalidResumeTokenIsRefusedAndNotQuoted(t *testing.T) {
 func TestMICsTokenIsSentToARMOnly(t *testing.T) {
 	cases := []struct {
 		name, url string
-		asked     bool
+		sent     bool
 	}{
 		{"another host", "https://evil.example/operations/1", false},
 		{"a host that ends alike", "https://evilmanagement.azure.com/operations/1", false},
@@ -231,7 +231,7 @@ func TestMICsTokenIsSentToARMOnly(t *testing.T) {
 			arm := replies(replying(200, describe(vm, "Updating", "None"), "Azure-AsyncOperation: "+c.url), succeeded, replying(200, describe(vm, "Succeeded", "None")))
 			o := begin(t, newClient(t, arm), vm)
 			_, err := o.Wait(t.Context())
-			if asked := len(arm.requests()) > 1; asked != c.asked || (err == nil) != c.asked {
+			if sent := len(arm.requests()) > 1; sent != c.sent || (err == nil) != c.sent {
 				t.Errorf("got %v after %d requests", err, len(arm.requests()))
 			}
 			var failed *Error
@@ -244,13 +244,13 @@ func TestMICsTokenIsSentToARMOnly(t *testing.T) {
 
 func TestWaitTimesOut(t *testing.T) {
 	cases := []struct {
-		name     string
-		answers  []func(*http.Request) (*http.Response, error)
-		context  time.Duration
-		after    time.Duration
-		is       error
-		contains string
-		class    Class
+		name      string
+		responses []func(*http.Request) (*http.Response, error)
+		context   time.Duration
+		after     time.Duration
+		is        error
+		contains  string
+		class     Class
 	}{
 		{"with the caller's time", []func(*http.Request) (*http.Response, error){begun(vm), inProgress("Retry-After: 10")}, 25 * time.Second, 25 * time.Second, context.DeadlineExceeded, "stopped waiting", Unavailable},
 		{"with the caller's time, in a response that hangs", []func(*http.Request) (*http.Response, error){begun(vm), hung}, 12 * time.Second, 12 * time.Second, context.DeadlineExceeded, "stopped waiting", Unavailable},
@@ -262,7 +262,7 @@ func TestWaitTimesOut(t *testing.T) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				o := begin(t, newClient(t, replies(c.answers...)), vm)
+				o := begin(t, newClient(t, replies(c.responses...)), vm)
 				token := o.Token()
 				ctx, cancel := context.WithTimeout(t.Context(), c.context)
 				defer cancel()

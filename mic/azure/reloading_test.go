@@ -40,7 +40,7 @@ func (r *reports) take() []string {
 
 // anywhere is a fake of all clouds, with the host of the cloud in the name of the identity.
 func anywhere() *fakeAzure {
-	return &fakeAzure{answer: func(_ int, r *http.Request) (*http.Response, error) {
+	return &fakeAzure{respond: func(_ int, r *http.Request) (*http.Response, error) {
 		return reply(r, 200, describe(vm, "Succeeded", "UserAssigned", strings.ReplaceAll(r.URL.Host, ".", "-")))
 	}}
 }

@@ -111,8 +111,8 @@ func mapped(in []string, f func(string) string) []string {
 
 func TestAnUpdateIsSentOnce(t *testing.T) {
 	cases := []struct {
-		name   string
-		answer func(*http.Request) (*http.Response, error)
+		name    string
+		respond func(*http.Request) (*http.Response, error)
 	}{
 		{"broken", replying(500, "")},
 		{"busy", replying(503, "", "Retry-After: 1")},
@@ -120,7 +120,7 @@ func TestAnUpdateIsSentOnce(t *testing.T) {
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			arm := replies(c.answer)
+			arm := replies(c.respond)
 			_, err := newClient(t, arm).Begin(t.Context(), vm, State{}, []string{id("a")}, nil)
 			var failed *Error
 			if !errors.As(err, &failed) || failed.Class != Unavailable || len(arm.requests()) != 1 {
