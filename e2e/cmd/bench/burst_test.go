@@ -5,7 +5,7 @@ import (
 )
 
 func TestTwoHundredAndFiftyPodsThatAskAtOnceCostIMDSOneCall(t *testing.T) {
-	err := withRig(t.Context(), 10, func(r *rig) error {
+	err := withEnvironment(t.Context(), 10, func(r *environment) error {
 		for i := range 2 {
 			calls, slowest, err := r.burst(t.Context())
 			if err != nil {

@@ -24,7 +24,7 @@ func (c calls) minus(b calls) calls {
 func (c calls) plus(b calls) calls { return c.minus(calls{}.minus(b)) }
 
 // calls asks those who were asked.
-func (r *rig) calls(ctx context.Context, k clients) (calls, error) {
+func (r *environment) calls(ctx context.Context, k clients) (calls, error) {
 	stats, err := r.azure.Stats(ctx)
 	if err != nil {
 		return calls{}, err

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// mostCold is how many newcomers of each source there are pods for, but for the one that comes last.
-var mostCold = (pods - 1) / len(sources)
+// maxCold is how many freshIdentities of each source there are pods for, but for the one that comes last.
+var maxCold = (pods - 1) / len(sources)
 
 // coldPause is the time between two first tokens. In it the API server gets around to counting what it was asked, and
 // the gate before IMDS lets the next one pass at once.
@@ -25,12 +25,12 @@ type first struct {
 // cold measures the first token of n identities of each source: none is in NMI's cache, no credential is made, no Secret
 // read and nothing known about the tenant for it, and the pod has never asked for it. One is asked for at a time, and
 // the sources take turns, so that noise meets all alike.
-func (r *rig) cold(ctx context.Context, n int) (map[string][]first, error) {
+func (r *environment) cold(ctx context.Context, n int) (map[string][]first, error) {
 	k, err := newClients(r.cluster)
 	if err != nil {
 		return nil, err
 	}
-	newcomers, err := r.admitAll(ctx, k, n)
+	freshIdentities, err := r.createAll(ctx, k, n)
 	if err != nil {
 		return nil, err
 	}
@@ -39,8 +39,8 @@ func (r *rig) cold(ctx context.Context, n int) (map[string][]first, error) {
 		return nil, err
 	}
 	all := map[string][]first{}
-	for _, one := range newcomers {
-		took, err := r.askFirst(ctx, one)
+	for _, one := range freshIdentities {
+		took, err := r.requestFirstToken(ctx, one)
 		if err != nil {
 			return nil, fmt.Errorf("first token of %s (%s): %w", one.name(), one.source, err)
 		}
@@ -55,35 +55,35 @@ func (r *rig) cold(ctx context.Context, n int) (map[string][]first, error) {
 	return all, nil
 }
 
-// admitAll makes the newcomers, and returns when NMI knows of all of them, though it was asked for none of their tokens:
+// createAll makes the freshIdentities, and returns when NMI knows of all of them, though it was asked for none of their tokens:
 // of each kind of object it hears in the order of changes, so it is enough that it knows one more that came last.
-func (r *rig) admitAll(ctx context.Context, k clients, n int) ([]newcomer, error) {
-	p, err := r.newProofs(ctx)
+func (r *environment) createAll(ctx context.Context, k clients, n int) ([]freshIdentity, error) {
+	p, err := r.newCredentials(ctx)
 	if err != nil {
 		return nil, err
 	}
-	var newcomers []newcomer
+	var freshIdentities []freshIdentity
 	for i := range n * len(sources) {
-		newcomers = append(newcomers, p.newcomer(sources[i%len(sources)], i))
+		freshIdentities = append(freshIdentities, p.freshIdentity(sources[i%len(sources)], i))
 	}
-	if err := inParallel(len(newcomers), func(i int) error { return r.admit(ctx, k, newcomers[i]) }); err != nil {
+	if err := inParallel(len(freshIdentities), func(i int) error { return r.create(ctx, k, freshIdentities[i]) }); err != nil {
 		return nil, err
 	}
-	last := p.newcomer(managed, len(newcomers))
-	if err := r.admit(ctx, k, last); err != nil {
+	last := p.freshIdentity(managed, len(freshIdentities))
+	if err := r.create(ctx, k, last); err != nil {
 		return nil, err
 	}
 	for range 300 {
-		if _, err = r.askFirst(ctx, last); err == nil {
-			return newcomers, nil
+		if _, err = r.requestFirstToken(ctx, last); err == nil {
+			return freshIdentities, nil
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
 	return nil, fmt.Errorf("NMI does not know of the new identities after half a minute: %w", err)
 }
 
-// askFirst asks for the newcomer's token, over a new connection, and says how long that took.
-func (r *rig) askFirst(ctx context.Context, n newcomer) (time.Duration, error) {
+// requestFirstToken asks for the freshIdentity's token, over a new connection, and says how long that took.
+func (r *environment) requestFirstToken(ctx context.Context, n freshIdentity) (time.Duration, error) {
 	client := r.nmi.client(n.pod)
 	defer client.http.CloseIdleConnections()
 	began := time.Now()
@@ -108,11 +108,11 @@ func (r *rig) askFirst(ctx context.Context, n newcomer) (time.Duration, error) {
 	return took, nil
 }
 
-// tellCold prints and notes what the first tokens took. Of so few the p99 is the slowest but one.
-func tellCold(figures map[string]float64, all map[string][]first) {
-	say("\ncold token, the first of an identity; %d of each source, one at a time, and the calls that one costs\n", len(all[managed]))
-	say("%12s  %8s %8s   %19s   %14s   %5s", "", "", "", "API server", "Entra ID", "")
-	say("%12s  %8s %8s   %7s %11s   %6s %7s   %5s", "source", "p50", "p99", "Secrets", "its tokens", "tenant", "tokens", "IMDS")
+// reportCold prints and notes what the first tokens took. Of so few the p99 is the slowest but one.
+func reportCold(figures map[string]float64, all map[string][]first) {
+	printLine("\ncold token, the first of an identity; %d of each source, one at a time, and the calls that one costs\n", len(all[managed]))
+	printLine("%12s  %8s %8s   %19s   %14s   %5s", "", "", "", "API server", "Entra ID", "")
+	printLine("%12s  %8s %8s   %7s %11s   %6s %7s   %5s", "source", "p50", "p99", "Secrets", "its tokens", "tenant", "tokens", "IMDS")
 	for _, source := range sources {
 		var took []time.Duration
 		var cost calls
@@ -122,7 +122,7 @@ func tellCold(figures map[string]float64, all map[string][]first) {
 		slices.Sort(took)
 		p50, p99 := quantile(took, .5), quantile(took, .99)
 		each := func(n int) float64 { return float64(n) / float64(len(took)) }
-		say("%12s  %8s %8s   %7.2f %11.2f   %6.2f %7.2f   %5.2f", source, p50, p99,
+		printLine("%12s  %8s %8s   %7.2f %11.2f   %6.2f %7.2f   %5.2f", source, p50, p99,
 			each(cost.secrets), each(cost.assertions), each(cost.documents), each(cost.tokens), each(cost.imds))
 		key := "token.cold." + source
 		figures[key+".p50_ms"] = float64(p50.Microseconds()) / 1000

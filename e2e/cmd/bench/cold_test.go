@@ -4,9 +4,9 @@ import (
 	"testing"
 )
 
-// mostSecretCalls is a watch that brings what there is and goes on, or, where the API server cannot do that, its
+// maxSecretCalls is a watch that brings what there is and goes on, or, where the API server cannot do that, its
 // refusal, a list and a watch.
-const mostSecretCalls = 3
+const maxSecretCalls = 3
 
 func TestTheFirstTokenOfAnIdentityCostsNoMoreThanItHasTo(t *testing.T) {
 	want := map[string]calls{
@@ -16,7 +16,7 @@ func TestTheFirstTokenOfAnIdentityCostsNoMoreThanItHasTo(t *testing.T) {
 		federated:   {documents: 1, tokens: 1, assertions: 1},
 	}
 	const n = 3
-	err := withRig(t.Context(), 10, func(r *rig) error {
+	err := withEnvironment(t.Context(), 10, func(r *environment) error {
 		all, err := r.cold(t.Context(), n)
 		if err != nil {
 			return err
@@ -29,8 +29,8 @@ func TestTheFirstTokenOfAnIdentityCostsNoMoreThanItHasTo(t *testing.T) {
 				t.Logf("%s: %s, %+v", source, f.took, f.cost)
 				got := f.cost
 				if source == secret || source == certificate {
-					if got.secrets < 1 || got.secrets > mostSecretCalls {
-						t.Errorf("%s: %d requests for Secrets, want 1 to %d", source, got.secrets, mostSecretCalls)
+					if got.secrets < 1 || got.secrets > maxSecretCalls {
+						t.Errorf("%s: %d requests for Secrets, want 1 to %d", source, got.secrets, maxSecretCalls)
 					}
 					got.secrets = 0
 				}

@@ -1,10 +1,10 @@
 // Command bench measures NMI and prints the figures, and writes them to a file as one flat JSON object.
 //
 // It runs NMI on a node of its own, a network namespace beside the test cluster: with the cluster's real API server,
-// a stand-in for IMDS, 250 pods (Pod objects, and addresses in a second namespace from which requests come) and 5,000
+// a fake IMDS, 250 pods (Pod objects, and addresses in a second namespace from which requests come) and 5,000
 // identities with their bindings. Beside it stands a bare net/http handler in namespaces of the same shape, behind the
 // same rules, that returns the same bytes. Both are measured in turn within one run, so that the ratio holds on a noisy
-// machine. At the end comes the first token of identities of each source, with a stand-in for Entra ID.
+// machine. At the end comes the first token of identities of each source, with a fake Entra ID.
 package main
 
 import (
@@ -31,13 +31,13 @@ func main() {
 	seconds := flag.Float64("seconds", 3, "length of one round")
 	flag.IntVar(&p.rounds, "rounds", 7, "rounds for each of the two")
 	flag.IntVar(&p.identities, "identities", 5000, "AzureIdentities in the cluster")
-	flag.IntVar(&p.cold, "cold", 60, fmt.Sprintf("first tokens of each source, at most %d", mostCold))
+	flag.IntVar(&p.cold, "cold", 60, fmt.Sprintf("first tokens of each source, at most %d", maxCold))
 	flag.StringVar(&p.profiles, "profiles", "", "`folder` for profiles of NMI under load, and of MIC")
 	flag.StringVar(&p.only, "only", "", "`nmi or mic`: measure nothing else")
 	flag.IntVar(&p.mic.few, "few-pods", 2000, "pods in the small cluster for MIC")
 	flag.IntVar(&p.mic.many, "many-pods", 20000, "pods in the large cluster for MIC")
-	flag.IntVar(&p.mic.fewAgain, "few-replaced", 400, "pods that are replaced in the small cluster")
-	flag.IntVar(&p.mic.manyAgain, "many-replaced", 2000, "pods that are replaced in the large cluster")
+	flag.IntVar(&p.mic.fewReplaced, "few-replaced", 400, "pods that are replaced in the small cluster")
+	flag.IntVar(&p.mic.manyReplaced, "many-replaced", 2000, "pods that are replaced in the large cluster")
 	flag.Float64Var(&p.mic.rate, "rate", 25, "pods that are replaced a `second`")
 	flag.IntVar(&p.mic.burst, "burst", 1000, "pods that are replaced at once in the large cluster")
 	flag.StringVar(&p.mic.args, "mic-args", "", "`flags` for MIC, in place of its defaults")
@@ -68,7 +68,7 @@ func write(file string, figures map[string]float64) error {
 	return os.WriteFile(file, append(text, '\n'), 0o644)
 }
 
-func say(format string, args ...any) { fmt.Printf(format+"\n", args...) }
+func printLine(format string, args ...any) { fmt.Printf(format+"\n", args...) }
 
 // plan is what is to be measured.
 type plan struct {
@@ -80,8 +80,8 @@ type plan struct {
 }
 
 func run(ctx context.Context, p plan) (map[string]float64, error) {
-	if p.cold < 1 || p.cold > mostCold {
-		return nil, fmt.Errorf("-cold %d: there are pods for 1 to %d of each source", p.cold, mostCold)
+	if p.cold < 1 || p.cold > maxCold {
+		return nil, fmt.Errorf("-cold %d: there are pods for 1 to %d of each source", p.cold, maxCold)
 	}
 	figures := map[string]float64{}
 	if p.only != "mic" {
@@ -98,12 +98,12 @@ func run(ctx context.Context, p plan) (map[string]float64, error) {
 }
 
 func measureNMI(ctx context.Context, p plan, figures map[string]float64) error {
-	return withRig(ctx, p.identities, func(r *rig) error {
+	return withEnvironment(ctx, p.identities, func(r *environment) error {
 		calls, slowest, err := r.burst(ctx)
 		if err != nil {
 			return err
 		}
-		say("\n%d pods of one identity asked at once: %d call(s) to IMDS, the last answer after %s", pods, calls, slowest.Round(time.Millisecond))
+		printLine("\n%d pods of one identity asked at once: %d call(s) to IMDS, the last answer after %s", pods, calls, slowest.Round(time.Millisecond))
 		figures["nmi.burst250.imds_calls"] = float64(calls)
 		if err := r.startBare(ctx); err != nil {
 			return err
@@ -119,15 +119,15 @@ func measureNMI(ctx context.Context, p plan, figures map[string]float64) error {
 		// The last, as it binds pods to identities of their own.
 		firsts, err := r.cold(ctx, p.cold)
 		if err == nil {
-			tellCold(figures, firsts)
+			reportCold(figures, firsts)
 		}
 		return err
 	})
 }
 
-// withRig starts a cluster, fills it, starts NMI beside it, and takes all down again when do is done.
-func withRig(ctx context.Context, identities int, do func(*rig) error) (err error) {
-	c, err := cluster.Start(ctx, cluster.Options{WithoutAzure: true, Progress: func(line string) { say("   %s", line) }})
+// withEnvironment starts a cluster, fills it, starts NMI beside it, and takes all down again when do is done.
+func withEnvironment(ctx context.Context, identities int, do func(*environment) error) (err error) {
+	c, err := cluster.Start(ctx, cluster.Options{WithoutAzure: true, Progress: func(line string) { printLine("   %s", line) }})
 	if err != nil {
 		return err
 	}
@@ -135,11 +135,11 @@ func withRig(ctx context.Context, identities int, do func(*rig) error) (err erro
 	if _, err := c.Kubectl(ctx, "apply", "--server-side", "-f", filepath.Join(repo(), "deploy", "podidentity", "crds")); err != nil {
 		return err
 	}
-	say("making %d identities with bindings and %d pods", identities, pods)
+	printLine("making %d identities with bindings and %d pods", identities, pods)
 	if err := makeObjects(ctx, c, identities); err != nil {
 		return err
 	}
-	r, err := newRig(ctx, c)
+	r, err := newEnvironment(ctx, c)
 	if err != nil {
 		return err
 	}

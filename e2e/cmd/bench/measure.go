@@ -21,8 +21,8 @@ const target = "http://169.254.169.254/metadata/identity/oauth2/token?api-versio
 // client asks from the address of one pod.
 type client struct{ http *http.Client }
 
-// client returns one that connects from the i-th address in the station's namespace of pods, and keeps its connection.
-func (s *station) client(i int) *client {
+// client returns one that connects from the i-th address in the simulatedNode's namespace of pods, and keeps its connection.
+func (s *simulatedNode) client(i int) *client {
 	dial := cluster.DialFrom("/run/netns/"+s.podsNetns, &net.TCPAddr{IP: net.ParseIP(podIP(s.subnet, i))})
 	return &client{&http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DialContext: dial, MaxIdleConnsPerHost: 1, DisableCompression: true}}}
 }
@@ -47,7 +47,7 @@ type figures struct {
 }
 
 // measure asks from all workers for the length of a round.
-func (s *station) measure(ctx context.Context, round time.Duration) (figures, error) {
+func (s *simulatedNode) measure(ctx context.Context, round time.Duration) (figures, error) {
 	var mu sync.Mutex
 	var all []time.Duration
 	var failed error
@@ -84,9 +84,9 @@ func quantile(sorted []time.Duration, q float64) time.Duration {
 }
 
 // compare measures the two in turn and notes the medians of the ratios.
-func (r *rig) compare(ctx context.Context, figures map[string]float64, round time.Duration, rounds int) error {
-	say("\ncached token, %d connections kept alive, %d rounds of %s each\n", workers, rounds, round)
-	say("%5s  %10s %8s %8s   %10s %8s %8s   %6s %6s", "round", "NMI req/s", "p50", "p99", "bare req/s", "p50", "p99", "req/s", "p99")
+func (r *environment) compare(ctx context.Context, figures map[string]float64, round time.Duration, rounds int) error {
+	printLine("\ncached token, %d connections kept alive, %d rounds of %s each\n", workers, rounds, round)
+	printLine("%5s  %10s %8s %8s   %10s %8s %8s   %6s %6s", "round", "NMI req/s", "p50", "p99", "bare req/s", "p50", "p99", "req/s", "p99")
 	var rps, p99, nmiRPS, nmiP50, nmiP99 []float64
 	for i := range rounds + 1 {
 		nmi, err := r.nmi.measure(ctx, round)
@@ -100,7 +100,7 @@ func (r *rig) compare(ctx context.Context, figures map[string]float64, round tim
 		if i == 0 {
 			continue // the first warms both up
 		}
-		say("%5d  %10.0f %8s %8s   %10.0f %8s %8s   %6.2f %6.2f", i, nmi.perSecond, nmi.p50, nmi.p99, bare.perSecond, bare.p50, bare.p99,
+		printLine("%5d  %10.0f %8s %8s   %10.0f %8s %8s   %6.2f %6.2f", i, nmi.perSecond, nmi.p50, nmi.p99, bare.perSecond, bare.p50, bare.p99,
 			nmi.perSecond/bare.perSecond, float64(nmi.p99)/float64(bare.p99))
 		rps = append(rps, nmi.perSecond/bare.perSecond)
 		p99 = append(p99, float64(nmi.p99)/float64(bare.p99))
@@ -108,7 +108,7 @@ func (r *rig) compare(ctx context.Context, figures map[string]float64, round tim
 		nmiP50 = append(nmiP50, float64(nmi.p50.Microseconds()))
 		nmiP99 = append(nmiP99, float64(nmi.p99.Microseconds()))
 	}
-	rss, peak, err := r.nmiItself.memory()
+	rss, peak, err := r.nmiProcess.memory()
 	if err != nil {
 		return err
 	}
@@ -120,9 +120,9 @@ func (r *rig) compare(ctx context.Context, figures map[string]float64, round tim
 	figures["nmi.cached.p99_ratio"] = median(p99)
 	figures["nmi.rss_mib"] = rss
 	figures["nmi.rss_peak_mib"] = peak
-	say("\nmedians: %.0f requests/s, p50 %.0f µs, p99 %.0f µs", median(nmiRPS), median(nmiP50), median(nmiP99))
-	say("against the bare handler: %.2f of its requests/s (goal: at least 0.7), p99 %.2f times its (goal: at most 1.5)", median(rps), median(p99))
-	say("RSS of NMI: %.1f MiB after the load, %.1f MiB at its peak (goal: under 40)", rss, peak)
+	printLine("\nmedians: %.0f requests/s, p50 %.0f µs, p99 %.0f µs", median(nmiRPS), median(nmiP50), median(nmiP99))
+	printLine("against the bare handler: %.2f of its requests/s (goal: at least 0.7), p99 %.2f times its (goal: at most 1.5)", median(rps), median(p99))
+	printLine("RSS of NMI: %.1f MiB after the load, %.1f MiB at its peak (goal: under 40)", rss, peak)
 	return nil
 }
 

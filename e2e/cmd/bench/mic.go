@@ -10,66 +10,66 @@ import (
 
 // micPlan is how MIC is measured.
 type micPlan struct {
-	few, many           int     // pods
-	fewAgain, manyAgain int     // of those, how many are replaced
-	rate                float64 // a second
-	burst               int     // pods that are replaced as fast as it goes
-	args                string  // flags for MIC besides those that it cannot do without
-	profiles            string  // a folder; "" for none
+	few, many                 int     // pods
+	fewReplaced, manyReplaced int     // of those, how many are replaced
+	rate                      float64 // a second
+	burst                     int     // pods that are replaced as fast as it goes
+	args                      string  // flags for MIC besides those that it cannot do without
+	profiles                  string  // a folder; "" for none
 }
 
 const (
-	// predecessorPods on one scale set took AAD Pod Identity predecessorTook until all were Assigned, with ARM at 0 delay.
-	predecessorPods = 400
-	predecessorTook = 160 * time.Second
+	// aadPodIdentityPods on one scale set took AAD Pod Identity aadPodIdentityTime until all were Assigned, with ARM at 0 delay.
+	aadPodIdentityPods = 400
+	aadPodIdentityTime = 160 * time.Second
 )
 
 // measureMIC measures MIC, in this order: what the predecessor was measured with; what installing it in a cluster with
 // pods is like; a small cluster in operation; the growth to a large one; that one in operation; and pods that come at
 // once there.
 func measureMIC(ctx context.Context, p micPlan, figures map[string]float64) (err error) {
-	say("\nMIC: %d nodes in %d scale sets, %d identities, ARM at 0 delay", scaleSets*nodesInSet, scaleSets, identities)
-	r, err := newMICRig(ctx, strings.Fields(p.args))
+	printLine("\nMIC: %d nodes in %d scale sets, %d identities, ARM at 0 delay", scaleSets*nodesInSet, scaleSets, identities)
+	r, err := newMICEnvironment(ctx, strings.Fields(p.args))
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.close()) }()
-	m := &micMeasurement{micRig: r, micPlan: p, figures: figures, pairs: firstPairs()}
+	m := &micMeasurement{micEnvironment: r, micPlan: p, figures: figures, pairs: firstPairs()}
 	phases := []func(context.Context) error{m.compare, m.install, m.small}
 	if p.many > 0 {
-		phases = append(phases, m.grow, m.large, m.surprise)
+		phases = append(phases, m.grow, m.large, m.addNewIdentities)
 	}
-	for _, phase := range append(phases, m.rush) {
+	for _, phase := range append(phases, m.replaceAtOnce) {
 		if err := phase(ctx); err != nil {
 			return err
 		}
 	}
 	if p.many > 0 {
-		m.verdict.tell(figures)
+		m.comparison.report(figures)
 	}
 	return nil
 }
 
 // micMeasurement is under way.
 type micMeasurement struct {
-	*micRig
+	*micEnvironment
 	micPlan
 	figures map[string]float64
 
-	pairs   []pair // in use
-	verdict verdict
+	pairs      []pair // in use
+	comparison comparison
 }
 
 // begin forgets what was counted before a phase.
 func (m *micMeasurement) begin(ctx context.Context) error {
-	m.crowd.answers()
+	m.workload.answers()
 	_, err := m.armCalls(ctx)
 	return err
 }
 
 // assigned waits until all of the pods are Assigned, and returns how long that took since began and what it took of ARM.
 func (m *micMeasurement) assigned(ctx context.Context, began time.Time, pods []string) (time.Duration, armCalls, error) {
-	_, last, err := m.settle(ctx, pods)
+	_, last, err := m.waitAssigned(ctx, pods)
 	if err != nil {
 		return 0, armCalls{}, err
 	}
@@ -84,15 +84,15 @@ func (m *micMeasurement) compare(ctx context.Context) error {
 	}
 	pairs := slices.DeleteFunc(firstPairs(), func(p pair) bool { return p.set != 0 })
 	began := time.Now()
-	pods, err := m.crowd.fill(ctx, pairs, predecessorPods)
+	pods, err := m.workload.fill(ctx, pairs, aadPodIdentityPods)
 	if err != nil {
 		return err
 	}
 	took, calls, err := m.assigned(ctx, began, pods)
-	say("\n%d pods at once on one scale set, of %d identities: all Assigned after %.1f s (the predecessor: %.0f s); %d PATCHes, %d GETs",
-		predecessorPods, len(pairs), took.Seconds(), predecessorTook.Seconds(), calls.patches, calls.gets)
+	printLine("\n%d pods at once on one scale set, of %d identities: all Assigned after %.1f s (the predecessor: %.0f s); %d PATCHes, %d GETs",
+		aadPodIdentityPods, len(pairs), took.Seconds(), aadPodIdentityTime.Seconds(), calls.patches, calls.gets)
 	m.figures["mic.compare400_s"] = took.Seconds()
-	m.verdict.patches = max(m.verdict.patches, calls.patches)
+	m.comparison.patches = max(m.comparison.patches, calls.patches)
 	return err
 }
 
@@ -100,7 +100,7 @@ func (m *micMeasurement) compare(ctx context.Context) error {
 func (m *micMeasurement) install(ctx context.Context) error {
 	m.stopMIC()
 	pairs := slices.DeleteFunc(firstPairs(), func(p pair) bool { return p.set == 0 })
-	pods, err := m.crowd.fill(ctx, pairs, m.few-m.crowd.count())
+	pods, err := m.workload.fill(ctx, pairs, m.few-m.workload.count())
 	if err := errors.Join(err, m.begin(ctx)); err != nil {
 		return err
 	}
@@ -109,19 +109,19 @@ func (m *micMeasurement) install(ctx context.Context) error {
 		return err
 	}
 	took, calls, err := m.assigned(ctx, began, pods)
-	say("MIC started where %d pods wait, on %d scale sets: all Assigned after %.1f s; at most %d PATCHes and %d GETs for one",
+	printLine("MIC started where %d pods wait, on %d scale sets: all Assigned after %.1f s; at most %d PATCHes and %d GETs for one",
 		len(pods), scaleSets-1, took.Seconds(), calls.patches, calls.gets)
 	m.figures["mic.install_s"] = took.Seconds()
-	m.verdict.patches = max(m.verdict.patches, calls.patches)
+	m.comparison.patches = max(m.comparison.patches, calls.patches)
 	return err
 }
 
 // small measures the cluster with few pods in operation.
 func (m *micMeasurement) small(ctx context.Context) (err error) {
-	sayRounds()
-	if m.verdict.small, err = m.round(ctx, m.fewAgain); err == nil {
-		m.verdict.small.say()
-		m.verdict.small.note(m.figures, "mic.small.")
+	printRoundsHeader()
+	if m.comparison.small, err = m.round(ctx, m.fewReplaced); err == nil {
+		m.comparison.small.print()
+		m.comparison.small.note(m.figures, "mic.small.")
 	}
 	return err
 }
@@ -133,14 +133,14 @@ func (m *micMeasurement) grow(ctx context.Context) error {
 	}
 	m.pairs = append(m.pairs, laterPairs()...)
 	began := time.Now()
-	pods, err := m.crowd.fill(ctx, laterPairs(), m.many-m.crowd.count()-mostAtOnce)
+	pods, err := m.workload.fill(ctx, laterPairs(), m.many-m.workload.count()-podsAtOnce)
 	if err != nil {
 		return err
 	}
 	made := time.Since(began)
 	took, calls, err := m.assigned(ctx, began, pods)
 	perSecond := float64(len(pods)) / took.Seconds()
-	say("%*s%d more made in %.0f s: all Assigned after %.0f s, %.0f a second; at most %d PATCHes and %d GETs for one scale set", 7, "",
+	printLine("%*s%d more made in %.0f s: all Assigned after %.0f s, %.0f a second; at most %d PATCHes and %d GETs for one scale set", 7, "",
 		len(pods), made.Seconds(), took.Seconds(), perSecond, calls.patches, calls.gets)
 	m.figures["mic.fill_s"], m.figures["mic.fill.pods_per_s"] = took.Seconds(), perSecond
 	m.figures["mic.fill.patches_per_vmss"] = float64(calls.patches)
@@ -149,52 +149,52 @@ func (m *micMeasurement) grow(ctx context.Context) error {
 
 // large measures the cluster with many pods in operation.
 func (m *micMeasurement) large(ctx context.Context) (err error) {
-	if m.verdict.large, err = m.round(ctx, m.manyAgain); err == nil {
-		m.verdict.large.say()
-		m.verdict.large.note(m.figures, "mic.")
+	if m.comparison.large, err = m.round(ctx, m.manyReplaced); err == nil {
+		m.comparison.large.print()
+		m.comparison.large.note(m.figures, "mic.")
 	}
 	return err
 }
 
-// mostAtOnce is how many pods come at once at the end, two of each identity on each scale set.
-const mostAtOnce = 2 * scaleSets * block
+// podsAtOnce is how many pods come at once at the end, two of each identity on each scale set.
+const podsAtOnce = 2 * scaleSets * block
 
-// surprise lets pods come at once with identities that are new to their scale sets.
-func (m *micMeasurement) surprise(ctx context.Context) error {
+// addNewIdentities lets pods come at once with identities that are new to their scale sets.
+func (m *micMeasurement) addNewIdentities(ctx context.Context) error {
 	if err := m.begin(ctx); err != nil {
 		return err
 	}
 	began := time.Now()
-	pods, err := m.crowd.fill(ctx, latePairs(), mostAtOnce)
+	pods, err := m.workload.fill(ctx, latePairs(), podsAtOnce)
 	if err != nil {
 		return err
 	}
 	took, calls, err := m.assigned(ctx, began, pods)
-	say("\n%d pods at once, of %d identities new to each scale set: all Assigned after %.1f s; at most %d PATCHes and %d GETs for one",
+	printLine("\n%d pods at once, of %d identities new to each scale set: all Assigned after %.1f s; at most %d PATCHes and %d GETs for one",
 		len(pods), block, took.Seconds(), calls.patches, calls.gets)
 	m.figures["mic.newcomers_s"] = took.Seconds()
-	m.verdict.patches = max(m.verdict.patches, calls.patches)
+	m.comparison.patches = max(m.comparison.patches, calls.patches)
 	return err
 }
 
-// rush replaces pods as fast as it goes.
-func (m *micMeasurement) rush(ctx context.Context) error {
+// replaceAtOnce replaces pods as fast as it goes.
+func (m *micMeasurement) replaceAtOnce(ctx context.Context) error {
 	if err := m.begin(ctx); err != nil {
 		return err
 	}
-	old, now := m.crowd.choose(m.pairs, m.burst)
-	before := m.crowd.count()
+	old, now := m.workload.choose(m.pairs, m.burst)
+	before := m.workload.count()
 	began := time.Now()
-	if err := inParallel(len(old), func(i int) error { return m.crowd.replace(ctx, old[i], now[i], 0) }); err != nil {
+	if err := inParallel(len(old), func(i int) error { return m.workload.replace(ctx, old[i], now[i], 0) }); err != nil {
 		return err
 	}
 	made := time.Since(began)
-	waits, last, err := m.settle(ctx, m.crowd.since(before))
+	waits, last, err := m.waitAssigned(ctx, m.workload.since(before))
 	if err != nil {
 		return err
 	}
-	p50, p99, answers := quantile(waits, .5), quantile(waits, .99), m.crowd.answers()
-	say("%d pods replaced at once, in %.1f s: Assigned after p50 %.2f s, p99 %.2f s, all after %.1f s; the API server's answer p50 %s, p99 %s", len(old),
+	p50, p99, answers := quantile(waits, .5), quantile(waits, .99), m.workload.answers()
+	printLine("%d pods replaced at once, in %.1f s: Assigned after p50 %.2f s, p99 %.2f s, all after %.1f s; the API server's answer p50 %s, p99 %s", len(old),
 		made.Seconds(), p50.Seconds(), p99.Seconds(), last.Sub(began).Seconds(), quantile(answers, .5), quantile(answers, .99))
 	m.figures["mic.rush.p50_s"], m.figures["mic.rush.p99_s"], m.figures["mic.rush_s"] = p50.Seconds(), p99.Seconds(), last.Sub(began).Seconds()
 	return nil

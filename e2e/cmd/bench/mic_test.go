@@ -87,7 +87,7 @@ apiserver_request_total{code="201",dry_run="",group="",resource="pods",scope="re
 // after is a moment of the tests.
 func after(d time.Duration) time.Time { return time.Unix(1e9, 0).Add(d) }
 
-func event(kind, name, pod, state string) (e seen) {
+func event(kind, name, pod, state string) (e watchEvent) {
 	e.Type = kind
 	e.Object.Metadata.Namespace, e.Object.Metadata.Name = "apps", name
 	e.Object.Spec.PodNamespace, e.Object.Spec.Pod = "apps", pod
@@ -96,7 +96,7 @@ func event(kind, name, pod, state string) (e seen) {
 }
 
 func TestAPodWaitsFromWhenItIsMadeUntilItIsAssignedForTheFirstTime(t *testing.T) {
-	w := &witness{created: map[string]time.Time{"apps/a": after(0), "apps/b": after(0), "apps/c": after(0), "apps/early": after(time.Second)},
+	w := &watcher{created: map[string]time.Time{"apps/a": after(0), "apps/b": after(0), "apps/c": after(0), "apps/early": after(time.Second)},
 		assigned: map[string]time.Time{}, live: map[string]struct{}{}}
 	w.note(event("ADDED", "a-1", "a", ""), after(time.Second))
 	w.note(event("MODIFIED", "a-1", "a", "Assigned"), after(2*time.Second))
@@ -110,13 +110,13 @@ func TestAPodWaitsFromWhenItIsMadeUntilItIsAssignedForTheFirstTime(t *testing.T)
 	if want := []time.Duration{0, time.Second, 2 * time.Second}; !slices.Equal(waits, want) || !last.Equal(after(2*time.Second)) {
 		t.Errorf("%v, the last at %s; want %v", waits, last, want)
 	}
-	if waiting, live, err := w.settled(all); waiting != 1 || live != 3 || err != nil {
+	if waiting, live, err := w.pending(all); waiting != 1 || live != 3 || err != nil {
 		t.Errorf("%d wait, %d assignments, %v; want c, and those of a, c and early", waiting, live, err)
 	}
 }
 
 func TestAWatchThatEndsGoesOnAndAnErrorIsOne(t *testing.T) {
-	w := &witness{created: map[string]time.Time{}, assigned: map[string]time.Time{}, live: map[string]struct{}{}}
+	w := &watcher{created: map[string]time.Time{}, assigned: map[string]time.Time{}, live: map[string]struct{}{}}
 	const added = `{"type":"ADDED","object":{"metadata":{"namespace":"apps","name":"a-1","resourceVersion":"7"},"spec":{"pod":"a","podNamespace":"apps"},"status":{"status":"Assigned"}}}` + "\n"
 	if err := w.readAll(strings.NewReader(added)); err != nil || len(w.live) != 1 || len(w.assigned) != 1 || w.version != "7" {
 		t.Errorf("after the end: %v, %d assignments, %d Assigned, version %q", err, len(w.live), len(w.assigned), w.version)
@@ -158,7 +158,7 @@ func TestThingsBeginAtTheRateAndEndAtTheFirstError(t *testing.T) {
 }
 
 func TestTheVerdictComparesOnePodInTheLargeClusterWithOneInTheSmall(t *testing.T) {
-	v := verdict{patches: 2}
+	v := comparison{patches: 2}
 	v.small = round{pods: 2000, replaced: 400, rss: 80 << 20}
 	v.small.setWork(work{cpu: time.Second, requests: requests{all: 2000}})
 	v.large = round{pods: 20000, replaced: 2000, rss: 116 << 20, p99: 1100 * time.Millisecond, answerP99: 60 * time.Millisecond}

@@ -13,8 +13,8 @@ import (
 const (
 	// step is the time between two things that a kubelet says of a pod.
 	step = 500 * time.Millisecond
-	// mostUnderWay is twice as long as replacing a pod takes.
-	mostUnderWay = 6 * step
+	// maxDuration is twice as long as replacing a pod takes.
+	maxDuration = 6 * step
 	// quiet is how long MIC is left alone before its memory is looked at.
 	quiet = 10 * time.Second
 )
@@ -32,18 +32,18 @@ type round struct {
 
 // round replaces n pods.
 func (m *micMeasurement) round(ctx context.Context, n int) (round, error) {
-	r := round{pods: m.crowd.count(), replaced: n}
+	r := round{pods: m.workload.count(), replaced: n}
 	began, err := m.work(ctx)
 	if err := errors.Join(err, m.begin(ctx)); err != nil {
 		return r, err
 	}
 	profiled := m.profileCPU(ctx, fmt.Sprintf("mic-cpu-%d.pprof", r.pods), time.Duration(float64(n)/m.rate*float64(time.Second)))
-	old, now := m.crowd.choose(m.pairs, n)
-	before := m.crowd.count()
-	if r.rate, err = atRate(ctx, n, m.rate, func(i int) error { return m.crowd.replace(ctx, old[i], now[i], step) }); err != nil {
+	old, now := m.workload.choose(m.pairs, n)
+	before := m.workload.count()
+	if r.rate, err = atRate(ctx, n, m.rate, func(i int) error { return m.workload.replace(ctx, old[i], now[i], step) }); err != nil {
 		return r, err
 	}
-	waits, _, err := m.settle(ctx, m.crowd.since(before))
+	waits, _, err := m.waitAssigned(ctx, m.workload.since(before))
 	if err != nil {
 		return r, err
 	}
@@ -52,7 +52,7 @@ func (m *micMeasurement) round(ctx context.Context, n int) (round, error) {
 		return r, err
 	}
 	r.setWork(ended.minus(began))
-	answers := m.crowd.answers()
+	answers := m.workload.answers()
 	r.p50, r.p99 = quantile(waits, .5), quantile(waits, .99)
 	r.answerP50, r.answerP99 = quantile(answers, .5), quantile(answers, .99)
 	time.Sleep(quiet)
@@ -68,15 +68,15 @@ func (r *round) setWork(w work) {
 	r.cpu, r.requests, r.writes = w.cpu/time.Duration(n), w.all/float64(n), w.written/float64(n)
 }
 
-func sayRounds() {
-	say("\npods replaced at a steady rate; what one costs MIC until its successor is Assigned and its own assignment is gone\n")
-	say("%6s %8s %6s   %17s   %17s   %6s %8s %6s   %6s", "", "", "", "Assigned after", "API server's", "", "", "", "")
-	say("%6s %8s %6s   %8s %8s   %8s %8s   %6s %8s %6s   %6s", "", "", "", "", "", "answer", "", "CPU", "", "", "RSS")
-	say("%6s %8s %6s   %8s %8s   %8s %8s   %6s %8s %6s   %6s", "pods", "replaced", "/s", "p50", "p99", "p50", "p99", "ms", "requests", "writes", "MiB")
+func printRoundsHeader() {
+	printLine("\npods replaced at a steady rate; what one costs MIC until its successor is Assigned and its own assignment is gone\n")
+	printLine("%6s %8s %6s   %17s   %17s   %6s %8s %6s   %6s", "", "", "", "Assigned after", "API server's", "", "", "", "")
+	printLine("%6s %8s %6s   %8s %8s   %8s %8s   %6s %8s %6s   %6s", "", "", "", "", "", "answer", "", "CPU", "", "", "RSS")
+	printLine("%6s %8s %6s   %8s %8s   %8s %8s   %6s %8s %6s   %6s", "pods", "replaced", "/s", "p50", "p99", "p50", "p99", "ms", "requests", "writes", "MiB")
 }
 
-func (r round) say() {
-	say("%6d %8d %6.1f   %8s %8s   %8s %8s   %6.2f %8.2f %6.2f   %6.1f", r.pods, r.replaced, r.rate, r.p50.Round(time.Millisecond), r.p99.Round(time.Millisecond),
+func (r round) print() {
+	printLine("%6d %8d %6.1f   %8s %8s   %8s %8s   %6.2f %8.2f %6.2f   %6.1f", r.pods, r.replaced, r.rate, r.p50.Round(time.Millisecond), r.p99.Round(time.Millisecond),
 		r.answerP50.Round(100*time.Microsecond), r.answerP99.Round(100*time.Microsecond), milliseconds(r.cpu), r.requests, r.writes, r.rss/(1<<20))
 }
 
@@ -110,13 +110,13 @@ func (m *micMeasurement) profile(ctx context.Context, name, path string) error {
 }
 
 // atRate begins n things, so many a second, waits for all of them, and returns how many began a second. It stops at the
-// first error. There are never more under way than should begin in mostUnderWay: if they take too long, fewer begin.
+// first error. There are never more under way than should begin in maxDuration: if they take too long, fewer begin.
 func atRate(ctx context.Context, n int, rate float64, do func(i int) error) (float64, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	underWay := make(chan struct{}, max(1, int(rate*mostUnderWay.Seconds())))
+	underWay := make(chan struct{}, max(1, int(rate*maxDuration.Seconds())))
 	began := time.Now()
 	for i := range n {
 		select {

@@ -14,8 +14,8 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// witness watches AzureAssignedIdentities as NMI does, and notes when each pod's is Assigned for the first time.
-type witness struct {
+// watcher watches AzureAssignedIdentities as NMI does, and notes when each pod's is Assigned for the first time.
+type watcher struct {
 	version string // of the last event; of the watch alone
 
 	mu       sync.Mutex
@@ -25,8 +25,8 @@ type witness struct {
 	err      error
 }
 
-// seen is one event, as far as it is read here.
-type seen struct {
+// watchEvent is one event, as far as it is read here.
+type watchEvent struct {
 	Type   string `json:"type"`
 	Object struct {
 		Metadata struct {
@@ -56,9 +56,9 @@ func (s *state) UnmarshalJSON(text []byte) error {
 	return err
 }
 
-// newWitness begins to watch. There must be no assignment yet.
-func newWitness(ctx context.Context, client rest.Interface) (*witness, error) {
-	w := &witness{created: map[string]time.Time{}, assigned: map[string]time.Time{}, live: map[string]struct{}{}}
+// newWatcher begins to watch. There must be no assignment yet.
+func newWatcher(ctx context.Context, client rest.Interface) (*watcher, error) {
+	w := &watcher{created: map[string]time.Time{}, assigned: map[string]time.Time{}, live: map[string]struct{}{}}
 	watch := func() (io.ReadCloser, error) {
 		return client.Get().AbsPath("/apis/aadpodidentity.k8s.io/v1/azureassignedidentities").SetHeader("Accept", "application/json").
 			Param("watch", "true").Param("resourceVersion", w.version).Stream(ctx)
@@ -83,10 +83,10 @@ func newWitness(ctx context.Context, client rest.Interface) (*witness, error) {
 }
 
 // readAll notes events until they end.
-func (w *witness) readAll(stream io.Reader) error {
+func (w *watcher) readAll(stream io.Reader) error {
 	events := json.NewDecoder(stream)
 	for {
-		var e seen
+		var e watchEvent
 		err := events.Decode(&e)
 		switch {
 		case errors.Is(err, io.EOF):
@@ -100,7 +100,7 @@ func (w *witness) readAll(stream io.Reader) error {
 	}
 }
 
-func (w *witness) note(e seen, now time.Time) {
+func (w *watcher) note(e watchEvent, now time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.version = e.Object.Metadata.ResourceVersion
@@ -117,7 +117,7 @@ func (w *witness) note(e seen, now time.Time) {
 }
 
 // made notes that a pod (namespace/name) exists since now.
-func (w *witness) made(pod string) {
+func (w *watcher) made(pod string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.created[pod] = time.Now()
@@ -125,7 +125,7 @@ func (w *witness) made(pod string) {
 
 // took returns how long each of the pods waited until it was Assigned, sorted, and when the last one was. Pods that
 // still wait are not in it.
-func (w *witness) took(pods []string) (waits []time.Duration, last time.Time) {
+func (w *watcher) took(pods []string) (waits []time.Duration, last time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, pod := range pods {
@@ -143,8 +143,8 @@ func (w *witness) took(pods []string) (waits []time.Duration, last time.Time) {
 	return waits, last
 }
 
-// settled reports how many of the pods are not Assigned yet, and how many assignments exist.
-func (w *witness) settled(pods []string) (waiting, live int, err error) {
+// pending reports how many of the pods are not Assigned yet, and how many assignments exist.
+func (w *watcher) pending(pods []string) (waiting, live int, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, pod := range pods {

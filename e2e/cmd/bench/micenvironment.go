@@ -36,10 +36,10 @@ var micSecret = azure.App{
 	ClientID: "be9c4006-0000-4000-8000-000000000001", ObjectID: "be9c4007-0000-4000-8000-000000000001", Secrets: []azure.AppSecret{{Value: "not a secret"}},
 }
 
-// micRig is MIC between a real API server and stand-ins for ARM and Entra ID, all in one network namespace that has
-// nothing but loopback. There is no controller and no kubelet: nodes and pods are objects alone, and the rig says what a
+// micEnvironment is MIC between a real API server and a fake ARM and a fake Entra ID, all in one network namespace that has
+// nothing but loopback. There is no controller and no kubelet: nodes and pods are objects alone, and the environment says what a
 // kubelet would.
-type micRig struct {
+type micEnvironment struct {
 	plane    *cluster.Plane
 	dir      string
 	k        clients
@@ -50,27 +50,27 @@ type micRig struct {
 	args     []string // besides what it takes to run
 	mic      *child   // nil while none runs
 	log      *os.File
-	crowd    *crowd
-	witness  *witness
+	workload *workload
+	watcher  *watcher
 }
 
-func newMICRig(ctx context.Context, args []string) (*micRig, error) {
+func newMICEnvironment(ctx context.Context, args []string) (*micEnvironment, error) {
 	dir, err := cluster.Scratch("bench")
 	if err != nil {
 		return nil, err
 	}
-	r := &micRig{dir: dir, args: args}
+	r := &micEnvironment{dir: dir, args: args}
 	if err := r.build(ctx); err != nil {
 		return nil, errors.Join(err, r.close())
 	}
 	return r, nil
 }
 
-func (r *micRig) build(ctx context.Context) (err error) {
+func (r *micEnvironment) build(ctx context.Context) (err error) {
 	if r.binary, err = buildProgram(ctx, "mic", r.dir); err != nil {
 		return err
 	}
-	if r.plane, err = cluster.StartPlane(ctx, r.dir, func(line string) { say("   %s", line) }); err != nil {
+	if r.plane, err = cluster.StartPlane(ctx, r.dir, func(line string) { printLine("   %s", line) }); err != nil {
 		return err
 	}
 	r.http = &http.Client{Timeout: 10 * time.Minute, Transport: &http.Transport{DialContext: r.plane.DialContext}}
@@ -83,21 +83,21 @@ func (r *micRig) build(ctx context.Context) (err error) {
 	if _, err := r.plane.Kubectl(ctx, "wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"); err != nil {
 		return err
 	}
-	if r.witness, err = newWitness(ctx, r.k.kube.CoreV1().RESTClient()); err != nil {
+	if r.watcher, err = newWatcher(ctx, r.k.kube.CoreV1().RESTClient()); err != nil {
 		return err
 	}
-	r.crowd = &crowd{k: r.k, witness: r.witness, random: rand.New(rand.NewPCG(1, 2))}
-	if err := r.crowd.furnish(ctx); err != nil {
+	r.workload = &workload{k: r.k, watcher: r.watcher, random: rand.New(rand.NewPCG(1, 2))}
+	if err := r.workload.createNodesAndIdentities(ctx); err != nil {
 		return err
 	}
 	if r.log, err = os.Create(filepath.Join(r.dir, "mic.log")); err != nil {
 		return err
 	}
-	return errors.Join(r.admitMIC(ctx), r.startAzure(ctx))
+	return errors.Join(r.authorizeMIC(ctx), r.startAzure(ctx))
 }
 
 // close ends what was started here.
-func (r *micRig) close() error {
+func (r *micEnvironment) close() error {
 	r.children.stop()
 	var err error
 	if r.plane != nil {
@@ -109,13 +109,13 @@ func (r *micRig) close() error {
 	return errors.Join(err, os.RemoveAll(r.dir))
 }
 
-// admitMIC gives MIC a ServiceAccount, as in a pod: what the API server lets one user do at a time holds for it. It may
+// authorizeMIC gives MIC a ServiceAccount, as in a pod: what the API server lets one user do at a time holds for it. It may
 // do anything; that the chart's rights are enough is for other tests.
-func (r *micRig) admitMIC(ctx context.Context) error {
-	if err := r.crowd.makeNamespace(ctx, micNamespace); err != nil {
+func (r *micEnvironment) authorizeMIC(ctx context.Context) error {
+	if err := r.workload.makeNamespace(ctx, micNamespace); err != nil {
 		return err
 	}
-	if err := r.crowd.makeAccount(ctx, micNamespace, micAccount); err != nil {
+	if err := r.workload.makeAccount(ctx, micNamespace, micAccount); err != nil {
 		return err
 	}
 	_, err := r.k.kube.RbacV1().ClusterRoleBindings().Create(ctx, &rbacv1.ClusterRoleBinding{
@@ -140,10 +140,10 @@ func (r *micRig) admitMIC(ctx context.Context) error {
 	return clientcmd.WriteToFile(*config, r.file("mic.kubeconfig"))
 }
 
-func (r *micRig) file(name string) string { return filepath.Join(r.dir, name) }
+func (r *micEnvironment) file(name string) string { return filepath.Join(r.dir, name) }
 
-// startAzure runs the stand-in with all scale sets and identities, and writes how MIC reaches it: as a cloud of its own.
-func (r *micRig) startAzure(ctx context.Context) error {
+// startAzure runs the fake Azure with all scale sets and identities, and writes how MIC reaches it: as a cloud of its own.
+func (r *micEnvironment) startAzure(ctx context.Context) error {
 	config := azure.Config{
 		IMDSAddr: "127.0.0.1:8081", EntraAddr: "127.0.0.1:8443", ControlSocket: r.file("azure.sock"), StateDir: r.file("azure"), Tenant: cluster.TenantID,
 	}
@@ -155,7 +155,7 @@ func (r *micRig) startAzure(ctx context.Context) error {
 	}
 	const endpoint = "https://127.0.0.1:8443/"
 	err := errors.Join(
-		writeJSON(r.file("stand-in.json"), config),
+		writeJSON(r.file("fake-azure.json"), config),
 		writeJSON(r.file("azure.json"), map[string]any{
 			"cloud": "AzureStackCloud", "tenantId": cluster.TenantID, "subscriptionId": cluster.SubscriptionID, "resourceGroup": "bench", "vmType": "vmss",
 			"aadClientId": micSecret.ClientID, "aadClientSecret": micSecret.Secrets[0].Value}),
@@ -163,13 +163,13 @@ func (r *micRig) startAzure(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	cmd, err := r.plane.Command(context.WithoutCancel(ctx), filepath.Join(repo(), "bin", "cluster"), "azure", "serve", "--config", r.file("stand-in.json"))
+	cmd, err := r.plane.Command(context.WithoutCancel(ctx), filepath.Join(repo(), "bin", "cluster"), "azure", "serve", "--config", r.file("fake-azure.json"))
 	if err != nil {
 		return err
 	}
 	cmd.Stderr = os.Stderr
 	if _, err := r.children.start(cmd); err != nil {
-		return fmt.Errorf("starting the stand-in for Azure: %w", err)
+		return fmt.Errorf("starting the fake Azure: %w", err)
 	}
 	r.azure = azure.Dial(config.ControlSocket)
 	waiting, cancel := context.WithTimeout(ctx, 15*time.Second)
@@ -189,7 +189,7 @@ func writeJSON(file string, v any) error {
 }
 
 // startMIC runs MIC with its defaults, as the Deployment would.
-func (r *micRig) startMIC(ctx context.Context) error {
+func (r *micEnvironment) startMIC(ctx context.Context) error {
 	args := append([]string{"--kubeconfig=" + r.file("mic.kubeconfig"), "--namespace=" + micNamespace, "--cloudconfig=" + r.file("azure.json"),
 		"--ca-bundle=" + filepath.Join(r.dir, "azure", azure.CAFile), "--leader-election-instance=bench", "--enable-profile"}, r.args...)
 	cmd, err := r.plane.Command(context.WithoutCancel(ctx), r.binary, args...)
@@ -207,22 +207,22 @@ func (r *micRig) startMIC(ctx context.Context) error {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	return r.blame(fmt.Errorf("MIC does not run after a minute: %w", err))
+	return r.withLog(fmt.Errorf("MIC does not run after a minute: %w", err))
 }
 
 // stopMIC lets MIC end in order, which gives the lease back.
-func (r *micRig) stopMIC() {
+func (r *micEnvironment) stopMIC() {
 	r.mic.stop()
 	r.mic = nil
 }
 
-// blame adds to an error what MIC said last.
-func (r *micRig) blame(err error) error {
+// withLog adds to an error what MIC said last.
+func (r *micEnvironment) withLog(err error) error {
 	text, _ := os.ReadFile(r.log.Name())
 	return fmt.Errorf("%w; MIC said last:\n%s", err, text[max(0, len(text)-4000):])
 }
 
-func (r *micRig) get(ctx context.Context, url string) (string, error) {
+func (r *micEnvironment) get(ctx context.Context, url string) (string, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return "", err
@@ -246,10 +246,10 @@ func (w work) minus(b work) work {
 	return work{w.cpu - b.cpu, requests{w.all - b.all, w.writes - b.writes}, w.written - b.written}
 }
 
-func (r *micRig) work(ctx context.Context) (w work, err error) {
+func (r *micEnvironment) work(ctx context.Context) (w work, err error) {
 	own, err := r.get(ctx, micMetrics)
 	if err != nil {
-		return w, r.blame(err)
+		return w, r.withLog(err)
 	}
 	if w.requests, err = readRequests(own); err != nil {
 		return w, err
@@ -269,7 +269,7 @@ func (r *micRig) work(ctx context.Context) (w work, err error) {
 type armCalls struct{ gets, patches int }
 
 // armCalls returns what ARM was asked since the last call.
-func (r *micRig) armCalls(ctx context.Context) (most armCalls, err error) {
+func (r *micEnvironment) armCalls(ctx context.Context) (most armCalls, err error) {
 	stats, err := r.azure.Stats(ctx)
 	if err != nil {
 		return most, err
@@ -284,22 +284,22 @@ func (r *micRig) armCalls(ctx context.Context) (most armCalls, err error) {
 
 // settle waits until all of the pods are Assigned and there are as many assignments as pods, and returns how long each
 // of the pods waited, and when the last one was Assigned.
-func (r *micRig) settle(ctx context.Context, pods []string) (waits []time.Duration, last time.Time, err error) {
+func (r *micEnvironment) waitAssigned(ctx context.Context, pods []string) (waits []time.Duration, last time.Time, err error) {
 	const patience = 20 * time.Minute
 	deadline := time.Now().Add(patience)
 	for {
-		waiting, live, err := r.witness.settled(pods)
+		waiting, live, err := r.watcher.pending(pods)
 		if err == nil {
 			err = r.mic.alive()
 		}
-		switch want := r.crowd.count(); {
+		switch want := r.workload.count(); {
 		case err != nil:
-			return nil, last, r.blame(err)
+			return nil, last, r.withLog(err)
 		case waiting == 0 && live == want:
-			waits, last = r.witness.took(pods)
+			waits, last = r.watcher.took(pods)
 			return waits, last, nil
 		case time.Now().After(deadline):
-			return nil, last, r.blame(fmt.Errorf("after %s %d pods are not Assigned, and there are %d assignments for %d pods", patience, waiting, live, want))
+			return nil, last, r.withLog(fmt.Errorf("after %s %d pods are not Assigned, and there are %d assignments for %d pods", patience, waiting, live, want))
 		}
 		select {
 		case <-time.After(50 * time.Millisecond):

@@ -18,25 +18,25 @@ func (g goal) String() string {
 	return "missed  " + g.what
 }
 
-// verdict is what the goals are about.
-type verdict struct {
+// comparison is what the goals are about.
+type comparison struct {
 	small, large round
 	patches      int
 }
 
-func (v verdict) cpuRatio() float64     { return float64(v.large.cpu) / float64(v.small.cpu) }
-func (v verdict) requestRatio() float64 { return v.large.requests / v.small.requests }
-func (v verdict) perPod() float64       { return v.large.rss / float64(v.large.pods) }
+func (v comparison) cpuRatio() float64     { return float64(v.large.cpu) / float64(v.small.cpu) }
+func (v comparison) requestRatio() float64 { return v.large.requests / v.small.requests }
+func (v comparison) perPod() float64       { return v.large.rss / float64(v.large.pods) }
 
 // marginal is what one pod more takes.
-func (v verdict) marginal() float64 {
+func (v comparison) marginal() float64 {
 	return (v.large.rss - v.small.rss) / float64(v.large.pods-v.small.pods)
 }
 
 // apiTime is the API server's part of an assignment: two writes, one after the other.
-func (v verdict) apiTime() time.Duration { return 2 * v.large.answerP99 }
+func (v comparison) apiTime() time.Duration { return 2 * v.large.answerP99 }
 
-func (v verdict) goals() []goal {
+func (v comparison) goals() []goal {
 	return []goal{
 		{fmt.Sprintf("p99 until Assigned: %.3f s (goal: under 1 s, and %.3f s for the API server's answers to two writes)", v.large.p99.Seconds(), v.apiTime().Seconds()),
 			v.large.p99 < time.Second+v.apiTime()},
@@ -48,14 +48,14 @@ func (v verdict) goals() []goal {
 }
 
 // tell says of each goal whether it is met, and notes the figures that they are about.
-func (v verdict) tell(figures map[string]float64) {
+func (v comparison) report(figures map[string]float64) {
 	figures["mic.patches_per_vmss"] = float64(v.patches)
 	figures["mic.work_ratio_2k_20k"] = v.cpuRatio()
 	figures["mic.request_ratio_2k_20k"] = v.requestRatio()
 	figures["mic.rss_bytes_per_pod"] = v.perPod()
 	figures["mic.rss_bytes_per_pod_marginal"] = v.marginal()
-	say("")
+	printLine("")
 	for _, g := range v.goals() {
-		say("%s", g)
+		printLine("%s", g)
 	}
 }

@@ -29,35 +29,35 @@ const (
 	entraHost             = "10.246.0.2"
 )
 
-// rig is what is measured.
-type rig struct {
-	cluster   *cluster.Cluster
-	dir       string
-	imdsNetns string
-	nmi, bare *station
-	azure     *azure.Client
-	nmiLog    *os.File
-	nmiItself *child
-	children  children
+// environment is what is measured.
+type environment struct {
+	cluster    *cluster.Cluster
+	dir        string
+	imdsNetns  string
+	nmi, bare  *simulatedNode
+	azure      *azure.Client
+	nmiLog     *os.File
+	nmiProcess *child
+	children   children
 }
 
-// station is a node and the namespace its pods' addresses are in.
-type station struct {
+// simulatedNode is a node and the namespace its pods' addresses are in.
+type simulatedNode struct {
 	node, podsNetns string
 	subnet          int
 }
 
-func (r *rig) newStation(name string, subnet int) (*station, error) {
+func (r *environment) newSimulatedNode(name string, subnet int) (*simulatedNode, error) {
 	node, err := r.cluster.AddNetns("bench-" + name)
 	if err != nil {
 		return nil, err
 	}
 	pods, err := r.cluster.AddNetns("bench-" + name + "-pods")
-	return &station{node: node, podsNetns: pods, subnet: subnet}, err
+	return &simulatedNode{node: node, podsNetns: pods, subnet: subnet}, err
 }
 
-// azureDir is where the stand-in keeps what it is trusted by.
-func (r *rig) azureDir() string { return filepath.Join(r.dir, "azure") }
+// azureDir is where the fake Azure keeps what it is trusted by.
+func (r *environment) azureDir() string { return filepath.Join(r.dir, "azure") }
 
 func repo() string {
 	dir, err := cluster.RepoDir()
@@ -67,23 +67,23 @@ func repo() string {
 	return dir
 }
 
-func newRig(ctx context.Context, c *cluster.Cluster) (*rig, error) {
+func newEnvironment(ctx context.Context, c *cluster.Cluster) (*environment, error) {
 	dir, err := cluster.Scratch("bench")
 	if err != nil {
 		return nil, err
 	}
-	r := &rig{cluster: c, dir: dir}
+	r := &environment{cluster: c, dir: dir}
 	if err := r.build(ctx); err != nil {
 		return nil, errors.Join(err, r.close())
 	}
 	return r, nil
 }
 
-func (r *rig) build(ctx context.Context) (err error) {
-	if r.nmi, err = r.newStation("nmi", nmiSubnet); err != nil {
+func (r *environment) build(ctx context.Context) (err error) {
+	if r.nmi, err = r.newSimulatedNode("nmi", nmiSubnet); err != nil {
 		return err
 	}
-	if r.bare, err = r.newStation("bare", bareSubnet); err != nil {
+	if r.bare, err = r.newSimulatedNode("bare", bareSubnet); err != nil {
 		return err
 	}
 	if r.imdsNetns, err = r.cluster.AddNetns("bench-imds"); err != nil {
@@ -96,7 +96,7 @@ func (r *rig) build(ctx context.Context) (err error) {
 }
 
 // close ends what was started here. The namespaces go with the cluster.
-func (r *rig) close() error {
+func (r *environment) close() error {
 	r.children.stop()
 	if r.nmiLog != nil {
 		r.nmiLog.Close()
@@ -104,8 +104,8 @@ func (r *rig) close() error {
 	return os.RemoveAll(r.dir)
 }
 
-// wire makes the two namespaces of a station. All of it is below the cluster's own, which have no way out.
-func (s *station) wire(ctx context.Context) error {
+// wire makes the two namespaces of a simulatedNode. All of it is below the cluster's own, which have no way out.
+func (s *simulatedNode) wire(ctx context.Context) error {
 	node, pods := s.node, s.podsNetns
 	gateway := fmt.Sprintf("10.245.%d.1", s.subnet)
 	commands := [][]string{
@@ -129,7 +129,7 @@ func (s *station) wire(ctx context.Context) error {
 const podsOnANode = pods
 
 // wireIMDS puts the metadata service behind the node of NMI, over a route, as on Azure.
-func (r *rig) wireIMDS(ctx context.Context) error {
+func (r *environment) wireIMDS(ctx context.Context) error {
 	return ip(ctx,
 		[]string{"-n", r.imdsNetns, "addr", "add", "169.254.169.254/32", "dev", "lo"},
 		[]string{"-n", r.nmi.node, "link", "add", "imds", "type", "veth", "peer", "name", "eth0", "netns", r.imdsNetns},
@@ -153,7 +153,7 @@ func inNetns(ctx context.Context, netns string, program string, args ...string) 
 	return exec.CommandContext(ctx, "nsenter", append([]string{"--net=/run/netns/" + netns, "--", program}, args...)...)
 }
 
-func (r *rig) startIMDS(ctx context.Context) error {
+func (r *environment) startIMDS(ctx context.Context) error {
 	config := azure.Config{
 		IMDSAddr: "169.254.169.254:80", EntraAddr: entraHost + ":443", ControlSocket: filepath.Join(r.dir, "azure.sock"), StateDir: r.azureDir(),
 		EntraHosts: []string{"login.microsoftonline.com"}, Tenant: cluster.TenantID,
@@ -170,7 +170,7 @@ func (r *rig) startIMDS(ctx context.Context) error {
 	cmd := inNetns(context.WithoutCancel(ctx), r.imdsNetns, filepath.Join(repo(), "bin", "cluster"), "azure", "serve", "--config", file)
 	cmd.Stderr = os.Stderr
 	if _, err := r.children.start(cmd); err != nil {
-		return fmt.Errorf("starting the stand-in for IMDS: %w", err)
+		return fmt.Errorf("starting the fake IMDS: %w", err)
 	}
 	r.azure = azure.Dial(config.ControlSocket)
 	waiting, cancel := context.WithTimeout(ctx, 15*time.Second)
@@ -182,7 +182,7 @@ func (r *rig) startIMDS(ctx context.Context) error {
 }
 
 // startNMI runs NMI on its node with its defaults, but for where Entra ID is, as the DaemonSet would.
-func (r *rig) startNMI(ctx context.Context) error {
+func (r *environment) startNMI(ctx context.Context) error {
 	binary, err := buildProgram(ctx, "nmi", r.dir)
 	if err != nil {
 		return err
@@ -194,13 +194,13 @@ func (r *rig) startNMI(ctx context.Context) error {
 		"--authority-host=https://"+entraHost, "--ca-bundle="+filepath.Join(r.azureDir(), azure.CAFile))
 	cmd.Stderr = r.nmiLog
 	cmd.Env = append(os.Environ(), "GOMEMLIMIT=204MiB") // the chart's
-	if r.nmiItself, err = r.children.start(cmd); err != nil {
+	if r.nmiProcess, err = r.children.start(cmd); err != nil {
 		return fmt.Errorf("starting NMI: %w", err)
 	}
 	return r.waitReady(ctx, r.nmi.node, "http://127.0.0.1:8085/readyz")
 }
 
-func (r *rig) waitReady(ctx context.Context, netns, url string) error {
+func (r *environment) waitReady(ctx context.Context, netns, url string) error {
 	for range 600 {
 		if inNetns(ctx, netns, "curl", "-sf", "--max-time", "2", url).Run() == nil {
 			return nil
@@ -215,7 +215,7 @@ func (r *rig) waitReady(ctx context.Context, netns, url string) error {
 }
 
 // startBare runs the handler to compare with, with the very bytes that NMI answers.
-func (r *rig) startBare(ctx context.Context) error {
+func (r *environment) startBare(ctx context.Context) error {
 	answer, err := r.nmi.client(0).once(ctx)
 	if err != nil {
 		return err
@@ -245,7 +245,7 @@ func (r *rig) startBare(ctx context.Context) error {
 }
 
 // burst lets all pods ask at once and returns what that cost IMDS.
-func (r *rig) burst(ctx context.Context) (calls int, slowest time.Duration, err error) {
+func (r *environment) burst(ctx context.Context) (calls int, slowest time.Duration, err error) {
 	if err := r.azure.ResetLog(ctx); err != nil {
 		return 0, 0, err
 	}
@@ -274,7 +274,7 @@ func (r *rig) burst(ctx context.Context) (calls int, slowest time.Duration, err 
 }
 
 // profile writes a CPU profile and a heap profile of NMI, taken while it is under load, into a folder.
-func (r *rig) profile(ctx context.Context, dir string, length time.Duration) error {
+func (r *environment) profile(ctx context.Context, dir string, length time.Duration) error {
 	for name, path := range map[string]string{"cpu.pprof": fmt.Sprintf("profile?seconds=%.0f", length.Seconds()), "heap.pprof": "heap?gc=1"} {
 		done := make(chan error, 1)
 		go func() {

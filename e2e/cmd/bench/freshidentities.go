@@ -33,8 +33,8 @@ const (
 
 var sources = []string{managed, secret, certificate, federated}
 
-// newcomer is a pod with an identity of its own, of which nobody has asked for a token yet.
-type newcomer struct {
+// freshIdentity is a pod with an identity of its own, of which nobody has asked for a token yet.
+type freshIdentity struct {
 	pod    int
 	source string
 	id     azure.Identity
@@ -43,18 +43,18 @@ type newcomer struct {
 	secret map[string][]byte // what its Secret holds; nil if it has none
 }
 
-func (n newcomer) name() string { return fmt.Sprintf("new-%d", n.pod) }
+func (n freshIdentity) name() string { return fmt.Sprintf("new-%d", n.pod) }
 
-// proofs are what newcomers prove themselves with. One certificate stands for all: NMI opens that of each by itself.
-type proofs struct {
+// credentials are what freshIdentities prove themselves with. One certificate stands for all: NMI opens that of each by itself.
+type credentials struct {
 	certificate, pkcs12 []byte
 	trust               azure.FederatedCredential
 }
 
 const pkcs12Password = "pass word"
 
-func (r *rig) newProofs(ctx context.Context) (*proofs, error) {
-	var p proofs
+func (r *environment) newCredentials(ctx context.Context) (*credentials, error) {
+	var p credentials
 	issuer, keys, err := r.cluster.Issuer(ctx)
 	if err != nil {
 		return nil, err
@@ -70,7 +70,7 @@ func (r *rig) newProofs(ctx context.Context) (*proofs, error) {
 
 // newCertificate makes one that is packed with openssl, as people do it: what NMI reads has as many rounds of hashing as
 // theirs.
-func (r *rig) newCertificate(ctx context.Context) (cert, packed []byte, err error) {
+func (r *environment) newCertificate(ctx context.Context) (cert, packed []byte, err error) {
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		return nil, nil, err
@@ -100,9 +100,9 @@ func (r *rig) newCertificate(ctx context.Context) (cert, packed []byte, err erro
 	return cert, packed, err
 }
 
-// newcomer describes the one that the i-th pod becomes.
-func (p *proofs) newcomer(source string, i int) newcomer {
-	n := newcomer{pod: i, source: source, id: azure.Identity{
+// freshIdentity describes the one that the i-th pod becomes.
+func (p *credentials) freshIdentity(source string, i int) freshIdentity {
+	n := freshIdentity{pod: i, source: source, id: azure.Identity{
 		ClientID: fmt.Sprintf("be9c4002-0000-4000-8000-%012d", i+1), ObjectID: fmt.Sprintf("be9c4003-0000-4000-8000-%012d", i+1), TenantID: cluster.TenantID,
 	}}
 	if source == managed {
@@ -130,8 +130,8 @@ func (p *proofs) newcomer(source string, i int) newcomer {
 	return n
 }
 
-// admit makes the newcomer known to Azure and to the cluster, and binds its pod to it instead of to what that had.
-func (r *rig) admit(ctx context.Context, k clients, n newcomer) error {
+// create makes the freshIdentity known to Azure and to the cluster, and binds its pod to it instead of to what that had.
+func (r *environment) create(ctx context.Context, k clients, n freshIdentity) error {
 	var err error
 	if n.source == managed {
 		err = r.azure.AddIdentity(ctx, n.id)

@@ -18,7 +18,7 @@ import (
 )
 
 // The cluster that MIC is measured in. On each scale set there is a block of identities from the start, and one that
-// comes as a surprise; all others come when the cluster grows. So an identity has as many pods on a scale set when the
+// comes as a addNewIdentities; all others come when the cluster grows. So an identity has as many pods on a scale set when the
 // cluster is small as when it is large, and the same thing happens when a pod is replaced.
 const (
 	scaleSets             = 10
@@ -59,10 +59,10 @@ func laterPairs() (pairs []pair) {
 	return pairs
 }
 
-// crowd are the pods of the cluster.
-type crowd struct {
+// workload are the pods of the cluster.
+type workload struct {
 	k       clients
-	witness *witness
+	watcher *watcher
 
 	mu     sync.Mutex
 	random *rand.Rand
@@ -90,8 +90,8 @@ func identityOf(i int) azure.Identity {
 	}
 }
 
-// furnish makes all that is there before the pods.
-func (c *crowd) furnish(ctx context.Context) error {
+// createNodesAndIdentities makes all that is there before the pods.
+func (c *workload) createNodesAndIdentities(ctx context.Context) error {
 	for i := range applicationNamespaces {
 		if err := c.makeNamespace(ctx, namespaceOf(i)); err != nil {
 			return err
@@ -113,21 +113,21 @@ func (c *crowd) furnish(ctx context.Context) error {
 }
 
 // makeNamespace makes one with the ServiceAccount that a controller would make.
-func (c *crowd) makeNamespace(ctx context.Context, name string) error {
+func (c *workload) makeNamespace(ctx context.Context, name string) error {
 	if _, err := c.k.kube.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
 		return err
 	}
 	return c.makeAccount(ctx, name, "default")
 }
 
-func (c *crowd) makeAccount(ctx context.Context, namespace, name string) error {
+func (c *workload) makeAccount(ctx context.Context, namespace, name string) error {
 	account := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: name}}
 	_, err := c.k.kube.CoreV1().ServiceAccounts(namespace).Create(ctx, account, metav1.CreateOptions{})
 	return err
 }
 
 // newPod describes a pod of an application that is scheduled to some node of a scale set.
-func (c *crowd) newPod(p pair) *corev1.Pod {
+func (c *workload) newPod(p pair) *corev1.Pod {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.serial++
@@ -149,7 +149,7 @@ func (c *crowd) newPod(p pair) *corev1.Pod {
 }
 
 // add makes a pod, and returns it when the API server has it.
-func (c *crowd) add(ctx context.Context, p pair) (*corev1.Pod, error) {
+func (c *workload) add(ctx context.Context, p pair) (*corev1.Pod, error) {
 	pod := c.newPod(p)
 	began := time.Now()
 	made, err := c.k.kube.CoreV1().Pods(pod.Namespace).Create(ctx, pod, metav1.CreateOptions{})
@@ -157,7 +157,7 @@ func (c *crowd) add(ctx context.Context, p pair) (*corev1.Pod, error) {
 		return nil, err
 	}
 	took, key := time.Since(began), made.Namespace+"/"+made.Name
-	c.witness.made(key)
+	c.watcher.made(key)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.pods, c.answer = append(c.pods, key), append(c.answer, took)
@@ -165,7 +165,7 @@ func (c *crowd) add(ctx context.Context, p pair) (*corev1.Pod, error) {
 }
 
 // run says what the kubelet would say when the containers run.
-func (c *crowd) run(ctx context.Context, pod *corev1.Pod) error {
+func (c *workload) run(ctx context.Context, pod *corev1.Pod) error {
 	now := metav1.Now()
 	pod.Status = corev1.PodStatus{
 		Phase: corev1.PodRunning, PodIP: "10.240.0.4", PodIPs: []corev1.PodIP{{IP: "10.240.0.4"}}, StartTime: &now,
@@ -178,7 +178,7 @@ func (c *crowd) run(ctx context.Context, pod *corev1.Pod) error {
 }
 
 // fill makes n pods as fast as it goes, of the pairs in turn, and returns them.
-func (c *crowd) fill(ctx context.Context, pairs []pair, n int) ([]string, error) {
+func (c *workload) fill(ctx context.Context, pairs []pair, n int) ([]string, error) {
 	before := c.count()
 	err := inParallel(n, func(i int) error {
 		pod, err := c.add(ctx, pairs[i%len(pairs)])
@@ -191,20 +191,20 @@ func (c *crowd) fill(ctx context.Context, pairs []pair, n int) ([]string, error)
 }
 
 // since returns the pods that came after there were so many.
-func (c *crowd) since(count int) []string {
+func (c *workload) since(count int) []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return slices.Clone(c.pods[count:])
 }
 
-func (c *crowd) count() int {
+func (c *workload) count() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return len(c.pods)
 }
 
-// choose takes n pods out of the crowd, to be replaced, and as many pairs for their successors.
-func (c *crowd) choose(pairs []pair, n int) (old []string, now []pair) {
+// choose takes n pods out of the workload, to be replaced, and as many pairs for their successors.
+func (c *workload) choose(pairs []pair, n int) (old []string, now []pair) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.random.Shuffle(len(c.pods), func(i, j int) { c.pods[i], c.pods[j] = c.pods[j], c.pods[i] })
@@ -217,7 +217,7 @@ func (c *crowd) choose(pairs []pair, n int) (old []string, now []pair) {
 
 // replace is what a rolling update does to one pod: the new one comes, runs, and the old one goes. Between the steps
 // passes the time that a node needs.
-func (c *crowd) replace(ctx context.Context, old string, p pair, step time.Duration) error {
+func (c *workload) replace(ctx context.Context, old string, p pair, step time.Duration) error {
 	pod, err := c.add(ctx, p)
 	if err != nil {
 		return err
@@ -238,7 +238,7 @@ func (c *crowd) replace(ctx context.Context, old string, p pair, step time.Durat
 }
 
 // answers returns how long the API server took for each pod that was made since the last call, sorted.
-func (c *crowd) answers() []time.Duration {
+func (c *workload) answers() []time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	all := c.answer
