@@ -15,7 +15,8 @@ import (
 	"github.com/podidentity/podidentity/iptables"
 )
 
-// bare serves the bytes of a file to whoever asks, behind the same rules as NMI. It runs in a namespace of the environment.
+// bare answers every request with the bytes of a file, behind the same rules as NMI. It runs in a namespace of the
+// environment.
 func bare(args []string) error {
 	if len(args) != 1 {
 		return errors.New("usage: bench bare FILE")

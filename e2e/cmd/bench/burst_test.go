@@ -4,7 +4,7 @@ import (
 	"testing"
 )
 
-func TestTwoHundredAndFiftyPodsThatAskAtOnceCostIMDSOneCall(t *testing.T) {
+func TestSimultaneousRequestsOf250PodsNeedOneCallToIMDS(t *testing.T) {
 	err := withEnvironment(t.Context(), 10, func(r *environment) error {
 		for i := range 2 {
 			calls, slowest, err := r.burst(t.Context())
@@ -13,7 +13,7 @@ func TestTwoHundredAndFiftyPodsThatAskAtOnceCostIMDSOneCall(t *testing.T) {
 			}
 			t.Logf("burst %d: %d calls to IMDS, the last answer after %s", i+1, calls, slowest)
 			if calls != 1-i { // the second is served from the cache
-				t.Errorf("burst %d cost %d calls", i+1, calls)
+				t.Errorf("burst %d needed %d calls", i+1, calls)
 			}
 		}
 		return nil

@@ -8,11 +8,11 @@ import (
 	"strings"
 )
 
-// calls is what was asked of others since they began.
+// calls counts requests to other services.
 type calls struct {
-	// The API server: requests for Secrets of any kind, watches under way among them, and for tokens of ServiceAccounts.
+	// To the API server: all requests for Secrets, including active watches, and requests for ServiceAccount tokens.
 	secrets, assertions int
-	// Entra ID: what it is asked about a tenant, for tokens, and anything else.
+	// To Entra ID: for the metadata of a tenant, for tokens, and others.
 	documents, tokens, otherEntra int
 	imds                          int
 }
@@ -23,7 +23,7 @@ func (c calls) minus(b calls) calls {
 
 func (c calls) plus(b calls) calls { return c.minus(calls{}.minus(b)) }
 
-// calls asks those who were asked.
+// calls reads the counters of the services.
 func (r *environment) calls(ctx context.Context, k clients) (calls, error) {
 	stats, err := r.azure.Stats(ctx)
 	if err != nil {
@@ -33,13 +33,13 @@ func (r *environment) calls(ctx context.Context, k clients) (calls, error) {
 	c.otherEntra = stats.Entra.All.Requests - c.documents - c.tokens
 	text, err := k.kube.CoreV1().RESTClient().Get().AbsPath("/metrics").DoRaw(ctx)
 	if err != nil {
-		return calls{}, fmt.Errorf("asking the API server what it was asked: %w", err)
+		return calls{}, fmt.Errorf("reading the metrics of the API server: %w", err)
 	}
 	return c, c.readAPI(string(text))
 }
 
-// readAPI takes the counts of the API server from its metrics. It counts a watch once that ends, and those that run
-// elsewhere: the two together are those that have begun.
+// readAPI reads the counts of the API server from its metrics. One metric counts a watch when it ends, another the active
+// watches: the sum is the number of watches that were started.
 func (c *calls) readAPI(metrics string) error {
 	known := false
 	for line := range strings.Lines(metrics) {
@@ -65,7 +65,7 @@ func (c *calls) readAPI(metrics string) error {
 		*to += int(n)
 	}
 	if !known {
-		return errors.New("the API server does not count its requests")
+		return errors.New("the API server's metrics have no request counts")
 	}
 	return nil
 }

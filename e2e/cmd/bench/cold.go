@@ -9,22 +9,22 @@ import (
 	"time"
 )
 
-// maxCold is how many freshIdentities of each source there are pods for, but for the one that comes last.
+// maxCold is the greatest number of fresh identities of each source. One pod is left for the last identity of createAll.
 var maxCold = (pods - 1) / len(sources)
 
-// coldPause is the time between two first tokens. In it the API server gets around to counting what it was asked, and
-// the gate before IMDS lets the next one pass at once.
+// coldPause is the time between two first tokens. In it the API server updates its counts, and NMI's rate limit for IMDS
+// admits the next request at once.
 const coldPause = 100 * time.Millisecond
 
-// first is what the first token of one identity took.
+// first is the duration of the first token of one identity, and the calls for it.
 type first struct {
 	took time.Duration
 	cost calls
 }
 
-// cold measures the first token of n identities of each source: none is in NMI's cache, no credential is made, no Secret
-// read and nothing known about the tenant for it, and the pod has never asked for it. One is asked for at a time, and
-// the sources take turns, so that noise meets all alike.
+// cold measures the first token of n identities of each source: NMI has no token, credential, Secret or tenant metadata
+// for it in a cache, and the pod has never requested one. Tokens are requested one at a time, alternating between the
+// sources, so that noise affects all sources equally.
 func (r *environment) cold(ctx context.Context, n int) (map[string][]first, error) {
 	k, err := newClients(r.cluster)
 	if err != nil {
@@ -55,8 +55,9 @@ func (r *environment) cold(ctx context.Context, n int) (map[string][]first, erro
 	return all, nil
 }
 
-// createAll makes the freshIdentities, and returns when NMI knows of all of them, though it was asked for none of their tokens:
-// of each kind of object it hears in the order of changes, so it is enough that it knows one more that came last.
+// createAll creates the fresh identities, and returns when NMI knows all of them, without requesting their tokens: NMI
+// receives the objects of each kind in the order of their changes, so it is enough that it knows one more that was
+// created last.
 func (r *environment) createAll(ctx context.Context, k clients, n int) ([]freshIdentity, error) {
 	p, err := r.newCredentials(ctx)
 	if err != nil {
@@ -79,10 +80,10 @@ func (r *environment) createAll(ctx context.Context, k clients, n int) ([]freshI
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	return nil, fmt.Errorf("NMI does not know of the new identities after half a minute: %w", err)
+	return nil, fmt.Errorf("NMI does not know the new identities after 30 s: %w", err)
 }
 
-// requestFirstToken asks for the freshIdentity's token, over a new connection, and says how long that took.
+// requestFirstToken requests a token of the identity over a new connection, and returns how long that took.
 func (r *environment) requestFirstToken(ctx context.Context, n freshIdentity) (time.Duration, error) {
 	client := r.nmi.client(n.pod)
 	defer client.http.CloseIdleConnections()
@@ -103,12 +104,12 @@ func (r *environment) requestFirstToken(ctx context.Context, n freshIdentity) (t
 		return 0, err
 	}
 	if !strings.EqualFold(claims.AppID, n.id.ClientID) {
-		return 0, fmt.Errorf("the token is one of %s, not of %s", claims.AppID, n.id.ClientID)
+		return 0, fmt.Errorf("the token is for %s, not for %s", claims.AppID, n.id.ClientID)
 	}
 	return took, nil
 }
 
-// reportCold prints and notes what the first tokens took. Of so few the p99 is the slowest but one.
+// reportCold prints and records the figures of the first tokens. With so few values the p99 is the second slowest.
 func reportCold(figures map[string]float64, all map[string][]first) {
 	printLine("\ncold token, the first of an identity; %d of each source, one at a time, and the calls that one costs\n", len(all[managed]))
 	printLine("%12s  %8s %8s   %19s   %14s   %5s", "", "", "", "API server", "Entra ID", "")

@@ -4,11 +4,11 @@ import (
 	"testing"
 )
 
-// maxSecretCalls is a watch that brings what there is and goes on, or, where the API server cannot do that, its
-// refusal, a list and a watch.
+// maxSecretCalls is the greatest number of requests to watch a Secret: one watch that begins with the current state or, if
+// the API server does not support that, its rejection, a list and a watch.
 const maxSecretCalls = 3
 
-func TestTheFirstTokenOfAnIdentityCostsNoMoreThanItHasTo(t *testing.T) {
+func TestFirstTokenOfAnIdentityNeedsOnlyTheNecessaryCalls(t *testing.T) {
 	want := map[string]calls{
 		managed:     {imds: 1},
 		secret:      {documents: 1, tokens: 1},
@@ -35,7 +35,7 @@ func TestTheFirstTokenOfAnIdentityCostsNoMoreThanItHasTo(t *testing.T) {
 					got.secrets = 0
 				}
 				if got != want[source] {
-					t.Errorf("%s: it cost %+v, want %+v", source, got, want[source])
+					t.Errorf("%s: %+v calls, want %+v", source, got, want[source])
 				}
 			}
 		}

@@ -34,15 +34,15 @@ func sumOf(metrics, name string, labels ...string) (float64, error) {
 	return sum, nil
 }
 
-// writing are the verbs with which objects are written, as the API server counts them, and as methods of HTTP.
+// writing are the HTTP methods that write objects, which are also the verbs in the API server's metrics.
 var writing = []string{"POST", "PUT", "PATCH", "DELETE"}
 
-// requests is what was asked of the API server.
+// requests counts requests to the API server.
 type requests struct {
 	all, writes float64
 }
 
-// readRequests takes from the metrics of a client of the API server what it has asked.
+// readRequests reads the number of requests from the metrics of a client of the API server.
 func readRequests(metrics string) (requests, error) {
 	var r requests
 	var err error
@@ -59,10 +59,10 @@ func readRequests(metrics string) (requests, error) {
 	return r, nil
 }
 
-// written are the kinds of objects that nobody but MIC writes where only MIC is.
+// written are the resources that only MIC writes in this environment.
 var written = []string{"azureassignedidentities", "configmaps", "events"}
 
-// readWrites takes from the API server's metrics how often such objects were written.
+// readWrites reads from the API server's metrics how often these resources were written.
 func readWrites(metrics string) (float64, error) {
 	var writes float64
 	for _, resource := range written {

@@ -20,8 +20,8 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// Two nodes, each with a namespace for the addresses of its pods, on the cluster's bridge; and IMDS and Entra ID behind
-// the first.
+// There are two simulated nodes on the cluster's bridge, each with a namespace that has the addresses of its pods. IMDS
+// and Entra ID are behind the first.
 const (
 	nmiSubnet, bareSubnet = 1, 2
 	bridge                = "podid-br0"
@@ -29,7 +29,7 @@ const (
 	entraHost             = "10.246.0.2"
 )
 
-// environment is what is measured.
+// environment is NMI and the bare handler with all that they need.
 type environment struct {
 	cluster    *cluster.Cluster
 	dir        string
@@ -41,7 +41,7 @@ type environment struct {
 	children   children
 }
 
-// simulatedNode is a node and the namespace its pods' addresses are in.
+// simulatedNode is the namespace of a node and the namespace that has the addresses of its pods.
 type simulatedNode struct {
 	node, podsNetns string
 	subnet          int
@@ -56,7 +56,7 @@ func (r *environment) newSimulatedNode(name string, subnet int) (*simulatedNode,
 	return &simulatedNode{node: node, podsNetns: pods, subnet: subnet}, err
 }
 
-// azureDir is where the fake Azure keeps what it is trusted by.
+// azureDir is where the fake Azure writes its CA certificate.
 func (r *environment) azureDir() string { return filepath.Join(r.dir, "azure") }
 
 func repo() string {
@@ -95,7 +95,7 @@ func (r *environment) build(ctx context.Context) (err error) {
 	return r.startIMDS(ctx)
 }
 
-// close ends what was started here. The namespaces go with the cluster.
+// close ends what was started here. The namespaces are removed with the cluster.
 func (r *environment) close() error {
 	r.children.stop()
 	if r.nmiLog != nil {
@@ -104,7 +104,8 @@ func (r *environment) close() error {
 	return os.RemoveAll(r.dir)
 }
 
-// wire makes the two namespaces of a simulatedNode. All of it is below the cluster's own, which have no way out.
+// wire connects the two namespaces of a node with each other and with the control plane. Like the cluster's own, they
+// have no route out.
 func (s *simulatedNode) wire(ctx context.Context) error {
 	node, pods := s.node, s.podsNetns
 	gateway := fmt.Sprintf("10.245.%d.1", s.subnet)
@@ -128,7 +129,7 @@ func (s *simulatedNode) wire(ctx context.Context) error {
 
 const podsOnANode = pods
 
-// wireIMDS puts the metadata service behind the node of NMI, over a route, as on Azure.
+// wireIMDS makes the fake IMDS reachable from NMI's node by a route, as on Azure.
 func (r *environment) wireIMDS(ctx context.Context) error {
 	return ip(ctx,
 		[]string{"-n", r.imdsNetns, "addr", "add", "169.254.169.254/32", "dev", "lo"},
@@ -181,7 +182,7 @@ func (r *environment) startIMDS(ctx context.Context) error {
 	return r.azure.AddIdentity(ctx, shared)
 }
 
-// startNMI runs NMI on its node with its defaults, but for where Entra ID is, as the DaemonSet would.
+// startNMI runs NMI on its node as the DaemonSet would, with its defaults except for the address of Entra ID.
 func (r *environment) startNMI(ctx context.Context) error {
 	binary, err := buildProgram(ctx, "nmi", r.dir)
 	if err != nil {
@@ -214,7 +215,7 @@ func (r *environment) waitReady(ctx context.Context, netns, url string) error {
 	return fmt.Errorf("%s in %s is not ready after a minute\n%s", url, netns, why[max(0, len(why)-4000):])
 }
 
-// startBare runs the handler to compare with, with the very bytes that NMI answers.
+// startBare runs the bare handler, which returns exactly the bytes of NMI's response.
 func (r *environment) startBare(ctx context.Context) error {
 	answer, err := r.nmi.client(0).once(ctx)
 	if err != nil {
@@ -241,10 +242,10 @@ func (r *environment) startBare(ctx context.Context) error {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	return fmt.Errorf("the bare handler does not answer: %s", stderr.String())
+	return fmt.Errorf("the bare handler does not respond: %s", stderr.String())
 }
 
-// burst lets all pods ask at once and returns what that cost IMDS.
+// burst sends a request from all pods at once and returns how many calls IMDS received.
 func (r *environment) burst(ctx context.Context) (calls int, slowest time.Duration, err error) {
 	if err := r.azure.ResetLog(ctx); err != nil {
 		return 0, 0, err
@@ -268,7 +269,7 @@ func (r *environment) burst(ctx context.Context) (calls int, slowest time.Durati
 	slowest = time.Since(began)
 	stats, statsErr := r.azure.Stats(ctx)
 	if stats.IMDS.RequestsFromPods != 0 || stats.IMDS.ConnectionsFromPods != 0 {
-		err = errors.Join(err, errors.New("pods reached IMDS itself"))
+		err = errors.Join(err, errors.New("pods reached IMDS directly"))
 	}
 	return stats.IMDS.Token.Requests, slowest, errors.Join(err, statsErr)
 }
@@ -289,7 +290,7 @@ func (r *environment) profile(ctx context.Context, dir string, length time.Durat
 	return nil
 }
 
-// readAll reads a whole answer; less than a token is none.
+// readAll reads a whole response. A status other than 200 is an error.
 func readAll(resp *http.Response) ([]byte, error) {
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)

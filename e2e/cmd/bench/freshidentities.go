@@ -23,7 +23,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// The ways in which an identity proves itself, in the order in which they take turns.
+// The sources of tokens, in the order in which they alternate.
 const (
 	managed     = "msi"
 	secret      = "secret"
@@ -33,7 +33,7 @@ const (
 
 var sources = []string{managed, secret, certificate, federated}
 
-// freshIdentity is a pod with an identity of its own, of which nobody has asked for a token yet.
+// freshIdentity is an identity of one pod, for which no token was requested yet.
 type freshIdentity struct {
 	pod    int
 	source string
@@ -45,7 +45,7 @@ type freshIdentity struct {
 
 func (n freshIdentity) name() string { return fmt.Sprintf("new-%d", n.pod) }
 
-// credentials are what freshIdentities prove themselves with. One certificate stands for all: NMI opens that of each by itself.
+// credentials are what fresh identities authenticate with. All have the same certificate: NMI opens it for each of them.
 type credentials struct {
 	certificate, pkcs12 []byte
 	trust               azure.FederatedCredential
@@ -63,13 +63,13 @@ func (r *environment) newCredentials(ctx context.Context) (*credentials, error) 
 		Issuer: issuer, Subject: "system:serviceaccount:" + namespace + ":default", Audience: "api://AzureADTokenExchange", JWKS: keys,
 	}
 	if p.certificate, p.pkcs12, err = r.newCertificate(ctx); err != nil {
-		return nil, fmt.Errorf("making a certificate: %w", err)
+		return nil, fmt.Errorf("creating a certificate: %w", err)
 	}
 	return &p, nil
 }
 
-// newCertificate makes one that is packed with openssl, as people do it: what NMI reads has as many rounds of hashing as
-// theirs.
+// newCertificate creates a certificate and packs it with openssl, as users do: then NMI needs as many rounds of hashing to
+// read it as for theirs.
 func (r *environment) newCertificate(ctx context.Context) (cert, packed []byte, err error) {
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -100,7 +100,7 @@ func (r *environment) newCertificate(ctx context.Context) (cert, packed []byte, 
 	return cert, packed, err
 }
 
-// freshIdentity describes the one that the i-th pod becomes.
+// freshIdentity describes the identity of the i-th pod.
 func (p *credentials) freshIdentity(source string, i int) freshIdentity {
 	n := freshIdentity{pod: i, source: source, id: azure.Identity{
 		ClientID: fmt.Sprintf("be9c4002-0000-4000-8000-%012d", i+1), ObjectID: fmt.Sprintf("be9c4003-0000-4000-8000-%012d", i+1), TenantID: cluster.TenantID,
@@ -130,7 +130,7 @@ func (p *credentials) freshIdentity(source string, i int) freshIdentity {
 	return n
 }
 
-// create makes the freshIdentity known to Azure and to the cluster, and binds its pod to it instead of to what that had.
+// create creates the identity in Azure and in the cluster, and binds its pod to it instead of the shared identity.
 func (r *environment) create(ctx context.Context, k clients, n freshIdentity) error {
 	var err error
 	if n.source == managed {

@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// goal is one, and whether it is met.
+// goal is the text of a goal, and whether it is met.
 type goal struct {
 	what string
 	met  bool
@@ -18,7 +18,7 @@ func (g goal) String() string {
 	return "missed  " + g.what
 }
 
-// comparison is what the goals are about.
+// comparison is what was measured in the small and in the large cluster.
 type comparison struct {
 	small, large round
 	patches      int
@@ -28,12 +28,12 @@ func (v comparison) cpuRatio() float64     { return float64(v.large.cpu) / float
 func (v comparison) requestRatio() float64 { return v.large.requests / v.small.requests }
 func (v comparison) perPod() float64       { return v.large.rss / float64(v.large.pods) }
 
-// marginal is what one pod more takes.
+// marginal is the memory for one more pod.
 func (v comparison) marginal() float64 {
 	return (v.large.rss - v.small.rss) / float64(v.large.pods-v.small.pods)
 }
 
-// apiTime is the API server's part of an assignment: two writes, one after the other.
+// apiTime is the time of an assignment that the API server takes: two sequential writes.
 func (v comparison) apiTime() time.Duration { return 2 * v.large.answerP99 }
 
 func (v comparison) goals() []goal {
@@ -47,7 +47,7 @@ func (v comparison) goals() []goal {
 	}
 }
 
-// tell says of each goal whether it is met, and notes the figures that they are about.
+// tell prints for each goal whether it is met, and records its figures.
 func (v comparison) report(figures map[string]float64) {
 	figures["mic.patches_per_vmss"] = float64(v.patches)
 	figures["mic.work_ratio_2k_20k"] = v.cpuRatio()

@@ -1,10 +1,10 @@
 // Command bench measures NMI and prints the figures, and writes them to a file as one flat JSON object.
 //
 // It runs NMI on a node of its own, a network namespace beside the test cluster: with the cluster's real API server,
-// a fake IMDS, 250 pods (Pod objects, and addresses in a second namespace from which requests come) and 5,000
-// identities with their bindings. Beside it stands a bare net/http handler in namespaces of the same shape, behind the
-// same rules, that returns the same bytes. Both are measured in turn within one run, so that the ratio holds on a noisy
-// machine. At the end comes the first token of identities of each source, with a fake Entra ID.
+// a fake IMDS, 250 pods (Pod objects, and addresses in a second namespace that requests are sent from) and 5,000
+// identities with their bindings. For comparison it runs a bare net/http handler in equal namespaces, behind the same
+// rules, that returns the same bytes. One run measures both alternately, so that the ratio is valid on a noisy host. The
+// last measurement is the first token of identities of each source, with a fake Entra ID.
 package main
 
 import (
@@ -28,19 +28,19 @@ func main() {
 	}
 	var p plan
 	out := flag.String("o", "bench.json", "`file` for the figures")
-	seconds := flag.Float64("seconds", 3, "length of one round")
-	flag.IntVar(&p.rounds, "rounds", 7, "rounds for each of the two")
+	seconds := flag.Float64("seconds", 3, "length of one round in `seconds`")
+	flag.IntVar(&p.rounds, "rounds", 7, "rounds for NMI and for the bare handler, each")
 	flag.IntVar(&p.identities, "identities", 5000, "AzureIdentities in the cluster")
 	flag.IntVar(&p.cold, "cold", 60, fmt.Sprintf("first tokens of each source, at most %d", maxCold))
 	flag.StringVar(&p.profiles, "profiles", "", "`folder` for profiles of NMI under load, and of MIC")
-	flag.StringVar(&p.only, "only", "", "`nmi or mic`: measure nothing else")
+	flag.StringVar(&p.only, "only", "", "measure only `nmi or mic`")
 	flag.IntVar(&p.mic.few, "few-pods", 2000, "pods in the small cluster for MIC")
 	flag.IntVar(&p.mic.many, "many-pods", 20000, "pods in the large cluster for MIC")
 	flag.IntVar(&p.mic.fewReplaced, "few-replaced", 400, "pods that are replaced in the small cluster")
 	flag.IntVar(&p.mic.manyReplaced, "many-replaced", 2000, "pods that are replaced in the large cluster")
-	flag.Float64Var(&p.mic.rate, "rate", 25, "pods that are replaced a `second`")
+	flag.Float64Var(&p.mic.rate, "rate", 25, "pods that are replaced per `second`")
 	flag.IntVar(&p.mic.burst, "burst", 1000, "pods that are replaced at once in the large cluster")
-	flag.StringVar(&p.mic.args, "mic-args", "", "`flags` for MIC, in place of its defaults")
+	flag.StringVar(&p.mic.args, "mic-args", "", "`flags` for MIC, instead of its defaults")
 	flag.Parse()
 	p.round, p.mic.profiles = time.Duration(*seconds*float64(time.Second)), p.profiles
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -70,7 +70,7 @@ func write(file string, figures map[string]float64) error {
 
 func printLine(format string, args ...any) { fmt.Printf(format+"\n", args...) }
 
-// plan is what is to be measured.
+// plan is what to measure.
 type plan struct {
 	round                    time.Duration
 	rounds, identities, cold int
@@ -103,7 +103,7 @@ func measureNMI(ctx context.Context, p plan, figures map[string]float64) error {
 		if err != nil {
 			return err
 		}
-		printLine("\n%d pods of one identity asked at once: %d call(s) to IMDS, the last answer after %s", pods, calls, slowest.Round(time.Millisecond))
+		printLine("\n%d pods of one identity requested a token at once: %d call(s) to IMDS, the last answer after %s", pods, calls, slowest.Round(time.Millisecond))
 		figures["nmi.burst250.imds_calls"] = float64(calls)
 		if err := r.startBare(ctx); err != nil {
 			return err
@@ -116,7 +116,7 @@ func measureNMI(ctx context.Context, p plan, figures map[string]float64) error {
 				return err
 			}
 		}
-		// The last, as it binds pods to identities of their own.
+		// This is last, because it binds pods to other identities.
 		firsts, err := r.cold(ctx, p.cold)
 		if err == nil {
 			reportCold(figures, firsts)
@@ -125,7 +125,7 @@ func measureNMI(ctx context.Context, p plan, figures map[string]float64) error {
 	})
 }
 
-// withEnvironment starts a cluster, fills it, starts NMI beside it, and takes all down again when do is done.
+// withEnvironment starts a cluster, fills it, starts NMI beside it, calls do, and stops everything.
 func withEnvironment(ctx context.Context, identities int, do func(*environment) error) (err error) {
 	c, err := cluster.Start(ctx, cluster.Options{WithoutAzure: true, Progress: func(line string) { printLine("   %s", line) }})
 	if err != nil {
@@ -135,7 +135,7 @@ func withEnvironment(ctx context.Context, identities int, do func(*environment) 
 	if _, err := c.Kubectl(ctx, "apply", "--server-side", "-f", filepath.Join(repo(), "deploy", "podidentity", "crds")); err != nil {
 		return err
 	}
-	printLine("making %d identities with bindings and %d pods", identities, pods)
+	printLine("creating %d identities with bindings and %d pods", identities, pods)
 	if err := makeObjects(ctx, c, identities); err != nil {
 		return err
 	}

@@ -13,15 +13,15 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// workers is how many connections ask at the same time, each from the address of another pod.
+// workers is the number of concurrent connections, each from the address of another pod.
 const workers = 16
 
 const target = "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net"
 
-// client asks from the address of one pod.
+// client sends requests from the address of one pod.
 type client struct{ http *http.Client }
 
-// client returns one that connects from the i-th address in the simulatedNode's namespace of pods, and keeps its connection.
+// client returns a client that connects from the address of the node's i-th pod, and reuses its connection.
 func (s *simulatedNode) client(i int) *client {
 	dial := cluster.DialFrom("/run/netns/"+s.podsNetns, &net.TCPAddr{IP: net.ParseIP(podIP(s.subnet, i))})
 	return &client{&http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DialContext: dial, MaxIdleConnsPerHost: 1, DisableCompression: true}}}
@@ -46,7 +46,7 @@ type figures struct {
 	p50, p99  time.Duration
 }
 
-// measure asks from all workers for the length of a round.
+// measure sends requests from all workers for the length of a round.
 func (s *simulatedNode) measure(ctx context.Context, round time.Duration) (figures, error) {
 	var mu sync.Mutex
 	var all []time.Duration

@@ -8,25 +8,26 @@ import (
 	"time"
 )
 
-// micPlan is how MIC is measured.
+// micPlan is how to measure MIC.
 type micPlan struct {
 	few, many                 int     // pods
 	fewReplaced, manyReplaced int     // of those, how many are replaced
 	rate                      float64 // a second
-	burst                     int     // pods that are replaced as fast as it goes
-	args                      string  // flags for MIC besides those that it cannot do without
+	burst                     int     // pods that are replaced as fast as possible
+	args                      string  // flags for MIC besides the required ones
 	profiles                  string  // a folder; "" for none
 }
 
 const (
-	// aadPodIdentityPods on one scale set took AAD Pod Identity aadPodIdentityTime until all were Assigned, with ARM at 0 delay.
+	// aadPodIdentityTime is how long AAD Pod Identity took until aadPodIdentityPods on one scale set were Assigned, with ARM
+	// at 0 delay.
 	aadPodIdentityPods = 400
 	aadPodIdentityTime = 160 * time.Second
 )
 
-// measureMIC measures MIC, in this order: what the predecessor was measured with; what installing it in a cluster with
-// pods is like; a small cluster in operation; the growth to a large one; that one in operation; and pods that come at
-// once there.
+// measureMIC measures MIC, in this order: the workload that AAD Pod Identity was measured with; an installation in a
+// cluster with pods; a small cluster in operation; its growth to a large one; the large one in operation; and many pods
+// that are created there at once.
 func measureMIC(ctx context.Context, p micPlan, figures map[string]float64) (err error) {
 	printLine("\nMIC: %d nodes in %d scale sets, %d identities, ARM at 0 delay", scaleSets*nodesInSet, scaleSets, identities)
 	r, err := newMICEnvironment(ctx, strings.Fields(p.args))
@@ -50,7 +51,7 @@ func measureMIC(ctx context.Context, p micPlan, figures map[string]float64) (err
 	return nil
 }
 
-// micMeasurement is under way.
+// micMeasurement is the state of the measurement of MIC.
 type micMeasurement struct {
 	*micEnvironment
 	micPlan
@@ -60,14 +61,14 @@ type micMeasurement struct {
 	comparison comparison
 }
 
-// begin forgets what was counted before a phase.
+// begin resets the counts before a phase.
 func (m *micMeasurement) begin(ctx context.Context) error {
 	m.workload.answers()
 	_, err := m.armCalls(ctx)
 	return err
 }
 
-// assigned waits until all of the pods are Assigned, and returns how long that took since began and what it took of ARM.
+// assigned waits until all of the pods are Assigned, and returns how long that took since began and how many calls of ARM.
 func (m *micMeasurement) assigned(ctx context.Context, began time.Time, pods []string) (time.Duration, armCalls, error) {
 	_, last, err := m.waitAssigned(ctx, pods)
 	if err != nil {
@@ -77,7 +78,7 @@ func (m *micMeasurement) assigned(ctx context.Context, began time.Time, pods []s
 	return last.Sub(began), calls, err
 }
 
-// compare does what the predecessor was measured with.
+// compare measures the workload that AAD Pod Identity was measured with.
 func (m *micMeasurement) compare(ctx context.Context) error {
 	if err := errors.Join(m.startMIC(ctx), m.begin(ctx)); err != nil {
 		return err
@@ -89,14 +90,14 @@ func (m *micMeasurement) compare(ctx context.Context) error {
 		return err
 	}
 	took, calls, err := m.assigned(ctx, began, pods)
-	printLine("\n%d pods at once on one scale set, of %d identities: all Assigned after %.1f s (the predecessor: %.0f s); %d PATCHes, %d GETs",
+	printLine("\n%d pods at once on one scale set, of %d identities: all Assigned after %.1f s (AAD Pod Identity: %.0f s); %d PATCHes, %d GETs",
 		aadPodIdentityPods, len(pairs), took.Seconds(), aadPodIdentityTime.Seconds(), calls.patches, calls.gets)
 	m.figures["mic.compare400_s"] = took.Seconds()
 	m.comparison.patches = max(m.comparison.patches, calls.patches)
 	return err
 }
 
-// install starts MIC where pods are already.
+// install starts MIC in a cluster that has pods.
 func (m *micMeasurement) install(ctx context.Context) error {
 	m.stopMIC()
 	pairs := slices.DeleteFunc(firstPairs(), func(p pair) bool { return p.set == 0 })
@@ -126,7 +127,7 @@ func (m *micMeasurement) small(ctx context.Context) (err error) {
 	return err
 }
 
-// grow makes the large cluster of it, while MIC works.
+// grow adds pods until the cluster is large, while MIC runs.
 func (m *micMeasurement) grow(ctx context.Context) error {
 	if err := m.begin(ctx); err != nil {
 		return err
@@ -140,7 +141,7 @@ func (m *micMeasurement) grow(ctx context.Context) error {
 	made := time.Since(began)
 	took, calls, err := m.assigned(ctx, began, pods)
 	perSecond := float64(len(pods)) / took.Seconds()
-	printLine("%*s%d more made in %.0f s: all Assigned after %.0f s, %.0f a second; at most %d PATCHes and %d GETs for one scale set", 7, "",
+	printLine("%*s%d more created in %.0f s: all Assigned after %.0f s, %.0f a second; at most %d PATCHes and %d GETs for one scale set", 7, "",
 		len(pods), made.Seconds(), took.Seconds(), perSecond, calls.patches, calls.gets)
 	m.figures["mic.fill_s"], m.figures["mic.fill.pods_per_s"] = took.Seconds(), perSecond
 	m.figures["mic.fill.patches_per_vmss"] = float64(calls.patches)
@@ -156,10 +157,10 @@ func (m *micMeasurement) large(ctx context.Context) (err error) {
 	return err
 }
 
-// podsAtOnce is how many pods come at once at the end, two of each identity on each scale set.
+// podsAtOnce is how many pods are created at once at the end, two of each identity on each scale set.
 const podsAtOnce = 2 * scaleSets * block
 
-// addNewIdentities lets pods come at once with identities that are new to their scale sets.
+// addNewIdentities creates pods at once with identities that are new to their scale sets.
 func (m *micMeasurement) addNewIdentities(ctx context.Context) error {
 	if err := m.begin(ctx); err != nil {
 		return err
@@ -177,7 +178,7 @@ func (m *micMeasurement) addNewIdentities(ctx context.Context) error {
 	return err
 }
 
-// replaceAtOnce replaces pods as fast as it goes.
+// replaceAtOnce replaces pods as fast as possible.
 func (m *micMeasurement) replaceAtOnce(ctx context.Context) error {
 	if err := m.begin(ctx); err != nil {
 		return err

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-func TestThePairsTogetherAreEachIdentityOnEachScaleSetOnce(t *testing.T) {
+func TestPairsContainEachIdentityOnEachScaleSetOnce(t *testing.T) {
 	first, later, late := firstPairs(), laterPairs(), latePairs()
 	seen := map[pair]int{}
 	for _, p := range slices.Concat(first, later, late) {
@@ -32,7 +32,7 @@ func TestThePairsTogetherAreEachIdentityOnEachScaleSetOnce(t *testing.T) {
 	}
 }
 
-func TestProcessorTimeIsThatOfUserAndSystem(t *testing.T) {
+func TestProcessorTimeIsUserAndSystemTime(t *testing.T) {
 	stat := "4711 (a (strange) name) S 1 4711 4711 0 -1 4194304 100 0 0 0 250 75 3 4 20 0 8 0 12345 1000000 500\n"
 	got, err := parseCPU([]byte(stat))
 	if want := 3250 * time.Millisecond; err != nil || got != want {
@@ -51,7 +51,7 @@ func TestMemoryIsInBytes(t *testing.T) {
 		t.Errorf("%.0f now, %.0f at the peak, %v", now, peak, err)
 	}
 	if _, _, err := parseMemory("Name:\tmic\nState:\tZ (zombie)\n"); err == nil {
-		t.Error("a process that has ended has memory")
+		t.Error("a process that has ended has no memory to report, but no error was returned")
 	}
 }
 
@@ -68,11 +68,11 @@ rest_client_requests_total_of_another{code="201",method="POST"} 5
 		t.Errorf("%+v, %v, want %+v", got, err, want)
 	}
 	if _, err := readRequests(`rest_client_requests_total{method="GET"} many` + "\n"); err == nil {
-		t.Error("a count that is no number is taken")
+		t.Error("a count that is not a number was accepted")
 	}
 }
 
-func TestOnlyWritesOfWhatMICAloneWritesAreCounted(t *testing.T) {
+func TestOnlyResourcesThatMICWritesAreCounted(t *testing.T) {
 	got, err := readWrites(`apiserver_request_total{code="201",dry_run="",group="aadpodidentity.k8s.io",resource="azureassignedidentities",scope="resource",subresource="",verb="POST",version="v1"} 10
 apiserver_request_total{code="200",dry_run="",group="aadpodidentity.k8s.io",resource="azureassignedidentities",scope="resource",subresource="status",verb="PATCH",version="v1"} 11
 apiserver_request_total{code="200",dry_run="",group="aadpodidentity.k8s.io",resource="azureassignedidentities",scope="cluster",subresource="",verb="WATCH",version="v1"} 100
@@ -84,7 +84,7 @@ apiserver_request_total{code="201",dry_run="",group="",resource="pods",scope="re
 	}
 }
 
-// after is a moment of the tests.
+// after is a point in time of the tests.
 func after(d time.Duration) time.Time { return time.Unix(1e9, 0).Add(d) }
 
 func event(kind, name, pod, state string) (e watchEvent) {
@@ -95,16 +95,16 @@ func event(kind, name, pod, state string) (e watchEvent) {
 	return e
 }
 
-func TestAPodWaitsFromWhenItIsMadeUntilItIsAssignedForTheFirstTime(t *testing.T) {
+func TestWaitOfAPodEndsWhenItIsAssignedForTheFirstTime(t *testing.T) {
 	w := &watcher{created: map[string]time.Time{"apps/a": after(0), "apps/b": after(0), "apps/c": after(0), "apps/early": after(time.Second)},
 		assigned: map[string]time.Time{}, live: map[string]struct{}{}}
-	w.note(event("ADDED", "a-1", "a", ""), after(time.Second))
-	w.note(event("MODIFIED", "a-1", "a", "Assigned"), after(2*time.Second))
-	w.note(event("MODIFIED", "a-1", "a", "Assigned"), after(3*time.Second)) // its finalizer, say
-	w.note(event("MODIFIED", "b-1", "b", "Assigned"), after(time.Second))
-	w.note(event("DELETED", "b-1", "b", "Assigned"), after(4*time.Second))
-	w.note(event("ADDED", "c-1", "c", "Created"), after(4*time.Second))
-	w.note(event("MODIFIED", "early-1", "early", "Assigned"), after(0)) // before the answer to whoever made the pod
+	w.record(event("ADDED", "a-1", "a", ""), after(time.Second))
+	w.record(event("MODIFIED", "a-1", "a", "Assigned"), after(2*time.Second))
+	w.record(event("MODIFIED", "a-1", "a", "Assigned"), after(3*time.Second)) // its finalizer, say
+	w.record(event("MODIFIED", "b-1", "b", "Assigned"), after(time.Second))
+	w.record(event("DELETED", "b-1", "b", "Assigned"), after(4*time.Second))
+	w.record(event("ADDED", "c-1", "c", "Created"), after(4*time.Second))
+	w.record(event("MODIFIED", "early-1", "early", "Assigned"), after(0)) // before the answer to whoever made the pod
 	all := []string{"apps/a", "apps/b", "apps/c", "apps/early"}
 	waits, last := w.took(all)
 	if want := []time.Duration{0, time.Second, 2 * time.Second}; !slices.Equal(waits, want) || !last.Equal(after(2*time.Second)) {
@@ -115,7 +115,7 @@ func TestAPodWaitsFromWhenItIsMadeUntilItIsAssignedForTheFirstTime(t *testing.T)
 	}
 }
 
-func TestAWatchThatEndsGoesOnAndAnErrorIsOne(t *testing.T) {
+func TestWatchContinuesAfterItsEndButNotAfterAnError(t *testing.T) {
 	w := &watcher{created: map[string]time.Time{}, assigned: map[string]time.Time{}, live: map[string]struct{}{}}
 	const added = `{"type":"ADDED","object":{"metadata":{"namespace":"apps","name":"a-1","resourceVersion":"7"},"spec":{"pod":"a","podNamespace":"apps"},"status":{"status":"Assigned"}}}` + "\n"
 	if err := w.readAll(strings.NewReader(added)); err != nil || len(w.live) != 1 || len(w.assigned) != 1 || w.version != "7" {
@@ -126,11 +126,11 @@ func TestAWatchThatEndsGoesOnAndAnErrorIsOne(t *testing.T) {
 		t.Errorf("after an error: %v", err)
 	}
 	if err := w.readAll(strings.NewReader(added[:40])); err == nil {
-		t.Error("half an event is the end")
+		t.Error("an incomplete event was accepted as the end")
 	}
 }
 
-func TestThingsBeginAtTheRateAndEndAtTheFirstError(t *testing.T) {
+func TestAtRateKeepsTheRateAndStopsAtTheFirstError(t *testing.T) {
 	var done atomic.Int32
 	began := time.Now()
 	rate, err := atRate(t.Context(), 20, 200, func(int) error { done.Add(1); return nil })
@@ -157,7 +157,7 @@ func TestThingsBeginAtTheRateAndEndAtTheFirstError(t *testing.T) {
 	}
 }
 
-func TestTheVerdictComparesOnePodInTheLargeClusterWithOneInTheSmall(t *testing.T) {
+func TestComparisonIsPerPod(t *testing.T) {
 	v := comparison{patches: 2}
 	v.small = round{pods: 2000, replaced: 400, rss: 80 << 20}
 	v.small.setWork(work{cpu: time.Second, requests: requests{all: 2000}})

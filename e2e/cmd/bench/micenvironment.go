@@ -31,14 +31,14 @@ const (
 	micProfiles = "http://127.0.0.1:6060/debug/pprof/"
 )
 
-// micSecret is what MIC proves itself to Entra ID with.
+// micSecret is the application that MIC authenticates with to Entra ID.
 var micSecret = azure.App{
 	ClientID: "be9c4006-0000-4000-8000-000000000001", ObjectID: "be9c4007-0000-4000-8000-000000000001", Secrets: []azure.AppSecret{{Value: "not a secret"}},
 }
 
-// micEnvironment is MIC between a real API server and a fake ARM and a fake Entra ID, all in one network namespace that has
-// nothing but loopback. There is no controller and no kubelet: nodes and pods are objects alone, and the environment says what a
-// kubelet would.
+// micEnvironment is MIC with a real API server, a fake ARM and a fake Entra ID, all in one network namespace that has only
+// the loopback interface. There is no controller and no kubelet: nodes and pods are only objects, and the workload sets
+// the status that a kubelet would report.
 type micEnvironment struct {
 	plane    *cluster.Plane
 	dir      string
@@ -47,7 +47,7 @@ type micEnvironment struct {
 	http     *http.Client // in the namespace
 	children children
 	binary   string
-	args     []string // besides what it takes to run
+	args     []string // besides the required ones
 	mic      *child   // nil while none runs
 	log      *os.File
 	workload *workload
@@ -109,8 +109,8 @@ func (r *micEnvironment) close() error {
 	return errors.Join(err, os.RemoveAll(r.dir))
 }
 
-// authorizeMIC gives MIC a ServiceAccount, as in a pod: what the API server lets one user do at a time holds for it. It may
-// do anything; that the chart's rights are enough is for other tests.
+// authorizeMIC gives MIC a ServiceAccount, as in a pod, so that the API server's limits for one user apply to it. It may do
+// anything; other tests check that the chart's rights are sufficient.
 func (r *micEnvironment) authorizeMIC(ctx context.Context) error {
 	if err := r.workload.makeNamespace(ctx, micNamespace); err != nil {
 		return err
@@ -142,7 +142,7 @@ func (r *micEnvironment) authorizeMIC(ctx context.Context) error {
 
 func (r *micEnvironment) file(name string) string { return filepath.Join(r.dir, name) }
 
-// startAzure runs the fake Azure with all scale sets and identities, and writes how MIC reaches it: as a cloud of its own.
+// startAzure runs the fake Azure with all scale sets and identities, and writes the configuration of a custom cloud for MIC.
 func (r *micEnvironment) startAzure(ctx context.Context) error {
 	config := azure.Config{
 		IMDSAddr: "127.0.0.1:8081", EntraAddr: "127.0.0.1:8443", ControlSocket: r.file("azure.sock"), StateDir: r.file("azure"), Tenant: cluster.TenantID,
@@ -188,7 +188,7 @@ func writeJSON(file string, v any) error {
 	return os.WriteFile(file, text, 0o600)
 }
 
-// startMIC runs MIC with its defaults, as the Deployment would.
+// startMIC runs MIC as the Deployment would, with its defaults.
 func (r *micEnvironment) startMIC(ctx context.Context) error {
 	args := append([]string{"--kubeconfig=" + r.file("mic.kubeconfig"), "--namespace=" + micNamespace, "--cloudconfig=" + r.file("azure.json"),
 		"--ca-bundle=" + filepath.Join(r.dir, "azure", azure.CAFile), "--leader-election-instance=bench", "--enable-profile"}, r.args...)
@@ -207,16 +207,16 @@ func (r *micEnvironment) startMIC(ctx context.Context) error {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	return r.withLog(fmt.Errorf("MIC does not run after a minute: %w", err))
+	return r.withLog(fmt.Errorf("MIC is not ready after a minute: %w", err))
 }
 
-// stopMIC lets MIC end in order, which gives the lease back.
+// stopMIC ends MIC in order, so that it releases its lease.
 func (r *micEnvironment) stopMIC() {
 	r.mic.stop()
 	r.mic = nil
 }
 
-// withLog adds to an error what MIC said last.
+// withLog adds the end of MIC's log to an error.
 func (r *micEnvironment) withLog(err error) error {
 	text, _ := os.ReadFile(r.log.Name())
 	return fmt.Errorf("%w; MIC said last:\n%s", err, text[max(0, len(text)-4000):])
@@ -235,7 +235,7 @@ func (r *micEnvironment) get(ctx context.Context, url string) (string, error) {
 	return string(body), err
 }
 
-// work is what MIC has done since it began, or since other work.
+// work is the processor time and the requests of MIC since it started, or between two points in time.
 type work struct {
 	cpu time.Duration
 	requests
@@ -256,7 +256,7 @@ func (r *micEnvironment) work(ctx context.Context) (w work, err error) {
 	}
 	all, err := r.k.kube.CoreV1().RESTClient().Get().AbsPath("/metrics").DoRaw(ctx)
 	if err != nil {
-		return w, fmt.Errorf("asking the API server what it was asked: %w", err)
+		return w, fmt.Errorf("reading the metrics of the API server: %w", err)
 	}
 	if w.written, err = readWrites(string(all)); err != nil {
 		return w, err
@@ -265,28 +265,28 @@ func (r *micEnvironment) work(ctx context.Context) (w work, err error) {
 	return w, err
 }
 
-// armCalls are the most that one scale set had.
+// armCalls are the greatest numbers of requests for one scale set.
 type armCalls struct{ gets, patches int }
 
-// armCalls returns what ARM was asked since the last call.
-func (r *micEnvironment) armCalls(ctx context.Context) (most armCalls, err error) {
+// armCalls returns the requests to ARM since the last call.
+func (r *micEnvironment) armCalls(ctx context.Context) (maxCalls armCalls, err error) {
 	stats, err := r.azure.Stats(ctx)
 	if err != nil {
-		return most, err
+		return maxCalls, err
 	}
 	for id, counts := range stats.ARM.Resources {
 		if strings.Contains(id, "/virtualmachinescalesets/") {
-			most.gets, most.patches = max(most.gets, counts.Get), max(most.patches, counts.Patch)
+			maxCalls.gets, maxCalls.patches = max(maxCalls.gets, counts.Get), max(maxCalls.patches, counts.Patch)
 		}
 	}
-	return most, r.azure.ResetLog(ctx)
+	return maxCalls, r.azure.ResetLog(ctx)
 }
 
-// settle waits until all of the pods are Assigned and there are as many assignments as pods, and returns how long each
+// waitAssigned waits until all of the pods are Assigned and there are as many assignments as pods, and returns how long each
 // of the pods waited, and when the last one was Assigned.
 func (r *micEnvironment) waitAssigned(ctx context.Context, pods []string) (waits []time.Duration, last time.Time, err error) {
-	const patience = 20 * time.Minute
-	deadline := time.Now().Add(patience)
+	const maxWait = 20 * time.Minute
+	deadline := time.Now().Add(maxWait)
 	for {
 		waiting, live, err := r.watcher.pending(pods)
 		if err == nil {
@@ -299,7 +299,7 @@ func (r *micEnvironment) waitAssigned(ctx context.Context, pods []string) (waits
 			waits, last = r.watcher.took(pods)
 			return waits, last, nil
 		case time.Now().After(deadline):
-			return nil, last, r.withLog(fmt.Errorf("after %s %d pods are not Assigned, and there are %d assignments for %d pods", patience, waiting, live, want))
+			return nil, last, r.withLog(fmt.Errorf("after %s %d pods are not Assigned, and there are %d assignments for %d pods", maxWait, waiting, live, want))
 		}
 		select {
 		case <-time.After(50 * time.Millisecond):

@@ -41,13 +41,13 @@ func podIP(subnet, i int) string { return fmt.Sprintf("10.245.%d.%d", subnet, i+
 
 func podName(i int) string { return fmt.Sprintf("pod-%d", i) }
 
-// clients are those of the cluster's API server, without a limit of their own.
+// clients are clients of the API server without a rate limit.
 type clients struct {
 	kube   kubernetes.Interface
 	custom dynamic.Interface
 }
 
-// apiServer is the way to one.
+// apiServer is how an API server is reached.
 type apiServer interface {
 	Kubeconfig() string
 	DialContext(ctx context.Context, network, address string) (net.Conn, error)
@@ -68,7 +68,7 @@ func newClients(a apiServer) (clients, error) {
 	return clients{kube, custom}, err
 }
 
-// makeObjects fills the cluster: a node that no kubelet runs, its pods as a kubelet would report them, and identities.
+// makeObjects fills the cluster with a node without a kubelet, its pods as a kubelet would report them, and identities.
 func makeObjects(ctx context.Context, c *cluster.Cluster, identities int) error {
 	k, err := newClients(c)
 	if err != nil {
@@ -111,7 +111,7 @@ func makePod(ctx context.Context, kube kubernetes.Interface, i int) error {
 	}
 	var made *corev1.Pod
 	var err error
-	// The ServiceAccount of a new namespace comes a moment later.
+	// The ServiceAccount of a new namespace is created a moment later.
 	for range 100 {
 		made, err = kube.CoreV1().Pods(namespace).Create(ctx, pod, metav1.CreateOptions{})
 		if err == nil || !apierrors.IsForbidden(err) {
@@ -147,7 +147,7 @@ func (k clients) makeIdentity(ctx context.Context, namespace, name, selector str
 	return make("AzureIdentityBinding", "azureidentitybindings", name+"-binding", map[string]any{"azureIdentity": name, "selector": selector})
 }
 
-// inParallel does n things, some at a time, and stops at the first error.
+// inParallel calls do n times, a few calls at a time, and returns the first error.
 func inParallel(n int, do func(i int) error) error {
 	const atOnce = 16
 	var wg sync.WaitGroup

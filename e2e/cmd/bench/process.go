@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// children are processes that end with this program, whatever happens to that.
+// children are processes that end with this program, even if it is killed.
 type children []*child
 
 type child struct {
@@ -23,7 +23,8 @@ type child struct {
 	err   error         // valid from then on
 }
 
-// start runs a process until it is stopped. The thread that starts it must live as long as we do, so it is that of main.
+// start runs a process until it is stopped. The kernel kills the process when the thread that started it ends, so that
+// must be the main thread.
 func (c *children) start(cmd *exec.Cmd) (*child, error) {
 	runtime.LockOSThread()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -45,7 +46,7 @@ func (c children) stop() {
 	}
 }
 
-// stop tells it to end, and sees to it.
+// stop ends the process: by SIGTERM or, if it has not ended after 20 s, by SIGKILL.
 func (c *child) stop() {
 	_ = c.Process.Signal(syscall.SIGTERM)
 	select {

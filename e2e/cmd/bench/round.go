@@ -11,15 +11,15 @@ import (
 )
 
 const (
-	// step is the time between two things that a kubelet says of a pod.
+	// step is the time between two status reports of a kubelet for a pod.
 	step = 500 * time.Millisecond
-	// maxDuration is twice as long as replacing a pod takes.
+	// maxDuration is twice the time that the replacement of a pod takes.
 	maxDuration = 6 * step
-	// quiet is how long MIC is left alone before its memory is looked at.
+	// quiet is how long MIC is idle before its memory is measured.
 	quiet = 10 * time.Second
 )
 
-// round is what replacing some of the pods, at a steady rate, has shown.
+// round is what was measured while some pods were replaced at a steady rate.
 type round struct {
 	pods, replaced       int
 	rate                 float64       // a second
@@ -62,7 +62,7 @@ func (m *micMeasurement) round(ctx context.Context, n int) (round, error) {
 	return r, errors.Join(<-profiled, m.profile(ctx, fmt.Sprintf("mic-heap-%d.pprof", r.pods), "heap?gc=1"))
 }
 
-// setWork takes over the work that all of the replaced pods have made.
+// setWork sets the work for one pod from the work for all replaced pods.
 func (r *round) setWork(w work) {
 	n := r.replaced
 	r.cpu, r.requests, r.writes = w.cpu/time.Duration(n), w.all/float64(n), w.written/float64(n)
@@ -97,7 +97,7 @@ func (m *micMeasurement) profileCPU(ctx context.Context, name string, length tim
 	return done
 }
 
-// profile writes a profile of MIC, if they are asked for.
+// profile writes a profile of MIC, if profiles are enabled.
 func (m *micMeasurement) profile(ctx context.Context, name, path string) error {
 	if m.profiles == "" {
 		return nil
@@ -109,14 +109,14 @@ func (m *micMeasurement) profile(ctx context.Context, name, path string) error {
 	return os.WriteFile(filepath.Join(m.profiles, name), []byte(text), 0o644)
 }
 
-// atRate begins n things, so many a second, waits for all of them, and returns how many began a second. It stops at the
-// first error. There are never more under way than should begin in maxDuration: if they take too long, fewer begin.
+// atRate calls do n times at a rate per second, waits for all calls, and returns the rate that it reached. It stops at the
+// first error. It limits the concurrent calls to those of maxDuration: if calls take longer, the rate is lower.
 func atRate(ctx context.Context, n int, rate float64, do func(i int) error) (float64, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	underWay := make(chan struct{}, max(1, int(rate*maxDuration.Seconds())))
+	inFlight := make(chan struct{}, max(1, int(rate*maxDuration.Seconds())))
 	began := time.Now()
 	for i := range n {
 		select {
@@ -125,12 +125,12 @@ func atRate(ctx context.Context, n int, rate float64, do func(i int) error) (flo
 			return 0, context.Cause(ctx)
 		}
 		select {
-		case underWay <- struct{}{}:
+		case inFlight <- struct{}{}:
 		case <-ctx.Done():
 			return 0, context.Cause(ctx)
 		}
 		wg.Go(func() {
-			defer func() { <-underWay }()
+			defer func() { <-inFlight }()
 			if err := do(i); err != nil {
 				cancel(err)
 			}

@@ -14,18 +14,18 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// watcher watches AzureAssignedIdentities as NMI does, and notes when each pod's is Assigned for the first time.
+// watcher watches AzureAssignedIdentities as NMI does, and records when the one of each pod is Assigned for the first time.
 type watcher struct {
-	version string // of the last event; of the watch alone
+	version string // resourceVersion of the last event; only the watch uses it
 
 	mu       sync.Mutex
-	created  map[string]time.Time // by pod: when the API server had acknowledged it, with its node
+	created  map[string]time.Time // by pod: when the API server acknowledged its creation
 	assigned map[string]time.Time // by pod
 	live     map[string]struct{}  // assignments that exist
 	err      error
 }
 
-// watchEvent is one event, as far as it is read here.
+// watchEvent contains the fields of a watch event that are used here.
 type watchEvent struct {
 	Type   string `json:"type"`
 	Object struct {
@@ -43,7 +43,7 @@ type watchEvent struct {
 	} `json:"object"`
 }
 
-// state is status.status of an assignment; of an error status is no object.
+// state is status.status of an assignment. In an error event status is a string.
 type state struct{ Status string }
 
 func (s *state) UnmarshalJSON(text []byte) error {
@@ -56,7 +56,7 @@ func (s *state) UnmarshalJSON(text []byte) error {
 	return err
 }
 
-// newWatcher begins to watch. There must be no assignment yet.
+// newWatcher starts a watch. There must be no assignment yet.
 func newWatcher(ctx context.Context, client rest.Interface) (*watcher, error) {
 	w := &watcher{created: map[string]time.Time{}, assigned: map[string]time.Time{}, live: map[string]struct{}{}}
 	watch := func() (io.ReadCloser, error) {
@@ -69,7 +69,7 @@ func newWatcher(ctx context.Context, client rest.Interface) (*watcher, error) {
 	}
 	go func() {
 		for err == nil {
-			// The API server ends watches when the definition of a kind has been changed, if only by itself.
+			// The API server ends watches when the CRD has changed, even if the API server itself changed it.
 			if err = w.readAll(stream); err == nil {
 				stream.Close()
 				stream, err = watch()
@@ -82,7 +82,7 @@ func newWatcher(ctx context.Context, client rest.Interface) (*watcher, error) {
 	return w, nil
 }
 
-// readAll notes events until they end.
+// readAll records events until the stream ends.
 func (w *watcher) readAll(stream io.Reader) error {
 	events := json.NewDecoder(stream)
 	for {
@@ -94,13 +94,13 @@ func (w *watcher) readAll(stream io.Reader) error {
 		case err != nil:
 			return err
 		case e.Type == "ERROR":
-			return fmt.Errorf("the API server ended it: %s", e.Object.Message)
+			return fmt.Errorf("the API server ended the watch: %s", e.Object.Message)
 		}
-		w.note(e, time.Now())
+		w.record(e, time.Now())
 	}
 }
 
-func (w *watcher) note(e watchEvent, now time.Time) {
+func (w *watcher) record(e watchEvent, now time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.version = e.Object.Metadata.ResourceVersion
@@ -116,7 +116,7 @@ func (w *watcher) note(e watchEvent, now time.Time) {
 	}
 }
 
-// made notes that a pod (namespace/name) exists since now.
+// made records that a pod (namespace/name) was created now.
 func (w *watcher) made(pod string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -133,7 +133,7 @@ func (w *watcher) took(pods []string) (waits []time.Duration, last time.Time) {
 		if !ok {
 			continue
 		}
-		// The event may be here before the answer to the one who made the pod.
+		// The event may arrive before the response to the creation of the pod.
 		waits = append(waits, max(0, at.Sub(w.created[pod])))
 		if at.After(last) {
 			last = at
@@ -143,7 +143,7 @@ func (w *watcher) took(pods []string) (waits []time.Duration, last time.Time) {
 	return waits, last
 }
 
-// pending reports how many of the pods are not Assigned yet, and how many assignments exist.
+// pending returns how many of the pods are not Assigned yet, and how many assignments exist.
 func (w *watcher) pending(pods []string) (waiting, live int, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -31,7 +31,7 @@ const (
 // pair is an identity on a scale set.
 type pair struct{ set, identity int }
 
-// firstPairs are those from the start.
+// firstPairs are the pairs that exist from the start.
 func firstPairs() (pairs []pair) {
 	for i := range scaleSets * block {
 		set := i % scaleSets
@@ -40,7 +40,7 @@ func firstPairs() (pairs []pair) {
 	return pairs
 }
 
-// latePairs are those that come last.
+// latePairs are the pairs that are added last.
 func latePairs() (pairs []pair) {
 	for _, p := range firstPairs() {
 		pairs = append(pairs, pair{p.set, (p.identity + identities - block) % identities})
@@ -48,7 +48,7 @@ func latePairs() (pairs []pair) {
 	return pairs
 }
 
-// laterPairs are all others.
+// laterPairs are all other pairs.
 func laterPairs() (pairs []pair) {
 	known := slices.Concat(firstPairs(), latePairs())
 	for i := range scaleSets * identities {
@@ -59,7 +59,7 @@ func laterPairs() (pairs []pair) {
 	return pairs
 }
 
-// workload are the pods of the cluster.
+// workload creates and replaces the pods of the cluster.
 type workload struct {
 	k       clients
 	watcher *watcher
@@ -67,8 +67,8 @@ type workload struct {
 	mu     sync.Mutex
 	random *rand.Rand
 	serial int
-	pods   []string        // namespace/name of those that live
-	answer []time.Duration // the API server's to the creation of a pod
+	pods   []string        // namespace/name of those that exist
+	answer []time.Duration // response times of the API server to the creation of a pod
 }
 
 func setID(set int) string {
@@ -90,7 +90,7 @@ func identityOf(i int) azure.Identity {
 	}
 }
 
-// createNodesAndIdentities makes all that is there before the pods.
+// createNodesAndIdentities creates everything but the pods.
 func (c *workload) createNodesAndIdentities(ctx context.Context) error {
 	for i := range applicationNamespaces {
 		if err := c.makeNamespace(ctx, namespaceOf(i)); err != nil {
@@ -112,7 +112,7 @@ func (c *workload) createNodesAndIdentities(ctx context.Context) error {
 	})
 }
 
-// makeNamespace makes one with the ServiceAccount that a controller would make.
+// makeNamespace creates a namespace and the ServiceAccount that a controller would create.
 func (c *workload) makeNamespace(ctx context.Context, name string) error {
 	if _, err := c.k.kube.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
 		return err
@@ -148,7 +148,7 @@ func (c *workload) newPod(p pair) *corev1.Pod {
 	}
 }
 
-// add makes a pod, and returns it when the API server has it.
+// add creates a pod, and returns it when the API server has acknowledged it.
 func (c *workload) add(ctx context.Context, p pair) (*corev1.Pod, error) {
 	pod := c.newPod(p)
 	began := time.Now()
@@ -164,7 +164,7 @@ func (c *workload) add(ctx context.Context, p pair) (*corev1.Pod, error) {
 	return made, nil
 }
 
-// run says what the kubelet would say when the containers run.
+// run sets the status that a kubelet reports when the containers run.
 func (c *workload) run(ctx context.Context, pod *corev1.Pod) error {
 	now := metav1.Now()
 	pod.Status = corev1.PodStatus{
@@ -177,7 +177,7 @@ func (c *workload) run(ctx context.Context, pod *corev1.Pod) error {
 	return err
 }
 
-// fill makes n pods as fast as it goes, of the pairs in turn, and returns them.
+// fill creates n pods as fast as possible, cycling through the pairs, and returns them.
 func (c *workload) fill(ctx context.Context, pairs []pair, n int) ([]string, error) {
 	before := c.count()
 	err := inParallel(n, func(i int) error {
@@ -190,7 +190,7 @@ func (c *workload) fill(ctx context.Context, pairs []pair, n int) ([]string, err
 	return c.since(before), err
 }
 
-// since returns the pods that came after there were so many.
+// since returns the pods that were created after the first count pods.
 func (c *workload) since(count int) []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -203,7 +203,7 @@ func (c *workload) count() int {
 	return len(c.pods)
 }
 
-// choose takes n pods out of the workload, to be replaced, and as many pairs for their successors.
+// choose removes n pods from the workload, to be replaced, and returns them and as many pairs for their successors.
 func (c *workload) choose(pairs []pair, n int) (old []string, now []pair) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -215,8 +215,8 @@ func (c *workload) choose(pairs []pair, n int) (old []string, now []pair) {
 	return old, now
 }
 
-// replace is what a rolling update does to one pod: the new one comes, runs, and the old one goes. Between the steps
-// passes the time that a node needs.
+// replace does what a rolling update does to one pod: it creates the new pod, waits until that runs, and deletes the old
+// one. Between the steps it waits as long as a node takes.
 func (c *workload) replace(ctx context.Context, old string, p pair, step time.Duration) error {
 	pod, err := c.add(ctx, p)
 	if err != nil {
@@ -226,7 +226,7 @@ func (c *workload) replace(ctx context.Context, old string, p pair, step time.Du
 	if err := c.run(ctx, pod); err != nil {
 		return err
 	}
-	// The kubelet stops the containers, and then deletes the pod for good.
+	// The kubelet stops the containers, and then deletes the pod with grace period 0.
 	namespace, name, _ := strings.Cut(old, "/")
 	for _, grace := range []int64{30, 0} {
 		time.Sleep(step)
