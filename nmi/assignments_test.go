@@ -160,7 +160,7 @@ func TestTheNodeHearsOfAnAssignmentAtOnce(t *testing.T) {
 	start := time.Now()
 	c.api.set(assignedTo(p, i, v1.AssignmentAssigned))
 	c.expect(r, 200, "token-of-"+nmitest.ClientX)
-	if took := time.Since(start); took > 2*time.Second {
+	if took := time.Since(start); took > 10*time.Second { // far less than the request would wait without the event
 		t.Errorf("it took %s from the event to the answer", took)
 	} else {
 		t.Logf("%s from the event to the answer", took)

@@ -136,7 +136,7 @@ func TestACertificateIsReadInEveryFormat(t *testing.T) {
 		{"PKCS#12 with 3DES", encode(t, pkcs12.LegacyDES, r, "password"), "password", r, 1},
 		{"PKCS#12 with PBMAC1", encode(t, pkcs12.Modern2026, r, "password"), "password", r, 1},
 	}
-	unlock := newPKCS12Opener().open
+	unlock := patientOpener().open
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -197,7 +197,7 @@ func TestEachInvalidCertificateHasItsOwnMessage(t *testing.T) {
 		{"expired", join(expired.certPEM(), expired.keyPEM()), "", "expired on 2020-02-03 04:05 UTC"},
 		{"not valid yet", join(future.certPEM(), future.keyPEM()), "", "valid only from 2120-02-03 04:05 UTC"},
 	}
-	unlock := newPKCS12Opener().open
+	unlock := patientOpener().open
 	seen := map[string]string{}
 	for _, c := range cases {
 		data := map[string][]byte{"certificate": c.file, "password": []byte(c.password)}

@@ -139,6 +139,7 @@ func newTestEntra(t *testing.T, s *entraID, k *fakeCredentials) *Entra {
 		t.Fatal(err)
 	}
 	e.authorities.forbidden = func(netip.Addr) bool { return false }
+	e.pkcs12 = patientOpener()
 	return e
 }
 
