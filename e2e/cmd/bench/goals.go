@@ -47,7 +47,7 @@ func (v comparison) goals() []goal {
 	}
 }
 
-// tell prints for each goal whether it is met, and records its figures.
+// report prints for each goal whether it is met, and records its figures.
 func (v comparison) report(figures map[string]float64) {
 	figures["mic.patches_per_vmss"] = float64(v.patches)
 	figures["mic.work_ratio_2k_20k"] = v.cpuRatio()

@@ -17,9 +17,9 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// The cluster that MIC is measured in. On each scale set there is a block of identities from the start, and one that
-// comes as a addNewIdentities; all others come when the cluster grows. So an identity has as many pods on a scale set when the
-// cluster is small as when it is large, and the same thing happens when a pod is replaced.
+// The cluster that MIC is measured in. Each scale set has a block of identities from the start, and one block that is
+// added last; all others are added when the cluster grows. So an identity has as many pods on a scale set in the small
+// cluster as in the large one, and the replacement of a pod has the same effects in both.
 const (
 	scaleSets             = 10
 	nodesInSet            = 100

@@ -11,16 +11,16 @@ import (
 func armCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "arm",
-		Short: "Show and change the machines of the stand-in's Resource Manager",
-		Long: `Shows the virtual machines and scale sets beneath the nodes as Azure Resource Manager has them, what it was asked, and
-what was attached when; attaches and detaches identities by hand; makes requests fail.
+		Short: "Show and change the virtual machines and scale sets of the fake Resource Manager",
+		Long: `Shows the virtual machines and scale sets of the nodes as Azure Resource Manager has them, its requests, and when which
+identity was attached; attaches and detaches identities manually; makes requests fail.
 
 A machine is named by its resource ID or by a node that is on it, an identity by its client, object or resource ID. How
 long a PATCH takes and the like are switches: see "cluster azure set".`,
 	}
 	cmd.AddCommand(armMachinesCommand(), armLogCommand(), armChangesCommand(),
-		armByHandCommand("attach", "Attach an identity to a machine, as somebody in the portal might", (*azure.Client).AttachTo),
-		armByHandCommand("detach", "Take an identity off a machine, as somebody in the portal might", (*azure.Client).DetachFrom),
+		armManualCommand("attach", "Attach an identity to a machine, as a user in the portal would", (*azure.Client).AttachTo),
+		armManualCommand("detach", "Detach an identity from a machine, as a user in the portal would", (*azure.Client).DetachFrom),
 		armStateCommand(), armFaultCommand(), armIdentityFaultCommand())
 	return cmd
 }
@@ -31,7 +31,7 @@ func armMachinesCommand() *cobra.Command {
 		Short: "List the machines, their nodes and what is attached to them",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := stand()
+			client, err := fakeAzure()
 			if err != nil {
 				return err
 			}
@@ -49,10 +49,10 @@ func armLogCommand() *cobra.Command {
 	var follow bool
 	cmd := &cobra.Command{
 		Use:   "log",
-		Short: "Print what Resource Manager was asked, one JSON object a line",
+		Short: "Print the requests to Resource Manager, one JSON object per line",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := stand()
+			client, err := fakeAzure()
 			if err != nil {
 				return err
 			}
@@ -68,10 +68,10 @@ func armChangesCommand() *cobra.Command {
 	var follow bool
 	cmd := &cobra.Command{
 		Use:   "changes",
-		Short: "Print which identity was attached to and detached from which machine, one JSON object a line",
+		Short: "Print which identity was attached to and detached from which machine, one JSON object per line",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := stand()
+			client, err := fakeAzure()
 			if err != nil {
 				return err
 			}
@@ -82,14 +82,14 @@ func armChangesCommand() *cobra.Command {
 	return cmd
 }
 
-func armByHandCommand(verb, short string, do func(c *azure.Client, ctx context.Context, machine, identity string) error) *cobra.Command {
+func armManualCommand(verb, short string, do func(c *azure.Client, ctx context.Context, machine, identity string) error) *cobra.Command {
 	return &cobra.Command{
 		Use:     verb + " MACHINE IDENTITY",
 		Short:   short,
 		Example: `  cluster azure arm ` + verb + ` node1 11111111-0000-4000-8000-000000000001`,
 		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			client, err := stand()
+			client, err := fakeAzure()
 			if err != nil {
 				return err
 			}
@@ -101,10 +101,10 @@ func armByHandCommand(verb, short string, do func(c *azure.Client, ctx context.C
 func armStateCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "state MACHINE [STATE]",
-		Short: "Set a machine's provisioning state, such as Deleting; without one, take it back",
+		Short: "Set a machine's provisioning state, such as Deleting; without a state, reset it",
 		Args:  cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			client, err := stand()
+			client, err := fakeAzure()
 			if err != nil {
 				return err
 			}
@@ -118,15 +118,15 @@ func armFaultCommand() *cobra.Command {
 	var remove bool
 	cmd := &cobra.Command{
 		Use:   "fault [MACHINE|/subscriptions/S]",
-		Short: "Make requests fail; without anything, list the faults",
-		Long: `Sets what goes wrong with requests of a machine, of a subscription or, if none is given, with all: in place of the fault
-of the same resource and operation. The most specific one applies.`,
+		Short: "Make requests fail; without arguments, list the faults",
+		Long: `Sets the fault of requests for a machine, for a subscription or, without an argument, for all. It replaces a fault of the
+same resource and operation. The most specific fault applies.`,
 		Example: `  cluster azure arm fault node1 --operation patch --status 429 --retry-after 30 --count 2
-  cluster azure arm fault node1 --drop --apply       the PATCH is done, its answer lost
+  cluster azure arm fault node1 --drop --apply       the PATCH is applied, its response is lost
   cluster azure arm fault --clear`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			client, err := stand()
+			client, err := fakeAzure()
 			if err != nil {
 				return err
 			}
@@ -146,7 +146,7 @@ of the same resource and operation. The most specific one applies.`,
 	}
 	flags := cmd.Flags()
 	flags.StringVar(&f.Operation, "operation", "", "only of this `KIND`: get, patch or poll")
-	flags.IntVar(&f.Count, "count", 0, "so many requests, then no more (default: until it is cleared)")
+	flags.IntVar(&f.Count, "count", 0, "number of requests that fail (default: all until it is cleared)")
 	flags.DurationVar(&f.Latency, "latency", 0, "wait before anything else")
 	flags.IntVar(&f.Status, "status", 0, "answer with this HTTP status")
 	flags.StringVar(&f.Code, "code", "", "ARM's error `CODE`, with --status and --fails")
@@ -155,7 +155,7 @@ of the same resource and operation. The most specific one applies.`,
 	flags.BoolVar(&f.Hang, "hang", false, "do not answer until the client leaves")
 	flags.BoolVar(&f.Drop, "drop", false, "cut the connection")
 	flags.BoolVar(&f.Fails, "fails", false, "accept a PATCH and let its operation fail")
-	flags.BoolVar(&f.Apply, "apply", false, "carry the request out nevertheless")
+	flags.BoolVar(&f.Apply, "apply", false, "apply the request nevertheless")
 	flags.BoolVar(&remove, "clear", false, "clear the faults of the resource; without one all, also those of identities")
 	return cmd
 }
@@ -165,10 +165,10 @@ func armIdentityFaultCommand() *cobra.Command {
 	var naming string
 	cmd := &cobra.Command{
 		Use:   "identity-fault RESOURCE-ID",
-		Short: "Make Resource Manager refuse to attach an identity; without flags, no longer",
+		Short: "Make Resource Manager refuse to attach an identity; without flags, remove the fault",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			client, err := stand()
+			client, err := fakeAzure()
 			if err != nil {
 				return err
 			}

@@ -18,8 +18,8 @@ import (
 func azureCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "azure",
-		Short: "Show and switch the stand-in Azure",
-		Long: `Shows what the stand-in Azure (the Instance Metadata Service, Entra ID and Resource Manager) was asked, and switches
+		Short: "Show and control the fake Azure",
+		Long: `Shows what the fake Azure (the Instance Metadata Service, Entra ID and Resource Manager) received, and sets
 its behaviour: latency, throttling, errors, hangs.`,
 	}
 	cmd.AddCommand(azureLogCommand(), azureSetCommand(), azureStatsCommand(), azureIdentityCommand(), azureAppCommand(), azureTrustCommand(),
@@ -27,8 +27,8 @@ its behaviour: latency, throttling, errors, hangs.`,
 	return cmd
 }
 
-// stand is the stand-in of the running cluster.
-func stand() (*azure.Client, error) {
+// fakeAzure returns a client of the fake Azure of the running cluster.
+func fakeAzure() (*azure.Client, error) {
 	c, err := cluster.Open()
 	if err != nil {
 		return nil, err
@@ -41,10 +41,10 @@ func azureLogCommand() *cobra.Command {
 	var follow bool
 	cmd := &cobra.Command{
 		Use:   "log",
-		Short: "Print what IMDS and Entra ID were asked, one JSON object a line",
+		Short: "Print the requests to IMDS and Entra ID, one JSON object per line",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := stand()
+			client, err := fakeAzure()
 			if err != nil {
 				return err
 			}
@@ -57,7 +57,7 @@ func azureLogCommand() *cobra.Command {
 
 func logFlags(cmd *cobra.Command, since *int, follow *bool) {
 	cmd.Flags().IntVar(since, "since", 0, "only entries with a sequence number (seq) greater than `N`")
-	cmd.Flags().BoolVar(follow, "follow", false, "go on with new entries until interrupted")
+	cmd.Flags().BoolVar(follow, "follow", false, "continue with new entries until interrupted")
 }
 
 func printLog[T any](ctx context.Context, read func(context.Context, int) ([]T, error), seq func(T) int, since int, follow bool) error {
@@ -87,8 +87,8 @@ func printLog[T any](ctx context.Context, read func(context.Context, int) ([]T, 
 func azureSetCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "set [KEY=VALUE…]",
-		Short: "Throw switches; without any, show them",
-		Long: `Throws switches of the stand-in: all that are given or, if one of them is wrong, none. Without arguments all
+		Short: "Set switches; without arguments, show them",
+		Long: `Sets switches of the fake Azure: all of them or, if one is invalid, none. Without arguments all
 switches and their values are shown. reset=all restores the defaults before the others are applied.`,
 		Example: `  cluster azure set
   cluster azure set imds.latency=2s imds.throttle=5
@@ -105,7 +105,7 @@ switches and their values are shown. reset=all restores the defaults before the 
 				}
 				changes[key] = value
 			}
-			client, err := stand()
+			client, err := fakeAzure()
 			if err != nil {
 				return err
 			}
@@ -127,7 +127,7 @@ func azureStatsCommand() *cobra.Command {
 		Short: "Print the counts of requests",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := stand()
+			client, err := fakeAzure()
 			if err != nil {
 				return err
 			}
@@ -147,13 +147,13 @@ func azureIdentityCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "identity",
 		Short: "Create a user-assigned identity and attach it to nodes; without flags, list them",
-		Long: `Creates a user-assigned identity, or replaces it, and lets IMDS of the nodes know it, without Resource Manager. With
---unattached it merely exists, and is there to be attached to the machines beneath the nodes.`,
+		Long: `Creates a user-assigned identity, or replaces it, and attaches it to the nodes without Resource Manager. With
+--unattached it is not attached, and can be attached later.`,
 		Example: `  cluster azure identity --client-id 11111111-0000-4000-8000-000000000001 --object-id 22222222-0000-4000-8000-000000000001 \
       --resource-id /subscriptions/` + cluster.SubscriptionID + `/resourceGroups/demo/providers/Microsoft.ManagedIdentity/userAssignedIdentities/demo`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := stand()
+			client, err := fakeAzure()
 			if err != nil {
 				return err
 			}
@@ -175,7 +175,7 @@ func azureIdentityCommand() *cobra.Command {
 	cmd.Flags().StringVar(&id.ResourceID, "resource-id", "", "resource `ID`")
 	cmd.Flags().StringVar(&id.TenantID, "tenant-id", "", "tenant (`GUID`; default: the home tenant)")
 	cmd.Flags().StringSliceVar(&nodes, "node", nil, "attach it to this `NODE` only; may be repeated")
-	cmd.Flags().BoolVar(&unattached, "unattached", false, "attach it to nothing")
+	cmd.Flags().BoolVar(&unattached, "unattached", false, "do not attach it")
 	cmd.MarkFlagsMutuallyExclusive("node", "unattached")
 	return cmd
 }
@@ -189,7 +189,7 @@ func azureAppCommand() *cobra.Command {
 		Example: `  cluster azure app --client-id 33333333-0000-4000-8000-000000000001 --object-id 44444444-0000-4000-8000-000000000001 --secret s3cret`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := stand()
+			client, err := fakeAzure()
 			if err != nil {
 				return err
 			}
@@ -210,7 +210,7 @@ func azureTrustCommand() *cobra.Command {
 	var clientID string
 	cmd := &cobra.Command{
 		Use:     "trust NAMESPACE/SERVICEACCOUNT",
-		Short:   "Let pods of a ServiceAccount stand for an application or an identity (a federated credential)",
+		Short:   "Let pods of a ServiceAccount get tokens of an application or an identity (a federated credential)",
 		Example: `  cluster azure trust default/default --client-id 33333333-0000-4000-8000-000000000001`,
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -233,7 +233,7 @@ func azureServeCommand() *cobra.Command {
 	var config string
 	cmd := &cobra.Command{
 		Use:    "serve",
-		Short:  "Run the stand-in in the current network namespace",
+		Short:  "Run the fake Azure in the current network namespace",
 		Hidden: true,
 		Args:   cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

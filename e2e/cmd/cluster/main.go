@@ -1,7 +1,7 @@
-// Cluster runs Pod Identity on a real two-node Kubernetes on this machine: for the demo, for tests, and for trying
+// Cluster runs Pod Identity on a real two-node Kubernetes on this host: for the demo, for tests, and for trying
 // things out. It is the one program behind `make demo`, `make cluster-up` and `make cluster-down`.
 //
-// The work is in package e2e/cluster, which also says what is protected from what; this is its command line.
+// This is the command line of package e2e/cluster, whose comment describes what it protects against.
 package main
 
 import (
@@ -28,12 +28,12 @@ func main() {
 func command() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "cluster",
-		Short: "Run Pod Identity on a real two-node Kubernetes on this machine",
-		Long: `Runs Pod Identity on a real two-node Kubernetes on this machine, with a stand-in for Azure beside it
+		Short: "Run Pod Identity on a real two-node Kubernetes on this host",
+		Long: `Runs Pod Identity on a real two-node Kubernetes on this host, with a fake Azure
 (the Instance Metadata Service, Entra ID and Resource Manager).
 
-The cluster lives in network namespaces without a way out: podid-cp (control plane), podid-node1, podid-node2 and
-podid-azure. Needs root. What is missing on the machine is built or fetched once; Kubernetes takes about ten minutes
+The cluster lives in network namespaces without a route out: podid-cp (control plane), podid-node1, podid-node2 and
+podid-azure. Needs root. What is missing on the host is built or downloaded once; Kubernetes takes about ten minutes
 the first time.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,

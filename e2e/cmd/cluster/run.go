@@ -13,9 +13,10 @@ import (
 
 func kubectlCommand() *cobra.Command {
 	return passThrough(&cobra.Command{
-		Use:     "kubectl ARGS…",
-		Short:   "Run kubectl on the cluster, as admin",
-		Long:    `Runs the cluster's own kubectl as admin, inside the control plane's network namespace: the API server is reached from nowhere else. Its exit status is passed on.`,
+		Use:   "kubectl ARGS…",
+		Short: "Run kubectl on the cluster, as admin",
+		Long: `Runs the cluster's own kubectl as admin, inside the control plane's network namespace: the API server can be reached only from the cluster's namespaces. Returns
+kubectl's exit status.`,
 		Example: `  cluster kubectl get pods -A -o wide`,
 	}, func(c *cluster.Cluster, args []string) error { return c.ExecKubectl(args) })
 }
@@ -24,12 +25,12 @@ func helmCommand() *cobra.Command {
 	return passThrough(&cobra.Command{
 		Use:     "helm ARGS…",
 		Short:   "Run helm on the cluster, as admin",
-		Long:    `Runs helm as admin, inside the control plane's network namespace. Its exit status is passed on.`,
+		Long:    `Runs helm as admin, inside the control plane's network namespace. Returns helm's exit status.`,
 		Example: `  cluster helm --namespace podidentity-system get values podidentity`,
 	}, func(c *cluster.Cluster, args []string) error { return c.ExecHelm(args) })
 }
 
-// passThrough leaves all arguments to the other program; only a lone --help is answered here.
+// passThrough passes all arguments to the other program, except a single --help.
 func passThrough(cmd *cobra.Command, run func(*cluster.Cluster, []string) error) *cobra.Command {
 	cmd.DisableFlagParsing = true
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -48,10 +49,9 @@ func passThrough(cmd *cobra.Command, run func(*cluster.Cluster, []string) error)
 func inPodCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "in-pod NAMESPACE/POD -- PROGRAM ARGS…",
-		Short: "Run a program of this machine inside a pod's network",
-		Long: `Runs a program of this machine inside the network namespace of a running pod: to everything on the network it is
-that pod. Files, environment and user stay the machine's; so does /etc/resolv.conf, and the cluster has no name server.
-The program's exit status is passed on.`,
+		Short: "Run a program of this host inside a pod's network",
+		Long: `Runs a program of this host inside the network namespace of a running pod: its packets are those of the pod. Files, environment and user are the host's; so does /etc/resolv.conf, and the cluster has no name server.
+Returns the program's exit status.`,
 		Example: `  cluster in-pod default/try -- curl -s -H Metadata:true "http://169.254.169.254/metadata/instance?api-version=2021-02-01"`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			target, program, err := targetAndProgram(cmd, args)
@@ -74,9 +74,9 @@ The program's exit status is passed on.`,
 func inNodeCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "in-node NODE -- PROGRAM ARGS…",
-		Short: "Run a program of this machine inside a node's network",
-		Long: `Runs a program of this machine inside the network namespace of a node (node1 or node2): to show its rules, routes
-and sockets. The program's exit status is passed on.`,
+		Short: "Run a program of this host inside a node's network",
+		Long: `Runs a program of this host inside the network namespace of a node (node1 or node2): to show its rules, routes
+and sockets. Returns the program's exit status.`,
 		Example: `  cluster in-node node1 -- iptables-save -t nat`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			node, program, err := targetAndProgram(cmd, args)
@@ -95,10 +95,10 @@ and sockets. The program's exit status is passed on.`,
 	}
 }
 
-// targetAndProgram insists on the "--": what follows belongs to the program, flags too.
+// targetAndProgram requires the "--": what follows it belongs to the program, including flags.
 func targetAndProgram(cmd *cobra.Command, args []string) (target string, program []string, err error) {
 	if cmd.ArgsLenAtDash() != 1 || len(args) < 2 {
-		return "", nil, fmt.Errorf("write it as: cluster %s", cmd.Use)
+		return "", nil, fmt.Errorf("usage: cluster %s", cmd.Use)
 	}
 	return args[0], args[1:], nil
 }
@@ -112,7 +112,7 @@ func superviseCommand() *cobra.Command {
 		RunE: func(*cobra.Command, []string) error {
 			owner, events := os.NewFile(3, "owner"), os.NewFile(4, "events")
 			if owner == nil || events == nil {
-				return errors.New("the supervisor is only run by the cluster itself")
+				return errors.New("only the cluster itself starts a supervisor")
 			}
 			return cluster.Supervise(owner, events)
 		},

@@ -15,8 +15,8 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-const whatNext = `
-The cluster runs until "bin/cluster down". To try:
+const nextSteps = `
+The cluster runs until "bin/cluster down". Try:
 
   bin/cluster kubectl get nodes,pods -A -o wide
   bin/cluster in-node node1 -- iptables-save
@@ -26,9 +26,9 @@ The cluster runs until "bin/cluster down". To try:
   bin/cluster azure log
 `
 
-// whatNextInStandardMode uses an identity that is attached nowhere until a pod needs it.
-const whatNextInStandardMode = `
-In standard mode, with an identity that no machine has yet:
+// nextStepsInStandardMode uses an identity that is not attached until a pod needs it.
+const nextStepsInStandardMode = `
+In standard mode, with an identity that is not attached yet:
 
   bin/cluster azure identity --unattached --client-id 11111111-0000-4000-8000-000000000001 \
       --object-id 22222222-0000-4000-8000-000000000001 \
@@ -50,11 +50,11 @@ func upCommand() *cobra.Command {
 	var opts upOptions
 	cmd := &cobra.Command{
 		Use:   "up",
-		Short: "Start the cluster and the stand-in Azure, and install the chart",
-		Long: `Builds what is missing, starts the cluster and the stand-in Azure, loads the images and installs the chart with
+		Short: "Start the cluster and the fake Azure, and install the chart",
+		Long: `Builds what is missing, starts the cluster and the fake Azure, loads the images and installs the chart with
 helm into the namespace podidentity-system. The cluster runs until "cluster down".
 
-If this is interrupted, or fails, everything is taken down again.`,
+If this is interrupted or fails, the cluster is removed.`,
 		Example: `  cluster up
   cluster up --helm --set=nmi.logLevel=debug
   cluster up --standard --vms --helm --set=mic.detachDelay=10s
@@ -64,19 +64,19 @@ If this is interrupted, or fails, everything is taken down again.`,
 			return up(cmd.Context(), opts)
 		},
 	}
-	cmd.Flags().BoolVar(&opts.standard, "standard", false, "install the chart in standard mode: MIC attaches identities to the machines beneath the nodes")
-	cmd.Flags().BoolVar(&opts.vms, "vms", false, "make each node a virtual machine of its own (default: both are in one scale set)")
+	cmd.Flags().BoolVar(&opts.standard, "standard", false, "install the chart in standard mode: MIC attaches identities to the virtual machines and scale sets of the nodes")
+	cmd.Flags().BoolVar(&opts.vms, "vms", false, "make each node a virtual machine (default: both are in one scale set)")
 	cmd.Flags().BoolVar(&opts.noChart, "no-chart", false, "do not build images and install the chart")
 	cmd.Flags().StringArrayVar(&opts.helm, "helm", nil, "one more `ARGUMENT` for helm, such as --set=KEY=VALUE; may be repeated")
 	cmd.MarkFlagsMutuallyExclusive("standard", "no-chart")
-	cmd.Flags().StringVar(&opts.LogDir, "log-dir", "", "keep the logs of all processes in this `FOLDER` (default: in the run folder, gone with the cluster)")
+	cmd.Flags().StringVar(&opts.LogDir, "log-dir", "", "write the logs of all processes to this `FOLDER` (default: in the run folder, which is removed with the cluster)")
 	return cmd
 }
 
 func up(ctx context.Context, opts upOptions) (err error) {
 	begin := time.Now()
-	say := progress()
-	opts.Progress = say
+	progress := newProgress()
+	opts.Progress = progress
 	if opts.Program, err = os.Executable(); err != nil {
 		return err
 	}
@@ -88,7 +88,7 @@ func up(ctx context.Context, opts upOptions) (err error) {
 	}
 	var images errgroup.Group
 	if !opts.noChart {
-		images.Go(func() error { return cluster.BuildProductImages(ctx, say, opts.standard) }) // while the cluster starts
+		images.Go(func() error { return cluster.BuildProductImages(ctx, progress, opts.standard) }) // while the cluster starts
 	}
 	c, err := cluster.Start(ctx, opts.Options)
 	if err != nil {
@@ -102,7 +102,7 @@ func up(ctx context.Context, opts upOptions) (err error) {
 	if err := images.Wait(); err != nil {
 		return err
 	}
-	if err := installChart(ctx, c, opts, say); err != nil {
+	if err := installChart(ctx, c, opts, progress); err != nil {
 		return err
 	}
 	if err := ctx.Err(); err != nil {
@@ -111,46 +111,47 @@ func up(ctx context.Context, opts upOptions) (err error) {
 	if err := c.Detach(); err != nil {
 		return err
 	}
-	say(fmt.Sprintf("up after %.1f s", time.Since(begin).Seconds()))
-	fmt.Print(whatNext)
+	progress(fmt.Sprintf("up after %.1f s", time.Since(begin).Seconds()))
+	fmt.Print(nextSteps)
 	if opts.standard {
-		fmt.Print(whatNextInStandardMode)
+		fmt.Print(nextStepsInStandardMode)
 	}
 	return nil
 }
 
-func installChart(ctx context.Context, c *cluster.Cluster, opts upOptions, say func(string)) error {
+func installChart(ctx context.Context, c *cluster.Cluster, opts upOptions, progress func(string)) error {
 	switch {
 	case opts.noChart:
 		return nil
 	case opts.standard:
-		say("installing the chart in standard mode")
+		progress("installing the chart in standard mode")
 		return c.InstallStandard(ctx, opts.helm...)
 	}
-	say("installing the chart")
+	progress("installing the chart")
 	return c.InstallChart(ctx, opts.helm...)
 }
 
 func downCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "down",
-		Short: "Take everything down again",
-		Long: `Takes down the cluster that runs on this machine and removes its namespaces, cgroups, mounts and files; also what a
-killed one has left behind. Does nothing if there is nothing to do.`,
+		Short: "Remove the cluster",
+		Long: `Stops the cluster that runs on this host and removes its namespaces, cgroups, mounts and files, and those that a killed
+cluster has left. Does nothing if there is nothing to do.`,
 		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			begin := time.Now()
 			if err := cluster.Down(); err != nil {
 				return err
 			}
-			progress()(fmt.Sprintf("down after %.1f s", time.Since(begin).Seconds()))
+			newProgress()(fmt.Sprintf("down after %.1f s", time.Since(begin).Seconds()))
 			return nil
 		},
 	}
 }
 
-// progress prints steps to standard error. At a terminal the counting of a long build stays on one line.
-func progress() func(string) {
+// newProgress returns a function that prints steps to standard error. At a terminal it updates the count of a long build
+// in one line.
+func newProgress() func(string) {
 	_, err := unix.IoctlGetTermios(int(os.Stderr.Fd()), unix.TCGETS)
 	terminal := err == nil
 	var mu sync.Mutex

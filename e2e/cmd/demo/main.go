@@ -1,6 +1,5 @@
-// Command demo shows Pod Identity at work: on a real cluster on this machine, with a stand-in for Azure, installed with
-// the chart that users install. It explains each step, checks what it shows, exits 0 only if all of it is so, and takes
-// everything down again.
+// Command demo shows Pod Identity on a real cluster on this host, with a fake Azure, installed with the chart that users
+// install. It explains each step, checks what it shows, exits 0 only if all checks pass, and removes everything.
 package main
 
 import (
@@ -60,7 +59,7 @@ spec:
   containers: [{name: stranger, image: %[1]s, imagePullPolicy: Never}]
 `
 
-// robot is an application that is attached to no machine and has no secret.
+// robot is an application that is not attached to a virtual machine and has no secret.
 var robot = azure.Identity{ClientID: "0d46a1b2-0000-4000-8000-00000000beef", ObjectID: "77777777-0000-4000-8000-00000000beef"}
 
 const federated = `apiVersion: aadpodidentity.k8s.io/v1
@@ -91,18 +90,18 @@ func main() {
 		fmt.Fprintln(os.Stderr, "\ndemo failed:", err)
 		os.Exit(1)
 	}
-	fmt.Printf("\nAll of it is so. The demo took %.0f s.\n", time.Since(start).Seconds())
+	fmt.Printf("\nAll checks passed. The demo took %.0f s.\n", time.Since(start).Seconds())
 }
 
-// demo is the cluster and what has gone wrong so far.
+// demo is the cluster, with the context of the demo.
 type demo struct {
 	*cluster.Cluster
 	ctx context.Context
 }
 
 func run(ctx context.Context) (err error) {
-	title("A cluster of two nodes, and a stand-in for Azure")
-	say("etcd, API server, controllers, two kubelets with containerd, and an Azure that has Entra ID and the metadata\nservice, all in network namespaces of this machine without a way out. The first time Kubernetes is built from source.")
+	title("A cluster of two nodes, and a fake Azure")
+	say("etcd, API server, controllers, two kubelets with containerd, and an Azure that has Entra ID and the metadata\nservice, all in network namespaces of this host without a route out. The first time, Kubernetes is built from source.")
 	var images errgroup.Group
 	images.Go(func() error { return cluster.BuildProductImages(ctx, step, true) }) // while the cluster starts
 	c, err := cluster.Start(ctx, cluster.Options{Progress: step})
@@ -110,7 +109,7 @@ func run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() {
-		title("Taking everything down again")
+		title("Removing everything")
 		err = errors.Join(err, c.Stop())
 	}()
 	d := &demo{c, ctx}
@@ -125,9 +124,9 @@ func run(ctx context.Context) (err error) {
 	if err := d.show("kubectl get pods -n "+cluster.ChartNamespace+" -o wide", d.kubectl("get", "pods", "-n", cluster.ChartNamespace, "-o", "wide"), "Running"); err != nil {
 		return err
 	}
-	for _, chapter := range []func() error{d.rules, d.binding, d.token, d.refusal, d.federated, d.whatIsLeft,
+	for _, part := range []func() error{d.rules, d.binding, d.token, d.refusal, d.federated, d.observability,
 		d.standardMode, d.assignment, d.release, d.armCalls} {
-		if err := errors.Join(ctx.Err(), chapter()); err != nil {
+		if err := errors.Join(ctx.Err(), part()); err != nil {
 			return err
 		}
 	}
@@ -136,7 +135,7 @@ func run(ctx context.Context) (err error) {
 
 func (d *demo) rules() error {
 	title("The rules on a node")
-	say("Requests of pods to the metadata address are redirected to NMI (nat). Behind that stands a drop for whatever would\nbe forwarded there all the same (filter FORWARD), and a guard before NMI's own address (filter INPUT).")
+	say("Requests of pods to the metadata address are redirected to NMI (nat). A second rule drops packets that would be\nforwarded there nevertheless (filter FORWARD), and a third protects NMI's own address (filter INPUT).")
 	return d.show("node1# iptables-save | grep -i podidentity", func() (string, error) {
 		out, err := d.InNode(d.ctx, "node1", "iptables-save")
 		return grep(out, "podidentity"), err
@@ -145,7 +144,7 @@ func (d *demo) rules() error {
 
 func (d *demo) binding() error {
 	title("An identity, its binding, and two pods")
-	say("Azure has a managed identity \"shop\", attached to the machines. The binding gives it to pods labelled\naadpodidbinding: shop. Pod web has that label; pod stranger has none.")
+	say("Azure has a managed identity \"shop\", attached to the virtual machines. The binding gives it to pods labelled\naadpodidbinding: shop. Pod web has that label; pod stranger has none.")
 	if err := d.Azure().AddIdentity(d.ctx, shop); err != nil {
 		return err
 	}
@@ -172,12 +171,12 @@ func (d *demo) curl(pod string) func() (string, error) {
 }
 
 func (d *demo) token() error {
-	title("Pod web asks for a token")
-	say("With an unmodified curl, at the address where every Azure SDK asks.")
+	title("Pod web requests a token")
+	say("With an unmodified curl, at the address that every Azure SDK uses.")
 	return d.showToken("web", shop)
 }
 
-// showToken lets the pod ask, and checks whose token it gets.
+// showToken requests a token from the pod, and checks that it is for the identity want.
 func (d *demo) showToken(pod string, want azure.Identity) error {
 	out, err := d.curl(pod)()
 	if err != nil {
@@ -189,7 +188,7 @@ func (d *demo) showToken(pod string, want azure.Identity) error {
 	}
 	token := answer["access_token"]
 	if token == "" {
-		return fmt.Errorf("no token came: %s", out)
+		return fmt.Errorf("the response has no token: %s", out)
 	}
 	fmt.Printf("  %s$ curl -s -H 'Metadata: true' '%s'\n%s\n", pod, ask, indent(strings.Replace(out, token, token[:24]+"…", 1)))
 	claims, err := d.Azure().Verify(token)
@@ -199,19 +198,19 @@ func (d *demo) showToken(pod string, want azure.Identity) error {
 	if claims.AppID != want.ClientID || claims.Audience != vault {
 		return fmt.Errorf("the token is for %s and %s", claims.AppID, claims.Audience)
 	}
-	say("The token is signed by the stand-in's Entra ID and says: appid %s, aud %s.", claims.AppID, claims.Audience)
+	say("The token is signed by the fake Entra ID and contains: appid %s, aud %s.", claims.AppID, claims.Audience)
 	return nil
 }
 
 func (d *demo) refusal() error {
-	title("Pod stranger asks, too")
-	say("It has no binding. It gets the error that IMDS gives for an identity that does not exist, with the reason beside it.")
+	title("Pod stranger requests a token, too")
+	say("It has no binding. It gets the error that IMDS gives for an identity that does not exist, with the reason in addition.")
 	return d.show("stranger$ curl -s -H 'Metadata: true' '"+ask+"'", d.curl("stranger"), `"error":"invalid_request"`, `"error_description":"Identity not found"`, `"reason":"pod_not_labelled"`)
 }
 
 func (d *demo) federated() error {
-	title("Pod robot asks for a token of a federated identity")
-	say("Its identity is an application that trusts the pod's ServiceAccount: no secret anywhere, nothing attached to the\nmachine. NMI shows Entra ID a token of the ServiceAccount that the API server has bound to this very pod.")
+	title("Pod robot requests a token of a federated identity")
+	say("Its identity is an application that trusts the pod's ServiceAccount: it has no secret, and nothing is attached to the\nvirtual machine. NMI sends Entra ID a token of the ServiceAccount that the API server has bound to this pod.")
 	if err := d.Azure().AddApp(d.ctx, azure.App{ClientID: robot.ClientID, ObjectID: robot.ObjectID}); err != nil {
 		return err
 	}
@@ -227,13 +226,13 @@ func (d *demo) federated() error {
 	return d.showToken("robot", robot)
 }
 
-func (d *demo) whatIsLeft() error {
+func (d *demo) observability() error {
 	title("What the operator sees")
-	say("The pod that was refused says why:")
+	say("An Event on the refused pod has the reason:")
 	if err := d.eventually("kubectl get events --field-selector involvedObject.name=stranger,reason=TokenRefused", d.kubectl("get", "events", "--field-selector", "involvedObject.name=stranger,reason=TokenRefused"), "pod_not_labelled"); err != nil {
 		return err
 	}
-	say("NMI's audit says who got which token, and who did not:")
+	say("NMI's audit log contains who got which token, and who did not:")
 	pod, err := d.Kubectl(d.ctx, "get", "pods", "-n", cluster.ChartNamespace, "--field-selector", "spec.nodeName=node1", "-o", "name")
 	if err != nil {
 		return err
@@ -256,9 +255,9 @@ func (d *demo) whatIsLeft() error {
 	if err != nil {
 		return err
 	}
-	say("The metadata service was asked for %d token; %d connections came to it from pods.", stats.IMDS.Token.Requests, stats.IMDS.ConnectionsFromPods)
+	say("The metadata service received %d token request; %d connections to it came from pods.", stats.IMDS.Token.Requests, stats.IMDS.ConnectionsFromPods)
 	if stats.IMDS.Token.Requests != 1 || stats.IMDS.ConnectionsFromPods != 0 {
-		return errors.New("it should have been asked for one token, by NMI alone")
+		return errors.New("it should have received one token request, from NMI only")
 	}
 	return nil
 }
@@ -267,9 +266,9 @@ func (d *demo) kubectl(args ...string) func() (string, error) {
 	return func() (string, error) { return d.Kubectl(d.ctx, args...) }
 }
 
-// eventually is show for what is written in batches, a moment later.
+// eventually is show with retries, for output that appears a moment later.
 func (d *demo) eventually(command string, do func() (string, error), wants ...string) error {
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(time.Minute) // a busy host is slow
 	for {
 		err := d.show(command, do, wants...)
 		if err == nil || time.Now().After(deadline) {
@@ -279,7 +278,7 @@ func (d *demo) eventually(command string, do func() (string, error), wants ...st
 	}
 }
 
-// show prints a command and what it says, and fails if that lacks something.
+// show prints a command and its output, and fails if the output lacks one of the texts.
 func (d *demo) show(command string, do func() (string, error), wants ...string) error {
 	out, err := do()
 	if err != nil {
@@ -287,7 +286,7 @@ func (d *demo) show(command string, do func() (string, error), wants ...string) 
 	}
 	for _, want := range wants {
 		if !strings.Contains(out, want) {
-			return fmt.Errorf("%s: lacks %s:\n%s", command, want, out)
+			return fmt.Errorf("%s: the output lacks %s:\n%s", command, want, out)
 		}
 	}
 	fmt.Printf("  %s\n%s\n", command, indent(out))

@@ -14,7 +14,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// stock is a managed identity that is attached to no machine.
+// stock is a managed identity that is not attached.
 var stock = azure.Identity{
 	ClientID:   "0d46a1b2-0000-4000-8000-00000000f00d",
 	ObjectID:   "77777777-0000-4000-8000-00000000f00d",
@@ -50,8 +50,8 @@ const (
 )
 
 func (d *demo) standardMode() error {
-	title("Standard mode: MIC attaches identities to the machines itself")
-	say("Up to here \"shop\" had been attached to the machines by hand: managed mode. The same chart in standard mode adds MIC,\nwhich has Azure Resource Manager (ARM) attach what the pods of a machine need, and detach it after the last of them:\nhere %s after, by default two minutes, and not in MIC's own first half minute. The pods of the first part go meanwhile.", detachDelay)
+	title("Standard mode: MIC attaches identities to the virtual machines")
+	say("So far \"shop\" was attached manually: managed mode. In standard mode the same chart adds MIC. MIC makes Azure Resource\nManager (ARM) attach the identities that pods need, and detach them after the last pod: here %s later, by default two\nminutes, and not in the first 30 s of MIC. The pods of the first part are deleted.", detachDelay)
 	if _, err := d.Kubectl(d.ctx, "delete", "pod", "web", "stranger", "robot"); err != nil {
 		return err
 	}
@@ -62,8 +62,8 @@ func (d *demo) standardMode() error {
 }
 
 func (d *demo) assignment() error {
-	title("A pod whose identity no machine has")
-	say("Azure has a managed identity \"stock\", attached to nothing. Its pod is created, and asks for a token at once.")
+	title("A pod whose identity is not attached")
+	say("Azure has a managed identity \"stock\", not attached. Its pod is created, and requests a token at once.")
 	if err := errors.Join(d.Azure().DefineIdentity(d.ctx, stock), d.Azure().Set(d.ctx, map[string]string{"arm.delay": armDelay.String()})); err != nil {
 		return err
 	}
@@ -80,13 +80,13 @@ func (d *demo) assignment() error {
 	if err := d.showToken("clerk", stock); err != nil {
 		return err
 	}
-	say("The request was held for %.1f s, until the scale set had the identity; the application did not have to try again.", time.Since(began).Seconds())
+	say("The request waited for %.1f s, until the scale set had the identity; the application did not need to retry.", time.Since(began).Seconds())
 	return d.eventually("kubectl get azureassignedidentities", d.kubectl("get", "azureassignedidentities"), "clerk", "Assigned")
 }
 
 func (d *demo) release() error {
-	title("The last pod goes")
-	say("mic plan says what MIC is about to do, and why, and does none of it:")
+	title("The last pod is deleted")
+	say("mic plan prints what MIC is about to do, and why, without doing it:")
 	if _, err := d.Kubectl(d.ctx, "delete", "pod", "clerk"); err != nil {
 		return err
 	}
@@ -112,7 +112,7 @@ func (d *demo) release() error {
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
-	say("After the delay the identity is off the scale set, and nothing is left of the assignment:")
+	say("After the delay the identity is detached from the scale set, and the assignment is deleted:")
 	return d.eventually("kubectl get azureassignedidentities", func() (string, error) {
 		out, err := d.Kubectl(d.ctx, "get", "azureassignedidentities")
 		if err == nil && out == "" {
@@ -123,8 +123,8 @@ func (d *demo) release() error {
 }
 
 func (d *demo) armCalls() error {
-	title("What ARM was asked")
-	say("All requests about the scale set that both nodes are in, as the stand-in's ARM had them, and what came of them:")
+	title("The requests to ARM")
+	say("All requests of the fake ARM for the scale set of both nodes, and their results:")
 	log, err := d.Azure().ARMLog(d.ctx, 0)
 	if err != nil {
 		return err
@@ -135,7 +135,7 @@ func (d *demo) armCalls() error {
 	}
 	for i, r := range log {
 		if r.Operation == azure.OpPoll && i+1 < len(log) && log[i+1].Operation == azure.OpPoll {
-			continue // of those that ask how far it is, the last one is enough
+			continue // of consecutive polls print only the last
 		}
 		about, _, _ := strings.Cut(r.Path, "?")
 		fmt.Printf("    %s  %-5s …/%s/%s  %d", r.Time.Format("15:04:05.000"), r.Method, path.Base(path.Dir(about)), path.Base(about), r.Status)
@@ -148,7 +148,7 @@ func (d *demo) armCalls() error {
 	}
 	fmt.Println()
 	if len(changes) != 2 || !changes[0].Attached || changes[1].Attached || changes[0].Identity != changes[1].Identity {
-		return fmt.Errorf("ARM should have attached one identity and then detached it; it did this: %+v", changes)
+		return fmt.Errorf("ARM should have attached one identity and then detached it; its changes are: %+v", changes)
 	}
 	return nil
 }
