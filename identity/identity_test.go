@@ -38,18 +38,65 @@ func labelled(ns, name, label string) Pod {
 	return Pod{Namespace: ns, Name: name, UID: "uid-of-" + name, Labels: map[string]string{v1.BindingLabel: label}}
 }
 
-func TestTheDecision(t *testing.T) {
-	managed, standard := Rules{Mode: Managed}, Rules{Mode: Standard}
-	one := Facts{Bindings: []Binding{bind("a", "x", "app")}, Identities: []Identity{id("a", "x", clientA)}}
-	two := Facts{
+// decisionCase is a request of a pod with the decision about it.
+type decisionCase struct {
+	name    string
+	rules   Rules
+	pod     Pod
+	want    Selector
+	facts   Facts
+	outcome Outcome
+	reason  Reason
+	chosen  string
+}
+
+// The facts of most cases: one bound identity, two bound identities, and one of another namespace.
+var (
+	one = Facts{Bindings: []Binding{bind("a", "x", "app")}, Identities: []Identity{id("a", "x", clientA)}}
+	two = Facts{
 		Bindings:   []Binding{bind("a", "x", "app"), bind("a", "y", "app")},
 		Identities: []Identity{id("a", "x", clientA), id("a", "y", clientB)},
 	}
+	elsewhere = Facts{Bindings: []Binding{bind("b", "x", "app")}, Identities: []Identity{id("b", "x", clientA)}}
+)
+
+// assigned adds to the facts one an assignment of its identity for each change.
+func assigned(changes ...func(*Assignment)) Facts {
+	f := one
+	for _, change := range changes {
+		a := assignmentOf("a", "x")
+		change(&a)
+		f.Assignments = append(f.Assignments, a)
+	}
+	return f
+}
+
+func state(s State) func(*Assignment) { return func(a *Assignment) { a.State = s } }
+
+func checkDecisions(t *testing.T, cases []decisionCase) {
+	t.Helper()
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			d := Decide(c.rules, c.pod, c.want, c.facts)
+			chosen := ""
+			if d.Identity != nil {
+				chosen = d.Identity.Key()
+			}
+			if d.Outcome != c.outcome || d.Reason != c.reason || chosen != c.chosen {
+				t.Errorf("got outcome %d, reason %s, identity %q; want %d, %s, %q\n%s", d.Outcome, d.Reason, chosen, c.outcome, c.reason, c.chosen, d.Detail)
+			}
+			if (d.Outcome == Granted) != (d.Detail == "") {
+				t.Errorf("outcome %d with detail %q: a refusal explains itself, a grant does not", d.Outcome, d.Detail)
+			}
+		})
+	}
+}
+
+func TestTheDecisionInManagedMode(t *testing.T) {
+	managed := Rules{Mode: Managed}
 	withObjectID := two
 	withObjectID.Identities = []Identity{two.Identities[0], two.Identities[1]}
 	withObjectID.Identities[0].ObjectID = objectA
-	elsewhere := Facts{Bindings: []Binding{bind("b", "x", "app")}, Identities: []Identity{id("b", "x", clientA)}}
-	confined := Facts{Bindings: elsewhere.Bindings, Identities: []Identity{{Namespace: "b", Name: "x", ClientID: clientA, ResourceID: resource("x"), Namespaced: true}}}
 	twins := Facts{
 		Bindings:   []Binding{bind("a", "x", "app"), bind("a", "x2", "app")},
 		Identities: []Identity{id("a", "x", clientA), {Namespace: "a", Name: "x2", ClientID: strings.ToLower(clientA), ResourceID: strings.ToUpper(resource("x"))}},
@@ -58,42 +105,12 @@ func TestTheDecision(t *testing.T) {
 		Bindings:   []Binding{bind("a", "x", "app"), bind("a", "sp", "app")},
 		Identities: []Identity{id("a", "x", clientA), {Namespace: "a", Name: "sp", Kind: ServicePrincipalSecret, ClientID: clientA, TenantID: "t"}},
 	}
-	assigned := func(changes ...func(*Assignment)) Facts {
-		f := one
-		for _, change := range changes {
-			a := assignmentOf("a", "x")
-			change(&a)
-			f.Assignments = append(f.Assignments, a)
-		}
-		return f
-	}
-	state := func(s State) func(*Assignment) { return func(a *Assignment) { a.State = s } }
-	unowned := func(s State) func(*Assignment) { return func(a *Assignment) { a.State, a.PodUID = s, "" } }
-	failed := func(why string) func(*Assignment) {
-		return func(a *Assignment) { a.State, a.Message = StateCreated, why }
-	}
-	principal := Facts{Bindings: one.Bindings, Identities: []Identity{{Namespace: "a", Name: "x", Kind: Federated, ClientID: clientA, TenantID: "t"}}}
-	principalAssigned := principal
-	principalAssigned.Assignments = []Assignment{assignmentOf("a", "x")}
-	principalAssigned.Assignments[0].Kind, principalAssigned.Assignments[0].ResourceID = Federated, ""
-	onceUserAssigned := principal
-	onceUserAssigned.Assignments = []Assignment{assignmentOf("a", "x")}
 	excepted := two
 	excepted.Exceptions = []Exception{{Namespace: "a", Name: "e", PodLabels: map[string]string{"none": "x", v1.BindingLabel: "APP"}}}
 	exceptionElsewhere := one
 	exceptionElsewhere.Exceptions = []Exception{{Namespace: "b", Name: "e", PodLabels: map[string]string{v1.BindingLabel: "app"}}}
-
 	pod := labelled("a", "p", "app")
-	cases := []struct {
-		name    string
-		rules   Rules
-		pod     Pod
-		want    Selector
-		facts   Facts
-		outcome Outcome
-		reason  Reason
-		chosen  string
-	}{
+	checkDecisions(t, []decisionCase{
 		{"the only bound identity is the default", managed, pod, Selector{}, one, Granted, Allowed, "a/x"},
 		{"a pod without the label gets nothing", managed, Pod{Namespace: "a", Name: "p"}, Selector{}, one, Refused, PodNotLabelled, ""},
 		{"an empty label is no label", managed, labelled("a", "p", ""), Selector{}, Facts{Bindings: []Binding{bind("a", "x", "")}, Identities: one.Identities}, Refused, PodNotLabelled, ""},
@@ -116,7 +133,25 @@ func TestTheDecision(t *testing.T) {
 		{"an identity of a kind nobody knows", managed, pod, Selector{}, Facts{Bindings: one.Bindings, Identities: []Identity{{Namespace: "a", Name: "x", Kind: 7, ClientID: clientA}}}, Refused, IdentityInvalid, ""},
 		{"an excepted pod", managed, pod, Selector{}, excepted, Granted, Excepted, ""},
 		{"an exception of another namespace", managed, pod, Selector{}, exceptionElsewhere, Granted, Allowed, "a/x"},
+		{"in managed mode assignments are ignored", managed, pod, Selector{}, assigned(state(StateUnassigned)), Granted, Allowed, "a/x"},
+	})
+}
 
+func TestTheDecisionInStandardMode(t *testing.T) {
+	standard := Rules{Mode: Standard}
+	confined := Facts{Bindings: elsewhere.Bindings, Identities: []Identity{{Namespace: "b", Name: "x", ClientID: clientA, ResourceID: resource("x"), Namespaced: true}}}
+	unowned := func(s State) func(*Assignment) { return func(a *Assignment) { a.State, a.PodUID = s, "" } }
+	failed := func(why string) func(*Assignment) {
+		return func(a *Assignment) { a.State, a.Message = StateCreated, why }
+	}
+	principal := Facts{Bindings: one.Bindings, Identities: []Identity{{Namespace: "a", Name: "x", Kind: Federated, ClientID: clientA, TenantID: "t"}}}
+	principalAssigned := principal
+	principalAssigned.Assignments = []Assignment{assignmentOf("a", "x")}
+	principalAssigned.Assignments[0].Kind, principalAssigned.Assignments[0].ResourceID = Federated, ""
+	onceUserAssigned := principal
+	onceUserAssigned.Assignments = []Assignment{assignmentOf("a", "x")}
+	pod := labelled("a", "p", "app")
+	checkDecisions(t, []decisionCase{
 		{"standard mode looks across namespaces, but waits for the assignment", standard, pod, Selector{}, elsewhere, Pending, AssignmentPending, "b/x"},
 		{"standard mode with forced namespaces", Rules{Mode: Standard, ForceNamespaced: true}, pod, Selector{}, elsewhere, Refused, NoMatchingBinding, ""},
 		{"an identity confined to its namespace", standard, pod, Selector{}, confined, Refused, NoMatchingBinding, ""},
@@ -139,23 +174,7 @@ func TestTheDecision(t *testing.T) {
 		{"of a resource that is spelled otherwise", standard, pod, Selector{}, assigned(func(a *Assignment) { a.ResourceID = strings.ToUpper(a.ResourceID) + "/" }), Granted, Allowed, "a/x"},
 		{"of no user-assigned identity", standard, pod, Selector{}, principalAssigned, Granted, Allowed, "a/x"},
 		{"of what was a user-assigned identity", standard, pod, Selector{}, onceUserAssigned, Pending, AssignmentPending, "a/x"},
-		{"in managed mode assignments are ignored", managed, pod, Selector{}, assigned(state(StateUnassigned)), Granted, Allowed, "a/x"},
-	}
-	for _, c := range cases {
-		t.Run(c.name, func(t *testing.T) {
-			d := Decide(c.rules, c.pod, c.want, c.facts)
-			chosen := ""
-			if d.Identity != nil {
-				chosen = d.Identity.Key()
-			}
-			if d.Outcome != c.outcome || d.Reason != c.reason || chosen != c.chosen {
-				t.Errorf("got outcome %d, reason %s, identity %q; want %d, %s, %q\n%s", d.Outcome, d.Reason, chosen, c.outcome, c.reason, c.chosen, d.Detail)
-			}
-			if (d.Outcome == Granted) != (d.Detail == "") {
-				t.Errorf("outcome %d with detail %q: a refusal explains itself, a grant does not", d.Outcome, d.Detail)
-			}
-		})
-	}
+	})
 }
 
 func TestResourceIDsOfUserAssignedIdentitiesAreRecognized(t *testing.T) {

@@ -73,64 +73,66 @@ func TestValidRequestsAreParsed(t *testing.T) {
 	}
 }
 
+// invalidRequests are requests with the status and the reason of their refusal.
+var invalidRequests = []struct {
+	name, target string
+	headers      []string
+	status       int
+	reason       identity.Reason
+}{
+	{"no header", good, nil, 400, identity.HeaderMissing},
+	{"no header, no query, as clients probe", tokenPath, nil, 400, identity.HeaderMissing},
+	{"header false", good, []string{"Metadata: false"}, 400, identity.HeaderMissing},
+	{"header given twice, with two values", good, []string{"Metadata: true", "Metadata: false"}, 400, identity.HeaderMissing},
+	{"header with more in it", good, []string{"Metadata: true, false"}, 400, identity.HeaderMissing},
+	{"no header comes before a bad query", tokenPath + "?%zz", nil, 400, identity.HeaderMissing},
+	{"forwarded", good, []string{"Metadata: true", "X-Forwarded-For: 10.0.0.1"}, 400, identity.Forwarded},
+	{"forwarded, empty", good, []string{"Metadata: true", "x-forwarded-for:"}, 400, identity.Forwarded},
+	{"POST", "POST " + good, []string{"Metadata: true"}, 405, identity.MethodNotAllowed},
+	{"HEAD", "HEAD " + good, []string{"Metadata: true"}, 405, identity.MethodNotAllowed},
+	{"resource given twice", good + "&resource=https://other", []string{"Metadata: true"}, 400, identity.RequestMalformed},
+	{"resource given twice, in another case", good + "&Resource=https://other", []string{"Metadata: true"}, 400, identity.RequestMalformed},
+	{"an unknown parameter given twice", good + "&a=1&a=1", []string{"Metadata: true"}, 400, identity.RequestMalformed},
+	{"two selectors", good + "&client_id=a&msi_res_id=b", []string{"Metadata: true"}, 400, identity.RequestMalformed},
+	{"both names of the resource id", good + "&mi_res_id=a&msi_res_id=a", []string{"Metadata: true"}, 400, identity.RequestMalformed},
+	{"bad escape", good + "&client_id=%zz", []string{"Metadata: true"}, 400, identity.RequestMalformed},
+	{"line break in a value", good + "&client_id=a%0d%0ab", []string{"Metadata: true"}, 400, identity.RequestMalformed},
+	{"not UTF-8", good + "&client_id=%ff", []string{"Metadata: true"}, 400, identity.RequestMalformed},
+	{"too many parameters", good + strings.Repeat("&", 3) + manyParameters(40), []string{"Metadata: true"}, 400, identity.RequestMalformed},
+	{"too long a value", good + "&client_id=" + strings.Repeat("a", maxValue+1), []string{"Metadata: true"}, 400, identity.RequestMalformed},
+	{"no api-version", tokenPath + "?resource=r", []string{"Metadata: true"}, 400, identity.APIVersion},
+	{"an api-version before identities", tokenPath + "?api-version=2017-12-01&resource=r", []string{"Metadata: true"}, 400, identity.APIVersion},
+	{"an api-version that is no date", tokenPath + "?api-version=9999-99-99&resource=r", []string{"Metadata: true"}, 400, identity.APIVersion},
+	{"no resource", tokenPath + "?api-version=2018-02-01", []string{"Metadata: true"}, 400, identity.ResourceMissing},
+	{"an empty resource", tokenPath + "?api-version=2018-02-01&resource=", []string{"Metadata: true"}, 400, identity.ResourceMissing},
+
+	{"credentials of the machine", "/metadata/identity/getplatformmetadata?cred-api-version=2.0", nil, 404, identity.PathUnknown},
+	{"credentials of the machine, with header", "/metadata/identity/getplatformmetadata?cred-api-version=2.0", []string{"Metadata: true"}, 404, identity.PathUnknown},
+	{"a certificate of the machine", "POST /metadata/identity/issuecredential?cred-api-version=2.0", []string{"Metadata: true"}, 404, identity.PathUnknown},
+	{"more after the token path", tokenPath + "/x?api-version=2018-02-01&resource=r", []string{"Metadata: true"}, 404, identity.PathUnknown},
+	{"more joined to the token path", tokenPath + "x", []string{"Metadata: true"}, 404, identity.PathUnknown},
+	{"path parameters", "/metadata/identity/oauth2/token;x=y?api-version=2018-02-01&resource=r", []string{"Metadata: true"}, 404, identity.PathUnknown},
+	{"another service", "/machine/plugins", []string{"Metadata: true"}, 404, identity.PathUnknown},
+	{"the root", "/", []string{"Metadata: true"}, 404, identity.PathUnknown},
+	{"attested document", "/metadata/attested/document?api-version=2020-09-01", []string{"Metadata: true"}, 403, identity.RouteBlocked},
+	{"scheduled events", "/metadata/scheduledevents?api-version=2020-07-01", []string{"Metadata: true"}, 403, identity.RouteBlocked},
+	{"approving scheduled events", "POST /metadata/scheduledevents?api-version=2020-07-01", []string{"Metadata: true"}, 403, identity.RouteBlocked},
+
+	{"encoded slash", "/metadata/identity%2foauth2%2ftoken", []string{"Metadata: true"}, 400, identity.PathRefused},
+	{"encoded backslash", "/metadata/identity%5coauth2%5ctoken", []string{"Metadata: true"}, 400, identity.PathRefused},
+	{"twice encoded", "/metadata/identity%252foauth2/token", []string{"Metadata: true"}, 400, identity.PathRefused},
+	{"dot segments", "/metadata/instance/../identity/oauth2/token", []string{"Metadata: true"}, 400, identity.PathRefused},
+	{"dot segments with backslashes", `/metadata/instance/..\identity/oauth2/token`, []string{"Metadata: true"}, 400, identity.PathRefused},
+	{"encoded dot segments", "/metadata/instance/%2e%2e/identity/oauth2/token", []string{"Metadata: true"}, 400, identity.PathRefused},
+	{"one dot", "/metadata/./identity/oauth2/token", []string{"Metadata: true"}, 400, identity.PathRefused},
+	{"NUL", "/metadata/identity/oauth2/token%00", []string{"Metadata: true"}, 400, identity.PathRefused},
+	{"beyond ASCII", "/metadata/identity/oauth2/tok%c3%a9n", []string{"Metadata: true"}, 400, identity.PathRefused},
+	{"odd characters behind instance", "/metadata/instance/compute%3fx", []string{"Metadata: true"}, 404, identity.PathUnknown},
+	{"no path at all", "OPTIONS *", []string{"Metadata: true"}, 400, identity.PathRefused},
+}
+
 func TestInvalidRequestsAreRefused(t *testing.T) {
-	cases := []struct {
-		name, target string
-		headers      []string
-		status       int
-		reason       identity.Reason
-	}{
-		{"no header", good, nil, 400, identity.HeaderMissing},
-		{"no header, no query, as clients probe", tokenPath, nil, 400, identity.HeaderMissing},
-		{"header false", good, []string{"Metadata: false"}, 400, identity.HeaderMissing},
-		{"header given twice, with two values", good, []string{"Metadata: true", "Metadata: false"}, 400, identity.HeaderMissing},
-		{"header with more in it", good, []string{"Metadata: true, false"}, 400, identity.HeaderMissing},
-		{"no header comes before a bad query", tokenPath + "?%zz", nil, 400, identity.HeaderMissing},
-		{"forwarded", good, []string{"Metadata: true", "X-Forwarded-For: 10.0.0.1"}, 400, identity.Forwarded},
-		{"forwarded, empty", good, []string{"Metadata: true", "x-forwarded-for:"}, 400, identity.Forwarded},
-		{"POST", "POST " + good, []string{"Metadata: true"}, 405, identity.MethodNotAllowed},
-		{"HEAD", "HEAD " + good, []string{"Metadata: true"}, 405, identity.MethodNotAllowed},
-		{"resource given twice", good + "&resource=https://other", []string{"Metadata: true"}, 400, identity.RequestMalformed},
-		{"resource given twice, in another case", good + "&Resource=https://other", []string{"Metadata: true"}, 400, identity.RequestMalformed},
-		{"an unknown parameter given twice", good + "&a=1&a=1", []string{"Metadata: true"}, 400, identity.RequestMalformed},
-		{"two selectors", good + "&client_id=a&msi_res_id=b", []string{"Metadata: true"}, 400, identity.RequestMalformed},
-		{"both names of the resource id", good + "&mi_res_id=a&msi_res_id=a", []string{"Metadata: true"}, 400, identity.RequestMalformed},
-		{"bad escape", good + "&client_id=%zz", []string{"Metadata: true"}, 400, identity.RequestMalformed},
-		{"line break in a value", good + "&client_id=a%0d%0ab", []string{"Metadata: true"}, 400, identity.RequestMalformed},
-		{"not UTF-8", good + "&client_id=%ff", []string{"Metadata: true"}, 400, identity.RequestMalformed},
-		{"too many parameters", good + strings.Repeat("&", 3) + manyParameters(40), []string{"Metadata: true"}, 400, identity.RequestMalformed},
-		{"too long a value", good + "&client_id=" + strings.Repeat("a", maxValue+1), []string{"Metadata: true"}, 400, identity.RequestMalformed},
-		{"no api-version", tokenPath + "?resource=r", []string{"Metadata: true"}, 400, identity.APIVersion},
-		{"an api-version before identities", tokenPath + "?api-version=2017-12-01&resource=r", []string{"Metadata: true"}, 400, identity.APIVersion},
-		{"an api-version that is no date", tokenPath + "?api-version=9999-99-99&resource=r", []string{"Metadata: true"}, 400, identity.APIVersion},
-		{"no resource", tokenPath + "?api-version=2018-02-01", []string{"Metadata: true"}, 400, identity.ResourceMissing},
-		{"an empty resource", tokenPath + "?api-version=2018-02-01&resource=", []string{"Metadata: true"}, 400, identity.ResourceMissing},
-
-		{"credentials of the machine", "/metadata/identity/getplatformmetadata?cred-api-version=2.0", nil, 404, identity.PathUnknown},
-		{"credentials of the machine, with header", "/metadata/identity/getplatformmetadata?cred-api-version=2.0", []string{"Metadata: true"}, 404, identity.PathUnknown},
-		{"a certificate of the machine", "POST /metadata/identity/issuecredential?cred-api-version=2.0", []string{"Metadata: true"}, 404, identity.PathUnknown},
-		{"more after the token path", tokenPath + "/x?api-version=2018-02-01&resource=r", []string{"Metadata: true"}, 404, identity.PathUnknown},
-		{"more joined to the token path", tokenPath + "x", []string{"Metadata: true"}, 404, identity.PathUnknown},
-		{"path parameters", "/metadata/identity/oauth2/token;x=y?api-version=2018-02-01&resource=r", []string{"Metadata: true"}, 404, identity.PathUnknown},
-		{"another service", "/machine/plugins", []string{"Metadata: true"}, 404, identity.PathUnknown},
-		{"the root", "/", []string{"Metadata: true"}, 404, identity.PathUnknown},
-		{"attested document", "/metadata/attested/document?api-version=2020-09-01", []string{"Metadata: true"}, 403, identity.RouteBlocked},
-		{"scheduled events", "/metadata/scheduledevents?api-version=2020-07-01", []string{"Metadata: true"}, 403, identity.RouteBlocked},
-		{"approving scheduled events", "POST /metadata/scheduledevents?api-version=2020-07-01", []string{"Metadata: true"}, 403, identity.RouteBlocked},
-
-		{"encoded slash", "/metadata/identity%2foauth2%2ftoken", []string{"Metadata: true"}, 400, identity.PathRefused},
-		{"encoded backslash", "/metadata/identity%5coauth2%5ctoken", []string{"Metadata: true"}, 400, identity.PathRefused},
-		{"twice encoded", "/metadata/identity%252foauth2/token", []string{"Metadata: true"}, 400, identity.PathRefused},
-		{"dot segments", "/metadata/instance/../identity/oauth2/token", []string{"Metadata: true"}, 400, identity.PathRefused},
-		{"dot segments with backslashes", `/metadata/instance/..\identity/oauth2/token`, []string{"Metadata: true"}, 400, identity.PathRefused},
-		{"encoded dot segments", "/metadata/instance/%2e%2e/identity/oauth2/token", []string{"Metadata: true"}, 400, identity.PathRefused},
-		{"one dot", "/metadata/./identity/oauth2/token", []string{"Metadata: true"}, 400, identity.PathRefused},
-		{"NUL", "/metadata/identity/oauth2/token%00", []string{"Metadata: true"}, 400, identity.PathRefused},
-		{"beyond ASCII", "/metadata/identity/oauth2/tok%c3%a9n", []string{"Metadata: true"}, 400, identity.PathRefused},
-		{"odd characters behind instance", "/metadata/instance/compute%3fx", []string{"Metadata: true"}, 404, identity.PathUnknown},
-		{"no path at all", "OPTIONS *", []string{"Metadata: true"}, 400, identity.PathRefused},
-	}
-	for _, c := range cases {
+	for _, c := range invalidRequests {
 		t.Run(c.name, func(t *testing.T) {
 			r := request(t, c.target, c.headers...)
 			if r == nil {

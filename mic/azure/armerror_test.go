@@ -33,73 +33,74 @@ func armBody(code, message, more string) string {
 	return fmt.Sprintf(`{"error":{"code":%q,"message":%s%s}}`, code, text, more)
 }
 
+// refusedUpdates are responses to an update of the identities a and b, with the error that each becomes.
+var refusedUpdates = []struct {
+	name    string
+	status  int
+	body    string
+	headers []string
+	want    Error
+}{
+	{"one identity may not be assigned", 403, armBody("LinkedAuthorizationFailed", linked("a"), ""), []string{"X-Ms-Correlation-Request-Id: c-1"},
+		Error{Class: BadIdentity, Code: "LinkedAuthorizationFailed", Message: linked("a"), Identities: []string{Fold(id("a"))}, CorrelationID: "c-1"}},
+	{"two may not, among others that are not of the request", 403, armBody("LinkedAuthorizationFailed", linked("b", "foreign", "a"), ""), nil,
+		Error{Class: BadIdentity, Code: "LinkedAuthorizationFailed", Message: linked("b", "foreign", "a"), Identities: []string{Fold(id("a")), Fold(id("b"))}}},
+	{"one does not exist", 400, armBody("FailedIdentityOperation", missing("b"), ""), nil,
+		Error{Class: BadIdentity, Code: "FailedIdentityOperation", Message: missing("b"), Identities: []string{Fold(id("b"))}}},
+	{"one does not exist, says a 404", 404, armBody("FailedIdentityOperation", missing("b"), ""), nil,
+		Error{Class: BadIdentity, Code: "FailedIdentityOperation", Message: missing("b"), Identities: []string{Fold(id("b"))}}},
+	{"a field of its own goes before the sentence", 403, armBody("LinkedAuthorizationFailed", linked("a", "b"), `,"additionalInfo":[{"type":"LinkedScope","info":{"scopes":["`+armID("B")+`"]}}]`), nil,
+		Error{Class: BadIdentity, Code: "LinkedAuthorizationFailed", Message: linked("a", "b"), Identities: []string{Fold(id("b"))}}},
+	{"the target is a field of its own", 400, armBody("FailedIdentityOperation", "no", `,"target":"`+id("a")+`"`), nil,
+		Error{Class: BadIdentity, Code: "FailedIdentityOperation", Message: "no", Identities: []string{Fold(id("a"))}}},
+	{"the matter is in the details", 400, armBody("BadRequest", "see details", `,"details":[{"code":"Other","message":"x"},{"code":"FailedIdentityOperation","message":"it is gone","target":"`+id("a")+`"}]`), nil,
+		Error{Class: BadIdentity, Code: "FailedIdentityOperation", Message: "it is gone", Identities: []string{Fold(id("a"))}}},
+	{"the matter is in the inner error", 400, armBody("BadRequest", "see within", `,"innererror":{"code":"FailedIdentityOperation","message":"it is gone"}`), nil,
+		Error{Class: BadIdentity, Code: "FailedIdentityOperation", Message: "it is gone"}},
+	{"no identity is named", 403, armBody("LinkedAuthorizationFailed", "no", ""), nil,
+		Error{Class: BadIdentity, Code: "LinkedAuthorizationFailed", Message: "no"}},
+	{"only foreign ones are named", 403, armBody("LinkedAuthorizationFailed", linked("foreign"), ""), nil,
+		Error{Class: BadIdentity, Code: "LinkedAuthorizationFailed", Message: linked("foreign")}},
+	{"a longer name is another name", 400, armBody("FailedIdentityOperation", missing("a-2"), ""), nil,
+		Error{Class: BadIdentity, Code: "FailedIdentityOperation", Message: missing("a-2")}},
+	{"another code, but an identity is named", 400, armBody("InvalidIdentityValues", "Invalid value for the identities '"+id("a")+"'.", ""), nil,
+		Error{Class: BadIdentity, Code: "InvalidIdentityValues", Message: "Invalid value for the identities '" + id("a") + "'.", Identities: []string{Fold(id("a"))}}},
+	{"the scope that is missing is an identity", 403, armBody("AuthorizationFailed", "not 'Microsoft.ManagedIdentity/userAssignedIdentities/assign/action' over scope '"+id("a")+"'", ""), nil,
+		Error{Class: BadIdentity, Code: "AuthorizationFailed", Message: "not 'Microsoft.ManagedIdentity/userAssignedIdentities/assign/action' over scope '" + id("a") + "'", Identities: []string{Fold(id("a"))}}},
+	{"MIC may not write the machine", 403, armBody("AuthorizationFailed", "does not have authorization to perform action 'Microsoft.Compute/virtualMachines/write' over scope '"+vm.ID()+"'", ""), nil,
+		Error{Class: Denied, Code: "AuthorizationFailed", Message: "does not have authorization to perform action 'Microsoft.Compute/virtualMachines/write' over scope '" + vm.ID() + "'"}},
+	{"the token is not taken", 401, armBody("InvalidAuthenticationToken", "expired "+bearer, ""), nil,
+		Error{Class: Denied, Code: "InvalidAuthenticationToken", Message: "expired [...]"}},
+	{"the machine is gone", 404, armBody("ResourceNotFound", "The Resource 'x' was not found.", ""), nil,
+		Error{Class: NotFound, Code: "ResourceNotFound", Message: "The Resource 'x' was not found."}},
+	{"the machine is busy", 409, armBody("Conflict", "another operation", ""), nil,
+		Error{Class: Conflict, Code: "Conflict", Message: "another operation"}},
+	{"the machine has changed", 412, armBody("PreconditionFailed", "etag of "+id("a"), ""), nil,
+		Error{Class: Conflict, Code: "PreconditionFailed", Message: "etag of " + id("a")}},
+	{"throttled", 429, armBody("OperationNotAllowed", "too many", ""), []string{"Retry-After: 17"},
+		Error{Class: Throttled, Code: "OperationNotAllowed", Message: "too many", RetryAfter: 17 * time.Second}},
+	{"throttled, and without Retry-After", 429, ``, nil,
+		Error{Class: Throttled, Message: "Too Many Requests, without an error message", RetryAfter: defaultRetryAfter}},
+	{"throttled for absurdly long", 429, ``, []string{"Retry-After: 99999999"},
+		Error{Class: Throttled, Message: "Too Many Requests, without an error message", RetryAfter: time.Hour}},
+	{"throttled by milliseconds", 429, ``, []string{"X-Ms-Retry-After-Ms: 1500"},
+		Error{Class: Throttled, Message: "Too Many Requests, without an error message", RetryAfter: 1500 * time.Millisecond}},
+	{"a fault of Azure, whatever it names", 500, armBody("FailedIdentityOperation", missing("a"), ""), nil,
+		Error{Class: Unavailable, Code: "FailedIdentityOperation", Message: missing("a")}},
+	{"the response of a proxy", 502, "<html>\n<b>no</b></html>", nil,
+		Error{Class: Unavailable, Message: "Bad Gateway, without an error message"}},
+	{"it makes no sense", 400, armBody("InvalidParameter", "what?\n\tagain", ""), nil,
+		Error{Class: Invalid, Code: "InvalidParameter", Message: "what? again"}},
+	{"the body is none of ARM's", 400, `["` + id("a") + `"]`, nil,
+		Error{Class: Invalid, Message: "Bad Request, without an error message"}},
+	{"nothing has its type", 400, `{"error":{"code":1,"message":["x"],"details":"` + id("a") + `","additionalInfo":null}}`, nil,
+		Error{Class: BadIdentity, Message: "Bad Request, without an error message", Identities: []string{Fold(id("a"))}}},
+	{"sent elsewhere", 302, ``, []string{"Location: https://elsewhere/"},
+		Error{Class: Unavailable, Message: "Found, without an error message"}},
+}
+
 func TestARefusedUpdateIsClassified(t *testing.T) {
-	a, b := Fold(id("a")), Fold(id("b"))
-	cases := []struct {
-		name    string
-		status  int
-		body    string
-		headers []string
-		want    Error
-	}{
-		{"one identity may not be assigned", 403, armBody("LinkedAuthorizationFailed", linked("a"), ""), []string{"X-Ms-Correlation-Request-Id: c-1"},
-			Error{Class: BadIdentity, Code: "LinkedAuthorizationFailed", Message: linked("a"), Identities: []string{a}, CorrelationID: "c-1"}},
-		{"two may not, among others that are not of the request", 403, armBody("LinkedAuthorizationFailed", linked("b", "foreign", "a"), ""), nil,
-			Error{Class: BadIdentity, Code: "LinkedAuthorizationFailed", Message: linked("b", "foreign", "a"), Identities: []string{a, b}}},
-		{"one does not exist", 400, armBody("FailedIdentityOperation", missing("b"), ""), nil,
-			Error{Class: BadIdentity, Code: "FailedIdentityOperation", Message: missing("b"), Identities: []string{b}}},
-		{"one does not exist, says a 404", 404, armBody("FailedIdentityOperation", missing("b"), ""), nil,
-			Error{Class: BadIdentity, Code: "FailedIdentityOperation", Message: missing("b"), Identities: []string{b}}},
-		{"a field of its own goes before the sentence", 403, armBody("LinkedAuthorizationFailed", linked("a", "b"), `,"additionalInfo":[{"type":"LinkedScope","info":{"scopes":["`+armID("B")+`"]}}]`), nil,
-			Error{Class: BadIdentity, Code: "LinkedAuthorizationFailed", Message: linked("a", "b"), Identities: []string{b}}},
-		{"the target is a field of its own", 400, armBody("FailedIdentityOperation", "no", `,"target":"`+id("a")+`"`), nil,
-			Error{Class: BadIdentity, Code: "FailedIdentityOperation", Message: "no", Identities: []string{a}}},
-		{"the matter is in the details", 400, armBody("BadRequest", "see details", `,"details":[{"code":"Other","message":"x"},{"code":"FailedIdentityOperation","message":"it is gone","target":"`+id("a")+`"}]`), nil,
-			Error{Class: BadIdentity, Code: "FailedIdentityOperation", Message: "it is gone", Identities: []string{a}}},
-		{"the matter is in the inner error", 400, armBody("BadRequest", "see within", `,"innererror":{"code":"FailedIdentityOperation","message":"it is gone"}`), nil,
-			Error{Class: BadIdentity, Code: "FailedIdentityOperation", Message: "it is gone"}},
-		{"no identity is named", 403, armBody("LinkedAuthorizationFailed", "no", ""), nil,
-			Error{Class: BadIdentity, Code: "LinkedAuthorizationFailed", Message: "no"}},
-		{"only foreign ones are named", 403, armBody("LinkedAuthorizationFailed", linked("foreign"), ""), nil,
-			Error{Class: BadIdentity, Code: "LinkedAuthorizationFailed", Message: linked("foreign")}},
-		{"a longer name is another name", 400, armBody("FailedIdentityOperation", missing("a-2"), ""), nil,
-			Error{Class: BadIdentity, Code: "FailedIdentityOperation", Message: missing("a-2")}},
-		{"another code, but an identity is named", 400, armBody("InvalidIdentityValues", "Invalid value for the identities '"+id("a")+"'.", ""), nil,
-			Error{Class: BadIdentity, Code: "InvalidIdentityValues", Message: "Invalid value for the identities '" + id("a") + "'.", Identities: []string{a}}},
-		{"the scope that is missing is an identity", 403, armBody("AuthorizationFailed", "not 'Microsoft.ManagedIdentity/userAssignedIdentities/assign/action' over scope '"+id("a")+"'", ""), nil,
-			Error{Class: BadIdentity, Code: "AuthorizationFailed", Message: "not 'Microsoft.ManagedIdentity/userAssignedIdentities/assign/action' over scope '" + id("a") + "'", Identities: []string{a}}},
-		{"MIC may not write the machine", 403, armBody("AuthorizationFailed", "does not have authorization to perform action 'Microsoft.Compute/virtualMachines/write' over scope '"+vm.ID()+"'", ""), nil,
-			Error{Class: Denied, Code: "AuthorizationFailed", Message: "does not have authorization to perform action 'Microsoft.Compute/virtualMachines/write' over scope '" + vm.ID() + "'"}},
-		{"the token is not taken", 401, armBody("InvalidAuthenticationToken", "expired "+bearer, ""), nil,
-			Error{Class: Denied, Code: "InvalidAuthenticationToken", Message: "expired [...]"}},
-		{"the machine is gone", 404, armBody("ResourceNotFound", "The Resource 'x' was not found.", ""), nil,
-			Error{Class: NotFound, Code: "ResourceNotFound", Message: "The Resource 'x' was not found."}},
-		{"the machine is busy", 409, armBody("Conflict", "another operation", ""), nil,
-			Error{Class: Conflict, Code: "Conflict", Message: "another operation"}},
-		{"the machine has changed", 412, armBody("PreconditionFailed", "etag of "+id("a"), ""), nil,
-			Error{Class: Conflict, Code: "PreconditionFailed", Message: "etag of " + id("a")}},
-		{"throttled", 429, armBody("OperationNotAllowed", "too many", ""), []string{"Retry-After: 17"},
-			Error{Class: Throttled, Code: "OperationNotAllowed", Message: "too many", RetryAfter: 17 * time.Second}},
-		{"throttled, and without Retry-After", 429, ``, nil,
-			Error{Class: Throttled, Message: "Too Many Requests, without an error message", RetryAfter: defaultRetryAfter}},
-		{"throttled for absurdly long", 429, ``, []string{"Retry-After: 99999999"},
-			Error{Class: Throttled, Message: "Too Many Requests, without an error message", RetryAfter: time.Hour}},
-		{"throttled by milliseconds", 429, ``, []string{"X-Ms-Retry-After-Ms: 1500"},
-			Error{Class: Throttled, Message: "Too Many Requests, without an error message", RetryAfter: 1500 * time.Millisecond}},
-		{"a fault of Azure, whatever it names", 500, armBody("FailedIdentityOperation", missing("a"), ""), nil,
-			Error{Class: Unavailable, Code: "FailedIdentityOperation", Message: missing("a")}},
-		{"the response of a proxy", 502, "<html>\n<b>no</b></html>", nil,
-			Error{Class: Unavailable, Message: "Bad Gateway, without an error message"}},
-		{"it makes no sense", 400, armBody("InvalidParameter", "what?\n\tagain", ""), nil,
-			Error{Class: Invalid, Code: "InvalidParameter", Message: "what? again"}},
-		{"the body is none of ARM's", 400, `["` + id("a") + `"]`, nil,
-			Error{Class: Invalid, Message: "Bad Request, without an error message"}},
-		{"nothing has its type", 400, `{"error":{"code":1,"message":["x"],"details":"` + id("a") + `","additionalInfo":null}}`, nil,
-			Error{Class: BadIdentity, Message: "Bad Request, without an error message", Identities: []string{a}}},
-		{"sent elsewhere", 302, ``, []string{"Location: https://elsewhere/"},
-			Error{Class: Unavailable, Message: "Found, without an error message"}},
-	}
-	for _, c := range cases {
+	for _, c := range refusedUpdates {
 		t.Run(c.name, func(t *testing.T) {
 			arm := replies(replying(c.status, c.body, c.headers...))
 			_, err := newClient(t, arm).Begin(t.Context(), vm, having(false, "kubelet"), []string{id("a"), id("b")}, nil)

@@ -59,41 +59,44 @@ func tokenFile(t *testing.T, content string) string {
 	return path
 }
 
+var customCloud = Environment{ResourceManagerEndpoint: "https://management.stack/", ActiveDirectoryEndpoint: "https://login.stack/", ServiceManagementEndpoint: "https://audience.stack/x"}
+
+// configuredCredentials are configurations with the token request and the ARM endpoint that follow from each.
+var configuredCredentials = []struct {
+	name    string
+	cfg     func(t *testing.T) Config
+	host    string
+	form    url.Values // of what is sent, the body's or the URL's
+	without string
+	arm     string
+}{
+	{"managed identity, by client ID", func(*testing.T) Config { return Config{UseManagedIdentity: true, UserAssignedIdentityID: unique()} },
+		"http://169.254.169.254", url.Values{"resource": {"https://management.core.windows.net/"}, "client_id": {"*"}}, "msi_res_id", "https://management.azure.com"},
+	{"managed identity, by resource ID", func(*testing.T) Config { return Config{UseManagedIdentity: true, UserAssignedIdentityID: id(unique())} },
+		"http://169.254.169.254", url.Values{"msi_res_id": {"*"}}, "client_id", "https://management.azure.com"},
+	{"the machine's own identity, in a custom cloud", func(*testing.T) Config {
+		return Config{Cloud: "AzureStackCloud", Environment: Environment{ResourceManagerEndpoint: "https://management.stack/", TokenAudience: "https://" + unique()}, UseManagedIdentity: true}
+	}, "http://169.254.169.254", url.Values{"resource": {"*"}}, "client_id", "https://management.stack"},
+	{"service principal", func(*testing.T) Config {
+		return Config{TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}
+	},
+		"https://login.microsoftonline.com", url.Values{"client_id": {"app"}, "client_secret": {clientSecret}, "scope": {"https://management.core.windows.net//.default openid offline_access profile"}}, "client_assertion", "https://management.azure.com"},
+	{"service principal, for the US government", func(*testing.T) Config {
+		return Config{Cloud: "AZUREUSGOVERNMENTCLOUD", TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}
+	}, "https://login.microsoftonline.us", url.Values{"client_id": {"app"}}, "client_assertion", "https://management.usgovcloudapi.net"},
+	{"service principal, in China", func(*testing.T) Config {
+		return Config{Cloud: "AzureChinaCloud", TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}
+	}, "https://login.chinacloudapi.cn", url.Values{"scope": {"https://management.core.chinacloudapi.cn//.default openid offline_access profile"}}, "client_assertion", "https://management.chinacloudapi.cn"},
+	{"service principal, in a custom cloud", func(*testing.T) Config {
+		return Config{Cloud: "AzureStackCloud", Environment: customCloud, TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}
+	}, "https://login.stack", url.Values{"scope": {"https://audience.stack/x/.default openid offline_access profile"}}, "client_assertion", "https://management.stack"},
+	{"workload identity", func(t *testing.T) Config {
+		return Config{UseWorkloadIdentity: true, TenantID: "tenant", ClientID: "app", FederatedTokenFile: tokenFile(t, "assertion"), UseManagedIdentity: true, AuthorityHost: "https://login.other/"}
+	}, "https://login.other", url.Values{"client_id": {"app"}, "client_assertion": {"assertion"}}, "client_secret", "https://management.azure.com"},
+}
+
 func TestMICAuthenticatesAsConfigured(t *testing.T) {
-	stack := Environment{ResourceManagerEndpoint: "https://management.stack/", ActiveDirectoryEndpoint: "https://login.stack/", ServiceManagementEndpoint: "https://audience.stack/x"}
-	cases := []struct {
-		name    string
-		cfg     func(t *testing.T) Config
-		host    string
-		form    url.Values // of what is sent, the body's or the URL's
-		without string
-		arm     string
-	}{
-		{"managed identity, by client ID", func(*testing.T) Config { return Config{UseManagedIdentity: true, UserAssignedIdentityID: unique()} },
-			"http://169.254.169.254", url.Values{"resource": {"https://management.core.windows.net/"}, "client_id": {"*"}}, "msi_res_id", "https://management.azure.com"},
-		{"managed identity, by resource ID", func(*testing.T) Config { return Config{UseManagedIdentity: true, UserAssignedIdentityID: id(unique())} },
-			"http://169.254.169.254", url.Values{"msi_res_id": {"*"}}, "client_id", "https://management.azure.com"},
-		{"the machine's own identity, in a custom cloud", func(*testing.T) Config {
-			return Config{Cloud: "AzureStackCloud", Environment: Environment{ResourceManagerEndpoint: "https://management.stack/", TokenAudience: "https://" + unique()}, UseManagedIdentity: true}
-		}, "http://169.254.169.254", url.Values{"resource": {"*"}}, "client_id", "https://management.stack"},
-		{"service principal", func(*testing.T) Config {
-			return Config{TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}
-		},
-			"https://login.microsoftonline.com", url.Values{"client_id": {"app"}, "client_secret": {clientSecret}, "scope": {"https://management.core.windows.net//.default openid offline_access profile"}}, "client_assertion", "https://management.azure.com"},
-		{"service principal, for the US government", func(*testing.T) Config {
-			return Config{Cloud: "AZUREUSGOVERNMENTCLOUD", TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}
-		}, "https://login.microsoftonline.us", url.Values{"client_id": {"app"}}, "client_assertion", "https://management.usgovcloudapi.net"},
-		{"service principal, in China", func(*testing.T) Config {
-			return Config{Cloud: "AzureChinaCloud", TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}
-		}, "https://login.chinacloudapi.cn", url.Values{"scope": {"https://management.core.chinacloudapi.cn//.default openid offline_access profile"}}, "client_assertion", "https://management.chinacloudapi.cn"},
-		{"service principal, in a custom cloud", func(*testing.T) Config {
-			return Config{Cloud: "AzureStackCloud", Environment: stack, TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}
-		}, "https://login.stack", url.Values{"scope": {"https://audience.stack/x/.default openid offline_access profile"}}, "client_assertion", "https://management.stack"},
-		{"workload identity", func(t *testing.T) Config {
-			return Config{UseWorkloadIdentity: true, TenantID: "tenant", ClientID: "app", FederatedTokenFile: tokenFile(t, "assertion"), UseManagedIdentity: true, AuthorityHost: "https://login.other/"}
-		}, "https://login.other", url.Values{"client_id": {"app"}, "client_assertion": {"assertion"}}, "client_secret", "https://management.azure.com"},
-	}
-	for _, c := range cases {
+	for _, c := range configuredCredentials {
 		t.Run(c.name, func(t *testing.T) {
 			azure := directory(issueToken)
 			client, err := New(c.cfg(t), Options{Transport: azure})
@@ -166,44 +169,51 @@ func TestAConfigurationWithoutACredentialSaysWhatToDo(t *testing.T) {
 	}
 }
 
+func responding(status int, body string, headers ...string) func(int, *http.Request) (*http.Response, error) {
+	return func(_ int, r *http.Request) (*http.Response, error) { return reply(r, status, body, headers...) }
+}
+
+func secretConfig(*testing.T) Config {
+	return Config{TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}
+}
+
+func managedConfig(*testing.T) Config {
+	return Config{UseManagedIdentity: true, UserAssignedIdentityID: unique()}
+}
+
+// tokenFailures are responses to token requests, with the class of the error that each becomes and a part of its text.
+var tokenFailures = []struct {
+	name     string
+	cfg      func(*testing.T) Config
+	respond  func(int, *http.Request) (*http.Response, error)
+	class    Class
+	contains string
+}{
+	{"a wrong secret", secretConfig, responding(401, `{"error":"invalid_client","error_description":"AADSTS7000215: Invalid client secret `+clientSecret+` provided.\r\nTrace ID: x","error_codes":[7000215]}`), Denied, "AADSTS7000215: Invalid client secret [...] provided."},
+	{"no such application", secretConfig, responding(400, `{"error":"unauthorized_client","error_description":"AADSTS700016"}`), Denied, "correct tenantId, aadClientId and aadClientSecret in the configuration"},
+	{"a response that is not JSON", secretConfig, responding(403, `<html>`+clientSecret), Denied, "status 403"},
+	{"Entra ID is busy", secretConfig, responding(429, `{}`, "Retry-After: 30"), Unavailable, "retry after 30s"},
+	{"Entra ID is broken", secretConfig, responding(503, `{}`), Unavailable, "status 503"},
+	{"no token in the response", secretConfig, responding(200, `{"secret":"`+clientSecret+`"}`), Unavailable, "no usable token"},
+	{"an expired token", secretConfig, responding(200, `{"access_token":"`+bearer+`","token_type":"Bearer","expires_in":1}`), Unavailable, "check the clock of the node"},
+	{"an endless response", secretConfig, responding(200, strings.Repeat("x", maxTokenResponse+1)), Unavailable, "larger than"},
+	{"nobody there", secretConfig, func(int, *http.Request) (*http.Response, error) { return nil, errors.New("refused " + clientSecret) }, Unavailable, "refused [...]"},
+	{"Entra ID hangs", secretConfig, func(_ int, r *http.Request) (*http.Response, error) { return hung(r) }, Unavailable, "no response in time"},
+	{"not attached to the machine", managedConfig, responding(400, `{"error":"invalid_request","error_description":"Identity not found"}`), Denied, "check that it is attached to the machine MIC runs on"},
+	{"the metadata service is not ready", managedConfig, responding(404, ``), Unavailable, "status 404"},
+	{"the metadata service is updated", managedConfig, responding(410, ``), Unavailable, "status 410"},
+	{"the metadata service is broken", managedConfig, responding(500, ``), Unavailable, "status 500"},
+	{"the metadata service hangs", managedConfig, func(_ int, r *http.Request) (*http.Response, error) { return hung(r) }, Unavailable, "no response in time"},
+	{"no file", func(*testing.T) Config {
+		return Config{UseWorkloadIdentity: true, TenantID: "t", ClientID: "c", FederatedTokenFile: "/nowhere/token"}
+	}, issueToken, Denied, "/nowhere/token"},
+	{"no federated credential", func(t *testing.T) Config {
+		return Config{UseWorkloadIdentity: true, TenantID: "t", ClientID: "c", FederatedTokenFile: tokenFile(t, bearer)}
+	}, responding(401, `{"error":"invalid_client","error_description":"AADSTS700213: no match for `+bearer+`"}`), Denied, "no match for [...]; check that it has a federated credential"},
+}
+
 func TestATokenFailureIsClassifiedAndContainsNoSecret(t *testing.T) {
-	responding := func(status int, body string, headers ...string) func(int, *http.Request) (*http.Response, error) {
-		return func(_ int, r *http.Request) (*http.Response, error) { return reply(r, status, body, headers...) }
-	}
-	secret := func(*testing.T) Config {
-		return Config{TenantID: "tenant", ClientID: "app", ClientSecret: clientSecret}
-	}
-	managed := func(*testing.T) Config { return Config{UseManagedIdentity: true, UserAssignedIdentityID: unique()} }
-	cases := []struct {
-		name     string
-		cfg      func(*testing.T) Config
-		respond  func(int, *http.Request) (*http.Response, error)
-		class    Class
-		contains string
-	}{
-		{"a wrong secret", secret, responding(401, `{"error":"invalid_client","error_description":"AADSTS7000215: Invalid client secret `+clientSecret+` provided.\r\nTrace ID: x","error_codes":[7000215]}`), Denied, "AADSTS7000215: Invalid client secret [...] provided."},
-		{"no such application", secret, responding(400, `{"error":"unauthorized_client","error_description":"AADSTS700016"}`), Denied, "correct tenantId, aadClientId and aadClientSecret in the configuration"},
-		{"a response that is not JSON", secret, responding(403, `<html>`+clientSecret), Denied, "status 403"},
-		{"Entra ID is busy", secret, responding(429, `{}`, "Retry-After: 30"), Unavailable, "retry after 30s"},
-		{"Entra ID is broken", secret, responding(503, `{}`), Unavailable, "status 503"},
-		{"no token in the response", secret, responding(200, `{"secret":"`+clientSecret+`"}`), Unavailable, "no usable token"},
-		{"an expired token", secret, responding(200, `{"access_token":"`+bearer+`","token_type":"Bearer","expires_in":1}`), Unavailable, "check the clock of the node"},
-		{"an endless response", secret, responding(200, strings.Repeat("x", maxTokenResponse+1)), Unavailable, "larger than"},
-		{"nobody there", secret, func(int, *http.Request) (*http.Response, error) { return nil, errors.New("refused " + clientSecret) }, Unavailable, "refused [...]"},
-		{"Entra ID hangs", secret, func(_ int, r *http.Request) (*http.Response, error) { return hung(r) }, Unavailable, "no response in time"},
-		{"not attached to the machine", managed, responding(400, `{"error":"invalid_request","error_description":"Identity not found"}`), Denied, "check that it is attached to the machine MIC runs on"},
-		{"the metadata service is not ready", managed, responding(404, ``), Unavailable, "status 404"},
-		{"the metadata service is updated", managed, responding(410, ``), Unavailable, "status 410"},
-		{"the metadata service is broken", managed, responding(500, ``), Unavailable, "status 500"},
-		{"the metadata service hangs", managed, func(_ int, r *http.Request) (*http.Response, error) { return hung(r) }, Unavailable, "no response in time"},
-		{"no file", func(*testing.T) Config {
-			return Config{UseWorkloadIdentity: true, TenantID: "t", ClientID: "c", FederatedTokenFile: "/nowhere/token"}
-		}, issueToken, Denied, "/nowhere/token"},
-		{"no federated credential", func(t *testing.T) Config {
-			return Config{UseWorkloadIdentity: true, TenantID: "t", ClientID: "c", FederatedTokenFile: tokenFile(t, bearer)}
-		}, responding(401, `{"error":"invalid_client","error_description":"AADSTS700213: no match for `+bearer+`"}`), Denied, "no match for [...]; check that it has a federated credential"},
-	}
-	for _, c := range cases {
+	for _, c := range tokenFailures {
 		t.Run(c.name, func(t *testing.T) {
 			cfg := c.cfg(t)
 			synctest.Test(t, func(t *testing.T) {

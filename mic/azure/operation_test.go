@@ -46,47 +46,48 @@ func begin(t *testing.T, c *Client, r Resource) *Operation {
 	return o
 }
 
+// polledUpdates are the responses to one update and its polls, with the seconds between the requests and the calls that are observed.
+var polledUpdates = []struct {
+	name      string
+	responses []func(*http.Request) (*http.Response, error)
+	pauses    []float64
+	calls     string
+}{
+	{"done at once, by the status in the response", []func(*http.Request) (*http.Response, error){
+		replying(200, describe(vm, "Succeeded", "UserAssigned", "a", "kubelet"))},
+		nil, "vm_update ok, vm_get ok"},
+	{"done at once, with a URL to poll", []func(*http.Request) (*http.Response, error){begun(vm), succeeded},
+		[]float64{0, 0}, "vm_update ok, vm_poll ok, vm_get ok"},
+	{"without Retry-After, at growing intervals", []func(*http.Request) (*http.Response, error){
+		begun(vm), inProgress(), inProgress(), inProgress(), inProgress(), inProgress(), succeeded},
+		[]float64{0, 1, 2, 4, 5, 5, 0}, "vm_update ok, " + strings.Repeat("vm_poll ok, ", 6) + "vm_get ok"},
+	{"at the interval of Retry-After", []func(*http.Request) (*http.Response, error){
+		begun(vm, "Retry-After: 10"), inProgress("Retry-After: 20"), inProgress("Retry-After: 7"), succeeded},
+		[]float64{10, 20, 7, 0}, "vm_update ok, vm_poll ok, vm_poll ok, vm_poll ok, vm_get ok"},
+	{"throttled on the way", []func(*http.Request) (*http.Response, error){
+		begun(vm), replying(429, "", "Retry-After: 33"), succeeded},
+		[]float64{0, 33, 0}, "vm_update ok, vm_poll throttled, vm_poll ok, vm_get ok"},
+	{"failed polls", []func(*http.Request) (*http.Response, error){
+		begun(vm), replying(500, ""), replying(503, "", "Retry-After: 9"), func(*http.Request) (*http.Response, error) { return nil, errors.New("connection reset by peer") }, replying(200, "<html>"), succeeded},
+		[]float64{0, 1, 9, 2, 4, 0}, "vm_update ok, vm_poll unavailable, vm_poll unavailable, vm_poll unavailable, vm_poll unavailable, vm_poll ok, vm_get ok"},
+	{"a response that hangs", []func(*http.Request) (*http.Response, error){begun(vm), hung, succeeded},
+		[]float64{0, 31, 0}, "vm_update ok, vm_poll unavailable, vm_poll ok, vm_get ok"},
+	{"begun with a 202", []func(*http.Request) (*http.Response, error){
+		replying(202, "", "Azure-AsyncOperation: "+pollURL), inProgress(), succeeded},
+		[]float64{0, 1, 0}, "vm_update ok, vm_poll ok, vm_poll ok, vm_get ok"},
+	{"throttled when the machine is read", []func(*http.Request) (*http.Response, error){
+		begun(vm), succeeded, replying(429, "", "Retry-After: 5")},
+		[]float64{0, 0, 5}, "vm_update ok, vm_poll ok, vm_get throttled, vm_get ok"},
+	{"forgotten by ARM", []func(*http.Request) (*http.Response, error){
+		begun(vm), inProgress(), replying(404, armBody("NotFound", "no such operation", ""))},
+		[]float64{0, 1, 0}, "vm_update ok, vm_poll ok, vm_poll not_found, vm_get ok"},
+	{"a response about another machine", []func(*http.Request) (*http.Response, error){
+		begun(vm), succeeded, replying(200, describe(vmss, "Succeeded", "UserAssigned", "other"))},
+		[]float64{0, 0, 0}, "vm_update ok, vm_poll ok, vm_get ok, vm_get ok"},
+}
+
 func TestWaitPollsAnUpdateUntilItEnds(t *testing.T) {
-	refuses := errors.New("connection reset by peer")
-	cases := []struct {
-		name      string
-		responses []func(*http.Request) (*http.Response, error)
-		pauses    []float64
-		calls     string
-	}{
-		{"done at once, by the status in the response", []func(*http.Request) (*http.Response, error){
-			replying(200, describe(vm, "Succeeded", "UserAssigned", "a", "kubelet"))},
-			nil, "vm_update ok, vm_get ok"},
-		{"done at once, with a URL to poll", []func(*http.Request) (*http.Response, error){begun(vm), succeeded},
-			[]float64{0, 0}, "vm_update ok, vm_poll ok, vm_get ok"},
-		{"without Retry-After, at growing intervals", []func(*http.Request) (*http.Response, error){
-			begun(vm), inProgress(), inProgress(), inProgress(), inProgress(), inProgress(), succeeded},
-			[]float64{0, 1, 2, 4, 5, 5, 0}, "vm_update ok, " + strings.Repeat("vm_poll ok, ", 6) + "vm_get ok"},
-		{"at the interval of Retry-After", []func(*http.Request) (*http.Response, error){
-			begun(vm, "Retry-After: 10"), inProgress("Retry-After: 20"), inProgress("Retry-After: 7"), succeeded},
-			[]float64{10, 20, 7, 0}, "vm_update ok, vm_poll ok, vm_poll ok, vm_poll ok, vm_get ok"},
-		{"throttled on the way", []func(*http.Request) (*http.Response, error){
-			begun(vm), replying(429, "", "Retry-After: 33"), succeeded},
-			[]float64{0, 33, 0}, "vm_update ok, vm_poll throttled, vm_poll ok, vm_get ok"},
-		{"failed polls", []func(*http.Request) (*http.Response, error){
-			begun(vm), replying(500, ""), replying(503, "", "Retry-After: 9"), func(*http.Request) (*http.Response, error) { return nil, refuses }, replying(200, "<html>"), succeeded},
-			[]float64{0, 1, 9, 2, 4, 0}, "vm_update ok, vm_poll unavailable, vm_poll unavailable, vm_poll unavailable, vm_poll unavailable, vm_poll ok, vm_get ok"},
-		{"a response that hangs", []func(*http.Request) (*http.Response, error){begun(vm), hung, succeeded},
-			[]float64{0, 31, 0}, "vm_update ok, vm_poll unavailable, vm_poll ok, vm_get ok"},
-		{"begun with a 202", []func(*http.Request) (*http.Response, error){
-			replying(202, "", "Azure-AsyncOperation: "+pollURL), inProgress(), succeeded},
-			[]float64{0, 1, 0}, "vm_update ok, vm_poll ok, vm_poll ok, vm_get ok"},
-		{"throttled when the machine is read", []func(*http.Request) (*http.Response, error){
-			begun(vm), succeeded, replying(429, "", "Retry-After: 5")},
-			[]float64{0, 0, 5}, "vm_update ok, vm_poll ok, vm_get throttled, vm_get ok"},
-		{"forgotten by ARM", []func(*http.Request) (*http.Response, error){
-			begun(vm), inProgress(), replying(404, armBody("NotFound", "no such operation", ""))},
-			[]float64{0, 1, 0}, "vm_update ok, vm_poll ok, vm_poll not_found, vm_get ok"},
-		{"a response about another machine", []func(*http.Request) (*http.Response, error){
-			begun(vm), succeeded, replying(200, describe(vmss, "Succeeded", "UserAssigned", "other"))},
-			[]float64{0, 0, 0}, "vm_update ok, vm_poll ok, vm_get ok, vm_get ok"},
-	}
-	for _, c := range cases {
+	for _, c := range polledUpdates {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				arm := replies(append(c.responses, replying(200, describe(vm, "Succeeded", "UserAssigned", "a", "kubelet")))...)
