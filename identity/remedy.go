@@ -118,7 +118,7 @@ var explanations = []Explanation{
 	{
 		Reason: PodThrottled, Status: []int{http.StatusTooManyRequests},
 		Cause:  "The pod requests tokens that are not cached more than twice a second, or for more than 64 different resources.",
-		Remedy: "Let the application reuse one credential object and its tokens. The Azure SDKs do that by default; a program that starts anew for each request does not.",
+		Remedy: "Let the application reuse one credential object and its tokens. The Azure SDKs do that by default; a program that starts a new process for each request does not.",
 	},
 
 	// The decision.

@@ -153,7 +153,7 @@ names are under different keys (key). An empty namespace means the whole cluster
 {{- end }}
 
 {{/* A role and its binding to NMI's ServiceAccount, in the namespace of the scope or for the whole cluster. */}}
-{{- define "podidentity.nmi.grant" -}}
+{{- define "podidentity.nmi.roleAndBinding" -}}
 {{- $kind := ternary "Role" "ClusterRole" (ne .scope.namespace "") }}
 {{- $name := printf "%s-%s" (include "podidentity.nmi.name" .root) .suffix }}
 ---
