@@ -1,4 +1,4 @@
-// Command nmi runs the Node Managed Identity server on a node, and removes what it made there.
+// Command nmi runs the Node Managed Identity server on a node, and removes what it installed there.
 package main
 
 import (
@@ -44,10 +44,10 @@ func command() *cobra.Command {
 	run := &cobra.Command{
 		Use:   "nmi",
 		Short: "Give the pods of this node the Azure identities that are bound to them",
-		Long: `NMI answers the requests that pods of this node send to the Azure Instance Metadata Service.
+		Long: `NMI responds to the requests that pods of this node send to the Azure Instance Metadata Service (IMDS).
 
 It captures them with iptables, finds the pod by its address, checks AzureIdentity and AzureIdentityBinding,
-gets the token and answers as the service would. When it ends the rules stay, so that no pod reaches the real
+fetches the token and responds as IMDS would. When NMI stops, the rules stay, so that no pod reaches the real
 token endpoint; "nmi uninstall" removes them.`,
 		Args:          cobra.NoArgs,
 		Version:       version,
@@ -67,12 +67,12 @@ token endpoint; "nmi uninstall" removes them.`,
 }
 
 func uninstall(o *options.Options) *cobra.Command {
-	var hold bool
+	var wait bool
 	c := &cobra.Command{
 		Use:   "uninstall",
-		Short: "Remove from this node everything that NMI put there",
-		Long: `Removes NMI's rules, chains and link from this node, whichever back end of iptables they are in.
-From then on pods reach the machine's own metadata service. It may be run again at any time.`,
+		Short: "Remove from this node everything that NMI installed there",
+		Long: `Removes NMI's rules, chains and network interface from this node, in whichever iptables back end they are.
+From then on pods reach IMDS directly. The command can be repeated at any time.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.WithLoggers(func(logs telemetry.Loggers) error {
@@ -80,7 +80,7 @@ From then on pods reach the machine's own metadata service. It may be run again 
 					return err
 				}
 				logs.Main.Info("uninstalled")
-				if hold {
+				if wait {
 					<-cmd.Context().Done()
 				}
 				return nil
@@ -88,11 +88,13 @@ From then on pods reach the machine's own metadata service. It may be run again 
 		},
 	}
 	o.AddCaptureFlags(c.Flags())
-	c.Flags().BoolVar(&hold, "hold", false, "stay when done, until a signal; for a DaemonSet that removes NMI from all nodes")
+	c.Flags().BoolVar(&wait, "wait-for-signal", false, "when done, keep running until a signal comes; for a DaemonSet that removes NMI from all nodes")
+	c.Flags().BoolVar(&wait, "hold", false, "")
+	_ = c.Flags().MarkHidden("hold") // the earlier name of --wait-for-signal
 	return c
 }
 
-// parsePKCS12 is what NMI starts of itself to open a file that somebody else chose.
+// parsePKCS12 is the command that NMI starts in a process of its own to parse a file from outside.
 func parsePKCS12() *cobra.Command {
 	return &cobra.Command{
 		Use:    token.ParseCommand,

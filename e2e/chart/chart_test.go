@@ -301,7 +301,7 @@ nmi:
     -----END CERTIFICATE-----
 `).nmi(t)
 	want := []string{
-		"uninstall", "--hold", "--nmi-listen-address=169.254.25.80", "--nmi-port=2579", "--metadata-ip=169.254.169.254",
+		"uninstall", "--wait-for-signal", "--nmi-listen-address=169.254.25.80", "--nmi-port=2579", "--metadata-ip=169.254.169.254",
 		"--metadata-port=80", "--iptables-backend=nft", "--log-level=info", "--log-format=json",
 	}
 	if diff := cmp.Diff(want, container.Args); diff != "" {
