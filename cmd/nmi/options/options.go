@@ -17,7 +17,7 @@ import (
 	"github.com/podidentity/podidentity/nmi"
 )
 
-// Options are the values of the flags. Names are the predecessor's where they mean the same.
+// Options are the values of the flags. A flag that means the same as in AAD Pod Identity has the same name.
 type Options struct {
 	cfg        nmi.Config
 	logLevel   string
@@ -25,6 +25,7 @@ type Options struct {
 	auditLevel string
 }
 
+// New returns the defaults. Some depend on the environment.
 func New() *Options {
 	o := &Options{cfg: nmi.DefaultConfig(), logLevel: "info", logFormat: "json", auditLevel: "info"}
 	o.cfg.Node = os.Getenv("NODE_NAME")
@@ -33,62 +34,63 @@ func New() *Options {
 	return o
 }
 
-// AddCaptureFlags adds the flags that say what is captured and how, which removing it needs too.
+// AddCaptureFlags adds the flags that say what is captured and how. Uninstalling needs them too.
 func (o *Options) AddCaptureFlags(f *pflag.FlagSet) {
 	c := &o.cfg
-	f.StringVar(&c.ListenAddress, "nmi-listen-address", c.ListenAddress, "link-local `address` that NMI listens on; it gets a link of its own for it")
+	f.StringVar(&c.ListenAddress, "nmi-listen-address", c.ListenAddress, "link-local `address` that NMI listens on, on a network interface of its own, podidentity0")
 	f.IntVar(&c.ListenPort, "nmi-port", c.ListenPort, "`port` that NMI listens on")
-	f.StringVar(&c.MetadataIP, "metadata-ip", c.MetadataIP, "`address` of the metadata service")
-	f.IntVar(&c.MetadataPort, "metadata-port", c.MetadataPort, "`port` of the metadata service")
-	f.StringVar(&c.Backend, "iptables-backend", c.Backend, "back end of iptables, by `name`: auto (the one that the node uses), nft or legacy")
-	f.StringVar(&o.logLevel, "log-level", o.logLevel, "least important `level` that is logged: debug, info, warn or error")
+	f.StringVar(&c.MetadataIP, "metadata-ip", c.MetadataIP, "`address` whose traffic is captured: that of IMDS")
+	f.IntVar(&c.MetadataPort, "metadata-port", c.MetadataPort, "`port` whose traffic is captured: that of IMDS")
+	f.StringVar(&c.Backend, "iptables-backend", c.Backend, "`name` of the iptables back end: auto (the one in which the node has rules), nft or legacy")
+	f.StringVar(&o.logLevel, "log-level", o.logLevel, "lowest `level` that is logged: debug, info, warn or error")
 	f.StringVar(&o.logFormat, "log-format", o.logFormat, "`format` of the log: json or text")
 }
 
+// AddFlags adds all flags.
 func (o *Options) AddFlags(f *pflag.FlagSet) {
 	c := &o.cfg
 	o.AddCaptureFlags(f)
-	f.StringVar(&c.Node, "node", c.Node, "`name` of this machine's Node; default from NODE_NAME")
-	f.StringVar(&c.Kubeconfig, "kubeconfig", c.Kubeconfig, "`file` that says how to reach the API server; default the pod's own account")
-	f.StringVar(&c.OperationMode, "operation-mode", c.OperationMode, "`mode` of the installation: managed (identities are attached to machines beforehand) or standard (MIC attaches them)")
-	f.BoolVar(&c.ForceNamespaced, "force-namespaced", c.ForceNamespaced, "match pods, bindings and identities of one namespace only; managed mode always does")
-	f.DurationVar(&c.AssignmentWait, "assignment-wait", c.AssignmentWait, "`time` that a request waits for MIC to assign its identity, in standard mode; 0 does not wait")
-	f.DurationVar(&c.SyncInterval, "iptables-sync-interval", c.SyncInterval, "`time` between two looks at the rules on the node")
-	f.DurationVar(&c.PodLookupTimeout, "pod-lookup-timeout", c.PodLookupTimeout, "`time` that a request waits until the pod behind its address is known")
-	f.DurationVar(&c.ShutdownTimeout, "shutdown-timeout", c.ShutdownTimeout, "`time` that requests under way have to end when NMI stops")
+	f.StringVar(&c.Node, "node", c.Node, "`name` of this node; default from NODE_NAME")
+	f.StringVar(&c.Kubeconfig, "kubeconfig", c.Kubeconfig, "`file` with the address of the API server and the credentials; default the pod's service account")
+	f.StringVar(&c.OperationMode, "operation-mode", c.OperationMode, "`mode` of the installation: managed (you attach identities to VMs and scale sets beforehand) or standard (MIC attaches them)")
+	f.BoolVar(&c.ForceNamespaced, "force-namespaced", c.ForceNamespaced, "match pods, bindings and identities of one namespace only; managed mode always does; default from FORCENAMESPACED")
+	f.DurationVar(&c.AssignmentWait, "assignment-wait", c.AssignmentWait, "`time` that a request waits until MIC has assigned its identity, in standard mode; 0s to 60s, 0s does not wait")
+	f.DurationVar(&c.SyncInterval, "iptables-sync-interval", c.SyncInterval, "`time` between checks of the iptables rules; 1s to 10m")
+	f.DurationVar(&c.PodLookupTimeout, "pod-lookup-timeout", c.PodLookupTimeout, "`time` that a request waits until the pod with its source address is known; 100ms to 20s")
+	f.DurationVar(&c.ShutdownTimeout, "shutdown-timeout", c.ShutdownTimeout, "`time` for requests in progress to finish when NMI stops")
 	f.IntVar(&c.ProbePort, "http-probe-port", c.ProbePort, "`port` of /healthz and /readyz, on loopback")
 	f.IntVar(&c.PrometheusPort, "prometheus-port", c.PrometheusPort, "`port` of /metrics")
 	f.BoolVar(&c.BlockInstanceMetadata, "block-instance-metadata", false, "refuse /metadata/instance to pods")
 	f.BoolVar(&c.MetadataHeaderRequired, "metadata-header-required", c.MetadataHeaderRequired, "refuse requests without the header \"Metadata: true\"")
-	f.BoolVar(&c.AllowKubenet, "allow-network-plugin-kubenet", false, "run on nodes with kubenet, where pods with NET_RAW can take each other's addresses")
-	f.StringVar(&c.KubeletConfig, "kubelet-config", c.KubeletConfig, "`file` with the kubelet's flags, in which kubenet is looked for")
-	f.StringVar(&c.TenantID, "tenant-id", "", "`tenant` that /metadata/identity/info tells; default what the machine's service says")
-	f.StringVar(&c.UserAgent, "custom-user-agent", "", "`text` that starts the User-Agent of requests to Azure")
-	f.StringVar(&c.Authority, "authority-host", c.Authority, "`URL` of Entra ID, where an AzureIdentity names none in adEndpoint")
-	f.StringVar(&c.CABundle, "ca-bundle", "", "`file` of certificates (PEM) that Entra ID is trusted by besides the system's")
-	f.StringVar(&c.ManagedIdentityBy, "managed-identity-by", c.ManagedIdentityBy, "what the machine's service is told a managed identity `by`: client-id or resource-id")
-	f.BoolVar(&c.AllowCrossNamespaceSecrets, "allow-cross-namespace-secrets", false, "let an AzureIdentity name a Secret of another namespace")
-	f.BoolVar(&c.HostToken, "host-token", c.HostToken, "serve /host/token on 127.0.0.1, for the Secrets Store CSI driver; any program in the node's network may ask there for any pod")
-	f.BoolVar(&c.Events, "events", c.Events, "tell refusals as Events of pods")
-	f.StringVar(&o.auditLevel, "audit-level", o.auditLevel, "least important `level` of the audit: info (each token issued or refused), warn (refused) or off")
+	f.BoolVar(&c.AllowKubenet, "allow-network-plugin-kubenet", false, "start on nodes with kubenet, where pods with NET_RAW can take each other's addresses")
+	f.StringVar(&c.KubeletConfig, "kubelet-config", c.KubeletConfig, "`file` with the flags of the kubelet, in which NMI looks for kubenet; empty disables the check")
+	f.StringVar(&c.TenantID, "tenant-id", "", "`tenant` in the response of /metadata/identity/info; default what IMDS reports")
+	f.StringVar(&c.UserAgent, "custom-user-agent", "", "`text` at the start of the User-Agent of requests to Azure; default the name and version of the program")
+	f.StringVar(&c.Authority, "authority-host", c.Authority, "`URL` of Entra ID for identities of types 1 to 3 without adEndpoint")
+	f.StringVar(&c.CABundle, "ca-bundle", "", "`file` with CA certificates (PEM) to trust for Entra ID, in addition to the system's")
+	f.StringVar(&c.ManagedIdentityBy, "managed-identity-by", c.ManagedIdentityBy, "`field` that names a managed identity to IMDS: client-id, or resource-id, which stays correct if the identity is deleted and created again under its name")
+	f.BoolVar(&c.AllowCrossNamespaceSecrets, "allow-cross-namespace-secrets", false, "allow an AzureIdentity to name a Secret of another namespace; whoever may create AzureIdentity objects can then use every Secret that NMI may read")
+	f.BoolVar(&c.HostToken, "host-token", c.HostToken, "serve /host/token on 127.0.0.1, for the Secrets Store CSI driver; any program in the node's network can request there a token of any pod of the node")
+	f.BoolVar(&c.Events, "events", c.Events, "report refusals as Events of pods")
+	f.StringVar(&o.auditLevel, "audit-level", o.auditLevel, "`level` of the audit log: info (each token issued or refused), warn (refused only) or off")
 	f.BoolVar(&c.Profile, "enable-profile", false, "serve pprof on 127.0.0.1:6060")
 
-	// Spellings of the predecessor that manifests of today use.
+	// Flags of AAD Pod Identity that have another name here, so that its manifests still work.
 	f.BoolVar(&c.ForceNamespaced, "forceNamespaced", c.ForceNamespaced, "")
 	f.BoolVar(&c.Profile, "enableProfile", false, "")
 	for old, now := range map[string]string{"forceNamespaced": "force-namespaced", "enableProfile": "enable-profile"} {
 		_ = f.MarkDeprecated(old, "use --"+now)
 	}
-	// Settings of the predecessor that nothing is left to set; accepted, so that its arguments start NMI.
+	// Flags of AAD Pod Identity without an effect, so that its manifests still work.
 	for _, gone := range []struct{ name, why string }{
-		{"MICNamespace", "pods of MIC need no exception any more"},
+		{"MICNamespace", "it has no effect: pods of MIC are no special case"},
 		{"ipt-update-interval-sec", "use --iptables-sync-interval"},
-		{"retry-attempts-for-created", "requests are held until the objects change"},
-		{"retry-attempts-for-assigned", "requests are held until the objects change"},
-		{"find-identity-retry-interval", "requests are held until the objects change"},
-		{"enableScaleFeatures", "it is always on"},
-		{"set-retry-after-header", "it is always set where a client should come again"},
-		{"enable-conntrack-deletion", "it is always done"},
+		{"retry-attempts-for-created", "it has no effect: requests wait until the objects change"},
+		{"retry-attempts-for-assigned", "it has no effect: requests wait until the objects change"},
+		{"find-identity-retry-interval", "it has no effect: requests wait until the objects change"},
+		{"enableScaleFeatures", "it has no effect: it is always on"},
+		{"set-retry-after-header", "it has no effect: the header is always set when a client should retry"},
+		{"enable-conntrack-deletion", "it has no effect: it is always done"},
 	} {
 		f.String(gone.name, "", "")
 		_ = f.MarkDeprecated(gone.name, gone.why)
@@ -98,6 +100,7 @@ func (o *Options) AddFlags(f *pflag.FlagSet) {
 	}
 }
 
+// Config returns the configuration that the flags describe.
 func (o *Options) Config(version string) nmi.Config {
 	c := o.cfg
 	if c.UserAgent == "" {
