@@ -13,6 +13,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"go.uber.org/zap"
 )
 
 // shortTimeout bounds waiting for a packet that must not arrive; longTimeout for one that must.
@@ -50,6 +52,10 @@ func (w *testNetwork) newCapture(listen netip.AddrPort) *Capture {
 	c, err := New(Config{MetadataIP: testMetadata.Addr(), MetadataPort: testMetadata.Port(), Listen: listen, Backend: w.backend})
 	if err != nil {
 		w.t.Fatal(err)
+	}
+	// On a busy computer a repair takes longer than lockTimeout, after which the other Capture continues without the lock.
+	c.lock = func(ctx context.Context, log *zap.Logger, _ time.Duration) (func(), error) {
+		return acquireLock(ctx, log, 2*time.Minute)
 	}
 	return c
 }
