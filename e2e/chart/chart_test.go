@@ -31,7 +31,7 @@ func TestLintIsClean(t *testing.T) {
 	}
 }
 
-func TestTheContainerMayDoWhatItNeedsAndNoMore(t *testing.T) {
+func TestContainerHasOnlyTheNecessaryPrivileges(t *testing.T) {
 	_, container := render(t, "").nmi(t)
 	want := &corev1.SecurityContext{
 		RunAsUser:                new(int64(0)),
@@ -49,7 +49,7 @@ func TestTheContainerMayDoWhatItNeedsAndNoMore(t *testing.T) {
 	}
 }
 
-func TestThePodIsOnEveryLinuxNodeInItsNetwork(t *testing.T) {
+func TestPodsRunOnEveryLinuxNodeInTheHostNetwork(t *testing.T) {
 	daemonSet, container := render(t, "").nmi(t)
 	pod := daemonSet.Spec.Template.Spec
 	if !pod.HostNetwork || pod.DNSPolicy != corev1.DNSClusterFirstWithHostNet {
@@ -85,7 +85,7 @@ func TestThePodIsOnEveryLinuxNodeInItsNetwork(t *testing.T) {
 	}
 }
 
-func TestEveryValueReachesItsFlag(t *testing.T) {
+func TestEveryValueSetsItsFlag(t *testing.T) {
 	_, container := render(t, "").nmi(t)
 	defaults := arguments(t, flags, container.Args)
 	wantDefaults := map[string]string{
@@ -149,7 +149,7 @@ nmi:
 	}
 }
 
-func TestMoreOfTheEnvironmentCanBeGiven(t *testing.T) {
+func TestValuesCanAddEnvironmentVariables(t *testing.T) {
 	_, container := render(t, "nmi: {extraEnv: [{name: HTTPS_PROXY, value: 'http://proxy.example:3128'}]}").nmi(t)
 	last := container.Env[len(container.Env)-1]
 	if len(container.Env) < 2 || last.Name != "HTTPS_PROXY" || last.Value != "http://proxy.example:3128" {
@@ -158,7 +158,7 @@ func TestMoreOfTheEnvironmentCanBeGiven(t *testing.T) {
 }
 
 // YAML reads off as false, which is no level, unless it stands in quotes.
-func TestAuditLinesCanBeTurnedOffInAnySpelling(t *testing.T) {
+func TestAuditLogCanBeDisabledWithAnyFormOfFalse(t *testing.T) {
 	for _, off := range []string{"off", `"off"`, "false"} {
 		_, container := render(t, "nmi: {auditLevel: "+off+"}").nmi(t)
 		if got := arguments(t, flags, container.Args)["audit-level"]; got != "off" {
@@ -184,7 +184,7 @@ func arguments(t *testing.T, flags, args []string) map[string]string {
 	return parsed
 }
 
-func TestProbesAskOnLoopback(t *testing.T) {
+func TestProbesUseLoopback(t *testing.T) {
 	_, container := render(t, "nmi: {probePort: 8086}").nmi(t)
 	for path, probe := range map[string]*corev1.Probe{
 		"/healthz": container.LivenessProbe, "/healthz ": container.StartupProbe, "/readyz": container.ReadinessProbe,
@@ -196,7 +196,7 @@ func TestProbesAskOnLoopback(t *testing.T) {
 	}
 }
 
-func TestTheNodeNameComesFromThePodAndTheMemoryLimitFromTheResources(t *testing.T) {
+func TestNodeNameComesFromThePodAndMemoryLimitFromResources(t *testing.T) {
 	for limit, want := range map[string]string{"256Mi": "209715KiB", "1Gi": "838860KiB", "400000Ki": "320000KiB", "300M": ""} {
 		_, container := render(t, "nmi: {resources: {limits: {memory: "+limit+"}}}").nmi(t)
 		got := ""
@@ -223,7 +223,7 @@ func TestTheNodeNameComesFromThePodAndTheMemoryLimitFromTheResources(t *testing.
 	}
 }
 
-func TestNothingIsCreatedOnTheNodeButTheLock(t *testing.T) {
+func TestOnlyTheLockFileIsCreatedOnTheNode(t *testing.T) {
 	file, folder := corev1.HostPathFile, corev1.HostPathDirectory
 	for _, test := range []struct {
 		values, path string
@@ -261,7 +261,7 @@ const certificate = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE----
 
 func caBundle(text string) string { return fmt.Sprintf("nmi: {caBundle: %q}", text) }
 
-func TestTheCABundleIsMountedForReadingOnlyAndAChangeRollsThePods(t *testing.T) {
+func TestCABundleIsMountedReadOnlyAndAChangeRestartsThePods(t *testing.T) {
 	objects := render(t, caBundle("# ours\n"+certificate))
 	if len(objects.configMaps) != 1 || objects.configMaps[0].Namespace != "kube-system" ||
 		!maps.Equal(objects.configMaps[0].Data, map[string]string{"ca.pem": "# ours\n" + certificate}) {
@@ -289,7 +289,7 @@ func TestTheCABundleIsMountedForReadingOnlyAndAChangeRollsThePods(t *testing.T) 
 	}
 }
 
-func TestUninstallRemovesEverywhereAtOnceAndIsNotProbed(t *testing.T) {
+func TestUninstallRunsOnAllNodesAtOnceWithoutProbes(t *testing.T) {
 	daemonSet, container := render(t, `
 nmi:
   uninstall: true
@@ -322,7 +322,7 @@ nmi:
 	}
 }
 
-func TestIdentitiesAreMadeFromValues(t *testing.T) {
+func TestIdentitiesAreCreatedFromValues(t *testing.T) {
 	got := render(t, `
 azureIdentities:
   shop:
@@ -392,7 +392,7 @@ var inAnyOrder = cmpopts.SortSlices(func(a, b map[string]any) bool {
 	return key(a) < key(b)
 })
 
-func TestBadValuesAreRefusedWithAReason(t *testing.T) {
+func TestInvalidValuesAreRefusedWithAReason(t *testing.T) {
 	for values, want := range map[string]string{
 		"colour: green":                              "additional properties 'colour' not allowed",
 		"nmi: {micNamespace: default}":               "additional properties 'micNamespace' not allowed",
@@ -420,14 +420,14 @@ func TestBadValuesAreRefusedWithAReason(t *testing.T) {
 		caBundle("-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----\n" + certificate): "nmi.caBundle holds a private key",
 	} {
 		if got := refusal(t, values); !strings.Contains(got, want) {
-			t.Errorf("%s: Helm says\n%s\nwhich lacks %q", values, got, want)
+			t.Errorf("%s: the output of Helm\n%s\nlacks %q", values, got, want)
 		}
 	}
 }
 
 // Definitions that were part of a release could be deleted with it, and every object in the cluster with them. In the
 // folder crds they belong to no release.
-func TestNoReleaseOwnsTheDefinitions(t *testing.T) {
+func TestNoReleaseOwnsTheCRDs(t *testing.T) {
 	files, err := filepath.Glob(filepath.Join(chart, "crds", "*.yaml"))
 	if err != nil || len(files) != 4 {
 		t.Errorf("crds holds %v: %v", files, err)

@@ -1,4 +1,4 @@
-// Package chart_test renders the Helm chart as users do and looks at what comes out.
+// Package chart_test renders the Helm chart as users do and checks the objects.
 package chart_test
 
 import (
@@ -38,7 +38,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// helm runs Helm without anything of the user's, and without a cluster.
+// helm runs Helm without configuration of the user, and without a cluster.
 func helm(t *testing.T, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
 	home := t.TempDir()
@@ -54,7 +54,7 @@ func helm(t *testing.T, args ...string) (stdout, stderr string, err error) {
 	return out.String(), errs.String(), err
 }
 
-// rendered is what the chart makes of some values, by kind.
+// rendered contains the objects that the chart renders, by kind.
 type rendered struct {
 	daemonSets      []*appsv1.DaemonSet
 	deployments     []*appsv1.Deployment
@@ -68,7 +68,7 @@ type rendered struct {
 	roleBindings    []*rbacv1.RoleBinding
 	policies        []*admissionv1.ValidatingAdmissionPolicy
 	policyBindings  []*admissionv1.ValidatingAdmissionPolicyBinding
-	// Our own kinds as plain values: what the API server thinks of such is tested elsewhere.
+	// Our own kinds as plain values: whether the API server accepts them is tested elsewhere.
 	custom []map[string]any
 }
 
@@ -83,7 +83,7 @@ func render(t *testing.T, values string) rendered {
 	return parse(t, stdout)
 }
 
-// refusal returns what Helm says to values that the chart refuses.
+// refusal returns the error of Helm for values that the chart refuses.
 func refusal(t *testing.T, values string) string {
 	t.Helper()
 	_, stderr, err := helm(t, "template", "podidentity", chart, "--values", valuesFile(t, values))
@@ -93,7 +93,7 @@ func refusal(t *testing.T, values string) string {
 	return stderr
 }
 
-// notesOf returns what Helm tells who installs the chart, in namespace "default".
+// notesOf returns the notes that Helm prints after an installation in namespace "default".
 func notesOf(t *testing.T, values string) string {
 	t.Helper()
 	stdout, stderr, err := helm(t, "install", "podidentity", chart, "--dry-run=client", "--values", valuesFile(t, values))

@@ -17,7 +17,7 @@ const (
 	federatedMIC     = "mic: {workloadIdentity: {enabled: true, clientID: c11e0000-0000-4000-8000-000000000001, tenantID: contoso.com}}"
 )
 
-func TestMICMountsFilesOfTheHostAndNoFolderAndIsRootOnlyForThem(t *testing.T) {
+func TestMICMountsOnlyFilesOfTheHostAndRunsAsRootOnlyForThem(t *testing.T) {
 	file := corev1.HostPathFile
 	for values, want := range map[string][]string{
 		"": {"/etc/kubernetes/azure.json"},
@@ -59,8 +59,8 @@ func TestMICMountsFilesOfTheHostAndNoFolderAndIsRootOnlyForThem(t *testing.T) {
 		if diff := cmp.Diff(wantContext, container.SecurityContext); diff != "" {
 			t.Errorf("%q: security context (-want +got):\n%s", values, diff)
 		}
-		_, told := arguments(t, micFlags, container.Args)["cloudconfig"]
-		if wantTold := slices.ContainsFunc(want, func(f string) bool { return strings.HasSuffix(f, "azure.json") }); told != wantTold {
+		_, hasFlag := arguments(t, micFlags, container.Args)["cloudconfig"]
+		if wantFlag := slices.ContainsFunc(want, func(f string) bool { return strings.HasSuffix(f, "azure.json") }); hasFlag != wantFlag {
 			t.Errorf("%q: arguments are %v", values, container.Args)
 		}
 	}
@@ -70,7 +70,7 @@ func TestMICMountsFilesOfTheHostAndNoFolderAndIsRootOnlyForThem(t *testing.T) {
 	}
 }
 
-func TestAServicePrincipalIsASecretThatIsMICsEnvironment(t *testing.T) {
+func TestServicePrincipalIsASecretInMICsEnvironment(t *testing.T) {
 	objects := render(t, standard(servicePrincipal))
 	if len(objects.secrets) != 1 || objects.secrets[0].Namespace != "kube-system" {
 		t.Fatalf("Secrets are %+v", objects.secrets)
@@ -105,7 +105,7 @@ func TestAServicePrincipalIsASecretThatIsMICsEnvironment(t *testing.T) {
 	}
 }
 
-func TestAManagedIdentityCanBeNamedByValues(t *testing.T) {
+func TestValuesCanSelectAManagedIdentity(t *testing.T) {
 	const client = "c11e0000-0000-4000-8000-000000000001"
 	for _, yes := range []string{"true", `"true"`} {
 		secrets := render(t, standard("adminsecret: {useMSI: "+yes+", userAssignedMSIClientID: "+client+", cloud: ''}")).secrets
@@ -116,7 +116,7 @@ func TestAManagedIdentityCanBeNamedByValues(t *testing.T) {
 	}
 }
 
-func TestAWorkloadIdentityHasATokenForEntraIDAlone(t *testing.T) {
+func TestWorkloadIdentityHasATokenOnlyForEntraID(t *testing.T) {
 	objects := render(t, standard(federatedMIC))
 	deployment, container := objects.mic(t)
 	for name, want := range map[string]string{
@@ -142,8 +142,8 @@ func TestAWorkloadIdentityHasATokenForEntraIDAlone(t *testing.T) {
 	}
 }
 
-// An exception gives the pods that it matches every identity of their machine.
-func TestMICIsExceptedByALabelOfItsOwnOnlyWhereItAsksTheMetadataService(t *testing.T) {
+// An exception gives the pods that it matches every identity of their virtual machine.
+func TestMICHasAnExceptionOnlyIfItUsesTheMetadataService(t *testing.T) {
 	for values, want := range map[string]bool{
 		"":                              true,
 		"installMICException: 'true'":   true,
@@ -182,7 +182,7 @@ func TestMICIsExceptedByALabelOfItsOwnOnlyWhereItAsksTheMetadataService(t *testi
 	}
 }
 
-func TestMICsBundleIsMountedAndAChangeRollsThePods(t *testing.T) {
+func TestMICsCABundleIsMountedAndAChangeRestartsThePods(t *testing.T) {
 	bundle := func(text string) string {
 		return standard("mic: {caBundle: \"" + strings.ReplaceAll(text, "\n", "\\n") + "\"}")
 	}

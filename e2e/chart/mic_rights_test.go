@@ -11,7 +11,7 @@ import (
 
 var read = []string{"get", "list", "watch"}
 
-func TestMICMayReadWhatDecidesAndWriteAssignmentsAlone(t *testing.T) {
+func TestMICMayReadItsInputAndWriteOnlyAssignments(t *testing.T) {
 	objects := render(t, standard(""))
 	want := []rbacv1.PolicyRule{
 		{APIGroups: []string{""}, Resources: []string{"pods", "nodes", "namespaces"}, Verbs: read},
@@ -41,7 +41,7 @@ func TestMICMayReadWhatDecidesAndWriteAssignmentsAlone(t *testing.T) {
 
 var micAccount = []rbacv1.Subject{{Kind: "ServiceAccount", Name: "podidentity-mic", Namespace: "kube-system"}}
 
-func TestMICMayWriteItsLedgerAndItsLeaseWhereTheyAre(t *testing.T) {
+func TestMICMayWriteItsLedgerAndItsLeaseInTheirNamespace(t *testing.T) {
 	ledger := rbacv1.PolicyRule{
 		APIGroups: []string{""}, Resources: []string{"configmaps"}, Verbs: []string{"get", "list", "create", "update", "delete"},
 	}
@@ -85,7 +85,7 @@ func TestNMIReadsAssignmentsInStandardModeOnly(t *testing.T) {
 	}
 }
 
-func TestWithoutRBACMICHasNoRolesAndItsAccountCanBeAnothers(t *testing.T) {
+func TestWithoutRBACMICHasNoRolesAndCanUseAnotherServiceAccount(t *testing.T) {
 	objects := render(t, standard("rbac: {enabled: false}\nmic: {serviceAccount: {create: false, name: robot}}"))
 	if len(objects.roles)+len(objects.roleBindings)+len(objects.clusterRoles)+len(objects.bindings) != 0 {
 		t.Errorf("roles %v and %v, bound by %v and %v", objects.roles, objects.clusterRoles, objects.roleBindings, objects.bindings)
@@ -96,7 +96,7 @@ func TestWithoutRBACMICHasNoRolesAndItsAccountCanBeAnothers(t *testing.T) {
 	}
 }
 
-func TestTwoReleasesWithMICShareNoNameInTheCluster(t *testing.T) {
+func TestTwoReleasesWithMICHaveDifferentClusterWideNames(t *testing.T) {
 	objects := render(t, standard("fullnameOverride: other"))
 	for name := range objects.clusterRoles {
 		if name != "other-nmi" && name != "other-mic" {

@@ -29,7 +29,7 @@ var micLabels = map[string]string{
 	"app.kubernetes.io/name": "podidentity", "app.kubernetes.io/instance": "podidentity", "app.kubernetes.io/component": "mic",
 }
 
-func TestManagedModeHasNothingOfMIC(t *testing.T) {
+func TestManagedModeHasNoObjectsOfMIC(t *testing.T) {
 	objects := render(t, `
 adminsecret: {tenantID: a, clientID: b, clientSecret: c}
 mic: {uninstall: true, caBundle: "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----", podDisruptionBudget: {minAvailable: 1}}
@@ -40,7 +40,7 @@ mic: {uninstall: true, caBundle: "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CE
 	}
 }
 
-func TestInStandardModeNMIKnowsItAndWaitsForAssignments(t *testing.T) {
+func TestNMIWaitsForAssignmentsInStandardMode(t *testing.T) {
 	for values, wait := range map[string]string{"": "25s", "nmi: {assignmentWait: 40s}": "40s"} {
 		_, container := render(t, standard(values)).nmi(t)
 		args := arguments(t, flags, container.Args)
@@ -50,7 +50,7 @@ func TestInStandardModeNMIKnowsItAndWaitsForAssignments(t *testing.T) {
 	}
 }
 
-func TestTwoMICsOnNodesOfTheirOwn(t *testing.T) {
+func TestTwoReplicasOfMICRunOnDifferentNodes(t *testing.T) {
 	objects := render(t, standard(""))
 	deployment, container := objects.mic(t)
 	if *deployment.Spec.Replicas != 2 || deployment.Namespace != "kube-system" || deployment.Name != "podidentity-mic" {
@@ -100,7 +100,7 @@ func TestTwoMICsOnNodesOfTheirOwn(t *testing.T) {
 	}
 }
 
-func TestEveryValueOfMICReachesItsFlag(t *testing.T) {
+func TestEveryValueOfMICSetsItsFlag(t *testing.T) {
 	_, container := render(t, standard("")).mic(t)
 	wantDefaults := map[string]string{
 		"cloudconfig": "/etc/kubernetes/azure.json", "force-namespaced": "false",
@@ -158,7 +158,7 @@ func variable(container *corev1.Container, name string) *corev1.EnvVar {
 	return nil
 }
 
-func TestMICKnowsItsNamespaceAndItsMemory(t *testing.T) {
+func TestMICGetsItsNamespaceAndItsMemoryLimit(t *testing.T) {
 	_, container := render(t, standard("mic: {resources: {limits: {memory: 512Mi}}, extraEnv: [{name: HTTPS_PROXY, value: p}]}")).mic(t)
 	if v := variable(container, "MIC_POD_NAMESPACE"); v == nil || v.ValueFrom.FieldRef.FieldPath != "metadata.namespace" {
 		t.Errorf("MIC_POD_NAMESPACE is %+v", v)
@@ -171,7 +171,7 @@ func TestMICKnowsItsNamespaceAndItsMemory(t *testing.T) {
 	}
 }
 
-func TestPodsOfMICGetWhatValuesSayOfPods(t *testing.T) {
+func TestValuesForPodsApplyToMIC(t *testing.T) {
 	deployment, container := render(t, standard(`
 imagePullSecrets: [{name: pull}]
 mic:
@@ -203,7 +203,7 @@ mic:
 	}
 }
 
-func TestMICIsAskedOnItsProbePort(t *testing.T) {
+func TestProbesOfMICUseItsProbePort(t *testing.T) {
 	_, container := render(t, standard("mic: {probePort: 8081}")).mic(t)
 	wantPorts := []corev1.ContainerPort{{Name: "probes", ContainerPort: 8081}, {Name: "metrics", ContainerPort: 8888}}
 	for i := range container.Ports {
@@ -219,7 +219,7 @@ func TestMICIsAskedOnItsProbePort(t *testing.T) {
 	}
 }
 
-func TestOneOfSeveralMICsMayBeEvicted(t *testing.T) {
+func TestOneOfSeveralReplicasOfMICMayBeEvicted(t *testing.T) {
 	for values, want := range map[string]string{
 		"":                   "maxUnavailable 1",
 		"mic: {replicas: 1}": "none",
@@ -294,7 +294,7 @@ func TestMICUninstallsWithNMIAndByItself(t *testing.T) {
 	}
 }
 
-func TestTheNotesSayHowToWaitForMIC(t *testing.T) {
+func TestNotesExplainHowToWaitForMIC(t *testing.T) {
 	const rollout, plan = "deployment/podidentity-mic", "/usr/bin/mic plan"
 	for values, want := range map[string][]string{
 		"":                                {rollout, plan + " --cloudconfig=/etc/kubernetes/azure.json\n", "Virtual Machine Contributor", "but not MIC, which needs those of this chart", "and MIC\nclean up too"},
@@ -324,7 +324,7 @@ func TestTheNotesSayHowToWaitForMIC(t *testing.T) {
 	}
 }
 
-func TestBadValuesOfMICAreRefusedWithAReason(t *testing.T) {
+func TestInvalidValuesOfMICAreRefusedWithAReason(t *testing.T) {
 	for values, want := range map[string]string{
 		"mic: {createDeleteBatch: 20}":                                     "additional properties 'createDeleteBatch' not allowed",
 		"mic: {replicas: 0}":                                               "mic.replicas is 0: in standard mode no pod gets an identity without MIC",
@@ -360,7 +360,7 @@ func TestBadValuesOfMICAreRefusedWithAReason(t *testing.T) {
 			text = "{operationMode: standard, " + values[1:]
 		}
 		if got := refusal(t, text); !strings.Contains(got, want) {
-			t.Errorf("%s: Helm says\n%s\nwhich lacks %q", values, got, want)
+			t.Errorf("%s: the output of Helm\n%s\nlacks %q", values, got, want)
 		}
 	}
 }

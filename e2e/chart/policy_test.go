@@ -29,7 +29,7 @@ func tokenPolicy(t *testing.T, values string) (*admissionv1.ValidatingAdmissionP
 	return got.policies[0], got.policyBindings[0]
 }
 
-func TestThePolicyIsThereWhereNMIMayAskForTokens(t *testing.T) {
+func TestPolicyIsInstalledIfNMIMayRequestTokens(t *testing.T) {
 	for values, want := range map[string]int{
 		"{}":                                 0,
 		"nmi: {secretNamespaces: all}":       0,
@@ -46,7 +46,7 @@ func TestThePolicyIsThereWhereNMIMayAskForTokens(t *testing.T) {
 	}
 }
 
-func TestThePolicyDeniesAndIsAskedAboutTokensOfServiceAccountsOnly(t *testing.T) {
+func TestPolicyDeniesAndAppliesOnlyToTokensOfServiceAccounts(t *testing.T) {
 	policy, binding := tokenPolicy(t, "nmi: {federatedNamespaces: [shop]}")
 	want := &admissionv1.MatchResources{ResourceRules: []admissionv1.NamedRuleWithOperations{{
 		RuleWithOperations: admissionv1.RuleWithOperations{
@@ -70,7 +70,7 @@ func TestThePolicyDeniesAndIsAskedAboutTokensOfServiceAccountsOnly(t *testing.T)
 	}
 }
 
-func TestThePolicyAllowsNMITheTokensOfFederatedIdentitiesAndNoOthers(t *testing.T) {
+func TestPolicyAllowsNMIOnlyTokensForFederatedIdentities(t *testing.T) {
 	policy, _ := tokenPolicy(t, "nmi: {federatedNamespaces: [shop]}")
 	const (
 		audience = "whose one audience is api://AzureADTokenExchange"
@@ -110,18 +110,18 @@ func TestThePolicyAllowsNMITheTokensOfFederatedIdentitiesAndNoOthers(t *testing.
 	} {
 		got := askPolicy(t, policy, nmiAccount, test.change)
 		if len(got) != len(test.want) {
-			t.Errorf("%s: the policy says %q, want %q", name, got, test.want)
+			t.Errorf("%s: the result of the policy is %q, want %q", name, got, test.want)
 			continue
 		}
 		for i := range got {
 			if !strings.Contains(got[i], test.want[i]) {
-				t.Errorf("%s: the policy says %q, want %q", name, got[i], test.want[i])
+				t.Errorf("%s: the result of the policy is %q, want %q", name, got[i], test.want[i])
 			}
 		}
 	}
 }
 
-func TestThePolicyIsForNMIsAccountAlone(t *testing.T) {
+func TestPolicyAppliesOnlyToNMIsServiceAccount(t *testing.T) {
 	const ofRelease = "nmi: {federatedNamespaces: all}"
 	const ofAdministrator = "nmi: {federatedNamespaces: all, serviceAccount: {create: false, name: mine}}"
 	anything := func(s *authenticationv1.TokenRequestSpec) { *s = authenticationv1.TokenRequestSpec{} }
@@ -140,12 +140,12 @@ func TestThePolicyIsForNMIsAccountAlone(t *testing.T) {
 	} {
 		policy, _ := tokenPolicy(t, test.values)
 		if got := askPolicy(t, policy, test.username, anything); (len(got) > 0) != test.refused {
-			t.Errorf("%s: to %s the policy says %q", test.values, test.username, got)
+			t.Errorf("%s: to %s the result of the policy is %q", test.values, test.username, got)
 		}
 	}
 }
 
-// askPolicy says what the policy has against a request by username for a token: one of NMI's, with a change. The API
+// askPolicy returns the result of the policy for a token request by username: one of NMI's, with a change. The API
 // server's own code compiles and evaluates the expressions.
 func askPolicy(t *testing.T, policy *admissionv1.ValidatingAdmissionPolicy, username string,
 	change func(*authenticationv1.TokenRequestSpec)) []string {

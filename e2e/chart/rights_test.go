@@ -69,7 +69,7 @@ func tokens(namespace string, accounts ...string) right {
 	}}
 }
 
-func TestNMIMayReadPodsItsNodeAndItsOwnResources(t *testing.T) {
+func TestNMIMayReadPodsItsNodeAndItsCustomResources(t *testing.T) {
 	objects := render(t, "")
 	if len(objects.clusterRoles) != 1 || objects.clusterRoles["podidentity-nmi"] == nil {
 		t.Fatalf("cluster roles are %v, want podidentity-nmi alone", objects.clusterRoles)
@@ -104,7 +104,7 @@ func TestNMIMayReadPodsItsNodeAndItsOwnResources(t *testing.T) {
 	}
 }
 
-func TestUserRolesAreAskedForAndLeaveExceptionsToAdministratorsOfTheCluster(t *testing.T) {
+func TestUserRolesAreOptionalAndExcludeExceptions(t *testing.T) {
 	roles := render(t, "rbac: {enabled: false, createUserFacingClusterRoles: true}").clusterRoles
 	view, edit := roles["podidentity-view"], roles["podidentity-edit"]
 	if len(roles) != 2 || view == nil || edit == nil {
@@ -122,7 +122,7 @@ func TestUserRolesAreAskedForAndLeaveExceptionsToAdministratorsOfTheCluster(t *t
 	}
 }
 
-func TestNMIMayReadSecretsAndAskForTokensOnlyWhereValuesSaySo(t *testing.T) {
+func TestNMIMayReadSecretsAndRequestTokensOnlyInTheGivenNamespaces(t *testing.T) {
 	for values, want := range map[string][]right{
 		"{}":                              nil,
 		"{secretNamespaces: [shop, '1']}": {secrets("shop"), secrets("1")},
@@ -152,7 +152,7 @@ func TestWithoutRBACThereAreNoRoles(t *testing.T) {
 	}
 }
 
-func TestEventsAreWrittenOnlyIfAskedFor(t *testing.T) {
+func TestEventsAreWrittenOnlyIfEnabled(t *testing.T) {
 	for _, rule := range render(t, "nmi: {events: false}").clusterRoles["podidentity-nmi"].Rules {
 		if slices.Contains(rule.Resources, "events") {
 			t.Errorf("NMI may %v events", rule.Verbs)
@@ -160,7 +160,7 @@ func TestEventsAreWrittenOnlyIfAskedFor(t *testing.T) {
 	}
 }
 
-func TestTwoReleasesShareNoNameInTheCluster(t *testing.T) {
+func TestTwoReleasesHaveDifferentClusterWideNames(t *testing.T) {
 	got := render(t, "{fullnameOverride: other, nmi: {secretNamespaces: all, federatedNamespaces: all}}")
 	var names []string
 	for name := range got.clusterRoles {
@@ -185,7 +185,7 @@ func TestTwoReleasesShareNoNameInTheCluster(t *testing.T) {
 	}
 }
 
-func TestNamespacesAreNotWidenedByMistake(t *testing.T) {
+func TestInvalidNamespaceListsAreRefused(t *testing.T) {
 	for values, want := range map[string]string{
 		"secretNamespaces: everything":                                        "at '/nmi/secretNamespaces': value must be 'all'",
 		"secretNamespaces: ''":                                                "at '/nmi/secretNamespaces': value must be 'all'",
@@ -210,7 +210,7 @@ func TestNamespacesAreNotWidenedByMistake(t *testing.T) {
 		"federatedNamespaces: true":                                           "at '/nmi/federatedNamespaces': value must be 'all'",
 	} {
 		if got := refusal(t, "nmi: {"+values+"}"); !strings.Contains(got, want) {
-			t.Errorf("%s: Helm says\n%s\nwhich lacks %q", values, got, want)
+			t.Errorf("%s: the output of Helm\n%s\nlacks %q", values, got, want)
 		}
 	}
 }
@@ -222,7 +222,7 @@ const (
 	federated       = "azureIdentities: {web: {namespace: shop, type: 3}}"
 )
 
-func TestAnIdentityThatNMILacksTheRightsForIsRefused(t *testing.T) {
+func TestIdentityIsRefusedIfNMILacksTheRightsForIt(t *testing.T) {
 	const unreadable = "azureIdentities.robot: NMI may not read Secret shop/robot; add its namespace, or " +
 		"{namespace: shop, names: [robot]}, to nmi.secretNamespaces"
 	const unasked = "azureIdentities.web: NMI may not request tokens of ServiceAccounts in namespace shop; add it to " +
@@ -238,12 +238,12 @@ func TestAnIdentityThatNMILacksTheRightsForIsRefused(t *testing.T) {
 		federated + "\nnmi: {federatedNamespaces: [billing], secretNamespaces: all}": unasked,
 	} {
 		if got := refusal(t, values); !strings.Contains(got, want) {
-			t.Errorf("%s: Helm says\n%s\nwhich lacks %q", values, got, want)
+			t.Errorf("%s: the output of Helm\n%s\nlacks %q", values, got, want)
 		}
 	}
 }
 
-func TestAnIdentityThatNMIHasTheRightsForIsTaken(t *testing.T) {
+func TestIdentityIsAcceptedIfNMIHasTheRightsForIt(t *testing.T) {
 	for _, values := range []string{
 		withSecret + "\nnmi: {secretNamespaces: [billing, shop]}",
 		withSecret + "\nnmi: {secretNamespaces: [{namespace: shop, names: [other, robot]}]}",
@@ -267,7 +267,7 @@ func TestAnIdentityThatNMIHasTheRightsForIsTaken(t *testing.T) {
 	}
 }
 
-func TestTheNotesSayWhatOtherTypesNeedUntilTheyHaveIt(t *testing.T) {
+func TestNotesListMissingRightsForOtherTypes(t *testing.T) {
 	for values, want := range map[string][2]bool{
 		"{}":                              {true, true},
 		"nmi: {secretNamespaces: [shop]}": {false, true},

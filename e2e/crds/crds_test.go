@@ -11,7 +11,7 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-func TestTheAPIServerTakesTheDefinitions(t *testing.T) {
+func TestAPIServerAcceptsTheCRDs(t *testing.T) {
 	resources := loadResources(t)
 	if len(resources) != len(kinds) {
 		t.Errorf("%s holds %d CRDs, want %d", crdFolder, len(resources), len(kinds))
@@ -64,7 +64,7 @@ func TestPrinterColumns(t *testing.T) {
 	}
 }
 
-func TestManifestsThatWorkedAreAccepted(t *testing.T) {
+func TestManifestsThatWorkedInAADPodIdentityAreAccepted(t *testing.T) {
 	resources := loadResources(t)
 	for _, file := range manifests(t, "accepted") {
 		t.Run(filepath.Base(file), func(t *testing.T) {
@@ -73,13 +73,13 @@ func TestManifestsThatWorkedAreAccepted(t *testing.T) {
 				t.Errorf("refused: %v", err)
 			}
 			if strings.HasPrefix(filepath.Base(file), "every-field-") && len(unknown) > 0 {
-				t.Errorf("fields that the predecessor kept are dropped: %v", unknown)
+				t.Errorf("fields that AAD Pod Identity kept are dropped: %v", unknown)
 			}
 		})
 	}
 }
 
-func TestManifestsThatNeverWorkedAreRefusedWithAWayOut(t *testing.T) {
+func TestInvalidManifestsAreRefusedWithARemedy(t *testing.T) {
 	resources := loadResources(t)
 	for _, file := range manifests(t, "refused") {
 		t.Run(filepath.Base(file), func(t *testing.T) {
@@ -88,16 +88,16 @@ func TestManifestsThatNeverWorkedAreRefusedWithAWayOut(t *testing.T) {
 			if err == nil {
 				t.Fatal("accepted")
 			}
-			if want := wanted(t, file); !strings.Contains(err.Error(), want) {
+			if want := wantedText(t, file); !strings.Contains(err.Error(), want) {
 				t.Errorf("the message lacks %q: %v", want, err)
 			}
 		})
 	}
 }
 
-// Each refused manifest may be stored in a cluster that comes from the predecessor, but for those whose JSON types its
+// Each refused manifest may be stored in a cluster that used AAD Pod Identity, but for those whose JSON types its
 // schema refused as well.
-func TestStoredObjectsThatWouldBeRefusedNowCanStillBeRelabelledAndFreed(t *testing.T) {
+func TestStoredInvalidObjectsAcceptNewLabelsAndFinalizers(t *testing.T) {
 	resources := loadResources(t)
 	for _, file := range manifests(t, "refused") {
 		if strings.HasPrefix(filepath.Base(file), "json-type-") {
@@ -122,7 +122,7 @@ func TestStoredObjectsThatWouldBeRefusedNowCanStillBeRelabelledAndFreed(t *testi
 	}
 }
 
-func TestAStoredObjectCanBeChangedOnlyIntoOneThatCanWork(t *testing.T) {
+func TestUpdateOfAStoredObjectMustBeValid(t *testing.T) {
 	resources := loadResources(t)
 	resource, stored, _ := load(t, resources, "testdata/refused/identity-type0-resourceid-missing.yaml")
 	stored.SetResourceVersion("1")
@@ -172,8 +172,8 @@ func load(t *testing.T, resources map[string]*resource, file string) (*resource,
 	return resource, object, unknown
 }
 
-// wanted returns the text that the answer to a refused manifest must hold: its first line says so.
-func wanted(t *testing.T, file string) string {
+// wantedText returns the text that the error for a refused manifest must contain. The first line of the manifest has it.
+func wantedText(t *testing.T, file string) string {
 	t.Helper()
 	data, err := os.ReadFile(file)
 	if err != nil {

@@ -117,7 +117,7 @@ func newResource(t *testing.T, crd *apiextensions.CustomResourceDefinition) *res
 	}
 }
 
-// checkDefinition says what the API server has against the CRD itself, the cost of its rules included.
+// checkDefinition returns the errors of the API server for the CRD, including the cost of its rules.
 func (r *resource) checkDefinition(t *testing.T) field.ErrorList {
 	return validation.ValidateCustomResourceDefinition(t.Context(), r.crd)
 }
@@ -149,7 +149,7 @@ func (r *resource) decode(t *testing.T, manifest []byte) (*unstructured.Unstruct
 	return object, unknown
 }
 
-// create says what the API server has against a new object.
+// create returns the errors of the API server for a new object.
 func (r *resource) create(t *testing.T, object *unstructured.Unstructured) error {
 	ctx := genericapirequest.WithNamespace(t.Context(), object.GetNamespace())
 	object = object.DeepCopy()
@@ -157,7 +157,7 @@ func (r *resource) create(t *testing.T, object *unstructured.Unstructured) error
 	return rest.BeforeCreate(r.strategy, ctx, object)
 }
 
-// update says what the API server has against an object that is stored and is to become another.
+// update returns the errors of the API server for the update of a stored object.
 func (r *resource) update(t *testing.T, stored, object *unstructured.Unstructured) error {
 	ctx := genericapirequest.WithNamespace(t.Context(), object.GetNamespace())
 	return rest.BeforeUpdate(r.strategy, ctx, object.DeepCopy(), stored.DeepCopy())
