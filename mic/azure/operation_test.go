@@ -220,7 +220,7 @@ func TestAnInvalidResumeTokenIsRefusedAndNotQuoted(t *testing.T) {
 func TestMICsTokenIsSentToARMOnly(t *testing.T) {
 	cases := []struct {
 		name, url string
-		sent     bool
+		sent      bool
 	}{
 		{"another host", "https://evil.example/operations/1", false},
 		{"a host that ends alike", "https://evilmanagement.azure.com/operations/1", false},
