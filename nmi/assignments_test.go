@@ -1,6 +1,7 @@
 package nmi
 
 import (
+	"context"
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
@@ -24,21 +25,20 @@ import (
 	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
-// testNode is a node but for its rules, with an API server and a metadata service that the test speaks for. The service
-// gives a token for every client ID.
+// testNode is an agent without rules, with a fake API server and a fake IMDS that issues a token for every client ID.
 type testNode struct {
-	*node
+	*agent
 	t      *testing.T
 	api    *fakeAPI
 	server http.Handler
-	looks  chan struct{} // one for each look at the objects
-	failed chan struct{} // one for each failure of a watch
+	checks chan struct{} // receives a value each time a request reads the facts
+	failed chan struct{} // receives a value for each failure of a watch
 }
 
 func newTestNode(t *testing.T, configure func(*Config), objects ...object) *testNode {
 	t.Helper()
 	c := startTestNode(t, newFakeAPI(t, objects...), configure)
-	if err := c.watch.WaitSynced(t.Context(), 20*time.Second); err != nil {
+	if err := c.objects.WaitSynced(t.Context(), 20*time.Second); err != nil {
 		t.Fatal(err)
 	}
 	return c
@@ -46,7 +46,7 @@ func newTestNode(t *testing.T, configure func(*Config), objects ...object) *test
 
 func startTestNode(t *testing.T, api *fakeAPI, configure func(*Config)) *testNode {
 	t.Helper()
-	c := &testNode{t: t, api: api, looks: make(chan struct{}, 1000), failed: make(chan struct{}, 1000)}
+	c := &testNode{t: t, api: api, checks: make(chan struct{}, 1000), failed: make(chan struct{}, 1000)}
 	imds := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		client := r.URL.Query().Get("client_id")
 		w.Header().Set("Content-Type", "application/json")
@@ -55,67 +55,65 @@ func startTestNode(t *testing.T, api *fakeAPI, configure func(*Config)) *testNod
 	t.Cleanup(imds.Close)
 	address := netip.MustParseAddrPort(imds.Listener.Addr().String())
 	cfg := DefaultConfig()
-	cfg.Node, cfg.OperationMode = "node1", "Standard"
+	cfg.Node, cfg.OperationMode, cfg.Events = "node1", "Standard", false
 	cfg.MetadataIP, cfg.MetadataPort = address.Addr().String(), int(address.Port())
 	configure(&cfg)
-	c.node = &node{cfg: cfg, logs: telemetry.Loggers{Main: zap.NewNop(), Audit: zap.NewNop()}, metrics: telemetry.NewMetrics(), health: health.New()}
-	watching := c.cluster(c.api.config())
-	watching.Callbacks.Failed = func(operation string) {
+	c.agent = &agent{cfg: cfg, logs: telemetry.Loggers{Main: zap.NewNop(), Audit: zap.NewNop()}, metrics: telemetry.NewMetrics(), health: health.New()}
+	c.onAPIFailure = func(operation string) {
 		c.metrics.CountAPIFailure(operation)
 		if operation == telemetry.APIWatch {
 			c.failed <- struct{}{}
 		}
 	}
-	var err error
-	if c.watch, err = cluster.New(watching); err != nil {
+	if err := c.connect(t.Context(), t.Context(), c.api.config()); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.prepareTokens(t.Context(), t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(c.cache.Close)
+	t.Cleanup(c.tokens.Close)
 	c.requests.Cluster = c
 	c.server = c.newServer()
-	go c.watch.Run(t.Context())
+	go c.objects.Run(t.Context())
 	return c
 }
 
-// Facts, Latest and Stale are those of the node; each look at the facts is reported.
+// Facts returns the facts of the agent and reports the check.
 func (c *testNode) Facts(pod *corev1.Pod) (identity.Facts, error) {
-	defer func() { c.looks <- struct{}{} }()
-	return c.watch.Facts(pod)
+	defer func() { c.checks <- struct{}{} }()
+	return c.objects.Facts(pod)
 }
 
-func (c *testNode) Latest(pod *corev1.Pod) *corev1.Pod { return c.watch.Latest(pod) }
-func (c *testNode) StaleWatch() string                 { return c.watch.StaleWatch() }
+func (c *testNode) Latest(pod *corev1.Pod) *corev1.Pod { return c.objects.Latest(pod) }
+func (c *testNode) WaitSynced(ctx context.Context, timeout time.Duration) error {
+	return c.objects.WaitSynced(ctx, timeout)
+}
+func (c *testNode) StaleWatch() string { return c.objects.StaleWatch() }
 
-func (c *testNode) begin(source string) <-chan answer {
-	done, start := make(chan answer, 1), time.Now()
+func (c *testNode) begin(source string) <-chan response {
+	done, start := make(chan response, 1), time.Now()
 	go func() {
 		r := httptest.NewRequest(http.MethodGet, nmitest.TokenPath, nil)
 		r.RemoteAddr = source + ":40000"
 		r.Header.Set("Metadata", "true")
 		w := httptest.NewRecorder()
 		c.server.ServeHTTP(w, r)
-		a := answer{status: w.Code, body: map[string]string{}, took: time.Since(start)}
+		a := response{status: w.Code, body: map[string]string{}, took: time.Since(start)}
 		_ = json.Unmarshal(w.Body.Bytes(), &a.body)
 		done <- a
 	}()
 	return done
 }
 
-// held sends a request and returns once it is held: it looks once more after it has asked to be told.
-func (c *testNode) held(source string) <-chan answer {
+// beginWait sends a request and returns when it waits. It checks the facts again after it has subscribed.
+func (c *testNode) beginWait(source string) <-chan response {
 	r := c.begin(source)
-	<-c.looks
-	<-c.looks
+	<-c.checks
+	<-c.checks
 	return r
 }
 
-func (c *testNode) expect(request <-chan answer, status int, says string) {
+func (c *testNode) expect(request <-chan response, status int, says string) {
 	c.t.Helper()
 	if a := <-request; a.status != status || !strings.Contains(a.body["access_token"]+a.body["reason"], says) {
-		c.t.Errorf("got %d %v; want %d and something of %q", a.status, a.body, status, says)
+		c.t.Errorf("got %d %v; want %d and a body with %q", a.status, a.body, status, says)
 	}
 }
 
@@ -140,37 +138,37 @@ func assignedTo(p *corev1.Pod, i *v1.AzureIdentity, state v1.AssignmentState) *v
 	}
 }
 
-// predecessors has the form of the predecessor's: nobody owns it, and it is in a namespace of its own.
-func predecessors(o *v1.AzureAssignedIdentity) *v1.AzureAssignedIdentity {
+// asAADPodIdentity gives an object the form that AAD Pod Identity writes: without owner, and in another namespace.
+func asAADPodIdentity(o *v1.AzureAssignedIdentity) *v1.AzureAssignedIdentity {
 	o.Namespace, o.OwnerReferences = "default", nil
 	return o
 }
 
-func TestTheNodeHearsOfAnAssignmentAtOnce(t *testing.T) {
+func TestAWaitingRequestIsNotifiedOfAnAssignmentAtOnce(t *testing.T) {
 	p, i := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("b", "x", nmitest.ClientX)
 	c := newTestNode(t, func(*Config) {}, p, i, binding("b", "x", "app"))
 	if got := c.api.watched(v1.AzureAssignedIdentities); !slices.Equal(got, []string{"nodename=node1"}) {
 		t.Errorf("assignments are watched by %q", got)
 	}
-	r := c.held("10.0.0.1")
+	r := c.beginWait("10.0.0.1")
 	c.api.set(assignedTo(p, i, ""))
-	<-c.looks
+	<-c.checks
 	c.api.set(assignedTo(p, i, v1.AssignmentCreated))
-	<-c.looks
+	<-c.checks
 	start := time.Now()
 	c.api.set(assignedTo(p, i, v1.AssignmentAssigned))
 	c.expect(r, 200, "token-of-"+nmitest.ClientX)
 	if took := time.Since(start); took > 10*time.Second { // far less than the request would wait without the event
-		t.Errorf("it took %s from the event to the answer", took)
+		t.Errorf("%s passed from the event to the response", took)
 	} else {
-		t.Logf("%s from the event to the answer", took)
+		t.Logf("%s from the event to the response", took)
 	}
-	if n := c.watch.Notifier.Subscribed(); n != 0 {
-		t.Errorf("still waited for: %d topics", n)
+	if n := c.objects.Notifier().SubscribedKeys(); n != 0 {
+		t.Errorf("%d keys still have subscribers", n)
 	}
 }
 
-func TestTheNodeHearsOfWhatEndsAWait(t *testing.T) {
+func TestAWaitingRequestIsNotifiedOfWhatEndsItsWait(t *testing.T) {
 	p, i, b := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("b", "x", nmitest.ClientX), binding("b", "x", "app")
 	for _, c := range []struct {
 		name   string
@@ -178,10 +176,10 @@ func TestTheNodeHearsOfWhatEndsAWait(t *testing.T) {
 		status int
 		says   string
 	}{
-		{"the binding goes", func(f *fakeAPI) { f.remove(b) }, 400, "no_matching_binding"},
-		{"the identity goes", func(f *fakeAPI) { f.remove(i) }, 400, "identity_missing"},
+		{"the binding is deleted", func(f *fakeAPI) { f.remove(b) }, 400, "no_matching_binding"},
+		{"the identity is deleted", func(f *fakeAPI) { f.remove(i) }, 400, "identity_missing"},
 		{"the binding selects others", func(f *fakeAPI) { f.set(binding("b", "x", "others")) }, 400, "no_matching_binding"},
-		{"the identity is confined to its namespace", func(f *fakeAPI) {
+		{"the identity becomes namespaced", func(f *fakeAPI) {
 			confined := i.DeepCopy()
 			confined.Annotations = map[string]string{v1.BehaviorAnnotation: v1.BehaviorNamespaced}
 			f.set(confined)
@@ -189,47 +187,47 @@ func TestTheNodeHearsOfWhatEndsAWait(t *testing.T) {
 		{"the pod is excepted", func(f *fakeAPI) {
 			f.set(&v1.AzurePodIdentityException{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "e"}, Spec: v1.AzurePodIdentityExceptionSpec{PodLabels: map[string]string{v1.BindingLabel: "app"}}})
 		}, 200, "token-of-"},
-		{"the pod is labelled otherwise", func(f *fakeAPI) { f.set(podIn("a", "p", "1", "10.0.0.1", "others")) }, 400, "no_matching_binding"},
+		{"the label of the pod changes", func(f *fakeAPI) { f.set(podIn("a", "p", "1", "10.0.0.1", "others")) }, 400, "no_matching_binding"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			n := newTestNode(t, func(*Config) {}, p, i, b)
-			r := n.held("10.0.0.1")
+			r := n.beginWait("10.0.0.1")
 			c.happen(n.api)
 			n.expect(r, c.status, c.says)
 		})
 	}
 }
 
-func TestAnAssignmentIsOfOnePodOnly(t *testing.T) {
+func TestAnAssignmentIsForOnePodOnly(t *testing.T) {
 	x := azureIdentity("b", "x", nmitest.ClientX)
 	one, other := podIn("a", "p", "1", "10.0.0.1", "app"), podIn("c", "p", "2", "10.0.0.2", "app")
 	c := newTestNode(t, func(c *Config) { c.AssignmentWait = 0 }, one, other, x, binding("b", "x", "app"), assignedTo(one, x, v1.AssignmentAssigned))
 	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+nmitest.ClientX)
-	c.expect(c.begin("10.0.0.2"), 503, "assignment_pending") // of the same name, in another namespace
+	c.expect(c.begin("10.0.0.2"), 503, "assignment_pending") // the same name in another namespace
 
-	// Made anew under its name, while what the first one had is still there.
+	// Created again with the same name, while the assignment of the first pod still exists.
 	c.api.remove(one)
 	again := nmitest.With(one.DeepCopy(), func(p *corev1.Pod) { p.UID, p.Status.PodIPs[0].IP = types.UID("3"), "10.0.0.3" })
 	c.api.set(again)
 	c.expect(c.begin("10.0.0.3"), 503, "assignment_pending")
 
-	// What the predecessor wrote names no UID.
-	c.api.set(predecessors(assignedTo(other, x, "")))
-	c.assigned(other, x)
+	// An assignment of AAD Pod Identity has no UID.
+	c.api.set(asAADPodIdentity(assignedTo(other, x, "")))
+	c.waitAssigned(other, x)
 	c.expect(c.begin("10.0.0.2"), 200, "token-of-"+nmitest.ClientX)
 }
 
-// assigned returns once the node has heard of an assignment.
-func (c *testNode) assigned(p *corev1.Pod, i *v1.AzureIdentity) {
+// waitAssigned returns when the agent has received an assignment.
+func (c *testNode) waitAssigned(p *corev1.Pod, i *v1.AzureIdentity) {
 	id := identity.FromAzureIdentity(i)
-	told, stop := c.watch.Notifier.Subscribe(cluster.PodKey(p.Namespace, p.Name))
+	changed, stop := c.objects.Notifier().Subscribe(cluster.PodKey(p.Namespace, p.Name))
 	defer stop()
-	for c.watch.AssignedSince(p, &id).IsZero() {
-		<-told
+	for c.objects.AssignedSince(p, &id).IsZero() {
+		<-changed
 	}
 }
 
-func TestWithForcedNamespacesOnlyThePodsOwnCounts(t *testing.T) {
+func TestForceNamespacedIgnoresBindingsOfOtherNamespaces(t *testing.T) {
 	x, own := azureIdentity("b", "x", nmitest.ClientX), azureIdentity("a", "y", nmitest.ClientY)
 	p, q := podIn("a", "p", "1", "10.0.0.1", "app"), podIn("c", "q", "2", "10.0.0.2", "app")
 	c := newTestNode(t, func(c *Config) { c.ForceNamespaced = true }, p, q, x, own, binding("b", "x", "app"), binding("a", "y", "app"),
@@ -238,12 +236,12 @@ func TestWithForcedNamespacesOnlyThePodsOwnCounts(t *testing.T) {
 	c.expect(c.begin("10.0.0.2"), 400, "no_matching_binding")
 }
 
-func TestManagedModeDoesNotLookAtAssignments(t *testing.T) {
+func TestManagedModeDoesNotWatchAssignments(t *testing.T) {
 	p, i := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("a", "x", nmitest.ClientX)
 	c := newTestNode(t, func(c *Config) { c.OperationMode = ModeManaged }, p, i, binding("a", "x", "app"), binding("b", "x", "app"))
 	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+nmitest.ClientX)
-	if asked := c.api.watched(v1.AzureAssignedIdentities); len(asked) != 0 || len(c.watch.All()) != 4 || c.requests.Wait != nil {
-		t.Errorf("assignments were watched: %q, by %d informers", asked, len(c.watch.All()))
+	if asked := c.api.watched(v1.AzureAssignedIdentities); len(asked) != 0 || c.api.watchedResources() != 4 || c.requests.Wait != nil {
+		t.Errorf("assignments are watched: %q; %d resources in all", asked, c.api.watchedResources())
 	}
 	families, err := c.metrics.Registry.Gather()
 	if err != nil || len(families) == 0 {
@@ -256,19 +254,19 @@ func TestManagedModeDoesNotLookAtAssignments(t *testing.T) {
 	}
 }
 
-func TestANodeThatMayNotReadAssignmentsSaysWhatItLacks(t *testing.T) {
+func TestReadinessExplainsAMissingPermission(t *testing.T) {
 	api := newFakeAPI(t)
 	api.forbidden = v1.AzureAssignedIdentities
 	c := startTestNode(t, api, func(c *Config) { c.PodLookupTimeout = 100 * time.Millisecond })
 	<-c.failed
 	if err := c.health.Ready(); !strings.Contains(err.Error(), "azureassignedidentities is forbidden") || !strings.Contains(err.Error(), "operationMode is standard") {
-		t.Errorf("it is said: %v", err)
+		t.Errorf("readiness: %v", err)
 	}
 	c.expect(c.begin("10.0.0.1"), 503, "not_ready")
 }
 
-// answer is what a request got, and after what time.
-type answer struct {
+// response is the response to a request, with the time it took.
+type response struct {
 	status int
 	body   map[string]string
 	took   time.Duration

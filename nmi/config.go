@@ -14,25 +14,25 @@ import (
 	"github.com/podidentity/podidentity/nmi/server"
 )
 
-// Config is everything NMI can be told. DefaultConfig has the defaults; cmd/nmi makes flags of the fields.
+// Config has all settings of NMI. DefaultConfig has the defaults; cmd/nmi/options defines a flag for each field.
 type Config struct {
-	Node       string // name of the Node object of this machine
-	Kubeconfig string // empty: the account of the pod
+	Node       string // name of the Node object of this node
+	Kubeconfig string // if empty, NMI uses the ServiceAccount of its pod
 
-	OperationMode   string        // ModeManaged or ModeStandard, in any case
-	ForceNamespaced bool          // implied by managed mode
+	OperationMode   string        // ModeManaged or ModeStandard, case-insensitive
+	ForceNamespaced bool          // always true in managed mode
 	AssignmentWait  time.Duration // how long a request waits for MIC to assign its identity; standard mode only
 
 	ListenAddress    string // link-local, not used by anything else on the node
 	ListenPort       int
 	MetadataIP       string
 	MetadataPort     int
-	Backend          string        // iptables.Backend
-	SyncInterval     time.Duration // between two looks at the rules
-	ProbePort        int           // health, on loopback
-	PrometheusPort   int           // metrics, on all addresses
-	PodLookupTimeout time.Duration // how long a request waits for its pod to become known
-	ShutdownTimeout  time.Duration // how long requests under way have to end
+	Backend          string        // an iptables.Backend
+	SyncInterval     time.Duration // between two checks of the rules
+	ProbePort        int           // for probes, on loopback
+	PrometheusPort   int           // for metrics, on all addresses
+	PodLookupTimeout time.Duration // how long a request waits until its pod is known
+	ShutdownTimeout  time.Duration // how long requests in flight have to end
 
 	BlockInstanceMetadata  bool
 	MetadataHeaderRequired bool
@@ -40,17 +40,17 @@ type Config struct {
 	KubeletConfig          string
 	TenantID               string
 	UserAgent              string
-	Profile                bool // pprof, on loopback
+	Profile                bool // serve pprof on loopback
 
-	Authority                  string // of Entra ID, where an identity names none
-	CABundle                   string // file; trusted for Entra ID besides the system's
-	ManagedIdentityBy          string // what IMDS is told a managed identity by: ByClientID or ByResourceID
+	Authority                  string // the Entra ID endpoint for identities that name none
+	CABundle                   string // file of certificates that are trusted for Entra ID in addition to the system's
+	ManagedIdentityBy          string // how IMDS is asked for a managed identity: ByClientID or ByResourceID
 	AllowCrossNamespaceSecrets bool
-	HostToken                  bool // serve /host/token, on loopback
-	Events                     bool // tell refusals as Events of pods
+	HostToken                  bool // serve /host/token on loopback
+	Events                     bool // report refusals as Events of pods
 }
 
-// DefaultConfig returns the defaults. Where a setting means what it meant in the predecessor, its default is kept.
+// DefaultConfig returns the defaults. A setting with the meaning that it has in AAD Pod Identity has the same default.
 func DefaultConfig() Config {
 	return Config{
 		OperationMode:          ModeManaged,
@@ -74,8 +74,8 @@ func DefaultConfig() Config {
 	}
 }
 
-// Ways of telling IMDS which managed identity is meant. Both are in the AzureIdentity. The resource ID stays the same
-// when an identity is deleted and made again under its name.
+// How IMDS is asked for a managed identity. An AzureIdentity has both IDs. The resource ID stays the same if an identity is
+// deleted and created again with the same name.
 const (
 	ByClientID   = "client-id"
 	ByResourceID = "resource-id"
@@ -83,64 +83,77 @@ const (
 
 // Operation modes.
 const (
-	ModeManaged  = "managed"  // identities are attached to the machines beforehand
+	ModeManaged  = "managed"  // identities are attached to the VM or VMSS beforehand
 	ModeStandard = "standard" // MIC attaches them
 )
 
-// Validate reports all that is wrong with the configuration, one sentence each.
+// Validate returns an error with all problems of the configuration, one sentence each.
 func (c Config) Validate() error {
 	var problems []error
-	bad := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
-	port := func(flag string, p int) {
-		if p < 1 || p > 65535 {
-			bad("--%s %d is not a port; give one from 1 to 65535", flag, p)
-		}
-	}
-	within := func(flag string, d, least, most time.Duration) {
-		if d < least || d > most {
-			bad("--%s %s is out of range; give a time from %s to %s", flag, d, least, most)
-		}
-	}
+	add := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
 	if c.Node == "" {
-		bad("the name of this node is missing; give --node, or set NODE_NAME from the pod's spec.nodeName")
+		add("the name of this node is missing; give --node, or set NODE_NAME from the pod's spec.nodeName")
 	}
 	if !c.standard() && !strings.EqualFold(c.OperationMode, ModeManaged) {
-		bad("--operation-mode %q is unknown; give %s, or %s where MIC runs", c.OperationMode, ModeManaged, ModeStandard)
+		add("--operation-mode %q is unknown; give %s, or %s where MIC runs", c.OperationMode, ModeManaged, ModeStandard)
 	}
 	if ip, err := netip.ParseAddr(c.ListenAddress); err != nil || !ip.Is4() || !ip.IsLinkLocalUnicast() {
-		bad("--nmi-listen-address %q is not a link-local IPv4 address; give one of 169.254.0.0/16 that nothing else on the node uses, such as 169.254.25.79", c.ListenAddress)
+		add("--nmi-listen-address %q is not a link-local IPv4 address; give one of 169.254.0.0/16 that nothing else on the node uses, such as 169.254.25.79", c.ListenAddress)
 	}
 	if ip, err := netip.ParseAddr(c.MetadataIP); err != nil || !ip.Is4() {
-		bad("--metadata-ip %q is not an IPv4 address; on Azure it is 169.254.169.254", c.MetadataIP)
+		add("--metadata-ip %q is not an IPv4 address; on Azure it is 169.254.169.254", c.MetadataIP)
 	} else if c.MetadataIP == c.ListenAddress {
-		bad("--nmi-listen-address and --metadata-ip are both %s; NMI needs an address of its own", c.MetadataIP)
+		add("--nmi-listen-address and --metadata-ip are both %s; NMI needs an address of its own", c.MetadataIP)
 	}
 	if _, err := iptables.ParseBackend(c.Backend); err != nil {
-		bad("--iptables-backend: %w", err)
-	}
-	port("nmi-port", c.ListenPort)
-	port("metadata-port", c.MetadataPort)
-	port("http-probe-port", c.ProbePort)
-	port("prometheus-port", c.PrometheusPort)
-	if c.ProbePort == c.PrometheusPort || c.Profile && (c.ProbePort == server.ProfilePort || c.PrometheusPort == server.ProfilePort) {
-		bad("--http-probe-port, --prometheus-port and the profiler's %d must differ", server.ProfilePort)
+		add("--iptables-backend: %w", err)
 	}
 	if _, err := identity.ParseAuthority(c.Authority); err != nil {
-		bad("--authority-host: %w", err)
+		add("--authority-host: %w", err)
 	}
 	if c.ManagedIdentityBy != ByClientID && c.ManagedIdentityBy != ByResourceID {
-		bad("--managed-identity-by %q is unknown; give %s or %s", c.ManagedIdentityBy, ByClientID, ByResourceID)
+		add("--managed-identity-by %q is unknown; give %s or %s", c.ManagedIdentityBy, ByClientID, ByResourceID)
 	}
-	within("iptables-sync-interval", c.SyncInterval, time.Second, 10*time.Minute)
-	within("assignment-wait", c.AssignmentWait, 0, request.MaxAssignmentWait)
-	within("pod-lookup-timeout", c.PodLookupTimeout, 100*time.Millisecond, 20*time.Second)
-	within("shutdown-timeout", c.ShutdownTimeout, time.Second, 5*time.Minute)
+	return errors.Join(append(problems, c.validatePorts(), c.validateDurations())...)
+}
+
+func (c Config) validatePorts() error {
+	var problems []error
+	for _, p := range []struct {
+		flag string
+		port int
+	}{{"nmi-port", c.ListenPort}, {"metadata-port", c.MetadataPort}, {"http-probe-port", c.ProbePort}, {"prometheus-port", c.PrometheusPort}} {
+		if p.port < 1 || p.port > 65535 {
+			problems = append(problems, fmt.Errorf("--%s %d is not a port; give one from 1 to 65535", p.flag, p.port))
+		}
+	}
+	if c.ProbePort == c.PrometheusPort || c.Profile && (c.ProbePort == server.ProfilePort || c.PrometheusPort == server.ProfilePort) {
+		problems = append(problems, fmt.Errorf("--http-probe-port, --prometheus-port and the profiler's %d must differ", server.ProfilePort))
+	}
+	return errors.Join(problems...)
+}
+
+func (c Config) validateDurations() error {
+	var problems []error
+	for _, d := range []struct {
+		flag            string
+		value, min, max time.Duration
+	}{
+		{"iptables-sync-interval", c.SyncInterval, time.Second, 10 * time.Minute},
+		{"assignment-wait", c.AssignmentWait, 0, request.MaxAssignmentWait},
+		{"pod-lookup-timeout", c.PodLookupTimeout, 100 * time.Millisecond, 20 * time.Second},
+		{"shutdown-timeout", c.ShutdownTimeout, time.Second, 5 * time.Minute},
+	} {
+		if d.value < d.min || d.value > d.max {
+			problems = append(problems, fmt.Errorf("--%s %s is out of range; give a duration from %s to %s", d.flag, d.value, d.min, d.max))
+		}
+	}
 	return errors.Join(problems...)
 }
 
 func (c Config) standard() bool { return strings.EqualFold(c.OperationMode, ModeStandard) }
 
-// rules are the settings that take part in the decision.
+// rules returns the settings that the decision needs.
 func (c Config) rules() identity.Rules {
 	r := identity.Rules{Mode: identity.Managed, ForceNamespaced: true, AllowCrossNamespaceSecrets: c.AllowCrossNamespaceSecrets}
 	if c.standard() {
@@ -149,7 +162,7 @@ func (c Config) rules() identity.Rules {
 	return r
 }
 
-// maxAssignmentWait is how long a request may wait for an assignment.
+// maxAssignmentWait returns how long a request may wait for an assignment.
 func (c Config) maxAssignmentWait() time.Duration {
 	if c.standard() {
 		return c.AssignmentWait
@@ -157,8 +170,8 @@ func (c Config) maxAssignmentWait() time.Duration {
 	return 0
 }
 
-// checkKubenet refuses a node whose pods are plugged by kubenet: there a pod with NET_RAW can take another pod's
-// address by ARP, and the address is what NMI knows a pod by.
+// checkKubenet returns an error if the node uses kubenet. There a pod with NET_RAW can take the address of another pod by ARP,
+// and NMI identifies pods by their address.
 func (c Config) checkKubenet() error {
 	if c.AllowKubenet || c.KubeletConfig == "" {
 		return nil
@@ -168,10 +181,10 @@ func (c Config) checkKubenet() error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("reading --kubelet-config to find out whether the node uses kubenet: %w", err)
+		return fmt.Errorf("reading the file of --kubelet-config to check whether the node uses kubenet: %w", err)
 	}
 	if strings.Contains(string(text), "--network-plugin=kubenet") {
-		return fmt.Errorf("%s says that this node uses kubenet, where a pod can take the address of another by ARP; use another network plugin, or drop NET_RAW from all pods and give --allow-network-plugin-kubenet", c.KubeletConfig)
+		return fmt.Errorf("%s says that this node uses kubenet, in which a pod can take the address of another pod by ARP; use another network plugin, or drop NET_RAW from all pods and give --allow-network-plugin-kubenet", c.KubeletConfig)
 	}
 	return nil
 }
@@ -184,16 +197,16 @@ func (c Config) imds() netip.AddrPort {
 	return netip.AddrPortFrom(netip.MustParseAddr(c.MetadataIP), uint16(c.MetadataPort))
 }
 
-// server is what the configuration says about serving.
+// server returns the settings of package server.
 func (c Config) server() server.Config {
 	return server.Config{
 		Listen: c.listen(), ProbePort: c.ProbePort, PrometheusPort: c.PrometheusPort, Profile: c.Profile,
-		IMDS: c.imds(), HeaderOptional: !c.MetadataHeaderRequired, TenantID: c.TenantID, BlockInstance: c.BlockInstanceMetadata,
+		IMDS: c.imds(), HeaderOptional: !c.MetadataHeaderRequired, TenantID: c.TenantID, BlockInstanceMetadata: c.BlockInstanceMetadata,
 		MaxAssignmentWait: c.maxAssignmentWait(), ShutdownTimeout: c.ShutdownTimeout,
 	}
 }
 
-// Capture returns what the configuration says about rules on the node.
+// Capture returns the settings of package iptables.
 func (c Config) Capture() iptables.Config {
 	return iptables.Config{
 		MetadataIP:   netip.MustParseAddr(c.MetadataIP),

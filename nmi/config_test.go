@@ -8,22 +8,22 @@ import (
 	"time"
 )
 
-func TestAConfigurationThatCannotWorkIsRefusedWithASentence(t *testing.T) {
+func TestAnInvalidConfigurationIsRefused(t *testing.T) {
 	cases := []struct {
 		name   string
 		change func(*Config)
 		want   string
 	}{
 		{"no node", func(c *Config) { c.Node = "" }, "--node"},
-		{"a wait without end", func(c *Config) { c.AssignmentWait = time.Hour }, "--assignment-wait 1h"},
+		{"an excessive wait", func(c *Config) { c.AssignmentWait = time.Hour }, "--assignment-wait 1h"},
 		{"an unknown mode", func(c *Config) { c.OperationMode = "x" }, `"x"`},
 		{"loopback", func(c *Config) { c.ListenAddress = "127.0.0.1" }, "link-local"},
 		{"the metadata address itself", func(c *Config) { c.ListenAddress = c.MetadataIP }, "address of its own"},
 		{"no address", func(c *Config) { c.MetadataIP = "imds" }, "--metadata-ip"},
-		{"a back end that is none", func(c *Config) { c.Backend = "ebtables" }, "--iptables-backend"},
+		{"an unknown backend", func(c *Config) { c.Backend = "ebtables" }, "--iptables-backend"},
 		{"port 0", func(c *Config) { c.ListenPort = 0 }, "--nmi-port 0"},
 		{"port 70000", func(c *Config) { c.MetadataPort = 70000 }, "--metadata-port 70000"},
-		{"one port for two", func(c *Config) { c.ProbePort = c.PrometheusPort }, "must differ"},
+		{"one port twice", func(c *Config) { c.ProbePort = c.PrometheusPort }, "must differ"},
 		{"too often", func(c *Config) { c.SyncInterval = time.Millisecond }, "--iptables-sync-interval 1ms"},
 		{"too long", func(c *Config) { c.PodLookupTimeout = time.Hour }, "--pod-lookup-timeout"},
 		{"no time to stop", func(c *Config) { c.ShutdownTimeout = 0 }, "--shutdown-timeout"},
@@ -37,7 +37,7 @@ func TestAConfigurationThatCannotWorkIsRefusedWithASentence(t *testing.T) {
 			}
 			c.change(&config)
 			if err := config.Validate(); err == nil || !strings.Contains(err.Error(), c.want) {
-				t.Errorf("got %v; want something about %q", err, c.want)
+				t.Errorf("got %v; want an error with %q", err, c.want)
 			}
 		})
 	}

@@ -18,18 +18,18 @@ import (
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
-// fakeAPI is the API server as far as watches ask it: it streams the objects of five resources, over HTTP.
+// fakeAPI is a fake API server for watches of five resources.
 type fakeAPI struct {
 	t *testing.T
 	*httptest.Server
 
-	forbidden string // a resource that may not be read
+	forbidden string // a resource for which it refuses requests
 
-	mu      sync.Mutex
-	version int
-	objects map[string]map[string]object // by resource, by namespace/name
-	watches map[*openWatch]struct{}
-	asked   map[string][]string // label selectors of the watches of a resource
+	mu        sync.Mutex
+	version   int
+	objects   map[string]map[string]object // by resource and namespace/name
+	watches   map[*openWatch]struct{}
+	selectors map[string][]string // label selectors of the watches of a resource
 }
 
 type object interface {
@@ -44,7 +44,7 @@ type openWatch struct {
 }
 
 func newFakeAPI(t *testing.T, objects ...object) *fakeAPI {
-	f := &fakeAPI{t: t, objects: map[string]map[string]object{}, watches: map[*openWatch]struct{}{}, asked: map[string][]string{}}
+	f := &fakeAPI{t: t, objects: map[string]map[string]object{}, watches: map[*openWatch]struct{}{}, selectors: map[string][]string{}}
 	f.Server = httptest.NewServer(f)
 	t.Cleanup(f.Close)
 	for _, o := range objects {
@@ -70,7 +70,7 @@ func resourceOf(o object) (resource string, kind metav1.TypeMeta) {
 	return v1.AzurePodIdentityExceptions, metav1.TypeMeta{APIVersion: group, Kind: "AzurePodIdentityException"}
 }
 
-// set creates or replaces an object, remove removes it.
+// set creates or replaces an object.
 func (f *fakeAPI) set(o object) {
 	resource, kind := resourceOf(o)
 	key := o.GetNamespace() + "/" + o.GetName()
@@ -86,7 +86,7 @@ func (f *fakeAPI) set(o object) {
 		change = "ADDED"
 	}
 	f.objects[resource][key] = o
-	f.tell(change, resource, o)
+	f.notify(change, resource, o)
 }
 
 func (f *fakeAPI) remove(o object) {
@@ -96,10 +96,10 @@ func (f *fakeAPI) remove(o object) {
 	defer f.mu.Unlock()
 	gone := f.objects[resource][key]
 	delete(f.objects[resource], key)
-	f.tell("DELETED", resource, gone)
+	f.notify("DELETED", resource, gone)
 }
 
-func (f *fakeAPI) tell(change, resource string, o object) {
+func (f *fakeAPI) notify(change, resource string, o object) {
 	f.version++
 	o.SetResourceVersion(strconv.Itoa(f.version))
 	for w := range f.watches {
@@ -136,7 +136,7 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			Reason: metav1.StatusReasonForbidden, Code: http.StatusForbidden, Message: f.forbidden + " is forbidden"})
 		return
 	case q.Get("watch") == "" || q.Get("sendInitialEvents") != "true":
-		f.t.Errorf("the server is asked %s", r.URL)
+		f.t.Errorf("unexpected request %s", r.URL)
 		w.WriteHeader(http.StatusBadRequest)
 		return
 	}
@@ -163,7 +163,7 @@ func (f *fakeAPI) forbids(r *http.Request) bool {
 	return f.forbidden != "" && strings.HasSuffix(r.URL.Path, "/"+f.forbidden)
 }
 
-// open begins a watch with all objects that there are, and the mark after the last of them.
+// open starts a watch with all objects and the bookmark that ends them.
 func (f *fakeAPI) open(resource, selector string) *openWatch {
 	parsed, err := labels.Parse(selector)
 	if err != nil {
@@ -171,27 +171,34 @@ func (f *fakeAPI) open(resource, selector string) *openWatch {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.asked[resource] = append(f.asked[resource], selector)
+	f.selectors[resource] = append(f.selectors[resource], selector)
 	w := &openWatch{resource, parsed, make(chan []byte, 1000)}
 	for _, o := range f.objects[resource] {
 		if parsed.Matches(labels.Set(o.GetLabels())) {
 			w.events <- event(f.t, "ADDED", o)
 		}
 	}
-	mark := map[string]object{"pods": &corev1.Pod{}, v1.AzureIdentities: &v1.AzureIdentity{}, v1.AzureIdentityBindings: &v1.AzureIdentityBinding{},
+	bookmark := map[string]object{"pods": &corev1.Pod{}, v1.AzureIdentities: &v1.AzureIdentity{}, v1.AzureIdentityBindings: &v1.AzureIdentityBinding{},
 		v1.AzureAssignedIdentities: &v1.AzureAssignedIdentity{}, v1.AzurePodIdentityExceptions: &v1.AzurePodIdentityException{}}[resource]
-	_, kind := resourceOf(mark)
-	mark.GetObjectKind().SetGroupVersionKind(kind.GroupVersionKind())
-	mark.SetResourceVersion(strconv.Itoa(f.version))
-	mark.SetAnnotations(map[string]string{metav1.InitialEventsAnnotationKey: "true"})
-	w.events <- event(f.t, "BOOKMARK", mark)
+	_, kind := resourceOf(bookmark)
+	bookmark.GetObjectKind().SetGroupVersionKind(kind.GroupVersionKind())
+	bookmark.SetResourceVersion(strconv.Itoa(f.version))
+	bookmark.SetAnnotations(map[string]string{metav1.InitialEventsAnnotationKey: "true"})
+	w.events <- event(f.t, "BOOKMARK", bookmark)
 	f.watches[w] = struct{}{}
 	return w
 }
 
-// watched is the label selectors that a resource was watched with.
+// watched returns the label selectors of the watches of a resource.
 func (f *fakeAPI) watched(resource string) []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.asked[resource]
+	return f.selectors[resource]
+}
+
+// watchedResources returns the number of resources that were watched.
+func (f *fakeAPI) watchedResources() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.selectors)
 }

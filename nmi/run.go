@@ -3,16 +3,12 @@ package nmi
 import (
 	"context"
 	"fmt"
-	"time"
-
-	corev1 "k8s.io/api/core/v1"
 
 	"go.uber.org/zap"
 	"k8s.io/client-go/rest"
 
 	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/iptables"
-	"github.com/podidentity/podidentity/metadata"
 	"github.com/podidentity/podidentity/nmi/cluster"
 	"github.com/podidentity/podidentity/nmi/credentials"
 	"github.com/podidentity/podidentity/nmi/health"
@@ -22,23 +18,26 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// node is one NMI at work.
-type node struct {
+// agent has the parts of a running NMI.
+type agent struct {
 	cfg        Config
 	logs       telemetry.Loggers
 	metrics    *telemetry.Metrics
 	health     *health.Health
 	capture    *iptables.Capture
-	watch      *cluster.Watch
-	sources    *token.Sources
-	cache      *token.Cache
-	requests   *request.Processor
+	client     *cluster.Client
+	objects    *cluster.Cache
 	principals *credentials.Principals
-	events     *telemetry.Events // nil if they are switched off
+	sources    *token.Sources
+	tokens     *token.Cache
+	requests   *request.Processor
+	events     *telemetry.Events // nil if Events are disabled
+
+	onAPIFailure func(operation string) // is called for each failed request to the API server
 }
 
-// Run serves the pods of this node until ctx ends. The rules that capture their traffic stay in place when it returns:
-// removing them is Uninstall's. An error that comes before the rules were touched has changed nothing on the node.
+// Run serves the pods of this node until ctx ends. The rules that capture their requests stay in place afterwards; Uninstall
+// removes them. If Run returns an error before it installs the rules, it has changed nothing on the node.
 func Run(ctx context.Context, cfg Config, logs telemetry.Loggers) error {
 	if err := cfg.Validate(); err != nil {
 		return err
@@ -46,79 +45,65 @@ func Run(ctx context.Context, cfg Config, logs telemetry.Loggers) error {
 	if err := cfg.checkKubenet(); err != nil {
 		return err
 	}
-	captureConfig := cfg.Capture()
-	captureConfig.Logger = logs.Main
-	capture, err := iptables.New(captureConfig)
+	capture, err := newCapture(cfg, logs.Main)
 	if err != nil {
 		return err
 	}
 	if err := disableMemoryDumps(); err != nil {
 		return err
 	}
-	n := &node{cfg: cfg, logs: logs, metrics: telemetry.NewMetrics(), health: health.New(), capture: capture}
-	kube, err := kubeConfig(cfg)
+	api, err := apiServerConfig(cfg)
 	if err != nil {
 		return err
 	}
-	if n.watch, err = cluster.New(n.cluster(kube)); err != nil {
-		return fmt.Errorf("preparing to watch the cluster: %w", err)
-	}
-	// Requests under way may still wait for an object while the server ends.
+	a := &agent{cfg: cfg, logs: logs, metrics: telemetry.NewMetrics(), health: health.New(), capture: capture}
+	a.onAPIFailure = a.metrics.CountAPIFailure
+	// While NMI stops, requests in flight may still wait for an object. So the watches end after ctx.
 	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopWatching()
-	if err := n.prepareTokens(ctx, watching); err != nil {
+	if err := a.connect(ctx, watching, api); err != nil {
 		return err
 	}
-	defer n.cache.Close()
-	n.metrics.AddCacheSize(n.cache.Len)
-	n.metrics.AddStaleWatches(n.watch.StaleWatches)
-	if cfg.Events {
-		if n.events, err = telemetry.NewEvents(cfg.Node, n.watch.WriteEvent); err != nil {
-			return err
-		}
-		go n.events.Run(watching)
-	}
-	if err := n.watch.CheckNode(ctx); err != nil {
+	defer a.tokens.Close()
+	if err := a.client.CheckNode(ctx, logs.Main); err != nil {
 		return err
 	}
-	return n.run(ctx, watching)
+	return a.run(ctx, watching)
 }
 
-func kubeConfig(cfg Config) (*rest.Config, error) {
+func apiServerConfig(cfg Config) (*rest.Config, error) {
 	config, err := kube.Config(cfg.Kubeconfig, "podidentity-nmi")
 	if err != nil {
 		return nil, err
 	}
-	// When a node starts, each of its pods may need one small answer of the API server before its first token.
+	// When a node starts, each of its pods may need a small request to the API server before it gets its first token.
 	config.QPS, config.Burst = 50, 100
 	return config, nil
 }
 
-// run brings everything up in the order that keeps the node closed: the ports that only NMI uses, the listener, the
-// rules, and then the caches, for which requests wait.
-//
-// Watches end with watching, which outlives ctx.
-func (n *node) run(ctx, watching context.Context) error {
-	l, err := server.Listen(ctx, n.cfg.server(), n.capture.EnsureLink)
-	defer l.Close()
+// run starts the parts in an order in which no pod can reach the real token endpoint: the ports, then the rules, then the
+// caches, for which requests wait. The watches end with watching, which ends after ctx.
+func (a *agent) run(ctx, watching context.Context) error {
+	listeners, err := server.Listen(ctx, a.cfg.server(), a.capture.EnsureLink)
+	defer listeners.Close()
 	if err != nil {
 		return err
 	}
-	pods := n.newServer()
-	failed := pods.Start(l, n.health.Handler())
+	pods := a.newServer()
+	failed := pods.Start(listeners, a.health.Handler())
 	defer pods.Close()
-	n.health.Set(health.Listener, nil)
-	if err := n.capture.Install(ctx); err != nil {
-		return fmt.Errorf("capturing metadata requests of pods: %w", err)
+	a.health.Set(health.Listener, nil)
+	if err := a.capture.Install(ctx); err != nil {
+		return fmt.Errorf("installing the rules that capture requests to IMDS: %w", err)
 	}
-	n.logs.Main.Info("metadata requests of pods are captured", zap.Stringer(telemetry.KeyBackend, n.capture.Backend()), zap.String(telemetry.KeyNode, n.cfg.Node))
-	go n.repairRules(ctx)
-	go n.watch.Run(watching)
-	go n.releaseDeletedPods(watching)
-	hostTokens := make(chan struct{}) // closed once they are not served any more
+	a.logs.Main.Info("installed the rules that capture requests to IMDS", zap.Stringer(telemetry.KeyBackend, a.capture.Backend()), zap.String(telemetry.KeyNode, a.cfg.Node))
+	go a.repairRules(ctx)
+	go a.objects.Run(watching)
+	go a.releaseDeletedPods(watching)
+	hostTokensEnded := make(chan struct{})
 	go func() {
-		defer close(hostTokens)
-		if n.cfg.HostToken {
+		defer close(hostTokensEnded)
+		if a.cfg.HostToken {
 			pods.ServeHostTokens(ctx)
 		}
 	}()
@@ -128,69 +113,14 @@ func (n *node) run(ctx, watching context.Context) error {
 		return err
 	case <-ctx.Done():
 	}
-	n.health.ShutDown()
-	n.logs.Main.Info("stopping; the rules stay, so that pods cannot reach the real token endpoint")
-	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), n.cfg.ShutdownTimeout)
+	a.health.ShutDown()
+	a.logs.Main.Info("stopping; the rules stay in place, so that no pod reaches the real token endpoint")
+	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.ShutdownTimeout)
 	defer cancel()
 	err = pods.Shutdown(ending)
-	<-hostTokens
+	<-hostTokensEnded
 	if err != nil {
-		return fmt.Errorf("requests were still under way after --shutdown-timeout: %w", err)
+		return fmt.Errorf("requests were still in flight after --shutdown-timeout: %w", err)
 	}
 	return nil
-}
-
-// cluster says what to watch, and what follows from a change.
-func (n *node) cluster(api *rest.Config) cluster.Config {
-	return cluster.Config{
-		API: api, Node: n.cfg.Node, Rules: n.cfg.rules(), Health: n.health, Log: n.logs.Main,
-		Callbacks: cluster.Callbacks{PodGone: n.podGone, IdentityChanged: n.identityChanged, Failed: n.metrics.CountAPIFailure},
-	}
-}
-
-func (n *node) newServer() *server.Server {
-	var refused func(*corev1.Pod, *metadata.Error)
-	if n.events != nil {
-		refused = n.events.Refused
-	}
-	return server.New(n.cfg.server(), n.requests, n.metrics, n.logs, refused)
-}
-
-// repairRules looks after the rules until ctx ends.
-func (n *node) repairRules(ctx context.Context) {
-	ticker := time.NewTicker(n.cfg.SyncInterval)
-	defer ticker.Stop()
-	n.health.Set(health.Rules, nil) // they have just been installed
-	for {
-		select {
-		case <-ticker.C:
-		case <-ctx.Done():
-			return
-		}
-		repaired, err := n.capture.Sync(ctx)
-		for _, what := range repaired {
-			n.metrics.Repairs.WithLabelValues(what).Inc()
-		}
-		if len(repaired) > 0 {
-			n.logs.Main.Warn("something had changed the rules of this node; they are as they should be again", zap.Strings(telemetry.KeyRepaired, repaired))
-		}
-		if err != nil && ctx.Err() == nil {
-			n.metrics.SyncErrors.Inc()
-			n.logs.Main.Error("looking after the rules", zap.Error(err))
-		}
-		if ctx.Err() == nil {
-			n.health.Set(health.Rules, err)
-		}
-	}
-}
-
-// Uninstall removes from this node all that NMI put there. It is idempotent.
-func Uninstall(ctx context.Context, cfg Config, log *zap.Logger) error {
-	captureConfig := cfg.Capture()
-	captureConfig.Logger = log
-	capture, err := iptables.New(captureConfig)
-	if err != nil {
-		return err
-	}
-	return capture.Uninstall(ctx)
 }

@@ -3,124 +3,126 @@ package nmi
 import (
 	"context"
 	"errors"
-	"time"
+	"fmt"
 
 	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/client-go/rest"
 
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/metadata"
+	"github.com/podidentity/podidentity/nmi/cluster"
 	"github.com/podidentity/podidentity/nmi/credentials"
 	"github.com/podidentity/podidentity/nmi/limit"
 	"github.com/podidentity/podidentity/nmi/request"
+	"github.com/podidentity/podidentity/nmi/server"
+	"github.com/podidentity/podidentity/nmi/telemetry"
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// prepareTokens builds what is between a decision and its token. Requests wait for assignments until ctx ends; watches of
-// Secrets end with watching.
-func (n *node) prepareTokens(ctx, watching context.Context) error {
-	roots, err := outbound.RootCAs(n.cfg.CABundle)
+// connect creates the parts and connects them. Requests wait for assignments until ctx ends. Watches of Secrets, and the
+// writing of Events, end with watching.
+func (a *agent) connect(ctx, watching context.Context, api *rest.Config) error {
+	var err error
+	if a.client, err = cluster.NewClient(api, a.cfg.Node, a.onAPIFailure); err != nil {
+		return fmt.Errorf("creating the client of the API server: %w", err)
+	}
+	a.objects, err = cluster.NewCache(a.client, cluster.Config{
+		Node: a.cfg.Node, Rules: a.cfg.rules(), Health: a.health, Log: a.logs.Main,
+		Callbacks: cluster.Callbacks{PodGone: a.releasePod, IdentityChanged: a.dropIdentity},
+	})
 	if err != nil {
+		return fmt.Errorf("creating the caches of the cluster's objects: %w", err)
+	}
+	a.metrics.AddStaleWatches(a.client.StaleWatches)
+	if err := a.createTokenCache(watching); err != nil {
 		return err
 	}
-	authority, err := identity.ParseAuthority(n.cfg.Authority)
-	if err != nil {
+	if a.requests, err = request.New(a.requestConfig(ctx)); err != nil {
 		return err
 	}
-	n.principals = &credentials.Principals{
-		Authority:    authority,
-		ByResourceID: n.cfg.ManagedIdentityBy == ByResourceID,
-		Secrets:      credentials.NewSecrets(watching, n.watch.Secret, n.watch.ReadSecret, n.secretChanged),
-		Assertions:   credentials.NewAssertions(n.watch.RequestToken, n.watch.Pod),
+	if a.cfg.Events {
+		if a.events, err = telemetry.NewEvents(a.cfg.Node, a.client.WriteEvent); err != nil {
+			return err
+		}
+		go a.events.Run(watching)
 	}
-	managed, err := token.NewManagedIdentities(n.cfg.imds(), n.cfg.UserAgent)
-	if err != nil {
-		return err
-	}
-	entra, err := token.NewEntra(token.EntraConfig{RootCAs: roots, UserAgent: n.cfg.UserAgent, Secrets: n.principals.Secrets, Assertions: n.principals.Assertions})
-	if err != nil {
-		return err
-	}
-	n.sources = &token.Sources{ManagedIdentities: managed, Entra: entra}
-	allowed := func(uid string, p token.Principal) bool {
-		pod, alive := n.watch.Pod(uid)
-		return alive && n.requests.MayRenew(pod, p)
-	}
-	if n.cache, err = token.NewCache(n.sources, token.DefaultSize, allowed, n.metrics); err != nil {
-		return err
-	}
-	n.requests, err = request.New(n.request(ctx))
-	return err
+	return nil
 }
 
-// request says what a token request needs. Requests wait for assignments until ctx ends.
-func (n *node) request(ctx context.Context) request.Config {
-	c := request.Config{
-		Rules:            n.cfg.rules(),
-		Pods:             n.watch.PodFinder(n.cfg.PodLookupTimeout),
-		PodLookupTimeout: n.cfg.PodLookupTimeout,
-		Cluster:          n.watch,
-		Ready:            n.watch.WaitSynced,
-		Principals:       n.principals,
-		Cache:            n.cache,
-		Metrics:          n.metrics,
+// createTokenCache creates the token cache with its sources and their credentials.
+func (a *agent) createTokenCache(watching context.Context) error {
+	roots, err := outbound.RootCAs(a.cfg.CABundle)
+	if err != nil {
+		return err
 	}
-	if n.cfg.standard() {
+	authority, err := identity.ParseAuthority(a.cfg.Authority)
+	if err != nil {
+		return err
+	}
+	a.principals = credentials.New(watching, credentials.Config{
+		Authority:      authority,
+		ByResourceID:   a.cfg.ManagedIdentityBy == ByResourceID,
+		Secrets:        a.client,
+		OnSecretChange: a.dropSecret,
+		Tokens:         a.client,
+		Pods:           a.objects,
+	})
+	managed, err := token.NewManagedIdentities(a.cfg.imds(), a.cfg.UserAgent)
+	if err != nil {
+		return err
+	}
+	entra, err := token.NewEntra(token.EntraConfig{RootCAs: roots, UserAgent: a.cfg.UserAgent, Secrets: a.principals.Secrets, Assertions: a.principals.Assertions})
+	if err != nil {
+		return err
+	}
+	a.sources = &token.Sources{ManagedIdentities: managed, Entra: entra}
+	mayRenew := func(uid string, principal token.Principal) bool {
+		pod, ok := a.objects.PodByUID(uid)
+		return ok && a.requests.MayRenew(pod, principal)
+	}
+	if a.tokens, err = token.NewCache(a.sources, token.DefaultSize, mayRenew, a.metrics); err != nil {
+		return err
+	}
+	a.metrics.AddCacheSize(a.tokens.Len)
+	return nil
+}
+
+// requestConfig returns the settings of package request. Requests wait for assignments until ctx ends.
+func (a *agent) requestConfig(ctx context.Context) request.Config {
+	c := request.Config{
+		Rules:            a.cfg.rules(),
+		Cluster:          a.objects,
+		Pods:             a.objects.PodFinder(a.cfg.PodLookupTimeout),
+		PodLookupTimeout: a.cfg.PodLookupTimeout,
+		Principals:       a.principals,
+		Cache:            a.tokens,
+		Metrics:          a.metrics,
+	}
+	if a.cfg.standard() {
 		c.Wait = &request.WaitConfig{
-			MaxWait:       n.cfg.AssignmentWait,
-			Notifier:      &n.watch.Notifier,
-			AssignedSince: n.watch.AssignedSince,
+			MaxWait:       a.cfg.AssignmentWait,
+			Notifier:      a.objects.Notifier(),
+			AssignedSince: a.objects.AssignedSince,
 			Stopping:      ctx.Done(),
 			Limiter:       limit.New(limit.MaxWaits, limit.MaxWaitsPerSource),
-			Observe:       n.metrics.AddAssignmentWaits(),
+			Observe:       a.metrics.AddAssignmentWaits(),
 		}
 	}
 	return c
 }
 
-// What hangs on an object goes with it.
-
-func (n *node) podGone(uid string) {
-	n.cache.Release(uid)
-	n.principals.Secrets.Release(uid)
-	n.principals.Assertions.Release(uid)
-}
-
-// releaseInterval is how often is looked for pods that went while a request of theirs was under way, which noted them again.
-const releaseInterval = 5 * time.Minute
-
-// releaseDeletedPods forgets such pods until ctx ends. One that the watch has not heard of yet is noted again by its next request.
-func (n *node) releaseDeletedPods(ctx context.Context) {
-	ticker := time.NewTicker(releaseInterval)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ticker.C:
-		case <-ctx.Done():
-			return
-		}
-		for _, uid := range append(n.principals.Secrets.Pods(), n.principals.Assertions.Pods()...) {
-			if _, alive := n.watch.Pod(uid); !alive {
-				n.podGone(uid)
-			}
-		}
+func (a *agent) newServer() *server.Server {
+	var onRefused func(*corev1.Pod, *metadata.Error)
+	if a.events != nil {
+		onRefused = a.events.Refused
 	}
+	return server.New(a.cfg.server(), a.requests, a.metrics, a.logs, onRefused)
 }
 
-func (n *node) identityChanged(old identity.Identity) {
-	n.dropTokens(func(p token.Principal) bool { return n.principals.Matches(old, p) })
-}
-
-func (n *node) secretChanged(ref token.Ref, revision string) {
-	n.dropTokens(func(p token.Principal) bool { return p.Secret == ref && p.Revision == revision })
-}
-
-func (n *node) dropTokens(which func(token.Principal) bool) {
-	n.cache.Drop(which)
-	n.sources.Drop(which)
-}
-
-// disableMemoryDumps keeps what is in this process's memory out of dumps of it, and other processes of the node from
-// reading it.
+// disableMemoryDumps prevents core dumps of this process, and access to its memory by other processes of the node: it has
+// tokens and secrets.
 func disableMemoryDumps() error {
 	err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
 	return errors.Join(err, unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0))

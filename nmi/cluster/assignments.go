@@ -11,41 +11,39 @@ import (
 
 	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/internal/kube"
 )
 
-// byPod is the index of assignments by their pod, namespace/name.
+// byPod is the index of assignments by the namespace/name of their pod.
 const byPod = "pod"
 
-// assignment is what is kept of an AzureAssignedIdentity.
+// assignment is what the cache keeps of an AzureAssignedIdentity.
 type assignment struct {
 	identity.Assignment
-	// received is when this state of it came: a little after MIC wrote it, or when the watch began.
+	// received is when this state arrived: shortly after MIC wrote it, or when the watch started.
 	received time.Time
 }
 
-// watchAssignments adds to the watch what standard mode needs: the assignments on this node, and news of all changes that
-// a request may wait for.
-func (w *Watch) watchAssignments() error {
-	mine := func(o *metav1.ListOptions) {
-		o.LabelSelector = labels.Set{v1.NodeNameLabel: v1.NodeNameLabelValue(w.node)}.String()
+// newAssignmentInformer returns the informer of the assignments on this node.
+func (c *Cache) newAssignmentInformer() cache.SharedIndexInformer {
+	onThisNode := func(o *metav1.ListOptions) {
+		o.LabelSelector = labels.Set{v1.NodeNameLabel: v1.NodeNameLabelValue(c.cfg.Node)}.String()
 	}
-	source := cache.NewFilteredListWatchFromClient(w.crds, v1.AzureAssignedIdentities, metav1.NamespaceAll, mine)
-	w.assignments = cache.NewSharedIndexInformer(w.reconnector.wrap(v1.AzureAssignedIdentities, source), &v1.AzureAssignedIdentity{}, 0, cache.Indexers{byPod: podOfAssignment})
+	source := cache.NewFilteredListWatchFromClient(c.crds, v1.AzureAssignedIdentities, metav1.NamespaceAll, onThisNode)
+	return cache.NewSharedIndexInformer(c.reconnector.wrap(v1.AzureAssignedIdentities, source), &v1.AzureAssignedIdentity{}, 0, cache.Indexers{byPod: podOfAssignment})
+}
+
+// notifyOnChanges notifies of all changes that a waiting request depends on.
+func (c *Cache) notifyOnChanges() error {
 	for _, handled := range []struct {
 		informer cache.SharedIndexInformer
 		handler  cache.ResourceEventHandler
 	}{
-		{w.pods, w.notifyOnChange(func(o any) Key {
-			pod := o.(*corev1.Pod)
-			return PodKey(pod.Namespace, pod.Name)
-		})},
-		{w.assignments, w.notifyOnChange(func(o any) Key {
-			a := o.(*Kept[assignment]).Value
-			return PodKey(a.PodNamespace, a.PodName)
-		})},
-		{w.bindings, w.notifyOnChange(func(o any) Key { return BindingsKey(o.(*Kept[identity.Binding]).Value.Selector) })},
-		{w.exceptions, w.notifyOnChange(func(o any) Key { return ExceptionsKey(o.(*Kept[identity.Exception]).Value.Namespace) })},
-		{w.identities, w.notifyOnChange(func(any) Key { return IdentitiesKey() })},
+		{c.pods, notifyOnChange(&c.notifier, func(p *corev1.Pod) Key { return PodKey(p.Namespace, p.Name) })},
+		{c.assignments, notifyOnChange(&c.notifier, func(a *trimmed[assignment]) Key { return PodKey(a.value.PodNamespace, a.value.PodName) })},
+		{c.bindings, notifyOnChange(&c.notifier, func(b *trimmed[identity.Binding]) Key { return BindingsKey(b.value.Selector) })},
+		{c.exceptions, notifyOnChange(&c.notifier, func(e *trimmed[identity.Exception]) Key { return ExceptionsKey(e.value.Namespace) })},
+		{c.identities, notifyOnChange(&c.notifier, func(*trimmed[identity.Identity]) Key { return IdentitiesKey() })},
 	} {
 		if _, err := handled.informer.AddEventHandler(handled.handler); err != nil {
 			return err
@@ -54,67 +52,56 @@ func (w *Watch) watchAssignments() error {
 	return nil
 }
 
-// notifyOnChange returns a handler that tells the news of each object that changed.
-func (w *Watch) notifyOnChange(about func(any) Key) cache.ResourceEventHandler {
-	return cache.ResourceEventHandlerFuncs{
-		AddFunc: func(o any) { w.Notifier.Notify(about(o)) },
-		UpdateFunc: func(old, now any) {
-			if equalState(old, now) {
-				return
-			}
-			before, after := about(old), about(now)
-			w.Notifier.Notify(after)
-			if before != after {
-				w.Notifier.Notify(before)
-			}
-		},
-		DeleteFunc: func(o any) {
-			if gone := LastState(o); gone != nil {
-				w.Notifier.Notify(about(gone))
-			}
-		},
-	}
+// notifyOnChange returns a handler that notifies of the key of each object that changed.
+func notifyOnChange[T any](n *Notifier, keyOf func(*T) Key) cache.ResourceEventHandler {
+	return kube.TypedHandler(func(old, current *T) {
+		if old != nil && current != nil && equalState(old, current) {
+			return
+		}
+		key := keyOf(kube.Newest(old, current))
+		n.Notify(key)
+		if old == nil {
+			return
+		}
+		if before := keyOf(old); before != key {
+			n.Notify(before)
+		}
+	})
 }
 
-// equalState reports whether two states of an object mean the same: after a watch has begun anew, all objects come again.
-func equalState(old, now any) bool {
-	if i, ok := old.(*Kept[identity.Identity]); ok {
-		return i.Value.Equal(now.(*Kept[identity.Identity]).Value)
+// equalState reports whether two states of an object are equal for NMI. When a watch starts again, all objects arrive again.
+func equalState(old, current any) bool {
+	if i, ok := old.(*trimmed[identity.Identity]); ok {
+		return i.value.Equal(current.(*trimmed[identity.Identity]).value)
 	}
-	if b, ok := old.(*Kept[identity.Binding]); ok {
-		return b.Value == now.(*Kept[identity.Binding]).Value
+	if b, ok := old.(*trimmed[identity.Binding]); ok {
+		return b.value == current.(*trimmed[identity.Binding]).value
 	}
-	return reflect.DeepEqual(old, now)
+	return reflect.DeepEqual(old, current)
 }
 
 func podOfAssignment(o any) ([]string, error) {
-	a, ok := o.(*Kept[assignment])
+	a, ok := o.(*trimmed[assignment])
 	if !ok {
 		return nil, nil
 	}
-	return []string{a.Value.PodNamespace + "/" + a.Value.PodName}, nil
+	return []string{a.value.PodNamespace + "/" + a.value.PodName}, nil
 }
 
-// assignmentsOf returns what is assigned to the pods of this name.
-func (w *Watch) assignmentsOf(pod *corev1.Pod) ([]any, error) {
-	return w.assignments.GetIndexer().ByIndex(byPod, pod.Namespace+"/"+pod.Name)
+// assignmentsOf returns the assignments of pods with this namespace and name.
+func (c *Cache) assignmentsOf(pod *corev1.Pod) ([]any, error) {
+	return c.assignments.GetIndexer().ByIndex(byPod, pod.Namespace+"/"+pod.Name)
 }
 
-// AssignedSince returns since when the identity is known to be assigned to the machine of the pod, and the zero time if it
-// is not.
-func (w *Watch) AssignedSince(pod *corev1.Pod, id *identity.Identity) time.Time {
+// AssignedSince returns when NMI first received that the identity is assigned for the pod, and the zero time if it is not.
+func (c *Cache) AssignedSince(pod *corev1.Pod, id *identity.Identity) time.Time {
 	var since time.Time
-	found, _ := w.assignmentsOf(pod) // fails for an index that does not exist, and facts would have failed before
+	found, _ := c.assignmentsOf(pod) // fails only if the index does not exist, and then Facts has failed before
 	for _, o := range found {
-		a := &o.(*Kept[assignment]).Value
+		a := &o.(*trimmed[assignment]).value
 		if a.Usable() && a.Covers(IdentityPod(pod), id) && (since.IsZero() || a.received.Before(since)) {
 			since = a.received
 		}
 	}
 	return since
-}
-
-// IdentityPod is the pod as the decision knows it.
-func IdentityPod(pod *corev1.Pod) identity.Pod {
-	return identity.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), Labels: pod.Labels}
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/podidentity/podidentity/nmi/nmitest"
 )
 
-func TestWhatIsKeptOfAnAssignmentIsWhatIsRead(t *testing.T) {
+func TestATrimmedAssignmentHasOnlyTheFieldsThatNMIReads(t *testing.T) {
 	i := &v1.AzureIdentity{ObjectMeta: metav1.ObjectMeta{Namespace: "b", Name: "x"}, Spec: v1.AzureIdentitySpec{ClientID: nmitest.ClientX, ResourceID: nmitest.ResourceID("x")}}
 	o := &v1.AzureAssignedIdentity{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "p-x-1", Annotations: map[string]string{"a": "b"}, Labels: map[string]string{v1.NodeNameLabel: "node1"},
@@ -22,36 +22,36 @@ func TestWhatIsKeptOfAnAssignmentIsWhatIsRead(t *testing.T) {
 		Spec:   v1.AzureAssignedIdentitySpec{Pod: "p", PodNamespace: "a", NodeName: "node1", AzureIdentityRef: i.Copy()},
 		Status: v1.AzureAssignedIdentityStatus{Status: v1.AssignmentAssigned},
 	}
-	trimmed, err := trim(o)
+	result, err := trim(o)
 	if err != nil {
 		t.Fatal(err)
 	}
-	again, _ := trim(trimmed)
-	got := trimmed.(*Kept[assignment]).Value
-	if again != trimmed || got.Assignment != identity.FromAzureAssignedIdentity(o) || time.Since(got.received) > time.Minute {
-		t.Errorf("kept: %+v", got)
+	again, _ := trim(result)
+	got := result.(*trimmed[assignment]).value
+	if again != result || got.Assignment != identity.FromAzureAssignedIdentity(o) || time.Since(got.received) > time.Minute {
+		t.Errorf("got %+v", got)
 	}
-	if keys, err := podOfAssignment(trimmed); err != nil || !slices.Equal(keys, []string{"a/p"}) {
-		t.Errorf("found by %q, %v", keys, err)
+	if keys, err := podOfAssignment(result); err != nil || !slices.Equal(keys, []string{"a/p"}) {
+		t.Errorf("index keys %q, %v", keys, err)
 	}
 }
 
-func TestATombstoneIsNewsToo(t *testing.T) {
-	var w Watch
-	told, stop := w.Notifier.Subscribe(PodKey("ns", "p"))
+func TestSubscribersAreNotifiedOfATombstone(t *testing.T) {
+	var n Notifier
+	changed, stop := n.Subscribe(PodKey("ns", "p"))
 	defer stop()
-	handler := w.notifyOnChange(func(o any) Key { return PodKey("ns", o.(*corev1.Pod).Name) })
-	handler.OnDelete(cache.DeletedFinalStateUnknown{Key: "ns/p"}) // of which nothing is known
+	handler := notifyOnChange(&n, func(p *corev1.Pod) Key { return PodKey("ns", p.Name) })
+	handler.OnDelete(cache.DeletedFinalStateUnknown{Key: "ns/p"}) // without a last known state
 	handler.OnDelete(cache.DeletedFinalStateUnknown{Key: "ns/p", Obj: nmitest.Pod("p", "1")})
 	select {
-	case <-told:
+	case <-changed:
 	default:
-		t.Error("nobody was told")
+		t.Error("no notification of a deletion")
 	}
 	handler.OnUpdate(nmitest.Pod("p", "1"), nmitest.Pod("p", "1"))
 	select {
-	case <-told:
-		t.Error("what has not changed was told")
+	case <-changed:
+		t.Error("a notification of an unchanged pod")
 	default:
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net/netip"
 	"slices"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/singleflight"
@@ -14,23 +13,24 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
+// Errors of a PodFinder.
 var (
 	ErrPodUnknown   = errors.New("no pod of this node has this address")
 	ErrPodAmbiguous = errors.New("several pods of this node have this address")
 )
 
-// liveListRate is how often the API server is asked for the pods of this node by itself, whatever the number of strangers
-// that knock: one answer serves all who wait.
+// liveListRate is how many times a second NMI lists the pods of its node from the API server, however many requests come
+// from unknown addresses: all waiting requests share one list.
 const liveListRate = 1
 
-// liveListTimeout bounds one such question.
+// liveListTimeout bounds one such list.
 const liveListTimeout = 4 * time.Second
 
-// podFinder finds the pod behind an address.
+// PodFinder finds the pod that has an address.
 //
-// It protects against a token for whoever happens to have an address: only one live pod with the address of its own
-// counts. A pod that asks before the watch has told of its address waits; one whose address another pod still holds in
-// the cache waits until that is gone.
+// It protects against a token for the wrong pod: the address must belong to exactly one live pod that is not in the host
+// network. A request that arrives before the watch reports the address waits. So does one whose address another pod still
+// has in the cache, until that pod is removed.
 type PodFinder struct {
 	pods     cache.Indexer // with the PodIndexers
 	changed  *Broadcast
@@ -41,18 +41,19 @@ type PodFinder struct {
 	limiter *rate.Limiter
 }
 
-// NewPodFinder finds pods in an indexer that has the PodIndexers. changed is sent to after each change of a pod, and live
-// asks the API server for all pods of the node.
+// NewPodFinder returns a finder of the pods in an indexer with the PodIndexers. changed must be sent to after each change of
+// the indexer. listPods lists the pods of the node from the API server.
 func NewPodFinder(pods cache.Indexer, changed *Broadcast, listPods func(context.Context) ([]*corev1.Pod, error), timeout time.Duration) *PodFinder {
 	return &PodFinder{pods: pods, changed: changed, listPods: listPods, timeout: timeout, limiter: rate.NewLimiter(liveListRate, 1)}
 }
 
-// PodFinder finds the pods of this node.
-func (w *Watch) PodFinder(timeout time.Duration) *PodFinder {
-	return NewPodFinder(w.pods.GetIndexer(), &w.changed, w.livePods, timeout)
+// PodFinder returns a finder of the pods of this node.
+func (c *Cache) PodFinder(timeout time.Duration) *PodFinder {
+	return NewPodFinder(c.pods.GetIndexer(), &c.podChanged, c.listPods, timeout)
 }
 
-// FindByAddress returns the pod, or ErrPodUnknown or ErrPodAmbiguous once the timeout is over, or the error of ctx.
+// FindByAddress returns the pod that has the address. It returns ErrPodUnknown or ErrPodAmbiguous after the timeout, or the
+// error of ctx.
 func (f *PodFinder) FindByAddress(ctx context.Context, ip netip.Addr) (*corev1.Pod, error) {
 	address := ip.Unmap().String()
 	pod, err := f.cached(address)
@@ -61,25 +62,25 @@ func (f *PodFinder) FindByAddress(ctx context.Context, ip netip.Addr) (*corev1.P
 	}
 	deadline := time.NewTimer(f.timeout)
 	defer deadline.Stop()
-	// The watch is nearly always a moment behind at most, so it gets half of the time before the API server is asked.
+	// The watch is nearly always at most a moment behind, so it gets half of the time before NMI lists the pods.
 	listLive := time.NewTimer(f.timeout / 2)
 	defer listLive.Stop()
-	var answers <-chan singleflight.Result
+	var lists <-chan singleflight.Result
 	for {
-		changed := f.changed.Next() // before the look, so that no change falls between the two
+		changed := f.changed.Next() // before the lookup, so that no change between the two is missed
 		if pod, err = f.cached(address); err == nil {
 			return pod, nil
 		}
 		select {
 		case <-changed:
 		case <-listLive.C:
-			answers = f.listLive()
-		case answer := <-answers:
-			answers = nil
-			if answer.Err != nil {
+			lists = f.listLive()
+		case list := <-lists:
+			lists = nil
+			if list.Err != nil {
 				continue
 			}
-			if pod, err := exactlyOne(withAddress(answer.Val.([]*corev1.Pod), address)); err == nil {
+			if pod, err := exactlyOne(withAddress(list.Val.([]*corev1.Pod), address)); err == nil {
 				return pod, nil
 			}
 		case <-deadline.C:
@@ -90,8 +91,8 @@ func (f *PodFinder) FindByAddress(ctx context.Context, ip netip.Addr) (*corev1.P
 	}
 }
 
-// FindByName returns the pod of this node with a name (namespace/name), or ErrPodUnknown once the timeout is over, or the
-// error of ctx. It may have no address yet.
+// FindByName returns the pod of this node with a namespace/name; the pod may not have an address yet. It returns
+// ErrPodUnknown after the timeout, or the error of ctx.
 func (f *PodFinder) FindByName(ctx context.Context, name string) (*corev1.Pod, error) {
 	deadline := time.NewTimer(f.timeout)
 	defer deadline.Stop()
@@ -101,7 +102,7 @@ func (f *PodFinder) FindByName(ctx context.Context, name string) (*corev1.Pod, e
 		if err != nil {
 			return nil, err
 		}
-		if pod, is := o.(*corev1.Pod); ok && is && !finished(pod) {
+		if pod, isPod := o.(*corev1.Pod); ok && isPod && !finished(pod) {
 			return pod, nil
 		}
 		select {
@@ -128,7 +129,7 @@ func (f *PodFinder) cached(address string) (*corev1.Pod, error) {
 	return nil, ErrPodAmbiguous
 }
 
-// listLive asks the API server, together with all who ask at the same time; it belongs to none of them.
+// listLive lists the pods from the API server. All concurrent callers share one list; no caller can cancel it for the others.
 func (f *PodFinder) listLive() <-chan singleflight.Result {
 	return f.flight.DoChan("", func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.Background(), liveListTimeout)
@@ -138,7 +139,7 @@ func (f *PodFinder) listLive() <-chan singleflight.Result {
 		}
 		pods, err := f.listPods(ctx)
 		for _, pod := range pods {
-			_, _ = trim(pod) // as those from the cache are; it has no error for a pod
+			_, _ = trim(pod) // like the pods of the cache; it never fails for a pod
 		}
 		return pods, err
 	})
@@ -146,7 +147,7 @@ func (f *PodFinder) listLive() <-chan singleflight.Result {
 
 func withAddress(pods []*corev1.Pod, address string) []*corev1.Pod {
 	return slices.DeleteFunc(slices.Clone(pods), func(p *corev1.Pod) bool {
-		ips, _ := podIPs(p) // has no error
+		ips, _ := podIPs(p) // never fails
 		return !slices.Contains(ips, address)
 	})
 }
@@ -159,30 +160,4 @@ func exactlyOne(pods []*corev1.Pod) (*corev1.Pod, error) {
 		return pods[0], nil
 	}
 	return nil, ErrPodAmbiguous
-}
-
-// Broadcast wakes all who wait for the next change. Its zero value is ready for use.
-type Broadcast struct {
-	mu sync.Mutex
-	ch chan struct{}
-}
-
-// Next returns a channel that is closed at the next send.
-func (b *Broadcast) Next() <-chan struct{} {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.ch == nil {
-		b.ch = make(chan struct{})
-	}
-	return b.ch
-}
-
-// Send wakes them.
-func (b *Broadcast) Send() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.ch != nil {
-		close(b.ch)
-		b.ch = nil
-	}
 }

@@ -17,21 +17,21 @@ import (
 	"github.com/podidentity/podidentity/nmi/nmitest"
 )
 
-// node1 is a PodFinder over an index that the test fills.
-type node1 struct {
+// testFinder is a PodFinder for an index that the test fills.
+type testFinder struct {
 	*PodFinder
 	indexer cache.Indexer
 	changes Broadcast
-	asked   atomic.Int32
-	answer  func() ([]*corev1.Pod, error)
+	lists   atomic.Int32
+	listed  func() ([]*corev1.Pod, error)
 }
 
-func newNode1(pods ...*corev1.Pod) *node1 {
-	n := &node1{indexer: cache.NewIndexer(cache.MetaNamespaceKeyFunc, PodIndexers())}
-	n.answer = func() ([]*corev1.Pod, error) { return nil, nil }
+func newTestFinder(pods ...*corev1.Pod) *testFinder {
+	n := &testFinder{indexer: cache.NewIndexer(cache.MetaNamespaceKeyFunc, PodIndexers())}
+	n.listed = func() ([]*corev1.Pod, error) { return nil, nil }
 	n.PodFinder = NewPodFinder(n.indexer, &n.changes, func(context.Context) ([]*corev1.Pod, error) {
-		n.asked.Add(1)
-		return n.answer()
+		n.lists.Add(1)
+		return n.listed()
 	}, 5*time.Second)
 	for _, p := range pods {
 		n.add(p)
@@ -39,10 +39,10 @@ func newNode1(pods ...*corev1.Pod) *node1 {
 	return n
 }
 
-func (n *node1) add(p *corev1.Pod)    { _ = n.indexer.Add(p); n.changes.Send() }
-func (n *node1) remove(p *corev1.Pod) { _ = n.indexer.Delete(p); n.changes.Send() }
+func (n *testFinder) add(p *corev1.Pod)    { _ = n.indexer.Add(p); n.changes.Send() }
+func (n *testFinder) remove(p *corev1.Pod) { _ = n.indexer.Delete(p); n.changes.Send() }
 
-func (n *node1) name(ctx context.Context, ip string) (string, error) {
+func (n *testFinder) findName(ctx context.Context, ip string) (string, error) {
 	p, err := n.FindByAddress(ctx, netip.MustParseAddr(ip))
 	if err != nil {
 		return "", err
@@ -50,115 +50,115 @@ func (n *node1) name(ctx context.Context, ip string) (string, error) {
 	return p.Name, nil
 }
 
-func TestAPodIsKnownByEachOfItsOwnAddressesWhileItLives(t *testing.T) {
+func TestAPodIsFoundByEachOfItsAddressesUntilItFinishes(t *testing.T) {
 	hostNetwork := nmitest.With(nmitest.Pod("host", "2", "10.0.0.2"), func(p *corev1.Pod) { p.Spec.HostNetwork = true })
 	done := nmitest.With(nmitest.Pod("done", "3", "10.0.0.3"), func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded })
 	failed := nmitest.With(nmitest.Pod("failed", "4", "10.0.0.4"), func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })
 	pending := nmitest.With(nmitest.Pod("pending", "5", "10.0.0.5"), func(p *corev1.Pod) { p.Status.Phase = corev1.PodPending })
 	terminating := nmitest.With(nmitest.Pod("terminating", "6", "10.0.0.6"), func(p *corev1.Pod) { p.DeletionTimestamp = &metav1.Time{} })
 	old := nmitest.With(nmitest.Pod("old", "7"), func(p *corev1.Pod) { p.Status.PodIP = "10.0.0.7" })
-	successor := nmitest.Pod("successor", "8", "10.0.0.3") // of a finished pod's address
+	successor := nmitest.Pod("successor", "8", "10.0.0.3") // has the address of a finished pod
 	synctest.Test(t, func(t *testing.T) {
-		n := newNode1(nmitest.Pod("two", "1", "10.0.0.1", "fd00::1"), hostNetwork, done, failed, pending, terminating, old, successor)
+		n := newTestFinder(nmitest.Pod("two", "1", "10.0.0.1", "fd00::1"), hostNetwork, done, failed, pending, terminating, old, successor)
 		for ip, want := range map[string]string{
 			"10.0.0.1": "two", "fd00::1": "two", "::ffff:10.0.0.1": "two", "10.0.0.5": "pending", "10.0.0.6": "terminating", "10.0.0.7": "old", "10.0.0.3": "successor",
 		} {
-			if got, err := n.name(t.Context(), ip); got != want {
+			if got, err := n.findName(t.Context(), ip); got != want {
 				t.Errorf("%s: %q, %v; want %q", ip, got, err, want)
 			}
 		}
 		for _, ip := range []string{"10.0.0.2", "10.0.0.4", "10.0.0.9"} {
-			if got, err := n.name(t.Context(), ip); !errors.Is(err, ErrPodUnknown) {
-				t.Errorf("%s: %q, %v; want nobody", ip, got, err)
+			if got, err := n.findName(t.Context(), ip); !errors.Is(err, ErrPodUnknown) {
+				t.Errorf("%s: %q, %v; want no pod", ip, got, err)
 			}
 		}
 	})
 }
 
-func TestAPodThatAsksBeforeTheWatchKnowsItWaitsNoLongerThanNeeded(t *testing.T) {
+func TestARequestBeforeTheWatchReportsThePodWaitsNoLongerThanNeeded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n, start := newNode1(), time.Now()
+		n, start := newTestFinder(), time.Now()
 		time.AfterFunc(time.Second, func() { n.add(nmitest.Pod("other", "1", "10.0.0.2")) })
 		time.AfterFunc(1200*time.Millisecond, func() { n.add(nmitest.Pod("new", "2", "10.0.0.1")) })
-		if got, err := n.name(t.Context(), "10.0.0.1"); got != "new" || time.Since(start) != 1200*time.Millisecond {
+		if got, err := n.findName(t.Context(), "10.0.0.1"); got != "new" || time.Since(start) != 1200*time.Millisecond {
 			t.Errorf("%q, %v after %s", got, err, time.Since(start))
 		}
-		if n.asked.Load() != 0 {
-			t.Error("the API server was asked although the watch was in time")
+		if n.lists.Load() != 0 {
+			t.Error("the pods were listed although the watch reported the pod in time")
 		}
 	})
 }
 
-func TestAnAddressThatTwoPodsHaveIsNobodysUntilOneIsGone(t *testing.T) {
+func TestAnAddressOfTwoPodsIsAmbiguousUntilOneIsRemoved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		old := nmitest.Pod("old", "1", "10.0.0.1")
-		n := newNode1(old, nmitest.Pod("new", "2", "10.0.0.1"))
-		n.answer = func() ([]*corev1.Pod, error) { return nil, errors.New("away") }
-		if got, err := n.name(t.Context(), "10.0.0.1"); !errors.Is(err, ErrPodAmbiguous) {
+		n := newTestFinder(old, nmitest.Pod("new", "2", "10.0.0.1"))
+		n.listed = func() ([]*corev1.Pod, error) { return nil, errors.New("unavailable") }
+		if got, err := n.findName(t.Context(), "10.0.0.1"); !errors.Is(err, ErrPodAmbiguous) {
 			t.Errorf("%q, %v", got, err)
 		}
 		time.AfterFunc(time.Second, func() { n.remove(old) })
-		if got, err := n.name(t.Context(), "10.0.0.1"); got != "new" {
+		if got, err := n.findName(t.Context(), "10.0.0.1"); got != "new" {
 			t.Errorf("%q, %v", got, err)
 		}
 	})
 }
 
-func TestTheAPIServerIsAskedOnceForAllWhoWait(t *testing.T) {
+func TestAllWaitingRequestsShareOneList(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := newNode1()
-		n.answer = func() ([]*corev1.Pod, error) {
+		n := newTestFinder()
+		n.listed = func() ([]*corev1.Pod, error) {
 			time.Sleep(100 * time.Millisecond)
 			return []*corev1.Pod{nmitest.Pod("a", "1", "10.0.0.1"), nmitest.Pod("b", "2", "10.0.0.2"), nmitest.Pod("b2", "3", "10.0.0.2")}, nil
 		}
 		var wg sync.WaitGroup
 		for range 50 {
 			wg.Go(func() {
-				if got, err := n.name(t.Context(), "10.0.0.1"); got != "a" {
+				if got, err := n.findName(t.Context(), "10.0.0.1"); got != "a" {
 					t.Errorf("%q, %v", got, err)
 				}
 			})
 		}
 		wg.Wait()
-		if n.asked.Load() != 1 {
-			t.Errorf("it was asked %d times", n.asked.Load())
+		if n.lists.Load() != 1 {
+			t.Errorf("the pods were listed %d times", n.lists.Load())
 		}
-		if got, err := n.name(t.Context(), "10.0.0.2"); err == nil {
-			t.Errorf("an address of two pods is %q", got)
+		if got, err := n.findName(t.Context(), "10.0.0.2"); err == nil {
+			t.Errorf("an address of two pods is that of %q", got)
 		}
 	})
 }
 
-func TestStrangersDoNotMakeTheAPIServerBusy(t *testing.T) {
+func TestRequestsFromUnknownAddressesDoNotLoadTheAPIServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := newNode1()
+		n := newTestFinder()
 		var wg sync.WaitGroup
 		for i := range 1000 {
 			wg.Go(func() {
 				time.Sleep(time.Duration(i) * 10 * time.Millisecond)
-				_, _ = n.name(t.Context(), "10.9.9.9")
+				_, _ = n.findName(t.Context(), "10.9.9.9")
 			})
 		}
 		start := time.Now()
 		wg.Wait()
-		if most := int32(time.Since(start)/time.Second) + 2; n.asked.Load() > most {
-			t.Errorf("1000 requests of strangers asked it %d times in %s", n.asked.Load(), time.Since(start))
+		if maxLists := int32(time.Since(start)/time.Second) + 2; n.lists.Load() > maxLists {
+			t.Errorf("1000 requests from an unknown address listed the pods %d times in %s", n.lists.Load(), time.Since(start))
 		}
 	})
 }
 
-func TestACallerThatLeavesStopsWaiting(t *testing.T) {
+func TestACanceledLookupStopsWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := newNode1()
+		n := newTestFinder()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if _, err := n.name(ctx, "10.0.0.1"); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := n.findName(ctx, "10.0.0.1"); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("got %v", err)
 		}
 	})
 }
 
-func TestWhatIsKeptOfAPodIsWhatIsRead(t *testing.T) {
+func TestATrimmedPodHasOnlyTheFieldsThatNMIReads(t *testing.T) {
 	p := nmitest.Pod("p", "1", "10.0.0.1")
 	p.Labels = map[string]string{"aadpodidbinding": "app"}
 	p.Annotations = map[string]string{"a": "b"}
@@ -173,6 +173,6 @@ func TestWhatIsKeptOfAPodIsWhatIsRead(t *testing.T) {
 	want.Labels, want.ResourceVersion = p.Labels, "7"
 	want.Spec = corev1.PodSpec{NodeName: "n", HostNetwork: true, ServiceAccountName: "sa"}
 	if p.String() != want.String() {
-		t.Errorf("kept %v, want %v", p, want)
+		t.Errorf("got %v, want %v", p, want)
 	}
 }

@@ -10,23 +10,21 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	apiwatch "k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/podidentity/nmi/nmitest"
 )
 
-func TestAfterAnOutageAllWatchesGoOnWithinSecondsAndOneQuestionServesThem(t *testing.T) {
+func TestAfterAnOutageOneProbeReconnectsAllWatchesWithinSeconds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		backAt := time.Now().Add(10 * time.Minute)
 		probes := 0
 		var failures atomic.Int32
 		refused := errors.New("connection refused")
-		c := newReconnector(func(context.Context) error {
+		r := newReconnector(func(context.Context) error {
 			probes++
 			if time.Now().Before(backAt) {
 				return refused
@@ -46,7 +44,7 @@ func TestAfterAnOutageAllWatchesGoOnWithinSecondsAndOneQuestionServesThem(t *tes
 		done := make(chan time.Duration, watches)
 		for range watches {
 			go func() {
-				w, err := c.wrap("pods", lw).WatchWithContext(t.Context(), metav1.ListOptions{})
+				w, err := r.wrap("pods", lw).WatchWithContext(t.Context(), metav1.ListOptions{})
 				if err != nil {
 					t.Error(err)
 				}
@@ -56,36 +54,36 @@ func TestAfterAnOutageAllWatchesGoOnWithinSecondsAndOneQuestionServesThem(t *tes
 			}()
 		}
 		synctest.Wait()
-		if c.staleWatch() != "pods" {
-			t.Error("nothing is known to be stale")
+		if r.staleWatch() != "pods" {
+			t.Error("no watch is reported as stale")
 		}
 		for range watches {
 			if late := <-done; late > maxProbeBackoff {
-				t.Errorf("a watch went on %s after the server was back", late)
+				t.Errorf("a watch continued %s after the server was available again", late)
 			}
 		}
-		if c.staleWatch() == "" {
-			t.Error("what was missed cannot have come yet")
+		if r.staleWatch() == "" {
+			t.Error("the missed events cannot have arrived yet")
 		}
 		time.Sleep(catchUpTime + time.Millisecond)
 		synctest.Wait()
-		if c.staleWatch() != "" {
-			t.Errorf("%s is still called stale", c.staleWatch())
+		if r.staleWatch() != "" {
+			t.Errorf("%s is still reported as stale", r.staleWatch())
 		}
 		if least := int(10 * time.Minute / maxProbeBackoff); probes < least || probes > 3*least || failures.Load() != watches {
 			t.Errorf("%d probes, %d failures", probes, failures.Load())
 		}
-		time.Sleep(2 * time.Minute) // until the watches have ended
+		time.Sleep(2 * time.Minute) // until the watches have stopped
 	})
 }
 
-func TestAWatchThatIsTooOldToGoOnStaysStaleUntilAllObjectsHaveComeAnew(t *testing.T) {
+func TestAnExpiredWatchIsStaleUntilAllObjectsHaveArrivedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newReconnector(nil, nil)
-		c.setDisconnected("pods", true)
+		r := newReconnector(nil, nil)
+		r.setDisconnected("pods", true)
 		open := func(o metav1.ListOptions) (*apiwatch.FakeWatcher, apiwatch.Interface) {
 			fake := apiwatch.NewFake()
-			w, err := c.wrap("pods", &cache.ListWatch{
+			w, err := r.wrap("pods", &cache.ListWatch{
 				ListWithContextFunc:  func(context.Context, metav1.ListOptions) (runtime.Object, error) { return nil, nil },
 				WatchFuncWithContext: func(context.Context, metav1.ListOptions) (apiwatch.Interface, error) { return fake, nil },
 			}).WatchWithContext(t.Context(), o)
@@ -102,61 +100,39 @@ func TestAWatchThatIsTooOldToGoOnStaysStaleUntilAllObjectsHaveComeAnew(t *testin
 		fake.Error(&metav1.Status{Code: http.StatusGone})
 		w.Stop()
 		time.Sleep(10 * catchUpTime)
-		if c.staleWatch() == "" {
-			t.Fatal("the watch has brought nothing and is not called stale")
+		if r.staleWatch() == "" {
+			t.Fatal("the watch has received nothing and is not reported as stale")
 		}
 		all := true
 		fake, w = open(metav1.ListOptions{SendInitialEvents: &all})
 		fake.Add(nmitest.Pod("app", "1", "10.0.0.1"))
 		time.Sleep(10 * catchUpTime)
-		if c.staleWatch() == "" {
-			t.Fatal("there may be more objects to come")
+		if r.staleWatch() == "" {
+			t.Fatal("more objects may follow, and the watch is not reported as stale")
 		}
 		fake.Action(apiwatch.Bookmark, &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{metav1.InitialEventsAnnotationKey: "true"}}})
 		time.Sleep(catchUpTime + time.Millisecond)
 		synctest.Wait()
-		if c.staleWatch() != "" {
-			t.Error("all objects have come, and it is still called stale")
+		if r.staleWatch() != "" {
+			t.Error("all objects have arrived, and the watch is still reported as stale")
 		}
 		w.Stop()
 	})
 }
 
-// Nothing is left of a watch that ends with an event that nobody took; the test would not end otherwise.
-func TestAWatchThatEndsInTheMiddleOfAnEventEndsWhole(t *testing.T) {
+// synctest fails the test if a goroutine of the stopped watch remains.
+func TestAStoppedWatchLeavesNoGoroutineThatHoldsAnEvent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, fake := newReconnector(nil, nil), apiwatch.NewFakeWithOptions(apiwatch.FakeOptions{ChannelSize: 1})
-		c.setDisconnected("pods", true)
-		w := c.connectedOnceCaughtUp("pods", metav1.ListOptions{}, fake)
+		r, fake := newReconnector(nil, nil), apiwatch.NewFakeWithOptions(apiwatch.FakeOptions{ChannelSize: 1})
+		r.setDisconnected("pods", true)
+		w := r.connectAfterCatchUp("pods", metav1.ListOptions{}, fake)
 		fake.Add(nmitest.Pod("app", "1", "10.0.0.1"))
-		synctest.Wait() // it holds the event
+		synctest.Wait() // the watch holds the event
 		w.Stop()
 		w.Stop()
 		synctest.Wait()
 		if _, more := <-w.ResultChan(); more {
-			t.Error("it brought something after its end")
+			t.Error("the watch sent an event after Stop")
 		}
 	})
-}
-
-func TestOnlyAServerThatCannotAnswerIsWaitedFor(t *testing.T) {
-	resource := schema.GroupResource{Resource: "pods"}
-	for _, c := range []struct {
-		err  error
-		away bool
-	}{
-		{errors.New("dial tcp: connection refused"), true},
-		{context.DeadlineExceeded, true},
-		{apierrors.NewServiceUnavailable("starting"), true},
-		{apierrors.NewTooManyRequests("slow down", 1), true},
-		{apierrors.NewInternalError(errors.New("etcd")), true},
-		{apierrors.NewGenericServerResponse(http.StatusGatewayTimeout, "get", resource, "", "", 0, true), true},
-		{apierrors.NewForbidden(resource, "x", nil), false},
-		{apierrors.NewResourceExpired("too old"), false},
-		{apierrors.NewNotFound(resource, "x"), false},
-	} {
-		if got := ServerUnavailable(c.err); got != c.away {
-			t.Errorf("%v: %t", c.err, got)
-		}
-	}
 }

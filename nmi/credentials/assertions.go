@@ -15,40 +15,50 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/podidentity/podidentity/identity"
-	"github.com/podidentity/podidentity/nmi/cluster"
+	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// Entra ID takes Kubernetes tokens of this audience in exchange for its own.
+// exchangeAudience is the audience of the Kubernetes tokens that Entra ID exchanges for its own.
 const exchangeAudience = "api://AzureADTokenExchange"
 
 const (
-	// assertionLifetime is the shortest that the API server gives.
+	// assertionLifetime is the shortest lifetime that the API server allows.
 	assertionLifetime = 10 * time.Minute
-	// minAssertionLifetime is how much of it has to be left for an exchange.
-	minAssertionLifetime = time.Minute
+	// minRemainingLifetime is how much of it an assertion must still have to be exchanged.
+	minRemainingLifetime = time.Minute
 
 	assertionTimeout = 5 * time.Second
 
-	// refusalTTL is how long a no of the API server is kept, so that pods that come again at once do not all reach it.
+	// refusalTTL is how long a refusal of the API server is cached, so that pods that retry at once do not all reach it.
 	refusalTTL = 3 * time.Second
 )
 
-// Assertions gets tokens of the ServiceAccounts of this node's pods from the API server, to be exchanged at Entra ID.
+// TokenRequester requests tokens of ServiceAccounts from the API server.
+type TokenRequester interface {
+	RequestToken(ctx context.Context, namespace, serviceAccount string, r *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error)
+}
+
+// PodGetter returns the live pod of this node that has a UID.
+type PodGetter interface {
+	PodByUID(uid string) (*corev1.Pod, bool)
+}
+
+// Assertions requests tokens of the ServiceAccounts of this node's pods, which Entra ID exchanges for its own.
 //
-// Each is bound to the pod that it is for, by name and UID: the API server gives none for a pod that is gone, or that
-// runs with another ServiceAccount. So each of them is a second opinion on who calls, and every pod needs one of its own
-// before it is handed a token, also where others have brought that into the cache already.
+// Each assertion is bound to its pod by name and UID. The API server issues none for a pod that is gone or that runs with
+// another ServiceAccount. So an assertion also verifies the caller independently of NMI's cache. Every pod needs one of its
+// own before it gets a token, even if the token is already in the cache because of another pod.
 type Assertions struct {
-	request func(ctx context.Context, namespace, serviceAccount string, r *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error)
-	pod     func(uid string) (*corev1.Pod, bool)
+	requester TokenRequester
+	pods      PodGetter
 
 	mu       sync.Mutex
 	byPod    map[string]*assertion // by UID of the pod
-	verified map[string]struct{}   // UIDs of pods that there was one for, and no word against since
+	verified map[string]struct{}   // UIDs of the pods for which the API server has issued an assertion and refused none since
 }
 
-// assertion is one pod's. Its fields but done are to be read once done is closed.
+// assertion is that of one pod. Read its fields except done only after done is closed.
 type assertion struct {
 	account token.Ref
 	done    chan struct{}
@@ -57,12 +67,13 @@ type assertion struct {
 	err     error
 }
 
-func NewAssertions(request func(context.Context, string, string, *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error), pod func(string) (*corev1.Pod, bool)) *Assertions {
-	return &Assertions{request: request, pod: pod, byPod: map[string]*assertion{}, verified: map[string]struct{}{}}
+// NewAssertions returns Assertions for the pods of pods.
+func NewAssertions(requester TokenRequester, pods PodGetter) *Assertions {
+	return &Assertions{requester: requester, pods: pods, byPod: map[string]*assertion{}, verified: map[string]struct{}{}}
 }
 
-// verify returns nil once the API server has verified for the pod. Once is enough: the cache of pods tells when it has gone,
-// and a server that is away later has said nothing against it.
+// verify returns nil if the API server has issued an assertion for the pod. Once is enough: the cache of pods shows when the
+// pod is gone, and an API server that is unavailable later has not refused anything.
 func (a *Assertions) verify(ctx context.Context, pod *corev1.Pod) error {
 	a.mu.Lock()
 	_, verified := a.verified[string(pod.UID)]
@@ -77,15 +88,15 @@ func (a *Assertions) verify(ctx context.Context, pod *corev1.Pod) error {
 // Assertion implements [token.Assertions].
 func (a *Assertions) Assertion(ctx context.Context, uid string, serviceAccount token.Ref) (string, error) {
 	a.mu.Lock()
-	held := a.byPod[uid]
+	current := a.byPod[uid]
 	a.mu.Unlock()
-	if held != nil && held.account == serviceAccount && !held.expired() {
-		// Also of a pod that the API server has told of and the watch has not yet.
-		return held.wait(ctx)
+	if current != nil && current.account == serviceAccount && !current.expired() {
+		// This includes a pod from a list of the API server that the watch has not reported yet.
+		return current.wait(ctx)
 	}
-	pod, ok := a.pod(uid)
+	pod, ok := a.pods.PodByUID(uid)
 	if !ok {
-		return "", podStaleError(fmt.Sprintf("The pod with UID %s is not on this node any more", uid), nil)
+		return "", podStaleError(fmt.Sprintf("The pod with UID %s is no longer on this node", uid), nil)
 	}
 	if ServiceAccountOf(pod) != serviceAccount {
 		return "", podStaleError(fmt.Sprintf("Pod %s/%s does not run as ServiceAccount %s", pod.Namespace, pod.Name, serviceAccount), nil)
@@ -93,46 +104,47 @@ func (a *Assertions) Assertion(ctx context.Context, uid string, serviceAccount t
 	return a.get(ctx, pod)
 }
 
-// get returns the pod's assertion, asking for one together with all who want it at the same time.
+// get returns the assertion of the pod. Concurrent callers share one request.
 func (a *Assertions) get(ctx context.Context, pod *corev1.Pod) (string, error) {
 	uid := string(pod.UID)
 	a.mu.Lock()
-	held := a.byPod[uid]
-	if held == nil || held.expired() {
-		held = &assertion{account: ServiceAccountOf(pod), done: make(chan struct{})}
-		a.byPod[uid] = held
-		go a.requestAssertion(held, pod)
+	current := a.byPod[uid]
+	if current == nil || current.expired() {
+		current = &assertion{account: ServiceAccountOf(pod), done: make(chan struct{})}
+		a.byPod[uid] = current
+		go a.request(current, pod)
 	}
 	a.mu.Unlock()
-	return held.wait(ctx)
+	return current.wait(ctx)
 }
 
-func (h *assertion) wait(ctx context.Context) (string, error) {
+func (s *assertion) wait(ctx context.Context) (string, error) {
 	select {
-	case <-h.done:
-		return h.token, h.err
+	case <-s.done:
+		return s.token, s.err
 	case <-ctx.Done():
 		return "", ctx.Err()
 	}
 }
 
-// expired reports whether there is nothing to be had from it any more.
-func (h *assertion) expired() bool {
+// expired reports whether a new assertion must be requested.
+func (s *assertion) expired() bool {
 	select {
-	case <-h.done:
-		return time.Until(h.expires) < minAssertionLifetime && h.err == nil || time.Now().After(h.expires)
+	case <-s.done:
+		return time.Until(s.expires) < minRemainingLifetime && s.err == nil || time.Now().After(s.expires)
 	default:
 		return false
 	}
 }
 
-func (a *Assertions) requestAssertion(held *assertion, pod *corev1.Pod) {
-	defer close(held.done)
+// request requests an assertion and records the result. No caller can cancel it for the others.
+func (a *Assertions) request(pending *assertion, pod *corev1.Pod) {
+	defer close(pending.done)
 	ctx, cancel := context.WithTimeout(context.Background(), assertionTimeout)
 	defer cancel()
 	seconds := int64(assertionLifetime / time.Second)
-	account := held.account
-	r, err := a.request(ctx, account.Namespace, account.Name, &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
+	account := pending.account
+	r, err := a.requester.RequestToken(ctx, account.Namespace, account.Name, &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
 		Audiences:         []string{exchangeAudience},
 		ExpirationSeconds: &seconds,
 		BoundObjectRef:    &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: pod.Name, UID: types.UID(pod.UID)},
@@ -140,33 +152,34 @@ func (a *Assertions) requestAssertion(held *assertion, pod *corev1.Pod) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if err != nil {
-		held.err, held.expires = assertionError(pod, err), time.Now().Add(refusalTTL)
-		if !cluster.ServerUnavailable(err) {
+		pending.err, pending.expires = assertionError(pod, err), time.Now().Add(refusalTTL)
+		if !kube.IsUnavailable(err) {
 			delete(a.verified, string(pod.UID))
 		}
 		return
 	}
-	held.token, held.expires = r.Status.Token, r.Status.ExpirationTimestamp.Time
-	if a.byPod[string(pod.UID)] == held { // the pod has not gone meanwhile
+	pending.token, pending.expires = r.Status.Token, r.Status.ExpirationTimestamp.Time
+	if a.byPod[string(pod.UID)] == pending { // otherwise the pod was released during the request
 		a.verified[string(pod.UID)] = struct{}{}
 	}
 }
 
-// Pods returns the UIDs of the pods that assertions are held for.
-func (a *Assertions) Pods() []string {
+// podUIDs returns the UIDs of the pods that have an assertion.
+func (a *Assertions) podUIDs() []string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return slices.Collect(maps.Keys(a.byPod))
 }
 
-// Release forgets a pod that is gone.
-func (a *Assertions) Release(uid string) {
+// release drops a pod that is gone.
+func (a *Assertions) release(uid string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	delete(a.byPod, uid)
 	delete(a.verified, uid)
 }
 
+// ServiceAccountOf returns the ServiceAccount that the pod runs as.
 func ServiceAccountOf(pod *corev1.Pod) token.Ref {
 	return token.Ref{Namespace: pod.Namespace, Name: cmp.Or(pod.Spec.ServiceAccountName, "default")}
 }
@@ -176,15 +189,15 @@ func assertionError(pod *corev1.Pod, err error) error {
 	switch {
 	case apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err):
 		return &token.Error{Class: token.Denied, Reason: identity.ServiceAccountForbidden, Err: err,
-			Detail: fmt.Sprintf("NMI may not ask for tokens of ServiceAccount %s; add namespace %s to nmi.federatedNamespaces of the chart. The API server says: %v", account, account.Namespace, err)}
-	case cluster.ServerUnavailable(err):
+			Detail: fmt.Sprintf("NMI has no permission to request tokens of ServiceAccount %s; add namespace %s to the value nmi.federatedNamespaces of the chart. The API server responded: %v", account, account.Namespace, err)}
+	case kube.IsUnavailable(err):
 		return &token.Error{Class: token.Unavailable, Err: err,
-			Detail: fmt.Sprintf("The API server gives no token of ServiceAccount %s at the moment: %v", account, err)}
+			Detail: fmt.Sprintf("NMI cannot get a token of ServiceAccount %s from the API server at the moment: %v", account, err)}
 	}
-	return podStaleError(fmt.Sprintf("The API server does not vouch for pod %s/%s: %v", pod.Namespace, pod.Name, err), err)
+	return podStaleError(fmt.Sprintf("The API server issues no ServiceAccount token for pod %s/%s: %v", pod.Namespace, pod.Name, err), err)
 }
 
-// podStaleError is for a pod that is not what it was when it was last heard of. It may only be that the watch is behind.
+// podStaleError is the error for a pod that differs from what the cache has of it. The watch may only be behind.
 func podStaleError(detail string, err error) error {
 	return &token.Error{Class: token.Unavailable, Reason: identity.PodStale, Detail: detail, Err: err}
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-func TestTheAPIServerVouchesForEachPodOnce(t *testing.T) {
+func TestEachPodIsVerifiedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := nmitest.NewKubernetes(t)
 		a := newAssertions(c)
@@ -41,35 +41,35 @@ func TestTheAPIServerVouchesForEachPodOnce(t *testing.T) {
 		spec := c.Requests[0].Spec
 		if spec.BoundObjectRef == nil || spec.BoundObjectRef.Kind != "Pod" || spec.BoundObjectRef.Name != "app" || spec.BoundObjectRef.UID != "uid-1" ||
 			!slices.Equal(spec.Audiences, []string{"api://AzureADTokenExchange"}) || *spec.ExpirationSeconds != 600 {
-			t.Errorf("asked for %+v", spec)
+			t.Errorf("requested %+v", spec)
 		}
-		// A token near its end is of no use for an exchange, but the pod has been verified for.
-		time.Sleep(assertionLifetime - minAssertionLifetime + time.Second)
+		// A token near its expiry cannot be exchanged, but the pod has been verified.
+		time.Sleep(assertionLifetime - minRemainingLifetime + time.Second)
 		if err := a.verify(t.Context(), p); err != nil || len(c.Requests) != 1 {
 			t.Errorf("%v, %d requests", err, len(c.Requests))
 		}
 		if _, err := a.Assertion(t.Context(), "uid-1", account); err != nil || len(c.Requests) != 2 {
 			t.Errorf("%v, %d requests", err, len(c.Requests))
 		}
-		// A server that is away takes nothing back; one that says no does.
+		// An unavailable API server does not revoke the verification; a refusal does.
 		time.Sleep(assertionLifetime)
-		c.Refuses = errors.New("connection refused")
+		c.TokenError = errors.New("connection refused")
 		if _, err := a.Assertion(t.Context(), "uid-1", account); err == nil || a.verify(t.Context(), p) != nil {
-			t.Errorf("while it is away: %v", err)
+			t.Errorf("while the API server is unavailable: %v", err)
 		}
 		time.Sleep(refusalTTL + time.Millisecond)
-		c.Refuses = apierrors.NewNotFound(schema.GroupResource{Resource: "pods"}, "app")
+		c.TokenError = apierrors.NewNotFound(schema.GroupResource{Resource: "pods"}, "app")
 		if _, err := a.Assertion(t.Context(), "uid-1", account); err == nil || a.verify(t.Context(), p) == nil {
-			t.Errorf("once it has said no: %v", err)
+			t.Errorf("after a refusal: %v", err)
 		}
-		a.Release("uid-1")
+		a.release("uid-1")
 		if len(a.byPod) != 0 || len(a.verified) != 0 {
-			t.Error("a pod that is gone is kept")
+			t.Error("a released pod is still stored")
 		}
 	})
 }
 
-func TestAPodThatTheAPIServerDoesNotVouchForGetsNothing(t *testing.T) {
+func TestAPodThatIsNotVerifiedGetsNoPrincipal(t *testing.T) {
 	resource := schema.GroupResource{Resource: "serviceaccounts/token"}
 	for _, c := range []struct {
 		name   string
@@ -80,13 +80,13 @@ func TestAPodThatTheAPIServerDoesNotVouchForGetsNothing(t *testing.T) {
 	}{
 		{"no right", apierrors.NewForbidden(resource, "default", errors.New("no role")), token.Denied, identity.ServiceAccountForbidden, "nmi.federatedNamespaces"},
 		{"deleted", apierrors.NewNotFound(schema.GroupResource{Resource: "pods"}, "app"), token.Unavailable, identity.PodStale, "ns/app"},
-		{"made again", apierrors.NewConflict(resource, "app", errors.New("another UID")), token.Unavailable, identity.PodStale, "ns/app"},
-		{"away", errors.New("connection refused"), token.Unavailable, "", "API server"},
+		{"created again", apierrors.NewConflict(resource, "app", errors.New("another UID")), token.Unavailable, identity.PodStale, "ns/app"},
+		{"unavailable", errors.New("connection refused"), token.Unavailable, "", "API server"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				cluster := nmitest.NewKubernetes(t)
-				cluster.Refuses = c.err
+				cluster.TokenError = c.err
 				a := newAssertions(cluster)
 				p := nmitest.Pod("app", "uid-1", "10.0.0.1")
 				var e *token.Error
@@ -96,20 +96,20 @@ func TestAPodThatTheAPIServerDoesNotVouchForGetsNothing(t *testing.T) {
 					}
 				}
 				if len(cluster.Requests) != 1 {
-					t.Errorf("the API server was asked %d times", len(cluster.Requests))
+					t.Errorf("%d requests to the API server", len(cluster.Requests))
 				}
-				cluster.Refuses = nil
+				cluster.TokenError = nil
 				time.Sleep(refusalTTL + time.Millisecond)
 				if err := a.verify(t.Context(), p); err != nil {
-					t.Errorf("later: %v", err)
+					t.Errorf("after the refusal expired: %v", err)
 				}
 			})
 		})
 	}
 }
 
-// The API server has told of it by a list; the watch is a moment behind.
-func TestAPodThatTheWatchDoesNotHaveYetIsExchangedAllTheSame(t *testing.T) {
+// The pod is from a list of the API server; the watch has not reported it yet.
+func TestAPodThatTheWatchHasNotReportedYetGetsAnAssertion(t *testing.T) {
 	c := nmitest.NewKubernetes(t)
 	a := newAssertions(c)
 	if err := a.verify(t.Context(), nmitest.Pod("app", "uid-1", "10.0.0.1")); err != nil {
@@ -120,7 +120,7 @@ func TestAPodThatTheWatchDoesNotHaveYetIsExchangedAllTheSame(t *testing.T) {
 	}
 }
 
-func TestAnAssertionIsOnlyForAPodOfTheServiceAccount(t *testing.T) {
+func TestAnAssertionIsOnlyForPodsOfItsServiceAccount(t *testing.T) {
 	c := nmitest.NewKubernetes(t)
 	c.Pods["uid-1"] = nmitest.Pod("app", "uid-1", "10.0.0.1")
 	for _, ref := range []token.Ref{{Namespace: "ns", Name: "other"}, {Namespace: "elsewhere", Name: "default"}} {
@@ -134,4 +134,4 @@ func TestAnAssertionIsOnlyForAPodOfTheServiceAccount(t *testing.T) {
 	}
 }
 
-func newAssertions(c *nmitest.Kubernetes) *Assertions { return NewAssertions(c.RequestToken, c.Pod) }
+func newAssertions(c *nmitest.Kubernetes) *Assertions { return NewAssertions(c, c) }

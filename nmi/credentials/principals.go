@@ -10,16 +10,35 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// Principals says what stands behind an identity that a pod may use: whom Azure is asked as, and what proves it.
-type Principals struct {
-	Authority    string // asked where an identity names none
-	ByResourceID bool   // ask IMDS for managed identities by their resource ID
-	Secrets      *Secrets
-	Assertions   *Assertions
+// Config has the settings of Principals.
+type Config struct {
+	Authority    string // the Entra ID endpoint for identities that name none
+	ByResourceID bool   // request tokens of managed identities by resource ID instead of client ID
+
+	Secrets        SecretSource
+	OnSecretChange func(ref token.Ref, revision string) // is called when a revision is no longer current
+	Tokens         TokenRequester
+	Pods           PodGetter
 }
 
-// ForPod returns the principals of an identity for a pod that may use it: one, or one for each tenant. Its error is of the
-// kinds that a fetch has.
+// Principals builds the principals of identities.
+type Principals struct {
+	cfg        Config
+	Secrets    *Secrets
+	Assertions *Assertions
+}
+
+// New returns Principals whose watches of Secrets end with ctx.
+func New(ctx context.Context, cfg Config) *Principals {
+	return &Principals{
+		cfg:        cfg,
+		Secrets:    NewSecrets(ctx, cfg.Secrets, cfg.OnSecretChange),
+		Assertions: NewAssertions(cfg.Tokens, cfg.Pods),
+	}
+}
+
+// ForPod returns the principals of an identity for a pod that may use it: one, or one for each tenant. Its error is like that
+// of a token fetch.
 func (p *Principals) ForPod(ctx context.Context, pod *corev1.Pod, id identity.Identity) ([]token.Principal, error) {
 	principals := p.FromIdentity(id)
 	switch id.Kind {
@@ -40,18 +59,18 @@ func (p *Principals) ForPod(ctx context.Context, pod *corev1.Pod, id identity.Id
 	return principals, nil
 }
 
-// FromIdentity is what the AzureIdentity alone says about its principals. Neither the content of a Secret nor a
-// ServiceAccount is part of that.
+// FromIdentity returns the principals as far as the AzureIdentity determines them: without the revision of the Secret and
+// without the ServiceAccount of a pod.
 func (p *Principals) FromIdentity(id identity.Identity) []token.Principal {
 	if id.Kind == identity.UserAssigned {
-		if p.ByResourceID {
+		if p.cfg.ByResourceID {
 			return []token.Principal{token.ManagedKey("", "", strings.TrimSuffix(id.ResourceID, "/"), "").Principal}
 		}
 		return []token.Principal{token.ManagedKey(id.ClientID, "", "", "").Principal}
 	}
-	first := token.Principal{ClientID: strings.ToLower(id.ClientID), TenantID: strings.ToLower(id.TenantID), Authority: p.Authority}
+	first := token.Principal{ClientID: strings.ToLower(id.ClientID), TenantID: strings.ToLower(id.TenantID), Authority: p.cfg.Authority}
 	if id.ADEndpoint != "" {
-		// The decision has found it well-formed.
+		// The decision has validated it.
 		first.Authority, _ = identity.ParseAuthority(id.ADEndpoint)
 	}
 	switch id.Kind {
@@ -73,7 +92,7 @@ func (p *Principals) FromIdentity(id identity.Identity) []token.Principal {
 	return all
 }
 
-// Matches reports whether a principal is one of those that an identity stands for, or has stood for.
+// Matches reports whether a principal is one of this identity, with any revision and any ServiceAccount.
 func (p *Principals) Matches(id identity.Identity, principal token.Principal) bool {
 	principal.Revision, principal.ServiceAccount = "", token.Ref{}
 	for _, candidate := range p.FromIdentity(id) {
@@ -82,4 +101,15 @@ func (p *Principals) Matches(id identity.Identity, principal token.Principal) bo
 		}
 	}
 	return false
+}
+
+// Release drops what is kept for a pod that is gone.
+func (p *Principals) Release(uid string) {
+	p.Secrets.release(uid)
+	p.Assertions.release(uid)
+}
+
+// PodUIDs returns the UIDs of the pods for which something is kept. A UID may be in the result twice.
+func (p *Principals) PodUIDs() []string {
+	return append(p.Secrets.podUIDs(), p.Assertions.podUIDs()...)
 }

@@ -19,42 +19,54 @@ import (
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podidentity/podidentity/identity"
-	"github.com/podidentity/podidentity/nmi/cluster"
+	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// secretTimeout bounds how long a request waits for the first look at a Secret.
+// secretTimeout bounds how long a request waits until the watch of a Secret has synced.
 const secretTimeout = 5 * time.Second
 
-// maxSecretsPerPod is how many Secrets one pod may cause to be watched. It can name as many as there are identities bound to
-// it, and each costs a connection's worth of API server.
+// maxSecretsPerPod bounds how many Secrets NMI watches for one pod. A pod can name as many as it has bound identities, and
+// each watch is a connection to the API server.
 const maxSecretsPerPod = 64
 
-// Secrets watches the Secrets that identities in use name, each by itself and only as long as a pod lives that uses it.
+// SecretSource reads Secrets from the API server.
+type SecretSource interface {
+	SecretListWatch(namespace, name string) *cache.ListWatch
+	ReadSecret(ctx context.Context, namespace, name string) (*corev1.Secret, error)
+}
+
+// Secrets watches the Secrets of the identities in use, each by itself and only while a pod that uses it lives.
 //
-// What it protects against: a Secret that was changed or removed and goes on bringing tokens, and rights on all Secrets
-// of a namespace where one is meant. Their bytes are here and in the credentials made of them, and nowhere else.
+// It protects against tokens from a Secret that was changed or deleted, and makes permissions for all Secrets of a namespace
+// unnecessary. The content of a Secret is stored here and in the credentials made from it, and nowhere else.
 type Secrets struct {
-	ctx     context.Context // of the watches
-	source  func(token.Ref) *cache.ListWatch
-	read    func(context.Context, token.Ref) (*corev1.Secret, error)
-	changed func(ref token.Ref, revision string) // a content is not current any more
+	ctx      context.Context // of the watches
+	source   SecretSource
+	onChange func(ref token.Ref, revision string) // is called when a revision is no longer current
 
 	mu           sync.Mutex
 	watched      map[token.Ref]*watchedSecret
 	secretsOfPod map[string]map[token.Ref]struct{} // by UID of the pod
 }
 
-type watchedSecret struct {
-	informer   cache.SharedIndexInformer
-	stop       context.CancelFunc
-	users      map[string]struct{} // UIDs of pods
-	refused    chan struct{}       // closed when the API server has said no
-	err        error               // why; this and the next are to be read once broken is closed
-	retryAfter time.Time           // how long that is kept
+// trimmedSecret is what the informer of a Secret keeps.
+type trimmedSecret struct {
+	kube.Meta
+	content token.SecretContent
 }
 
-// expired reports whether it is time to ask anew.
+type watchedSecret struct {
+	informer cache.SharedIndexInformer
+	stop     context.CancelFunc
+	podUIDs  map[string]struct{}
+
+	refused    chan struct{} // is closed when the API server refuses the watch
+	err        error         // why; read err and retryAfter only after refused is closed
+	retryAfter time.Time
+}
+
+// expired reports whether the watch was refused and may be started again.
 func (w *watchedSecret) expired() bool {
 	select {
 	case <-w.refused:
@@ -64,11 +76,12 @@ func (w *watchedSecret) expired() bool {
 	}
 }
 
-func NewSecrets(ctx context.Context, source func(token.Ref) *cache.ListWatch, read func(context.Context, token.Ref) (*corev1.Secret, error), changed func(token.Ref, string)) *Secrets {
-	return &Secrets{ctx: ctx, source: source, read: read, changed: changed, watched: map[token.Ref]*watchedSecret{}, secretsOfPod: map[string]map[token.Ref]struct{}{}}
+// NewSecrets returns Secrets whose watches end with ctx.
+func NewSecrets(ctx context.Context, source SecretSource, onChange func(token.Ref, string)) *Secrets {
+	return &Secrets{ctx: ctx, source: source, onChange: onChange, watched: map[token.Ref]*watchedSecret{}, secretsOfPod: map[string]map[token.Ref]struct{}{}}
 }
 
-// Secret implements [token.Secrets]: what a fetch reads that belongs to no pod in particular.
+// Secret implements [token.Secrets]. A fetch of a token belongs to no pod, so it starts no watch.
 func (s *Secrets) Secret(ctx context.Context, ref token.Ref) (token.SecretContent, error) {
 	s.mu.Lock()
 	w := s.watched[ref]
@@ -76,26 +89,27 @@ func (s *Secrets) Secret(ctx context.Context, ref token.Ref) (token.SecretConten
 	if w != nil && !w.expired() {
 		return w.get(ctx, ref)
 	}
-	secret, err := s.read(ctx, ref)
+	secret, err := s.source.ReadSecret(ctx, ref.Namespace, ref.Name)
 	if err != nil {
 		return token.SecretContent{}, secretReadError(ref, err)
 	}
 	return contentOf(secret), nil
 }
 
-// forPod returns the Secret for a pod that may use it, and watches it from then on until the pod is released.
-func (s *Secrets) forPod(ctx context.Context, ref token.Ref, pod string) (token.SecretContent, error) {
-	w, err := s.watch(ref, pod)
+// forPod returns the Secret for a pod that may use it, and watches it until the pod is released.
+func (s *Secrets) forPod(ctx context.Context, ref token.Ref, uid string) (token.SecretContent, error) {
+	w, err := s.watch(ref, uid)
 	if err != nil {
 		return token.SecretContent{}, err
 	}
 	return w.get(ctx, ref)
 }
 
-func (s *Secrets) watch(ref token.Ref, pod string) (*watchedSecret, error) {
+// watch returns the watch of the Secret, which it starts if necessary, and records that the pod uses it.
+func (s *Secrets) watch(ref token.Ref, uid string) (*watchedSecret, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	refs := s.secretsOfPod[pod]
+	refs := s.secretsOfPod[uid]
 	if _, has := refs[ref]; !has && len(refs) >= maxSecretsPerPod {
 		return nil, token.ErrPodThrottled
 	}
@@ -106,41 +120,33 @@ func (s *Secrets) watch(ref token.Ref, pod string) (*watchedSecret, error) {
 			return nil, err
 		}
 		if w != nil {
-			next.users = w.users
+			next.podUIDs = w.podUIDs
 		}
 		w = next
 		s.watched[ref] = w
 	}
 	if refs == nil {
 		refs = map[token.Ref]struct{}{}
-		s.secretsOfPod[pod] = refs
+		s.secretsOfPod[uid] = refs
 	}
 	refs[ref] = struct{}{}
-	w.users[pod] = struct{}{}
+	w.podUIDs[uid] = struct{}{}
 	return w, nil
 }
 
-// startWatch begins to watch. s.mu is refs.
+// startWatch starts the informer of a Secret. The caller must hold s.mu.
 func (s *Secrets) startWatch(ref token.Ref) (*watchedSecret, error) {
-	w := &watchedSecret{users: map[string]struct{}{}, refused: make(chan struct{})}
-	w.informer = cache.NewSharedIndexInformer(s.source(ref), &corev1.Secret{}, 0, cache.Indexers{})
-	gone := func(o any) {
-		if old, ok := cluster.LastState(o).(*cluster.Kept[token.SecretContent]); ok {
-			s.changed(ref, old.Value.Revision)
+	w := &watchedSecret{podUIDs: map[string]struct{}{}, refused: make(chan struct{})}
+	w.informer = cache.NewSharedIndexInformer(s.source.SecretListWatch(ref.Namespace, ref.Name), &corev1.Secret{}, 0, cache.Indexers{})
+	_, err := w.informer.AddEventHandler(kube.TypedHandler(func(old, current *trimmedSecret) {
+		if old != nil && (current == nil || old.content.Revision != current.content.Revision) {
+			s.onChange(ref, old.content.Revision)
 		}
-	}
-	_, err := w.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		UpdateFunc: func(o, n any) {
-			if o.(*cluster.Kept[token.SecretContent]).Value.Revision != n.(*cluster.Kept[token.SecretContent]).Value.Revision {
-				gone(o)
-			}
-		},
-		DeleteFunc: gone,
-	})
+	}))
 	err = errors.Join(err,
 		w.informer.SetTransform(func(o any) (any, error) {
 			if secret, ok := o.(*corev1.Secret); ok {
-				return cluster.Keep(secret, contentOf(secret)), nil
+				return &trimmedSecret{kube.MetaOf(secret), contentOf(secret)}, nil
 			}
 			return o, nil
 		}),
@@ -158,8 +164,8 @@ func (s *Secrets) startWatch(ref token.Ref) (*watchedSecret, error) {
 	return w, nil
 }
 
-// stopRefused ends a watch that the API server does not allow, so that it is asked anew soon: rights may be given meanwhile,
-// and a watch that was refused would come back late.
+// stopRefused stops a watch that the API server refuses, so that a later request starts it again soon after an administrator
+// grants the permission. By itself the informer would back off for too long.
 func (s *Secrets) stopRefused(w *watchedSecret, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -172,34 +178,34 @@ func (s *Secrets) stopRefused(w *watchedSecret, err error) {
 	}
 }
 
-// Pods returns the UIDs of the pods that Secrets are watched for.
-func (s *Secrets) Pods() []string {
+// podUIDs returns the UIDs of the pods for which Secrets are watched.
+func (s *Secrets) podUIDs() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Collect(maps.Keys(s.secretsOfPod))
 }
 
-// Release forgets a pod that is gone, and stops watching what only it used.
-func (s *Secrets) Release(pod string) {
+// release drops a pod that is gone and stops the watches that no other pod needs.
+func (s *Secrets) release(uid string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for ref := range s.secretsOfPod[pod] {
+	for ref := range s.secretsOfPod[uid] {
 		w := s.watched[ref]
-		delete(w.users, pod)
-		if len(w.users) > 0 {
+		delete(w.podUIDs, uid)
+		if len(w.podUIDs) > 0 {
 			continue
 		}
 		w.stop()
 		delete(s.watched, ref)
 		for _, o := range w.informer.GetStore().List() {
-			// Nobody will hear of a change from here on.
-			go s.changed(ref, o.(*cluster.Kept[token.SecretContent]).Value.Revision)
+			// From now on no watch would report a change.
+			go s.onChange(ref, o.(*trimmedSecret).content.Revision)
 		}
 	}
-	delete(s.secretsOfPod, pod)
+	delete(s.secretsOfPod, uid)
 }
 
-// get waits for the first look and returns what is known.
+// get waits until the watch has synced and returns the content of the Secret.
 func (w *watchedSecret) get(ctx context.Context, ref token.Ref) (token.SecretContent, error) {
 	if !w.informer.HasSynced() {
 		ctx, cancel := context.WithTimeout(ctx, secretTimeout)
@@ -223,7 +229,7 @@ func (w *watchedSecret) get(ctx context.Context, ref token.Ref) (token.SecretCon
 	if !ok {
 		return token.SecretContent{}, secretMissingError(ref)
 	}
-	return o.(*cluster.Kept[token.SecretContent]).Value, nil
+	return o.(*trimmedSecret).content, nil
 }
 
 func secretMissingError(ref token.Ref) error {
@@ -237,24 +243,24 @@ func secretReadError(ref token.Ref, err error) error {
 		return secretMissingError(ref)
 	case apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err):
 		return &token.Error{Class: token.Denied, Reason: identity.SecretUnreadable, Err: err,
-			Detail: fmt.Sprintf("NMI may not read Secret %s; add it to nmi.secretNamespaces of the chart", ref)}
+			Detail: fmt.Sprintf("NMI has no permission to read Secret %s; add its namespace or the Secret to the value nmi.secretNamespaces of the chart", ref)}
 	}
 	return &token.Error{Class: token.Unavailable, Err: err,
-		Detail: fmt.Sprintf("Secret %s cannot be read at the moment: %v", ref, err)}
+		Detail: fmt.Sprintf("NMI cannot read Secret %s at the moment: %v", ref, err)}
 }
 
-// revisionKey makes revisions say nothing about what they were made of.
+// revisionKey keeps a revision from revealing anything about the content.
 var revisionKey = func() []byte {
 	key := make([]byte, 32)
 	_, _ = rand.Read(key) // never fails
 	return key
 }()
 
-// contentOf takes from a Secret what credentials are made of, and names it by a hash that no other content has.
+// contentOf returns the data of a Secret with its revision, a hash that no other content has.
 func contentOf(secret *corev1.Secret) token.SecretContent {
 	sum := hmac.New(sha256.New, revisionKey)
 	add := func(b []byte) {
-		_ = binary.Write(sum, binary.BigEndian, uint64(len(b))) // a hash takes everything
+		_ = binary.Write(sum, binary.BigEndian, uint64(len(b))) // a hash never fails
 		sum.Write(b)
 	}
 	for _, key := range slices.Sorted(maps.Keys(secret.Data)) {

@@ -24,7 +24,7 @@ func mustContent(t *testing.T, s *Secrets, pod, want string) token.SecretContent
 	return got
 }
 
-func TestASecretIsWatchedAsLongAsAPodUsesIt(t *testing.T) {
+func TestASecretIsWatchedWhileAPodUsesIt(t *testing.T) {
 	c := nmitest.NewKubernetes(t)
 	s := newSecrets(t, c)
 	first := mustContent(t, s, "1", "first")
@@ -33,33 +33,33 @@ func TestASecretIsWatchedAsLongAsAPodUsesIt(t *testing.T) {
 	}
 	c.Secrets.Modify(nmitest.Secret("second"))
 	if gone := <-c.Changed; gone != first.Revision {
-		t.Errorf("revision %s is said to be gone, not %s", gone, first.Revision)
+		t.Errorf("revision %s is reported as changed, not %s", gone, first.Revision)
 	}
 	second := mustContent(t, s, "1", "second")
 	if second.Revision == first.Revision {
 		t.Error("another content has the same revision")
 	}
-	s.Release("1")
+	s.release("1")
 	mustContent(t, s, "2", "second")
 	if c.Watches != 1 {
-		t.Errorf("the watch began anew: %d", c.Watches)
+		t.Errorf("the watch started again: %d", c.Watches)
 	}
-	s.Release("2")
+	s.release("2")
 	if gone := <-c.Changed; gone != second.Revision || len(s.watched) != 0 || len(s.secretsOfPod) != 0 {
 		t.Errorf("after the last pod: %d watched, %d pods, %s dropped", len(s.watched), len(s.secretsOfPod), gone)
 	}
 	if got, err := s.Secret(t.Context(), passwordRef); err != nil || string(got.Data["clientSecret"]) != "read" || len(s.watched) != 0 {
-		t.Errorf("a fetch for nobody in particular: %v, %d watched", err, len(s.watched))
+		t.Errorf("a read without a pod: %v, %d watched", err, len(s.watched))
 	}
 }
 
-func TestARemovedSecretIsMissingAtOnce(t *testing.T) {
+func TestADeletedSecretIsMissingAtOnce(t *testing.T) {
 	c := nmitest.NewKubernetes(t)
 	s := newSecrets(t, c)
 	first := mustContent(t, s, "1", "first")
 	c.Secrets.Delete(nmitest.Secret("first"))
 	if gone := <-c.Changed; gone != first.Revision {
-		t.Errorf("revision %s is said to be gone", gone)
+		t.Errorf("revision %s is reported as changed", gone)
 	}
 	var e *token.Error
 	if _, err := s.forPod(t.Context(), passwordRef, "1"); !errors.As(err, &e) || e.Reason != identity.SecretMissing || !strings.Contains(e.Detail, "ns/password") {
@@ -67,7 +67,7 @@ func TestARemovedSecretIsMissingAtOnce(t *testing.T) {
 	}
 }
 
-func TestASecretThatMayNotBeReadIsAskedForAgainAfterAWhile(t *testing.T) {
+func TestAForbiddenSecretIsWatchedAgainAfterAWhile(t *testing.T) {
 	c := nmitest.NewKubernetes(t)
 	c.Forbidden = true
 	s := newSecrets(t, c)
@@ -78,7 +78,7 @@ func TestASecretThatMayNotBeReadIsAskedForAgainAfterAWhile(t *testing.T) {
 		}
 	}
 	if c.Watches != 1 {
-		t.Errorf("the API server was asked %d times", c.Watches)
+		t.Errorf("%d watches", c.Watches)
 	}
 	c.Mu.Lock()
 	c.Forbidden = false
@@ -89,7 +89,7 @@ func TestASecretThatMayNotBeReadIsAskedForAgainAfterAWhile(t *testing.T) {
 	mustContent(t, s, "1", "first")
 }
 
-func TestOnePodCannotHaveEverySecretWatched(t *testing.T) {
+func TestOnePodCannotCauseUnlimitedWatches(t *testing.T) {
 	c := nmitest.NewKubernetes(t)
 	s := newSecrets(t, c)
 	for i := range maxSecretsPerPod {
@@ -103,7 +103,7 @@ func TestOnePodCannotHaveEverySecretWatched(t *testing.T) {
 	mustContent(t, s, "2", "first")
 }
 
-func TestRevisionsTellContentsApart(t *testing.T) {
+func TestDifferentContentsHaveDifferentRevisions(t *testing.T) {
 	seen := map[string]bool{}
 	for _, data := range []map[string][]byte{{}, {"a": {}}, {"a": []byte("b")}, {"ab": {}}, {"a": {}, "b": {}}, {"": []byte("ab")}} {
 		seen[contentOf(&corev1.Secret{Data: data}).Revision] = true
@@ -114,5 +114,5 @@ func TestRevisionsTellContentsApart(t *testing.T) {
 }
 
 func newSecrets(t *testing.T, c *nmitest.Kubernetes) *Secrets {
-	return NewSecrets(t.Context(), c.Source, c.ReadSecret, c.SecretChanged)
+	return NewSecrets(t.Context(), c, c.OnSecretChange)
 }

@@ -1,3 +1,5 @@
+// Package health answers the liveness and readiness probes of NMI. A node is ready only if NMI can both capture the requests
+// of its pods and respond to them; until then the response of the probe says what is missing and why.
 package health
 
 import (
@@ -8,14 +10,14 @@ import (
 	"sync"
 )
 
-// Health is what the probes ask. The zero value is alive and not ready.
+// Health records what NMI still needs to be ready.
 type Health struct {
 	mu       sync.Mutex
-	waiting  map[string]string // what is missing -> why
-	shutting bool
+	missing  map[string]string // with the reason
+	stopping bool
 }
 
-// The things that have to be in place before NMI is ready.
+// What NMI needs to be ready.
 const (
 	Listener = "listener"
 	Rules    = "rules"
@@ -23,47 +25,49 @@ const (
 	Caches   = "caches"
 )
 
+// New returns a Health for which everything is missing.
 func New() *Health {
-	return &Health{waiting: map[string]string{Listener: "not up yet", Rules: "not verified yet", CRDs: "not looked for yet", Caches: "not filled yet"}}
+	return &Health{missing: map[string]string{Listener: "not open yet", Rules: "not verified yet", CRDs: "not checked yet", Caches: "not synced yet"}}
 }
 
-// Set notes why something is missing; nil means that it is in place.
+// Set records why something is missing, or with nil that it is present.
 func (h *Health) Set(what string, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if err == nil {
-		delete(h.waiting, what)
+		delete(h.missing, what)
 		return
 	}
-	h.waiting[what] = err.Error()
+	h.missing[what] = err.Error()
 }
 
-// Explain notes why something is still missing; of what is in place it says nothing.
+// Explain replaces the reason why something is missing. It has no effect if it is present.
 func (h *Health) Explain(what string, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if _, missing := h.waiting[what]; missing {
-		h.waiting[what] = err.Error()
+	if _, missing := h.missing[what]; missing {
+		h.missing[what] = err.Error()
 	}
 }
 
+// ShutDown makes NMI not ready from now on.
 func (h *Health) ShutDown() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.shutting = true
+	h.stopping = true
 }
 
-// Ready returns nil, or what is missing.
+// Ready returns nil, or an error that says what is missing.
 func (h *Health) Ready() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.shutting {
+	if h.stopping {
 		return errors.New("shutting down")
 	}
 	var missing []string
 	for _, what := range []string{Listener, Rules, CRDs, Caches} {
-		if why, ok := h.waiting[what]; ok {
-			missing = append(missing, what+": "+why)
+		if reason, ok := h.missing[what]; ok {
+			missing = append(missing, what+": "+reason)
 		}
 	}
 	if len(missing) > 0 {
@@ -72,6 +76,7 @@ func (h *Health) Ready() error {
 	return nil
 }
 
+// Handler serves /healthz and /readyz.
 func (h *Health) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "alive") })

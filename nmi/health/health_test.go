@@ -16,7 +16,7 @@ func TestReadinessNamesWhatIsMissing(t *testing.T) {
 		return w.Code, w.Body.String()
 	}
 	if code, body := get("/readyz"); code != 503 || !strings.Contains(body, "listener") || !strings.Contains(body, "caches") {
-		t.Errorf("at first: %d %s", code, body)
+		t.Errorf("at the start: %d %s", code, body)
 	}
 	for _, what := range []string{Listener, Rules, Caches} {
 		h.Set(what, nil)
@@ -31,9 +31,9 @@ func TestReadinessNamesWhatIsMissing(t *testing.T) {
 	}
 	h.ShutDown()
 	if code, body := get("/readyz"); code != 503 || !strings.Contains(body, "shutting down") {
-		t.Errorf("at the end: %d %s", code, body)
+		t.Errorf("while stopping: %d %s", code, body)
 	}
 	if code, _ := get("/healthz"); code != 200 {
-		t.Errorf("alive at the end: %d", code)
+		t.Errorf("alive while stopping: %d", code)
 	}
 }

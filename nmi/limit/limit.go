@@ -1,5 +1,5 @@
-// Package limit bounds how many connections and how many waiting requests NMI admits, over all pods and from one
-// address. It protects against one pod that takes the listener of the node from the others.
+// Package limit bounds how many connections and waiting requests NMI admits, in total and from one address. It protects the
+// pods of a node against one pod that uses up the connections of all.
 package limit
 
 import (
@@ -7,22 +7,21 @@ import (
 	"sync"
 )
 
-// Connections that may be open at the same time: over all pods, and from one address. A client library needs one or
-// two; a pod with many processes may need dozens. Each carries one request at a time, so this bounds requests, too.
+// Limits of concurrent connections, in total and from one address. A client library needs one or two; a pod with many
+// processes may need dozens. A connection carries one request at a time, so these limits also bound the requests.
 const (
 	MaxConnections          = 4096
 	MaxConnectionsPerSource = 64
 )
 
-// Requests that wait for an assignment at the same time: over all pods, and from one address. It is half of the
-// connections that there may be, so that those who have nothing to wait for find a place in the other half. Beyond
-// that, clients are told to come again.
+// Limits of concurrent requests that wait for an assignment. They are half of the connections, so that requests that need not
+// wait are still admitted. Beyond the limits, NMI responds at once that the client must retry.
 const (
 	MaxWaits          = MaxConnections / 2
 	MaxWaitsPerSource = MaxConnectionsPerSource / 2
 )
 
-// Limiter is a number of places, of which one source may take some. Who has one gives it back once.
+// Limiter counts what is in use, in total and by source address. It is safe for concurrent use.
 type Limiter struct {
 	max, maxPerSource int
 
@@ -31,35 +30,35 @@ type Limiter struct {
 	bySource map[netip.Addr]int
 }
 
-// New returns so many places.
+// New returns a limiter with these limits.
 func New(max, maxPerSource int) *Limiter {
 	return &Limiter{max: max, maxPerSource: maxPerSource, bySource: map[netip.Addr]int{}}
 }
 
-// Acquire reports whether there was one left.
-func (l *Limiter) Acquire(a netip.Addr) bool {
+// Acquire returns false if a limit is reached. Otherwise the caller must call Release once.
+func (l *Limiter) Acquire(source netip.Addr) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.inUse >= l.max || l.bySource[a] >= l.maxPerSource {
+	if l.inUse >= l.max || l.bySource[source] >= l.maxPerSource {
 		return false
 	}
 	l.inUse++
-	l.bySource[a]++
+	l.bySource[source]++
 	return true
 }
 
-// Release gives a place back that Acquire gave.
-func (l *Limiter) Release(a netip.Addr) {
+// Release ends what Acquire admitted.
+func (l *Limiter) Release(source netip.Addr) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.inUse--
-	if l.bySource[a]--; l.bySource[a] == 0 {
-		delete(l.bySource, a)
+	if l.bySource[source]--; l.bySource[source] == 0 {
+		delete(l.bySource, source)
 	}
 }
 
-// InUse is how many places are taken, and by how many sources.
-func (l *Limiter) InUse() (places, sources int) {
+// InUse returns how many are in use, and by how many sources.
+func (l *Limiter) InUse() (total, sources int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.inUse, len(l.bySource)

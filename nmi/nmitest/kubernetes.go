@@ -21,20 +21,21 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// Kubernetes is the API server as far as principals ask it: one Secret, ns/password, and tokens of ServiceAccounts.
+// Kubernetes is a fake API server for package credentials. It has one Secret, ns/password, issues tokens of ServiceAccounts, and
+// is also the cache of pods.
 type Kubernetes struct {
 	Secrets *cachetest.FakeControllerSource
-	Changed chan string // revisions that are not current any more
+	Changed chan string // receives each revision that is no longer current
 
-	Mu        sync.Mutex
-	Forbidden bool // Secrets may not be read
-	Watches   int
-	Requests  []*authenticationv1.TokenRequest
-	Refuses   error // instead of a token
-	Pods      map[string]*corev1.Pod
+	Mu         sync.Mutex
+	Forbidden  bool // refuse to watch Secrets
+	Watches    int
+	Requests   []*authenticationv1.TokenRequest
+	TokenError error // returned instead of a token
+	Pods       map[string]*corev1.Pod
 }
 
-// NewKubernetes returns one that has the Secret with the value "first".
+// NewKubernetes returns a fake whose Secret has the value "first".
 func NewKubernetes(t *testing.T) *Kubernetes {
 	c := &Kubernetes{Secrets: cachetest.NewFakeControllerSource(), Changed: make(chan string, 10), Pods: map[string]*corev1.Pod{}}
 	t.Cleanup(c.Secrets.Shutdown)
@@ -42,13 +43,13 @@ func NewKubernetes(t *testing.T) *Kubernetes {
 	return c
 }
 
-// Secret is ns/password.
+// Secret returns the Secret ns/password with this value.
 func Secret(value string) *corev1.Secret {
 	return &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "password"}, Data: map[string][]byte{"clientSecret": []byte(value)}}
 }
 
-// Source is where the Secret is watched.
-func (c *Kubernetes) Source(token.Ref) *cache.ListWatch {
+// SecretListWatch returns the source of the Secret.
+func (c *Kubernetes) SecretListWatch(string, string) *cache.ListWatch {
 	c.Mu.Lock()
 	defer c.Mu.Unlock()
 	c.Watches++
@@ -69,30 +70,30 @@ func (c *Kubernetes) Source(token.Ref) *cache.ListWatch {
 	}
 }
 
-// RequestToken answers with a token that names the ServiceAccount.
+// RequestToken returns a token that names the ServiceAccount.
 func (c *Kubernetes) RequestToken(_ context.Context, namespace, account string, r *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error) {
 	c.Mu.Lock()
 	defer c.Mu.Unlock()
 	c.Requests = append(c.Requests, r)
-	if c.Refuses != nil {
-		return nil, c.Refuses
+	if c.TokenError != nil {
+		return nil, c.TokenError
 	}
-	life := time.Duration(*r.Spec.ExpirationSeconds) * time.Second
-	return &authenticationv1.TokenRequest{Status: authenticationv1.TokenRequestStatus{Token: "assertion-of-" + namespace + "/" + account, ExpirationTimestamp: metav1.NewTime(time.Now().Add(life))}}, nil
+	lifetime := time.Duration(*r.Spec.ExpirationSeconds) * time.Second
+	return &authenticationv1.TokenRequest{Status: authenticationv1.TokenRequestStatus{Token: "assertion-of-" + namespace + "/" + account, ExpirationTimestamp: metav1.NewTime(time.Now().Add(lifetime))}}, nil
 }
 
-// Pod returns the pod of this UID.
-func (c *Kubernetes) Pod(uid string) (*corev1.Pod, bool) {
+// PodByUID returns a pod of Pods.
+func (c *Kubernetes) PodByUID(uid string) (*corev1.Pod, bool) {
 	c.Mu.Lock()
 	defer c.Mu.Unlock()
 	p, ok := c.Pods[uid]
 	return p, ok
 }
 
-// ReadSecret answers with a Secret that says that it was read.
-func (c *Kubernetes) ReadSecret(context.Context, token.Ref) (*corev1.Secret, error) {
+// ReadSecret returns the Secret with the value "read".
+func (c *Kubernetes) ReadSecret(context.Context, string, string) (*corev1.Secret, error) {
 	return Secret("read"), nil
 }
 
-// SecretChanged sends the revision to Changed.
-func (c *Kubernetes) SecretChanged(_ token.Ref, revision string) { c.Changed <- revision }
+// OnSecretChange sends the revision to Changed.
+func (c *Kubernetes) OnSecretChange(_ token.Ref, revision string) { c.Changed <- revision }

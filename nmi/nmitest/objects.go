@@ -1,5 +1,5 @@
-// Package nmitest holds what the tests of several packages of NMI share: objects of a cluster, and fakes of the API
-// server and of the source of tokens. It imports none of the packages whose tests use it.
+// Package nmitest has what the tests of several packages of NMI share: objects of a cluster, a fake API server and a fake source
+// of tokens. It imports none of the packages whose internal tests use it.
 package nmitest
 
 import (
@@ -25,6 +25,7 @@ func With(p *corev1.Pod, change func(*corev1.Pod)) *corev1.Pod {
 	return p
 }
 
+// Client IDs of the identities of Facts, and the path of a token request.
 const (
 	ClientX   = "11111111-0000-0000-0000-000000000001"
 	ClientY   = "22222222-0000-0000-0000-000000000002"
@@ -34,39 +35,39 @@ const (
 )
 
 // Pods returns the pods of a node: x (bound to identity x), both (bound to x and y), none (no binding), free (excepted), sp
-// (bound to a service principal), thief (bound to one whose Secret is in another namespace), fed (bound to a federated
-// identity), and twin1 and twin2, which have one address.
+// (bound to a service principal), foreign (bound to one whose Secret is in another namespace), fed (bound to a federated
+// identity), and twin1 and twin2, which have the same address.
 func Pods() []*corev1.Pod {
-	labelled := func(p *corev1.Pod, label string) *corev1.Pod {
+	withLabel := func(p *corev1.Pod, label string) *corev1.Pod {
 		p.Labels = map[string]string{"aadpodidbinding": label}
 		return p
 	}
-	return []*corev1.Pod{labelled(Pod("x", "1", "10.0.0.1"), "x"), labelled(Pod("both", "2", "10.0.0.2"), "both"), Pod("none", "3", "10.0.0.3"),
-		labelled(Pod("free", "4", "10.0.0.4"), "free"), labelled(Pod("sp", "5", "10.0.0.5"), "sp"),
-		labelled(Pod("thief", "8", "10.0.0.8"), "thief"), labelled(Pod("fed", "9", "10.0.0.9"), "fed"), Pod("twin1", "6", "10.0.0.6"), Pod("twin2", "7", "10.0.0.6"),
+	return []*corev1.Pod{withLabel(Pod("x", "1", "10.0.0.1"), "x"), withLabel(Pod("both", "2", "10.0.0.2"), "both"), Pod("none", "3", "10.0.0.3"),
+		withLabel(Pod("free", "4", "10.0.0.4"), "free"), withLabel(Pod("sp", "5", "10.0.0.5"), "sp"),
+		withLabel(Pod("foreign", "8", "10.0.0.8"), "foreign"), withLabel(Pod("fed", "9", "10.0.0.9"), "fed"), Pod("twin1", "6", "10.0.0.6"), Pod("twin2", "7", "10.0.0.6"),
 	}
 }
 
-// Facts returns what the cluster has for them.
+// Facts returns the identities, bindings and exceptions for Pods.
 func Facts() identity.Facts {
 	id := func(name, client string) identity.Identity {
-		return identity.Identity{Namespace: "ns", Name: name, ClientID: client, ResourceID: "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/" + name}
+		return identity.Identity{Namespace: "ns", Name: name, ClientID: client, ResourceID: ResourceID(name)}
 	}
 	return identity.Facts{
 		Identities: []identity.Identity{id("x", ClientX), id("y", ClientY),
 			{Namespace: "ns", Name: "sp", Kind: identity.ServicePrincipalSecret, ClientID: ClientS, TenantID: "t", AuxiliaryTenantIDs: []string{"t2"}, SecretNamespace: "ns", SecretName: "password"},
-			{Namespace: "ns", Name: "thief", Kind: identity.ServicePrincipalCertificate, ClientID: ClientS, TenantID: "t", SecretNamespace: "other", SecretName: "password"},
+			{Namespace: "ns", Name: "foreign", Kind: identity.ServicePrincipalCertificate, ClientID: ClientS, TenantID: "t", SecretNamespace: "other", SecretName: "password"},
 			{Namespace: "ns", Name: "fed", Kind: identity.Federated, ClientID: ClientF, TenantID: "t"}},
 		Bindings: []identity.Binding{
 			{Namespace: "ns", Name: "bx", AzureIdentity: "x", Selector: "x"}, {Namespace: "ns", Name: "b1", AzureIdentity: "x", Selector: "both"},
 			{Namespace: "ns", Name: "b2", AzureIdentity: "y", Selector: "both"}, {Namespace: "ns", Name: "bsp", AzureIdentity: "sp", Selector: "sp"},
-			{Namespace: "ns", Name: "bthief", AzureIdentity: "thief", Selector: "thief"}, {Namespace: "ns", Name: "bfed", AzureIdentity: "fed", Selector: "fed"},
+			{Namespace: "ns", Name: "bforeign", AzureIdentity: "foreign", Selector: "foreign"}, {Namespace: "ns", Name: "bfed", AzureIdentity: "fed", Selector: "fed"},
 		},
 		Exceptions: []identity.Exception{{Namespace: "ns", Name: "e", PodLabels: map[string]string{"aadpodidbinding": "free"}}},
 	}
 }
 
-// CopyOf keeps one request's notes from the next, as fresh facts do.
+// CopyOf returns a copy, because a request adds object IDs to the identities.
 func CopyOf(f identity.Facts) identity.Facts {
 	f.Identities = append([]identity.Identity(nil), f.Identities...)
 	return f

@@ -8,28 +8,27 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// TokenSource is a source of tokens that knows some identities and fails as told.
+// TokenSource is a fake source of tokens.
 type TokenSource struct {
-	Mu    sync.Mutex
-	Asked []token.Key
-	Fails error
-	// FailsFor is the client ID that there is no token for.
-	FailsFor string
-	During   func() // what happens while it is asked
+	Mu                sync.Mutex
+	Requests          []token.Key
+	Error             error  // returned for every request
+	UnavailableClient string // client ID without a token
+	During            func() // is called during each request
 }
 
 // Fetch implements token.Fetcher.
-func (a *TokenSource) Fetch(_ context.Context, call token.Call) (token.Token, error) {
-	a.Mu.Lock()
-	defer a.Mu.Unlock()
-	a.Asked = append(a.Asked, call.Key)
-	if a.During != nil {
-		a.During()
+func (s *TokenSource) Fetch(_ context.Context, call token.Call) (token.Token, error) {
+	s.Mu.Lock()
+	defer s.Mu.Unlock()
+	s.Requests = append(s.Requests, call.Key)
+	if s.During != nil {
+		s.During()
 	}
-	if a.Fails != nil {
-		return token.Token{}, a.Fails
+	if s.Error != nil {
+		return token.Token{}, s.Error
 	}
-	if call.ClientID == a.FailsFor && a.FailsFor != "" {
+	if call.ClientID == s.UnavailableClient && s.UnavailableClient != "" {
 		return token.Token{}, &token.Error{Class: token.Unavailable}
 	}
 	now := time.Now()

@@ -23,13 +23,14 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// bench answers requests on a node with nmitest.Pods, without a server around them.
+// bench processes the requests of nmitest.Pods. As an http.Handler it does what package server does for a token request.
 type bench struct {
-	tokens     *Processor
+	processor  *Processor
 	metrics    *telemetry.Metrics
 	azure      *nmitest.TokenSource
 	facts      identity.Facts
 	staleWatch string
+	notSynced  error
 	pods       cache.Indexer
 }
 
@@ -46,21 +47,16 @@ func newBench(t *testing.T) *bench {
 		t.Fatal(err)
 	}
 	t.Cleanup(c.Close)
-	nobody := func(context.Context) ([]*corev1.Pod, error) { return nil, nil }
+	noPods := func(context.Context) ([]*corev1.Pod, error) { return nil, nil }
 	kubernetes := nmitest.NewKubernetes(t)
-	b.tokens, err = New(Config{
+	b.processor, err = New(Config{
 		Rules:            identity.Rules{Mode: identity.Managed},
-		Pods:             cluster.NewPodFinder(b.pods, &cluster.Broadcast{}, nobody, 50*time.Millisecond),
+		Pods:             cluster.NewPodFinder(b.pods, &cluster.Broadcast{}, noPods, 50*time.Millisecond),
 		PodLookupTimeout: 50 * time.Millisecond,
 		Cluster:          b,
-		Ready:            func(context.Context, time.Duration) error { return nil },
-		Principals: &credentials.Principals{
-			Authority:  "https://login.example",
-			Secrets:    credentials.NewSecrets(t.Context(), kubernetes.Source, kubernetes.ReadSecret, kubernetes.SecretChanged),
-			Assertions: credentials.NewAssertions(kubernetes.RequestToken, kubernetes.Pod),
-		},
-		Cache:   c,
-		Metrics: b.metrics,
+		Principals:       credentials.New(t.Context(), credentials.Config{Authority: "https://login.example", Secrets: kubernetes, OnSecretChange: kubernetes.OnSecretChange, Tokens: kubernetes, Pods: kubernetes}),
+		Cache:            c,
+		Metrics:          b.metrics,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -68,15 +64,16 @@ func newBench(t *testing.T) *bench {
 	return b
 }
 
-func (b *bench) Facts(*corev1.Pod) (identity.Facts, error) { return nmitest.CopyOf(b.facts), nil }
-func (b *bench) Latest(p *corev1.Pod) *corev1.Pod          { return p }
-func (b *bench) StaleWatch() string                        { return b.staleWatch }
+func (b *bench) Facts(*corev1.Pod) (identity.Facts, error)       { return nmitest.CopyOf(b.facts), nil }
+func (b *bench) Latest(p *corev1.Pod) *corev1.Pod                { return p }
+func (b *bench) WaitSynced(context.Context, time.Duration) error { return b.notSynced }
+func (b *bench) StaleWatch() string                              { return b.staleWatch }
 
 func (b *bench) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var tokens []metadata.TokenResponse
 	req, refusal := metadata.Parse(r, metadata.Rules{})
 	if refusal == nil {
-		tokens, refusal = b.tokens.ForAddress(r.Context(), &Caller{}, netip.MustParseAddrPort(r.RemoteAddr).Addr(), req)
+		tokens, refusal = b.processor.ForAddress(r.Context(), &Record{}, netip.MustParseAddrPort(r.RemoteAddr).Addr(), req)
 	}
 	switch {
 	case refusal != nil:

@@ -1,7 +1,6 @@
 package request
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"net/http"
@@ -16,18 +15,18 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-func TestNothingIsFetchedForARefusedPod(t *testing.T) {
+func TestNoTokenIsFetchedForARefusedPod(t *testing.T) {
 	b := newBench(t)
 	b.ask("10.0.0.3", nmitest.TokenPath)
 	b.ask("10.0.0.1", nmitest.TokenPath+"&client_id="+nmitest.ClientY)
 	b.ask("10.0.0.2", nmitest.TokenPath)
-	if len(b.azure.Asked) != 0 {
-		t.Errorf("fetched %v", b.azure.Asked)
+	if len(b.azure.Requests) != 0 {
+		t.Errorf("fetched %v", b.azure.Requests)
 	}
 }
 
-// A token in the cache is of no use to a pod that may not have it.
-func TestTheCacheIsAskedAfterTheDecision(t *testing.T) {
+// A cached token is not for a pod that may not have it.
+func TestTheDecisionComesBeforeTheCache(t *testing.T) {
 	b := newBench(t)
 	if status, _ := b.ask("10.0.0.2", nmitest.TokenPath+"&client_id="+nmitest.ClientY); status != 200 {
 		t.Fatal("the token is not in the cache")
@@ -37,7 +36,7 @@ func TestTheCacheIsAskedAfterTheDecision(t *testing.T) {
 	}
 }
 
-func TestFailuresOfTheSourceBecomeWhatClientsUnderstand(t *testing.T) {
+func TestClientsUnderstandTheResponseToAFailedFetch(t *testing.T) {
 	cases := []struct {
 		name    string
 		err     error
@@ -45,8 +44,8 @@ func TestFailuresOfTheSourceBecomeWhatClientsUnderstand(t *testing.T) {
 		want    map[string]string
 		headers string
 	}{
-		{"away", &token.Error{Class: token.Unavailable, Status: 500}, 503, map[string]string{"error": "service_unavailable", "reason": "upstream_unavailable"}, "2"},
-		{"of unknown kind", errors.New("?"), 503, map[string]string{"reason": "upstream_unavailable"}, "2"},
+		{"unavailable", &token.Error{Class: token.Unavailable, Status: 500}, 503, map[string]string{"error": "service_unavailable", "reason": "upstream_unavailable"}, "2"},
+		{"unknown error", errors.New("?"), 503, map[string]string{"reason": "upstream_unavailable"}, "2"},
 		{"throttled", &token.Error{Class: token.Throttled, RetryAfter: 7 * time.Second}, 429, map[string]string{"error": "too_many_requests", "reason": "upstream_throttled"}, "7"},
 		{"not attached", &token.Error{Class: token.Denied, Status: 400, Code: "invalid_request", Description: "Identity not found"}, 400, map[string]string{"error": "invalid_request", "error_description": "Identity not found", "reason": "upstream_refused"}, ""},
 		{"forbidden", &token.Error{Class: token.Denied, Status: 401, Code: "unauthorized_client", Description: "no"}, 403, map[string]string{"error": "unauthorized_client", "reason": "upstream_refused"}, ""},
@@ -54,7 +53,7 @@ func TestFailuresOfTheSourceBecomeWhatClientsUnderstand(t *testing.T) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			b := newBench(t)
-			b.azure.Fails = c.err
+			b.azure.Error = c.err
 			status, body := b.ask("10.0.0.1", nmitest.TokenPath)
 			if status != c.status || body["Retry-After"] != c.headers {
 				t.Errorf("got %d %v", status, body)
@@ -64,7 +63,7 @@ func TestFailuresOfTheSourceBecomeWhatClientsUnderstand(t *testing.T) {
 					t.Errorf("%s is %q, want %q", k, body[k], v)
 				}
 			}
-			// "Not found" would be final: the identity asked for may be the one whose token could not be had.
+			// Clients do not retry after "not found", and the requested identity may be the one whose token was not available.
 			if objStatus, body := b.ask("10.0.0.2", nmitest.TokenPath+"&object_id=object-of-"+nmitest.ClientX); objStatus != c.status {
 				t.Errorf("by object id: %d %v", objStatus, body)
 			}
@@ -72,32 +71,32 @@ func TestFailuresOfTheSourceBecomeWhatClientsUnderstand(t *testing.T) {
 	}
 }
 
-// The object ID is the same whatever the resource, and one identity's failure is none of the other's.
-func TestAnObjectIDIsLearntOnceAndNotFromWhoCannotTell(t *testing.T) {
+// The object ID does not depend on the resource, and the failure of one identity does not affect the other.
+func TestAnObjectIDIsFetchedOnceAndOtherIdentitiesMayFail(t *testing.T) {
 	b := newBench(t)
 	if status, _ := b.ask("10.0.0.2", nmitest.TokenPath+"&object_id=object-of-"+nmitest.ClientY); status != 200 {
 		t.Fatal(status)
 	}
-	asked := len(b.azure.Asked)
-	b.azure.FailsFor = nmitest.ClientX
+	before := len(b.azure.Requests)
+	b.azure.UnavailableClient = nmitest.ClientX
 	other := strings.Replace(nmitest.TokenPath, "vault", "storage", 1)
 	if status, body := b.ask("10.0.0.2", other+"&object_id=object-of-"+nmitest.ClientY); status != 200 || body["access_token"] != "token-of-"+nmitest.ClientY {
 		t.Errorf("got %d %v", status, body)
 	}
-	if now := len(b.azure.Asked); now != asked+1 {
-		t.Errorf("%d tokens were fetched for one", now-asked)
+	if after := len(b.azure.Requests); after != before+1 {
+		t.Errorf("%d tokens were fetched for one", after-before)
 	}
 }
 
-func TestBeforeTheCachesAreFilledNobodyIsRefusedForGood(t *testing.T) {
+func TestNoRequestIsRefusedPermanentlyBeforeTheCachesSync(t *testing.T) {
 	b := newBench(t)
-	b.tokens.Ready = func(context.Context, time.Duration) error { return errors.New("caches: not filled yet") }
+	b.notSynced = errors.New("caches: not synced yet")
 	if status, body := b.ask("10.0.0.3", nmitest.TokenPath); status != 503 || body["reason"] != "not_ready" {
 		t.Errorf("got %d %v", status, body)
 	}
 }
 
-func TestAnIdentityOfSeveralTenantsIsAnsweredWithAnArray(t *testing.T) {
+func TestTheResponseForAnIdentityOfSeveralTenantsIsAnArray(t *testing.T) {
 	b := newBench(t)
 	r := httptest.NewRequest(http.MethodGet, nmitest.TokenPath, nil)
 	r.RemoteAddr = "10.0.0.5:1"
@@ -108,13 +107,13 @@ func TestAnIdentityOfSeveralTenantsIsAnsweredWithAnArray(t *testing.T) {
 	if err := json.Unmarshal(w.Body.Bytes(), &tokens); err != nil || len(tokens) != 2 || tokens[0]["client_id"] != nmitest.ClientS {
 		t.Fatalf("%v: %s", err, w.Body)
 	}
-	if asked := b.azure.Asked; len(asked) != 2 || asked[0].TenantID != "t" || asked[1].TenantID != "t2" || asked[0].Secret != (token.Ref{Namespace: "ns", Name: "password"}) || asked[0].Revision == "" {
-		t.Errorf("asked for %+v", asked)
+	if requested := b.azure.Requests; len(requested) != 2 || requested[0].TenantID != "t" || requested[1].TenantID != "t2" || requested[0].Secret != (token.Ref{Namespace: "ns", Name: "password"}) || requested[0].Revision == "" {
+		t.Errorf("requested %+v", requested)
 	}
 }
 
-// What was decided before a fetch does not hold after it just because the fetch was long.
-func TestWhatChangesDuringAFetchCounts(t *testing.T) {
+// A decision from before a fetch is not used after it.
+func TestAChangeDuringAFetchIsNoticed(t *testing.T) {
 	const other = "99999999-0000-0000-0000-000000000009"
 	for _, c := range []struct {
 		name   string
@@ -123,8 +122,8 @@ func TestWhatChangesDuringAFetchCounts(t *testing.T) {
 		token  string
 	}{
 		{"nothing", func(*bench) {}, 200, "token-of-" + nmitest.ClientX},
-		{"the binding goes", func(b *bench) { b.facts.Bindings = nil }, 400, ""},
-		{"the identity goes", func(b *bench) { b.facts.Identities = nil }, 400, ""},
+		{"the binding is deleted", func(b *bench) { b.facts.Bindings = nil }, 400, ""},
+		{"the identity is deleted", func(b *bench) { b.facts.Identities = nil }, 400, ""},
 		{"the identity becomes another", func(b *bench) {
 			b.facts = nmitest.CopyOf(b.facts)
 			b.facts.Identities[0].ClientID = other
@@ -143,7 +142,7 @@ func TestWhatChangesDuringAFetchCounts(t *testing.T) {
 	}
 }
 
-func TestARefusalOfAnObjectThatMayBeUnheardOfIsNotFinal(t *testing.T) {
+func TestNoRequestIsRefusedPermanentlyWhileAWatchIsStale(t *testing.T) {
 	b := newBench(t)
 	b.staleWatch = "azureidentities"
 	if status, body := b.ask("10.0.0.3", nmitest.TokenPath); status != 503 || body["reason"] != "not_ready" || !strings.Contains(body["error_description"], "aadpodidbinding") {
@@ -154,7 +153,7 @@ func TestARefusalOfAnObjectThatMayBeUnheardOfIsNotFinal(t *testing.T) {
 	}
 }
 
-func TestOnlyWhoIsStillBoundIsWorthARenewal(t *testing.T) {
+func TestOnlyTokensOfBoundIdentitiesMayBeRenewed(t *testing.T) {
 	b := newBench(t)
 	x, both, free := b.podOf("10.0.0.1"), b.podOf("10.0.0.2"), b.podOf("10.0.0.4")
 	keyOf := func(client string) token.Principal { return token.ManagedKey(client, "", "", "").Principal }
@@ -166,12 +165,12 @@ func TestOnlyWhoIsStillBoundIsWorthARenewal(t *testing.T) {
 		{x, keyOf(nmitest.ClientX), true}, {x, keyOf(nmitest.ClientY), false}, {both, keyOf(nmitest.ClientY), true}, {free, keyOf(nmitest.ClientY), true},
 		{free, token.Principal{Source: token.Secret, ClientID: nmitest.ClientS}, false},
 	} {
-		if got := b.tokens.MayRenew(c.pod, c.principal); got != c.want {
+		if got := b.processor.MayRenew(c.pod, c.principal); got != c.want {
 			t.Errorf("pod %s and %s: %t", c.pod.Name, c.principal.ClientID, got)
 		}
 	}
 	b.facts.Bindings = nil
-	if b.tokens.MayRenew(x, keyOf(nmitest.ClientX)) {
-		t.Error("a pod without its binding is")
+	if b.processor.MayRenew(x, keyOf(nmitest.ClientX)) {
+		t.Error("the token of a pod without its binding may be renewed")
 	}
 }

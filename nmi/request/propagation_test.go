@@ -16,94 +16,94 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// lateAzure does not know an identity until some time.
-type lateAzure struct {
+// lateSource refuses all identities until a time.
+type lateSource struct {
 	*nmitest.TokenSource
-	knows time.Time
-	times []time.Duration // of its refusals
-	start time.Time
-	code  string
+	knowsAt  time.Time
+	refusals []time.Duration // when it refused, since start
+	start    time.Time
+	code     string
 }
 
-func (a *lateAzure) Fetch(ctx context.Context, call token.Call) (token.Token, error) {
-	if time.Now().Before(a.knows) {
+func (a *lateSource) Fetch(ctx context.Context, call token.Call) (token.Token, error) {
+	if time.Now().Before(a.knowsAt) {
 		a.Mu.Lock()
 		defer a.Mu.Unlock()
-		a.times = append(a.times, time.Since(a.start))
+		a.refusals = append(a.refusals, time.Since(a.start))
 		return token.Token{}, &token.Error{Class: token.Denied, Status: 400, Code: a.code, Description: "Identity not found"}
 	}
 	return a.TokenSource.Fetch(ctx, call)
 }
 
-// late makes the source one that hears of identities only after a while, and the assignments as old as told.
-func (s *standard) late(after, age time.Duration) *lateAzure {
-	a := &lateAzure{TokenSource: s.azure, start: time.Now(), knows: time.Now().Add(after), code: "invalid_request"}
+// late makes the source refuse all identities for the duration after, and gives all assignments this age.
+func (s *standardBench) late(after, age time.Duration) *lateSource {
+	a := &lateSource{TokenSource: s.azure, start: time.Now(), knowsAt: time.Now().Add(after), code: "invalid_request"}
 	c, err := token.NewCache(a, 100, func(string, token.Principal) bool { return true }, s.metrics)
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	s.t.Cleanup(c.Close)
-	s.tokens.Cache = c
+	s.processor.Cache = c
 	since := time.Now().Add(-age)
-	s.tokens.Wait.AssignedSince = func(*corev1.Pod, *identity.Identity) time.Time { return since }
+	s.processor.Wait.AssignedSince = func(*corev1.Pod, *identity.Identity) time.Time { return since }
 	return a
 }
 
-func TestAnIdentityThatTheMachineHasNotHeardOfYetIsAskedForAgain(t *testing.T) {
+func TestIMDSIsAskedAgainForAnIdentityThatItDoesNotKnowYet(t *testing.T) {
 	for after, took := range map[time.Duration]time.Duration{500 * time.Millisecond: time.Second, 2 * time.Second: 3 * time.Second, 10 * time.Second: 12 * time.Second, 24 * time.Second: 25 * time.Second} {
 		t.Run(after.String(), func(t *testing.T) {
-			inStandardMode(t, func(t *testing.T, s *standard) {
+			inStandardMode(t, func(t *testing.T, s *standardBench) {
 				s.assign("x", "x", identity.StateAssigned, "")
 				s.late(after, 0)
 				s.expect(s.begin("10.0.0.1", ""), 200, "", took)
-				s.waited(map[string]int{WaitAssigned: 1})
+				s.mustHaveOutcomes(map[string]int{WaitAssigned: 1})
 			})
 		})
 	}
 }
 
-func TestAnIdentityThatTheMachineNeverHearsOfIsRefusedAfterAMinute(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+func TestAnIdentityThatIMDSNeverKnowsIsRefusedAfterAMinute(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		s.assign("x", "x", identity.StateAssigned, "")
 		s.late(time.Hour, 0)
 		body := s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentPending, 25*time.Second)
 		if !strings.Contains(body["detail"], "Identity not found") {
-			t.Errorf("it is told %v", body)
+			t.Errorf("response %v", body)
 		}
-		s.waited(map[string]int{WaitTimeout: 1})
+		s.mustHaveOutcomes(map[string]int{WaitTimeout: 1})
 		time.Sleep(10 * time.Second)
-		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 25*time.Second) // what is left of the minute
+		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 25*time.Second) // the rest of the minute
 		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 0)
 	})
-	inStandardMode(t, func(t *testing.T, s *standard) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		s.assign("x", "x", identity.StateAssigned, "")
 		s.late(time.Hour, propagationTime)
 		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 0)
-		s.waited(map[string]int{})
+		s.mustHaveOutcomes(map[string]int{})
 	})
-	inStandardMode(t, func(t *testing.T, s *standard) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		s.assign("x", "x", identity.StateAssigned, "")
 		s.late(time.Hour, 0).code = "invalid_resource"
 		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 0)
 	})
 }
 
-func TestAWaitForTheMachineEndsWhenTheBindingGoes(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+func TestAWaitForIMDSEndsWhenTheBindingIsDeleted(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		s.assign("x", "x", identity.StateAssigned, "")
 		s.late(time.Hour, 0)
 		r := s.begin("10.0.0.1", "")
 		time.Sleep(4 * time.Second)
 		s.change(cluster.BindingsKey("x"), func(f *identity.Facts) { f.Bindings = nil })
 		s.expect(r, 400, identity.NoMatchingBinding, 4*time.Second)
-		s.waited(map[string]int{WaitRefused: 1})
+		s.mustHaveOutcomes(map[string]int{WaitRefused: 1})
 	})
 }
 
-// A hundred requests that wait for the same token, and news all the time, cost the machine's service what one does.
-func TestAllWhoWaitForTheMachineShareTheirQuestions(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
-		s.tokens.Wait.Limiter = limit.New(2000, 2000)
+// A hundred requests that wait for the same token, with continuous notifications, cause as many requests to IMDS as one.
+func TestRequestsThatWaitForIMDSShareTheirRequests(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
+		s.processor.Wait.Limiter = limit.New(2000, 2000)
 		s.assign("x", "x", identity.StateAssigned, "")
 		a := s.late(20*time.Second, 0)
 		var wg sync.WaitGroup
@@ -121,13 +121,13 @@ func TestAllWhoWaitForTheMachineShareTheirQuestions(t *testing.T) {
 			s.change(cluster.PodKey("ns", "x"), func(*identity.Facts) {})
 		}
 		wg.Wait()
-		for i := 1; i < len(a.times); i++ {
-			if a.times[i]-a.times[i-1] < time.Second {
-				t.Errorf("it was asked at %s and at %s", a.times[i-1], a.times[i])
+		for i := 1; i < len(a.refusals); i++ {
+			if a.refusals[i]-a.refusals[i-1] < time.Second {
+				t.Errorf("IMDS was asked at %s and at %s", a.refusals[i-1], a.refusals[i])
 			}
 		}
-		if len(a.times) < 8 {
-			t.Errorf("asked only at %v", a.times)
+		if len(a.refusals) < 8 {
+			t.Errorf("IMDS was asked only at %v", a.refusals)
 		}
 	})
 }

@@ -14,45 +14,46 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// defaultRetryAfter is when a client is to come again where nobody said so.
+// defaultRetryAfter is after what time a client should retry if nothing better is known.
 const defaultRetryAfter = 2 * time.Second
 
-// upstreamError turns a failure of the source into the answer that makes clients do the right thing: come again, or go
-// on to their next credential.
+// upstreamError converts a failed token fetch into the response that makes clients do the right thing: retry, or try the next
+// credential of their chain.
 func upstreamError(d identity.Decision, err error) *metadata.Error {
 	if errors.Is(err, token.ErrPodThrottled) {
-		return metadata.Throttled(identity.PodThrottled, "This pod retriesUpstream for new tokens too often", time.Second)
+		return metadata.Throttled(identity.PodThrottled, "This pod requests new tokens too often", time.Second)
 	}
 	var e *token.Error
 	if !errors.As(err, &e) {
 		e = &token.Error{Class: token.Unavailable, Err: err}
 	}
-	from := "The metadata service of the machine"
+	upstream := "IMDS"
 	if d.Identity != nil && d.Identity.Kind != identity.UserAssigned {
-		from = "Entra ID"
+		upstream = "Entra ID"
 	}
 	switch e.Class {
 	case token.Unavailable:
-		answer := metadata.Unavailable(cmp.Or(e.Reason, identity.UpstreamUnavailable), cmp.Or(e.Detail, from+" gives no token at the moment"), cmp.Or(e.RetryAfter, defaultRetryAfter))
-		answer.Detail = cmp.Or(e.Detail, from+" gives no token at the moment: "+upstreamMessage(e))
-		return answer
+		description := cmp.Or(e.Detail, upstream+" issues no token at the moment")
+		response := metadata.Unavailable(cmp.Or(e.Reason, identity.UpstreamUnavailable), description, cmp.Or(e.RetryAfter, defaultRetryAfter))
+		response.Detail = cmp.Or(e.Detail, description+": "+upstreamMessage(e))
+		return response
 	case token.Throttled:
-		return metadata.Throttled(identity.UpstreamThrottled, from+" throttles this node", e.RetryAfter)
+		return metadata.Throttled(identity.UpstreamThrottled, upstream+" throttles this node", e.RetryAfter)
 	}
 	if e.Status == 0 {
-		// It did not come to a question to Azure.
-		answer := metadata.Forbidden(cmp.Or(e.Reason, identity.UpstreamRefused), e.Error())
-		answer.Detail = e.Detail
-		return answer
+		// No request was sent to Azure.
+		response := metadata.Forbidden(cmp.Or(e.Reason, identity.UpstreamRefused), e.Error())
+		response.Detail = e.Detail
+		return response
 	}
-	answer := metadata.SourceError(upstreamStatus(d, e), e.Code, e.Description)
-	answer.Reason = cmp.Or(e.Reason, identity.UpstreamRefused)
-	answer.Detail = cmp.Or(e.Detail, refusalDetail(d, from, upstreamMessage(e)))
-	return answer
+	response := metadata.SourceError(upstreamStatus(d, e), e.Code, e.Description)
+	response.Reason = cmp.Or(e.Reason, identity.UpstreamRefused)
+	response.Detail = cmp.Or(e.Detail, refusalDetail(d, upstream, upstreamMessage(e)))
+	return response
 }
 
-// upstreamStatus is 400 for a request that would not be right with another credential either, as IMDS has it, and 403 for a
-// credential that is not taken. IMDS's own 400 stays what it is.
+// upstreamStatus returns 400, like IMDS, for a request that would fail with any credential, and 403 for a refused credential.
+// A 400 of IMDS itself stays 400.
 func upstreamStatus(d identity.Decision, e *token.Error) int {
 	fromIMDS := d.Identity == nil || d.Identity.Kind == identity.UserAssigned
 	if fromIMDS && e.Status == http.StatusBadRequest || isResourceError(e) {
@@ -61,37 +62,37 @@ func upstreamStatus(d identity.Decision, e *token.Error) int {
 	return http.StatusForbidden
 }
 
-// isResourceError reports whether it is what the token is for that Azure does not know.
+// isResourceError reports whether Azure does not know the resource that the token is for.
 func isResourceError(e *token.Error) bool {
 	return e.Code == "invalid_resource" || e.Code == "invalid_scope" || e.Code == "invalid_target"
 }
 
-// upstreamMessage is the failure in a form that is the same each time, so that an operator is told one thing once: Entra ID
-// puts the IDs of a request behind its sentence, and the system the port of a connection into its own.
+// upstreamMessage returns the failure without what differs from request to request, so that equal failures are reported once:
+// Entra ID appends the IDs of the request to its message, and a connection error contains the local port.
 func upstreamMessage(e *token.Error) string {
-	var broken *net.OpError
+	var connectionError *net.OpError
 	switch {
-	case errors.As(e.Err, &broken): // whose text has the local port
-		return fmt.Sprintf("%s %v: %v", broken.Op, broken.Addr, broken.Err)
+	case errors.As(e.Err, &connectionError):
+		return fmt.Sprintf("%s %v: %v", connectionError.Op, connectionError.Addr, connectionError.Err)
 	case e.Status == 0:
 		return e.Error()
 	}
-	sentence, _, _ := strings.Cut(e.Description, " Trace ID:")
-	return fmt.Sprintf("status %d, %s: %s", e.Status, e.Code, sentence)
+	message, _, _ := strings.Cut(e.Description, " Trace ID:")
+	return fmt.Sprintf("status %d, %s: %s", e.Status, e.Code, message)
 }
 
-// refusalDetail says to the operator what a refusal of Azure is about.
-func refusalDetail(d identity.Decision, from, said string) string {
+// refusalDetail tells the operator what to check after a refusal of Azure.
+func refusalDetail(d identity.Decision, upstream, message string) string {
 	if d.Identity == nil {
 		return ""
 	}
-	refused := fmt.Sprintf("%s refused a token for AzureIdentity %s (%s); see that ", from, d.Identity.Key(), said)
+	refused := fmt.Sprintf("%s refused a token for AzureIdentity %s (%s); check that ", upstream, d.Identity.Key(), message)
 	switch d.Identity.Kind {
 	case identity.UserAssigned:
-		return refused + "the managed identity with its clientID exists and is assigned to the machine or scale set of this node, and that the resource is right"
+		return refused + "the managed identity with its clientID exists and is assigned to the VM or VMSS of this node, and that the resource of the request is right"
 	case identity.Federated:
-		return refused + "its clientID and tenantID are those of an application or managed identity, and that the resource is right"
+		return refused + "its clientID and tenantID are those of an application or managed identity, and that the resource of the request is right"
 	default:
-		return refused + fmt.Sprintf("its clientID and tenantID are right, that Secret %s/%s holds what the application is registered with, and that the resource is right", d.Identity.SecretNamespace, d.Identity.SecretName)
+		return refused + fmt.Sprintf("its clientID and tenantID are right, that Secret %s/%s contains the current credential of the application, and that the resource of the request is right", d.Identity.SecretNamespace, d.Identity.SecretName)
 	}
 }

@@ -19,68 +19,69 @@ import (
 )
 
 const (
-	// maxFailedWait is how long a request waits for an identity that Azure has refused to attach. MIC tries again only
-	// after a while, but an operator may be putting it right at this moment.
-	maxFailedWait = 2 * time.Second
-
-	// MaxAssignmentWait is what client libraries give one request at least; they would not hear a later answer.
+	// MaxAssignmentWait bounds the time that a request waits. All client libraries keep a request open for at least as long.
 	MaxAssignmentWait = time.Minute
 
-	// propagationTime is how long after an assignment the machine's metadata service may not have heard of it.
+	// maxFailedWait is how long a request waits for an identity that Azure refused to attach. MIC retries only after a while,
+	// but an operator may be correcting the cause at this moment.
+	maxFailedWait = 2 * time.Second
+
+	// propagationTime is how long after an assignment IMDS may not know the identity yet.
 	propagationTime = time.Minute
-	// In that time it is asked again after initialBackoff, then after twice that, and so on up to maxBackoff.
+	// In this time a request asks IMDS again after initialBackoff, then after twice the last wait, up to maxBackoff.
 	initialBackoff, maxBackoff = time.Second, 5 * time.Second
 
-	// recheckInterval spaces the looks of one request at objects that it shares with other pods, so that whoever edits those
-	// all the time does not keep the node busy.
+	// recheckInterval is the least time between two checks of a request that are caused by objects that it shares with other
+	// pods. So a client that edits such objects continuously does not load the node.
 	recheckInterval = 100 * time.Millisecond
 )
 
-// Outcomes of waiting, for the metric.
+// Outcomes of a wait, for the metric.
 const (
-	WaitAssigned = "assigned" // the pod may have the identity
-	WaitTimeout  = "timeout"  // it was not assigned in time, or NMI stopped
-	WaitRefused  = "refused"  // meanwhile the objects say no
-	WaitGone     = "gone"     // the client left
+	WaitAssigned = "assigned" // the pod may use the identity
+	WaitTimeout  = "timeout"  // the identity was not assigned in time, or NMI stopped
+	WaitRefused  = "refused"  // the objects changed and now the request is refused
+	WaitGone     = "gone"     // the client closed the connection
 )
 
-// WaitConfig holds requests of pods whose identity is on its way to the machine, in standard mode.
+// WaitConfig has what requests need to wait for an assignment, in standard mode.
 type WaitConfig struct {
-	MaxWait       time.Duration // that one request is held
+	MaxWait       time.Duration // of one request
 	Notifier      *cluster.Notifier
-	AssignedSince func(*corev1.Pod, *identity.Identity) time.Time // since when it is known; zero if it is not assigned
-	Stopping      <-chan struct{}                                 // closed when NMI stops: who waits then is to come again
+	AssignedSince func(*corev1.Pod, *identity.Identity) time.Time // the zero time if the identity is not assigned
+	Stopping      <-chan struct{}                                 // is closed when NMI stops; waiting clients must retry then
 	Limiter       *limit.Limiter
-	Observe       func(outcome string, took time.Duration)
+	Observe       func(outcome string, duration time.Duration)
 }
 
-// requestWait is how one request waits. It is used by that request alone.
+// requestWait is the wait of one request. Only that request uses it.
 type requestWait struct {
-	*WaitConfig // nil in managed mode, where there is nothing to wait for
+	*WaitConfig // nil in managed mode, in which no request waits
 	source      netip.Addr
 
-	startedAt     time.Time // zero until it waits
-	checkedAt     time.Time // when it waited last
-	failedAt      time.Time // since when Azure refuses the identity; zero if it does not
-	retryAt       time.Time // when the metadata service is to be asked again
-	backoff       time.Duration
-	retryUpstream bool // it is time to ask it
-	granted       bool // at the last look
-	outcome       string
+	startedAt  time.Time // zero until the request waits
+	checkedAt  time.Time // when it last stopped waiting to check the objects
+	failedAt   time.Time // since when the request knows that Azure refuses the identity; zero if it does not refuse it
+	authorized bool      // result of the last check
+	outcome    string
 
-	label         string // of the pod, when the topics were chosen
-	own, shared   <-chan struct{}
-	unsubscribers []func()
+	retryAt       time.Time // when the request may ask IMDS again
+	backoff       time.Duration
+	retryUpstream bool // it is time to ask IMDS again
+
+	label       string // binding label of the pod when the request subscribed
+	own, shared <-chan struct{}
+	unsubscribe []func()
 }
 
-// wait holds a request that was told no until it is worth looking again. It reports false if the no is not one that
-// passes, or once there is no time left.
-func (w *requestWait) wait(ctx context.Context, g authorization, refusal *metadata.Error) bool {
+// wait blocks a refused request until a check may have another result. It returns false if no wait can change the refusal, or
+// if no time is left.
+func (w *requestWait) wait(ctx context.Context, auth authorization, refusal *metadata.Error) bool {
 	if refusal.Reason != identity.AssignmentPending && refusal.Reason != identity.AssignmentFailed || !w.start() {
 		return false
 	}
-	if w.subscribe(g.pod) {
-		return true // what changed before nobody has told
+	if w.subscribe(auth.pod) {
+		return true // check again: no notification was sent for a change before the subscription
 	}
 	now := time.Now()
 	left := w.timeLeft(now, refusal.Reason)
@@ -88,17 +89,22 @@ func (w *requestWait) wait(ctx context.Context, g authorization, refusal *metada
 		w.outcome = WaitTimeout
 		return false
 	}
-	// If the decision does not say to wait, the metadata service did.
+	// If the decision is not pending, IMDS refused the token.
 	w.retryUpstream = false
-	retriesUpstream := g.decision.Outcome != identity.Pending
-	if retriesUpstream {
+	refusedByIMDS := auth.decision.Outcome != identity.Pending
+	if refusedByIMDS {
 		left = min(left, w.timeUntilRetry(now))
 	}
-	timer := time.NewTimer(left)
+	return w.block(ctx, now, left, refusedByIMDS)
+}
+
+// block waits for a notification, the timeout, or the end of the request.
+func (w *requestWait) block(ctx context.Context, now time.Time, timeout time.Duration, retryUpstream bool) bool {
+	timer := time.NewTimer(timeout)
 	defer timer.Stop()
-	shared, spaced := w.shared, (<-chan time.Time)(nil)
+	shared, recheck := w.shared, (<-chan time.Time)(nil)
 	if early := recheckInterval - now.Sub(w.checkedAt); early > 0 {
-		shared, spaced = nil, time.After(early)
+		shared, recheck = nil, time.After(early)
 	}
 	defer func() { w.checkedAt = time.Now() }()
 	for {
@@ -107,10 +113,10 @@ func (w *requestWait) wait(ctx context.Context, g authorization, refusal *metada
 			return true
 		case <-shared:
 			return true
-		case <-spaced:
-			shared, spaced = w.shared, nil
+		case <-recheck:
+			shared, recheck = w.shared, nil
 		case <-timer.C:
-			w.retryUpstream = retriesUpstream
+			w.retryUpstream = retryUpstream
 			return true
 		case <-w.Stopping:
 			w.outcome = WaitTimeout
@@ -122,7 +128,7 @@ func (w *requestWait) wait(ctx context.Context, g authorization, refusal *metada
 	}
 }
 
-// start reports whether the request may wait, and notes that it does.
+// start reports whether the request may wait. The first call counts it as a waiting request.
 func (w *requestWait) start() bool {
 	if !w.startedAt.IsZero() {
 		return true
@@ -134,31 +140,31 @@ func (w *requestWait) start() bool {
 	return true
 }
 
-// subscribe sees to it that news of what the decision about the pod rests on wakes the request. It reports true if it did
-// not before.
+// subscribe subscribes to changes of the objects that the decision about the pod depends on. It returns false if the request
+// already has this subscription.
 func (w *requestWait) subscribe(pod *corev1.Pod) bool {
 	label := pod.Labels[v1.BindingLabel]
-	if w.unsubscribers != nil && w.label == label {
+	if w.unsubscribe != nil && w.label == label {
 		return false
 	}
-	w.unsubscribe()
-	own, stopOwn := w.Notifier.Subscribe(cluster.PodKey(pod.Namespace, pod.Name))
-	shared, stopShared := w.Notifier.Subscribe(cluster.BindingsKey(label), cluster.ExceptionsKey(pod.Namespace), cluster.IdentitiesKey())
-	w.label, w.own, w.shared, w.unsubscribers = label, own, shared, []func(){stopOwn, stopShared}
+	w.unsubscribeAll()
+	own, unsubscribeOwn := w.Notifier.Subscribe(cluster.PodKey(pod.Namespace, pod.Name))
+	shared, unsubscribeShared := w.Notifier.Subscribe(cluster.BindingsKey(label), cluster.ExceptionsKey(pod.Namespace), cluster.IdentitiesKey())
+	w.label, w.own, w.shared, w.unsubscribe = label, own, shared, []func(){unsubscribeOwn, unsubscribeShared}
 	return true
 }
 
-func (w *requestWait) unsubscribe() {
-	for _, stop := range w.unsubscribers {
-		stop()
+func (w *requestWait) unsubscribeAll() {
+	for _, unsubscribe := range w.unsubscribe {
+		unsubscribe()
 	}
-	w.unsubscribers = nil
+	w.unsubscribe = nil
 }
 
-// timeLeft is how long the request may still wait for this reason.
-func (w *requestWait) timeLeft(now time.Time, why identity.Reason) time.Duration {
+// timeLeft returns how much longer the request may wait for this reason.
+func (w *requestWait) timeLeft(now time.Time, reason identity.Reason) time.Duration {
 	left := w.startedAt.Add(w.MaxWait).Sub(now)
-	if why != identity.AssignmentFailed {
+	if reason != identity.AssignmentFailed {
 		w.failedAt = time.Time{}
 		return left
 	}
@@ -168,7 +174,7 @@ func (w *requestWait) timeLeft(now time.Time, why identity.Reason) time.Duration
 	return min(left, w.failedAt.Add(maxFailedWait).Sub(now))
 }
 
-// timeUntilRetry is how long it is until the metadata service is to be asked again.
+// timeUntilRetry returns how long the request must wait until it asks IMDS again.
 func (w *requestWait) timeUntilRetry(now time.Time) time.Duration {
 	if !now.Before(w.retryAt) {
 		w.backoff = min(max(2*w.backoff, initialBackoff), maxBackoff)
@@ -177,16 +183,16 @@ func (w *requestWait) timeUntilRetry(now time.Time) time.Duration {
 	return w.retryAt.Sub(now)
 }
 
-// finish has to be called when the request is done with.
+// finish ends the wait and records its outcome. Call it when the request ends.
 func (w *requestWait) finish() {
 	if w.startedAt.IsZero() {
 		return
 	}
-	w.unsubscribe()
+	w.unsubscribeAll()
 	w.Limiter.Release(w.source)
 	switch {
 	case w.outcome != "":
-	case w.granted:
+	case w.authorized:
 		w.outcome = WaitAssigned
 	default:
 		w.outcome = WaitRefused
@@ -194,8 +200,8 @@ func (w *requestWait) finish() {
 	w.Observe(w.outcome, time.Since(w.startedAt))
 }
 
-// notYetPropagated makes of the metadata service's no one that passes, while the identity was assigned so lately that the
-// service may not have heard of it. Other failures it returns as they are.
+// notYetPropagated turns a refusal of IMDS into a pending assignment if the identity was assigned so recently that IMDS may
+// not know it yet. It returns other errors unchanged.
 func (p *Processor) notYetPropagated(pod *corev1.Pod, id *identity.Identity, err error) error {
 	var e *token.Error
 	if p.Wait == nil || id == nil || id.Kind != identity.UserAssigned || !errors.As(err, &e) ||
@@ -203,5 +209,5 @@ func (p *Processor) notYetPropagated(pod *corev1.Pod, id *identity.Identity, err
 		return err
 	}
 	return &token.Error{Class: token.Unavailable, Reason: identity.AssignmentPending, RetryAfter: metadata.PendingRetryAfter, Err: err,
-		Detail: fmt.Sprintf("AzureIdentity %s was assigned to the machine of pod %s/%s a moment ago, and the metadata service of the machine does not give a token for it yet: %s", id.Key(), pod.Namespace, pod.Name, upstreamMessage(e))}
+		Detail: fmt.Sprintf("AzureIdentity %s was assigned to the machine of pod %s/%s a moment ago, and IMDS does not issue tokens for it yet: %s", id.Key(), pod.Namespace, pod.Name, upstreamMessage(e))}
 }

@@ -19,29 +19,29 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// standard is a bench in standard mode, on a clock of its own: pod x is bound to identity x, pod both to x and y, and
-// nothing is assigned.
-type standard struct {
+// standardBench is a bench in standard mode with a fake clock. Pod x is bound to identity x and pod both to x and y. No identity
+// is assigned.
+type standardBench struct {
 	*bench
 	t *testing.T
 
-	stop func() // tells NMI to end
+	stop func() // stops NMI
 
-	mu     sync.Mutex        // guards facts and what follows
-	looks  int               // at the objects
+	mu     sync.Mutex        // guards facts and the fields below
+	checks int               // how often requests read the facts
 	waits  map[string]int    // by outcome
-	labels map[string]string // that pods have got since, by name
+	labels map[string]string // of pods whose label changed, by name
 }
 
-func inStandardMode(t *testing.T, test func(t *testing.T, s *standard)) {
+func inStandardMode(t *testing.T, test func(t *testing.T, s *standardBench)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		s := &standard{bench: newBench(t), t: t, waits: map[string]int{}, labels: map[string]string{}}
+		s := &standardBench{bench: newBench(t), t: t, waits: map[string]int{}, labels: map[string]string{}}
 		ending, stop := context.WithCancel(t.Context())
 		s.stop = stop
-		s.tokens.Rules = identity.Rules{Mode: identity.Standard}
-		s.tokens.Cluster = s
-		s.tokens.Wait = &WaitConfig{
+		s.processor.Rules = identity.Rules{Mode: identity.Standard}
+		s.processor.Cluster = s
+		s.processor.Wait = &WaitConfig{
 			MaxWait:       25 * time.Second,
 			Notifier:      &cluster.Notifier{},
 			Limiter:       limit.New(limit.MaxWaits, limit.MaxWaitsPerSource),
@@ -55,21 +55,21 @@ func inStandardMode(t *testing.T, test func(t *testing.T, s *standard)) {
 		}
 		test(t, s)
 		synctest.Wait()
-		places, sources := s.tokens.Wait.Limiter.InUse()
-		if n := s.tokens.Wait.Notifier.Subscribed(); n != 0 || places != 0 || sources != 0 {
-			t.Errorf("nobody waits any more, and left are %d topics and %d places", n, places)
+		inUse, sources := s.processor.Wait.Limiter.InUse()
+		if n := s.processor.Wait.Notifier.SubscribedKeys(); n != 0 || inUse != 0 || sources != 0 {
+			t.Errorf("no request waits, but %d keys are subscribed and %d waits are counted", n, inUse)
 		}
 	})
 }
 
-func (s *standard) Facts(*corev1.Pod) (identity.Facts, error) {
+func (s *standardBench) Facts(*corev1.Pod) (identity.Facts, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.looks++
+	s.checks++
 	return nmitest.CopyOf(s.facts), nil
 }
 
-func (s *standard) Latest(p *corev1.Pod) *corev1.Pod {
+func (s *standardBench) Latest(p *corev1.Pod) *corev1.Pod {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if label, changed := s.labels[p.Name]; changed {
@@ -79,16 +79,16 @@ func (s *standard) Latest(p *corev1.Pod) *corev1.Pod {
 	return p
 }
 
-// change changes the objects and tells the news of that.
-func (s *standard) change(about cluster.Key, change func(*identity.Facts)) {
+// change changes the objects and notifies of a key.
+func (s *standardBench) change(about cluster.Key, change func(*identity.Facts)) {
 	s.mu.Lock()
 	change(&s.facts)
 	s.mu.Unlock()
-	s.tokens.Wait.Notifier.Notify(about)
+	s.processor.Wait.Notifier.Notify(about)
 }
 
-// assign makes the state of an identity's assignment to a pod what it is told.
-func (s *standard) assign(pod, name string, state identity.State, message string) {
+// assign sets the state of the assignment of an identity to a pod.
+func (s *standardBench) assign(pod, name string, state identity.State, message string) {
 	uid := map[string]string{"x": "1", "both": "2"}[pod]
 	s.change(cluster.PodKey("ns", pod), func(f *identity.Facts) {
 		var others []identity.Assignment
@@ -101,36 +101,36 @@ func (s *standard) assign(pod, name string, state identity.State, message string
 	})
 }
 
-// answer is what a request got, and after what time.
-type answer struct {
+// response is the response to a request, with the time it took.
+type response struct {
 	status int
 	body   map[string]string
 	took   time.Duration
 }
 
-// begin sends a request that may be held.
-func (s *standard) begin(source, query string) <-chan answer {
-	done, start := make(chan answer, 1), time.Now()
+// begin sends a request that may wait.
+func (s *standardBench) begin(source, query string) <-chan response {
+	done, start := make(chan response, 1), time.Now()
 	go func() {
 		status, body := s.ask(source, nmitest.TokenPath+query)
-		done <- answer{status, body, time.Since(start)}
+		done <- response{status, body, time.Since(start)}
 	}()
 	return done
 }
 
-func (s *standard) held(requests ...<-chan answer) {
+func (s *standardBench) mustWait(requests ...<-chan response) {
 	s.t.Helper()
 	synctest.Wait()
 	for _, r := range requests {
 		select {
 		case a := <-r:
-			s.t.Fatalf("not held: %+v", a)
+			s.t.Fatalf("the request did not wait: %+v", a)
 		default:
 		}
 	}
 }
 
-func (s *standard) expect(request <-chan answer, status int, reason identity.Reason, took time.Duration) map[string]string {
+func (s *standardBench) expect(request <-chan response, status int, reason identity.Reason, took time.Duration) map[string]string {
 	s.t.Helper()
 	a := <-request
 	if a.status != status || a.body["reason"] != string(reason) || a.took != took {
@@ -142,7 +142,7 @@ func (s *standard) expect(request <-chan answer, status int, reason identity.Rea
 	return a.body
 }
 
-func (s *standard) waited(want map[string]int) {
+func (s *standardBench) mustHaveOutcomes(want map[string]int) {
 	s.t.Helper()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -151,89 +151,89 @@ func (s *standard) waited(want map[string]int) {
 	}
 }
 
-func TestARequestIsHeldUntilItsIdentityIsAssigned(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+func TestARequestWaitsUntilItsIdentityIsAssigned(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		r := s.begin("10.0.0.1", "")
 		for _, state := range []identity.State{identity.StateLegacy, identity.StateCreated} {
 			time.Sleep(time.Second)
 			s.assign("x", "x", state, "")
-			s.held(r)
+			s.mustWait(r)
 		}
 		time.Sleep(10 * time.Second)
-		s.assign("both", "x", identity.StateAssigned, "") // another pod's
-		s.held(r)
+		s.assign("both", "x", identity.StateAssigned, "") // of another pod
+		s.mustWait(r)
 		s.assign("x", "x", identity.StateAssigned, "")
 		if body := s.expect(r, 200, "", 12*time.Second); body["access_token"] != "token-of-"+nmitest.ClientX {
 			t.Errorf("got %v", body)
 		}
 		s.expect(s.begin("10.0.0.1", ""), 200, "", 0)
-		s.waited(map[string]int{WaitAssigned: 1})
+		s.mustHaveOutcomes(map[string]int{WaitAssigned: 1})
 	})
 }
 
-func TestARequestThatWaitsInVainIsToComeAgain(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+func TestARequestWhoseIdentityIsNotAssignedInTimeMustRetry(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		body := s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentPending, 25*time.Second)
 		if !strings.Contains(body["error_description"], "AzureIdentity ns/x") {
-			t.Errorf("it is told %q", body["error_description"])
+			t.Errorf("error_description is %q", body["error_description"])
 		}
-		s.waited(map[string]int{WaitTimeout: 1})
-		s.tokens.Wait.MaxWait = 0
+		s.mustHaveOutcomes(map[string]int{WaitTimeout: 1})
+		s.processor.Wait.MaxWait = 0
 		s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentPending, 0)
-		s.waited(map[string]int{WaitTimeout: 1})
+		s.mustHaveOutcomes(map[string]int{WaitTimeout: 1})
 	})
 }
 
-func TestAWaitEndsAsSoonAsThereIsNothingToWaitFor(t *testing.T) {
+func TestAWaitEndsWhenTheRequestIsNoLongerPending(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		about  cluster.Key
-		change func(s *standard, f *identity.Facts)
+		change func(s *standardBench, f *identity.Facts)
 		status int
 		reason identity.Reason
 	}{
-		{"the binding goes", cluster.BindingsKey("x"), func(_ *standard, f *identity.Facts) { f.Bindings = f.Bindings[1:] }, 400, identity.NoMatchingBinding},
-		{"a second binding comes", cluster.BindingsKey("x"), func(_ *standard, f *identity.Facts) {
+		{"the binding is deleted", cluster.BindingsKey("x"), func(_ *standardBench, f *identity.Facts) { f.Bindings = f.Bindings[1:] }, 400, identity.NoMatchingBinding},
+		{"a second binding is created", cluster.BindingsKey("x"), func(_ *standardBench, f *identity.Facts) {
 			f.Bindings = append(f.Bindings, identity.Binding{Namespace: "ns", Name: "b3", AzureIdentity: "y", Selector: "x"})
 		}, 400, identity.MultipleIdentities},
-		{"the identity goes", cluster.IdentitiesKey(), func(_ *standard, f *identity.Facts) { f.Identities = nil }, 400, identity.IdentityMissing},
-		{"the identity is spoiled", cluster.IdentitiesKey(), func(_ *standard, f *identity.Facts) { *f = nmitest.CopyOf(*f); f.Identities[0].ClientID = "me" }, 403, identity.IdentityInvalid},
-		{"the pod is excepted", cluster.ExceptionsKey("ns"), func(_ *standard, f *identity.Facts) {
+		{"the identity is deleted", cluster.IdentitiesKey(), func(_ *standardBench, f *identity.Facts) { f.Identities = nil }, 400, identity.IdentityMissing},
+		{"the identity becomes invalid", cluster.IdentitiesKey(), func(_ *standardBench, f *identity.Facts) { *f = nmitest.CopyOf(*f); f.Identities[0].ClientID = "me" }, 403, identity.IdentityInvalid},
+		{"the pod is excepted", cluster.ExceptionsKey("ns"), func(_ *standardBench, f *identity.Facts) {
 			f.Exceptions = []identity.Exception{{Namespace: "ns", PodLabels: map[string]string{"aadpodidbinding": "x"}}}
 		}, 200, ""},
-		{"the pod's label changes", cluster.PodKey("ns", "x"), func(s *standard, _ *identity.Facts) { s.labels["x"] = "nobody" }, 400, identity.NoMatchingBinding},
+		{"the pod's label changes", cluster.PodKey("ns", "x"), func(s *standardBench, _ *identity.Facts) { s.labels["x"] = "nobody" }, 400, identity.NoMatchingBinding},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			inStandardMode(t, func(t *testing.T, s *standard) {
+			inStandardMode(t, func(t *testing.T, s *standardBench) {
 				r := s.begin("10.0.0.1", "")
 				time.Sleep(3 * time.Second)
-				s.held(r)
+				s.mustWait(r)
 				s.change(c.about, func(f *identity.Facts) { c.change(s, f) })
 				s.expect(r, c.status, c.reason, 3*time.Second)
-				s.waited(map[string]int{map[bool]string{true: WaitAssigned, false: WaitRefused}[c.status == 200]: 1})
+				s.mustHaveOutcomes(map[string]int{map[bool]string{true: WaitAssigned, false: WaitRefused}[c.status == 200]: 1})
 			})
 		})
 	}
 }
 
-func TestNewsOfWhatThePodIsNowLabelledReachIt(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+func TestAWaitingRequestFollowsTheLabelOfItsPod(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		r := s.begin("10.0.0.1", "")
 		time.Sleep(time.Second)
 		s.change(cluster.PodKey("ns", "x"), func(f *identity.Facts) {
 			s.labels["x"] = "other"
 			f.Bindings = append(f.Bindings, identity.Binding{Namespace: "ns", Name: "b3", AzureIdentity: "y", Selector: "other"})
 		})
-		s.held(r)
+		s.mustWait(r)
 		time.Sleep(time.Second)
 		s.change(cluster.BindingsKey("other"), func(f *identity.Facts) { f.Bindings = nil })
 		s.expect(r, 400, identity.NoMatchingBinding, 2*time.Second)
 	})
 }
 
-func TestAnEditedIdentityIsWaitedForAnew(t *testing.T) {
+func TestARequestWaitsForTheAssignmentOfAChangedIdentity(t *testing.T) {
 	const other = "99999999-0000-0000-0000-000000000009"
-	inStandardMode(t, func(t *testing.T, s *standard) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		s.assign("x", "x", identity.StateAssigned, "")
 		s.expect(s.begin("10.0.0.1", ""), 200, "", 0)
 		var resource string
@@ -244,7 +244,7 @@ func TestAnEditedIdentityIsWaitedForAnew(t *testing.T) {
 		})
 		r := s.begin("10.0.0.1", "")
 		time.Sleep(time.Second)
-		s.held(r)
+		s.mustWait(r)
 		s.change(cluster.PodKey("ns", "x"), func(f *identity.Facts) {
 			again := f.Assignments[0]
 			again.ResourceID = strings.ToUpper(resource)
@@ -256,51 +256,51 @@ func TestAnEditedIdentityIsWaitedForAnew(t *testing.T) {
 	})
 }
 
-func TestAnIdentityThatAzureRefusesIsNotWaitedForLong(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+func TestARequestWaitsOnlyBrieflyForAnIdentityThatAzureRefuses(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		s.assign("x", "x", identity.StateCreated, "grant MIC the role Managed Identity Operator")
 		body := s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentFailed, maxFailedWait)
 		if !strings.HasSuffix(body["error_description"], "grant MIC the role Managed Identity Operator") {
-			t.Errorf("it is told %q", body["error_description"])
+			t.Errorf("error_description is %q", body["error_description"])
 		}
-		// Put right meanwhile.
+		// Corrected during the wait.
 		r := s.begin("10.0.0.1", "")
 		time.Sleep(time.Second)
 		s.assign("x", "x", identity.StateCreated, "")
 		time.Sleep(10 * time.Second)
-		s.held(r)
+		s.mustWait(r)
 		s.assign("x", "x", identity.StateAssigned, "")
 		s.expect(r, 200, "", 11*time.Second)
-		// Refused while it waits.
+		// Refused during the wait.
 		s.assign("x", "x", identity.StateCreated, "")
 		r = s.begin("10.0.0.1", "")
 		time.Sleep(10 * time.Second)
 		s.assign("x", "x", identity.StateCreated, "no role")
 		s.expect(r, 503, identity.AssignmentFailed, 10*time.Second+maxFailedWait)
-		s.waited(map[string]int{WaitTimeout: 2, WaitAssigned: 1})
+		s.mustHaveOutcomes(map[string]int{WaitTimeout: 2, WaitAssigned: 1})
 	})
 }
 
-func TestATokenInTheCacheIsOfNoUseOnceTheAssignmentHasGone(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+func TestACachedTokenIsNotReturnedAfterTheAssignmentEnds(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		x, y := token.ManagedKey(nmitest.ClientX, "", "", "").Principal, token.ManagedKey(nmitest.ClientY, "", "", "").Principal
 		for _, state := range []identity.State{identity.StateUnassigned, identity.StateCreated} {
 			s.assign("x", "x", identity.StateAssigned, "")
 			s.expect(s.begin("10.0.0.1", ""), 200, "", 0)
-			if !s.tokens.MayRenew(s.podOf("10.0.0.1"), x) || s.tokens.MayRenew(s.podOf("10.0.0.1"), y) {
-				t.Error("its token, and no other, is worth a renewal")
+			if !s.processor.MayRenew(s.podOf("10.0.0.1"), x) || s.processor.MayRenew(s.podOf("10.0.0.1"), y) {
+				t.Error("only its own token may be renewed")
 			}
 			s.assign("x", "x", state, "")
-			if s.tokens.MayRenew(s.podOf("10.0.0.1"), x) {
-				t.Errorf("%s, and its token is renewed", state)
+			if s.processor.MayRenew(s.podOf("10.0.0.1"), x) {
+				t.Errorf("%s, and its token may be renewed", state)
 			}
 			s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentPending, 25*time.Second)
 		}
 	})
 }
 
-func TestAnAssignmentThatGoesDuringAFetchCounts(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+func TestAnAssignmentThatEndsDuringAFetchIsNoticed(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		s.assign("x", "x", identity.StateAssigned, "")
 		s.azure.During = func() {
 			s.azure.During = nil
@@ -310,19 +310,19 @@ func TestAnAssignmentThatGoesDuringAFetchCounts(t *testing.T) {
 	})
 }
 
-func TestWhenNMIStopsWhoWaitsIsToComeAgain(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+func TestWhenNMIStopsWaitingClientsMustRetry(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		r := s.begin("10.0.0.1", "")
 		time.Sleep(time.Second)
-		s.held(r)
+		s.mustWait(r)
 		s.stop()
 		s.expect(r, 503, identity.AssignmentPending, time.Second)
-		s.waited(map[string]int{WaitTimeout: 1})
+		s.mustHaveOutcomes(map[string]int{WaitTimeout: 1})
 	})
 }
 
-func TestWhileAWatchHearsNothingNobodyIsHeld(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+func TestNoRequestWaitsWhileAWatchIsDisconnected(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		s.staleWatch = "azureassignedidentities"
 		if a := <-s.begin("10.0.0.1", ""); a.status != 503 || a.body["reason"] != string(identity.NotReady) || a.took != 0 {
 			t.Errorf("got %+v", a)
@@ -332,65 +332,65 @@ func TestWhileAWatchHearsNothingNobodyIsHeld(t *testing.T) {
 	})
 }
 
-// The rest of the connections is for those who have nothing to wait for.
-func TestOneSourceHasHalfOfItsRequestsHeldAtMost(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
-		var held []<-chan answer
+// The other connections are for requests that need not wait.
+func TestAtMostHalfOfTheRequestsOfASourceWait(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
+		var waiting []<-chan response
 		for range limit.MaxWaitsPerSource {
-			held = append(held, s.begin("10.0.0.1", ""))
+			waiting = append(waiting, s.begin("10.0.0.1", ""))
 		}
-		s.held(held...)
+		s.mustWait(waiting...)
 		s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentPending, 0)
 		another := s.begin("10.0.0.2", "&client_id="+nmitest.ClientY)
-		s.held(append(held, another)...)
+		s.mustWait(append(waiting, another)...)
 		s.assign("x", "x", identity.StateAssigned, "")
-		for _, r := range held {
+		for _, r := range waiting {
 			s.expect(r, 200, "", 0)
 		}
 		s.assign("both", "y", identity.StateAssigned, "")
 		s.expect(another, 200, "", 0)
 	})
 	limiter := limit.New(limit.MaxWaits, limit.MaxWaitsPerSource)
-	most := 0
+	admitted := 0
 	for i := range 200 {
 		for range limit.MaxConnectionsPerSource {
 			if limiter.Acquire(addressOf(i)) {
-				most++
+				admitted++
 			}
 		}
 	}
-	if most != limit.MaxWaits || most > limit.MaxConnections/2 {
-		t.Errorf("%d requests wait at the same time", most)
+	if admitted != limit.MaxWaits || admitted > limit.MaxConnections/2 {
+		t.Errorf("%d requests wait at the same time", admitted)
 	}
 }
 
-func TestWhoEditsIdentitiesAllTheTimeDoesNotKeepTheNodeBusy(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+func TestContinuousChangesOfIdentitiesDoNotLoadTheNode(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		r := s.begin("10.0.0.1", "")
 		for range 10_000 {
 			time.Sleep(time.Millisecond)
 			s.change(cluster.IdentitiesKey(), func(*identity.Facts) {})
 		}
-		s.held(r)
-		if most := int(10*time.Second/recheckInterval) + 3; s.looks > most {
-			t.Errorf("%d looks", s.looks)
+		s.mustWait(r)
+		if maxChecks := int(10*time.Second/recheckInterval) + 3; s.checks > maxChecks {
+			t.Errorf("%d checks", s.checks)
 		}
 		s.assign("x", "x", identity.StateAssigned, "")
 		s.expect(r, 200, "", 10*time.Second)
 	})
 }
 
-// No token is asked for of what may not be attached to the machine yet.
-func TestARequestByObjectIDWaitsForTheIdentitiesThatMayBeMeant(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+// No token is requested of an identity that may not be attached yet.
+func TestARequestByObjectIDWaitsForTheIdentitiesThatMayHaveIt(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		s.assign("both", "x", identity.StateAssigned, "")
 		s.expect(s.begin("10.0.0.2", "&object_id=object-of-"+nmitest.ClientX), 200, "", 0)
 		y, nobody := s.begin("10.0.0.2", "&object_id=object-of-"+nmitest.ClientY), s.begin("10.0.0.2", "&object_id=nobody")
 		time.Sleep(time.Second)
-		s.held(y, nobody)
-		for _, key := range s.azure.Asked {
+		s.mustWait(y, nobody)
+		for _, key := range s.azure.Requests {
 			if key.ClientID == nmitest.ClientY {
-				t.Error("a token was asked for that nobody may have yet")
+				t.Error("a token of an unassigned identity was requested")
 			}
 		}
 		s.assign("both", "y", identity.StateAssigned, "")

@@ -24,7 +24,7 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// bench is a server on a node with nmitest.Pods.
+// bench is a server for nmitest.Pods.
 type bench struct {
 	*Server
 	azure *nmitest.TokenSource
@@ -48,33 +48,29 @@ func newBench(t *testing.T) *bench {
 		t.Fatal(err)
 	}
 	t.Cleanup(c.Close)
-	nobody := func(context.Context) ([]*corev1.Pod, error) { return nil, nil }
+	noPods := func(context.Context) ([]*corev1.Pod, error) { return nil, nil }
 	kubernetes := nmitest.NewKubernetes(t)
-	tokens, err := request.New(request.Config{
+	requests, err := request.New(request.Config{
 		Rules:            identity.Rules{Mode: identity.Managed},
-		Pods:             cluster.NewPodFinder(pods, &cluster.Broadcast{}, nobody, 50*time.Millisecond),
+		Pods:             cluster.NewPodFinder(pods, &cluster.Broadcast{}, noPods, 50*time.Millisecond),
 		PodLookupTimeout: 50 * time.Millisecond,
 		Cluster:          b,
-		Ready:            func(context.Context, time.Duration) error { return nil },
-		Principals: &credentials.Principals{
-			Authority:  "https://login.example",
-			Secrets:    credentials.NewSecrets(t.Context(), kubernetes.Source, kubernetes.ReadSecret, kubernetes.SecretChanged),
-			Assertions: credentials.NewAssertions(kubernetes.RequestToken, kubernetes.Pod),
-		},
-		Cache:   c,
-		Metrics: m,
+		Principals:       credentials.New(t.Context(), credentials.Config{Authority: "https://login.example", Secrets: kubernetes, OnSecretChange: kubernetes.OnSecretChange, Tokens: kubernetes, Pods: kubernetes}),
+		Cache:            c,
+		Metrics:          m,
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	cfg := Config{TenantID: "the-tenant", IMDS: netip.MustParseAddrPort("127.0.0.1:1")}
-	b.Server = New(cfg, tokens, m, telemetry.Loggers{Main: zap.New(core), Audit: zap.NewNop()}, nil)
+	b.Server = New(cfg, requests, m, telemetry.Loggers{Main: zap.New(core), Audit: zap.NewNop()}, nil)
 	return b
 }
 
-func (b *bench) Facts(*corev1.Pod) (identity.Facts, error) { return nmitest.CopyOf(b.facts), nil }
-func (b *bench) Latest(p *corev1.Pod) *corev1.Pod          { return p }
-func (b *bench) StaleWatch() string                        { return "" }
+func (b *bench) Facts(*corev1.Pod) (identity.Facts, error)       { return nmitest.CopyOf(b.facts), nil }
+func (b *bench) Latest(p *corev1.Pod) *corev1.Pod                { return p }
+func (b *bench) WaitSynced(context.Context, time.Duration) error { return nil }
+func (b *bench) StaleWatch() string                              { return "" }
 
 func (b *bench) ask(source, target string, headers ...string) (int, map[string]string) {
 	r := httptest.NewRequest(http.MethodGet, target, nil)

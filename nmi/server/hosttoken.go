@@ -16,15 +16,15 @@ import (
 	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
-// hostTokenHandler answers /host/token: programs of the node that ask for a token on behalf of one of its pods. The Secrets
-// Store CSI driver's Azure provider does, to mount a pod's secrets before it starts.
+// hostTokenHandler serves /host/token, on which programs of the node request tokens for one of its pods. The Azure provider
+// of the Secrets Store CSI driver does this to mount the secrets of a pod before the pod starts.
 //
-// Who may ask is who can connect to the node's loopback: the node itself and pods in its network. Such a caller may name
-// any pod of the node, as it could with the predecessor; --host-token=false takes that away from nodes that do not need
-// it. The same decision is made as for the pod itself.
+// Everything that can connect to the loopback of the node may send such a request: the node itself and pods in its network.
+// It may name any pod of the node, as with AAD Pod Identity. --host-token=false disables the route on nodes that do not need
+// it. The decision is the same as for a request of the pod.
 type hostTokenHandler struct{ *Server }
 
-// ServeHTTP answers one request of a program of the node.
+// ServeHTTP serves one request of a program of the node.
 func (s hostTokenHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.serve(w, r, s.handle) }
 
 func (s hostTokenHandler) handle(c *requestContext, r *http.Request) {
@@ -34,50 +34,41 @@ func (s hostTokenHandler) handle(c *requestContext, r *http.Request) {
 	var refusal *metadata.Error
 	c.req, refusal = metadata.ParseHostToken(r)
 	if refusal == nil && !c.source.IsLoopback() {
-		refusal = metadata.Forbidden(identity.RouteBlocked, "Tokens on behalf of pods are given to programs of this node only")
+		refusal = metadata.Forbidden(identity.RouteBlocked, "Only programs of this node may request tokens for its pods")
 	}
 	if refusal != nil {
 		s.metrics.CountDecision(refusal.Reason)
 		c.refuse(refusal)
 		return
 	}
-	tokens, refusal := s.requests.ForPodName(r.Context(), &c.Caller, c.source, c.req)
+	tokens, refusal := s.requests.ForPodName(r.Context(), &c.Record, c.source, c.req)
 	if s.finishTokenRequest(c, r, refusal) {
 		tokens[0].WriteHostToken(c, time.Now())
 	}
 }
 
-// hostTokenRetryInterval is how often a port that somebody else has is tried again. That may be the predecessor, while one
-// takes the other's place.
+// hostTokenRetryInterval is the time between two attempts to open a port that is in use. AAD Pod Identity may use it during a
+// migration.
 const hostTokenRetryInterval = 5 * time.Second
 
-// ServeHostTokens listens on loopback until ctx ends. A port that is taken is no reason not to serve pods.
+// ServeHostTokens listens on loopback and serves /host/token until ctx ends. If the port is in use it retries: the requests of
+// pods do not depend on it.
 func (s *Server) ServeHostTokens(ctx context.Context) {
 	address := fmt.Sprintf("127.0.0.1:%d", s.cfg.Listen.Port())
 	for logged := false; ; logged = true {
 		l, err := net.Listen("tcp4", address)
 		if err == nil {
-			s.logs.Main.Info("programs of this node may ask for tokens of its pods", zap.String(telemetry.KeyAddress, address))
-			server := newHTTPServer(hostTokenHandler{s}, s.cfg.MaxAssignmentWait)
-			ended := make(chan struct{})
-			stop := context.AfterFunc(ctx, func() {
-				defer close(ended)
-				ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.ShutdownTimeout)
-				defer cancel()
-				_ = server.Shutdown(ending) // what is still under way then is cut off
-			})
-			err = server.Serve(newLimitedListener(l, s.metrics.RefusedConnections))
-			if !stop() {
-				<-ended
+			s.logs.Main.Info("serving /host/token to programs of this node", zap.String(telemetry.KeyAddress, address))
+			if err = s.serveHostTokens(ctx, l); err == nil {
 				return
 			}
 		}
 		if !logged {
 			hint := ""
 			if errors.Is(err, syscall.EADDRINUSE) {
-				hint = "; another NMI may have it. It is tried again; --host-token=false does without"
+				hint = "; another NMI may use the port. NMI retries; --host-token=false disables the route"
 			}
-			s.logs.Main.Warn("/host/token is not served"+hint, zap.String(telemetry.KeyAddress, address), zap.Error(err))
+			s.logs.Main.Warn("cannot serve /host/token"+hint, zap.String(telemetry.KeyAddress, address), zap.Error(err))
 		}
 		select {
 		case <-time.After(hostTokenRetryInterval):
@@ -85,4 +76,22 @@ func (s *Server) ServeHostTokens(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// serveHostTokens serves requests until ctx ends and those in flight have ended, and returns nil then.
+func (s *Server) serveHostTokens(ctx context.Context, l net.Listener) error {
+	server := newHTTPServer(hostTokenHandler{s}, s.cfg.MaxAssignmentWait)
+	ended := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(ended)
+		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.ShutdownTimeout)
+		defer cancel()
+		_ = server.Shutdown(ending) // requests that are still in flight are cut off
+	})
+	err := server.Serve(newLimitedListener(l, s.metrics.RefusedConnections))
+	if !stop() {
+		<-ended
+		return nil
+	}
+	return err
 }

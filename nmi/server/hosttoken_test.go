@@ -25,7 +25,7 @@ func (b *bench) askHost(source, target, namespace, name string) (int, string) {
 	return w.Code, w.Body.String()
 }
 
-func TestAProgramOfTheNodeGetsTheTokenOfThePodThatItNames(t *testing.T) {
+func TestAProgramOfTheNodeGetsTokensForThePodThatItNames(t *testing.T) {
 	b := newBench(t)
 	status, body := b.askHost("127.0.0.1", "/host/token/?resource=https://vault.azure.net", "ns", "x")
 	var answer struct {
@@ -52,7 +52,7 @@ func TestAProgramOfTheNodeGetsTheTokenOfThePodThatItNames(t *testing.T) {
 	}
 }
 
-func TestTheHostRouteRefusesWhatItShould(t *testing.T) {
+func TestTheHostTokenRouteRefusesRequests(t *testing.T) {
 	b := newBench(t)
 	for _, c := range []struct {
 		name, source, target, namespace, pod string
@@ -60,7 +60,7 @@ func TestTheHostRouteRefusesWhatItShould(t *testing.T) {
 		reason                               identity.Reason
 	}{
 		{"not bound", "127.0.0.1", "/host/token?resource=r", "ns", "none", 400, identity.PodNotLabelled},
-		{"another's identity", "127.0.0.1", "/host/token?resource=r&client_id=" + nmitest.ClientY, "ns", "x", 400, identity.IdentityNotBound},
+		{"the identity of another pod", "127.0.0.1", "/host/token?resource=r&client_id=" + nmitest.ClientY, "ns", "x", 400, identity.IdentityNotBound},
 		{"an unknown pod", "127.0.0.1", "/host/token?resource=r", "ns", "nobody", 503, identity.PodUnknown},
 		{"no namespace", "127.0.0.1", "/host/token?resource=r", "", "x", 400, identity.RequestMalformed},
 		{"no name", "127.0.0.1", "/host/token?resource=r", "ns", "", 400, identity.RequestMalformed},
@@ -75,11 +75,11 @@ func TestTheHostRouteRefusesWhatItShould(t *testing.T) {
 		}
 	}
 	if status, body := b.ask("10.0.0.1", "/host/token?resource=r", "podns: ns", "podname: x"); status != 404 {
-		t.Errorf("for pods there is no such route: %d %v", status, body)
+		t.Errorf("pods must not have this route: %d %v", status, body)
 	}
 }
 
-func TestEachTokenRequestHasOneLineInTheAudit(t *testing.T) {
+func TestEachTokenRequestHasOneAuditRecord(t *testing.T) {
 	b := newBench(t)
 	core, audit := observer.New(zap.InfoLevel)
 	b.logs.Audit = zap.New(core)
@@ -89,10 +89,10 @@ func TestEachTokenRequestHasOneLineInTheAudit(t *testing.T) {
 	b.askHost("127.0.0.1", "/host/token?resource=r", "ns", "x")
 	lines := audit.TakeAll()
 	if len(lines) != 3 || b.lines.Len() != 1 {
-		t.Fatalf("%d lines in the audit, %d in the log", len(lines), b.lines.Len())
+		t.Fatalf("%d audit records, %d lines in the log", len(lines), b.lines.Len())
 	}
 	issued, refused := lines[0], lines[1]
-	for key, want := range map[string]any{telemetry.KeyNamespace: "ns", telemetry.KeyPod: "x", telemetry.KeyPodUID: "1", telemetry.KeyAccount: "default", telemetry.KeyIdentity: "ns/x",
+	for key, want := range map[string]any{telemetry.KeyNamespace: "ns", telemetry.KeyPod: "x", telemetry.KeyPodUID: "1", telemetry.KeyServiceAccount: "default", telemetry.KeyIdentity: "ns/x",
 		telemetry.KeyResource: "https://vault.azure.net", telemetry.KeyReason: "allowed", telemetry.KeyCache: "fetched", telemetry.KeyTokenID: "id-of-" + nmitest.ClientX, telemetry.KeyCorrelationID: "correlation"} {
 		if got := issued.ContextMap()[key]; got != want {
 			t.Errorf("%s is %v, want %v", key, got, want)

@@ -16,36 +16,37 @@ import (
 	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
-// Limits of the server. Pods are hostile until proven otherwise.
+// Limits of the HTTP servers.
 const (
 	readHeaderTimeout = 5 * time.Second
 	readTimeout       = 10 * time.Second
-	// writeTimeout is longer than any request is held: for the caches, for the pod, and for a token. The time that one
-	// may wait for an assignment comes on top.
+	// writeTimeout is longer than any request takes: it may wait for the caches, for its pod and for a token. The time that it
+	// may wait for an assignment is added.
 	writeTimeout = 75 * time.Second
-	// Clients ask once in hours; a connection kept for the next time would only take memory.
+	// Clients send a request once in hours. A connection that stays open until the next one would only use memory.
 	idleTimeout    = 20 * time.Second
 	maxHeaderBytes = 16 << 10
 )
 
-// ProfilePort serves pprof, on loopback only, where it is switched on.
+// ProfilePort is the port of pprof, on loopback, if profiling is enabled.
 const ProfilePort = 6060
 
-// newHTTPServer puts the limits around a handler whose requests may be held for so long.
-func newHTTPServer(h http.Handler, held time.Duration) *http.Server {
+// newHTTPServer returns a server with limits, for requests that may wait for an assignment as long as maxAssignmentWait.
+func newHTTPServer(h http.Handler, maxAssignmentWait time.Duration) *http.Server {
 	return &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout + held,
+		WriteTimeout:      writeTimeout + maxAssignmentWait,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
-		// What the server says here is about broken connections, and pods can cause any number of those.
+		// The server logs broken connections, and pods can cause any number of those.
 		ErrorLog: log.New(io.Discard, "", 0),
 	}
 }
 
-// Start serves what arrives at the listeners; probes answers the probes. A failure of one of them arrives at the channel.
+// Start serves the requests that arrive at the listeners, those for probes with the handler. A server that fails sends its
+// error to the channel.
 func (s *Server) Start(l *Listeners, probes http.Handler) <-chan error {
 	failed := make(chan error, 4)
 	serve := func(what string, s *http.Server, l net.Listener) {
@@ -60,17 +61,17 @@ func (s *Server) Start(l *Listeners, probes http.Handler) <-chan error {
 	serve("probes", newHTTPServer(probes, 0), l.probes)
 	serve("metrics", newHTTPServer(metricsHandler(s.metrics), 0), l.metrics)
 	if l.profile != nil {
-		s := newHTTPServer(profiler(), 0)
-		s.WriteTimeout = 5 * time.Minute // a profile takes the time it was asked to take
-		serve("profiles", s, l.profile)
+		profiles := newHTTPServer(profileHandler(), 0)
+		profiles.WriteTimeout = 5 * time.Minute // the client chooses how long a profile takes
+		serve("profiles", profiles, l.profile)
 	}
 	return failed
 }
 
-// Shutdown lets requests of pods that are under way end, until ctx does.
+// Shutdown stops accepting requests of pods and waits until those in flight have ended, or until ctx ends.
 func (s *Server) Shutdown(ctx context.Context) error { return s.pods.Shutdown(ctx) }
 
-// Close ends all requests of pods.
+// Close closes the connections of pods.
 func (s *Server) Close() error { return s.pods.Close() }
 
 func metricsHandler(m *telemetry.Metrics) http.Handler {
@@ -79,7 +80,7 @@ func metricsHandler(m *telemetry.Metrics) http.Handler {
 	return mux
 }
 
-func profiler() http.Handler {
+func profileHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
 	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)

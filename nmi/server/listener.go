@@ -16,60 +16,11 @@ import (
 	"github.com/podidentity/podidentity/nmi/limit"
 )
 
-// limitedListener closes connections beyond the limits as soon as they are made, so that one pod cannot take the
-// listener from the others.
-type limitedListener struct {
-	net.Listener
-	limiter *limit.Limiter
-	refused prometheus.Counter
-}
-
-func newLimitedListener(l net.Listener, refused prometheus.Counter) *limitedListener {
-	return &limitedListener{Listener: l, limiter: limit.New(limit.MaxConnections, limit.MaxConnectionsPerSource), refused: refused}
-}
-
-// Accept returns the next connection within the limits.
-func (l *limitedListener) Accept() (net.Conn, error) {
-	for {
-		conn, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		peer, err := netip.ParseAddrPort(conn.RemoteAddr().String())
-		if err != nil || !l.limiter.Acquire(peer.Addr()) {
-			l.refused.Inc()
-			_ = conn.Close()
-			continue
-		}
-		return &limitedConn{Conn: conn, release: sync.OnceFunc(func() { l.limiter.Release(peer.Addr()) })}, nil
-	}
-}
-
-type limitedConn struct {
-	net.Conn
-	release func()
-}
-
-// Close gives the place back.
-func (c *limitedConn) Close() error {
-	defer c.release()
-	return c.Conn.Close()
-}
-
-// Listeners are what NMI listens on. profile is nil unless it is switched on.
+// Listeners are the open ports of NMI. profile is nil unless profiling is enabled.
 type Listeners struct{ probes, metrics, profile, pods net.Listener }
 
-// Close closes those that are open.
-func (l *Listeners) Close() {
-	for _, one := range []net.Listener{l.probes, l.metrics, l.profile, l.pods} {
-		if one != nil {
-			_ = one.Close()
-		}
-	}
-}
-
-// Listen opens them, those of the pods last: until then nothing has been changed on the node. ensureLink makes the link
-// that has the listen address.
+// Listen opens the ports, that for pods last: before that it has changed nothing on the node. ensureLink creates the network
+// link that has the listen address. If it fails, the caller must close the ports that are open.
 func Listen(ctx context.Context, cfg Config, ensureLink func(context.Context) error) (*Listeners, error) {
 	l := &Listeners{}
 	var err error
@@ -88,32 +39,81 @@ func Listen(ctx context.Context, cfg Config, ensureLink func(context.Context) er
 	return l, err
 }
 
+// Close closes the ports that are open.
+func (l *Listeners) Close() {
+	for _, listener := range []net.Listener{l.probes, l.metrics, l.profile, l.pods} {
+		if listener != nil {
+			_ = listener.Close()
+		}
+	}
+}
+
 func listen(host string, port int, flag string) (net.Listener, error) {
 	l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)))
 	if err != nil {
-		return nil, inUse(flag, err)
+		return nil, listenError(flag, err)
 	}
 	return l, nil
 }
 
-func inUse(flag string, err error) error {
-	return fmt.Errorf("%s: %w; is another NMI running on this node, or something else on that port?", flag, err)
+func listenError(flag string, err error) error {
+	return fmt.Errorf("listening on the port of %s: %w; check whether another NMI runs on this node, or another program uses the port", flag, err)
 }
 
-// listenForPods listens on the listen address, and then makes the link that has it. In this order a port that is in use
-// is found out while nothing has been changed on the node.
+// listenForPods opens the port before it creates the link with the address, so that a port in use is an error before anything
+// is changed on the node.
 func listenForPods(ctx context.Context, address netip.AddrPort, ensureLink func(context.Context) error) (net.Listener, error) {
-	early := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+	beforeLink := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var failed error
 		err := c.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1) })
 		return errors.Join(err, failed)
 	}}
-	l, err := early.Listen(ctx, "tcp4", address.String())
+	l, err := beforeLink.Listen(ctx, "tcp4", address.String())
 	if err != nil {
-		return nil, inUse("--nmi-port", err)
+		return nil, listenError("--nmi-port", err)
 	}
 	if err := ensureLink(ctx); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
 	return l, nil
+}
+
+// limitedListener closes connections beyond the limits at once, so that one pod cannot use up the connections of the others.
+type limitedListener struct {
+	net.Listener
+	limiter *limit.Limiter
+	refused prometheus.Counter
+}
+
+func newLimitedListener(l net.Listener, refused prometheus.Counter) *limitedListener {
+	return &limitedListener{Listener: l, limiter: limit.New(limit.MaxConnections, limit.MaxConnectionsPerSource), refused: refused}
+}
+
+// Accept returns the next connection that is within the limits.
+func (l *limitedListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		peer, err := netip.ParseAddrPort(conn.RemoteAddr().String())
+		if err != nil || !l.limiter.Acquire(peer.Addr()) {
+			l.refused.Inc()
+			_ = conn.Close()
+			continue
+		}
+		return &limitedConn{Conn: conn, release: sync.OnceFunc(func() { l.limiter.Release(peer.Addr()) })}, nil
+	}
+}
+
+// limitedConn is a connection that counts against the limits until it is closed.
+type limitedConn struct {
+	net.Conn
+	release func()
+}
+
+// Close closes the connection, which may be closed several times.
+func (c *limitedConn) Close() error {
+	defer c.release()
+	return c.Conn.Close()
 }

@@ -47,16 +47,16 @@ func TestOneSourceCannotTakeAllConnections(t *testing.T) {
 	}
 	over := dial("127.0.0.2")
 	if _, err := over.Read(make([]byte, 1)); err == nil || testutil.ToFloat64(refused) != 1 {
-		t.Errorf("one more stays open: %v, %v refused", err, testutil.ToFloat64(refused))
+		t.Errorf("a connection beyond the limit stays open: %v, %v refused", err, testutil.ToFloat64(refused))
 	}
 	dial("127.0.0.3")
 	<-accepted
 	first.Close()
-	first.Close() // gives one place back, not two
+	first.Close() // counts once
 	dial("127.0.0.2")
 	<-accepted
 	over = dial("127.0.0.2")
 	if _, err := over.Read(make([]byte, 1)); err == nil {
-		t.Error("a connection closed twice gave two places back")
+		t.Error("a connection that was closed twice counted twice")
 	}
 }

@@ -7,7 +7,7 @@ import (
 	"sync"
 )
 
-// pipeListener is a listener in memory, whose connections all come from one address.
+// pipeListener is an in-memory listener. All of its connections come from one address.
 type pipeListener struct {
 	conns  chan net.Conn
 	closed chan struct{}

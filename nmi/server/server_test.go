@@ -25,13 +25,13 @@ func TestEachPodGetsItsOwnTokenAndNoOther(t *testing.T) {
 	}{
 		{"the bound identity", "10.0.0.1", "", 200, identity.Allowed, "token-of-" + nmitest.ClientX, ""},
 		{"the bound identity, named", "10.0.0.1", "&client_id=" + nmitest.ClientX, 200, identity.Allowed, "token-of-" + nmitest.ClientX, ""},
-		{"another's identity, named", "10.0.0.1", "&client_id=" + nmitest.ClientY, 400, identity.IdentityNotBound, "", "Identity not found"},
+		{"the identity of another pod, named", "10.0.0.1", "&client_id=" + nmitest.ClientY, 400, identity.IdentityNotBound, "", "Identity not found"},
 		{"two identities", "10.0.0.2", "", 400, identity.MultipleIdentities, "", "Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request"},
 		{"two identities, by client id", "10.0.0.2", "&client_id=" + nmitest.ClientY, 200, identity.Allowed, "token-of-" + nmitest.ClientY, ""},
 		{"two identities, by resource id", "10.0.0.2", "&msi_res_id=" + resourceX, 200, identity.Allowed, "token-of-" + nmitest.ClientX, ""},
-		{"two identities, by the other name of that", "10.0.0.2", "&mi_res_id=" + resourceX, 200, identity.Allowed, "token-of-" + nmitest.ClientX, ""},
+		{"two identities, by the other name of the parameter", "10.0.0.2", "&mi_res_id=" + resourceX, 200, identity.Allowed, "token-of-" + nmitest.ClientX, ""},
 		{"two identities, by object id", "10.0.0.2", "&object_id=OBJECT-of-" + nmitest.ClientY, 200, identity.Allowed, "token-of-" + nmitest.ClientY, ""},
-		{"an object id of nobody", "10.0.0.2", "&object_id=x", 400, identity.IdentityNotBound, "", "Identity not found"},
+		{"an unknown object id", "10.0.0.2", "&object_id=x", 400, identity.IdentityNotBound, "", "Identity not found"},
 		{"no binding", "10.0.0.3", "", 400, identity.PodNotLabelled, "", "Identity not found"},
 		{"no binding, but a name", "10.0.0.3", "&client_id=" + nmitest.ClientX, 400, identity.PodNotLabelled, "", "Identity not found"},
 		{"excepted", "10.0.0.4", "", 200, identity.Excepted, "token-of-", ""},
@@ -39,7 +39,7 @@ func TestEachPodGetsItsOwnTokenAndNoOther(t *testing.T) {
 		{"a Secret of another namespace", "10.0.0.8", "", 403, identity.SecretNotAllowed, "", ""},
 		{"a federated identity", "10.0.0.9", "", 200, identity.Allowed, "token-of-" + nmitest.ClientF, ""},
 		{"an address of two pods", "10.0.0.6", "", 503, identity.PodAmbiguous, "", ""},
-		{"an address of nobody", "10.0.0.99", "", 503, identity.PodUnknown, "", ""},
+		{"an unknown address", "10.0.0.99", "", 503, identity.PodUnknown, "", ""},
 	}
 	b := newBench(t)
 	for _, c := range cases {
@@ -51,17 +51,17 @@ func TestEachPodGetsItsOwnTokenAndNoOther(t *testing.T) {
 				t.Errorf("got %d %v", status, body)
 			}
 			if c.description != "" && body["error_description"] != c.description {
-				t.Errorf("IMDS says %q here, we %q", c.description, body["error_description"])
+				t.Errorf("IMDS responds %q, NMI %q", c.description, body["error_description"])
 			}
 			if status != 200 && body["reason"] != string(c.reason) {
-				t.Errorf("the pod is told %q, not %s", body["reason"], c.reason)
+				t.Errorf("the reason is %q, not %s", body["reason"], c.reason)
 			}
 			if (status == 503) != (body["Retry-After"] != "") {
 				t.Errorf("status %d with Retry-After %q", status, body["Retry-After"])
 			}
 			lines := b.lines.TakeAll()
 			if len(lines) != 1 || lines[0].ContextMap()[telemetry.KeyReason] != string(c.reason) {
-				t.Errorf("the log says %v", lines)
+				t.Errorf("log: %v", lines)
 			}
 			if after := testutil.ToFloat64(b.metrics.Decisions.WithLabelValues(string(c.reason))); after != before+1 {
 				t.Errorf("the metric went from %v to %v", before, after)
@@ -70,7 +70,7 @@ func TestEachPodGetsItsOwnTokenAndNoOther(t *testing.T) {
 	}
 }
 
-func TestNoTokenAndNoWholeClientIDIsLogged(t *testing.T) {
+func TestNoTokenAndNoCompleteClientIDIsLogged(t *testing.T) {
 	b := newBench(t)
 	b.ask("10.0.0.1", nmitest.TokenPath)
 	b.ask("10.0.0.1", nmitest.TokenPath+"&client_id="+nmitest.ClientY)
@@ -83,7 +83,7 @@ func TestNoTokenAndNoWholeClientIDIsLogged(t *testing.T) {
 	}
 }
 
-func TestAClientThatLeavesIsNotedAndNotAnswered(t *testing.T) {
+func TestADisconnectedClientIsLoggedAndGetsNoResponse(t *testing.T) {
 	b := newBench(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -93,7 +93,7 @@ func TestAClientThatLeavesIsNotedAndNotAnswered(t *testing.T) {
 	w := httptest.NewRecorder()
 	b.ServeHTTP(w, r)
 	if line := b.lines.TakeAll()[0].ContextMap(); w.Body.Len() != 0 || line[telemetry.KeyReason] != "client_gone" {
-		t.Errorf("answered %s, logged %v", w.Body, line)
+		t.Errorf("response %s, log %v", w.Body, line)
 	}
 }
 
@@ -103,13 +103,13 @@ func TestTheOtherRoutes(t *testing.T) {
 		t.Errorf("info: %d %v", status, body)
 	}
 	if status, body := b.ask("10.0.0.3", "/metadata/instance?api-version=2021-02-01"); status != 503 || body["reason"] != "upstream_unavailable" {
-		t.Errorf("instance, with nobody there: %d %v", status, body)
+		t.Errorf("instance, without IMDS: %d %v", status, body)
 	}
-	b.cfg.BlockInstance = true
+	b.cfg.BlockInstanceMetadata = true
 	if status, body := b.ask("10.0.0.3", "/metadata/instance/compute?api-version=2021-02-01"); status != 403 || body["reason"] != "route_blocked" {
 		t.Errorf("instance, blocked: %d %v", status, body)
 	}
 	if status, body := b.ask("10.0.0.1", "/metadata/identity/issuecredential"); status != 404 || body["error"] != "not_found" {
-		t.Errorf("credentials of the machine: %d %v", status, body)
+		t.Errorf("credentials of the VM: %d %v", status, body)
 	}
 }

@@ -23,11 +23,11 @@ import (
 	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
-// inStandardMode is a bench in standard mode, on a clock of its own: nothing is assigned, and waits are counted by outcome.
-func inStandardMode(t *testing.T, test func(t *testing.T, s *standard)) {
+// inStandardMode runs a test with a bench in standard mode and a fake clock. No identity is assigned.
+func inStandardMode(t *testing.T, test func(t *testing.T, s *standardBench)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		s := &standard{bench: newBench(t), waits: map[string]int{}}
+		s := &standardBench{bench: newBench(t), waits: map[string]int{}}
 		s.requests.Rules = identity.Rules{Mode: identity.Standard}
 		s.requests.Wait = &request.WaitConfig{
 			MaxWait:       25 * time.Second,
@@ -43,20 +43,20 @@ func inStandardMode(t *testing.T, test func(t *testing.T, s *standard)) {
 		}
 		test(t, s)
 		synctest.Wait()
-		places, sources := s.requests.Wait.Limiter.InUse()
-		if n := s.requests.Wait.Notifier.Subscribed(); n != 0 || places != 0 || sources != 0 {
-			t.Errorf("nobody waits any more, and left are %d topics and %d places", n, places)
+		inUse, sources := s.requests.Wait.Limiter.InUse()
+		if n := s.requests.Wait.Notifier.SubscribedKeys(); n != 0 || inUse != 0 || sources != 0 {
+			t.Errorf("no request waits, but %d keys are subscribed and %d waits are counted", n, inUse)
 		}
 	})
 }
 
-type standard struct {
+type standardBench struct {
 	*bench
 	mu    sync.Mutex
 	waits map[string]int // by outcome
 }
 
-func (s *standard) waited(t *testing.T, want map[string]int) {
+func (s *standardBench) mustHaveOutcomes(t *testing.T, want map[string]int) {
 	t.Helper()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -65,9 +65,9 @@ func (s *standard) waited(t *testing.T, want map[string]int) {
 	}
 }
 
-// The whole server around it: what bounds a request must not bound one that is held.
-func TestAHeldRequestIsAnsweredByTheServer(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+// The timeouts of the server must not end a request that waits for an assignment.
+func TestTheServerRespondsToARequestThatWaited(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		s.requests.Wait.MaxWait = request.MaxAssignmentWait
 		l := newPipeListener("10.0.0.1:4242")
 		server := newHTTPServer(s.Server, request.MaxAssignmentWait)
@@ -95,24 +95,24 @@ func TestAHeldRequestIsAnsweredByTheServer(t *testing.T) {
 		leaving, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 		defer cancel()
 		if _, _, err := get(leaving); err == nil {
-			t.Error("answered before its time")
+			t.Error("the server responded before the wait ended")
 		}
 		synctest.Wait()
-		s.waited(t, map[string]int{request.WaitTimeout: 1, request.WaitGone: 1})
+		s.mustHaveOutcomes(t, map[string]int{request.WaitTimeout: 1, request.WaitGone: 1})
 		client.CloseIdleConnections()
 		_ = server.Close()
 		ended.Wait()
 	})
 }
 
-func TestOneCauseIsOneEventHoweverOftenAPodComesAgain(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
+func TestARetriedRefusalIsOneEvent(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		s.requests.Wait.MaxWait = 0
-		told := map[string]bool{}
+		events := map[string]bool{}
 		e, err := telemetry.NewEvents("node1", func(_ context.Context, event *corev1.Event) error {
-			told[fmt.Sprint(event.InvolvedObject.Name, event.Message)] = true
+			events[fmt.Sprint(event.InvolvedObject.Name, event.Message)] = true
 			if !strings.HasPrefix(event.Message, "assignment_pending: AzureIdentity ns/x") {
-				t.Errorf("told %q", event.Message)
+				t.Errorf("message %q", event.Message)
 			}
 			return nil
 		})
@@ -129,15 +129,15 @@ func TestOneCauseIsOneEventHoweverOftenAPodComesAgain(t *testing.T) {
 		defer stop()
 		go e.Run(writing)
 		synctest.Wait()
-		if len(told) != 1 {
-			t.Errorf("told %v", told)
+		if len(events) != 1 {
+			t.Errorf("events %v", events)
 		}
 	})
 }
 
-func TestAClientThatLeavesWaitsNoLonger(t *testing.T) {
-	inStandardMode(t, func(t *testing.T, s *standard) {
-		ctx, leave := context.WithCancel(t.Context())
+func TestARequestStopsWaitingWhenItsClientDisconnects(t *testing.T) {
+	inStandardMode(t, func(t *testing.T, s *standardBench) {
+		ctx, disconnect := context.WithCancel(t.Context())
 		done := make(chan *httptest.ResponseRecorder)
 		go func() {
 			r := httptest.NewRequest(http.MethodGet, nmitest.TokenPath, nil).WithContext(ctx)
@@ -148,11 +148,11 @@ func TestAClientThatLeavesWaitsNoLonger(t *testing.T) {
 			done <- w
 		}()
 		time.Sleep(time.Second)
-		leave()
+		disconnect()
 		start := time.Now()
 		if w := <-done; w.Body.Len() != 0 || time.Since(start) != 0 {
-			t.Errorf("answered %s after %s", w.Body, time.Since(start))
+			t.Errorf("response %s after %s", w.Body, time.Since(start))
 		}
-		s.waited(t, map[string]int{request.WaitGone: 1})
+		s.mustHaveOutcomes(t, map[string]int{request.WaitGone: 1})
 	})
 }

@@ -17,87 +17,88 @@ import (
 )
 
 const (
-	// eventReason is what `kubectl describe pod` shows in its column of reasons.
+	// eventReason is the reason that `kubectl describe pod` shows.
 	eventReason = "TokenRefused"
 
-	// The same refusal of the same pod is told again after eventInterval, with the number of times it has happened.
+	// eventInterval is the least time between two Events for the same refusal of a pod. The Event has the number of times it
+	// happened.
 	eventInterval = 5 * time.Minute
-	// A node writes so many events a second, and so many at once: the API server keeps them for everybody.
+	// Limits of the Events that a node writes per second and at once, because the API server stores them for the whole cluster.
 	eventRate, eventBurst = 1, 20
-	// maxReported bounds what is remembered to tell one refusal from another.
-	maxReported = 512
-	// eventQueueSize bounds what waits to be written. What does not fit is told with the next of its kind.
+	// maxRefusals bounds how many refusals NMI remembers to recognize repeated ones.
+	maxRefusals = 512
+	// eventQueueSize bounds the Events that wait to be written. One that does not fit is included in the next of its refusal.
 	eventQueueSize = 64
 
-	eventTimeout = 5 * time.Second
-	maxEventText = 1000 // the API server takes 1024 bytes
+	eventTimeout    = 5 * time.Second
+	maxMessageBytes = 1000 // the API server accepts 1024
 )
 
-// Events tells the refusals of pods as Events of the cluster, so that `kubectl describe pod` shows why.
+// Events reports refusals as Events of the refused pods, so that `kubectl describe pod` shows them.
 //
-// It is written by hand because client-go's recorder brings the machinery of patches and schemas with it, whose memory
-// would be paid on every node.
+// It does not use client-go's recorder, which needs the code for patches and schemas: each node would pay for its memory.
 type Events struct {
-	write func(context.Context, *corev1.Event) error // creates it, or replaces the one of its name
+	write func(context.Context, *corev1.Event) error // creates the Event, or updates it if its count is more than one
 	node  string
 	queue chan *corev1.Event
 
-	mu       sync.Mutex // guards all below
+	mu       sync.Mutex // guards the fields below
 	limiter  *rate.Limiter
-	reported *simplelru.LRU[refusalKey, *refusalCount]
+	refusals *simplelru.LRU[refusalKey, *refusalCount]
 }
 
 type refusalKey struct {
-	pod    string // UID
-	reason identity.Reason
-	text   string
+	podUID  string
+	reason  identity.Reason
+	message string
 }
 
 type refusalCount struct {
-	name  string // of the Event
-	first time.Time
-	last  time.Time // when it was told last
-	count int32
+	eventName string
+	first     time.Time
+	reported  time.Time // when the last Event was queued
+	count     int32
 }
 
+// NewEvents returns Events for the pods of a node. Run writes them with write.
 func NewEvents(node string, write func(context.Context, *corev1.Event) error) (*Events, error) {
-	reported, err := simplelru.NewLRU[refusalKey, *refusalCount](maxReported, nil)
-	return &Events{write: write, node: node, queue: make(chan *corev1.Event, eventQueueSize), limiter: rate.NewLimiter(eventRate, eventBurst), reported: reported}, err
+	refusals, err := simplelru.NewLRU[refusalKey, *refusalCount](maxRefusals, nil)
+	return &Events{write: write, node: node, queue: make(chan *corev1.Event, eventQueueSize), limiter: rate.NewLimiter(eventRate, eventBurst), refusals: refusals}, err
 }
 
-// Refused notes that a pod was refused a token. It does not wait.
+// Refused counts a refusal and queues an Event, unless there was one recently. It does not block.
 func (e *Events) Refused(pod *corev1.Pod, refusal *metadata.Error) {
-	text := refusal.Detail
-	if text == "" {
-		text = refusal.Description
+	message := refusal.Detail
+	if message == "" {
+		message = refusal.Description
 	}
-	key := refusalKey{string(pod.UID), refusal.Reason, text}
+	key := refusalKey{string(pod.UID), refusal.Reason, message}
 	now := time.Now()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	known, ok := e.reported.Get(key)
+	known, ok := e.refusals.Get(key)
 	if !ok {
-		known = &refusalCount{name: fmt.Sprintf("%.230s.%x", pod.Name, now.UnixNano()), first: now}
-		e.reported.Add(key, known)
+		known = &refusalCount{eventName: fmt.Sprintf("%.230s.%x", pod.Name, now.UnixNano()), first: now}
+		e.refusals.Add(key, known)
 	}
 	known.count++
-	if now.Sub(known.last) < eventInterval || !e.limiter.AllowN(now, 1) {
+	if now.Sub(known.reported) < eventInterval || !e.limiter.AllowN(now, 1) {
 		return
 	}
 	select {
-	case e.queue <- e.event(pod, known, refusal.Reason, text, now):
-		known.last = now
+	case e.queue <- e.event(pod, known, refusal.Reason, message, now):
+		known.reported = now
 	default:
 	}
 }
 
-func (e *Events) event(pod *corev1.Pod, known *refusalCount, reason identity.Reason, detail string, now time.Time) *corev1.Event {
+func (e *Events) event(pod *corev1.Pod, known *refusalCount, reason identity.Reason, message string, now time.Time) *corev1.Event {
 	return &corev1.Event{
-		ObjectMeta:          metav1.ObjectMeta{Namespace: pod.Namespace, Name: known.name},
+		ObjectMeta:          metav1.ObjectMeta{Namespace: pod.Namespace, Name: known.eventName},
 		InvolvedObject:      corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID},
 		Type:                corev1.EventTypeWarning,
 		Reason:              eventReason,
-		Message:             text.Truncate(string(reason)+": "+detail, maxEventText),
+		Message:             text.Truncate(string(reason)+": "+message, maxMessageBytes),
 		Source:              corev1.EventSource{Component: "podidentity-nmi", Host: e.node},
 		FirstTimestamp:      metav1.NewTime(known.first),
 		LastTimestamp:       metav1.NewTime(now),
@@ -107,13 +108,13 @@ func (e *Events) event(pod *corev1.Pod, known *refusalCount, reason identity.Rea
 	}
 }
 
-// Run writes events until ctx ends. One that cannot be written is lost: the log has it too.
+// Run writes the queued Events until ctx ends. An Event that cannot be written is dropped: the log has the refusal too.
 func (e *Events) Run(ctx context.Context) {
 	for {
 		select {
 		case event := <-e.queue:
 			writing, cancel := context.WithTimeout(ctx, eventTimeout)
-			_ = e.write(writing, event) // which counts failures
+			_ = e.write(writing, event) // it counts failures itself
 			cancel()
 		case <-ctx.Done():
 			return

@@ -15,7 +15,7 @@ import (
 	"github.com/podidentity/podidentity/nmi/nmitest"
 )
 
-func inEventBubble(t *testing.T, test func(e *Events, written func() []*corev1.Event)) {
+func withEvents(t *testing.T, test func(e *Events, written func() []*corev1.Event)) {
 	synctest.Test(t, func(t *testing.T) {
 		var all []*corev1.Event
 		e, err := NewEvents("node1", func(_ context.Context, event *corev1.Event) error {
@@ -44,8 +44,8 @@ func refusalOf(detail string) *metadata.Error {
 	return metadata.Refusal(identity.Decision{Reason: identity.NoMatchingBinding, Detail: detail})
 }
 
-func TestAPodIsToldOfARefusalOnceInAWhile(t *testing.T) {
-	inEventBubble(t, func(e *Events, written func() []*corev1.Event) {
+func TestARepeatedRefusalIsReportedOncePerInterval(t *testing.T) {
+	withEvents(t, func(e *Events, written func() []*corev1.Event) {
 		p := nmitest.Pod("app", "uid-1", "10.0.0.1")
 		for range 1000 {
 			e.Refused(p, refusalOf("no binding"))
@@ -54,21 +54,21 @@ func TestAPodIsToldOfARefusalOnceInAWhile(t *testing.T) {
 		if len(got) != 1 || got[0].Message != "no_matching_binding: no binding" || got[0].InvolvedObject.UID != "uid-1" || got[0].Namespace != "ns" || got[0].Type != "Warning" || got[0].Reason != "TokenRefused" {
 			t.Fatalf("written: %+v", got)
 		}
-		e.Refused(p, refusalOf("another thing"))
+		e.Refused(p, refusalOf("another reason"))
 		e.Refused(nmitest.Pod("app", "uid-2", "10.0.0.1"), refusalOf("no binding"))
 		if got = written(); len(got) != 3 {
-			t.Errorf("another refusal and another pod: %d events", len(got))
+			t.Errorf("with another refusal and another pod: %d events", len(got))
 		}
 		time.Sleep(eventInterval)
 		e.Refused(p, refusalOf("no binding"))
 		if got = written(); len(got) != 4 || got[3].Name != got[0].Name || got[3].Count != 1001 || !got[3].FirstTimestamp.Equal(&got[0].FirstTimestamp) {
-			t.Errorf("later: %+v", got[len(got)-1])
+			t.Errorf("after the interval: %+v", got[len(got)-1])
 		}
 	})
 }
 
-func TestAPodThatIsRefusedInEverNewWaysDoesNotFloodTheCluster(t *testing.T) {
-	inEventBubble(t, func(e *Events, written func() []*corev1.Event) {
+func TestManyDifferentRefusalsOfOnePodAreLimited(t *testing.T) {
+	withEvents(t, func(e *Events, written func() []*corev1.Event) {
 		p := nmitest.Pod(strings.Repeat("long", 60), "uid-1", "10.0.0.1")
 		for i := range 10_000 {
 			e.Refused(p, refusalOf(fmt.Sprint(strings.Repeat("€", 800), i)))
@@ -79,11 +79,11 @@ func TestAPodThatIsRefusedInEverNewWaysDoesNotFloodTheCluster(t *testing.T) {
 		}
 		for _, event := range got {
 			if len(event.Message) > 1024 || len(event.Name) > 253 {
-				t.Fatalf("the API server refuses this: %d bytes of text, %d of name", len(event.Message), len(event.Name))
+				t.Fatalf("the API server would refuse a message of %d bytes or a name of %d", len(event.Message), len(event.Name))
 			}
 		}
-		if e.reported.Len() > maxReported {
-			t.Errorf("%d are remembered", e.reported.Len())
+		if e.refusals.Len() > maxRefusals {
+			t.Errorf("%d refusals are remembered", e.refusals.Len())
 		}
 	})
 }

@@ -12,70 +12,75 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// Metrics is NMI's one registry and what is in it.
+// Metrics has NMI's registry and the metrics in it.
 type Metrics struct {
 	Registry           *prometheus.Registry
-	requests           *prometheus.HistogramVec
-	imds               *prometheus.HistogramVec
-	imdsErrors         *prometheus.CounterVec
-	apiErrors          *prometheus.CounterVec
 	Decisions          *prometheus.CounterVec
 	InFlight           prometheus.Gauge
-	cache              *prometheus.CounterVec
-	upstream           *prometheus.CounterVec
-	fetches            *prometheus.HistogramVec
-	Repairs            *prometheus.CounterVec
-	SyncErrors         prometheus.Counter
 	PodLookups         prometheus.Histogram
 	RefusedConnections prometheus.Counter
+	Repairs            *prometheus.CounterVec
+	SyncErrors         prometheus.Counter
+
+	requestDuration  *prometheus.HistogramVec
+	imdsDuration     *prometheus.HistogramVec
+	imdsErrors       *prometheus.CounterVec
+	apiErrors        *prometheus.CounterVec
+	cacheRequests    *prometheus.CounterVec
+	upstreamRequests *prometheus.CounterVec
+	upstreamDuration *prometheus.HistogramVec
 }
 
-// NewMetrics returns a new registry with the metrics of every mode, and those of the Go runtime and the process.
+// NewMetrics returns a registry with the metrics that exist in both modes, and those of the Go runtime and the process.
 func NewMetrics() *Metrics {
 	m := &Metrics{
 		Registry:           prometheus.NewRegistry(),
-		requests:           requestDuration.NewHistogramVec(),
-		imds:               imdsDuration.NewHistogramVec(),
-		imdsErrors:         imdsErrors.NewCounterVec(),
-		apiErrors:          apiErrors.NewCounterVec(),
 		Decisions:          decisions.NewCounterVec(),
 		InFlight:           inFlight.NewGauge(),
-		cache:              cacheRequests.NewCounterVec(),
-		upstream:           upstreamRequests.NewCounterVec(),
-		fetches:            upstreamDuration.NewHistogramVec(),
-		Repairs:            repairs.NewCounterVec(),
-		SyncErrors:         syncErrors.NewCounter(),
 		PodLookups:         podLookups.NewHistogram(),
 		RefusedConnections: refusedConnections.NewCounter(),
+		Repairs:            repairs.NewCounterVec(),
+		SyncErrors:         syncErrors.NewCounter(),
+		requestDuration:    requestDuration.NewHistogramVec(),
+		imdsDuration:       imdsDuration.NewHistogramVec(),
+		imdsErrors:         imdsErrors.NewCounterVec(),
+		apiErrors:          apiErrors.NewCounterVec(),
+		cacheRequests:      cacheRequests.NewCounterVec(),
+		upstreamRequests:   upstreamRequests.NewCounterVec(),
+		upstreamDuration:   upstreamDuration.NewHistogramVec(),
 	}
-	m.Registry.MustRegister(m.requests, m.imds, m.imdsErrors, m.apiErrors, m.Decisions, m.InFlight, m.cache, m.upstream, m.fetches,
-		m.Repairs, m.SyncErrors, m.PodLookups, m.RefusedConnections,
+	m.Registry.MustRegister(m.Decisions, m.InFlight, m.PodLookups, m.RefusedConnections, m.Repairs, m.SyncErrors, m.requestDuration, m.imdsDuration,
+		m.imdsErrors, m.apiErrors, m.cacheRequests, m.upstreamRequests, m.upstreamDuration,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
-// AddCacheSize adds a gauge that reads the number of tokens held.
+// AddCacheSize adds the gauge of the token cache's size, which it reads from length.
 func (m *Metrics) AddCacheSize(length func() int) {
 	m.Registry.MustRegister(cacheEntries.NewGaugeFunc(func() float64 { return float64(length()) }))
 }
 
-// AddAssignmentWaits adds a histogram of how long requests waited for an assignment, and returns what fills it.
-func (m *Metrics) AddAssignmentWaits() func(outcome string, took time.Duration) {
-	waits := assignmentWaits.NewHistogramVec()
-	m.Registry.MustRegister(waits)
-	return func(outcome string, took time.Duration) { waits.WithLabelValues(outcome).Observe(took.Seconds()) }
-}
-
-// AddStaleWatches adds a gauge that reads how many watches hear nothing.
+// AddStaleWatches adds the gauge of stale watches, which it reads from count.
 func (m *Metrics) AddStaleWatches(count func() int) {
 	m.Registry.MustRegister(staleWatches.NewGaugeFunc(func() float64 { return float64(count()) }))
 }
 
-func (m *Metrics) ObserveRequest(route metadata.Route, status int, took time.Duration) {
-	m.requests.WithLabelValues(string(route), strconv.Itoa(status)).Observe(took.Seconds())
+// AddAssignmentWaits adds the histogram of assignment waits, which exists in standard mode only, and returns a function that
+// observes a wait.
+func (m *Metrics) AddAssignmentWaits() func(outcome string, duration time.Duration) {
+	waits := assignmentWaits.NewHistogramVec()
+	m.Registry.MustRegister(waits)
+	return func(outcome string, duration time.Duration) {
+		waits.WithLabelValues(outcome).Observe(duration.Seconds())
+	}
 }
 
-// Operations of the API server that are counted when they fail.
+// ObserveRequest observes a request of a pod.
+func (m *Metrics) ObserveRequest(route metadata.Route, status int, duration time.Duration) {
+	m.requestDuration.WithLabelValues(string(route), strconv.Itoa(status)).Observe(duration.Seconds())
+}
+
+// Operations at the API server whose failures are counted.
 const (
 	APIWatch        = "watch"
 	APIListPods     = "list_pods"
@@ -84,12 +89,14 @@ const (
 	APIReadSecret   = "read_secret"
 )
 
+// CountAPIFailure counts a failed request to the API server.
 func (m *Metrics) CountAPIFailure(operation string) { m.apiErrors.WithLabelValues(operation).Inc() }
 
+// CountDecision counts the result of a token request.
 func (m *Metrics) CountDecision(r identity.Reason) { m.Decisions.WithLabelValues(string(r)).Inc() }
 
 // CacheResult implements token.Observer.
-func (m *Metrics) CacheResult(o token.Origin) { m.cache.WithLabelValues(string(o)).Inc() }
+func (m *Metrics) CacheResult(o token.Origin) { m.cacheRequests.WithLabelValues(string(o)).Inc() }
 
 // FetchDone implements token.Observer.
 func (m *Metrics) FetchDone(source token.Source, class token.Class, d time.Duration) {
@@ -97,12 +104,12 @@ func (m *Metrics) FetchDone(source token.Source, class token.Class, d time.Durat
 	if outcome == "" {
 		outcome = "ok"
 	}
-	m.upstream.WithLabelValues(string(source), outcome).Inc()
-	m.fetches.WithLabelValues(string(source)).Observe(d.Seconds())
+	m.upstreamRequests.WithLabelValues(string(source), outcome).Inc()
+	m.upstreamDuration.WithLabelValues(string(source)).Observe(d.Seconds())
 	if source != token.Managed {
 		return
 	}
-	m.imds.WithLabelValues(string(source)).Observe(d.Seconds())
+	m.imdsDuration.WithLabelValues(string(source)).Observe(d.Seconds())
 	if class != "" {
 		m.imdsErrors.WithLabelValues(string(source)).Inc()
 	}

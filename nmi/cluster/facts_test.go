@@ -12,8 +12,8 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// There are far more selectors than values of the index, so that each binding shares its own with others.
-func TestAPodsBindingsAreToldApartFromThoseThatShareTheirPlaceInTheIndex(t *testing.T) {
+// There are far more selectors than index values, so each binding shares its index value with others.
+func TestAPodGetsOnlyItsOwnBindingsOfASharedIndexValue(t *testing.T) {
 	for _, c := range []struct {
 		rules identity.Rules
 		want  int
@@ -22,7 +22,11 @@ func TestAPodsBindingsAreToldApartFromThoseThatShareTheirPlaceInTheIndex(t *test
 		{identity.Rules{Mode: identity.Standard}, 2},
 		{identity.Rules{Mode: identity.Standard, ForceNamespaced: true}, 1},
 	} {
-		w, err := New(Config{API: &rest.Config{Host: "http://127.0.0.1:1"}, Node: "node1", Rules: c.rules})
+		client, err := NewClient(&rest.Config{Host: "http://127.0.0.1:1"}, "node1", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w, err := NewCache(client, Config{Node: "node1", Rules: c.rules})
 		if err != nil {
 			t.Fatal(err)
 		}

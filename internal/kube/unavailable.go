@@ -1,0 +1,18 @@
+package kube
+
+import (
+	"errors"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+)
+
+// IsUnavailable reports whether a request failed because the API server cannot respond now. A retry can then succeed. It
+// returns false for a response that refuses the request. An error that is no response of the API server is one of the
+// connection to it.
+func IsUnavailable(err error) bool {
+	if status := apierrors.APIStatus(nil); !errors.As(err, &status) {
+		return true
+	}
+	return apierrors.IsServiceUnavailable(err) || apierrors.IsInternalError(err) || apierrors.IsServerTimeout(err) ||
+		apierrors.IsTimeout(err) || apierrors.IsTooManyRequests(err)
+}

@@ -1,0 +1,55 @@
+package nmi
+
+import (
+	"context"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/podidentity/podidentity/iptables"
+	"github.com/podidentity/podidentity/nmi/health"
+	"github.com/podidentity/podidentity/nmi/telemetry"
+)
+
+func newCapture(cfg Config, log *zap.Logger) (*iptables.Capture, error) {
+	c := cfg.Capture()
+	c.Logger = log
+	return iptables.New(c)
+}
+
+// repairRules checks the rules at each interval, and repairs them, until ctx ends.
+func (a *agent) repairRules(ctx context.Context) {
+	ticker := time.NewTicker(a.cfg.SyncInterval)
+	defer ticker.Stop()
+	a.health.Set(health.Rules, nil) // they have just been installed
+	for {
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+		repaired, err := a.capture.Sync(ctx)
+		for _, what := range repaired {
+			a.metrics.Repairs.WithLabelValues(what).Inc()
+		}
+		if len(repaired) > 0 {
+			a.logs.Main.Warn("repaired the rules of this node, which something had changed", zap.Strings(telemetry.KeyRepaired, repaired))
+		}
+		if err != nil && ctx.Err() == nil {
+			a.metrics.SyncErrors.Inc()
+			a.logs.Main.Error("checking the rules of this node failed", zap.Error(err))
+		}
+		if ctx.Err() == nil {
+			a.health.Set(health.Rules, err)
+		}
+	}
+}
+
+// Uninstall removes everything from this node that NMI installed. It is idempotent.
+func Uninstall(ctx context.Context, cfg Config, log *zap.Logger) error {
+	capture, err := newCapture(cfg, log)
+	if err != nil {
+		return err
+	}
+	return capture.Uninstall(ctx)
+}

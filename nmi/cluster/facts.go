@@ -1,0 +1,87 @@
+package cluster
+
+import (
+	"hash/maphash"
+	"strconv"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/client-go/tools/cache"
+
+	v1 "github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/internal/kube"
+)
+
+// bySelector is the index of bindings, see bindingBucket.
+const bySelector = "selector"
+
+// bindingBuckets is the number of values of that index. client-go needs some 500 bytes per value, so one value for each of
+// thousands of selectors would be a quarter of the heap. Bindings that share a value are told apart when they are read.
+const bindingBuckets = 1024
+
+// Facts returns the objects that the decision about the pod needs.
+func (c *Cache) Facts(pod *corev1.Pod) (identity.Facts, error) {
+	var facts identity.Facts
+	exceptions, err := c.exceptions.GetIndexer().ByIndex(cache.NamespaceIndex, pod.Namespace)
+	if err != nil {
+		return facts, err
+	}
+	for _, o := range exceptions {
+		facts.Exceptions = append(facts.Exceptions, o.(*trimmed[identity.Exception]).value)
+	}
+	label := pod.Labels[v1.BindingLabel]
+	bindings, err := c.bindings.GetIndexer().ByIndex(bySelector, c.bindingBucket(pod.Namespace, label))
+	if err != nil {
+		return facts, err
+	}
+	for _, o := range bindings {
+		b := o.(*trimmed[identity.Binding]).value
+		if b.Selector != label || b.Namespace != pod.Namespace && !c.crossesNamespaces() {
+			continue
+		}
+		facts.Bindings = append(facts.Bindings, b)
+		found, ok, err := c.identities.GetIndexer().GetByKey(kube.Key(b.Namespace, b.AzureIdentity))
+		if err != nil {
+			return facts, err
+		}
+		if ok {
+			facts.Identities = append(facts.Identities, found.(*trimmed[identity.Identity]).value)
+		}
+	}
+	if c.assignments == nil {
+		return facts, nil
+	}
+	assignments, err := c.assignmentsOf(pod)
+	for _, o := range assignments {
+		facts.Assignments = append(facts.Assignments, o.(*trimmed[assignment]).value.Assignment)
+	}
+	return facts, err
+}
+
+// bindingSelector is the index function of bindings.
+func (c *Cache) bindingSelector(o any) ([]string, error) {
+	b, ok := o.(*trimmed[identity.Binding])
+	if !ok {
+		return nil, nil
+	}
+	return []string{c.bindingBucket(b.value.Namespace, b.value.Selector)}, nil
+}
+
+// bindingBucket returns the index value of bindings with this selector: a hash of the selector, and of the namespace unless
+// bindings match pods of other namespaces. The seed is random in each process, so that nobody can create bindings that all
+// get the index value of another selector.
+func (c *Cache) bindingBucket(namespace, selector string) string {
+	var h maphash.Hash
+	h.SetSeed(c.seed)
+	if !c.crossesNamespaces() {
+		_, _ = h.WriteString(namespace) // never fails
+		_ = h.WriteByte('/')
+	}
+	_, _ = h.WriteString(selector)
+	return strconv.FormatUint(h.Sum64()%bindingBuckets, 10)
+}
+
+// crossesNamespaces reports whether bindings match pods of other namespaces.
+func (c *Cache) crossesNamespaces() bool {
+	return c.cfg.Rules.Mode == identity.Standard && !c.cfg.Rules.ForceNamespaced
+}

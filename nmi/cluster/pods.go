@@ -1,0 +1,78 @@
+package cluster
+
+import (
+	"net/netip"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/podidentity/podidentity/identity"
+)
+
+// Names of the indexes of pods.
+const (
+	byIP  = "ip"
+	byUID = "uid"
+)
+
+// PodIndexers returns the indexes of pods: by each of their addresses, and by UID.
+func PodIndexers() cache.Indexers { return cache.Indexers{byIP: podIPs, byUID: podUID} }
+
+// podIPs is the index function for addresses. It omits those of a pod in the host network, which are the node's, and those
+// of a finished pod.
+func podIPs(o any) ([]string, error) {
+	pod, ok := o.(*corev1.Pod)
+	if !ok || pod.Spec.HostNetwork || finished(pod) {
+		return nil, nil
+	}
+	var ips []string
+	add := func(text string) {
+		if ip, err := netip.ParseAddr(text); err == nil {
+			ips = append(ips, ip.Unmap().String())
+		}
+	}
+	for _, ip := range pod.Status.PodIPs {
+		add(ip.IP)
+	}
+	if len(pod.Status.PodIPs) == 0 {
+		add(pod.Status.PodIP)
+	}
+	return ips, nil
+}
+
+func podUID(o any) ([]string, error) {
+	pod, ok := o.(*corev1.Pod)
+	if !ok {
+		return nil, nil
+	}
+	return []string{string(pod.UID)}, nil
+}
+
+// finished reports whether all containers of the pod have terminated and will not restart. Another pod may have its address
+// by then.
+func finished(pod *corev1.Pod) bool {
+	return pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
+}
+
+// PodByUID returns the pod of this UID, if the cache has it and it has not finished.
+func (c *Cache) PodByUID(uid string) (*corev1.Pod, bool) {
+	found, err := c.pods.GetIndexer().ByIndex(byUID, uid)
+	if err != nil || len(found) != 1 || finished(found[0].(*corev1.Pod)) {
+		return nil, false
+	}
+	return found[0].(*corev1.Pod), true
+}
+
+// Latest returns the state of the pod in the cache. A pod that is not in the cache is returned unchanged: either a list from
+// the API server contained it, or it is gone, and then no client waits for the result.
+func (c *Cache) Latest(pod *corev1.Pod) *corev1.Pod {
+	if current, ok := c.PodByUID(string(pod.UID)); ok {
+		return current
+	}
+	return pod
+}
+
+// IdentityPod returns the pod in the form that the decision reads.
+func IdentityPod(pod *corev1.Pod) identity.Pod {
+	return identity.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), Labels: pod.Labels}
+}

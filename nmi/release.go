@@ -1,0 +1,53 @@
+package nmi
+
+import (
+	"context"
+	"time"
+
+	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/nmi/token"
+)
+
+// releasePod drops what is kept for a pod that is gone.
+func (a *agent) releasePod(uid string) {
+	a.tokens.Release(uid)
+	a.principals.Release(uid)
+}
+
+// releaseInterval is the time between two checks for pods that were deleted while a request of theirs was in flight. Such a
+// request can add its pod again.
+const releaseInterval = 5 * time.Minute
+
+// releaseDeletedPods releases such pods until ctx ends. If it releases a pod that the watch has not reported yet, the next
+// request of the pod adds it again.
+func (a *agent) releaseDeletedPods(ctx context.Context) {
+	ticker := time.NewTicker(releaseInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+		for _, uid := range a.principals.PodUIDs() {
+			if _, ok := a.objects.PodByUID(uid); !ok {
+				a.releasePod(uid)
+			}
+		}
+	}
+}
+
+// dropIdentity drops the tokens and credentials of an AzureIdentity that was changed or deleted.
+func (a *agent) dropIdentity(old identity.Identity) {
+	a.dropPrincipals(func(p token.Principal) bool { return a.principals.Matches(old, p) })
+}
+
+// dropSecret drops the tokens and credentials of a revision of a Secret that is no longer current.
+func (a *agent) dropSecret(ref token.Ref, revision string) {
+	a.dropPrincipals(func(p token.Principal) bool { return p.Secret == ref && p.Revision == revision })
+}
+
+func (a *agent) dropPrincipals(matches func(token.Principal) bool) {
+	a.tokens.Drop(matches)
+	a.sources.Drop(matches)
+}

@@ -1,0 +1,52 @@
+package request
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/podidentity/podidentity/identity"
+	"github.com/podidentity/podidentity/metadata"
+	"github.com/podidentity/podidentity/nmi/cluster"
+)
+
+// podQuery is what findPod searches for: an address, or a name (namespace/name).
+type podQuery struct {
+	address netip.Addr
+	name    string
+}
+
+func (q podQuery) String() string {
+	if q.name != "" {
+		return "name " + q.name
+	}
+	return "address " + q.address.String()
+}
+
+// findPod returns the pod, for which it waits at most PodLookupTimeout, after the caches have synced.
+func (p *Processor) findPod(ctx context.Context, query podQuery) (*corev1.Pod, *metadata.Error) {
+	start := time.Now()
+	defer func() { p.Metrics.PodLookups.Observe(time.Since(start).Seconds()) }()
+	if err := p.Cluster.WaitSynced(ctx, p.PodLookupTimeout); err != nil {
+		return nil, metadata.Unavailable(identity.NotReady, "NMI has not loaded the cluster's objects yet: "+err.Error(), defaultRetryAfter)
+	}
+	var pod *corev1.Pod
+	var err error
+	if query.name != "" {
+		pod, err = p.Pods.FindByName(ctx, query.name)
+	} else {
+		pod, err = p.Pods.FindByAddress(ctx, query.address)
+	}
+	switch {
+	case err == nil:
+		return pod, nil
+	case errors.Is(err, cluster.ErrPodAmbiguous):
+		return nil, metadata.Unavailable(identity.PodAmbiguous, fmt.Sprintf("Several pods of this node have the %s; none of them gets a token until only one has it", query), defaultRetryAfter)
+	default:
+		return nil, metadata.Unavailable(identity.PodUnknown, fmt.Sprintf("NMI knows no live pod of this node with the %s", query), defaultRetryAfter)
+	}
+}
