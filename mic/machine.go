@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
-	"slices"
 	"strings"
 	"time"
 
@@ -59,41 +58,9 @@ func (m *machine) writeLedger(ctx context.Context, next ledger.Entries) error {
 	return nil
 }
 
-// pruneLedger removes identities (folded IDs) from the ledger.
-func (m *machine) pruneLedger(ctx context.Context, identities []string) error {
-	next := m.ledger.Clone()
-	for _, id := range identities {
-		delete(next.Attached, id)
-	}
-	return m.writeLedger(ctx, next)
-}
-
-// writeAdopted adds to the ledger what the assignments of AAD Pod Identity say.
-func (m *machine) writeAdopted(ctx context.Context) error {
-	adopted := m.usage.Adopted()
-	if len(adopted) == 0 {
-		return nil
-	}
-	next := m.ledger.Clone()
-	for identity, id := range adopted {
-		next.Attached[identity] = id
-	}
-	return m.writeLedger(ctx, next)
-}
-
-// recordOutcome removes the finished update from the ledger, and the identities that the machine does not have after it.
-// The state of the machine must have been observed after the end of the update.
+// recordOutcome ends the update in the ledger. The state of the machine must have been observed after the end of the update.
 func (m *machine) recordOutcome(ctx context.Context) error {
-	next := m.ledger.Clone()
-	if u := next.Update; u != nil {
-		for _, id := range slices.Concat(u.Add, u.Remove) {
-			if _, present := m.azure.Identities[azure.Fold(id)]; !present {
-				delete(next.Attached, azure.Fold(id))
-			}
-		}
-	}
-	next.Update = nil
-	return m.writeLedger(ctx, next)
+	return m.writeLedger(ctx, m.ledger.End(m.azure.Identities))
 }
 
 // observe records the state that Azure reported. It is checked again after the interval or a little earlier, so that not

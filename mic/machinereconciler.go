@@ -140,8 +140,10 @@ func (r *machineReconciler) ensureIdentities(ctx context.Context, m *machine) (t
 	if requeueAfter, err := r.updater.resume(ctx, m); err != nil || requeueAfter > 0 {
 		return requeueAfter, err
 	}
-	if err := m.writeAdopted(ctx); err != nil {
-		return 0, err
+	if adopted := m.usage.Adopted(); len(adopted) > 0 { // of AAD Pod Identity
+		if err := m.writeLedger(ctx, m.ledger.With(adopted)); err != nil {
+			return 0, err
+		}
 	}
 	if !m.usage.Known() || m.updating() || !time.Now().Before(m.refreshAt) {
 		if err := r.updater.refresh(ctx, m); err != nil {
@@ -151,7 +153,7 @@ func (r *machineReconciler) ensureIdentities(ctx context.Context, m *machine) (t
 	var err error
 	for i := range maxConflicts {
 		p := r.plan(m)
-		if err := m.pruneLedger(ctx, p.Prune); err != nil {
+		if err := m.writeLedger(ctx, m.ledger.Without(p.Prune)); err != nil {
 			return 0, err
 		}
 		if p.Empty() {

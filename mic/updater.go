@@ -154,12 +154,7 @@ func (u *updater) patch(ctx context.Context, m *machine, add, remove []string) e
 		return nil
 	}
 	before := m.ledger.Clone()
-	next := m.ledger.Clone()
-	// Round removes the monotonic clock, which may stop while the host is suspended.
-	next.Update = &ledger.Update{Started: time.Now().Round(0), Add: add, Remove: remove}
-	for _, id := range add {
-		next.Attached[azure.Fold(id)] = id
-	}
+	next := m.ledger.Begin(time.Now(), add, remove)
 	if err := m.writeLedger(ctx, next); err != nil {
 		m.usage.MarkUnknown()
 		return err

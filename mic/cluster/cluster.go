@@ -109,8 +109,8 @@ func (c *Cluster) recordWrite(o *v1.AzureAssignedIdentity) *Assignment {
 
 // terminating reports whether a namespace is on its way out, or gone.
 func (c *Cluster) NamespaceTerminating(name string) bool {
-	n, ok := kube.Get[*Namespace](c.namespaces, name)
-	return !ok || n.Terminating
+	n, ok := kube.Get[*namespace](c.namespaces, name)
+	return !ok || n.terminating
 }
 
 // Pod returns a pod by its key, or nil.

@@ -20,60 +20,14 @@ type Handlers struct {
 
 // Handle registers handlers. They are called as soon as Run fills the caches.
 func (c *Cluster) Handle(h Handlers) error {
-	podsWith := func(index, value string) {
-		keys, _ := c.pods.GetIndexer().IndexKeys(index, value) // the index exists
-		for _, key := range keys {
-			h.Pod(key)
-		}
-	}
-	bindingsOf := func(identity string) {
-		for _, b := range kube.ByIndex[*Binding](c.bindings, byIdentity, identity) {
-			h.Binding(b.Key())
-			podsWith(bySelector, b.Value.Selector)
-		}
-	}
+	e := &eventHandler{c, h}
 	handlers := map[cache.SharedIndexInformer]cache.ResourceEventHandler{
-		c.pods: kube.TypedHandler(func(old, now *Pod) {
-			if now != nil && now.Node != "" && !now.Finished && (old == nil || old.Node == "") {
-				h.PodScheduled(now.Key())
-			}
-			h.Pod(kube.Newest(old, now).Key())
-		}),
-		c.nodes: kube.TypedHandler(func(old, now *Node) {
-			if old != nil && now != nil && old.MachineKey == now.MachineKey && old.Problem == now.Problem {
-				return
-			}
-			name := kube.Newest(old, now).Name
-			podsWith(byNode, name)
-			for _, a := range kube.ByIndex[*Assignment](c.assignments, byNode, name) {
-				h.Pod(a.Pod)
-			}
-		}),
-		c.namespaces: kube.TypedHandler(func(_, now *Namespace) {
-			if now != nil && now.Terminating {
-				for _, a := range kube.ByIndex[*Assignment](c.assignments, cache.NamespaceIndex, now.Name) {
-					h.Pod(a.Pod)
-				}
-			}
-		}),
-		c.identities: kube.TypedHandler(func(old, now *AzureIdentity) {
-			if old != nil && now != nil && old.ResourceVersion != now.ResourceVersion {
-				h.IdentityEdited(now.ResourceID)
-			}
-			bindingsOf(kube.Newest(old, now).Key())
-		}),
-		c.bindings: kube.TypedHandler(func(old, now *Binding) {
-			for _, b := range []*Binding{old, now} {
-				if b != nil {
-					podsWith(bySelector, b.Value.Selector)
-				}
-			}
-			h.Binding(kube.Newest(old, now).Key())
-		}),
-		c.assignments: kube.TypedHandler(func(old, now *Assignment) {
-			c.own.observe(kube.Newest(old, now), now == nil)
-			h.Pod(kube.Newest(old, now).Pod)
-		}),
+		c.pods:        kube.TypedHandler(e.pod),
+		c.nodes:       kube.TypedHandler(e.node),
+		c.namespaces:  kube.TypedHandler(e.namespace),
+		c.identities:  kube.TypedHandler(e.identity),
+		c.bindings:    kube.TypedHandler(e.binding),
+		c.assignments: kube.TypedHandler(e.assignment),
 	}
 	watchFailed := func(ctx context.Context, r *cache.Reflector, err error) {
 		h.WatchFailed()
@@ -88,4 +42,69 @@ func (c *Cluster) Handle(h Handlers) error {
 		}
 	}
 	return nil
+}
+
+// eventHandler maps each event to the pods and bindings that it affects. In its methods old is nil for an added object, and
+// current for a deleted one.
+type eventHandler struct {
+	cluster *Cluster
+	call    Handlers
+}
+
+func (e *eventHandler) pod(old, current *Pod) {
+	if current != nil && current.Node != "" && !current.Finished && (old == nil || old.Node == "") {
+		e.call.PodScheduled(current.Key())
+	}
+	e.call.Pod(kube.Newest(old, current).Key())
+}
+
+func (e *eventHandler) node(old, current *Node) {
+	if old != nil && current != nil && old.MachineKey == current.MachineKey && old.Problem == current.Problem {
+		return
+	}
+	name := kube.Newest(old, current).Name
+	e.podsWith(byNode, name)
+	for _, a := range kube.ByIndex[*Assignment](e.cluster.assignments, byNode, name) {
+		e.call.Pod(a.Pod)
+	}
+}
+
+func (e *eventHandler) namespace(_, current *namespace) {
+	if current != nil && current.terminating {
+		for _, a := range kube.ByIndex[*Assignment](e.cluster.assignments, cache.NamespaceIndex, current.Name) {
+			e.call.Pod(a.Pod)
+		}
+	}
+}
+
+func (e *eventHandler) identity(old, current *AzureIdentity) {
+	if old != nil && current != nil && old.ResourceVersion != current.ResourceVersion {
+		e.call.IdentityEdited(current.ResourceID)
+	}
+	for _, b := range kube.ByIndex[*Binding](e.cluster.bindings, byIdentity, kube.Newest(old, current).Key()) {
+		e.call.Binding(b.Key())
+		e.podsWith(bySelector, b.Value.Selector)
+	}
+}
+
+func (e *eventHandler) binding(old, current *Binding) {
+	for _, b := range []*Binding{old, current} {
+		if b != nil {
+			e.podsWith(bySelector, b.Value.Selector)
+		}
+	}
+	e.call.Binding(kube.Newest(old, current).Key())
+}
+
+func (e *eventHandler) assignment(old, current *Assignment) {
+	a := kube.Newest(old, current)
+	e.cluster.own.observe(a, current == nil)
+	e.call.Pod(a.Pod)
+}
+
+func (e *eventHandler) podsWith(index, value string) {
+	keys, _ := e.cluster.pods.GetIndexer().IndexKeys(index, value) // the index exists
+	for _, key := range keys {
+		e.call.Pod(key)
+	}
 }

@@ -29,9 +29,9 @@ type Node struct {
 }
 
 // namespace is here only to say whether it is on its way out.
-type Namespace struct {
+type namespace struct {
 	kube.Meta
-	Terminating bool
+	terminating bool
 }
 
 // azureIdentity and binding keep the whole object, of which assignments hold copies. There are far fewer than pods.
@@ -92,7 +92,7 @@ func trim(o any) (any, error) {
 	case *corev1.Node:
 		return trimNode(o), nil
 	case *corev1.Namespace:
-		return &Namespace{kube.MetaOf(o), o.DeletionTimestamp != nil}, nil
+		return &namespace{kube.MetaOf(o), o.DeletionTimestamp != nil}, nil
 	case *v1.AzureIdentity:
 		o.ManagedFields = nil
 		i := &AzureIdentity{Meta: kube.MetaOf(o), Full: o, Value: identity.FromAzureIdentity(o)}

@@ -7,8 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -31,23 +29,6 @@ type Ledger struct {
 	name    string
 	version string // as it was read or written last; "" if there is none
 	Entries
-}
-
-// Entries is the content of a ledger.
-type Entries struct {
-	Machine  string            // its ARM ID
-	Attached map[string]string // identities by folded ID, as spelled
-	// Update is what Azure was asked for and has not been seen to end.
-	Update *Update
-}
-
-// Update is one PATCH.
-type Update struct {
-	Started time.Time `json:"started"`
-	Add     []string  `json:"add,omitempty"`
-	Remove  []string  `json:"remove,omitempty"`
-	// Token resumes waiting for the operation. "" until Azure has taken it on.
-	Token string `json:"token,omitempty"`
 }
 
 // Keys of the ConfigMap.
@@ -143,15 +124,6 @@ func (l *Ledger) remove(ctx context.Context, r Entries) error {
 	return nil
 }
 
-func (r Entries) Clone() Entries {
-	r.Attached = maps.Clone(r.Attached)
-	if r.Update != nil {
-		u := *r.Update
-		r.Update = &u
-	}
-	return r
-}
-
 // Machines lists the machines (ARM IDs) to which MIC has attached anything.
 func Machines(ctx context.Context, store typedcorev1.ConfigMapInterface) ([]string, error) {
 	list, err := store.List(ctx, metav1.ListOptions{LabelSelector: label})
@@ -163,11 +135,6 @@ func Machines(ctx context.Context, store typedcorev1.ConfigMapInterface) ([]stri
 		ids = append(ids, o.Data[dataMachine])
 	}
 	return ids, nil
-}
-
-// Same reports whether the ledger says so already.
-func (l *Ledger) Same(r Entries) bool {
-	return maps.Equal(l.Attached, r.Attached) && l.Update == nil && r.Update == nil
 }
 
 // Stored reports whether there is a ConfigMap.

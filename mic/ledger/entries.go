@@ -1,0 +1,98 @@
+package ledger
+
+import (
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/podidentity/podidentity/mic/azure"
+)
+
+// Entries is the content of a ledger.
+type Entries struct {
+	Machine  string            // its resource ID
+	Attached map[string]string // resource IDs as spelled, by folded ID
+	// Update is the update that was sent and whose end is not known yet, or nil.
+	Update *Update
+}
+
+// Update is one PATCH.
+type Update struct {
+	Started time.Time `json:"started"`
+	Add     []string  `json:"add,omitempty"`
+	Remove  []string  `json:"remove,omitempty"`
+	// Token resumes waiting for the operation. It is empty until Azure has accepted the update.
+	Token string `json:"token,omitempty"`
+}
+
+// Clone returns a copy that shares nothing that its methods change.
+func (e Entries) Clone() Entries {
+	e.Attached = maps.Clone(e.Attached)
+	if e.Update != nil {
+		u := *e.Update
+		e.Update = &u
+	}
+	return e
+}
+
+// Same reports whether a write of other would change nothing. While an update is in progress, a write always does.
+func (e Entries) Same(other Entries) bool {
+	return maps.Equal(e.Attached, other.Attached) && e.Update == nil && other.Update == nil
+}
+
+// Begin returns the entries from before an update until its end: they have all that may then be attached.
+func (e Entries) Begin(now time.Time, add, remove []string) Entries {
+	next := e.Clone()
+	// Round removes the monotonic clock, which may stop while the host is suspended.
+	next.Update = &Update{Started: now.Round(0), Add: add, Remove: remove}
+	for _, id := range add {
+		next.Attached[azure.Fold(id)] = id
+	}
+	return next
+}
+
+// End returns the entries after the end of the update, with the identities of the machine after it, by folded ID. Of the
+// identities in the update those remain that the machine has.
+func (e Entries) End(identities map[string]azure.Identity) Entries {
+	next := e.Clone()
+	if u := next.Update; u != nil {
+		for _, id := range slices.Concat(u.Add, u.Remove) {
+			if _, present := identities[azure.Fold(id)]; !present {
+				delete(next.Attached, azure.Fold(id))
+			}
+		}
+	}
+	next.Update = nil
+	return next
+}
+
+// Without returns the entries without some identities, by folded ID.
+func (e Entries) Without(identities []string) Entries {
+	next := e.Clone()
+	for _, id := range identities {
+		delete(next.Attached, id)
+	}
+	return next
+}
+
+// With returns the entries with further identities: resource IDs by folded ID.
+func (e Entries) With(identities map[string]string) Entries {
+	next := e.Clone()
+	maps.Copy(next.Attached, identities)
+	return next
+}
+
+// Applied returns the state of a machine once Azure has finished the update.
+func (u *Update) Applied(state azure.State) azure.State {
+	state.Identities = maps.Clone(state.Identities)
+	for _, id := range u.Remove {
+		delete(state.Identities, azure.Fold(id))
+	}
+	for _, id := range u.Add {
+		if state.Identities == nil {
+			state.Identities = map[string]azure.Identity{}
+		}
+		state.Identities[azure.Fold(id)] = azure.Identity{ID: id}
+	}
+	return state
+}
