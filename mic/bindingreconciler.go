@@ -5,11 +5,10 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/podidentity/podidentity/mic/cluster"
-	"github.com/podidentity/podidentity/mic/telemetry"
-
 	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/internal/kube"
+	"github.com/podidentity/podidentity/mic/cluster"
+	"github.com/podidentity/podidentity/mic/telemetry"
 )
 
 // bindingReconciler reports bindings that cannot work.

@@ -9,23 +9,23 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 )
 
-// Config is everything MIC can be told. DefaultConfig has the defaults; cmd/mic makes flags of the fields.
+// Config is the configuration of MIC. DefaultConfig returns the defaults; cmd/mic/options defines the flags.
 type Config struct {
-	Kubeconfig string // empty: the account of the pod
-	Namespace  string // of MIC itself: what it remembers of machines is there
+	Kubeconfig string // empty: the service account of the pod
+	Namespace  string // of MIC itself, for its ledgers
 
 	CloudConfig string   // azure.json; empty: environment only
-	CABundle    string   // file; trusted for Azure besides the system's
-	UserAgent   string   // begins that of requests to Azure
+	CABundle    string   // file of CA certificates to trust for Azure, in addition to the system's
+	UserAgent   string   // start of the User-Agent of requests to Azure
 	Immutable   []string // client IDs of identities that are never detached
 
 	ForceNamespaced   bool          // match pods, bindings and identities of one namespace only
-	ReconcileInterval time.Duration // between two looks at what a machine has
-	DetachDelay       time.Duration // between an identity's last user and its removal
+	ReconcileInterval time.Duration // between checks of a machine
+	DetachDelay       time.Duration // from the deletion of an identity's last pod to its detachment
 
-	QPS     float32 // requests to the API server, a second
+	QPS     float32 // requests per second to the API server
 	Burst   int
-	Workers int // pods that are worked on at a time
+	Workers int // pods that are reconciled concurrently
 
 	ProbePort      int // health, on all addresses
 	PrometheusPort int // metrics, on all addresses
@@ -34,7 +34,7 @@ type Config struct {
 	LeaderElection LeaderElection
 }
 
-// LeaderElection says how several MICs agree on the one that works.
+// LeaderElection says how several MICs elect the one that works.
 type LeaderElection struct {
 	Instance  string // this MIC's name in the lease
 	Namespace string // of the lease
@@ -42,8 +42,8 @@ type LeaderElection struct {
 	Duration  time.Duration
 }
 
-// DefaultConfig returns the defaults. Where a setting means what it meant in the predecessor, its default is kept, but
-// for the rate of requests: at 5 a second 2,000 pods would wait seven minutes for the first identity.
+// DefaultConfig returns the defaults. A setting that means the same as in AAD Pod Identity has the same default, except the
+// rate of requests: with 5 per second, 2,000 pods would wait seven minutes for the first identity.
 func DefaultConfig() Config {
 	return Config{
 		ReconcileInterval: 3 * time.Minute,
@@ -57,12 +57,12 @@ func DefaultConfig() Config {
 	}
 }
 
-// profilePort serves pprof, on loopback only, where it is switched on.
+// profilePort is the port of pprof, on loopback, if it is enabled.
 const profilePort = 6060
 
 var guid = regexp.MustCompile(`^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$`)
 
-// Validate reports all that is wrong with the configuration, one sentence each.
+// Validate returns all mistakes in the configuration, one sentence each.
 func (c Config) Validate() error {
 	var problems []error
 	bad := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
@@ -71,14 +71,14 @@ func (c Config) Validate() error {
 			bad("--%s %d is not a port; give one from 1 to 65535", flag, p)
 		}
 	}
-	within := func(flag string, d, least, most time.Duration) {
-		if d < least || d > most {
-			bad("--%s %s is out of range; give a time from %s to %s", flag, d, least, most)
+	within := func(flag string, d, minimum, maximum time.Duration) {
+		if d < minimum || d > maximum {
+			bad("--%s %s is out of range; give a time from %s to %s", flag, d, minimum, maximum)
 		}
 	}
-	number := func(flag string, n float64, least, most int) {
-		if !(n >= float64(least) && n <= float64(most)) { // what is no number is not either
-			bad("--%s %v is out of range; give a number from %d to %d", flag, n, least, most)
+	number := func(flag string, n float64, minimum, maximum int) {
+		if !(n >= float64(minimum) && n <= float64(maximum)) { // NaN is not in any range
+			bad("--%s %v is out of range; give a number from %d to %d", flag, n, minimum, maximum)
 		}
 	}
 	if c.Namespace == "" {
@@ -105,7 +105,7 @@ func (c Config) Validate() error {
 	if lead.Instance == "" {
 		bad("the name of this MIC in the lease is missing; give --leader-election-instance")
 	}
-	if c.Namespace != "" && len(validation.IsDNS1123Label(lead.Namespace)) > 0 { // which is the default for this one
+	if c.Namespace != "" && len(validation.IsDNS1123Label(lead.Namespace)) > 0 { // the default of this one
 		bad("--leader-election-namespace %q is not the name of a namespace; give one that MIC may write leases in", lead.Namespace)
 	}
 	if len(validation.IsDNS1123Subdomain(lead.Name)) > 0 {

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// complete is the least that makes the defaults work.
+// complete returns the defaults with the values that have none.
 func complete() Config {
 	c := DefaultConfig()
 	c.Namespace = "podidentity-system"
@@ -15,42 +15,42 @@ func complete() Config {
 	return c
 }
 
-func TestTheDefaultsWorkOnceMICKnowsWhereAndWhoItIs(t *testing.T) {
+func TestTheDefaultsWithNamespaceAndInstanceAreValid(t *testing.T) {
 	if err := complete().Validate(); err != nil {
 		t.Error(err)
 	}
 }
 
-func TestAConfigurationThatCannotWorkIsRefusedWithASentence(t *testing.T) {
+func TestAnInvalidSettingIsRefusedWithOneSentence(t *testing.T) {
 	cases := []struct {
 		name   string
 		change func(*Config)
 		want   string
 	}{
 		{"no namespace", func(c *Config) { c.Namespace, c.LeaderElection.Namespace = "", "" }, "give --namespace, or set MIC_POD_NAMESPACE"},
-		{"a namespace that can be none", func(c *Config) { c.Namespace = "Kube.System" }, `--namespace "Kube.System"`},
-		{"a name for a client ID", func(c *Config) { c.Immutable = []string{"kubelet"} }, `--immutable-user-msis: "kubelet"`},
-		{"a comma too many", func(c *Config) { c.Immutable = []string{"c11e0000-0000-4000-8000-000000000001", ""} }, `--immutable-user-msis: ""`},
-		{"a client ID and more", func(c *Config) { c.Immutable = []string{"c11e0000-0000-4000-8000-0000000000012"} }, "is not a client ID"},
-		{"looks too often", func(c *Config) { c.ReconcileInterval = 9 * time.Second }, "--identity-assignment-reconcile-interval 9s"},
-		{"looks too rarely", func(c *Config) { c.ReconcileInterval = 2 * time.Hour }, "give a time from 10s to 1h0m0s"},
-		{"detaches before the end", func(c *Config) { c.DetachDelay = -time.Second }, "--detach-delay -1s"},
-		{"never detaches", func(c *Config) { c.DetachDelay = 61 * time.Minute }, "--detach-delay 1h1m0s"},
+		{"an invalid namespace", func(c *Config) { c.Namespace = "Kube.System" }, `--namespace "Kube.System"`},
+		{"a name instead of a client ID", func(c *Config) { c.Immutable = []string{"kubelet"} }, `--immutable-user-msis: "kubelet"`},
+		{"one comma too many", func(c *Config) { c.Immutable = []string{"c11e0000-0000-4000-8000-000000000001", ""} }, `--immutable-user-msis: ""`},
+		{"a client ID that is too long", func(c *Config) { c.Immutable = []string{"c11e0000-0000-4000-8000-0000000000012"} }, "is not a client ID"},
+		{"interval too short", func(c *Config) { c.ReconcileInterval = 9 * time.Second }, "--identity-assignment-reconcile-interval 9s"},
+		{"interval too long", func(c *Config) { c.ReconcileInterval = 2 * time.Hour }, "give a time from 10s to 1h0m0s"},
+		{"negative delay", func(c *Config) { c.DetachDelay = -time.Second }, "--detach-delay -1s"},
+		{"delay too long", func(c *Config) { c.DetachDelay = 61 * time.Minute }, "--detach-delay 1h1m0s"},
 		{"no requests", func(c *Config) { c.QPS = 0 }, "--client-qps 0"},
-		{"requests without limit", func(c *Config) { c.QPS = 10001 }, "--client-qps 10001"},
-		{"no number of requests", func(c *Config) { c.QPS = float32(math.NaN()) }, "--client-qps NaN"},
-		{"no request at once", func(c *Config) { c.Burst = 0 }, "--client-burst 0"},
-		{"nobody works", func(c *Config) { c.Workers = 0 }, "--workers 0"},
+		{"too many requests", func(c *Config) { c.QPS = 10001 }, "--client-qps 10001"},
+		{"not a number of requests", func(c *Config) { c.QPS = float32(math.NaN()) }, "--client-qps NaN"},
+		{"no burst", func(c *Config) { c.Burst = 0 }, "--client-burst 0"},
+		{"no workers", func(c *Config) { c.Workers = 0 }, "--workers 0"},
 		{"port 0", func(c *Config) { c.ProbePort = 0 }, "--http-probe-port 0"},
 		{"port 70000", func(c *Config) { c.PrometheusPort = 70000 }, "--prometheus-port 70000"},
-		{"one port for two", func(c *Config) { c.PrometheusPort = c.ProbePort }, "must differ"},
+		{"one port for both", func(c *Config) { c.PrometheusPort = c.ProbePort }, "must differ"},
 		{"the profiler's port", func(c *Config) { c.Profile, c.ProbePort = true, 6060 }, "must differ"},
-		{"no name of its own", func(c *Config) { c.LeaderElection.Instance = "" }, "--leader-election-instance"},
+		{"no instance", func(c *Config) { c.LeaderElection.Instance = "" }, "--leader-election-instance"},
 		{"no namespace for the lease", func(c *Config) { c.LeaderElection.Namespace = "" }, "--leader-election-namespace"},
 		{"no name for the lease", func(c *Config) { c.LeaderElection.Name = "" }, "--leader-election-name"},
-		{"a name that no lease can have", func(c *Config) { c.LeaderElection.Name = "MIC" }, `--leader-election-name "MIC"`},
-		{"leads for a moment", func(c *Config) { c.LeaderElection.Duration = time.Second }, "--leader-election-duration 1s"},
-		{"leads for good", func(c *Config) { c.LeaderElection.Duration = time.Hour }, "give a time from 5s to 5m0s"},
+		{"an invalid name for the lease", func(c *Config) { c.LeaderElection.Name = "MIC" }, `--leader-election-name "MIC"`},
+		{"lease too short", func(c *Config) { c.LeaderElection.Duration = time.Second }, "--leader-election-duration 1s"},
+		{"lease too long", func(c *Config) { c.LeaderElection.Duration = time.Hour }, "give a time from 5s to 5m0s"},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -64,7 +64,7 @@ func TestAConfigurationThatCannotWorkIsRefusedWithASentence(t *testing.T) {
 	}
 }
 
-func TestLimitsThemselvesAreAllowed(t *testing.T) {
+func TestTheLimitsOfRangesAreAllowed(t *testing.T) {
 	for _, change := range []func(*Config){
 		func(c *Config) { c.DetachDelay = 0 },
 		func(c *Config) { c.DetachDelay = time.Hour },
@@ -75,7 +75,7 @@ func TestLimitsThemselvesAreAllowed(t *testing.T) {
 		func(c *Config) { c.LeaderElection.Duration = 5 * time.Second },
 		func(c *Config) { c.LeaderElection.Duration = 5 * time.Minute },
 		func(c *Config) { c.Immutable = []string{"C11E0000-0000-4000-8000-00000000000a"} },
-		func(c *Config) { c.ProbePort = 6060 }, // nobody else has it
+		func(c *Config) { c.ProbePort = 6060 }, // no conflict: the profiler is disabled
 	} {
 		config := complete()
 		change(&config)
@@ -85,7 +85,7 @@ func TestLimitsThemselvesAreAllowed(t *testing.T) {
 	}
 }
 
-func TestAllProblemsAreToldAtOnce(t *testing.T) {
+func TestAllProblemsAreReportedAtOnce(t *testing.T) {
 	err := Config{DetachDelay: -1}.Validate()
 	if err == nil || strings.Count(err.Error(), "\n") < 9 {
 		t.Errorf("an empty configuration has only these problems: %v", err)

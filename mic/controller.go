@@ -6,10 +6,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/podidentity/podidentity/mic/cluster"
-	"github.com/podidentity/podidentity/mic/telemetry"
-	"github.com/podidentity/podidentity/mic/usage"
-
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	corev1 "k8s.io/api/core/v1"
@@ -25,19 +21,22 @@ import (
 	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/internal/retry"
 	"github.com/podidentity/podidentity/mic/azure"
+	"github.com/podidentity/podidentity/mic/cluster"
 	"github.com/podidentity/podidentity/mic/ledger"
+	"github.com/podidentity/podidentity/mic/telemetry"
+	"github.com/podidentity/podidentity/mic/usage"
 )
 
-// Machines is what is asked of Azure; see [azure.Client] and [azure.Reloading]. Failures are *azure.Error.
+// Machines is Azure Resource Manager: [azure.Client] or [azure.Reloading]. Its errors are *azure.Error.
 type Machines interface {
 	Get(ctx context.Context, r azure.Resource) (azure.State, error)
 	Begin(ctx context.Context, r azure.Resource, basis azure.State, add, remove []string) (*azure.Operation, error)
 	Resume(ctx context.Context, r azure.Resource, token string) (*azure.Operation, error)
-	// OwnIdentities are client IDs, or resource IDs, of identities that the cluster itself lives by.
+	// OwnIdentities returns client IDs, or resource IDs, of identities that the cluster itself uses.
 	OwnIdentities() []string
 }
 
-// Deps are what a Controller works with.
+// Deps are the dependencies of a Controller.
 type Deps struct {
 	Kube     *rest.Config // its rate limits are set from the Config
 	Machines Machines
@@ -75,7 +74,7 @@ func New(cfg Config, deps Deps) (*Controller, error) { return newController(cfg,
 func newController(cfg Config, deps Deps, drain bool) (*Controller, error) {
 	c := &Controller{log: deps.Log, timer: &telemetry.AssignmentTimer{}, loaded: make(chan struct{})}
 	config := rest.CopyConfig(deps.Kube)
-	// One budget for all requests of MIC; see the README for how it was chosen.
+	// One budget for all requests of MIC. docs/performance.md says how it was chosen.
 	config.RateLimiter = flowcontrol.NewTokenBucketRateLimiter(cfg.QPS, cfg.Burst)
 	core, crds, err := newClients(config)
 	if err != nil {
@@ -180,15 +179,15 @@ func (c *Controller) reconcileAll() {
 
 // untilSuccess does what has to be done before anything else, until it succeeds or ctx ends.
 func (c *Controller) untilSuccess(ctx context.Context, do func(context.Context) error) {
-	_ = retry.UntilSuccess(ctx, transientBackoff, do, func(err error) { c.log.Warn("cannot begin yet", zap.Error(err)) })
+	_ = retry.UntilSuccess(ctx, transientBackoff, do, func(err error) { c.log.Warn("cannot start yet; MIC retries", zap.Error(err)) })
 }
 
-// checkDefinitions asks whether the cluster has our resources. The predecessor's definition of AzureAssignedIdentity has
-// no status subresource, so that no state could be written.
+// checkDefinitions checks that the cluster has the custom resources. In the CRDs of AAD Pod Identity AzureAssignedIdentity has no
+// status subresource, so no state could be written.
 func (c *Controller) checkDefinitions(ctx context.Context) error {
 	var list metav1.APIResourceList
 	if err := c.crds.Get().AbsPath("/apis/" + v1.GroupVersion.String()).Do(ctx).Into(&list); err != nil && !apierrors.IsNotFound(err) {
-		return fmt.Errorf("asking the API server for its resources: %w", err)
+		return fmt.Errorf("listing the resources of the API server: %w", err)
 	}
 	served := map[string]bool{}
 	for _, r := range list.APIResources {
@@ -196,14 +195,14 @@ func (c *Controller) checkDefinitions(ctx context.Context) error {
 	}
 	for _, r := range []string{v1.AzureIdentities, v1.AzureIdentityBindings, v1.AzureAssignedIdentities, v1.AzureAssignedIdentities + "/status"} {
 		if !served[r] {
-			return fmt.Errorf("the cluster does not have %s of %s; install the custom resource definitions of the chart, in place of the predecessor's: helm show crds CHART | kubectl apply --server-side --force-conflicts -f -", r, v1.GroupName)
+			return fmt.Errorf("the cluster does not have %s of %s; install the custom resource definitions of the chart, which replace those of AAD Pod Identity: helm show crds CHART | kubectl apply --server-side --force-conflicts -f -", r, v1.GroupName)
 		}
 	}
 	return nil
 }
 
-// load counts all pods and finds all ledgers before anything is done, so that nothing that is in use is taken for
-// unused.
+// load records the demands of all pods and finds all ledgers before anything is reconciled, so that no identity in use is
+// taken as unused.
 func (c *Controller) load(ctx context.Context) {
 	var ids []string
 	c.untilSuccess(ctx, func(ctx context.Context) (err error) {
@@ -216,7 +215,7 @@ func (c *Controller) load(ctx context.Context) {
 	for _, id := range ids {
 		r, err := azure.ParseID(id)
 		if err != nil {
-			c.log.Error("a ledger names no machine; delete its ConfigMap if it is of no use", zap.String(telemetry.KeyMachine, id), zap.Error(err))
+			c.log.Error("a ledger does not name a machine; delete its ConfigMap unless you can correct it", zap.String(telemetry.KeyMachine, id), zap.Error(err))
 			continue
 		}
 		c.usage.Add(r.Key(), r)
@@ -229,5 +228,5 @@ func (c *Controller) load(ctx context.Context) {
 	}
 	c.timer.Start()
 	close(c.loaded)
-	c.log.Info("loaded what there is", zap.Int("machines", len(c.usage.Keys())), zap.Int("ledgers", len(ids)))
+	c.log.Info("loaded the cluster and the ledgers", zap.Int("machines", len(c.usage.Keys())), zap.Int("ledgers", len(ids)))
 }

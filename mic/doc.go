@@ -1,5 +1,5 @@
 // Package mic is the Managed Identity Controller of standard mode. It attaches the managed identities that pods need to
-// the VM or VMSS of their nodes, detaches them when the last pod that needs one there is gone, and records in
+// the VM or VMSS of their nodes, detaches them when no pod there needs them any more, and records in
 // AzureAssignedIdentity objects which pod has which identity.
 //
 // A machine is a VM or VMSS whose identities MIC changes. Work is keyed, in two queues. The reconcile of a pod derives from

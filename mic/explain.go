@@ -18,16 +18,16 @@ func explain(r azure.Resource, e *azure.Error) string {
 	case azure.NotFound:
 		return text.OneLine(fmt.Sprintf("%s %s is not in resource group %s of subscription %s: %s", r.Kind, r.Name, r.ResourceGroup, r.SubscriptionID, e.Message), maxText)
 	case azure.Unavailable:
-		return text.OneLine(fmt.Sprintf("Azure does not answer about %s %s; it is asked again: %s", r.Kind, r.Name, cmp.Or(e.Message, e.Error())), maxText)
+		return text.OneLine(fmt.Sprintf("Azure does not respond to requests for %s %s; MIC retries: %s", r.Kind, r.Name, cmp.Or(e.Message, e.Error())), maxText)
 	case azure.Unconfigured:
-		return text.OneLine("MIC cannot ask Azure: "+cmp.Or(e.Message, e.Error()), maxText)
+		return text.OneLine("MIC cannot call Azure: "+cmp.Or(e.Message, e.Error()), maxText)
 	}
 	return text.OneLine(what+cmp.Or(e.Message, e.Error()), maxText)
 }
 
 // explainRefused returns for an operator why Azure refuses an identity, and what to do.
 func explainRefused(r azure.Resource, id string, e *azure.Error) string {
-	advice := "see that the managed identity exists and that spec.resourceID of the AzureIdentity is right"
+	advice := "check that the managed identity exists and that spec.resourceID of the AzureIdentity is correct"
 	if e.Code == "LinkedAuthorizationFailed" {
 		advice = "grant MIC's identity the role Managed Identity Operator on the managed identity"
 	}

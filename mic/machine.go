@@ -7,12 +7,11 @@ import (
 	"strings"
 	"time"
 
-	"github.com/podidentity/podidentity/mic/usage"
-
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 
 	"github.com/podidentity/podidentity/mic/azure"
 	"github.com/podidentity/podidentity/mic/ledger"
+	"github.com/podidentity/podidentity/mic/usage"
 )
 
 // machine is what the reconcile of one VM or VMSS keeps from one time to the next. Nothing else uses it, and one worker at
@@ -22,7 +21,7 @@ type machine struct {
 	resource azure.Resource
 	ledger   *ledger.Ledger // nil until it is read, and after another MIC wrote it
 	azure    azure.State    // as Azure reported it last
-	// refreshAt is when Azure must be asked again, at the latest.
+	// refreshAt is when the state must be read from Azure again, at the latest.
 	refreshAt time.Time
 	updatedAt time.Time // when the last update began
 	failures  int       // consecutive

@@ -9,14 +9,13 @@ import (
 	"sync"
 	"time"
 
-	"github.com/podidentity/podidentity/mic/cluster"
-	"github.com/podidentity/podidentity/mic/telemetry"
-	"github.com/podidentity/podidentity/mic/usage"
-
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 
 	"github.com/podidentity/podidentity/internal/retry"
 	"github.com/podidentity/podidentity/mic/azure"
+	"github.com/podidentity/podidentity/mic/cluster"
+	"github.com/podidentity/podidentity/mic/telemetry"
+	"github.com/podidentity/podidentity/mic/usage"
 )
 
 const (

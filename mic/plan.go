@@ -10,23 +10,21 @@ import (
 	"sync"
 	"time"
 
-	"github.com/podidentity/podidentity/mic/cluster"
-
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/mic/azure"
+	"github.com/podidentity/podidentity/mic/cluster"
 	"github.com/podidentity/podidentity/mic/ledger"
 	"github.com/podidentity/podidentity/mic/usage"
 )
 
-// planTimeout bounds the loading of what a plan is made from.
+// planTimeout bounds the time to load the cluster and the ledgers.
 const planTimeout = 2 * time.Minute
 
-// Plan prints what MIC would do with the cluster as it is now, and why. It reads the cluster, the ledgers and the
-// machines, and changes nothing.
+// Plan prints what MIC would do now, and why. It reads the cluster, the ledgers and the machines, and changes nothing.
 func Plan(ctx context.Context, cfg Config, log *zap.Logger, out io.Writer) error {
 	if err := cfg.Validate(); err != nil {
 		return err
@@ -90,7 +88,7 @@ func (p *preview) machine(ctx context.Context, m *machine) error {
 	}
 	update := cmp.Or(m.ledger.Update, new(ledger.Update))
 	if !update.Started.IsZero() {
-		fmt.Fprintf(p.out, "  an update is under way since %s; the rest is for when it has ended\n", update.Started.Format(time.RFC3339))
+		fmt.Fprintf(p.out, "  an update is under way since %s; the plan is for the time after it\n", update.Started.Format(time.RFC3339))
 		state = update.Applied(state)
 	}
 	m.observe(state, p.machineReconciler.interval)

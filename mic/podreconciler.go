@@ -5,11 +5,10 @@ import (
 	"slices"
 	"time"
 
+	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/mic/cluster"
 	"github.com/podidentity/podidentity/mic/telemetry"
 	"github.com/podidentity/podidentity/mic/usage"
-
-	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
 // podReconciler gives each pod its AzureAssignedIdentity objects. It alone writes those of a pod, one worker at a time.

@@ -10,31 +10,32 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 )
 
-// queue is keyed work: a key is worked on by one worker at a time, and however often it is added meanwhile, it is
-// worked on once more afterwards.
+// queue is a work queue of keys: one worker at a time reconciles a key, and however often the key is added during that, it
+// is reconciled once more afterwards.
 type queue struct {
 	workqueue.TypedRateLimitingInterface[string]
 	name    string
 	workers int
 	log     *zap.Logger
-	work    func(ctx context.Context, key string) (again time.Duration, err error)
+	// reconcile returns when the key must be reconciled again; 0 means that only an event or an error does that.
+	reconcile func(ctx context.Context, key string) (requeueAfter time.Duration, err error)
 }
 
-func newQueue(name string, workers int, log *zap.Logger, work func(context.Context, string) (time.Duration, error)) *queue {
+func newQueue(name string, workers int, log *zap.Logger, reconcile func(context.Context, string) (time.Duration, error)) *queue {
 	limiter := workqueue.NewTypedItemExponentialFailureRateLimiter[string](100*time.Millisecond, 30*time.Second)
 	return &queue{
 		TypedRateLimitingInterface: workqueue.NewTypedRateLimitingQueueWithConfig(limiter, workqueue.TypedRateLimitingQueueConfig[string]{Name: name}),
-		name:                       name, workers: workers, log: log, work: work,
+		name:                       name, workers: workers, log: log, reconcile: reconcile,
 	}
 }
 
-// run works until ctx ends, and returns when the workers have ended.
+// run runs the workers until ctx ends, and returns when all have ended.
 func (q *queue) run(ctx context.Context) {
 	yes, no := true, false
 	c, err := controller.NewTypedUnmanaged(q.name, controller.TypedOptions[string]{
 		Reconciler:              q,
 		MaxConcurrentReconciles: q.workers,
-		SkipNameValidation:      &yes, // a process may lead more than once
+		SkipNameValidation:      &yes, // a process may become the leader more than once
 		UsePriorityQueue:        &no,
 		NewQueue: func(string, workqueue.TypedRateLimiter[string]) workqueue.TypedRateLimitingInterface[string] {
 			return q.TypedRateLimitingInterface
@@ -44,17 +45,17 @@ func (q *queue) run(ctx context.Context) {
 		err = c.Start(ctx)
 	}
 	if err != nil {
-		q.log.Error("working off a queue", zap.String("queue", q.name), zap.Error(err))
+		q.log.Error("running the workers of a queue", zap.String("queue", q.name), zap.Error(err))
 	}
 }
 
-// Reconcile implements reconcile.TypedReconciler. Failures are logged here, the first of a row at once and the others
-// for those who look closely: while the API server is away each key fails again and again.
+// Reconcile implements reconcile.TypedReconciler. It logs the first failure of a key as a warning and further ones at level
+// debug: while the API server is not available each key fails again and again.
 func (q *queue) Reconcile(ctx context.Context, key string) (reconcile.Result, error) {
-	again, err := q.work(ctx, key)
+	requeueAfter, err := q.reconcile(ctx, key)
 	if err == nil {
 		q.Forget(key)
-		return reconcile.Result{RequeueAfter: again}, nil
+		return reconcile.Result{RequeueAfter: requeueAfter}, nil
 	}
 	if ctx.Err() != nil {
 		return reconcile.Result{}, nil
@@ -63,7 +64,7 @@ func (q *queue) Reconcile(ctx context.Context, key string) (reconcile.Result, er
 	if q.NumRequeues(key) == 0 {
 		level = zap.WarnLevel
 	}
-	q.log.Log(level, "failed; it is tried again", zap.String("queue", q.name), zap.String("key", key), zap.Error(err))
+	q.log.Log(level, "reconcile failed; MIC retries", zap.String("queue", q.name), zap.String("key", key), zap.Error(err))
 	q.AddRateLimited(key)
 	return reconcile.Result{}, nil
 }

@@ -4,16 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"runtime/debug"
 	"sync/atomic"
-	"syscall"
 	"time"
 
-	"github.com/podidentity/podidentity/mic/telemetry"
-
 	"github.com/go-logr/zapr"
-	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"k8s.io/apimachinery/pkg/util/uuid"
 	"k8s.io/client-go/rest"
@@ -25,29 +20,27 @@ import (
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	"github.com/podidentity/podidentity/internal/kube"
-	"github.com/podidentity/podidentity/internal/outbound"
-	"github.com/podidentity/podidentity/mic/azure"
 	"github.com/podidentity/podidentity/mic/ledger"
 )
 
-// userAgent is what the API server knows MIC by.
+// userAgent is the User-Agent of MIC for the API server.
 const userAgent = "podidentity-mic"
 
-// Run works as one of several MICs, of which the leader does everything, until ctx ends or the lead is lost; that is an
-// error, after which the process is to be started again.
+// Run runs one of several MICs, of which only the leader works, until ctx ends or it loses its lease. The loss is an error,
+// after which the process must be started again.
 func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
-	return stand(ctx, cfg, log, false)
+	return runElected(ctx, cfg, log, false)
 }
 
-// Uninstall takes the lead, detaches what MIC attached, and removes all assignments and ledgers. It returns when nothing
-// of that is left.
+// Uninstall becomes the leader, detaches what MIC attached, and removes all assignments and ledgers. It returns when none is
+// left.
 func Uninstall(ctx context.Context, cfg Config, log *zap.Logger) error {
 	cfg.DetachDelay = 0
-	return stand(ctx, cfg, log, true)
+	return runElected(ctx, cfg, log, true)
 }
 
-// stand stands for leader and does the leader's work.
-func stand(ctx context.Context, cfg Config, log *zap.Logger, drain bool) error {
+// runElected takes part in the leader election, and runs a Controller as the leader.
+func runElected(ctx context.Context, cfg Config, log *zap.Logger, drain bool) error {
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
@@ -58,7 +51,7 @@ func stand(ctx context.Context, cfg Config, log *zap.Logger, drain bool) error {
 	}
 	var c *Controller
 	arm, err := newMachines(cfg, log, ctrlmetrics.Registry, func() {
-		if c != nil { // the first time there is nothing to ask again
+		if c != nil { // the first configuration comes before the Controller
 			c.reconcileAll()
 		}
 	})
@@ -73,100 +66,77 @@ func stand(ctx context.Context, cfg Config, log *zap.Logger, drain bool) error {
 	if err != nil {
 		return err
 	}
-	ctx, done := context.WithCancel(ctx)
-	defer done()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	var drained atomic.Bool
 	lead := func(ctx context.Context) error {
 		log.Info("leading", zap.String("instance", cfg.LeaderElection.Instance))
 		go func() {
-			select {
-			case <-c.loaded:
-				debug.FreeOSMemory() // loading needs several times what is kept
-			case <-ctx.Done():
-				return
-			}
-			if drain && c.awaitNothing(ctx) {
+			if c.waitUntilLoaded(ctx) && drain && c.waitUntilEmpty(ctx) {
 				drained.Store(true)
-				done()
+				cancel()
 			}
 		}()
 		return c.Run(ctx)
 	}
-	watchFile := func(ctx context.Context) error { return awaitReplaced(ctx, cfg.CloudConfig) }
+	watchFile := func(ctx context.Context) error { return waitUntilReplaced(ctx, cfg.CloudConfig) }
 	run := func(ctx context.Context) error {
 		arm.Run(ctx)
 		return nil
 	}
-	if err := errors.Join(m.Add(manager.RunnableFunc(lead)), m.Add(everywhere(run)), m.Add(everywhere(watchFile))); err != nil {
+	if err := errors.Join(m.Add(manager.RunnableFunc(lead)), m.Add(always(run)), m.Add(always(watchFile))); err != nil {
 		return err
 	}
 	err = m.Start(ctx)
 	if drain && !drained.Load() {
-		return errors.Join(errors.New("stopped before all was removed; run it again"), err)
+		return errors.Join(errors.New("stopped before everything was removed; run it again"), err)
 	}
 	return err
 }
 
-// everywhere is what a MIC does whether it leads or not.
-type everywhere func(context.Context) error
+// always is a runnable of a MIC whether it is the leader or not.
+type always func(context.Context) error
 
 // Start implements manager.Runnable.
-func (e everywhere) Start(ctx context.Context) error { return e(ctx) }
+func (a always) Start(ctx context.Context) error { return a(ctx) }
 
 // NeedLeaderElection implements manager.LeaderElectionRunnable.
-func (everywhere) NeedLeaderElection() bool { return false }
+func (always) NeedLeaderElection() bool { return false }
 
-// replacedEvery is how often is looked whether another file has taken the place of azure.json.
-const replacedEvery = 10 * time.Second
+// waitUntilLoaded waits until all pods are loaded, and then returns memory to the operating system: loading needs several
+// times what is kept. It returns false if ctx ends before.
+func (c *Controller) waitUntilLoaded(ctx context.Context) bool {
+	select {
+	case <-c.loaded:
+		debug.FreeOSMemory()
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
 
-// awaitReplaced returns an error once the file that this process sees is not the one of that name any more: a file of the host that is
-// mounted by itself stays the old one in the container when another takes its place, and only a new container sees that.
-func awaitReplaced(ctx context.Context, file string) error {
-	ticker := time.NewTicker(replacedEvery)
-	defer ticker.Stop()
+// waitUntilEmpty waits until no assignment and no ledger is left. It returns false if ctx ends before.
+func (c *Controller) waitUntilEmpty(ctx context.Context) bool {
 	for {
 		select {
+		case <-time.After(time.Second):
 		case <-ctx.Done():
-			return nil
-		case <-ticker.C:
+			return false
 		}
-		info, err := os.Stat(file)
-		if err != nil {
-			continue // there is none, or none that can be read, which whoever reads it reports
+		if c.cluster.HasAssignments() {
+			continue
 		}
-		if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Nlink == 0 {
-			return fmt.Errorf("another file has taken the place of %s; starting anew with that", file)
+		if left, err := ledger.Machines(ctx, c.configMaps); err == nil && len(left) == 0 {
+			return true
 		}
 	}
 }
 
-// newMachines is the way to Azure, with the configuration as it is at any time.
-// configured is called when there is one that can be used.
-func newMachines(cfg Config, log *zap.Logger, r prometheus.Registerer, configured func()) (*azure.Reloading, error) {
-	roots, err := outbound.RootCAs(cfg.CABundle)
-	if err != nil {
-		return nil, err
-	}
-	observer, err := telemetry.NewARMMetrics(r)
-	if err != nil {
-		return nil, err
-	}
-	changed := func(_ azure.Config, err error) {
-		if err != nil {
-			log.Error("cannot ask Azure for anything until its configuration is right", zap.Error(err))
-			return
-		}
-		log.Info("read the configuration of Azure")
-		configured()
-	}
-	return azure.NewReloading(cfg.CloudConfig, os.Getenv, azure.Options{UserAgent: cfg.UserAgent, RootCAs: roots, Observer: observer}, changed), nil
-}
-
-// newManager prepares leader election, metrics and probes. MIC that uninstalls has no probes: its pod becomes ready when
-// all is done.
+// newManager prepares leader election, metrics and probes. A MIC that uninstalls serves no probes: its pod becomes ready when
+// everything is removed.
 func newManager(cfg Config, config *rest.Config, drain bool) (manager.Manager, error) {
 	lease := cfg.LeaderElection.Duration
-	// Two MICs may have been given one name.
+	// Two MICs may have the same name by mistake.
 	identity := cfg.LeaderElection.Instance + "_" + string(uuid.NewUUID())
 	lock, err := resourcelock.NewFromKubeconfig(resourcelock.LeasesResourceLock, cfg.LeaderElection.Namespace, cfg.LeaderElection.Name,
 		resourcelock.ResourceLockConfig{Identity: identity}, config, lease*2/3)
@@ -183,7 +153,7 @@ func newManager(cfg Config, config *rest.Config, drain bool) (manager.Manager, e
 	options := manager.Options{
 		LeaderElection:                      true,
 		LeaderElectionResourceLockInterface: lock,
-		LeaderElectionReleaseOnCancel:       true, // all work has ended by then
+		LeaderElectionReleaseOnCancel:       true, // the Controller has ended all work by then
 		LeaseDuration:                       &lease,
 		RenewDeadline:                       &renew,
 		RetryPeriod:                         &retry,
@@ -195,24 +165,7 @@ func newManager(cfg Config, config *rest.Config, drain bool) (manager.Manager, e
 	}
 	m, err := manager.New(config, options)
 	if err != nil {
-		return nil, fmt.Errorf("preparing to work: %w", err)
+		return nil, fmt.Errorf("preparing the manager of controllers: %w", err)
 	}
 	return m, errors.Join(m.AddHealthzCheck("alive", healthz.Ping), m.AddReadyzCheck("ready", healthz.Ping))
-}
-
-// awaitNothing waits until no assignment and no ledger is left. It reports false if ctx ends before.
-func (c *Controller) awaitNothing(ctx context.Context) bool {
-	for {
-		select {
-		case <-time.After(time.Second):
-		case <-ctx.Done():
-			return false
-		}
-		if c.cluster.HasAssignments() {
-			continue
-		}
-		if left, err := ledger.Machines(ctx, c.configMaps); err == nil && len(left) == 0 {
-			return true
-		}
-	}
 }

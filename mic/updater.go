@@ -8,14 +8,13 @@ import (
 	"strings"
 	"time"
 
-	"github.com/podidentity/podidentity/mic/cluster"
-	"github.com/podidentity/podidentity/mic/telemetry"
-	"github.com/podidentity/podidentity/mic/usage"
-
 	"go.uber.org/zap"
 
 	"github.com/podidentity/podidentity/mic/azure"
+	"github.com/podidentity/podidentity/mic/cluster"
 	"github.com/podidentity/podidentity/mic/ledger"
+	"github.com/podidentity/podidentity/mic/telemetry"
+	"github.com/podidentity/podidentity/mic/usage"
 )
 
 const (
@@ -143,7 +142,7 @@ func (u *updater) applyBisecting(ctx context.Context, m *machine, add, remove []
 func (u *updater) setAside(m *machine, id string, e *azure.Error) {
 	message := explainRefused(m.resource, id, e)
 	retryAfter, times := m.usage.SetAside(azure.Fold(id), message)
-	u.log.Warn("Azure refuses an identity; it is set aside", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.String(telemetry.KeyIdentity, id),
+	u.log.Warn("Azure refuses an identity; MIC sets it aside and retries it later", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.String(telemetry.KeyIdentity, id),
 		zap.String(telemetry.KeyDetail, message), zap.Int("times", times), zap.Time("next_try", retryAfter))
 }
 
@@ -163,7 +162,7 @@ func (u *updater) patch(ctx context.Context, m *machine, add, remove []string) e
 		m.usage.MarkUnknown()
 		return fmt.Errorf("this process stood still for %s before it updated %s; it checks the machine again", time.Since(next.Update.Started), m.resource.ID())
 	}
-	u.log.Info("changing the identities of a machine", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.Strings("attach", add), zap.Strings("detach", remove))
+	u.log.Info("updating the identities of a machine", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.Strings("attach", add), zap.Strings("detach", remove))
 	op, err := u.arm.Begin(ctx, m.resource, m.azure, add, remove)
 	if err == nil {
 		if token := op.Token(); token != "" {
@@ -193,7 +192,7 @@ func (u *updater) handleSuccess(ctx context.Context, m *machine, state azure.Sta
 		m.usage.MarkUnknown()
 		return fmt.Errorf("the update of %s is still in progress, though Azure does not know its operation any more", m.resource.ID())
 	}
-	u.log.Info("changed the identities of a machine", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.Duration("took", time.Since(update.Started)))
+	u.log.Info("updated the identities of a machine", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.Duration("took", time.Since(update.Started)))
 	return m.recordOutcome(ctx)
 }
 
@@ -244,7 +243,7 @@ func (u *updater) resume(ctx context.Context, m *machine) (time.Duration, error)
 	}
 	m.usage.MarkUnknown()
 	if update.Token != "" {
-		u.log.Info("waiting for the end of an update that began earlier", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.Time("began", update.Started))
+		u.log.Info("waiting for the end of an update that is in the ledger", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.Time("began", update.Started))
 		op, err := u.arm.Resume(ctx, m.resource, update.Token)
 		if err == nil {
 			_, err = op.Wait(ctx)

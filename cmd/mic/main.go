@@ -1,4 +1,4 @@
-// Command mic runs the Managed Identity Controller of standard mode, says what it would do, and removes what it did.
+// Command mic runs the Managed Identity Controller of standard mode, prints its plan, and removes what it attached and wrote.
 package main
 
 import (
@@ -9,11 +9,10 @@ import (
 	"runtime/debug"
 	"syscall"
 
-	"github.com/podidentity/podidentity/cmd/mic/options"
-
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
 
+	"github.com/podidentity/podidentity/cmd/mic/options"
 	"github.com/podidentity/podidentity/mic"
 )
 
@@ -21,12 +20,11 @@ import (
 var version = "dev"
 
 func main() {
-	// Of what MIC keeps most stays as it is, so collecting garbage early costs little CPU and saves half of the memory that
-	// Go would otherwise let it grow to. GOGC overrides.
+	// Most objects of MIC live long, so early garbage collection costs little CPU and saves half of the memory. GOGC overrides.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)
 	}
-	// With these the Azure SDK would look for a region, by way of the machine's metadata service, before each token.
+	// With these variables the Azure SDK would ask IMDS for the region before each token.
 	for _, name := range []string{"AZURE_REGIONAL_AUTHORITY_NAME", "MSAL_FORCE_REGION"} {
 		_ = os.Unsetenv(name) // fails for no valid name
 	}
@@ -38,15 +36,16 @@ func main() {
 	}
 }
 
-// command has all flags on all commands: "mic plan" with the arguments of a MIC that runs says what that one does.
+// command returns the root command. All commands have all flags: "mic plan" with the arguments of a running MIC prints the
+// plan of that MIC.
 func command() *cobra.Command {
 	o := options.New()
 	run := &cobra.Command{
 		Use:   "mic",
-		Short: "Attach to the machines of the cluster the Azure identities that their pods need",
-		Long: `MIC attaches the managed identities that pods need to the virtual machine or scale set beneath their nodes, and
-detaches them when the last pod that needs one there is gone. What it attached stays when it ends, and the next MIC
-goes on from there; "mic uninstall" detaches it.`,
+		Short: "Attach the Azure identities that pods need to the VMs and VMSSs of their nodes",
+		Long: `MIC attaches the managed identities that pods need to the VMs and VMSSs of their nodes, and detaches them when no pod
+there needs them any more. What MIC attached stays attached when MIC stops, and the next MIC continues from there;
+"mic uninstall" detaches it.`,
 		Args:          cobra.NoArgs,
 		Version:       version,
 		SilenceUsage:  true,
@@ -58,7 +57,7 @@ goes on from there; "mic uninstall" detaches it.`,
 			})
 		},
 	}
-	run.CompletionOptions.DisableDefaultCmd = true // nobody types this command often enough
+	run.CompletionOptions.DisableDefaultCmd = true // this command is not typed often enough for completion
 	o.AddFlags(run.PersistentFlags())
 	run.AddCommand(plan(o), uninstall(o))
 	return run
@@ -81,9 +80,9 @@ func uninstall(o *options.Options) *cobra.Command {
 	var wait bool
 	c := &cobra.Command{
 		Use:   "uninstall",
-		Short: "Detach what MIC attached, and remove what it wrote into the cluster",
-		Long: `Detaches the identities that MIC attached to machines, and no others, releases all AzureAssignedIdentity objects and
-removes what MIC wrote down. No MIC may run meanwhile. It may be run again at any time.`,
+		Short: "Detach what MIC attached, and delete what it wrote to the cluster",
+		Long: `Detaches the identities that MIC attached to VMs and VMSSs, and no others, and deletes all AzureAssignedIdentity objects
+and the ledgers. No MIC may run at the same time. You may run it again at any time.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.WithLogger(func(log *zap.Logger) error {

@@ -49,7 +49,7 @@ func TestWaitForSignalIsReadyUntilItIsCancelled(t *testing.T) {
 	ctx, end := context.WithTimeout(t.Context(), time.Minute)
 	defer end()
 	ended := make(chan error, 1)
-	go func() { ended <- holdOn(ctx, listener) }()
+	go func() { ended <- serveReadiness(ctx, listener) }()
 	response, err := http.Get("http://127.0.0.1:" + strconv.Itoa(port) + "/readyz")
 	if err != nil {
 		t.Fatal(err)
@@ -59,7 +59,7 @@ func TestWaitForSignalIsReadyUntilItIsCancelled(t *testing.T) {
 		t.Errorf("readyz is %s", response.Status)
 	}
 	taken := waitForSignal(ctx, port)
-	if taken == nil || !strings.Contains(taken.Error(), "all is removed") {
+	if taken == nil || !strings.Contains(taken.Error(), "everything is removed") {
 		t.Errorf("on a port that is taken: %v", taken)
 	}
 	end()

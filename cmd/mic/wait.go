@@ -14,13 +14,13 @@ import (
 func waitForSignal(ctx context.Context, port int) error {
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", fmt.Sprintf(":%d", port))
 	if err != nil {
-		return fmt.Errorf("all is removed, but listening for readiness probes failed: %w", err)
+		return fmt.Errorf("everything is removed, but listening for readiness probes failed: %w", err)
 	}
-	return holdOn(ctx, listener)
+	return serveReadiness(ctx, listener)
 }
 
-// holdOn is hold with a listener that is already open.
-func holdOn(ctx context.Context, listener net.Listener) error {
+// serveReadiness answers readiness probes on a listener until ctx ends.
+func serveReadiness(ctx context.Context, listener net.Listener) error {
 	server := &http.Server{
 		Handler:           http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") }),
 		ReadHeaderTimeout: 5 * time.Second,

@@ -19,18 +19,14 @@ import (
 
 // Names of the indexes.
 const (
-	bySelector = "selector" // pods and bindings by the selector that makes them meet
+	bySelector = "selector" // pods by the value of their label, bindings by their selector
 	byNode     = "node"     // pods and assignments
 	byPod      = "pod"      // assignments
 	byIdentity = "identity" // bindings
 	byMachine  = "machine"  // nodes
 )
 
-// cluster holds what MIC has to know of the cluster, each object cut down to what is read: of the pods only those that
-// a binding could select. Objects in its caches are shared and must not be changed.
-//
-// It stands on client-go's informers rather than on the cache of controller-runtime, which keeps objects in their own
-// types: a cut-down Pod would still take ten times the memory of what is read of it, for every pod of the cluster.
+// Cluster is the caches of the objects that MIC reads, and what follows from them.
 type Cluster struct {
 	pods, nodes, namespaces, identities, bindings, assignments cache.SharedIndexInformer
 
@@ -45,7 +41,7 @@ type Options struct {
 	Drain bool // no pod desires anything; for removing all assignments
 }
 
-// newCluster prepares the caches; the informers have yet to be run.
+// New returns a Cluster with empty caches. core is a client of the core resources, crds one of the custom resources.
 func New(core, crds rest.Interface, o Options) (*Cluster, error) {
 	c := &Cluster{own: newOwnWrites(), options: o}
 	informer := func(client rest.Interface, resource string, kind runtime.Object, selector string, indexers cache.Indexers) cache.SharedIndexInformer {
@@ -81,7 +77,8 @@ func (c *Cluster) informers() []cache.SharedIndexInformer {
 	return []cache.SharedIndexInformer{c.pods, c.nodes, c.namespaces, c.identities, c.bindings, c.assignments}
 }
 
-// run fills the caches and waits until all are filled once. They are kept up to date until ctx ends.
+// Run starts the watches and waits until they have filled all caches. It returns false if ctx ends before. The watches run
+// until ctx ends, and wait waits for that.
 func (c *Cluster) Run(ctx context.Context, wait *sync.WaitGroup) bool {
 	var synced []cache.InformerSynced
 	for _, informer := range c.informers() {
@@ -91,7 +88,7 @@ func (c *Cluster) Run(ctx context.Context, wait *sync.WaitGroup) bool {
 	return cache.WaitForCacheSync(ctx.Done(), synced...)
 }
 
-// assignmentsOf returns the assignments of a pod (namespace/name), as they are after our own last writes.
+// AssignmentsOf returns the assignments of a pod (namespace/name) as they are after the last own writes.
 func (c *Cluster) AssignmentsOf(pod string) []*Assignment {
 	found := c.own.overlay(pod, kube.ByIndex[*Assignment](c.assignments, byPod, pod))
 	slices.SortFunc(found, func(a, b *Assignment) int { return cmp.Compare(a.Key(), b.Key()) })
@@ -107,7 +104,7 @@ func (c *Cluster) recordWrite(o *v1.AzureAssignedIdentity) *Assignment {
 	return c.own.record(o, observed)
 }
 
-// terminating reports whether a namespace is on its way out, or gone.
+// NamespaceTerminating reports whether a namespace is being deleted, or was deleted.
 func (c *Cluster) NamespaceTerminating(name string) bool {
 	n, ok := kube.Get[*namespace](c.namespaces, name)
 	return !ok || n.terminating

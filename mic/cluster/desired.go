@@ -8,22 +8,21 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/podidentity/podidentity/mic/telemetry"
-
 	v1 "github.com/podidentity/podidentity/api/v1"
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/mic/azure"
+	"github.com/podidentity/podidentity/mic/telemetry"
 )
 
-// DesiredState is what a pod is to have.
+// DesiredState is the assignments that a pod should have.
 type DesiredState struct {
 	Assignments []DesiredAssignment
 	// Problems are the reasons why there are no more assignments.
 	Problems []telemetry.Problem
 }
 
-// DesiredAssignment is one AzureAssignedIdentity as it is to be.
+// DesiredAssignment is one AzureAssignedIdentity that a pod should have.
 type DesiredAssignment struct {
 	Name       string
 	Identity   *AzureIdentity
@@ -65,7 +64,7 @@ func (c *Cluster) Desired(p *Pod) DesiredState {
 	return d
 }
 
-// facts are what the decision needs to know about a pod, and the objects behind them.
+// facts returns what the decision needs to know about a pod, and the objects that it comes from.
 func (c *Cluster) facts(p *Pod) (identity.Facts, map[string]*AzureIdentity, []*Binding) {
 	var facts identity.Facts
 	identities := map[string]*AzureIdentity{}

@@ -10,7 +10,7 @@ import (
 	"github.com/podidentity/podidentity/internal/kube"
 )
 
-func TestNamesOfAssignmentsAreValidAndNeverMeet(t *testing.T) {
+func TestNamesOfAssignmentsAreValidAndUnique(t *testing.T) {
 	long := strings.Repeat("a.b-", 63) + "c"
 	meta := func(namespace, name string) kube.Meta { return kube.Meta{Namespace: namespace, Name: name} }
 	seen := map[string]string{}

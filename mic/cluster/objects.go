@@ -13,52 +13,57 @@ import (
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
-// pod is a pod with the label.
+// Pod is a pod that a binding could select: it has the label aadpodidbinding.
 type Pod struct {
 	kube.Meta
 	UID, Node, Selector string
-	Finished            bool // all of its containers are done for good: it needs nothing
+	Finished            bool // its phase is Succeeded or Failed: no container runs again, and it needs nothing
 }
 
-// node is a node and the machine beneath it.
+// Node is a node and the machine that it runs on.
 type Node struct {
 	kube.Meta
 	Machine    azure.Resource
-	MachineKey string // of the machine; "" if there is none that Azure knows
-	Problem    string // why there is none
+	MachineKey string // "" if the node is not on a machine of Azure
+	Problem    string // why there is no machine
 }
 
-// namespace is here only to say whether it is on its way out.
+// namespace is a namespace; MIC only needs to know whether it is terminating.
 type namespace struct {
 	kube.Meta
 	terminating bool
 }
 
-// azureIdentity and binding keep the whole object, of which assignments hold copies. There are far fewer than pods.
+// AzureIdentity is an AzureIdentity. It keeps the full object, which is copied into assignments; there are far fewer than pods.
 type AzureIdentity struct {
 	kube.Meta
 	Full       *v1.AzureIdentity
 	Value      identity.Identity
-	ResourceID string // folded resource ID of a managed identity; "" for what needs no machine
+	ResourceID string // folded resource ID of a managed identity; "" for an identity that needs no machine
 }
 
+// Binding is an AzureIdentityBinding, with the full object for the same reason.
 type Binding struct {
 	kube.Meta
 	Full  *v1.AzureIdentityBinding
 	Value identity.Binding
 }
 
-// assignment is an AzureAssignedIdentity.
+// Assignment is an AzureAssignedIdentity.
 type Assignment struct {
 	kube.Meta
-	UID                    string
-	Pod, PodUID, Node      string // namespace/name; podUID is "" in objects of the predecessor
-	Identity, ResourceID   string // namespace/name; folded resource ID, "" for what needs no machine
-	Digest                 uint64 // of the copies
-	State                  v1.AssignmentState
-	Message                string
-	HasFinalizer, Deleting bool     // has our finalizer; is being deleted
-	otherFinalizers        []string // of others
+	UID             string
+	Pod             string // namespace/name
+	PodUID          string // "" in objects of AAD Pod Identity
+	Node            string
+	Identity        string // namespace/name of the AzureIdentity
+	ResourceID      string // folded; "" for an identity that needs no machine
+	Digest          uint64 // of the copies of the identity and the binding
+	State           v1.AssignmentState
+	Message         string
+	Deleting        bool
+	HasFinalizer    bool     // the finalizer of MIC
+	otherFinalizers []string // all but that of MIC
 }
 
 // Reference refers to the pod, for Events.
@@ -73,17 +78,17 @@ func (b *Binding) Reference() *corev1.ObjectReference {
 	}
 }
 
-// legacy reports whether the predecessor wrote it.
+// Legacy reports whether AAD Pod Identity wrote the assignment.
 func (a *Assignment) Legacy() bool { return a.PodUID == "" }
 
-// digestOf tells whether the copies in an assignment say what the objects say now, as far as anybody reads them.
+// digestOf digests those fields of an identity and a binding that something reads. Copies with the same digest are up to date.
 func digestOf(i *v1.AzureIdentity, b *v1.AzureIdentityBinding) uint64 {
 	h := fnv.New64a()
 	fmt.Fprintf(h, "%+v\x00%s\x00%s\x00%s", identity.FromAzureIdentity(i), b.Namespace, b.Name, b.Spec.Selector)
 	return h.Sum64()
 }
 
-// trim cuts an object down to what is read here, before it is kept.
+// trim is the transform of all informers: it returns an object with only the fields that MIC reads.
 func trim(o any) (any, error) {
 	switch o := o.(type) {
 	case *corev1.Pod:

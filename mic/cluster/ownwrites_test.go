@@ -18,7 +18,7 @@ func assignmentObject(name, version string, state v1.AssignmentState) *v1.AzureA
 	}
 }
 
-func TestOurOwnWritesCountUntilTheWatchBringsThemOrSomethingNewer(t *testing.T) {
+func TestOwnWritesCountUntilTheWatchDeliversThemOrANewerVersion(t *testing.T) {
 	c, err := New(&rest.RESTClient{}, &rest.RESTClient{}, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -44,22 +44,22 @@ func TestOurOwnWritesCountUntilTheWatchBringsThemOrSomethingNewer(t *testing.T) 
 		}
 	}
 	c.recordWrite(assignmentObject("a", "10", ""))
-	expect("after our own creation", "")
+	expect("after an own creation", "")
 	c.recordWrite(assignmentObject("a", "12", v1.AssignmentAssigned))
-	expect("after our own update", v1.AssignmentAssigned)
+	expect("after an own update", v1.AssignmentAssigned)
 	store(assignmentObject("a", "10", ""))
-	expect("when the watch brings the creation", v1.AssignmentAssigned)
+	expect("when the watch delivers the creation", v1.AssignmentAssigned)
 	store(assignmentObject("a", "12", v1.AssignmentAssigned))
-	store(assignmentObject("a", "9", v1.AssignmentCreated)) // cannot be, but shows that nothing is left of our write
-	expect("when the watch has brought the update", v1.AssignmentCreated)
+	store(assignmentObject("a", "9", v1.AssignmentCreated)) // cannot happen, but shows that the own write is dropped
+	expect("when the watch has delivered the update", v1.AssignmentCreated)
 	store(assignmentObject("a", "20", v1.AssignmentUnassigned))
 	c.recordWrite(assignmentObject("a", "15", v1.AssignmentAssigned))
-	expect("after a write that the watch has overtaken", v1.AssignmentUnassigned)
+	expect("after a write that is older than what the watch delivered", v1.AssignmentUnassigned)
 	c.recordWrite(assignmentObject("b", "30", v1.AssignmentAssigned))
-	gone := trimAssignment(assignmentObject("b", "31", v1.AssignmentAssigned))
-	c.own.observe(gone, true)
-	expect("when another is gone", v1.AssignmentUnassigned)
+	deleted := trimAssignment(assignmentObject("b", "31", v1.AssignmentAssigned))
+	c.own.observe(deleted, true)
+	expect("after the deletion of another", v1.AssignmentUnassigned)
 	if len(c.own.byPod) != 0 {
-		t.Errorf("left over: %v", c.own.byPod)
+		t.Errorf("remaining own writes: %v", c.own.byPod)
 	}
 }

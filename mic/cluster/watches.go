@@ -11,62 +11,62 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// settle is how long a watch that goes on is still taken to be behind: what was missed is the first thing that the API
-// server sends. One that begins anew brings all objects first, which takes longer.
+// CatchUpTime is how long a watch that resumes counts as behind: the API server first sends the events that it missed.
+// relistTime is the same for a watch that starts with all objects, which takes longer.
 const CatchUpTime, relistTime = 5 * time.Second, 30 * time.Second
 
-// connection knows whether all watches hear what happens. Its zero value is ready for use.
+// watchState tracks whether all watches receive events. Its zero value is ready for use.
 type watchState struct {
 	mu           sync.Mutex
-	disconnected map[string]bool // watches that hear nothing at the moment
-	caughtUpAt   time.Time       // what the others may have missed has come by then
+	disconnected map[string]bool // by resource; watches that receive no events now
+	caughtUpAt   time.Time       // when the other watches have received what they may have missed
 }
 
-// behind reports whether something may have happened that no watch has told yet.
-func (c *watchState) Behind() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.disconnected) > 0 || time.Now().Before(c.caughtUpAt)
+// Behind reports whether a watch may not have delivered an event yet.
+func (s *watchState) Behind() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.disconnected) > 0 || time.Now().Before(s.caughtUpAt)
 }
 
-func (c *watchState) markDisconnected(name string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.disconnected == nil {
-		c.disconnected = map[string]bool{}
+func (s *watchState) markDisconnected(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.disconnected == nil {
+		s.disconnected = map[string]bool{}
 	}
-	c.disconnected[name] = true
+	s.disconnected[name] = true
 }
 
-// mend notes that a watch hears again. One that was not deaf has only been renewed.
-func (c *watchState) markConnected(name string, settle time.Duration) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.disconnected[name] {
-		delete(c.disconnected, name)
-		if until := time.Now().Add(settle); until.After(c.caughtUpAt) {
-			c.caughtUpAt = until
+// markConnected records that a watch receives events again. A watch that was not disconnected was only renewed.
+func (s *watchState) markConnected(name string, catchUp time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.disconnected[name] {
+		delete(s.disconnected, name)
+		if until := time.Now().Add(catchUp); until.After(s.caughtUpAt) {
+			s.caughtUpAt = until
 		}
 	}
 }
 
-// heed takes note of when a watch is deaf: while it lists, and until it watches again.
-func (c *watchState) trackWatch(name string, lw *cache.ListWatch) {
+// trackWatch makes a ListWatch record when its watch is disconnected: while it lists, and until it watches again.
+func (s *watchState) trackWatch(name string, lw *cache.ListWatch) {
 	list, open := lw.ListWithContextFunc, lw.WatchFuncWithContext
 	lw.ListWithContextFunc = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
-		c.markDisconnected(name)
+		s.markDisconnected(name)
 		return list(ctx, o)
 	}
 	lw.WatchFuncWithContext = func(ctx context.Context, o metav1.ListOptions) (apiwatch.Interface, error) {
 		w, err := open(ctx, o)
 		switch {
 		case err != nil:
-			c.markDisconnected(name)
+			s.markDisconnected(name)
 		case o.SendInitialEvents != nil && *o.SendInitialEvents:
-			c.markDisconnected(name) // which the watch before it may not have said
-			c.markConnected(name, relistTime)
+			s.markDisconnected(name) // the previous watch may have ended without an error
+			s.markConnected(name, relistTime)
 		default:
-			c.markConnected(name, CatchUpTime)
+			s.markConnected(name, CatchUpTime)
 		}
 		return w, err
 	}

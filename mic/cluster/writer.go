@@ -6,15 +6,13 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/podidentity/podidentity/mic/telemetry"
-
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
+	"github.com/podidentity/podidentity/mic/telemetry"
 )
 
 // Writer writes AzureAssignedIdentity objects. The Cluster shows its writes at once.
@@ -29,7 +27,8 @@ func NewWriter(client rest.Interface, c *Cluster, m *telemetry.Metrics) *Writer 
 	return &Writer{client, c, m}
 }
 
-// create makes an assignment. Until its state is written it counts as Created. nil: it exists, and the watch is behind.
+// Create creates an assignment. Until its state is written it counts as Created. Create returns nil without an error if the
+// assignment exists already, and the watch has not delivered it yet, or if its namespace is being deleted.
 func (w *Writer) Create(ctx context.Context, p *Pod, d DesiredAssignment) (*Assignment, error) {
 	o := &v1.AzureAssignedIdentity{
 		ObjectMeta: metav1.ObjectMeta{
@@ -37,7 +36,7 @@ func (w *Writer) Create(ctx context.Context, p *Pod, d DesiredAssignment) (*Assi
 			Name:       d.Name,
 			Labels:     map[string]string{v1.NodeNameLabel: v1.NodeNameLabelValue(p.Node)},
 			Finalizers: []string{v1.AssignedIdentityFinalizer},
-			// The cluster's garbage collector deletes what a pod leaves behind.
+			// The garbage collector of Kubernetes deletes the assignment after its pod.
 			OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Pod", Name: p.Name, UID: types.UID(p.UID)}},
 		},
 		Spec: v1.AzureAssignedIdentitySpec{
@@ -46,27 +45,27 @@ func (w *Writer) Create(ctx context.Context, p *Pod, d DesiredAssignment) (*Assi
 		},
 	}
 	start := time.Now()
-	var made v1.AzureAssignedIdentity
-	err := w.client.Post().Namespace(p.Namespace).Resource(v1.AzureAssignedIdentities).Body(o).Do(ctx).Into(&made)
+	var created v1.AzureAssignedIdentity
+	err := w.client.Post().Namespace(p.Namespace).Resource(v1.AzureAssignedIdentities).Body(o).Do(ctx).Into(&created)
 	if apierrors.IsAlreadyExists(err) || apierrors.HasStatusCause(err, "NamespaceTerminating") {
 		return nil, nil
 	}
 	if err := w.metrics.Wrote(telemetry.Create, start, err); err != nil {
 		return nil, fmt.Errorf("creating AzureAssignedIdentity %s/%s: %w", p.Namespace, d.Name, err)
 	}
-	return w.cluster.recordWrite(&made), nil
+	return w.cluster.recordWrite(&created), nil
 }
 
-// copyAgain brings the copies in an assignment up to date: something was edited that does not make it another one.
+// UpdateCopies replaces the copies in an assignment: its identity or binding was edited in a way that keeps its name.
 func (w *Writer) UpdateCopies(ctx context.Context, d DesiredAssignment, a *Assignment) (*Assignment, error) {
-	// In a merge patch what is absent stays, so the copies are replaced whole.
+	// A merge patch keeps fields that it does not have, so the copies are replaced as a whole.
 	return w.patch(ctx, a, types.JSONPatchType, "", []map[string]any{
 		{"op": "add", "path": "/spec/azureIdentityRef", "value": d.Identity.Full.Copy()},
 		{"op": "add", "path": "/spec/azureBindingRef", "value": d.Binding.Full.Copy()},
 	})
 }
 
-// setState writes how far an assignment is.
+// SetState writes the status of an assignment.
 func (w *Writer) SetState(ctx context.Context, a *Assignment, state v1.AssignmentState, message string) error {
 	status := map[string]any{"status": state, "message": nil}
 	if message != "" {
@@ -76,7 +75,8 @@ func (w *Writer) SetState(ctx context.Context, a *Assignment, state v1.Assignmen
 	return err
 }
 
-// patchAssignment changes an assignment, and returns it as it is then; nil if it is gone, of which the watch will tell.
+// patch patches an assignment and returns the result. It returns nil without an error if the assignment was deleted; the
+// watch delivers that.
 func (w *Writer) patch(ctx context.Context, a *Assignment, kind types.PatchType, subresource string, patch any) (*Assignment, error) {
 	body, err := json.Marshal(patch)
 	if err != nil {
@@ -87,8 +87,8 @@ func (w *Writer) patch(ctx context.Context, a *Assignment, kind types.PatchType,
 	if subresource != "" {
 		request = request.SubResource(subresource)
 	}
-	var now v1.AzureAssignedIdentity
-	err = request.Body(body).Do(ctx).Into(&now)
+	var patched v1.AzureAssignedIdentity
+	err = request.Body(body).Do(ctx).Into(&patched)
 	if apierrors.IsNotFound(err) {
 		return nil, nil
 	}
@@ -99,10 +99,10 @@ func (w *Writer) patch(ctx context.Context, a *Assignment, kind types.PatchType,
 	if err := w.metrics.Wrote(operation, start, err); err != nil {
 		return nil, fmt.Errorf("updating AzureAssignedIdentity %s: %w", a.Key(), err)
 	}
-	return w.cluster.recordWrite(&now), nil
+	return w.cluster.recordWrite(&patched), nil
 }
 
-// finalize deletes an assignment. One whose identity has been detached says so first.
+// Delete deletes an assignment and removes its finalizer. If its identity was detached, Delete first writes that state.
 func (w *Writer) Delete(ctx context.Context, a *Assignment, detached bool) error {
 	start := time.Now()
 	if detached && a.State != v1.AssignmentUnassigned && a.HasFinalizer {
@@ -130,11 +130,11 @@ func (w *Writer) Delete(ctx context.Context, a *Assignment, detached bool) error
 	}
 	err = w.client.Patch(types.MergePatchType).Namespace(a.Namespace).Resource(v1.AzureAssignedIdentities).Name(a.Name).Body(body).Do(ctx).Error()
 	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) || apierrors.IsInvalid(err) {
-		return nil // it is gone, or one that has its name now
+		return nil // it was deleted, and there may be another one of that name
 	}
 	if err != nil {
 		w.metrics.APIFailed(string(telemetry.Delete))
-		return fmt.Errorf("letting AzureAssignedIdentity %s go: %w", a.Key(), err)
+		return fmt.Errorf("removing the finalizer of AzureAssignedIdentity %s: %w", a.Key(), err)
 	}
 	if len(a.otherFinalizers) == 0 {
 		w.cluster.own.recordReleased(a)

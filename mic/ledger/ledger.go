@@ -17,17 +17,15 @@ import (
 // label marks the ConfigMaps that are ledgers.
 const label = "podidentity.io/ledger"
 
-// ErrOvertaken means that somebody else has written the ledger since it was read: another MIC that believes that it
-// leads. Nothing may be done on the ground of what was read.
-var ErrOvertaken = errors.New("the ledger has been written by another MIC meanwhile")
+// ErrOvertaken means that another process wrote the ledger since it was read: another MIC that acts as the leader. Nothing
+// may be done based on what was read.
+var ErrOvertaken = errors.New("another MIC has written the ledger since this one read it")
 
-// Ledger is what MIC attached to one machine itself, and the update of it that is under way. It is a ConfigMap in MIC's
-// own namespace: assignments are in namespaces of users and may be deleted there, and what may be detached must not
-// hang on them. It is written before Azure is asked for anything, so that it never knows less than has been done.
+// Ledger is the ledger of one machine, as it was read or written last.
 type Ledger struct {
 	store   typedcorev1.ConfigMapInterface
 	name    string
-	version string // as it was read or written last; "" if there is none
+	version string // the resourceVersion; "" if there is no ConfigMap
 	Entries
 }
 
@@ -43,7 +41,7 @@ func nameOf(machine string) string {
 	return "mic-machine-" + hex.EncodeToString(sum[:10])
 }
 
-// Read reads the ledger of a machine (key, ARM ID), which may be empty.
+// Read reads the ledger of a machine, by its key and resource ID. Without a ConfigMap the ledger is empty.
 func Read(ctx context.Context, store typedcorev1.ConfigMapInterface, key, id string) (*Ledger, error) {
 	l := &Ledger{store: store, name: nameOf(key), Entries: Entries{Machine: id, Attached: map[string]string{}}}
 	o, err := store.Get(ctx, l.name, metav1.GetOptions{})
@@ -51,47 +49,48 @@ func Read(ctx context.Context, store typedcorev1.ConfigMapInterface, key, id str
 		return l, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("reading what MIC has attached to %s: %w", id, err)
+		return nil, fmt.Errorf("reading the ledger of %s: %w", id, err)
 	}
 	l.version = o.ResourceVersion
-	l.Entries, err = parseRecord(o)
+	l.Entries, err = parse(o)
 	return l, err
 }
 
-// parseRecord reads a ConfigMap. One that makes no sense is an error: taking it for empty could leave identities on the
-// machine for good.
-func parseRecord(o *corev1.ConfigMap) (Entries, error) {
-	r := Entries{Machine: o.Data[dataMachine], Attached: map[string]string{}}
-	err := json.Unmarshal([]byte(o.Data[dataAttached]), &r.Attached)
+// parse reads a ConfigMap. One that cannot be parsed is an error: with an empty ledger instead, identities would stay on the
+// machine permanently.
+func parse(o *corev1.ConfigMap) (Entries, error) {
+	e := Entries{Machine: o.Data[dataMachine], Attached: map[string]string{}}
+	err := json.Unmarshal([]byte(o.Data[dataAttached]), &e.Attached)
 	if text := o.Data[dataUpdate]; err == nil && text != "" {
-		r.Update = &Update{}
-		err = json.Unmarshal([]byte(text), r.Update)
+		e.Update = &Update{}
+		err = json.Unmarshal([]byte(text), e.Update)
 	}
-	if err != nil || r.Machine == "" {
-		return Entries{}, fmt.Errorf("ConfigMap %s/%s, which says what MIC has attached to %q, has been changed by somebody (%w); mend its JSON, or delete it: MIC then leaves on the machine what is there now", o.Namespace, o.Name, r.Machine, err)
+	if err != nil || e.Machine == "" {
+		return Entries{}, fmt.Errorf("ConfigMap %s/%s, the ledger of machine %q, cannot be parsed (%w); correct its JSON, or delete it: MIC then never detaches what is attached to the machine now", o.Namespace, o.Name, e.Machine, err)
 	}
-	return r, nil
+	return e, nil
 }
 
-// Write makes the ledger say so. An empty one is deleted. ErrOvertaken: see there.
-func (l *Ledger) Write(ctx context.Context, r Entries) error {
-	if len(r.Attached) == 0 && r.Update == nil {
-		return l.remove(ctx, r)
+// Write saves the entries if the resourceVersion still matches; otherwise it returns ErrOvertaken. Without entries it deletes
+// the ConfigMap.
+func (l *Ledger) Write(ctx context.Context, e Entries) error {
+	if len(e.Attached) == 0 && e.Update == nil {
+		return l.remove(ctx, e)
 	}
-	attached, err := json.Marshal(r.Attached)
+	attached, err := json.Marshal(e.Attached)
 	if err != nil {
 		return err
 	}
 	o := &corev1.ConfigMap{
 		ObjectMeta: metav1.ObjectMeta{Name: l.name, ResourceVersion: l.version, Labels: map[string]string{label: "machine"}},
-		Data:       map[string]string{dataMachine: r.Machine, dataAttached: string(attached)},
+		Data:       map[string]string{dataMachine: e.Machine, dataAttached: string(attached)},
 	}
-	if r.Update != nil {
-		under, err := json.Marshal(r.Update)
+	if e.Update != nil {
+		update, err := json.Marshal(e.Update)
 		if err != nil {
 			return err
 		}
-		o.Data[dataUpdate] = string(under)
+		o.Data[dataUpdate] = string(update)
 	}
 	put := l.store.Create
 	if l.version != "" {
@@ -102,33 +101,33 @@ func (l *Ledger) Write(ctx context.Context, r Entries) error {
 	written, err := put(ctx, o, metav1.CreateOptions{})
 	switch {
 	case err == nil:
-		l.version, l.Entries = written.ResourceVersion, r.Clone()
+		l.version, l.Entries = written.ResourceVersion, e.Clone()
 		return nil
 	case apierrors.IsConflict(err), apierrors.IsAlreadyExists(err), l.version != "" && apierrors.IsNotFound(err):
 		return fmt.Errorf("%w: %w", ErrOvertaken, err)
 	}
-	return fmt.Errorf("writing down what MIC attaches to %s: %w", r.Machine, err)
+	return fmt.Errorf("writing the ledger of %s: %w", e.Machine, err)
 }
 
-func (l *Ledger) remove(ctx context.Context, r Entries) error {
+func (l *Ledger) remove(ctx context.Context, e Entries) error {
 	if l.version != "" {
 		err := l.store.Delete(ctx, l.name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{ResourceVersion: &l.version}})
 		switch {
 		case apierrors.IsConflict(err):
 			return fmt.Errorf("%w: %w", ErrOvertaken, err)
 		case err != nil && !apierrors.IsNotFound(err):
-			return fmt.Errorf("writing down that MIC has nothing attached to %s any more: %w", r.Machine, err)
+			return fmt.Errorf("deleting the ledger of %s: %w", e.Machine, err)
 		}
 	}
-	l.version, l.Entries = "", r.Clone()
+	l.version, l.Entries = "", e.Clone()
 	return nil
 }
 
-// Machines lists the machines (ARM IDs) to which MIC has attached anything.
+// Machines lists the resource IDs of the machines that have a ledger.
 func Machines(ctx context.Context, store typedcorev1.ConfigMapInterface) ([]string, error) {
 	list, err := store.List(ctx, metav1.ListOptions{LabelSelector: label})
 	if err != nil {
-		return nil, fmt.Errorf("listing what MIC has attached: %w", err)
+		return nil, fmt.Errorf("listing the ledgers: %w", err)
 	}
 	var ids []string
 	for _, o := range list.Items {

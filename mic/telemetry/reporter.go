@@ -5,13 +5,12 @@ import (
 	"slices"
 	"strings"
 
+	lru "github.com/hashicorp/golang-lru/v2"
 	"go.uber.org/zap"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/tools/record"
-
-	lru "github.com/hashicorp/golang-lru/v2"
 
 	"github.com/podidentity/podidentity/internal/kube"
 	"github.com/podidentity/podidentity/mic/azure"
@@ -133,9 +132,9 @@ func (r *Reporter) MachineResult(machine string, err error) {
 	}
 	key := "machine/" + machine
 	if err == nil && r.reported.Contains(key) {
-		r.log.Info("Azure does what is asked for a machine again", zap.String(KeyMachine, machine))
+		r.log.Info("a machine is reconciled again without an error", zap.String(KeyMachine, machine))
 	}
 	if r.changed(key, text) {
-		r.log.Warn("a machine cannot be brought up to date; it is tried again", zap.String(KeyMachine, machine), zap.Error(err))
+		r.log.Warn("reconciling a machine failed; MIC retries", zap.String(KeyMachine, machine), zap.Error(err))
 	}
 }

@@ -8,40 +8,41 @@ import (
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
-// view is what is known about one machine when it is decided what to do with it. All maps are by folded ID.
+// View is what Decide needs to know of one machine. All maps are by folded resource ID.
 type View struct {
 	Now        time.Time
 	Attached   map[string]azure.Identity
-	InLedger   map[string]string // the ledger
+	InLedger   map[string]string // what MIC attached
 	Identities map[string]IdentityView
-	// spared says whether an identity must never be detached, whoever attached it.
+	// Protected reports whether an identity is never detached, whoever attached it.
 	Protected   func(azure.Identity) bool
 	DetachDelay time.Duration
 }
 
-// viewedUse is an identity that pods want, or wanted.
+// IdentityView is an identity that pods need or needed.
 type IdentityView struct {
 	ID          string
 	Users       int
-	UnusedSince time.Time // zero: it is not known since when, so since now
+	UnusedSince time.Time // zero if it is not known; then it is unused since now
 	Refusal     *Refusal
 }
 
-// plan is what to do with a machine.
+// Plan is what to do with a machine.
 type Plan struct {
-	Add    []string // to attach, as spelled by whoever wants it
-	Trial  []string // to attach too, but by themselves: Azure refused them before
-	Remove []string // to detach, as Azure spells it
-	// strike are entries of the ledger, folded, that mean nothing any more: not wanted, and either not attached or to be
-	// left where they are.
+	Add    []string // to attach, spelled as in the AzureIdentity
+	Trial  []string // to attach by themselves, because Azure refused them before
+	Remove []string // to detach, spelled as in Azure
+	// Prune are entries to remove from the ledger, by folded ID: no pod needs them, and they are not attached or are
+	// protected.
 	Prune []string
-	// next is when something will be due that is not yet; zero if nothing will.
+	// Next is when the next part of the plan becomes due; zero if there is none.
 	Next time.Time
 }
 
+// Empty reports whether no update is needed now.
 func (p Plan) Empty() bool { return len(p.Add)+len(p.Trial)+len(p.Remove) == 0 }
 
-// decide says what to do with a machine. It is pure.
+// Decide returns what to do with a machine now. It is pure.
 func Decide(v View) Plan {
 	var p Plan
 	due := func(t time.Time) bool {
@@ -54,7 +55,7 @@ func Decide(v View) Plan {
 		return false
 	}
 	for key, u := range v.Identities {
-		if _, there := v.Attached[key]; there || u.Users == 0 {
+		if _, present := v.Attached[key]; present || u.Users == 0 {
 			continue
 		}
 		switch {
@@ -69,9 +70,9 @@ func Decide(v View) Plan {
 		if u.Users > 0 {
 			continue
 		}
-		have, there := v.Attached[key]
+		have, present := v.Attached[key]
 		switch {
-		case !there || v.Protected(have):
+		case !present || v.Protected(have):
 			p.Prune = append(p.Prune, key)
 		case u.Refusal != nil && !due(u.Refusal.RetryAfter):
 		case due(cmp.Or(u.UnusedSince, v.Now).Add(v.DetachDelay)):

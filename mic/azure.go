@@ -1,0 +1,62 @@
+package mic
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+
+	"github.com/podidentity/podidentity/internal/outbound"
+	"github.com/podidentity/podidentity/mic/azure"
+	"github.com/podidentity/podidentity/mic/telemetry"
+)
+
+// replacedInterval is the interval between checks whether azure.json was replaced.
+const replacedInterval = 10 * time.Second
+
+// waitUntilReplaced returns an error once the file was replaced by another one. A file of the node that is mounted by itself
+// stays the old one in the container then; only a new container sees the new one.
+func waitUntilReplaced(ctx context.Context, file string) error {
+	ticker := time.NewTicker(replacedInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+		info, err := os.Stat(file)
+		if err != nil {
+			continue // whoever reads the file reports that it is missing or cannot be read
+		}
+		if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Nlink == 0 {
+			return fmt.Errorf("%s was replaced; this process ends so that a new container sees the new file", file)
+		}
+	}
+}
+
+// newMachines returns the client of Azure Resource Manager. It reads its configuration again when that changes, and calls
+// configured with each valid one.
+func newMachines(cfg Config, log *zap.Logger, r prometheus.Registerer, configured func()) (*azure.Reloading, error) {
+	roots, err := outbound.RootCAs(cfg.CABundle)
+	if err != nil {
+		return nil, err
+	}
+	observer, err := telemetry.NewARMMetrics(r)
+	if err != nil {
+		return nil, err
+	}
+	changed := func(_ azure.Config, err error) {
+		if err != nil {
+			log.Error("cannot call Azure until its configuration is corrected", zap.Error(err))
+			return
+		}
+		log.Info("read the configuration for Azure")
+		configured()
+	}
+	return azure.NewReloading(cfg.CloudConfig, os.Getenv, azure.Options{UserAgent: cfg.UserAgent, RootCAs: roots, Observer: observer}, changed), nil
+}
