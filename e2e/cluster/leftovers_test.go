@@ -24,7 +24,7 @@ func TestMain(m *testing.M) {
 	}
 	_, err := Start(context.Background(), Options{Progress: func(line string) { fmt.Println(line) }})
 	fmt.Println("started:", err)
-	select {}
+	time.Sleep(time.Hour) // until the test kills it; select{} would end as a deadlock once the supervisor is gone
 }
 
 func TestKilledOwnerLeavesNothing(t *testing.T) {
