@@ -85,10 +85,10 @@ func apiServerConfig(cfg Config) (*rest.Config, error) {
 // caches, for which requests wait. The watches end with watching, which ends after ctx.
 func (a *agent) run(ctx, watching context.Context) error {
 	listeners, err := server.Listen(ctx, a.cfg.server(), a.capture.EnsureLink)
-	defer listeners.Close()
 	if err != nil {
 		return err
 	}
+	defer listeners.Close()
 	pods := a.newServer()
 	failed := pods.Start(listeners, a.health.Handler())
 	defer pods.Close()

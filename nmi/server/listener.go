@@ -20,23 +20,30 @@ import (
 type Listeners struct{ probes, metrics, profile, pods net.Listener }
 
 // Listen opens the ports, that for pods last: before that it has changed nothing on the node. ensureLink creates the network
-// link that has the listen address. If it fails, the caller must close the ports that are open.
+// link that has the listen address. If Listen fails, it closes the ports that it opened.
 func Listen(ctx context.Context, cfg Config, ensureLink func(context.Context) error) (*Listeners, error) {
 	l := &Listeners{}
-	var err error
+	if err := l.open(ctx, cfg, ensureLink); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+func (l *Listeners) open(ctx context.Context, cfg Config, ensureLink func(context.Context) error) (err error) {
 	if l.probes, err = listen("127.0.0.1", cfg.ProbePort, "--http-probe-port"); err != nil {
-		return l, err
+		return err
 	}
 	if l.metrics, err = listen("", cfg.PrometheusPort, "--prometheus-port"); err != nil {
-		return l, err
+		return err
 	}
 	if cfg.Profile {
 		if l.profile, err = listen("127.0.0.1", ProfilePort, "--enable-profile"); err != nil {
-			return l, err
+			return err
 		}
 	}
 	l.pods, err = listenForPods(ctx, cfg.Listen, ensureLink)
-	return l, err
+	return err
 }
 
 // Close closes the ports that are open.
