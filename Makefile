@@ -96,26 +96,19 @@ e2e-cluster: bin/cluster # the cluster itself
 e2e-managed: bin/cluster # NMI without MIC
 	$(GOTEST) e2e -timeout 40m .
 
-e2e-standard: bin/cluster # NMI and MIC; on a cluster of its own, which may run beside the other
-	PODIDENTITY_CLUSTER=2 $(GOTEST) e2e -timeout 40m ./standard
+e2e-standard: bin/cluster # NMI and MIC
+	$(GOTEST) e2e -timeout 40m ./standard
 
-# The steps of `make test` are in rows. The first row runs alone: it compiles what all rows use, and the tests of the
-# cluster itself check that no process of any cluster is left. The other rows run side by side. The steps of two rows
-# mostly wait, each for a cluster of its own; those of the third mostly compute, with a low priority.
-ROW_first    := programs e2e-cluster
-ROW_managed  := e2e-managed
-ROW_standard := e2e-standard
-PRIORITY_compute := nice
-ROW_compute  := lint verify-generated arm64 values race random chart
+# The steps of `make test` run one after the other. Side by side they take longer to pass: on two cores the load tests of
+# one cluster keep the other from starting pods in time.
+STEPS := programs lint verify-generated arm64 values chart race random e2e-cluster e2e-managed e2e-standard
 
 test: prerequisites ## everything that CI runs; prints how long each step took
 	@sh .ci/step.sh --start
-	@$(MAKE) --no-print-directory row-first && $(MAKE) --no-print-directory -j row-managed row-standard row-compute; \
-		status=$$?; sh .ci/step.sh --table; exit $$status
+	@status=0; for step in $(STEPS); do \
+		sh .ci/step.sh $$step $(MAKE) --no-print-directory $$step || { status=1; break; }; done; \
+		sh .ci/step.sh --table; exit $$status
 	@echo "all tests passed"
-
-row-%:
-	@for step in $(ROW_$*); do sh .ci/step.sh $$step $(PRIORITY_$*) $(MAKE) --no-print-directory -j1 $$step || exit 1; done
 
 programs: bin/cluster # what clusters run
 

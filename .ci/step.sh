@@ -20,7 +20,7 @@ case $1 in
 	begin=$(cat "$steps/.start")
 	sort -n "$steps"/* | awk -v begin="$begin" -v now="$(date +%s)" '
 		{ printf "%-16s %8d %8d %8d  %s\n", $5, $1 - begin, $2, $3, $4; cpu += $3 }
-		END { printf "%-16s %8d %8d %8d  steps run side by side\n", "all", 0, now - begin, cpu }'
+		END { printf "%-16s %8d %8d %8d\n", "all", 0, now - begin, cpu }'
 	;;
 *)
 	name=$1
