@@ -2,4 +2,4 @@
 
 package mic
 
-const storiesByDefault = 300
+const defaultSequences = 300
