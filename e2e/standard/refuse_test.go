@@ -33,7 +33,7 @@ func refusedIdentities(t *testing.T, l *testEnvironment) {
 		advice         string
 	}{
 		{"denied", denied.ResourceID, denied, "grant MIC's identity the role Managed Identity Operator"},
-		{"misspelled", wrong.ResourceID, misspelled, "see that the managed identity exists"},
+		{"misspelled", wrong.ResourceID, misspelled, "check that the managed identity exists"},
 	} {
 		p.checkRefusal(t, bad.name, bad.resource, bad.advice, of(bad.id))
 	}
