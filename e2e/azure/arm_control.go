@@ -32,7 +32,6 @@ func (c *control) handleARM(mux *http.ServeMux) {
 	}))
 	mux.HandleFunc("PUT /arm/state", forMachine(func(machine string, q machineRequest) error { return c.arm.SetProvisioningState(machine, q.State) }))
 	mux.HandleFunc("PUT /arm/delay", forMachine(func(machine string, q machineRequest) error { return c.arm.SetDelay(machine, q.Delay) }))
-	mux.HandleFunc("POST /arm/finish", forMachine(func(machine string, _ machineRequest) error { return c.arm.FinishOperation(machine) }))
 	mux.HandleFunc("POST /arm/attach", forMachine(func(machine string, q machineRequest) error {
 		return c.arm.Attach(machine, c.dir.resourceOf(q.Identity))
 	}))
@@ -99,12 +98,6 @@ func (c ARMClient) SetProvisioningState(ctx context.Context, ref, state string) 
 // delay removes the override.
 func (c ARMClient) SetDelay(ctx context.Context, ref string, d time.Duration) error {
 	return c.call(ctx, "PUT", "/arm/delay", machineRequest{Machine: ref, Delay: d}, nil)
-}
-
-// FinishOperation ends the running operation of a machine now instead of after
-// its delay.
-func (c ARMClient) FinishOperation(ctx context.Context, ref string) error {
-	return c.call(ctx, "POST", "/arm/finish", machineRequest{Machine: ref}, nil)
 }
 
 // AttachTo attaches an identity to a machine immediately, as a manual change in

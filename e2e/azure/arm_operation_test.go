@@ -100,27 +100,6 @@ func TestAMachineCanHaveItsOwnDelay(t *testing.T) {
 	})
 }
 
-func TestAnOperationCanBeFinishedEarly(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a := newTestARM(t, delayed(time.Hour))
-		began := a.patchSet("UserAssigned", "+"+blue.ResourceID)
-		time.Sleep(time.Minute)
-		if got := a.poll(began); got.Status != "InProgress" {
-			t.Errorf("before its end: %+v", got)
-		}
-		a.must(a.FinishOperation(setID))
-		if got := a.poll(began); got.Status != "Succeeded" || !a.Attached(setID, blue.ResourceID) {
-			t.Errorf("after its end: %+v", got)
-		}
-		if c := a.Changes(0); len(c) == 0 || !c[len(c)-1].Time.Equal(time.Now()) {
-			t.Errorf("the changes are %+v", c)
-		}
-		if err := a.FinishOperation(setID); err == nil || !strings.Contains(err.Error(), "no running operation") {
-			t.Errorf("without an operation: %v", err)
-		}
-	})
-}
-
 func TestAnOperationFailsByAFault(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newTestARM(t, delayed(20*time.Second))

@@ -1,7 +1,6 @@
 package azure
 
 import (
-	"fmt"
 	"io"
 	"net/http"
 	"regexp"
@@ -153,19 +152,6 @@ func (a *ARM) handle(x *armRequestContext) response {
 		return response{}
 	}
 	return f.response(x)
-}
-
-// FinishOperation ends the running operation of a machine now instead of after
-// its delay. Queued operations keep their times.
-func (a *ARM) FinishOperation(id string) error {
-	return a.change(id, func(m *armMachine) error {
-		if len(m.operations) == 0 {
-			return fmt.Errorf("machine %s has no running operation", m.id)
-		}
-		m.operations[0].end = a.o.Now()
-		a.finish(m)
-		return nil
-	})
 }
 
 // answer is ARM's own response.
