@@ -1,7 +1,7 @@
 #!/bin/sh
 # step.sh NAME COMMAND...  runs one step of `make test`: prints NAME before each line of its output and records its time
 # step.sh --start          forgets the steps of the previous run
-# step.sh --table          prints the recorded steps
+# step.sh --table          prints the recorded steps, then the last lines of a failed one
 #
 # The records are in $STEPS, one file a step: start, seconds, CPU seconds, result. The CPU seconds include all programs
 # that the step started and waited for.
@@ -21,6 +21,9 @@ case $1 in
 	sort -n "$steps"/* | awk -v begin="$begin" -v now="$(date +%s)" '
 		{ printf "%-16s %8d %8d %8d  %s\n", $5, $1 - begin, $2, $3, $4; cpu += $3 }
 		END { printf "%-16s %8d %8d %8d\n", "all", 0, now - begin, cpu }'
+	for record in "$steps"/*; do
+		grep -q ' passed ' "$record" || tail -n 12 "$steps/.output-${record##*/}" | cut -c 1-300
+	done
 	;;
 *)
 	name=$1
@@ -36,7 +39,7 @@ case $1 in
 		times >"$steps/.cpu-$name"
 		cpu=$(awk 'NR == 2 { for (i = 1; i <= 2; i++) { split($i, t, "[ms]"); sum += t[1] * 60 + t[2] } print int(sum + 0.5) }' "$steps/.cpu-$name")
 		echo "$start $(($(date +%s) - start)) $cpu $result $name" >"$record"
-	} | sed -u "s/^/$name | /"
+	} | sed -u "s/^/$name | /" | tee "$steps/.output-$name"
 	grep -q ' passed ' "$record"
 	;;
 esac
