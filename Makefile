@@ -48,15 +48,20 @@ check: ## format, lint and unit tests: what to run before each commit
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory unit
 
-lint: bin/staticcheck ## gofmt, go vet and staticcheck
-	@test -z "$$(gofmt -l . | tee /dev/stderr)" || { echo "run gofmt -w on these" >&2; exit 1; }
-	$(GO) vet ./... && $(GO) -C e2e vet ./... && $(GO) -C tools vet ./...
-	bin/staticcheck ./... && cd e2e && ../bin/staticcheck ./...
+format: bin/golangci-lint ## format the Go code
+	bin/golangci-lint fmt
+	cd e2e && ../bin/golangci-lint fmt
 
-bin/staticcheck: FORCE
-	$(GO) -C e2e build -o ../bin/staticcheck honnef.co/go/tools/cmd/staticcheck
+# golangci-lint reads .golangci.yml. It also checks the format.
+lint: bin/golangci-lint ## golangci-lint
+	bin/golangci-lint run
+	cd e2e && ../bin/golangci-lint run
+	cd tools && ../bin/golangci-lint run
+
+bin/golangci-lint: FORCE
+	$(GO) -C tools build -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 bin/controller-gen: FORCE
-	$(GO) -C e2e build -o ../bin/controller-gen sigs.k8s.io/controller-tools/cmd/controller-gen
+	$(GO) -C tools build -o ../bin/controller-gen sigs.k8s.io/controller-tools/cmd/controller-gen
 
 # Each test that needs root fails without it. A skipped test is a failure.
 GOTEST := sh e2e/gotest.sh $(GO)

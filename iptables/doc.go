@@ -30,7 +30,7 @@
 // that are created and deleted with the pods, and its previous value must be restored. The link needs no sysctl and is
 // easy to remove, and the kernel never chooses its address as the source of other traffic.
 //
-// Linux responds to an address of any of its links on all of them. A neighbour could therefore route packets to the
+// Linux responds to an address of any of its links on all of them. A neighbor could therefore route packets to the
 // listen address through the node, or a pod connect to it directly. The INPUT chain admits only connections that,
 // according to conntrack, were sent to the metadata address and redirected, and those from the node itself, such as
 // probes.

@@ -71,7 +71,7 @@ func TestOnlyCapturedConnectionsReachTheListener(t *testing.T) {
 			t.Fatal(err)
 		}
 		listener := serve(t, "nmi", testListen.String())
-		w.wantGreeting("outside", testListen.String(), "nmi "+outsideIP) // Without rules the address is open to neighbours.
+		w.wantGreeting("outside", testListen.String(), "nmi "+outsideIP) // Without rules the address is open to neighbors.
 		w.wantGreeting("pod", testListen.String(), "nmi "+podIP)
 		listener.listener.Close()
 
@@ -81,7 +81,7 @@ func TestOnlyCapturedConnectionsReachTheListener(t *testing.T) {
 		if accepted, _ := w.nmi.counts(); accepted != 0 {
 			t.Errorf("the listener accepted %d connections", accepted)
 		}
-		// A neighbour that uses the node as metadata service is seen with its own address.
+		// A neighbor that uses the node as metadata service is seen with its own address.
 		w.wantGreeting("outside", "169.254.169.254:80", "nmi "+outsideIP)
 	})
 }

@@ -48,7 +48,7 @@ func slots(metadata, listen netip.AddrPort) []slot {
 			why: "pods never reach the metadata service itself",
 			rules: [][]string{
 				rule("no packet of a pod leaves for the metadata service", "-j DROP", "-d", metadataNet),
-				// Also drops responses for connections opened before capture, and prevents neighbours from posing as the
+				// Also drops responses for connections opened before capture, and prevents neighbors from posing as the
 				// metadata service.
 				rule("no packet from the metadata address reaches a pod", "-j DROP", "-s", metadataNet),
 				// If the link is deleted, the listen address is no longer local, and a redirected request would be

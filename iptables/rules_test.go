@@ -45,7 +45,7 @@ func TestTheRulesHaveThisText(t *testing.T) {
 			t.Errorf("%s has %d characters, netfilter takes 28", s.chain(1), n)
 		}
 		if !isOurName(s.chain(0)) || !isOurName(s.chain(1)) || isOurName(s.prefix) {
-			t.Errorf("%s is not recognised as ours", s.prefix)
+			t.Errorf("%s is not recognized as ours", s.prefix)
 		}
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -76,7 +76,7 @@ func TestRulesAreRecognizedInTheOutputOfBothBackends(t *testing.T) {
 		`-A X -m comment --comment "podidentity: pods\' metadata requests are answered on this node" -j PODIDENTITY-NAT-B`: all[2].jump(1),
 	} {
 		if rule, ok := parseListed(line); !ok || !rule.is(want) {
-			t.Errorf("not recognised: %s", line)
+			t.Errorf("not recognized: %s", line)
 		}
 	}
 }
@@ -85,7 +85,7 @@ func TestDifferentRulesAreDistinguished(t *testing.T) {
 	nat := slots(testMetadata, testListen)[2]
 	whole := `-A X -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -m comment --comment "podidentity: to the node server" -j DNAT --to-destination 169.254.25.79:2579`
 	if rule, ok := parseListed(whole); !ok || !rule.is(nat.rules[0]) {
-		t.Fatal("the rule itself is not recognised")
+		t.Fatal("the rule itself is not recognized")
 	}
 	for _, change := range [][2]string{
 		{"-d 169.254.169.254/32", "! -d 169.254.169.254/32"},

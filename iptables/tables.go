@@ -90,7 +90,7 @@ func findProgram(backend Backend) (*program, error) {
 		if path == "" || save == "" {
 			continue
 		}
-		if version, err := exec.Command(path, "--version").Output(); err != nil || !bytes.Contains(version, []byte(mode)) {
+		if version, err := exec.Command(path, "--version").Output(); err != nil || !bytes.Contains(version, []byte(mode)) { //nolint:noctx // it ends at once
 			continue
 		}
 		ipt, err := coreos.New(coreos.Path(path), coreos.Timeout(lockSeconds))

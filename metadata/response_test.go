@@ -82,9 +82,9 @@ func TestErrorsAreFlatAndHaveRetryAfter(t *testing.T) {
 // pass sends one request through an Upstream with the fake IMDS h, and returns the response.
 func pass(t *testing.T, h http.HandlerFunc, target string, headers ...string) (*httptest.ResponseRecorder, *Error) {
 	t.Helper()
-	real := httptest.NewServer(h)
-	t.Cleanup(real.Close)
-	u := NewUpstream(netip.MustParseAddrPort(strings.TrimPrefix(real.URL, "http://")))
+	server := httptest.NewServer(h)
+	t.Cleanup(server.Close)
+	u := NewUpstream(netip.MustParseAddrPort(strings.TrimPrefix(server.URL, "http://")))
 	r := request(t, target, append(headers, "Metadata: true")...)
 	req, refusal := Parse(r, Rules{})
 	if refusal != nil {
@@ -135,9 +135,9 @@ func TestAnIMDSThatClosesTheConnectionIsUnavailable(t *testing.T) {
 }
 
 func TestTheNodesBudgetIsSharedAndBounded(t *testing.T) {
-	real := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("{}")) }))
-	defer real.Close()
-	u := NewUpstream(netip.MustParseAddrPort(strings.TrimPrefix(real.URL, "http://")))
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("{}")) }))
+	defer server.Close()
+	u := NewUpstream(netip.MustParseAddrPort(strings.TrimPrefix(server.URL, "http://")))
 	r := request(t, "/metadata/versions", "Metadata: true")
 	results := make(chan *Error)
 	const requests = 30

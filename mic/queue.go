@@ -58,7 +58,7 @@ func (q *queue) Reconcile(ctx context.Context, key string) (reconcile.Result, er
 		return reconcile.Result{RequeueAfter: requeueAfter}, nil
 	}
 	if ctx.Err() != nil {
-		return reconcile.Result{}, nil
+		return reconcile.Result{}, nil //nolint:nilerr // MIC stops, which is no failure
 	}
 	level := zap.DebugLevel
 	if q.NumRequeues(key) == 0 {

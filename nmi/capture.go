@@ -47,7 +47,7 @@ func (a *agent) repairRules(ctx context.Context) {
 
 // Uninstall removes everything from this node that NMI installed. It is idempotent.
 func Uninstall(ctx context.Context, cfg Config, log *zap.Logger) error {
-	capture, err := newCapture(cfg, log)
+	capture, err := newCapture(cfg, log) //nolint:contextcheck // asks the version of iptables, which ends at once
 	if err != nil {
 		return err
 	}

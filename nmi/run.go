@@ -45,7 +45,7 @@ func Run(ctx context.Context, cfg Config, logs telemetry.Loggers) error {
 	if err := cfg.checkKubenet(); err != nil {
 		return err
 	}
-	capture, err := newCapture(cfg, logs.Main)
+	capture, err := newCapture(cfg, logs.Main) //nolint:contextcheck // asks the version of iptables, which ends at once
 	if err != nil {
 		return err
 	}

@@ -122,7 +122,7 @@ func (a *ARM) patch(x *armRequestContext, m *armMachine) response {
 	}
 	o := a.begin(m, p, failure, apply)
 	x.entry.Accepted, x.entry.OperationID, x.entry.Start, x.entry.End = true, o.id, o.start, o.end
-	out := a.describe(x, m)
+	out := a.describe(m)
 	if !o.ended {
 		out.header["Azure-AsyncOperation"] = x.base() + "/subscriptions/" + m.subscription + "/providers/Microsoft.Compute/locations/" +
 			a.o.Location + "/operations/" + o.id + "?api-version=" + x.version

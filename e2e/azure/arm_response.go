@@ -61,7 +61,7 @@ type armAssigned struct {
 
 // describe returns the machine as it is or, with the setting Early, as it will be
 // after its operations.
-func (a *ARM) describe(x *armRequestContext, m *armMachine) response {
+func (a *ARM) describe(m *armMachine) response {
 	doc := armResource{
 		Name: m.name, ID: m.id, Type: "Microsoft.Compute/" + m.resourceType, Location: a.o.Location,
 		Properties: map[string]any{"provisioningState": m.provisioningState()},

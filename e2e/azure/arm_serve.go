@@ -123,7 +123,7 @@ func (a *ARM) recordResponse(x *armRequestContext, status int) {
 
 // handle returns ARM's own response, or that of a fault.
 func (a *ARM) handle(x *armRequestContext) response {
-	if err := a.authorise(x); err != nil {
+	if err := a.authorize(x); err != nil {
 		out := x.refuse(err)
 		out.header["WWW-Authenticate"] = `Bearer authorization_uri="https://login.microsoftonline.com/` + a.o.Tenant +
 			`", error="invalid_token", error_description="` + err.Message + `"`
@@ -184,7 +184,7 @@ func (a *ARM) answer(x *armRequestContext) response {
 	case x.entry.Operation == OpPatch:
 		out = a.patch(x, m)
 	default:
-		out = a.describe(x, m)
+		out = a.describe(m)
 	}
 	if remaining != "" {
 		out.header["X-Ms-Ratelimit-Remaining-Resource"] = remaining

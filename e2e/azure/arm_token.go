@@ -14,32 +14,32 @@ import (
 // own host name. A trailing slash is ignored.
 var armAudiences = []string{"https://management.azure.com", "https://management.core.windows.net"}
 
-// authorise checks the caller's token.
-func (a *ARM) authorise(x *armRequestContext) *armError {
+// authorize checks the caller's token.
+func (a *ARM) authorize(x *armRequestContext) *armError {
 	if a.o.Verify == nil {
 		return nil
 	}
-	unauthorised := func(code, message string) *armError {
+	unauthorized := func(code, message string) *armError {
 		return &armError{Status: http.StatusUnauthorized, Code: code, Message: message}
 	}
 	scheme, token, _ := strings.Cut(x.Header.Get("Authorization"), " ")
 	if !strings.EqualFold(scheme, "Bearer") || token == "" {
-		return unauthorised("AuthenticationFailed", "Authentication failed. The 'Authorization' header is missing.")
+		return unauthorized("AuthenticationFailed", "Authentication failed. The 'Authorization' header is missing.")
 	}
 	claims, err := a.o.Verify(strings.TrimSpace(token))
 	switch {
 	case errors.Is(err, jwt.ErrTokenExpired):
-		return unauthorised("ExpiredAuthenticationToken", "The access token is expired.")
+		return unauthorized("ExpiredAuthenticationToken", "The access token is expired.")
 	case err != nil:
-		return unauthorised("InvalidAuthenticationToken", "The access token is invalid.")
+		return unauthorized("InvalidAuthenticationToken", "The access token is invalid.")
 	}
 	x.claims, x.entry.Caller = claims, claims.ObjectID
 	if audience := strings.TrimSuffix(claims.Audience, "/"); !slices.Contains(armAudiences, audience) && audience != x.base() {
-		return unauthorised("InvalidAuthenticationTokenAudience", "The access token has been obtained for wrong audience or resource '"+
+		return unauthorized("InvalidAuthenticationTokenAudience", "The access token has been obtained for wrong audience or resource '"+
 			claims.Audience+"'. It should exactly match with one of the allowed audiences '"+strings.Join(armAudiences, "','")+"'.")
 	}
 	if a.o.Tenant != "" && !strings.EqualFold(claims.TenantID, a.o.Tenant) {
-		return unauthorised("InvalidAuthenticationTokenTenant", "The access token is from the wrong issuer. It must match the tenant '"+
+		return unauthorized("InvalidAuthenticationTokenTenant", "The access token is from the wrong issuer. It must match the tenant '"+
 			a.o.Tenant+"' associated with this subscription.")
 	}
 	return nil

@@ -35,7 +35,7 @@ type Claims struct {
 	ResourceID string           `json:"xms_mirid,omitempty"`
 }
 
-// The jwt.Claims interface.
+// The methods of jwt.Claims:
 
 func (c Claims) GetExpirationTime() (*jwt.NumericDate, error) { return c.Expires, nil }
 func (c Claims) GetIssuedAt() (*jwt.NumericDate, error)       { return c.IssuedAt, nil }

@@ -394,7 +394,7 @@ var inAnyOrder = cmpopts.SortSlices(func(a, b map[string]any) bool {
 
 func TestInvalidValuesAreRefusedWithAReason(t *testing.T) {
 	for values, want := range map[string]string{
-		"colour: green":                              "additional properties 'colour' not allowed",
+		"color: green":                               "additional properties 'color' not allowed",
 		"nmi: {micNamespace: default}":               "additional properties 'micNamespace' not allowed",
 		"nmi: {iptablesBackend: ebtables}":           "at '/nmi/iptablesBackend': value must be one of 'auto', 'nft', 'legacy'",
 		"nmi: {port: 0}":                             "at '/nmi/port'",

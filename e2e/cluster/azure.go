@@ -26,7 +26,7 @@ var (
 	armHosts   = []string{"management.azure.com"}
 )
 
-// TwoVMs, in Options.ProviderIDs, makes each node a virtual machine of its own. By default both nodes are instances of
+// TwoVMs returns Options.ProviderIDs that make each node a virtual machine of its own. By default both nodes are instances of
 // one scale set, so an identity that is attached to it is attached to both.
 func TwoVMs() map[string]string {
 	ids := map[string]string{}

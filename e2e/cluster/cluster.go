@@ -281,7 +281,7 @@ func Down() error {
 	if err == nil {
 		if err := control(ctx, "/stop"); err != nil && s.Supervisor.alive() {
 			// Its children end with it; cleanUp removes the rest.
-			if killErr := s.Supervisor.kill(syscall.SIGKILL); killErr != nil {
+			if killErr := s.Supervisor.kill(); killErr != nil {
 				return errors.Join(err, killErr)
 			}
 		}

@@ -58,7 +58,7 @@ func (s *supervisor) serveControl(end func()) (*controlServer, error) {
 		return s.restartNode(r.Context(), r.PathValue("name"))
 	})
 	c.server = &http.Server{Handler: mux}
-	go c.server.Serve(listener)
+	go func() { _ = c.server.Serve(listener) }()
 	return c, nil
 }
 

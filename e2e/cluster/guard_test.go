@@ -5,7 +5,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -51,13 +50,13 @@ func TestProcessWithReusedPIDIsNotKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := processID{PID: now.PID, Start: now.Start - 1} // an earlier process with this PID
-	if err := before.kill(syscall.SIGKILL); err != nil {
+	if err := before.kill(); err != nil {
 		t.Fatal(err)
 	}
 	if before.alive() || !now.alive() {
 		t.Fatalf("the earlier process is alive: %v; the current process: %v", before.alive(), now.alive())
 	}
-	if err := now.kill(syscall.SIGKILL); err != nil {
+	if err := now.kill(); err != nil {
 		t.Fatal(err)
 	}
 	if err := now.waitGone(5 * time.Second); err != nil {
@@ -70,6 +69,6 @@ func TestDialFromAcceptsOnlyIPAddresses(t *testing.T) {
 		t.Error("a host name was accepted: it would be resolved outside of the namespace")
 	}
 	if _, err := DialFrom(netnsPath("absent"), nil)(t.Context(), "tcp", "10.10.0.1:80"); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("dialling in an absent namespace: %v", err)
+		t.Errorf("dialing in an absent namespace: %v", err)
 	}
 }

@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -56,7 +55,7 @@ func TestDownRemovesWhatAKilledSupervisorLeft(t *testing.T) {
 	defer owner.Process.Kill()
 	waitForLine(t, output, "started: <nil>")
 	ids := recorded(t)
-	if err := ids["supervisor"].kill(syscall.SIGKILL); err != nil {
+	if err := ids["supervisor"].kill(); err != nil {
 		t.Fatal(err)
 	}
 	for name, p := range ids {

@@ -155,7 +155,7 @@ func removeNetwork() error {
 	}
 	// Only if it is empty: then the folder, and the mount on it, was made for this cluster.
 	if left, err := os.ReadDir(netnsDir); err == nil && len(left) == 0 {
-		unix.Unmount(netnsDir, unix.MNT_DETACH)
+		_ = unix.Unmount(netnsDir, unix.MNT_DETACH)
 		os.Remove(netnsDir)
 	}
 	return errors.Join(errs...)

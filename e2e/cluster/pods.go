@@ -106,7 +106,7 @@ func (c *Cluster) PodNetns(ctx context.Context, namespace, name string) (*os.Fil
 func openPodNetns(pid int, pod podInfo) (*os.File, error) {
 	file, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
 	if err != nil {
-		return nil, nil
+		return nil, nil //nolint:nilerr // see above
 	}
 	// The open file pins the namespace. The process must still have been in the pod when the file was opened.
 	still, err := podProcesses(pod.Metadata.UID)

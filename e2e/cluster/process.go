@@ -65,9 +65,9 @@ func (p processID) open() (fd int, ok bool, err error) {
 	return fd, true, nil
 }
 
-// kill sends a signal to the process unless it has ended, even if its PID belongs to another process by then. The
+// kill ends the process unless it has ended, even if its PID belongs to another process by then. The
 // descriptor pins the process between the check and the signal.
-func (p processID) kill(sig syscall.Signal) error {
+func (p processID) kill() error {
 	fd, ok, err := p.open()
 	if err != nil {
 		return fmt.Errorf("killing process %d: %w", p.PID, err)
@@ -76,7 +76,7 @@ func (p processID) kill(sig syscall.Signal) error {
 		return nil
 	}
 	defer unix.Close(fd)
-	if err := unix.PidfdSendSignal(fd, unix.Signal(sig), nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("killing process %d: %w", p.PID, err)
 	}
 	return nil
@@ -169,7 +169,7 @@ func (p *process) stop() error {
 	if p == nil {
 		return nil
 	}
-	if err := p.kill(syscall.SIGKILL); err != nil {
+	if err := p.kill(); err != nil {
 		return err
 	}
 	select {

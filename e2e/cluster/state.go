@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/moby/sys/mountinfo"
@@ -112,7 +111,7 @@ func cleanUp() error {
 	errs = append(errs, err)
 	if s != nil {
 		for name, p := range s.Processes {
-			if err := p.kill(syscall.SIGKILL); err != nil {
+			if err := p.kill(); err != nil {
 				errs = append(errs, fmt.Errorf("killing %s: %w", name, err))
 			}
 		}

@@ -125,7 +125,7 @@ func problem(pages map[string]markdownPage, from, link string) string {
 	if err != nil {
 		return "is malformed: " + err.Error()
 	}
-	target := ""
+	var target string
 	switch {
 	case strings.HasPrefix(link, blobURL):
 		target = strings.TrimPrefix(u.Path, "/podidentity/podidentity/blob/main/")

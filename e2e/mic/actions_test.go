@@ -194,14 +194,14 @@ func editBinding(s *sequence, r *rand.Rand) string {
 
 // randomIdentity returns the spec of an AzureIdentity: mostly a managed identity, with its ID in random letter case.
 func randomIdentity(r *rand.Rand) v1.AzureIdentitySpec {
-	switch n := r.IntN(20); {
-	case n == 0:
+	switch r.IntN(20) {
+	case 0:
 		return v1.AzureIdentitySpec{Type: v1.ServicePrincipal, TenantID: "contoso.example", ClientID: clientID("sp"), ClientPassword: corev1.SecretReference{Name: "secret"}}
-	case n == 1:
+	case 1:
 		return v1.AzureIdentitySpec{Type: v1.ServicePrincipalCertificate, TenantID: "contoso.example", ClientID: clientID("spc"), ClientPassword: corev1.SecretReference{Name: "secret"}}
-	case n == 2:
+	case 2:
 		return v1.AzureIdentitySpec{Type: v1.Federated, TenantID: "contoso.example", ClientID: clientID("fed")}
-	case n == 3:
+	case 3:
 		return v1.AzureIdentitySpec{ResourceID: subscription + "/resourceGroups/Identities", ClientID: clientID("none")}
 	}
 	name := pick(r, managedNames...)

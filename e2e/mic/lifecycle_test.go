@@ -160,7 +160,7 @@ func TestAnIdentityAttachedExternallyJustBeforeMICsUpdateIsNeverDetached(t *test
 func TestImmutableIdentitiesAndMICsOwnAreNeverDetached(t *testing.T) {
 	runScenario(t, func(t *testing.T, s *scenario) {
 		spared, own := s.addBoundIdentity("blue", "spared"), s.addBoundIdentity("blue", "own")
-		s.cfg.Immutable, s.simulation.ownIdentities = []string{strings.ToUpper(clientID("spared"))}, []string{clientID("own")}
+		s.cfg.Immutable, s.ownIdentities = []string{strings.ToUpper(clientID("spared"))}, []string{clientID("own")}
 		s.immutable[azure.FoldID(spared)], s.immutable[azure.FoldID(own)] = true, true
 		s.start()
 		s.addPod("blue/p", "n0", "spared")

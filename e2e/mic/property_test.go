@@ -30,7 +30,7 @@ var (
 	freshFlag     = flag.Bool("fresh", false, "run new random sequences instead of the same ones each time")
 )
 
-// setUp creates the initial state: the behaviour of Azure, machines, nodes, some objects, possibly assignments of AAD Pod
+// setUp creates the initial state: the behavior of Azure, machines, nodes, some objects, possibly assignments of AAD Pod
 // Identity, and a leader.
 func (s *sequence) setUp() {
 	r := rand.New(rand.NewPCG(s.seed, 1<<32))

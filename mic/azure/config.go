@@ -19,7 +19,9 @@ type Secret string
 
 const redacted = "[...]"
 
-func (Secret) String() string   { return redacted }
+func (Secret) String() string { return redacted }
+
+// GoString keeps the secret out of messages with %#v.
 func (Secret) GoString() string { return redacted }
 
 // MarshalText keeps the secret out of logs.

@@ -109,7 +109,7 @@ func (own *ownCredential) workloadIdentity(c Config, options policy.ClientOption
 	assertion := func(ctx context.Context) (string, error) {
 		text, err := readFile(c.FederatedTokenFile)
 		if seen, _ := ctx.Value(lastResponseKey{}).(*lastResponse); seen != nil && err != nil {
-			*seen = lastResponse{err: unreadableAssertion{err}}
+			*seen = lastResponse{err: unreadableAssertionError{err}}
 		}
 		return string(text), err
 	}
@@ -135,17 +135,17 @@ func needsAuthority(where cloud.Configuration) error {
 	return nil
 }
 
-// unreadableAssertion is the error of reading the file with the Kubernetes token.
-type unreadableAssertion struct{ err error }
+// unreadableAssertionError is the error of reading the file with the Kubernetes token.
+type unreadableAssertionError struct{ err error }
 
-func (u unreadableAssertion) Error() string {
+func (u unreadableAssertionError) Error() string {
 	return u.err.Error() + "; check that MIC's pod has the volume of the webhook"
 }
 
 // failure classifies a failure to get a token by the last response. It does not keep the SDK's errors, which quote
 // responses in full.
 func (own *ownCredential) failure(w *lastResponse, err error) *Error {
-	var unreadable unreadableAssertion
+	var unreadable unreadableAssertionError
 	switch {
 	case errors.Is(err, errExpiredToken):
 		return own.tokenError(Unavailable, err.Error())

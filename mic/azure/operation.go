@@ -134,7 +134,7 @@ func (o *Operation) pollOnce(ctx context.Context) (state State, done bool, err e
 	c, kind := o.client, o.resource.Kind.String()
 	if !o.poller.Done() {
 		err := c.call(ctx, kind+"_poll", o.s, o.requested, func(ctx context.Context) error {
-			resp, err := o.poller.Poll(c.once(ctx))
+			resp, err := o.poller.Poll(c.once(ctx)) //nolint:bodyclose // azcore closes it
 			if err != nil {
 				return err
 			}

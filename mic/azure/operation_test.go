@@ -142,7 +142,7 @@ func TestAFailedUpdateIsClassifiedLikeARefusedOne(t *testing.T) {
 					if !errors.As(err, &got) || got.Class != c.class || !slices.Equal(got.Identities, c.named) || !strings.Contains(got.Message, c.contains) || got.Operation != r.Kind.String()+"_poll" {
 						t.Fatalf("got %v naming %v", err, got.Identities)
 					}
-					if _, again := o.Wait(t.Context()); o.Token() != "" || again != err || len(arm.requests()) != 3 {
+					if _, again := o.Wait(t.Context()); o.Token() != "" || !errors.Is(again, err) || len(arm.requests()) != 3 {
 						t.Errorf("token %q, %d requests, and again %v", o.Token(), len(arm.requests()), again)
 					}
 					if want := r.Kind.String() + "_poll " + string(c.class); !strings.HasSuffix(observer.all(), want) {

@@ -68,7 +68,7 @@ func (t *tokens) get(ctx context.Context) (azcore.AccessToken, error) {
 	failureCached := now.Before(t.failedUntil)
 	if (!usable || due) && !failureCached && t.fetch == nil {
 		t.fetch = &fetch{done: make(chan struct{})}
-		go t.run(t.fetch)
+		go t.run(t.fetch) //nolint:contextcheck // others wait for this token, too
 	}
 	token, failed, running := t.token, t.failed, t.fetch
 	t.mu.Unlock()

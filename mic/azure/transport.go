@@ -58,7 +58,7 @@ type transporter struct {
 
 func (t transporter) Do(r *http.Request) (*http.Response, error) {
 	if to := strings.ToLower(r.URL.Hostname()); t.host != "" && (to != t.host && !strings.HasSuffix(to, "."+t.host) || r.URL.Scheme != "https") {
-		return nil, foreignHost(to)
+		return nil, foreignHostError(to)
 	}
 	seen, _ := r.Context().Value(lastResponseKey{}).(*lastResponse)
 	resp, err := t.exchange(r)
@@ -83,7 +83,7 @@ func (t transporter) exchange(r *http.Request) (*http.Response, error) {
 		return nil, fmt.Errorf("reading the response: %w", withoutURL(err))
 	}
 	if int64(len(body)) > t.maxBytes {
-		return nil, tooLarge(t.maxBytes)
+		return nil, tooLargeError(t.maxBytes)
 	}
 	resp.Body = io.NopCloser(bytes.NewReader(body))
 	return resp, nil
@@ -98,25 +98,25 @@ func withoutURL(err error) error {
 	return err
 }
 
-// foreignHost is the error of a request to a host that is not ARM's.
-type foreignHost string
+// foreignHostError is the error of a request to a host that is not ARM's.
+type foreignHostError string
 
-func (e foreignHost) Error() string {
+func (e foreignHostError) Error() string {
 	return fmt.Sprintf("%q is not the host of Azure Resource Manager, or the URL is not https", text.OneLine(string(e), 253))
 }
 
 // NonRetriable keeps the Azure SDK from trying again.
-func (foreignHost) NonRetriable() {}
+func (foreignHostError) NonRetriable() {}
 
-// tooLarge is the error of a response above the bound.
-type tooLarge int64
+// tooLargeError is the error of a response above the bound.
+type tooLargeError int64
 
-func (t tooLarge) Error() string {
+func (t tooLargeError) Error() string {
 	return fmt.Sprintf("the response is larger than %d bytes", int64(t))
 }
 
 // NonRetriable keeps the Azure SDK from trying again.
-func (tooLarge) NonRetriable() {}
+func (tooLargeError) NonRetriable() {}
 
 type lastResponseKey struct{}
 

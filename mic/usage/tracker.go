@@ -56,7 +56,7 @@ type Refusal struct {
 	RetryAfter time.Time // no attempt before this time
 }
 
-// NewTracker returns a Tracker without machines.
+// New returns a Tracker without machines.
 func New(r Requeue) *Tracker {
 	return &Tracker{machines: map[string]*Machine{}, demands: map[string][]Key{}, adoptedUIDs: map[string]struct{}{}, requeue: r}
 }

@@ -74,7 +74,7 @@ func (f *PodFinder) FindByAddress(ctx context.Context, ip netip.Addr) (*corev1.P
 		select {
 		case <-changed:
 		case <-listLive.C:
-			lists = f.listLive()
+			lists = f.listLive() //nolint:contextcheck // others wait for this list, too
 		case list := <-lists:
 			lists = nil
 			if list.Err != nil {

@@ -172,7 +172,7 @@ func (r *reconnector) retryWhileUnavailable(ctx context.Context, name string, se
 		r.onFailure()
 		r.setDisconnected(name, true)
 		select {
-		case <-r.serverAvailable():
+		case <-r.serverAvailable(): //nolint:contextcheck // others wait for the API server, too
 		case <-ctx.Done():
 			return err
 		}

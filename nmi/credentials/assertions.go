@@ -12,7 +12,6 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/internal/kube"
@@ -112,7 +111,7 @@ func (a *Assertions) get(ctx context.Context, pod *corev1.Pod) (string, error) {
 	if current == nil || current.expired() {
 		current = &assertion{account: ServiceAccountOf(pod), done: make(chan struct{})}
 		a.byPod[uid] = current
-		go a.request(current, pod)
+		go a.request(current, pod) //nolint:contextcheck // others wait for this assertion, too
 	}
 	a.mu.Unlock()
 	return current.wait(ctx)
@@ -147,7 +146,7 @@ func (a *Assertions) request(pending *assertion, pod *corev1.Pod) {
 	r, err := a.requester.RequestToken(ctx, account.Namespace, account.Name, &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
 		Audiences:         []string{exchangeAudience},
 		ExpirationSeconds: &seconds,
-		BoundObjectRef:    &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: pod.Name, UID: types.UID(pod.UID)},
+		BoundObjectRef:    &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: pod.Name, UID: pod.UID},
 	}})
 	a.mu.Lock()
 	defer a.mu.Unlock()

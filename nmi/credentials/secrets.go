@@ -98,7 +98,7 @@ func (s *Secrets) Secret(ctx context.Context, ref token.Ref) (token.SecretConten
 
 // forPod returns the Secret for a pod that may use it, and watches it until the pod is released.
 func (s *Secrets) forPod(ctx context.Context, ref token.Ref, uid string) (token.SecretContent, error) {
-	w, err := s.watch(ref, uid)
+	w, err := s.watch(ref, uid) //nolint:contextcheck // the watch outlives the request
 	if err != nil {
 		return token.SecretContent{}, err
 	}

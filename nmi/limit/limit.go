@@ -31,8 +31,8 @@ type Limiter struct {
 }
 
 // New returns a limiter with these limits.
-func New(max, maxPerSource int) *Limiter {
-	return &Limiter{max: max, maxPerSource: maxPerSource, bySource: map[netip.Addr]int{}}
+func New(maxTotal, maxPerSource int) *Limiter {
+	return &Limiter{max: maxTotal, maxPerSource: maxPerSource, bySource: map[netip.Addr]int{}}
 }
 
 // Acquire returns false if a limit is reached. Otherwise the caller must call Release once.

@@ -119,7 +119,7 @@ func (s *Server) finishTokenRequest(c *requestContext, r *http.Request, refusal 
 		}
 		return false
 	}
-	c.reason = c.Record.Reason
+	c.reason = c.Reason
 	s.metrics.CountDecision(c.reason)
 	return true
 }

@@ -75,7 +75,7 @@ func (a *authorities) RoundTrip(r *http.Request) (*http.Response, error) {
 		// The proxy resolves names and decides itself which addresses it may reach. Only a literal address can be
 		// checked here.
 		if ip, err := netip.ParseAddr(r.URL.Hostname()); err == nil && a.forbidden(ip) {
-			return nil, nodeAddress(ip)
+			return nil, nodeAddressError(ip)
 		}
 		transport = a.proxied
 	}
@@ -102,7 +102,7 @@ func (a *authorities) checkAddress(_ context.Context, _, address string, _ sysca
 		return fmt.Errorf("checking the address of the authority: %w", err)
 	}
 	if a.forbidden(ap.Addr()) {
-		return nodeAddress(ap.Addr())
+		return nodeAddressError(ap.Addr())
 	}
 	return nil
 }
@@ -115,12 +115,12 @@ func isNodeAddress(ip netip.Addr) bool {
 	return ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsUnspecified() || ip.IsMulticast() || ip == wireServer
 }
 
-// nodeAddress is the error of a connection to an address that only the node can reach.
-type nodeAddress netip.Addr
+// nodeAddressError is the error of a connection to an address that only the node can reach.
+type nodeAddressError netip.Addr
 
-func (n nodeAddress) Error() string {
+func (n nodeAddressError) Error() string {
 	return netip.Addr(n).String() + " is an address of the node itself or of its link"
 }
 
 // NonRetriable keeps the Azure SDK from retrying.
-func (nodeAddress) NonRetriable() {}
+func (nodeAddressError) NonRetriable() {}

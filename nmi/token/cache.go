@@ -188,7 +188,7 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 			c.entries.Add(r.Key, e)
 		}
 		origin = Fetched
-		c.startFetch(Call{Key: r.Key, Pod: r.Pod, Fresh: r.Fresh || r.Rejected != ""}, e)
+		c.startFetch(Call{Key: r.Key, Pod: r.Pod, Fresh: r.Fresh || r.Rejected != ""}, e) //nolint:contextcheck // others wait for this token, too
 	}
 	c.addUser(r, pod, e)
 	f := e.fetching

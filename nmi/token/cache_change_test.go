@@ -1,6 +1,7 @@
 package token
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"testing"
@@ -148,7 +149,7 @@ func TestARefusalIsRecheckedAtALimitedRate(t *testing.T) {
 		s.set(func(s *source) { s.fails, s.takes = refused, 0 })
 		ask := func(name, pod string, again bool) Origin {
 			_, origin, err := c.Get(t.Context(), Request{Key: key(name), Pod: pod, Recheck: again})
-			if err == ErrPodThrottled {
+			if errors.Is(err, ErrPodThrottled) {
 				t.Errorf("pod %s is throttled", pod)
 			}
 			return origin

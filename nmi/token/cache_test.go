@@ -309,7 +309,7 @@ func TestAFreshTokenIsFetchedAtALimitedRate(t *testing.T) {
 		}
 		time.Sleep(bypassInterval)
 		if again, _ := mustGet(t, c, Request{Key: key("a"), Pod: "p", Fresh: true}); again == token {
-			t.Error("bypass was not honoured")
+			t.Error("bypass was not honored")
 		}
 		time.Sleep(bypassInterval)
 		s.set(func(s *source) { s.fails = &Error{Class: Unavailable} })

@@ -151,7 +151,7 @@ func (c contents) pair(now time.Time) (keyPair, error) {
 	}
 	key, ok := c.keys[0].(crypto.Signer)
 	if !ok {
-		return keyPair{}, unusableKey
+		return keyPair{}, errUnusableKey
 	}
 	switch k := key.(type) {
 	case *rsa.PrivateKey:
@@ -163,11 +163,11 @@ func (c contents) pair(now time.Time) (keyPair, error) {
 			return keyPair{}, flaw("has an EC key on a curve that Entra ID does not support under the key \"certificate\"; use P-256, P-384 or P-521, or RSA")
 		}
 	default:
-		return keyPair{}, unusableKey
+		return keyPair{}, errUnusableKey
 	}
 	public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool })
 	if !ok {
-		return keyPair{}, unusableKey
+		return keyPair{}, errUnusableKey
 	}
 	var own *x509.Certificate
 	var others []*x509.Certificate
@@ -191,7 +191,7 @@ func (c contents) pair(now time.Time) (keyPair, error) {
 	return keyPair{key: key, chain: slices.Insert(others, 0, own)}, nil
 }
 
-const unusableKey = flaw("has a private key of a kind that Entra ID does not support under the key \"certificate\"; use RSA, or EC on P-256, P-384 or P-521")
+const errUnusableKey = flaw("has a private key of a kind that Entra ID does not support under the key \"certificate\"; use RSA, or EC on P-256, P-384 or P-521")
 
 func ecMethod(key *ecdsa.PrivateKey) jwt.SigningMethod {
 	switch key.Curve {

@@ -310,7 +310,7 @@ func (*entraRequest) Do(r *policy.Request) (*http.Response, error) {
 func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	a := &x.response
 	var own *Error
-	var at nodeAddress
+	var at nodeAddressError
 	switch {
 	case errors.As(a.err, &own):
 		return own, nil

@@ -134,17 +134,17 @@ func managedSpec(id azure.Identity) map[string]any {
 }
 
 func (k clients) makeIdentity(ctx context.Context, namespace, name, selector string, spec map[string]any) error {
-	make := func(kind, resource, name string, spec map[string]any) error {
+	create := func(kind, resource, name string, spec map[string]any) error {
 		o := &unstructured.Unstructured{Object: map[string]any{
 			"apiVersion": "aadpodidentity.k8s.io/v1", "kind": kind, "metadata": map[string]any{"name": name, "namespace": namespace}, "spec": spec}}
 		gvr := schema.GroupVersionResource{Group: "aadpodidentity.k8s.io", Version: "v1", Resource: resource}
 		_, err := k.custom.Resource(gvr).Namespace(namespace).Create(ctx, o, metav1.CreateOptions{})
 		return err
 	}
-	if err := make("AzureIdentity", "azureidentities", name, spec); err != nil {
+	if err := create("AzureIdentity", "azureidentities", name, spec); err != nil {
 		return err
 	}
-	return make("AzureIdentityBinding", "azureidentitybindings", name+"-binding", map[string]any{"azureIdentity": name, "selector": selector})
+	return create("AzureIdentityBinding", "azureidentitybindings", name+"-binding", map[string]any{"azureIdentity": name, "selector": selector})
 }
 
 // inParallel calls do n times, a few calls at a time, and returns the first error.

@@ -20,7 +20,7 @@ func azureCommand() *cobra.Command {
 		Use:   "azure",
 		Short: "Show and control the fake Azure",
 		Long: `Shows what the fake Azure (the Instance Metadata Service, Entra ID and Resource Manager) received, and sets
-its behaviour: latency, throttling, errors, hangs.`,
+its behavior: latency, throttling, errors, hangs.`,
 	}
 	cmd.AddCommand(azureLogCommand(), azureSetCommand(), azureStatsCommand(), azureIdentityCommand(), azureAppCommand(), azureTrustCommand(),
 		armCommand(), azureServeCommand())

@@ -299,10 +299,10 @@ func say(format string, args ...any) { fmt.Printf(format+"\n\n", args...) }
 
 func step(line string) { fmt.Println("  ", line) }
 
-func grep(text string, any ...string) string {
+func grep(text string, patterns ...string) string {
 	var kept strings.Builder
 	for line := range strings.Lines(text) {
-		for _, a := range any {
+		for _, a := range patterns {
 			if strings.Contains(strings.ToLower(line), a) {
 				kept.WriteString(line)
 				break

@@ -96,11 +96,11 @@ func defaultText(value *yaml.Node) (string, error) {
 	if value.Kind == yaml.ScalarNode && value.Value != "" {
 		return code(value.Value), nil
 	}
-	var any any
-	if err := value.Decode(&any); err != nil {
+	var decoded any
+	if err := value.Decode(&decoded); err != nil {
 		return "", err
 	}
-	text, err := json.Marshal(any)
+	text, err := json.Marshal(decoded)
 	return code(string(text)), err
 }
 
