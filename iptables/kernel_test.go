@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -147,34 +148,7 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		w.install()
 		before := w.podPackets()
-		ctx, cancel := context.WithCancel(context.Background())
-		var greeted, failed atomic.Int64
-		var group sync.WaitGroup
-		for range 3 {
-			group.Go(func() {
-				inNS(t, "pod", func() {
-					// Paced, so that the repairs get CPU time on a small computer.
-					for pace := time.NewTicker(2 * time.Millisecond); ctx.Err() == nil; <-pace.C {
-						conn, err := net.DialTimeout("tcp4", "169.254.169.254:80", longTimeout)
-						if err != nil {
-							failed.Add(1)
-							t.Errorf("connecting during a repair: %v", err)
-							return
-						}
-						conn.SetDeadline(time.Now().Add(longTimeout))
-						greeting, err := bufio.NewReader(conn).ReadString('\n')
-						if err != nil || greeting != "nmi "+podIP+"\n" {
-							failed.Add(1)
-							t.Errorf("connecting during a repair: %q, %v", greeting, err)
-						}
-						greeted.Add(1)
-						// Without linger, so that the load does not use up the ports.
-						conn.(*net.TCPConn).SetLinger(0)
-						conn.Close()
-					}
-				})
-			})
-		}
+		load := startConnecting(t)
 		// Each change causes another path through the repair; none lets packets bypass capture by itself.
 		tamper := [][]string{
 			{"-t", "nat", "-I", "PREROUTING", "1", "-s", "192.0.2.1", "-j", "RETURN"},
@@ -189,12 +163,7 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 		deadline := time.Now().Add(3 * time.Second)
 		repairs := 0
 		for ; repairs < 30 || time.Now().Before(deadline); repairs++ {
-			command := slices.Clone(tamper[repairs%len(tamper)])
-			for i, word := range command {
-				if prefix, ok := strings.CutSuffix(word, "?"); ok {
-					command[i] = w.current(prefix)
-				}
-			}
+			command := w.withCurrentChains(tamper[repairs%len(tamper)])
 			w.iptables(command...)
 			var others []string
 			var both sync.WaitGroup
@@ -210,11 +179,10 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 				t.Errorf("after %v Sync repaired %v, and another one %v", command, repaired, others)
 			}
 		}
-		cancel()
-		group.Wait()
+		load.stop()
 		w.verify()
-		t.Logf("%d repairs, %d connections greeted, %d failed", repairs, greeted.Load(), failed.Load())
-		if greeted.Load() < int64(repairs) {
+		t.Logf("%d repairs, %d connections greeted, %d failed", repairs, load.greeted.Load(), load.failed.Load())
+		if load.greeted.Load() < int64(repairs) {
 			t.Error("there was not enough load for this test to mean anything")
 		}
 		if leaked := w.podPackets() - before; leaked != 0 {
@@ -224,6 +192,55 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 			t.Errorf("Azure accepted %d connections", accepted)
 		}
 	})
+}
+
+// connectionLoad is three goroutines that connect from the pod to the metadata address and expect NMI's greeting.
+type connectionLoad struct {
+	greeted, failed atomic.Int64
+	cancel          context.CancelFunc
+	group           sync.WaitGroup
+}
+
+func startConnecting(t *testing.T) *connectionLoad {
+	ctx, cancel := context.WithCancel(context.Background())
+	l := &connectionLoad{cancel: cancel}
+	for range 3 {
+		l.group.Go(func() {
+			inNS(t, "pod", func() {
+				// Paced, so that the repairs get CPU time on a small computer.
+				for pace := time.NewTicker(2 * time.Millisecond); ctx.Err() == nil; <-pace.C {
+					if err := greetOnce(); err != nil {
+						l.failed.Add(1)
+						t.Errorf("connecting during a repair: %v", err)
+						return
+					}
+					l.greeted.Add(1)
+				}
+			})
+		})
+	}
+	return l
+}
+
+func (l *connectionLoad) stop() {
+	l.cancel()
+	l.group.Wait()
+}
+
+func greetOnce() error {
+	conn, err := net.DialTimeout("tcp4", "169.254.169.254:80", longTimeout)
+	if err != nil {
+		return err
+	}
+	conn.SetDeadline(time.Now().Add(longTimeout))
+	greeting, err := bufio.NewReader(conn).ReadString('\n')
+	// Without linger, so that the load does not use up the ports.
+	conn.(*net.TCPConn).SetLinger(0)
+	conn.Close()
+	if err == nil && greeting != "nmi "+podIP+"\n" {
+		err = fmt.Errorf("received %q", greeting)
+	}
+	return err
 }
 
 // current returns the active chain of the generations with a prefix.
@@ -236,6 +253,18 @@ func (w *testNetwork) current(prefix string) string {
 	}
 	w.t.Fatalf("there is no chain %s*", prefix)
 	return ""
+}
+
+// withCurrentChains replaces each word of a command that ends with a question mark by the active chain with that prefix.
+func (w *testNetwork) withCurrentChains(command []string) []string {
+	w.t.Helper()
+	command = slices.Clone(command)
+	for i, word := range command {
+		if prefix, ok := strings.CutSuffix(word, "?"); ok {
+			command[i] = w.current(prefix)
+		}
+	}
+	return command
 }
 
 func TestManualChangesAreDetectedAndRepaired(t *testing.T) {

@@ -31,7 +31,7 @@ func waitUntilReplaced(ctx context.Context, file string) error {
 		}
 		info, err := os.Stat(file)
 		if err != nil {
-			continue // whoever reads the file reports that it is missing or cannot be read
+			continue // the reader of the file reports that it is missing or cannot be read
 		}
 		if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Nlink == 0 {
 			return fmt.Errorf("%s was replaced; this process ends so that a new container sees the new file", file)

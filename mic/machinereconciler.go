@@ -196,7 +196,7 @@ func (r *machineReconciler) plan(m *machine) usage.Plan {
 	return p
 }
 
-// protected returns which identities are never detached, whoever attached them: those of --immutable-user-msis, and the
+// protected returns which identities are never detached, no matter who attached them: those of --immutable-user-msis, and the
 // cluster's own.
 func (r *machineReconciler) protected() func(azure.Identity) bool {
 	list := slices.Concat(r.immutable, r.updater.arm.OwnIdentities())

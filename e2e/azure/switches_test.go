@@ -67,7 +67,7 @@ func TestThrottlingEndsAfterItsCountAndAppliesOnlyToTokenRequests(t *testing.T) 
 	s.set("imds.throttle=-1", "imds.retry-after=0")
 	for range 3 {
 		if a := s.get(nodeA, tokenQuery); a.status != 429 || a.header.Get("Retry-After") != "" {
-			t.Errorf("throttled for good: %d %v", a.status, a.header)
+			t.Errorf("throttled permanently: %d %v", a.status, a.header)
 		}
 	}
 }

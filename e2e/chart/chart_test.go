@@ -133,8 +133,7 @@ nmi:
     -----END CERTIFICATE-----
 `).nmi(t)
 	wantOthers := map[string]string{
-		"node": "$(NODE_NAME)", "operation-mode": "managed", "force-namespaced": "true",
-		"custom-user-agent":  "team a/1.0: #1",
+		"node": "$(NODE_NAME)", "operation-mode": "managed", "force-namespaced": "true", "custom-user-agent": "team a/1.0: #1",
 		"nmi-listen-address": "169.254.25.80", "nmi-port": "2580", "metadata-ip": "169.254.169.253", "metadata-port": "81",
 		"http-probe-port": "8086", "prometheus-port": "9091", "iptables-backend": "legacy",
 		"iptables-sync-interval": "1m30s", "pod-lookup-timeout": "500ms", "block-instance-metadata": "true",

@@ -170,28 +170,8 @@ func askPolicy(t *testing.T, policy *admissionv1.ValidatingAdmissionPolicy, user
 		VersionedObject: admission.NewLazyObject(request),
 	}
 
-	compiler, err := cel.NewCompositedCompiler(environment.MustBaseEnvSet(environment.DefaultCompatibilityVersion()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	compile := func(expressions []cel.ExpressionAccessor) cel.ConditionEvaluator {
-		evaluator := compiler.CompileCondition(expressions, cel.OptionalVariableDeclarations{}, environment.NewExpressions)
-		if errs := evaluator.CompilationErrors(); len(errs) > 0 {
-			t.Fatalf("the API server would refuse the policy: %v", errs)
-		}
-		return evaluator
-	}
-	var conditions, validations []cel.ExpressionAccessor
-	for _, condition := range policy.Spec.MatchConditions {
-		conditions = append(conditions, (*matchconditions.MatchCondition)(&condition))
-	}
-	for _, validation := range policy.Spec.Validations {
-		if validation.Message == "" || validation.Reason == nil || *validation.Reason != metav1.StatusReasonForbidden {
-			t.Errorf("%s has message %q and reason %v", validation.Expression, validation.Message, validation.Reason)
-		}
-		validations = append(validations, &matchconditions.MatchCondition{Expression: validation.Expression})
-	}
-	matched := matchconditions.NewMatcher(compile(conditions), policy.Spec.FailurePolicy, "policy", "validate", policy.Name).
+	conditions, validations := compilePolicy(t, policy)
+	matched := matchconditions.NewMatcher(conditions, policy.Spec.FailurePolicy, "policy", "validate", policy.Name).
 		Match(t.Context(), attributes, nil, nil)
 	if matched.Error != nil {
 		t.Fatalf("match conditions: %v", matched.Error)
@@ -199,7 +179,7 @@ func askPolicy(t *testing.T, policy *admissionv1.ValidatingAdmissionPolicy, user
 	if !matched.Matches {
 		return nil
 	}
-	results, _, err := compile(validations).ForInput(t.Context(), attributes,
+	results, _, err := validations.ForInput(t.Context(), attributes,
 		cel.CreateAdmissionRequest(attributes, metav1.GroupVersionResource(resource), metav1.GroupVersionKind(kind)),
 		cel.OptionalVariableBindings{}, nil, celconfig.RuntimeCELCostBudget)
 	if err != nil {
@@ -215,4 +195,32 @@ func askPolicy(t *testing.T, policy *admissionv1.ValidatingAdmissionPolicy, user
 		}
 	}
 	return refusals
+}
+
+// compilePolicy compiles the expressions of a policy as the API server does. It fails the test if a refusal has no message or
+// another reason than Forbidden.
+func compilePolicy(t *testing.T, policy *admissionv1.ValidatingAdmissionPolicy) (conditions, validations cel.ConditionEvaluator) {
+	t.Helper()
+	compiler, err := cel.NewCompositedCompiler(environment.MustBaseEnvSet(environment.DefaultCompatibilityVersion()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	compile := func(expressions []cel.ExpressionAccessor) cel.ConditionEvaluator {
+		evaluator := compiler.CompileCondition(expressions, cel.OptionalVariableDeclarations{}, environment.NewExpressions)
+		if errs := evaluator.CompilationErrors(); len(errs) > 0 {
+			t.Fatalf("the API server would refuse the policy: %v", errs)
+		}
+		return evaluator
+	}
+	var matching, validating []cel.ExpressionAccessor
+	for _, condition := range policy.Spec.MatchConditions {
+		matching = append(matching, (*matchconditions.MatchCondition)(&condition))
+	}
+	for _, validation := range policy.Spec.Validations {
+		if validation.Message == "" || validation.Reason == nil || *validation.Reason != metav1.StatusReasonForbidden {
+			t.Errorf("%s has message %q and reason %v", validation.Expression, validation.Message, validation.Reason)
+		}
+		validating = append(validating, &matchconditions.MatchCondition{Expression: validation.Expression})
+	}
+	return compile(matching), compile(validating)
 }

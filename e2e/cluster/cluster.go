@@ -2,13 +2,11 @@ package cluster
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -36,6 +34,9 @@ type Options struct {
 
 // Cluster is a running cluster.
 type Cluster struct {
+	Admin
+	NetworkNamespaces
+
 	bin      Binaries
 	logDir   string
 	progress func(string)
@@ -44,6 +45,11 @@ type Cluster struct {
 	supervisor *exec.Cmd
 	pipe       *os.File
 	ended      chan struct{} // closed when the supervisor has ended
+}
+
+func newCluster(bin Binaries, logDir string, progress func(string)) *Cluster {
+	admin := Admin{bin}
+	return &Cluster{Admin: admin, NetworkNamespaces: NetworkNamespaces{admin}, bin: bin, logDir: logDir, progress: progress}
 }
 
 // Start builds what is missing and starts a cluster. The cluster belongs to this process: it ends with Stop, or when the
@@ -64,7 +70,7 @@ func Start(ctx context.Context, opts Options) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Cluster{bin: cfg.Binaries, logDir: cfg.LogDir, progress: progress}
+	c := newCluster(cfg.Binaries, cfg.LogDir, progress)
 	err = c.launch(ctx, cfg)
 	for errors.Is(err, ErrRunning) && time.Now().Before(deadline) {
 		// Another process that waited too was faster.
@@ -238,7 +244,7 @@ func Open() (*Cluster, error) {
 	if !s.Ready {
 		return nil, errors.New("the cluster is still starting")
 	}
-	return &Cluster{bin: s.Binaries, logDir: s.LogDir, progress: func(string) {}}, nil
+	return newCluster(s.Binaries, s.LogDir, func(string) {}), nil
 }
 
 func running() (*state, error) {
@@ -299,10 +305,6 @@ func Down() error {
 	return cleanUp()
 }
 
-// Kubeconfig is the path of the admin's kubeconfig. The API server's address in it can be reached only from inside the
-// cluster's namespaces.
-func (c *Cluster) Kubeconfig() string { return adminConfig }
-
 // LogDir is the folder with the logs of all processes of the cluster.
 func (c *Cluster) LogDir() string { return c.logDir }
 
@@ -313,55 +315,6 @@ func (c *Cluster) Nodes() []string {
 		names = append(names, n.Name)
 	}
 	return names
-}
-
-// DialContext connects from inside the control plane's namespace. As rest.Config.Dial it lets a client-go client in the
-// test process reach the API server.
-func (c *Cluster) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	return DialFrom(netnsPath(controlPlaneNetns), nil)(ctx, network, address)
-}
-
-// KubectlCommand returns a command that runs kubectl as admin.
-func (c *Cluster) KubectlCommand(ctx context.Context, args ...string) (*exec.Cmd, error) {
-	return c.adminCommand(ctx, c.bin.kube("kubectl"), args...)
-}
-
-// HelmCommand returns a command that runs helm as admin.
-func (c *Cluster) HelmCommand(ctx context.Context, args ...string) (*exec.Cmd, error) {
-	return c.adminCommand(ctx, c.bin.kube("helm"), args...)
-}
-
-func (c *Cluster) adminCommand(ctx context.Context, program string, args ...string) (*exec.Cmd, error) {
-	cmd, err := inNetns(ctx, controlPlaneNetns, program, args...)
-	if err != nil {
-		return nil, err
-	}
-	cmd.Env = append(os.Environ(), adminEnv()...)
-	return cmd, nil
-}
-
-// Kubectl runs kubectl as admin and returns what it printed.
-func (c *Cluster) Kubectl(ctx context.Context, args ...string) (string, error) {
-	return c.kubectl(ctx, nil, args...)
-}
-
-// Apply creates or updates the objects of a YAML text.
-func (c *Cluster) Apply(ctx context.Context, yaml string) error {
-	_, err := c.kubectl(ctx, strings.NewReader(yaml), "apply", "-f", "-")
-	return err
-}
-
-func (c *Cluster) kubectl(ctx context.Context, stdin io.Reader, args ...string) (string, error) {
-	cmd, err := c.KubectlCommand(ctx, args...)
-	if err != nil {
-		return "", err
-	}
-	var stdout, stderr bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("kubectl %s: %w%s", strings.Join(args, " "), err, indented(lastLines(stderr.String(), 12)))
-	}
-	return stdout.String(), nil
 }
 
 // StopAPIServer kills the API server; connections to its port are then refused.

@@ -95,34 +95,17 @@ func TestClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	t.Run("the API server can be stopped and started", func(t *testing.T) {
-		if err := c.StopAPIServer(ctx); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := c.Kubectl(ctx, "get", "nodes"); err == nil {
-			t.Error("the stopped API server answers")
-		}
-		if err := c.StartAPIServer(ctx); err != nil {
-			t.Fatal(err)
-		}
-		mustKubectl(t, ctx, c, "get", "nodes")
-	})
-	t.Run("a restarted node runs its pods again", func(t *testing.T) {
-		if err := c.RestartNode(ctx, "node2"); err != nil {
-			t.Fatal(err)
-		}
-		err := waitFor(ctx, "the pod on node2", time.Minute, nil, polled(func(ctx context.Context) error {
-			out, err := c.Kubectl(ctx, "get", "pod", "on-node2", "-o", "jsonpath={.status.containerStatuses[0].restartCount} {.status.containerStatuses[0].ready}")
-			if err == nil && out != "1 true" {
-				err = fmt.Errorf("restarts and readiness: %s", out)
-			}
-			return err
-		}))
-		if err != nil {
-			t.Error(err)
-		}
-	})
+	t.Run("the API server can be stopped and started", func(t *testing.T) { checkAPIServerRestart(t, ctx, c) })
+	t.Run("a restarted node runs its pods again", func(t *testing.T) { checkNodeRestart(t, ctx, c) })
 
+	checkStop(t, c)
+	if after := hostFolders(); after != before {
+		t.Errorf("folders of the host, before: %s; after: %s", before, after)
+	}
+}
+
+// checkStop stops the cluster.
+func checkStop(t *testing.T, c *Cluster) {
 	ids := recorded(t)
 	began := time.Now()
 	if err := c.Stop(); err != nil {
@@ -130,8 +113,36 @@ func TestClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
 	}
 	t.Logf("the cluster is down after %s", time.Since(began).Round(time.Millisecond))
 	checkNothingLeft(t, ids)
-	if after := hostFolders(); after != before {
-		t.Errorf("folders of the host, before: %s; after: %s", before, after)
+}
+
+// checkAPIServerRestart stops and starts the API server.
+func checkAPIServerRestart(t *testing.T, ctx context.Context, c *Cluster) {
+	if err := c.StopAPIServer(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Kubectl(ctx, "get", "nodes"); err == nil {
+		t.Error("the stopped API server answers")
+	}
+	if err := c.StartAPIServer(ctx); err != nil {
+		t.Fatal(err)
+	}
+	mustKubectl(t, ctx, c, "get", "nodes")
+}
+
+// checkNodeRestart restarts node2, which runs the pod on-node2.
+func checkNodeRestart(t *testing.T, ctx context.Context, c *Cluster) {
+	if err := c.RestartNode(ctx, "node2"); err != nil {
+		t.Fatal(err)
+	}
+	err := waitFor(ctx, "the pod on node2", time.Minute, nil, polled(func(ctx context.Context) error {
+		out, err := c.Kubectl(ctx, "get", "pod", "on-node2", "-o", "jsonpath={.status.containerStatuses[0].restartCount} {.status.containerStatuses[0].ready}")
+		if err == nil && out != "1 true" {
+			err = fmt.Errorf("restarts and readiness: %s", out)
+		}
+		return err
+	}))
+	if err != nil {
+		t.Error(err)
 	}
 }
 

@@ -5,31 +5,14 @@ import (
 	"fmt"
 	"os"
 	"runtime"
-	"strings"
 	"syscall"
 )
 
 // The functions of this file replace this program by another one (exec): they return only with an error. The other
 // program has the standard input and output and the exit status of this one.
 
-// ExecKubectl executes kubectl as admin.
-func (c *Cluster) ExecKubectl(args []string) error { return execAdmin(c.bin.kube("kubectl"), args) }
-
-// ExecHelm executes helm as admin.
-func (c *Cluster) ExecHelm(args []string) error { return execAdmin(c.bin.kube("helm"), args) }
-
-func execAdmin(program string, args []string) error {
-	for _, entry := range adminEnv() {
-		key, value, _ := strings.Cut(entry, "=")
-		if err := os.Setenv(key, value); err != nil {
-			return err
-		}
-	}
-	return execInside(netnsPath(controlPlaneNetns), program, args)
-}
-
 // ExecInNode executes a program of the host inside a node's network namespace.
-func (c *Cluster) ExecInNode(node, program string, args []string) error {
+func (n NetworkNamespaces) ExecInNode(node, program string, args []string) error {
 	path, err := NodeNetns(node)
 	if err != nil {
 		return err
@@ -38,8 +21,8 @@ func (c *Cluster) ExecInNode(node, program string, args []string) error {
 }
 
 // ExecInPod executes a program of the host inside a pod's network namespace.
-func (c *Cluster) ExecInPod(ctx context.Context, namespace, pod, program string, args []string) error {
-	file, err := c.PodNetns(ctx, namespace, pod)
+func (n NetworkNamespaces) ExecInPod(ctx context.Context, namespace, pod, program string, args []string) error {
+	file, err := n.PodNetns(ctx, namespace, pod)
 	if err != nil {
 		return err
 	}

@@ -13,6 +13,9 @@ import (
 	"strings"
 )
 
+// NetworkNamespaces runs programs in the network namespaces of nodes and pods.
+type NetworkNamespaces struct{ admin Admin }
+
 // podInfo contains the fields of a pod that are needed to find its processes.
 type podInfo struct {
 	Metadata struct{ UID string }
@@ -23,9 +26,9 @@ type podInfo struct {
 	Status struct{ Phase, PodIP string }
 }
 
-func (c *Cluster) pod(ctx context.Context, namespace, name string) (podInfo, error) {
+func (n NetworkNamespaces) pod(ctx context.Context, namespace, name string) (podInfo, error) {
 	var pod podInfo
-	out, err := c.Kubectl(ctx, "--namespace", namespace, "get", "pod", name, "--output", "json")
+	out, err := n.admin.Kubectl(ctx, "--namespace", namespace, "get", "pod", name, "--output", "json")
 	if err != nil {
 		return pod, fmt.Errorf("getting pod %s/%s: %w", namespace, name, err)
 	}
@@ -36,8 +39,8 @@ func (c *Cluster) pod(ctx context.Context, namespace, name string) (podInfo, err
 }
 
 // PodPIDs returns the processes of a pod, including that of its sandbox, as PIDs of the host.
-func (c *Cluster) PodPIDs(ctx context.Context, namespace, name string) ([]int, error) {
-	pod, err := c.pod(ctx, namespace, name)
+func (n NetworkNamespaces) PodPIDs(ctx context.Context, namespace, name string) ([]int, error) {
+	pod, err := n.pod(ctx, namespace, name)
 	if err != nil {
 		return nil, err
 	}
@@ -74,8 +77,8 @@ func podProcesses(uid string) ([]int, error) {
 //
 // A pod without a reported address does not count as running. It has a network some time before it has a container, on a
 // busy host for longer than NMI waits for the pod of an address.
-func (c *Cluster) PodNetns(ctx context.Context, namespace, name string) (*os.File, error) {
-	pod, err := c.pod(ctx, namespace, name)
+func (n NetworkNamespaces) PodNetns(ctx context.Context, namespace, name string) (*os.File, error) {
+	pod, err := n.pod(ctx, namespace, name)
 	if err != nil {
 		return nil, err
 	}
@@ -131,8 +134,8 @@ func openPodNetns(pid int, pod podInfo) (*os.File, error) {
 
 // InPodCommand returns a command that runs a program of the host inside the pod's network namespace. Its files,
 // environment and user are those of the host.
-func (c *Cluster) InPodCommand(ctx context.Context, namespace, name, program string, args ...string) (*exec.Cmd, error) {
-	file, err := c.PodNetns(ctx, namespace, name)
+func (n NetworkNamespaces) InPodCommand(ctx context.Context, namespace, name, program string, args ...string) (*exec.Cmd, error) {
+	file, err := n.PodNetns(ctx, namespace, name)
 	if err != nil {
 		return nil, err
 	}
@@ -140,7 +143,7 @@ func (c *Cluster) InPodCommand(ctx context.Context, namespace, name, program str
 }
 
 // InNodeCommand returns a command that runs a program of the host inside a node's network namespace.
-func (c *Cluster) InNodeCommand(ctx context.Context, node, program string, args ...string) (*exec.Cmd, error) {
+func (n NetworkNamespaces) InNodeCommand(ctx context.Context, node, program string, args ...string) (*exec.Cmd, error) {
 	path, err := NodeNetns(node)
 	if err != nil {
 		return nil, err
@@ -153,8 +156,8 @@ func (c *Cluster) InNodeCommand(ctx context.Context, node, program string, args 
 }
 
 // InNode runs a program inside a node's network namespace and returns what it printed.
-func (c *Cluster) InNode(ctx context.Context, node, program string, args ...string) (string, error) {
-	cmd, err := c.InNodeCommand(ctx, node, program, args...)
+func (n NetworkNamespaces) InNode(ctx context.Context, node, program string, args ...string) (string, error) {
+	cmd, err := n.InNodeCommand(ctx, node, program, args...)
 	if err != nil {
 		return "", err
 	}
@@ -166,8 +169,8 @@ func (c *Cluster) InNode(ctx context.Context, node, program string, args ...stri
 }
 
 // InPod runs a program inside a pod's network namespace and returns what it printed.
-func (c *Cluster) InPod(ctx context.Context, namespace, name, program string, args ...string) (string, error) {
-	cmd, err := c.InPodCommand(ctx, namespace, name, program, args...)
+func (n NetworkNamespaces) InPod(ctx context.Context, namespace, name, program string, args ...string) (string, error) {
+	cmd, err := n.InPodCommand(ctx, namespace, name, program, args...)
 	if err != nil {
 		return "", err
 	}
@@ -203,7 +206,7 @@ func NodeNetns(node string) (string, error) {
 }
 
 // NodePID returns the first process of a node. The node ends with it.
-func (c *Cluster) NodePID(node string) (int, error) {
+func (n NetworkNamespaces) NodePID(node string) (int, error) {
 	if _, err := NodeNetns(node); err != nil {
 		return 0, err
 	}

@@ -50,7 +50,7 @@ func (s *azureState) attachExternally(machine, identity string) {
 	s.foreignPeriods = append(s.foreignPeriods, foreignPeriod{machine: machine, identity: identity, from: time.Now()})
 }
 
-// detachExternally detaches an identity as somebody other than MIC, whoever attached it.
+// detachExternally detaches an identity as somebody other than MIC, no matter who attached it.
 func (s *azureState) detachExternally(machine, identity string) {
 	requireNoError(s.t, s.arm.Detach(machine, identity))
 	s.endForeignPeriods(azure.FoldID(machine), func(id string) bool { return id == azure.FoldID(identity) })

@@ -84,6 +84,7 @@ func fromFirstToLastPod(t *testing.T, l *testEnvironment) {
 	if len(updates) != 1 || !first.Started.Before(updates[0].End) {
 		t.Fatalf("the request that began at %s did not wait for one of the updates %+v", first.Started, updates)
 	}
+	t.Parallel()
 	t.Logf("the first request took %.1f s; its answer came %.1f s after ARM had attached the identity",
 		first.DurationMS/1000, first.Started.Add(first.answer().took).Sub(updates[0].End).Seconds())
 	a := s.waitUntilAssigned("p", "app", id)

@@ -14,7 +14,7 @@ type View struct {
 	Attached   map[string]azure.Identity
 	InLedger   map[string]string // what MIC attached
 	Identities map[string]IdentityView
-	// Protected reports whether an identity is never detached, whoever attached it.
+	// Protected reports whether an identity is never detached, no matter who attached it.
 	Protected   func(azure.Identity) bool
 	DetachDelay time.Duration
 }

@@ -69,7 +69,7 @@ func (o *Options) AddFlags(f *pflag.FlagSet) {
 	f.StringVar(&c.Authority, "authority-host", c.Authority, "`URL` of Entra ID for identities of types 1 to 3 without adEndpoint")
 	f.StringVar(&c.CABundle, "ca-bundle", "", "`file` with CA certificates (PEM) to trust for Entra ID, in addition to the system's")
 	f.StringVar(&c.ManagedIdentityBy, "managed-identity-by", c.ManagedIdentityBy, "`field` that names a managed identity to IMDS: client-id, or resource-id, which stays correct if the identity is deleted and created again under its name")
-	f.BoolVar(&c.AllowCrossNamespaceSecrets, "allow-cross-namespace-secrets", false, "allow an AzureIdentity to name a Secret of another namespace; whoever may create AzureIdentity objects can then use every Secret that NMI may read")
+	f.BoolVar(&c.AllowCrossNamespaceSecrets, "allow-cross-namespace-secrets", false, "allow an AzureIdentity to name a Secret of another namespace; anyone who may create AzureIdentity objects can then use every Secret that NMI may read")
 	f.BoolVar(&c.HostToken, "host-token", c.HostToken, "serve /host/token on 127.0.0.1, for the Secrets Store CSI driver; any program in the node's network can request there a token of any pod of the node")
 	f.BoolVar(&c.Events, "events", c.Events, "report refusals as Events of pods")
 	f.StringVar(&o.auditLevel, "audit-level", o.auditLevel, "`level` of the audit log: info (each token issued or refused), warn (refused only) or off")

@@ -104,7 +104,7 @@ func TestWaitOfAPodEndsWhenItIsAssignedForTheFirstTime(t *testing.T) {
 	w.record(event("MODIFIED", "b-1", "b", "Assigned"), after(time.Second))
 	w.record(event("DELETED", "b-1", "b", "Assigned"), after(4*time.Second))
 	w.record(event("ADDED", "c-1", "c", "Created"), after(4*time.Second))
-	w.record(event("MODIFIED", "early-1", "early", "Assigned"), after(0)) // before the answer to whoever made the pod
+	w.record(event("MODIFIED", "early-1", "early", "Assigned"), after(0)) // before the answer to the creator of the pod
 	all := []string{"apps/a", "apps/b", "apps/c", "apps/early"}
 	waits, last := w.took(all)
 	if want := []time.Duration{0, time.Second, 2 * time.Second}; !slices.Equal(waits, want) || !last.Equal(after(2*time.Second)) {
