@@ -293,17 +293,23 @@ func (s *objectStore) remove(k *kind, key objectKey, options metav1.DeleteOption
 	}
 	runs := k.resource == "pods" && (options.GracePeriodSeconds == nil || *options.GracePeriodSeconds > 0) && isRunning(old)
 	isNamespace := k.resource == "namespaces"
-	if len(old.GetFinalizers()) == 0 && !runs && !isNamespace {
-		return s.commit(k, old, old.DeepCopy(), true), nil
-	}
-	if old.GetDeletionTimestamp() != nil {
+	atOnce := len(old.GetFinalizers()) == 0 && !runs && !isNamespace
+	if old.GetDeletionTimestamp() != nil && !atOnce {
 		return old, nil
 	}
 	u := old.DeepCopy()
-	now := metav1.Now()
-	u.SetDeletionTimestamp(&now)
-	u.SetDeletionGracePeriodSeconds(new(int64))
-	o := s.commit(k, old, u, false)
+	if old.GetDeletionTimestamp() == nil && (!atOnce || k.resource == "pods") {
+		now := metav1.Now()
+		u.SetDeletionTimestamp(&now)
+		u.SetDeletionGracePeriodSeconds(new(int64))
+		if generation := u.GetGeneration(); generation > 0 {
+			u.SetGeneration(generation + 1)
+		}
+	}
+	o := s.commit(k, old, u, atOnce)
+	if atOnce {
+		return o, nil
+	}
 	switch {
 	case runs:
 		s.schedule(s.podStop, func() { s.finishPodDeletion(k, key, u.GetUID()) })
@@ -320,6 +326,11 @@ func (s *objectStore) validate(k *kind, u *unstructured.Unstructured) error {
 		return apierrors.NewBadRequest(err.Error())
 	}
 	errs := validation.ValidateObjectMeta(&meta, k.namespaced, validation.NameIsDNSSubdomain, field.NewPath("metadata"))
+	for _, f := range meta.Finalizers {
+		if !k.strict && !strings.Contains(f, "/") { // custom resources may have names without a domain
+			errs = append(errs, field.Invalid(field.NewPath("metadata.finalizers"), f, "the name is not fully qualified"))
+		}
+	}
 	for _, copied := range []string{"azureIdentityRef", "azureBindingRef"} {
 		embedded, ok, _ := unstructured.NestedMap(u.Object, "spec", copied)
 		if ok && (embedded["apiVersion"] == nil || embedded["kind"] == nil) {
