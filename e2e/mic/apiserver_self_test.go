@@ -21,7 +21,8 @@ import (
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
-// The tests of this package depend on the fake API server, so the fake has tests of its own.
+// The tests of this package depend on the fake API server, so the fake has tests of its own. compare_test.go compares it
+// with a real one.
 
 // runWithClients runs a test with clients of the fake API server.
 func runWithClients(t *testing.T, test func(*testing.T, *apiServer, *kubernetes.Clientset, rest.Interface)) {

@@ -7,6 +7,7 @@ import (
 	"hash/fnv"
 	"io"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -28,8 +29,9 @@ type connection struct {
 
 	mu            sync.Mutex
 	requestCounts map[string]uint64
-	before        func(request) error // called before the request takes effect; may block
-	after         func(request) error // called when the request has taken effect, before the response is sent
+	watches       map[*http.Response]context.CancelFunc // open ones
+	before        func(request) error                   // called before the request takes effect; may block
+	after         func(request) error                   // called when the request has taken effect, before the response is sent
 }
 
 // request describes a request to a hook.
@@ -52,7 +54,7 @@ var errProcessKilled = errors.New("connection reset: the process was killed")
 
 func newConnection(name string, seed uint64) *connection {
 	ctx, cancel := context.WithCancel(context.Background())
-	return &connection{name: name, ctx: ctx, disconnect: cancel, maxLatency: 20 * time.Millisecond, seed: seed, requestCounts: map[string]uint64{}}
+	return &connection{name: name, ctx: ctx, disconnect: cancel, maxLatency: 20 * time.Millisecond, seed: seed, requestCounts: map[string]uint64{}, watches: map[*http.Response]context.CancelFunc{}}
 }
 
 // hook sets the functions that are called for each request from now on; nil for none.
@@ -86,8 +88,28 @@ func (l *connection) roundTrip(r request, effect func(context.Context) (*http.Re
 		}
 		return nil, err
 	}
-	response.Body = &closeNotifier{response.Body, done}
+	response.Body = &closeNotifier{response.Body, func() { l.removeWatch(response); done() }}
+	if strings.HasPrefix(r.description, "watch ") {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.watches[response] = cancel
+	}
 	return response, nil
+}
+
+func (l *connection) removeWatch(response *http.Response) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.watches, response)
+}
+
+// breakWatches aborts the open watches.
+func (l *connection) breakWatches() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, cancel := range l.watches {
+		cancel()
+	}
 }
 
 func (l *connection) send(r request, there, back time.Duration, effect func(context.Context) (*http.Response, error)) (*http.Response, error) {
