@@ -280,7 +280,7 @@ func apiFaultOperation(r *rand.Rand) operation {
 	}}
 }
 
-// azureOperation changes the behaviour of the fake ARM, or detaches an identity.
+// azureOperation changes the behavior of the fake ARM, or detaches an identity.
 func azureOperation(r *rand.Rand) operation {
 	machine, identity := scaleSetID(pick(r, "Set-A", "Set-B")), identityID(pick(r, managedNames...))
 	switch r.IntN(3) {
