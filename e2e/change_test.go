@@ -48,7 +48,8 @@ func (s *testNamespace) podClient(pod string, newConnections bool) *http.Client 
 	netns, err := testCluster.PodNetns(s.t.Context(), s.name, pod)
 	must(s.t, err)
 	s.t.Cleanup(func() { netns.Close() })
-	return &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DialContext: cluster.DialFrom(fmt.Sprintf("/proc/self/fd/%d", netns.Fd()), nil), DisableKeepAlives: newConnections}}
+	dial := cluster.DialFrom(fmt.Sprintf("/proc/self/fd/%d", netns.Fd()), nil)
+	return &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DialContext: withoutTimeWait(dial), DisableKeepAlives: newConnections}}
 }
 
 // startSampler starts two workers, one of which opens a connection for each request. They end after ten minutes at the
