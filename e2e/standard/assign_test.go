@@ -35,31 +35,48 @@ type stateHistory struct {
 
 const gone = "gone"
 
+// recordStates records the states of the assignments until the test ends. The API server ends watches at any time, for example
+// all watches of a resource whose definition has changed.
 func (s *testNamespace) recordStates() *stateHistory {
 	s.t.Helper()
-	w, err := s.kube.Watch(s.t.Context(), &v1.AzureAssignedIdentityList{}, client.InNamespace(s.name))
+	ctx := s.t.Context()
+	open := func() (watch.Interface, error) {
+		return s.kube.Watch(ctx, &v1.AzureAssignedIdentityList{}, client.InNamespace(s.name))
+	}
+	w, err := open()
 	must(s.t, err)
-	s.t.Cleanup(w.Stop)
 	h := &stateHistory{}
 	go func() {
-		for e := range w.ResultChan() {
-			a, ok := e.Object.(*v1.AzureAssignedIdentity)
-			if !ok {
-				continue
+		for ctx.Err() == nil {
+			if err == nil {
+				h.record(w)
+				w.Stop()
 			}
-			state := string(a.Status.Status)
-			switch {
-			case e.Type == watch.Deleted:
-				state = gone
-			case a.Status.Status == v1.AssignmentLegacy:
-				state = string(v1.AssignmentCreated) // an empty status, before MIC writes one, means the same
-			}
-			h.mu.Lock()
-			h.states = append(h.states, state)
-			h.mu.Unlock()
+			time.Sleep(50 * time.Millisecond)
+			w, err = open()
 		}
 	}()
 	return h
+}
+
+// record records the states until the watch ends.
+func (h *stateHistory) record(w watch.Interface) {
+	for e := range w.ResultChan() {
+		a, ok := e.Object.(*v1.AzureAssignedIdentity)
+		if !ok {
+			continue
+		}
+		state := string(a.Status.Status)
+		switch {
+		case e.Type == watch.Deleted:
+			state = gone
+		case a.Status.Status == v1.AssignmentLegacy:
+			state = string(v1.AssignmentCreated) // an empty status, before MIC writes one, means the same
+		}
+		h.mu.Lock()
+		h.states = append(h.states, state)
+		h.mu.Unlock()
+	}
 }
 
 // is returns nil if these were the states, without repetitions.
