@@ -198,8 +198,9 @@ func (c *Capture) purge(ctx context.Context, backend Backend, order ...slot) err
 	return errors.Join(foreign...)
 }
 
-// Sync compares rules and link with the expected state and repairs differences, without a gap. Each string names one
-// repaired thing: "link", or one of forward, input, nat followed by chain, jump or leftover; ten values in all.
+// Sync compares the rules and the link with the expected state and repairs the differences. The capture stays complete
+// during a repair. Each string names one repaired part: "link", or the name of a slot and the kind of the part, such as
+// "nat jump". The slots are forward, input and nat. The kinds are chain, jump and leftover. There are ten possible values.
 func (c *Capture) Sync(ctx context.Context) (repaired []string, err error) {
 	done, err := c.acquire(ctx)
 	if err != nil {

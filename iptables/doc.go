@@ -38,8 +38,9 @@
 // # Limits
 //
 //   - A host on the node's network segment can address a frame with destination 169.254.169.254 to the node. It is captured
-//     like a frame of a pod, and the node server sees the host's address, which is not that of a pod of this node, and refuses
-//     the request. If the host forges a pod's source address, the response goes to that pod, so no TCP handshake completes.
+//     like a frame of a pod. The node server sees the host's address. No pod of this node has that address, so the server
+//     refuses the request. If the host forges a pod's source address, the response goes to that pod, so no TCP handshake
+//     completes.
 //   - A data path that lets packets of pods leave the node without passing netfilter (eBPF host routing, a bridge with
 //     net.bridge.bridge-nf-call-iptables off, a NIC assigned to the pod) cannot be controlled by iptables rules.
 //   - Processes in the network namespace of the node are not captured. Admission control decides who may run there.

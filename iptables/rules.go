@@ -7,7 +7,8 @@ import (
 	"strings"
 )
 
-// marker is the beginning of the comment of all our rules and jumps. It distinguishes them from those of others.
+// marker is the beginning of the comment of all our rules and jumps. It distinguishes them from the rules of other
+// programs.
 const marker = "podidentity: "
 
 const metadataProtocol = "tcp"
@@ -15,8 +16,8 @@ const metadataProtocol = "tcp"
 // generations of a chain. One is active, the next one is built in the other.
 var generations = [2]string{"A", "B"}
 
-// slot is a netfilter hook, and our chain, in two generations, that the hook jumps to. The name is part of the result
-// of Sync.
+// slot is a netfilter hook and our chain that the hook jumps to. The chain has two generations. Sync returns the name of a
+// slot in its result.
 type slot struct {
 	name   string
 	table  string

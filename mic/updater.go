@@ -18,9 +18,9 @@ import (
 )
 
 const (
-	// maxStandstill is the longest time from the beginning of the write of the ledger to the update. While a process stands
-	// still in between, another leader may follow, and assign to a pod what this one is about to detach.
-	maxStandstill = 5 * time.Second
+	// maxPause is the longest time between the start of the write of the ledger and the update. If the process is paused in
+	// that time, another process may become the leader, and assign to a pod what this process is about to detach.
+	maxPause = 5 * time.Second
 	// maxUpdateTime is how long an update that was sent, and whose result is not known, may be in progress.
 	maxUpdateTime = 20 * time.Minute
 )
@@ -146,7 +146,7 @@ func (u *updater) setAside(m *machine, id string, e *azure.Error) {
 		zap.String(telemetry.KeyDetail, message), zap.Int("times", times), zap.Time("next_try", retryAfter))
 }
 
-// patch does one update of a machine, from the write of the ledger to the result.
+// patch does one update of a machine: it writes the ledger, sends the update to Azure, and handles the result.
 func (u *updater) patch(ctx context.Context, m *machine, add, remove []string) error {
 	remove = m.usage.StartDetaching(remove) // without those that a pod started to use
 	if len(add)+len(remove) == 0 {
@@ -158,9 +158,9 @@ func (u *updater) patch(ctx context.Context, m *machine, add, remove []string) e
 		m.usage.MarkUnknown()
 		return err
 	}
-	if time.Since(next.Update.Started) > maxStandstill {
+	if time.Since(next.Update.Started) > maxPause {
 		m.usage.MarkUnknown()
-		return fmt.Errorf("this process stood still for %s before it updated %s; it checks the machine again", time.Since(next.Update.Started), m.resource.ID())
+		return fmt.Errorf("MIC did not send the update of %s, because it began to write the ledger %s ago; it reads the state of the machine again", m.resource.ID(), time.Since(next.Update.Started))
 	}
 	u.log.Info("updating the identities of a machine", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.Strings("attach", add), zap.Strings("detach", remove))
 	op, err := u.arm.Begin(ctx, m.resource, m.azure, add, remove)

@@ -81,8 +81,9 @@ func apiServerConfig(cfg Config) (*rest.Config, error) {
 	return config, nil
 }
 
-// run starts the parts in an order in which no pod can reach the real token endpoint: the ports, then the rules, then the
-// caches, for which requests wait. The watches end with watching, which ends after ctx.
+// run starts the parts in an order in which no pod can reach the real token endpoint: first the ports, then the rules, then
+// the caches. Requests wait until the caches are loaded. The watches stop when the context watching ends, which is after
+// the end of ctx.
 func (a *agent) run(ctx, watching context.Context) error {
 	listeners, err := server.Listen(ctx, a.cfg.server(), a.capture.EnsureLink)
 	if err != nil {

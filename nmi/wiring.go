@@ -21,8 +21,8 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// connect creates the parts and connects them. Requests wait for assignments until ctx ends. Watches of Secrets, and the
-// writing of Events, end with watching.
+// connect creates the parts and connects them. Requests wait for assignments until ctx ends. The watches of Secrets and the
+// writing of Events stop when the context watching ends.
 func (a *agent) connect(ctx, watching context.Context, api *rest.Config) error {
 	var err error
 	if a.client, err = cluster.NewClient(api, a.cfg.Node, a.onAPIFailure); err != nil {

@@ -280,13 +280,13 @@ func TestTheControlAPIRefusesWhatARMRefuses(t *testing.T) {
 	s := start(t, onMachines)
 	ctx := t.Context()
 	for says, err := range map[string]error{
-		`no machine "nowhere"`:         s.AttachTo(ctx, "nowhere", red.ResourceID),
-		"no user-assigned identity":    s.AttachTo(ctx, "a", red.ResourceID),
-		"no machine \"d\"":             s.SetDelay(ctx, "d", time.Second),
-		"valid: 400 to 599":            s.SetARMFault(ctx, ARMFault{Resource: "a", Status: 99}),
-		"not that of a user-assigned":  s.DefineIdentity(ctx, Identity{ClientID: guid(1), ObjectID: guid(2), ResourceID: setID}),
-		"is not the ID of a virtual":   s.AddMachine(ctx, Machine{ID: "set"}),
-		"not the resource ID of a use": s.SetIdentityFault(ctx, IdentityFault{Identity: "red"}),
+		`no machine "nowhere"`:          s.AttachTo(ctx, "nowhere", red.ResourceID),
+		"no user-assigned identity":     s.AttachTo(ctx, "a", red.ResourceID),
+		"no machine \"d\"":              s.SetDelay(ctx, "d", time.Second),
+		"valid: 400 to 599":             s.SetARMFault(ctx, ARMFault{Resource: "a", Status: 99}),
+		"not the ID of a user-assigned": s.DefineIdentity(ctx, Identity{ClientID: guid(1), ObjectID: guid(2), ResourceID: setID}),
+		"is not the ID of a virtual":    s.AddMachine(ctx, Machine{ID: "set"}),
+		"not the resource ID of a use":  s.SetIdentityFault(ctx, IdentityFault{Identity: "red"}),
 	} {
 		if err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("want %q, got %v", says, err)

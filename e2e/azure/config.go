@@ -146,7 +146,7 @@ func validateUserAssigned(id Identity) error {
 		return err
 	}
 	if !userAssignedForm.MatchString(id.ResourceID) {
-		return fmt.Errorf("resourceID %q is not that of a user-assigned identity"+
+		return fmt.Errorf("resourceID %q is not the ID of a user-assigned identity"+
 			" (/subscriptions/S/resourceGroups/G/providers/Microsoft.ManagedIdentity/userAssignedIdentities/NAME)", id.ResourceID)
 	}
 	return nil

@@ -69,8 +69,9 @@ func (s *entra) authenticateByCertificate(x *requestContext, p principal, tenant
 
 // algorithmsFor are the signature algorithms for a certificate's key. Whether
 // Entra ID accepts elliptic curves is not documented, and public reports say
-// that it does not (its federation refuses ES256 with AADSTS5002738). Here they
-// prove that the client follows the standard, not that Azure accepts it.
+// that it does not (its federation refuses ES256 with AADSTS5002738). A test
+// with an elliptic curve proves that the client follows the standard. It does
+// not prove that Entra ID accepts the assertion.
 func algorithmsFor(key any) []string {
 	switch key := key.(type) {
 	case *rsa.PublicKey:

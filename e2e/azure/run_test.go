@@ -122,13 +122,13 @@ func TestInvalidRegistrationsAreRefused(t *testing.T) {
 	twin := blue
 	twin.ClientID = red.ClientID
 	for says, err := range map[string]error{
-		`clientID "red" is not a GUID`:            s.AddIdentity(ctx, bad),
-		"is not that of a user-assigned identity": s.AddIdentity(ctx, elsewhere),
-		"already belongs to " + red.ResourceID:    s.AddIdentity(ctx, twin),
-		`no node "c"; the nodes are a, b`:         s.AddIdentity(ctx, blue, "c"),
-		"no user-assigned identity":               s.Detach(ctx, guid(77)),
-		"is not PEM":                              s.AddApp(ctx, App{ClientID: guid(1), ObjectID: guid(2), Certificates: []string{"x"}}),
-		"no application or user-assigned":         s.AddFederated(ctx, guid(78), newCluster(t).trusted()),
+		`clientID "red" is not a GUID`:              s.AddIdentity(ctx, bad),
+		"is not the ID of a user-assigned identity": s.AddIdentity(ctx, elsewhere),
+		"already belongs to " + red.ResourceID:      s.AddIdentity(ctx, twin),
+		`no node "c"; the nodes are a, b`:           s.AddIdentity(ctx, blue, "c"),
+		"no user-assigned identity":                 s.Detach(ctx, guid(77)),
+		"is not PEM":                                s.AddApp(ctx, App{ClientID: guid(1), ObjectID: guid(2), Certificates: []string{"x"}}),
+		"no application or user-assigned":           s.AddFederated(ctx, guid(78), newCluster(t).trusted()),
 	} {
 		if err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("want %q, got %v", says, err)

@@ -85,7 +85,7 @@ func (o *objects) providerID(node string) (string, bool) {
 	return "", false
 }
 
-// isUsable reports whether an identity is well-formed. A resource ID that is not that of an identity is the only defect
+// isUsable reports whether an identity is well-formed. A resource ID of another kind of resource is the only defect
 // that the tests create.
 func isUsable(i *v1.AzureIdentity) bool {
 	return i.Spec.Type != v1.UserAssignedMSI || strings.Contains(strings.ToLower(i.Spec.ResourceID), "/userassignedidentities/")

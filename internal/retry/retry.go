@@ -37,7 +37,8 @@ func (b Backoff) After(failures int) time.Duration {
 	return d
 }
 
-// Steps returns the waits as a wait.Backoff. Each call of its Step returns the next wait, without end.
+// Steps returns the waits as a wait.Backoff. Each call of its Step returns the next wait. The number of calls is not
+// limited.
 func (b Backoff) Steps() *wait.Backoff {
 	factor, jitter := b.Factor, b.Jitter
 	if factor == 0 {

@@ -1,6 +1,6 @@
 // Package text makes texts from outside (Azure, clients, Kubernetes objects) fit for log lines, Events and error
-// messages. It protects their readers against texts without end, forged lines, terminal control sequences and bytes that
-// are not UTF-8, which the API server and some log collectors refuse.
+// messages. It protects their readers against texts of unlimited length, forged lines, terminal control sequences and
+// bytes that are not UTF-8, which the API server and some log collectors refuse.
 package text
 
 import (

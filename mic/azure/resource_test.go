@@ -63,7 +63,7 @@ func TestAMalformedProviderIDIsRefusedWithAReason(t *testing.T) {
 		{"a backslash", "azure://" + vm + `n\x`, "for a name"},
 		{"a line", "azure://" + vm + "n\nx", "for a name"},
 		{"no text", "azure://" + vm + "n\xff", "for a name"},
-		{"a name without end", "azure://" + vm + strings.Repeat("n", 200), "for a name"},
+		{"a name that is too long", "azure://" + vm + strings.Repeat("n", 200), "for a name"},
 		{"another word", "azure:///subscriptions/S/groups/RG/providers/Microsoft.Compute/virtualMachines/n", `"groups" where "resourceGroups"`},
 		{"a machine of Arc", "azure:///subscriptions/S/resourceGroups/RG/providers/Microsoft.HybridCompute/machines/n", `"Microsoft.HybridCompute" where "Microsoft.Compute"`},
 		{"a scale set without an instance", "azure:///subscriptions/S/resourceGroups/RG/providers/Microsoft.Compute/virtualMachineScaleSets/n", `where "virtualMachines"`},

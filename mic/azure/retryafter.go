@@ -13,7 +13,7 @@ const (
 	maxRetryAfter = time.Hour
 )
 
-// retryAfter returns how long a response requests to wait; 0 if it does not specify it.
+// retryAfter returns the time that a response tells the client to wait, or 0 if the response does not specify a time.
 func retryAfter(h http.Header) time.Duration {
 	for _, name := range []string{"Retry-After-Ms", "X-Ms-Retry-After-Ms"} {
 		if ms, err := strconv.ParseInt(h.Get(name), 10, 32); err == nil && ms > 0 {

@@ -82,9 +82,10 @@ func newPatch(basis State, add, remove []string) (patch, error) {
 	return p, nil
 }
 
-// Begin sends one update that adds and removes identities. It was planned from the state basis: if basis has an ETag
-// and the machine has changed since, the error is a Conflict. If there is nothing to do, Begin sends nothing and the
-// operation is done. The caller checks whether the machine may be updated at all, or is Deleting.
+// Begin sends one update that adds and removes identities. basis is the state from which the caller planned the update. If
+// basis has an ETag and the machine has changed since then, the error is a Conflict. If there is nothing to change, Begin
+// sends nothing and returns an operation that is done. The caller must check that the machine may be updated, for example
+// that it is not Deleting.
 //
 // Begin sends the update once. After Unavailable it may have started nevertheless; only Get shows that. Its error is an
 // *Error.
@@ -131,7 +132,7 @@ func (c *Client) Resume(ctx context.Context, r Resource, token string) (*Operati
 	resumed, err := s.machines[r.Kind].update(ctx, r, patch{}, token)
 	if err != nil || resumed.Done() {
 		// The error of the SDK quotes the token, which is secret, see Operation.Token.
-		return nil, &Error{Class: Invalid, Operation: r.Kind.String() + "_poll", Message: "the resume token is not that of an update of this kind"}
+		return nil, &Error{Class: Invalid, Operation: r.Kind.String() + "_poll", Message: "the resume token does not belong to an update of this kind of machine"}
 	}
 	// The identities of the update are unknown, so an error reports all identities that Azure names.
 	return c.operation(r, s, resumed, nil), nil

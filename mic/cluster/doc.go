@@ -5,9 +5,10 @@
 // in their Kubernetes types: even a trimmed Pod takes ten times the memory, for every pod of the cluster that a binding could
 // select. Objects in the caches are shared and must not be changed.
 //
-// Own writes: the reconcile of a pod must see its own last writes, or it would create an assignment twice or write an old
-// status. [Cluster.AssignmentsOf] therefore returns responses to own writes until the watch delivers them. resourceVersions
-// are compared by k8s.io/apimachinery/pkg/util/resourceversion. The rest is not from a library, for these reasons:
+// An own write is a write that this process sent to the API server. The reconcile of a pod must see its own last writes.
+// Otherwise it creates an assignment twice, or writes an old status. [Cluster.AssignmentsOf] therefore returns the object
+// from the response to an own write until the watch delivers it. Package k8s.io/apimachinery/pkg/util/resourceversion
+// compares the resourceVersions. No library does the rest:
 //
 //   - cache.MutationCache of client-go keeps a bounded number of writes and drops the oldest, so that in a burst of pods the
 //     guarantee is lost; with a bound above any burst, each lookup by index would go over all pending writes of the cluster.
@@ -17,6 +18,6 @@
 //     a list until its cache has all writes of that kind. A worker would wait for the watch, and every pod for the writes of
 //     all others; here a worker goes on with what it knows. It also needs the cache of controller-runtime.
 //
-// What the package protects against: acting on old state. A watch that is disconnected or still catching up may hide a new
-// pod, so [Cluster] says so ([Cluster.Behind]) and nothing is detached then.
+// What the package protects against: acting on old state. If a watch is disconnected or has not caught up yet, the
+// cache may lack a new pod. [Cluster.Behind] reports this state, and MIC then detaches nothing.
 package cluster

@@ -51,8 +51,8 @@ func (e Entries) Begin(now time.Time, add, remove []string) Entries {
 	return next
 }
 
-// End returns the entries after the end of the update, with the identities of the machine after it, by folded ID. Of the
-// identities in the update those remain that the machine has.
+// End returns the entries after the end of the update. identities are the identities of the machine after the update, by
+// folded ID. End removes each identity of the update that the machine does not have.
 func (e Entries) End(identities map[string]azure.Identity) Entries {
 	next := e.Clone()
 	if u := next.Update; u != nil {

@@ -35,7 +35,8 @@ func New(maxTotal, maxPerSource int) *Limiter {
 	return &Limiter{max: maxTotal, maxPerSource: maxPerSource, bySource: map[netip.Addr]int{}}
 }
 
-// Acquire returns false if a limit is reached. Otherwise the caller must call Release once.
+// Acquire reserves one connection or request for the source. It returns false if a limit is reached. Otherwise the caller
+// must call Release once.
 func (l *Limiter) Acquire(source netip.Addr) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -47,7 +48,7 @@ func (l *Limiter) Acquire(source netip.Addr) bool {
 	return true
 }
 
-// Release ends what Acquire admitted.
+// Release frees what Acquire reserved for the source.
 func (l *Limiter) Release(source netip.Addr) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -57,7 +58,7 @@ func (l *Limiter) Release(source netip.Addr) {
 	}
 }
 
-// InUse returns how many are in use, and by how many sources.
+// InUse returns the number of reservations, and the number of sources that have at least one.
 func (l *Limiter) InUse() (total, sources int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

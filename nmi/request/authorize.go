@@ -121,7 +121,7 @@ func (p *Processor) addObjectIDs(ctx context.Context, pod *corev1.Pod, req metad
 	return pending, failure
 }
 
-// fetchObjectID returns the object ID of an identity that is bound to the pod, from a token of the identity.
+// fetchObjectID gets a token of an identity that is bound to the pod, and returns the object ID that the token contains.
 func (p *Processor) fetchObjectID(ctx context.Context, pod *corev1.Pod, id identity.Identity, resource string) (string, error) {
 	principals, err := p.Principals.ForPod(ctx, pod, id)
 	if err != nil {

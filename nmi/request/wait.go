@@ -31,8 +31,8 @@ const (
 	// In this time a request asks IMDS again after initialBackoff, then after twice the last wait, up to maxBackoff.
 	initialBackoff, maxBackoff = time.Second, 5 * time.Second
 
-	// recheckInterval is the least time between two checks of a request that are caused by objects that it shares with other
-	// pods. So a client that edits such objects continuously does not load the node.
+	// recheckInterval is the minimum time between two checks of a request that are caused by changes of objects that several
+	// pods share. It limits the load on the node when a client changes such objects continuously.
 	recheckInterval = 100 * time.Millisecond
 )
 

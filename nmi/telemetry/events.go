@@ -20,8 +20,8 @@ const (
 	// eventReason is the reason that `kubectl describe pod` shows.
 	eventReason = "TokenRefused"
 
-	// eventInterval is the least time between two Events for the same refusal of a pod. The Event has the number of times it
-	// happened.
+	// eventInterval is the minimum time between two Events for the same refusal of a pod. The Event contains the number of
+	// times that the refusal happened.
 	eventInterval = 5 * time.Minute
 	// Limits of the Events that a node writes per second and at once, because the API server stores them for the whole cluster.
 	eventRate, eventBurst = 1, 20

@@ -50,7 +50,7 @@ const (
 	// The fetches per second that one pod may cause, and the burst. A pod that requests many different resources must
 	// not use up what IMDS allows for all pods of the node together.
 	podFetchRate, podFetchBurst = 2, 10
-	// podKeys bounds the tokens of one pod in the cache, so that it cannot evict those of other pods.
+	// podKeys bounds the tokens of one pod in the cache, so that a pod cannot evict the tokens of other pods.
 	podKeys = 64
 )
 
@@ -386,8 +386,8 @@ func (c *Cache) renew(key Key, e *entry) {
 		return
 	}
 	for pod := range e.users {
-		// A request that was running may have added a pod that is gone; a pod that runs may have lost its binding. For
-		// neither of them the token is renewed.
+		// A request that began before the deletion of its pod may have added that pod to the users afterwards. A
+		// pod that still runs may have lost its binding. The token is not renewed for such pods.
 		if !c.allowed(pod, key.Principal) {
 			c.removeUser(pod, key, e)
 			continue

@@ -32,8 +32,8 @@ const (
 	// maxBytesReceived is how many bytes of responses a credential may receive before it is replaced. MSAL never forgets
 	// a token, although its cache is always bypassed here.
 	maxBytesReceived = 256 << 10
-	// invalidFor is how long an invalid Secret is not read again. Another content is another principal, so the result
-	// cannot change; and an attacker could make NMI parse the same Secret over and over.
+	// invalidFor is the time in which NMI does not parse an invalid Secret again. A Secret with other content is another
+	// principal, so the result cannot change. Without this time an attacker could make NMI parse the same Secret repeatedly.
 	invalidFor = time.Minute
 )
 
@@ -326,7 +326,7 @@ func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	case a.status == http.StatusOK && x.posted:
 		return &Error{Class: Unavailable, Detail: "The response of " + p.Authority + " contains no usable token"}, nil
 	case a.status == http.StatusOK:
-		return &Error{Class: Unavailable, Detail: "The response of " + p.Authority + " about tenant " + p.TenantID + " is not that of Entra ID, which has an issuer and endpoints on the same host; correct spec.adEndpoint"}, nil
+		return &Error{Class: Unavailable, Detail: "The response of " + p.Authority + " about tenant " + p.TenantID + " is not a valid response of Entra ID, which has an issuer and endpoints on the same host; correct spec.adEndpoint"}, nil
 	}
 	var body struct {
 		Error         string `json:"error"`

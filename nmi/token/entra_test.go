@@ -113,9 +113,9 @@ func TestFailuresOfEntraIDAreSorted(t *testing.T) {
 		{"broken", nil, text(502, "<html>"), Error{Class: Unavailable, Status: 502}, "", 3},
 		{"no JSON for a token", nil, text(200, "<html>"), Error{Class: Unavailable}, "contains no usable token", 1},
 		{"no token", nil, text(200, `{"expires_in":1}`), Error{Class: Unavailable}, "contains no usable token", 1},
-		{"an answer without end", nil, text(200, strings.Repeat("x", 2*maxResponse)), Error{Class: Unavailable}, "", 3},
-		{"another website", text(200, "<html>"), nil, Error{Class: Unavailable}, "is not that of Entra ID", 1},
-		{"another issuer", text(200, `{"token_endpoint":"https://x/","authorization_endpoint":"https://x/","issuer":"https://x/"}`), nil, Error{Class: Unavailable}, "is not that of Entra ID", 1},
+		{"a response of unlimited length", nil, text(200, strings.Repeat("x", 2*maxResponse)), Error{Class: Unavailable}, "", 3},
+		{"another website", text(200, "<html>"), nil, Error{Class: Unavailable}, "is not a valid response of Entra ID", 1},
+		{"another issuer", text(200, `{"token_endpoint":"https://x/","authorization_endpoint":"https://x/","issuer":"https://x/"}`), nil, Error{Class: Unavailable}, "is not a valid response of Entra ID", 1},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {

@@ -111,7 +111,7 @@ func TestFailuresOfIMDSAreSorted(t *testing.T) {
 		{"broken", 500, `<html>`, "", Error{Class: Unavailable, Status: 500}, 3},
 		{"no token in the answer", 200, `{"access_token":""}`, "", Error{Class: Unavailable}, 1},
 		{"no JSON in the answer", 200, `<html>`, "", Error{Class: Unavailable}, 1},
-		{"an answer without end", 200, strings.Repeat("x", maxResponse*2), "", Error{Class: Unavailable}, 3},
+		{"a response of unlimited length", 200, strings.Repeat("x", maxResponse*2), "", Error{Class: Unavailable}, 3},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
