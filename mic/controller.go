@@ -120,7 +120,7 @@ func newController(cfg Config, deps Deps, drain bool) (*Controller, error) {
 		Binding:        func(key string) { c.bindings.Add(key) },
 		PodScheduled:   c.timer.Scheduled,
 		IdentityEdited: c.usage.RetryRefused,
-		WatchFailed:    func() { c.metrics.APIFailed("watch") },
+		WatchFailed:    func() { c.metrics.APIFailed(telemetry.WatchOperation) },
 	})
 }
 

@@ -21,6 +21,9 @@ const (
 	UpdateState  Operation = "update_azure_assigned_identity_status"
 )
 
+// WatchOperation is the operation of a failed watch in the metric of failed requests.
+const WatchOperation = "watch"
+
 var (
 	shortTimes = []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
 	longTimes  = []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 900}
@@ -47,7 +50,7 @@ var (
 		Help: "AzureAssignedIdentity objects whose copies were updated."}
 	apiErrors = metric.Definition{Name: "aadpodidentity_kubernetes_api_operations_errors_count", Type: metric.Counter, Labels: []string{"operation_type"},
 		Help:   "Requests to the API server that failed.",
-		Values: map[string][]string{"operation_type": {string(Create), string(Delete), string(UpdateCopies), string(UpdateState)}}}
+		Values: map[string][]string{"operation_type": {string(Create), string(Delete), string(UpdateCopies), string(UpdateState), WatchOperation}}}
 	cloudTime = metric.Definition{Name: "aadpodidentity_cloud_provider_operations_duration_seconds", Type: metric.Histogram, Buckets: longTimes,
 		Labels: []string{"operation_type"}, Help: "Time of calls to Azure Resource Manager.",
 		Values: map[string][]string{"operation_type": armOperations}}
@@ -63,7 +66,7 @@ var (
 	armCalls = metric.Definition{Name: "podidentity_mic_arm_calls_total", Type: metric.Counter, Labels: []string{"operation", "outcome"},
 		Help: "Calls to Azure Resource Manager by outcome.",
 		Values: map[string][]string{"operation": armOperations, "outcome": {"ok", string(azure.NotFound), string(azure.Throttled), string(azure.Conflict),
-			string(azure.BadIdentity), string(azure.Denied), string(azure.Unavailable), string(azure.Invalid), string(azure.Unconfigured)}}}
+			string(azure.BadIdentity), string(azure.Denied), string(azure.Unavailable), string(azure.Invalid)}}}
 	assignmentTime = metric.Definition{Name: "podidentity_mic_assignment_duration_seconds", Type: metric.Histogram, Buckets: longTimes,
 		Help: "Time from when MIC observed a scheduled pod until all of its identities were Assigned."}
 	setAside = metric.Definition{Name: "podidentity_mic_identities_set_aside", Type: metric.Gauge,

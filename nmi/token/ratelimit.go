@@ -19,7 +19,7 @@ const (
 	imdsConcurrent = 5
 )
 
-// gate is a transport that keeps this process within IMDS's limits. It counts each attempt on the wire, including
+// imdsLimiter is a transport that keeps this process within IMDS's limits. It counts each attempt on the wire, including
 // retries, and after a 429 sends nothing until Retry-After has passed.
 type imdsLimiter struct {
 	next       http.RoundTripper
