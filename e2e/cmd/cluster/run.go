@@ -50,7 +50,7 @@ func inPodCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "in-pod NAMESPACE/POD -- PROGRAM ARGS…",
 		Short: "Run a program of this host inside a pod's network",
-		Long: `Runs a program of this host inside the network namespace of a running pod: its packets are those of the pod. Files, environment and user are the host's; so does /etc/resolv.conf, and the cluster has no name server.
+		Long: `Runs a program of this host inside the network namespace of a running pod: its packets are those of the pod. Files, environment and user are the host's. So is /etc/resolv.conf: host names cannot be resolved, because the cluster has no name server.
 Returns the program's exit status.`,
 		Example: `  cluster in-pod default/try -- curl -s -H Metadata:true "http://169.254.169.254/metadata/instance?api-version=2021-02-01"`,
 		RunE: func(cmd *cobra.Command, args []string) error {
