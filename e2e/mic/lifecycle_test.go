@@ -159,18 +159,18 @@ func TestAnIdentityAttachedExternallyJustBeforeMICsUpdateIsNeverDetached(t *test
 
 func TestImmutableIdentitiesAndMICsOwnAreNeverDetached(t *testing.T) {
 	runScenario(t, func(t *testing.T, s *scenario) {
-		spared, own := s.addBoundIdentity("blue", "spared"), s.addBoundIdentity("blue", "own")
-		s.cfg.Immutable, s.ownIdentities = []string{strings.ToUpper(clientID("spared"))}, []string{clientID("own")}
-		s.immutable[azure.FoldID(spared)], s.immutable[azure.FoldID(own)] = true, true
+		protected, own := s.addBoundIdentity("blue", "protected"), s.addBoundIdentity("blue", "own")
+		s.cfg.Immutable, s.ownIdentities = []string{strings.ToUpper(clientID("protected"))}, []string{clientID("own")}
+		s.immutable[azure.FoldID(protected)], s.immutable[azure.FoldID(own)] = true, true
 		s.start()
-		s.addPod("blue/p", "n0", "spared")
+		s.addPod("blue/p", "n0", "protected")
 		s.addPod("blue/q", "n0", "own")
 		s.waitAssigned(2*time.Second, "blue/p", "blue/q")
 		s.deletePod("blue/p")
 		s.deletePod("blue/q")
 		s.waitUnassigned(3*time.Second, "blue/p")
 		s.waitUnassigned(3*time.Second, "blue/q")
-		s.consistently(time.Hour, "both identities stay attached", func() bool { return s.attached(s.set, spared)() && s.attached(s.set, own)() })
+		s.consistently(time.Hour, "both identities stay attached", func() bool { return s.attached(s.set, protected)() && s.attached(s.set, own)() })
 		s.expectStable(time.Minute)
 	})
 }
