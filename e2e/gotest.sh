@@ -1,7 +1,7 @@
 #!/bin/sh
 # gotest.sh GO FOLDER ARGS...  runs `GO test ARGS...` in FOLDER. It fails if a test fails or is skipped: a test that
-# cannot run has shown nothing. It prints failures, the tests' own output, the slowest tests, and again the last lines of
-# each failed test.
+# cannot run has shown nothing. It prints failures, the tests' own output, the slowest tests, and again the last
+# message of each failed test, on one line each: CI shows only the end of its output.
 #
 # -count=1: Go caches the result of a test by the Go files that it depends on, and charts, programs and the kernel are
 # none. -vet=off: `make lint` vets.
@@ -18,10 +18,11 @@ if grep -q '^ *--- SKIP' "$log"; then
 	exit 1
 fi
 grep -q '^exit status 0$' "$log" && exit
-# Subtests are indented. A test that failed only because of a subtest has no lines of its own.
+# Subtests are indented. A test that failed only because of a subtest has no message of its own. What a test writes with
+# t.Output, such as the state of its namespace, has no file name and is no message.
 awk '
 	/^ *=== (RUN|CONT|NAME) / { test = $3; next }
-	/^ *--- FAIL: / { if (lines[$3] != "") print "FAILED " $3 "\n" lines[$3]; else print "FAILED " $3; next }
-	/^ +[^ ]+\.go:[0-9]+: / { lines[test] = $0 }
+	/^ *--- FAIL: / { if (message[$3] != "") print "FAILED " $3 ": " message[$3]; next }
+	/^ +[^ ]+\.go:[0-9]+: / { sub(/^ +/, ""); message[test] = $0 }
 	/^panic: |\.go:[0-9]+:[0-9]+: |DATA RACE/ { print }' "$log"
 exit 1

@@ -145,7 +145,7 @@ func newNamespace(t *testing.T) *testNamespace {
 		if t.Failed() {
 			out, _ := testCluster.Kubectl(context.Background(), "get", "pods,azureidentities,azureidentitybindings", "-o", "wide", "-n", s.name)
 			logs, _ := testCluster.Kubectl(context.Background(), "logs", "-n", cluster.ChartNamespace, "-l", "app.kubernetes.io/component=nmi", "--prefix", "--tail", "15")
-			t.Logf("namespace %s:\n%s\nNMI:\n%s", s.name, out, logs)
+			fmt.Fprintf(t.Output(), "namespace %s:\n%s\nNMI:\n%s", s.name, out, logs)
 		}
 		_, _ = testCluster.Kubectl(context.Background(), "delete", "namespace", s.name, "--wait=false")
 	})

@@ -43,7 +43,8 @@ func (l *testEnvironment) newNamespace(t *testing.T) *testNamespace {
 	return s
 }
 
-// logState logs the objects, events and logs after a failure.
+// logState writes the objects, events and logs after a failure. It does not use t.Log, so that e2e/gotest.sh repeats the
+// message of the failure and not the state.
 func (s *testNamespace) logState() {
 	ctx := context.Background()
 	objects, _ := s.Kubectl(ctx, "get", "pods,jobs,azureidentities,azureidentitybindings,azureassignedidentities", "-o", "wide", "-n", s.name)
@@ -51,7 +52,7 @@ func (s *testNamespace) logState() {
 	nmi, _ := s.Kubectl(ctx, "logs", "-n", cluster.ChartNamespace, "-l", "app.kubernetes.io/component=nmi", "--prefix", "--tail", "15")
 	mic, _ := s.Kubectl(ctx, "logs", "-n", cluster.ChartNamespace, "-l", "app.kubernetes.io/component=mic", "--prefix", "--tail", "40")
 	machines, _ := s.cloud.Machines(ctx)
-	s.t.Logf("namespace %s:\n%s\n%s\nNMI:\n%s\nMIC:\n%s\nmachines: %+v", s.name, objects, events, nmi, mic, machines)
+	fmt.Fprintf(s.t.Output(), "namespace %s:\n%s\n%s\nNMI:\n%s\nMIC:\n%s\nmachines: %+v\n", s.name, objects, events, nmi, mic, machines)
 }
 
 func (s *testNamespace) create(objects ...client.Object) {
