@@ -1,6 +1,7 @@
 package standard
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
@@ -20,6 +21,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/tools/cache"
+	toolswatch "k8s.io/client-go/tools/watch"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	v1 "github.com/podidentity/podidentity/api/v1"
@@ -35,43 +38,38 @@ type stateHistory struct {
 
 const gone = "gone"
 
-// recordStates records the states of the assignments until the test ends. The API server ends watches at any time, for example
-// all watches of a resource whose definition has changed.
+// recordStates records the states of the assignments until the test ends. It watches from the resourceVersion of a list: a
+// watch without one must first wait until the cache of the API server is up to date, and with a version of etcd that does
+// not report progress that can fail for many seconds.
 func (s *testNamespace) recordStates() *stateHistory {
 	s.t.Helper()
-	ctx := s.t.Context()
-	open := func() (watch.Interface, error) {
-		return s.kube.Watch(ctx, &v1.AzureAssignedIdentityList{}, client.InNamespace(s.name))
-	}
-	w, err := open()
+	var now v1.AzureAssignedIdentityList
+	must(s.t, s.kube.List(s.t.Context(), &now, client.InNamespace(s.name)))
+	w, err := toolswatch.NewRetryWatcherWithContext(s.t.Context(), now.ResourceVersion, &cache.ListWatch{
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			return s.kube.Watch(ctx, &v1.AzureAssignedIdentityList{}, client.InNamespace(s.name), &client.ListOptions{Raw: &o})
+		},
+	})
 	must(s.t, err)
 	h := &stateHistory{}
-	go func() {
-		for ctx.Err() == nil {
-			if err == nil {
-				h.record(w)
-				w.Stop()
-			}
-			time.Sleep(50 * time.Millisecond)
-			w, err = open()
-		}
-	}()
+	go h.record(w.ResultChan())
 	return h
 }
 
 // record records the states until the watch ends.
-func (h *stateHistory) record(w watch.Interface) {
-	for e := range w.ResultChan() {
+func (h *stateHistory) record(events <-chan watch.Event) {
+	for e := range events {
 		a, ok := e.Object.(*v1.AzureAssignedIdentity)
-		if !ok {
-			continue
-		}
-		state := string(a.Status.Status)
+		var state string
 		switch {
+		case !ok:
+			state = "the watch failed: " + asJSON(e.Object)
 		case e.Type == watch.Deleted:
 			state = gone
 		case a.Status.Status == v1.AssignmentLegacy:
 			state = string(v1.AssignmentCreated) // an empty status, before MIC writes one, means the same
+		default:
+			state = string(a.Status.Status)
 		}
 		h.mu.Lock()
 		h.states = append(h.states, state)
