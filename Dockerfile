@@ -1,7 +1,7 @@
 # Builds the images of NMI and MIC, one target each:
 #
-#   docker buildx build --platform linux/amd64,linux/arm64 --target nmi --build-arg VERSION=v1.0.0 -t REGISTRY/nmi:v1.0.0 .
-#   docker buildx build --platform linux/amd64,linux/arm64 --target mic --build-arg VERSION=v1.0.0 -t REGISTRY/mic:v1.0.0 .
+#   docker buildx build --platform linux/amd64,linux/arm64 --target nmi --build-arg VERSION=v0.1.0 -t REGISTRY/podidentity/nmi:v0.1.0 .
+#   docker buildx build --platform linux/amd64,linux/arm64 --target mic --build-arg VERSION=v0.1.0 -t REGISTRY/podidentity/mic:v0.1.0 .
 #
 # The builder compiles and fetches packages on its own architecture, so nothing is emulated.
 #

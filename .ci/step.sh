@@ -22,7 +22,7 @@ case $1 in
 		{ printf "%-16s %8d %8d %8d  %s\n", $5, $1 - begin, $2, $3, $4; cpu += $3 }
 		END { printf "%-16s %8d %8d %8d\n", "all", 0, now - begin, cpu }'
 	for record in "$steps"/*; do
-		grep -q ' passed ' "$record" || tail -n 12 "$steps/.output-${record##*/}" | cut -c 1-300
+		grep -q ' passed ' "$record" || tail -n 12 "$steps/.output-${record##*/}" | cut -c 1-600
 	done
 	;;
 *)

@@ -27,7 +27,7 @@ type client struct {
 	library    string
 	credential string // subcommand of its program
 	names      string // the flag that selects the identity, env, or nothing
-	probes     int    // requests before the first one with the Metadata header, as far as the program reports them
+	probes     int    // reported requests without the Metadata header, before the first one with it
 	refused    string // the result for status 400
 	chained    string // the result of a chain for status 400
 	throttled  string // the result if every answer is 429

@@ -146,7 +146,7 @@ func TestWhileEntraIDFailsPodsAreServedFromTheCache(t *testing.T) {
 	}
 	t.Logf("Entra ID failed for %.0f s: %d requests of a pod led to %d token requests and %d other requests to it; load: %s",
 		took.Seconds(), requests, stats.Entra.Token.Requests, stats.Entra.All.Requests-stats.Entra.Token.Requests, l)
-	// At most three attempts for each failure, which NMI caches for at least a second.
+	// At most three attempts for each failure. NMI caches a failure for 2 s; the limit allows one each second.
 	if limit := 3 * (int(took.Seconds()) + 1); stats.Entra.All.Requests > limit {
 		t.Errorf("Entra ID received %d requests in %.0f s; want at most %d", stats.Entra.All.Requests, took.Seconds(), limit)
 	}

@@ -1,7 +1,7 @@
 #!/bin/sh
 # gotest.sh GO FOLDER ARGS...  runs `GO test ARGS...` in FOLDER. It fails if a test fails or is skipped: a test that
-# cannot run has shown nothing. It prints failures, the tests' own output, the slowest tests, and again the last
-# message of each failed test, on one line each: CI shows only the end of its output.
+# cannot run has shown nothing. It prints failures, the tests' own output, the slowest tests, and again the messages of
+# each failed test, on one line each: CI shows only the end of its output.
 #
 # -count=1: Go caches the result of a test by the Go files that it depends on, and charts, programs and the kernel are
 # none. -vet=off: `make lint` vets.
@@ -23,6 +23,6 @@ grep -q '^exit status 0$' "$log" && exit
 awk '
 	/^ *=== (RUN|CONT|NAME) / { test = $3; next }
 	/^ *--- FAIL: / { if (message[$3] != "") print "FAILED " $3 ": " message[$3]; next }
-	/^ +[^ ]+\.go:[0-9]+: / { sub(/^ +/, ""); message[test] = $0 }
+	/^ +[^ ]+\.go:[0-9]+: / { sub(/^ +/, ""); message[test] = message[test] (message[test] == "" ? "" : " | ") substr($0, 1, 200) }
 	/^panic: |\.go:[0-9]+:[0-9]+: |DATA RACE/ { print }' "$log"
 exit 1

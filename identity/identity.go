@@ -1,7 +1,7 @@
 // Package identity decides which Azure identity, if any, a pod may use.
 //
-// NMI calls it for every token request, MIC for every assignment, and the command line to explain a refusal. It is a pure
-// function over plain values: no I/O, no clock, no log. The same input has the same result everywhere, and the result has
+// NMI calls it for every token request, and MIC for every assignment. It consists of pure
+// functions over plain values: no I/O, no clock, no log. The same input has the same result everywhere, and the result has
 // a [Reason] that is spelled the same in the HTTP error, the log and the metrics.
 //
 // It protects against a pod that gets an identity that is not bound to it. A doubtful case (two bindings that disagree,
@@ -197,7 +197,7 @@ func Usable(rules Rules, i Identity) *Decision {
 		return &d
 	}
 	if i.usesSecret() && i.SecretNamespace != i.Namespace && !rules.AllowCrossNamespaceSecrets {
-		d := refuse(SecretNotAllowed, "AzureIdentity %s names Secret %s/%s, which is in another namespace than the identity; move the Secret to namespace %s, or run NMI with --allow-cross-namespace-secrets", i.Key(), i.SecretNamespace, i.SecretName, i.Namespace)
+		d := refuse(SecretNotAllowed, "AzureIdentity %s names Secret %s/%s, which is in another namespace than the identity; move the Secret to namespace %s, or set --allow-cross-namespace-secrets of NMI (chart value nmi.allowCrossNamespaceSecrets)", i.Key(), i.SecretNamespace, i.SecretName, i.Namespace)
 		return &d
 	}
 	return nil

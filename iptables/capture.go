@@ -198,9 +198,10 @@ func (c *Capture) purge(ctx context.Context, backend Backend, order ...slot) err
 	return errors.Join(foreign...)
 }
 
-// Sync compares the rules and the link with the expected state and repairs the differences. The capture stays complete
-// during a repair. Each string names one repaired part: "link", or the name of a slot and the kind of the part, such as
-// "nat jump". The slots are forward, input and nat. The kinds are chain, jump and leftover. There are ten possible values.
+// Sync compares the rules and the link with the expected state and repairs the differences. A repair opens no gap:
+// between any two commands the rules block at least as much as before. Each string names one repaired part: "link", or the
+// name of a slot and the kind of the part, such as "nat jump". The slots are forward, input and nat. The kinds are chain,
+// jump and leftover. There are ten possible values.
 func (c *Capture) Sync(ctx context.Context) (repaired []string, err error) {
 	done, err := c.acquire(ctx)
 	if err != nil {

@@ -254,7 +254,7 @@ func (p packet) matches(rule listed) bool {
 	return valueOf(rule.args, "--ctstate") != "DNAT" || p.wasDNATed
 }
 
-// fakeLink and fakeFlows record their calls.
+// fakeLink is a link in memory.
 type fakeLink struct {
 	there bool
 	err   error

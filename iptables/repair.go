@@ -171,7 +171,8 @@ func repairSlot(ctx context.Context, t tables, st slotState) error {
 		return err
 	}
 	if now.inForce() != target || !now.generations[target].good {
-		// The other generation stays, so nothing is lost. The next Sync starts from the state it finds.
+		// The other generation stays in place, so the slot blocks at least as much as before. The next Sync reads the rules
+		// again and repairs them.
 		return fmt.Errorf("the jump to %s is no longer first, or the chain differs from what was just written: another program changes rules at the same time, or this iptables lists rules in an unknown form",
 			st.chain(target))
 	}

@@ -32,7 +32,7 @@ const (
 
 var errPath = errors.New("the path of the request is not well-formed")
 
-// maxPath bounds the path. The longest path of IMDS has fewer than 200 bytes.
+// maxPath bounds the path, in bytes. The paths in the documentation of IMDS have fewer than 200.
 const maxPath = 1024
 
 // normalize decodes a raw request path once and returns it in the form that is compared with the list of routes: "/"

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// complete returns the defaults with the values that have none.
+// complete returns the defaults, and values for the required settings that have no default.
 func complete() Config {
 	c := DefaultConfig()
 	c.Namespace = "podidentity-system"

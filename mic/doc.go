@@ -2,7 +2,8 @@
 // the VM or VMSS of their nodes, detaches them when no pod there needs them any more, and records in
 // AzureAssignedIdentity objects which pod has which identity.
 //
-// A machine is a VM or VMSS whose identities MIC changes. Work is keyed, in two queues. The reconcile of a pod derives from
+// A machine is a VM or VMSS whose identities MIC changes. Work is keyed, in three queues: pods, machines
+// and bindings. The reconcile of a pod derives from
 // its bindings what the pod needs, and alone writes the AzureAssignedIdentity objects of the pod. The reconcile of a machine
 // alone calls Azure for that machine, one update at a time; demands that come during an update are in the next one. Package
 // usage connects the two: it knows in memory which pod needs which identity on which machine. The work for an event depends

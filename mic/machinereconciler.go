@@ -131,7 +131,8 @@ func (r *machineReconciler) handleError(m *machine, err error) time.Duration {
 	return max(deniedBackoff.After(m.failures), e.RetryAfter)
 }
 
-// ensureIdentities checks a machine, and updates it until it has what the plan says.
+// ensureIdentities reads a machine and sends the updates that the plan requires. After a conflict it plans again, at most
+// maxConflicts times. The duration is when the machine must be reconciled again.
 func (r *machineReconciler) ensureIdentities(ctx context.Context, m *machine) (time.Duration, error) {
 	if err := m.loadLedger(ctx, r.ledgers); err != nil {
 		return 0, err

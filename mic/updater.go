@@ -18,9 +18,10 @@ import (
 )
 
 const (
-	// maxPause is the longest time between the start of the write of the ledger and the update. If the process is paused in
-	// that time, another process may become the leader, and assign to a pod what this process is about to detach.
-	maxPause = 5 * time.Second
+	// maxSendDelay is the longest time between the start of the write of the ledger and the update. If the process is paused or
+	// the write is slow, another process may become the leader meanwhile, and assign to a pod what this process is about to
+	// detach.
+	maxSendDelay = 5 * time.Second
 	// maxUpdateTime is how long an update that was sent, and whose result is not known, may be in progress.
 	maxUpdateTime = 20 * time.Minute
 )
@@ -158,9 +159,10 @@ func (u *updater) patch(ctx context.Context, m *machine, add, remove []string) e
 		m.usage.MarkUnknown()
 		return err
 	}
-	if time.Since(next.Update.Started) > maxPause {
+	if delay := time.Since(next.Update.Started); delay > maxSendDelay {
 		m.usage.MarkUnknown()
-		return fmt.Errorf("MIC did not send the update of %s, because it began to write the ledger %s ago; it reads the state of the machine again", m.resource.ID(), time.Since(next.Update.Started))
+		return fmt.Errorf("MIC did not send the update of %s: the write of the ledger took %s, more than %s, and another process may have become the leader; MIC reads the state of the machine again and retries",
+			m.resource.ID(), delay.Round(time.Millisecond), maxSendDelay)
 	}
 	u.log.Info("updating the identities of a machine", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.Strings("attach", add), zap.Strings("detach", remove))
 	op, err := u.arm.Begin(ctx, m.resource, m.azure, add, remove)
@@ -196,9 +198,9 @@ func (u *updater) handleSuccess(ctx context.Context, m *machine, state azure.Sta
 	return m.recordOutcome(ctx)
 }
 
-// handleFailure records a failed update. What Azure refused at once did not happen, and the ledger is written as before;
-// the outcome of an operation that began is what the machine has now. An update that may still be in progress stays in the
-// ledger, so that the next reconcile starts with it.
+// handleFailure records a failed update. If Azure refused the request, nothing was changed, and the ledger is written as it
+// was before. If an operation began and failed, the state of the machine is read and recorded. An update that may still be in
+// progress stays in the ledger, so that the next reconcile starts with it.
 func (u *updater) handleFailure(ctx context.Context, m *machine, op *azure.Operation, before ledger.Entries, err error) error {
 	if op != nil && op.Token() != "" || op == nil && mayHaveBegun(err) {
 		return err

@@ -82,8 +82,8 @@ func apiServerConfig(cfg Config) (*rest.Config, error) {
 }
 
 // run starts the parts in an order in which no pod can reach the real token endpoint: first the ports, then the rules, then
-// the caches. Requests wait until the caches are loaded. The watches stop when the context watching ends, which is after
-// the end of ctx.
+// the caches. Token requests wait for the caches, at most for PodLookupTimeout. The watches stop when the context watching
+// ends, which is after the last request has ended.
 func (a *agent) run(ctx, watching context.Context) error {
 	listeners, err := server.Listen(ctx, a.cfg.server(), a.capture.EnsureLink)
 	if err != nil {

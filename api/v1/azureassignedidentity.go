@@ -54,6 +54,7 @@ const (
 // +kubebuilder:printcolumn:name="AzureIdentity",type=string,JSONPath=`.spec.azureIdentityRef.metadata.name`
 // +kubebuilder:printcolumn:name="Node",type=string,JSONPath=`.spec.nodename`
 // +kubebuilder:printcolumn:name="Status",type=string,JSONPath=`.status.status`
+// +kubebuilder:printcolumn:name="Message",type=string,priority=1,JSONPath=`.status.message`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 type AzureAssignedIdentity struct {
 	metav1.TypeMeta `json:",inline"`

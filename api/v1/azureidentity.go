@@ -134,7 +134,8 @@ type AzureIdentitySpec struct {
 	// +optional
 	ADResourceID string `json:"adResourceID,omitempty"`
 
-	// ADEndpoint is the authority of a service principal, by default https://login.microsoftonline.com/.
+	// ADEndpoint is the https URL of Entra ID for an identity of type 1, 2 or 3. The default is --authority-host of NMI,
+	// which is https://login.microsoftonline.com/ unless it is set.
 	// +optional
 	ADEndpoint string `json:"adEndpoint,omitempty"`
 

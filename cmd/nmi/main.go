@@ -27,7 +27,8 @@ func main() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(60)
 	}
-	// With these the Azure SDK would look for a region, by way of the machine's metadata service, before each token.
+	// With AZURE_REGIONAL_AUTHORITY_NAME or MSAL_FORCE_REGION the Azure SDK uses a regional endpoint of Entra ID, and may ask
+	// IMDS for the region. NMI uses no regional endpoints.
 	for _, name := range []string{"AZURE_REGIONAL_AUTHORITY_NAME", "MSAL_FORCE_REGION"} {
 		_ = os.Unsetenv(name) // fails for no valid name
 	}

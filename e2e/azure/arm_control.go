@@ -8,9 +8,8 @@ import (
 	"time"
 )
 
-// The control API of ARM: its handlers, and the methods of the Client for them.
-// A machine is given by its ID or by the name of one of its nodes, an identity
-// by its client, object or resource ID.
+// This file contains the control API of the fake ARM: the HTTP handlers, and the methods of the Client that call them. A
+// request names a machine by its ID or by the name of one of its nodes, and an identity by its client, object or resource ID.
 
 type machineRequest struct {
 	Machine  string        `json:"machine"`

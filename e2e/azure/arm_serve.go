@@ -109,7 +109,8 @@ func apiVersionOf(query string) string {
 	return q["api-version"]
 }
 
-// recordResponse logs the request with its response.
+// recordResponse adds the request and its response to the log. It also finishes due operations, and counts the PATCH requests
+// in progress.
 func (a *ARM) recordResponse(x *armRequestContext, status int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -337,7 +337,7 @@ func (t topology) machineOf(ref string) string {
 	return ref
 }
 
-// resourceOf takes a client, object or resource ID of an identity.
+// resourceOf returns the resource ID of the identity with this client, object or resource ID. If there is none, it returns ref.
 func (d *directory) resourceOf(ref string) string {
 	d.mu.RLock()
 	defer d.mu.RUnlock()

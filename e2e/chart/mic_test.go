@@ -297,13 +297,13 @@ func TestMICUninstallsWithNMIAndByItself(t *testing.T) {
 func TestNotesExplainHowToWaitForMIC(t *testing.T) {
 	const rollout, plan = "deployment/podidentity-mic", "/usr/bin/mic plan"
 	for values, want := range map[string][]string{
-		"":                                {rollout, plan + " --cloudconfig=/etc/kubernetes/azure.json\n", "Virtual Machine Contributor", "but not MIC, which needs those of this chart", "and MIC\nclean up too"},
-		"mic: {cloudConfig: ''}":          {plan + "\n"},
-		"forceNamespaced: true":           {plan + " --cloudconfig=/etc/kubernetes/azure.json --force-namespaced\n"},
+		"":                                {rollout, plan + " --cloudconfig=/etc/kubernetes/azure.json --detach-delay=2m\n", "Virtual Machine Contributor", "but not MIC, which needs those of this chart", "and MIC\nclean up too"},
+		"mic: {cloudConfig: ''}":          {plan + " --detach-delay=2m\n"},
+		"forceNamespaced: true":           {plan + " --cloudconfig=/etc/kubernetes/azure.json --force-namespaced --detach-delay=2m\n"},
 		"nmi: {uninstall: true}":          {"rollout status -n default " + rollout, "helm uninstall"},
 		"mic: {uninstall: true}":          {"rollout status -n default " + rollout, "set operationMode to managed"},
 		"operationMode: managed":          nil,
-		"adminsecret: {useMSI: \"true\"}": {plan + "\n"},
+		"adminsecret: {useMSI: \"true\"}": {plan + " --detach-delay=2m\n"},
 	} {
 		text := standard(values)
 		if want == nil {

@@ -13,7 +13,8 @@ import (
 // kernels assign a number at boot. The check relies on it where /proc/1/ns/net cannot be read.
 const initialNetnsInode = 0xEFFFFFF9
 
-// ownNetns is the namespace that the program was started in. For a program that a user starts that is the host's own.
+// ownNetns is the inode number of the network namespace that the program was started in. If a user starts the program on the
+// host, it is the host's namespace.
 var ownNetns = netnsInode("/proc/self/ns/net")
 
 // ErrHostNetns is returned instead of entering the host's own network namespace.

@@ -41,8 +41,8 @@ func leaderChangesDuringUpdate(t *testing.T, l *testEnvironment) {
 	s.bind("later", "later", managed(later))
 	s.startPod("q", "later", "node1")
 	eventually(t, 30*time.Second, func() error {
-		if have := s.assignments("q"); len(have) != 1 {
-			return fmt.Errorf("MIC has not created the assignment of the second pod: %s", describe(have))
+		if have := s.assignments("q"); len(have) != 1 || have[0].Status.Status != v1.AssignmentCreated {
+			return fmt.Errorf("MIC has not created the assignment of the second pod and written its status: %s", describe(have))
 		}
 		return nil
 	})

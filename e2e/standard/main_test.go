@@ -57,9 +57,9 @@ var sequentialTests = []testCase{
 	{"MIC and NMI remove what they created", uninstall},
 }
 
-func TestInOneScaleSet(t *testing.T) { start(t, nil).run(t, parallelTests, sequentialTests) }
+func TestWithNodesInOneScaleSet(t *testing.T) { start(t, nil).run(t, parallelTests, sequentialTests) }
 
-func TestAsTwoVirtualMachines(t *testing.T) {
+func TestWithNodesInTwoVirtualMachines(t *testing.T) {
 	start(t, twoVMs).run(t, append(parallelTests, testCase{"a machine for which ARM does not answer delays no other", unresponsiveMachine}), sequentialTests)
 }
 

@@ -7,8 +7,8 @@ import (
 )
 
 // IsUnavailable reports whether a request failed because the API server cannot respond now. A retry can then succeed. It
-// returns false for a response that refuses the request. If an error does not contain a response of the API server, the
-// connection to the API server has failed.
+// returns false for a response that refuses the request. An error without a response of the API server counts as a failed
+// connection.
 func IsUnavailable(err error) bool {
 	if status := apierrors.APIStatus(nil); !errors.As(err, &status) {
 		return true

@@ -127,8 +127,8 @@ func classifyOperation(code, status string, named bool) Class {
 	return Unavailable
 }
 
-// contextError returns the context error in err, or nil. The messages of this package replace the text of err; callers
-// still need errors.Is.
+// contextError returns the context error that err wraps, or nil. [Error.Err] keeps it, so that errors.Is finds it although the
+// message does not contain err.
 func contextError(err error) error {
 	for _, known := range []error{context.Canceled, context.DeadlineExceeded} {
 		if errors.Is(err, known) {

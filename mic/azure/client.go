@@ -134,8 +134,8 @@ func positive(d, otherwise time.Duration) time.Duration {
 	return otherwise
 }
 
-// shouldRetry reports whether the SDK retries at once. It does not after a timeout: the next attempt would probably
-// time out too, while callers wait.
+// shouldRetry reports whether the SDK retries within the call. It does not retry after a timeout: the next attempt would
+// probably time out too, while callers wait.
 func shouldRetry(resp *http.Response, err error) bool {
 	if err != nil {
 		return !timedOut(err)

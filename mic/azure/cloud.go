@@ -31,7 +31,7 @@ func loadEnvironment(path string) (Environment, error) {
 	}
 	text, err := readFile(path)
 	if err != nil {
-		return e, fmt.Errorf("%w; set %s to a file that MIC may read", err, environmentFile)
+		return e, fmt.Errorf("%w; set %s to the path of a file that MIC can read, of at most 1 MiB", err, environmentFile)
 	}
 	if err := parse(text, &e); err != nil {
 		return e, fmt.Errorf("%s (%s) %w; correct it", path, environmentFile, err)

@@ -69,7 +69,7 @@ func LoadConfig(path string, getenv func(string) string) (Config, error) {
 		cfg.from = path
 		text, err := readFile(path)
 		if err != nil {
-			return Config{}, fmt.Errorf("%w; set --cloudconfig to a file that MIC may read, or to an empty value and configure MIC by environment variables", err)
+			return Config{}, fmt.Errorf("%w; set --cloudconfig to a file that MIC can read, or to an empty value and configure MIC by environment variables", err)
 		}
 		if err := parse(text, &cfg); err != nil {
 			return Config{}, fmt.Errorf("%s %w; correct it", path, err)
@@ -185,5 +185,5 @@ func parse(text []byte, into any) error {
 	if errors.As(json.Unmarshal(text, new(any)), &flaw) && bytes.HasPrefix(bytes.TrimSpace(text), []byte("{")) {
 		return fmt.Errorf("has a JSON syntax error in line %d", 1+bytes.Count(text[:min(int(flaw.Offset), len(text))], []byte("\n")))
 	}
-	return errors.New("is neither JSON nor YAML")
+	return errors.New("cannot be parsed as JSON or YAML")
 }

@@ -116,11 +116,11 @@ func TestAConfigurationThatCannotBeReadSaysWhichFileAndWhatToDo(t *testing.T) {
 		env           []string
 		contains      []string
 	}{
-		{"not there", "-", nil, []string{"no such file", "set --cloudconfig to a file that MIC may read"}},
+		{"not there", "-", nil, []string{"no such file", "set --cloudconfig to a file that MIC can read"}},
 		{"empty", " \n", nil, []string{"is empty; correct it"}},
 		{"broken JSON", "{\n\"cloud\": \"x\",\n\"aadClientSecret\": \"" + clientSecret + "\" oops\n}", nil, []string{"has a JSON syntax error in line 3; correct it"}},
 		{"half written", `{"aadClientSecret":"` + clientSecret, nil, []string{"has a JSON syntax error in line 1; correct it"}},
-		{"broken YAML", "aadClientSecret: *" + clientSecret + "\n", nil, []string{"is neither JSON nor YAML; correct it"}},
+		{"broken YAML", "aadClientSecret: *" + clientSecret + "\n", nil, []string{"cannot be parsed as JSON or YAML; correct it"}},
 		{"text", clientSecret, nil, []string{"is not a JSON object; correct it"}},
 		{"a list", `["` + clientSecret + `"]`, nil, []string{"is not a JSON object; correct it"}},
 		{"a secret that is a list", `{"aadClientSecret":["` + clientSecret + `"]}`, nil, []string{`has a value that is not a string in the field "aadClientSecret"; correct it`}},

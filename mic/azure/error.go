@@ -76,8 +76,8 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// NonRetriable keeps the Azure SDK from retrying: an *Error inside its pipeline is already the result of several
-// attempts.
+// NonRetriable keeps the Azure SDK from retrying. An *Error inside its pipeline is a failure to get a token, and the token
+// request has its own retries.
 func (e *Error) NonRetriable() {}
 
 // Maximum sizes of texts from outside, in bytes. A message of ARM about a missing permission has about 600 bytes, with

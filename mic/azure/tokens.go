@@ -121,4 +121,4 @@ func (t *tokens) requestToken(ctx context.Context, o policy.TokenRequestOptions)
 	return got, nil
 }
 
-var errExpiredToken = errors.New("the token in the response has already expired; check the clock of the node")
+var errExpiredToken = errors.New("the token in the response has expired or expires within a minute; check the clock of the node")

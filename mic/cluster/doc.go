@@ -8,7 +8,7 @@
 // An own write is a write that this process sent to the API server. The reconcile of a pod must see its own last writes.
 // Otherwise it creates an assignment twice, or writes an old status. [Cluster.AssignmentsOf] therefore returns the object
 // from the response to an own write until the watch delivers it. Package k8s.io/apimachinery/pkg/util/resourceversion
-// compares the resourceVersions. No library does the rest:
+// compares the resourceVersions. The rest is our own code, for these reasons:
 //
 //   - cache.MutationCache of client-go keeps a bounded number of writes and drops the oldest, so that in a burst of pods the
 //     guarantee is lost; with a bound above any burst, each lookup by index would go over all pending writes of the cluster.

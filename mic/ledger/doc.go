@@ -4,9 +4,9 @@
 //
 // What the package protects against:
 //
-//   - MIC detaches an identity that somebody else attached. MIC detaches only identities that the ledger contains.
-//   - MIC never detaches an identity that MIC attached. MIC writes the ledger before it sends an update, so the ledger
-//     contains every identity that MIC may have attached.
-//   - Two MICs that both act as the leader update one machine. Each write of a ledger requires the resourceVersion that
-//     MIC read, so the write of the second MIC fails before it sends an update.
+//   - Detaching what somebody else attached: MIC detaches only identities that the ledger contains.
+//   - Leaving what MIC attached: MIC writes the ledger before it sends an update, so the ledger contains every identity that
+//     MIC may have attached.
+//   - Updates of one machine by two MICs that both act as the leader: each write of a ledger requires the resourceVersion
+//     that MIC read, or that no ledger exists yet. The write of the second MIC therefore fails before it sends an update.
 package ledger

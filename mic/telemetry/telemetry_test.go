@@ -111,7 +111,7 @@ func TestTheResultOfAMachineIsLoggedWhenItChanges(t *testing.T) {
 	}{
 		{nil, nil},
 		{denied("request 1"), []string{"warn reconciling a machine failed; MIC retries"}},
-		{denied("request 2"), nil}, // the same failure
+		{denied("request 2"), nil}, // only the message differs
 		{errors.New("API server"), []string{"warn reconciling a machine failed; MIC retries"}},
 		{nil, []string{"info a machine is reconciled again without an error"}},
 		{nil, nil},

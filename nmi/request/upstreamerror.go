@@ -41,7 +41,7 @@ func upstreamError(d identity.Decision, err error) *metadata.Error {
 		return metadata.Throttled(identity.UpstreamThrottled, upstream+" throttles this node", e.RetryAfter)
 	}
 	if e.Status == 0 {
-		// No request was sent to Azure.
+		// NMI did not send the token request, so there is no response of Azure to pass on.
 		response := metadata.Forbidden(cmp.Or(e.Reason, identity.UpstreamRefused), e.Error())
 		response.Detail = e.Detail
 		return response

@@ -165,7 +165,7 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 			c.addUser(r, pod, e)
 			t := e.token
 			if e.renewal == nil && e.fetching == nil {
-				// No running pod used the token until now.
+				// The renewal stopped when the last pod that used the token was gone.
 				c.scheduleRenewal(r.Key, e, now)
 			}
 			c.mu.Unlock()

@@ -32,8 +32,9 @@ const (
 	// maxBytesReceived is how many bytes of responses a credential may receive before it is replaced. MSAL never forgets
 	// a token, although its cache is always bypassed here.
 	maxBytesReceived = 256 << 10
-	// invalidFor is the time in which NMI does not parse an invalid Secret again. A Secret with other content is another
-	// principal, so the result cannot change. Without this time an attacker could make NMI parse the same Secret repeatedly.
+	// invalidFor is the time in which NMI does not read and parse the invalid Secret of a principal again. A Secret with other
+	// content is another principal, so the result changes only when a certificate becomes valid. Without this time an
+	// attacker could make NMI parse the same Secret repeatedly.
 	invalidFor = time.Minute
 )
 

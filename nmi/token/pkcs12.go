@@ -53,7 +53,7 @@ type pkcs12Response struct {
 // whole process, so the process must not do anything else.
 func ParsePKCS12Main(stdin io.Reader, stdout io.Writer) error {
 	if err := limitProcess(); err != nil {
-		return fmt.Errorf("limiting the process: %w", err)
+		return fmt.Errorf("setting the resource limits of the process: %w", err)
 	}
 	var q pkcs12Request
 	if err := json.NewDecoder(io.LimitReader(stdin, pkcs12Message)).Decode(&q); err != nil {

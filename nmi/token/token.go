@@ -1,4 +1,5 @@
-// Package token gets tokens: it has the token sources, one file each, and the cache in front of them.
+// Package token gets tokens. It has the two token sources, IMDS and Entra ID, and the cache in front of them. What Entra ID
+// accepts as a credential (secret, certificate, assertion) has one file each.
 //
 // It protects against two things: a token that reaches a pod it was not issued for, and a node that sends Azure so many
 // requests that all pods on it are throttled. The cache knows nothing of the rights of pods: callers first authorize
@@ -59,7 +60,7 @@ func (r Ref) String() string { return r.Namespace + "/" + r.Name }
 // Key contains everything that decides which token a request gets. Only requests with equal keys share a token.
 type Key struct {
 	Principal
-	// Resource is the audience, byte for byte.
+	// Resource is the parameter resource of the request. It is compared as received, without normalization.
 	Resource string
 }
 

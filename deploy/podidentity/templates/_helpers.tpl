@@ -105,6 +105,7 @@ podidentity.io/mic: {{ include "podidentity.mic.name" . }}
 {{- with .Values.mic.immutableUserMSIs }}
 {{- $arguments = append $arguments (printf "--immutable-user-msis=%s" (join "," .)) }}
 {{- end }}
+{{- $arguments = append $arguments (printf "--detach-delay=%s" .Values.mic.detachDelay) }}
 {{- join " " $arguments }}
 {{- end }}
 

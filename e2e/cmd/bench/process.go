@@ -98,7 +98,7 @@ func parseMemory(status string) (now, peak float64, err error) {
 		}
 	}
 	if now == 0 || peak == 0 {
-		return 0, 0, fmt.Errorf("the memory of the process is not in its status: %.100q", status)
+		return 0, 0, fmt.Errorf("/proc/PID/status has no VmRSS or no VmHWM: %.100q", status)
 	}
 	return now, peak, nil
 }
@@ -119,7 +119,7 @@ const tick = time.Second / 100
 func parseCPU(stat []byte) (time.Duration, error) {
 	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
 	if len(fields) < 13 {
-		return 0, fmt.Errorf("the processor time of the process is not in its stat: %.100q", stat)
+		return 0, fmt.Errorf("/proc/PID/stat has too few fields: %.100q", stat)
 	}
 	var used time.Duration
 	for _, field := range fields[11:13] {
