@@ -31,6 +31,7 @@ func (c *control) handleARM(mux *http.ServeMux) {
 	}))
 	mux.HandleFunc("PUT /arm/state", forMachine(func(machine string, q machineRequest) error { return c.arm.SetProvisioningState(machine, q.State) }))
 	mux.HandleFunc("PUT /arm/delay", forMachine(func(machine string, q machineRequest) error { return c.arm.SetDelay(machine, q.Delay) }))
+	mux.HandleFunc("POST /arm/end", forMachine(func(machine string, _ machineRequest) error { return c.arm.EndOperations(machine) }))
 	mux.HandleFunc("POST /arm/attach", forMachine(func(machine string, q machineRequest) error {
 		return c.arm.Attach(machine, c.dir.resourceOf(q.Identity))
 	}))
@@ -97,6 +98,11 @@ func (c ARMClient) SetProvisioningState(ctx context.Context, ref, state string) 
 // delay removes the override.
 func (c ARMClient) SetDelay(ctx context.Context, ref string, d time.Duration) error {
 	return c.call(ctx, "PUT", "/arm/delay", machineRequest{Machine: ref, Delay: d}, nil)
+}
+
+// EndOperations ends the operations of a machine now, whatever their delay.
+func (c ARMClient) EndOperations(ctx context.Context, ref string) error {
+	return c.call(ctx, "POST", "/arm/end", machineRequest{Machine: ref}, nil)
 }
 
 // AttachTo attaches an identity to a machine immediately, as a manual change in

@@ -100,6 +100,23 @@ func TestAMachineCanHaveItsOwnDelay(t *testing.T) {
 	})
 }
 
+func TestOperationsEndBeforeTheirDelay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newTestARM(t, delayed(time.Hour))
+		began := a.patchSet(both, "+"+blue.ResourceID)
+		if s := a.poll(began); s.Status != "InProgress" {
+			t.Errorf("before: %+v", s)
+		}
+		a.must(a.EndOperations(setID))
+		if s, got := a.poll(began), a.get(setID); s.Status != "Succeeded" || got.names() != "blue red" || got.state() != "Succeeded" {
+			t.Errorf("after: %+v, %s, %s", s, got.names(), got.state())
+		}
+		if err := a.EndOperations(vmID + "2"); err == nil || !strings.Contains(err.Error(), "no machine") {
+			t.Errorf("an unknown machine: %v", err)
+		}
+	})
+}
+
 func TestAnOperationFailsByAFault(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newTestARM(t, delayed(20*time.Second))

@@ -116,7 +116,7 @@ func (v *tokenPoller) waitForTokens(n int) {
 		return v.tokens
 	}
 	from := count()
-	eventually(v.s.t, 60*time.Second, func() error {
+	eventually(v.s.t, reactionTimeout, func() error {
 		if got := count() - from; got < n {
 			return fmt.Errorf("received %d of %d tokens", got, n)
 		}

@@ -30,7 +30,7 @@ func (a podClient) waitForTokenOf(id azure.Identity, query ...string) {
 func (s *testNamespace) waitForOnlyAssignment(pod, identity string, id azure.Identity) (a v1.AzureAssignedIdentity) {
 	s.t.Helper()
 	a = s.waitUntilAssigned(pod, identity, id)
-	eventually(s.t, 30*time.Second, func() error {
+	eventually(s.t, reactionTimeout, func() error {
 		if have := s.assignments(pod); len(have) != 1 {
 			return fmt.Errorf("pod %s has %s", pod, describe(have))
 		}
@@ -50,7 +50,7 @@ func editedResourceID(t *testing.T, l *testEnvironment) {
 	respelled := managed(before)
 	respelled.ResourceID = strings.ToLower(respelled.ResourceID)
 	s.edit("app", respelled)
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, reactionTimeout, func() error {
 		if a := s.waitForOnlyAssignment("p", "app", before); a.Name != first.Name || a.Spec.AzureIdentityRef.Spec.ResourceID != respelled.ResourceID {
 			return fmt.Errorf("the same resource ID in other letter case must change the assignment and not replace it: %s", describe(s.assignments("p")))
 		}
@@ -89,7 +89,7 @@ func editedClientID(t *testing.T, l *testEnvironment) {
 	}
 	s.edit("app", managed(id))
 	(<-answers).mustBeOf(t, l, id)
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, reactionTimeout, func() error {
 		if a := s.waitForOnlyAssignment("p", "app", id); a.Name != assigned.Name || a.Spec.AzureIdentityRef.Spec.ClientID != id.ClientID {
 			return fmt.Errorf("the assignment does not have the new client ID: %s", describe(s.assignments("p")))
 		}
@@ -100,7 +100,7 @@ func editedClientID(t *testing.T, l *testEnvironment) {
 	}
 	s.edit("app", wrong)
 	p.http.Timeout = 2 * time.Second
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, reactionTimeout, func() error {
 		if a := p.ask(); a.status == 200 {
 			return fmt.Errorf("the pod still gets a token for the previous client ID: %s", a.raw)
 		}
@@ -116,7 +116,7 @@ func deletedBinding(t *testing.T, l *testEnvironment) {
 	p.waitForTokenOf(id)
 	deleted := time.Now()
 	must(t, l.kube.Delete(t.Context(), &v1.AzureIdentityBinding{ObjectMeta: s.meta("app")}))
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, reactionTimeout, func() error {
 		if a := p.ask(); a.status == 200 {
 			return fmt.Errorf("the pod still gets a token: %s", a.raw)
 		}

@@ -35,8 +35,11 @@ const (
 	// the start of the last one.
 	armDelay = 8 * time.Second
 	// updateTimeout is the longest time that anything may take that needs an update of a machine. Another update may have
-	// started just before, and other tests change the same machine at the same time.
-	updateTimeout = 120 * time.Second
+	// started just before, and other tests change the same machine at the same time. Both limits are for busy computers:
+	// they are several times what such a test takes on two idle cores.
+	updateTimeout = 4 * time.Minute
+	// reactionTimeout is the longest time that anything may take that needs no update of a machine.
+	reactionTimeout = 90 * time.Second
 
 	micName = "podidentity-mic"
 	// immutableClientID is the client ID of the identity that MIC is configured never to detach.
@@ -251,7 +254,7 @@ func (l *testEnvironment) lease(t *testing.T) string {
 // process in the same pod is another holder.
 func (l *testEnvironment) leader(t *testing.T, before string) (pod, holder string) {
 	t.Helper()
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, reactionTimeout, func() error {
 		holder = l.lease(t)
 		pod, _, _ = strings.Cut(holder, "_")
 		if pod == "" || holder == before {
@@ -269,7 +272,7 @@ func (l *testEnvironment) scaleMIC(t *testing.T, replicas int) {
 	must(t, l.kube.Get(t.Context(), client.ObjectKey{Namespace: cluster.ChartNamespace, Name: micName}, &mic))
 	patch := client.RawPatch("application/merge-patch+json", fmt.Appendf(nil, `{"spec":{"replicas":%d}}`, replicas))
 	must(t, l.kube.Patch(t.Context(), &mic, patch))
-	eventually(t, time.Minute, func() error {
+	eventually(t, reactionTimeout, func() error {
 		pods, err := l.micPods(t.Context())
 		if err != nil || len(pods) != replicas {
 			return fmt.Errorf("MIC has %d pods (%v)", len(pods), err)
@@ -293,7 +296,7 @@ func isReady(p *corev1.Pod) bool {
 func (l *testEnvironment) httpClient(t *testing.T, namespace, pod string) *http.Client {
 	t.Helper()
 	var netns *os.File
-	eventually(t, 60*time.Second, func() (err error) {
+	eventually(t, reactionTimeout, func() (err error) {
 		netns, err = l.PodNetns(t.Context(), namespace, pod)
 		return err
 	})

@@ -37,7 +37,7 @@ func (l *testEnvironment) newNamespace(t *testing.T) *testNamespace {
 		}
 		_ = l.kube.Delete(context.Background(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: s.name}})
 	})
-	eventually(t, time.Minute, func() error { // without it, the API server refuses pods
+	eventually(t, reactionTimeout, func() error { // without it, the API server refuses pods
 		return l.kube.Get(t.Context(), client.ObjectKey{Namespace: s.name, Name: "default"}, new(corev1.ServiceAccount))
 	})
 	return s
