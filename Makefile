@@ -13,7 +13,7 @@ export CGO_ENABLED := 0
 
 .DEFAULT_GOAL := help
 .PHONY: help build cross check format lint unit values race random chart arm64 generate verify-generated \
-	e2e e2e-cluster e2e-managed e2e-standard programs test prerequisites demo bench cluster-up cluster-down fuzz clean
+	e2e e2e-cluster e2e-managed e2e-standard programs test prerequisites demo bench chaos cluster-up cluster-down fuzz clean
 
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -131,6 +131,9 @@ verify-generated: bin/controller-gen ## check that generated files are up to dat
 
 prerequisites: ## install the Debian packages that the tests need on this computer
 	sh e2e/prerequisites.sh
+
+chaos: bin/cluster ## what takes long and rarely fails: the API server is down for five minutes while pods request tokens
+	$(GOTEST) e2e -timeout 40m -run APIServerIsDown -outage 5m .
 
 fuzz: ## run each fuzz target for FUZZ (10m), and SEQUENCES (100000) new random sequences of events for MIC
 	$(GO) -C e2e test ./mic -run RandomSequences -fresh -sequences $(SEQUENCES) -timeout 0

@@ -17,22 +17,15 @@ func TestNoPathAndNoHeaderBypassesTheDecision(t *testing.T) {
 	must(t, fakeAzure.ResetLog(t.Context()))
 	const query = "?api-version=2018-02-01&resource=https://vault.azure.net"
 	named := query + "&client_id=" + id.ClientID
-	paths, headers := attackPaths(query, named), attackHeaders(named)
-	for _, path := range paths {
-		for _, h := range headers {
-			target := "http://169.254.169.254/" + strings.TrimPrefix(path, "/")
-			args := append([]string{"-g"}, h...)
-			if strings.HasPrefix(path, `\`) {
-				args = append(args, "--request-target", path, "http://169.254.169.254/")
-			} else {
-				args = append(args, target)
-			}
-			a := s.curl("attacker", args...)
+	attacker, requests := s.rawClient("attacker"), attackRequests(named)
+	for _, path := range attackPaths(query, named) {
+		for _, h := range requests {
+			a := attacker.sendText(h.method + " " + path + " HTTP/1.1\r\n" + h.rest)
 			if a.token() != "" || strings.Contains(a.raw, "eyJ") || strings.Contains(a.raw, azure.ForbiddenMark) {
-				t.Errorf("%s with %q returned %s", path, h, a.raw)
+				t.Errorf("%s with %+v returned %s", path, h, a.raw)
 			}
 			if a.status < 400 && !strings.HasPrefix(path, "/metadata/instance?") {
-				t.Errorf("%s with %q: status %d %s", path, h, a.status, a.raw)
+				t.Errorf("%s with %+v: status %d %s", path, h, a.status, a.raw)
 			}
 		}
 	}
@@ -80,16 +73,21 @@ func attackPaths(query, named string) []string {
 	}
 }
 
-// attackHeaders are the headers with which each path is tried.
-func attackHeaders(named string) [][]string {
-	return [][]string{
-		{"-H", "Metadata: true"},
-		{"-H", "Metadata:true", "-X", "POST", "-d", "x"},
-		{"-H", "Metadata: true", "-H", "X-Forwarded-For: 10.10.0.11"},
-		{"-H", "Metadata: true", "-H", "X-Original-URL: /metadata/identity/oauth2/token", "-H", "X-Rewrite-URL: /metadata/identity/oauth2/token"},
-		{"-H", "Metadata: true", "-H", "Host: 169.254.169.254:80", "-H", "podns: kube-system", "-H", "podname: x"},
-		{"-H", "Metadata: true", "-H", "Transfer-Encoding: chunked", "-X", "GET", "-d", "GET /metadata/identity/oauth2/token" + named + " HTTP/1.1\r\n\r\n"},
-		{},
+// attackRequest is a request without its path. rest begins with the headers.
+type attackRequest struct{ method, rest string }
+
+// attackRequests are the requests with which each path is tried.
+func attackRequests(named string) []attackRequest {
+	const host, metadata = "Host: 169.254.169.254\r\n", "Metadata: true\r\n"
+	smuggled := "GET /metadata/identity/oauth2/token" + named + " HTTP/1.1\r\n\r\n"
+	return []attackRequest{
+		{"GET", host + metadata + "\r\n"},
+		{"POST", host + metadata + "Content-Length: 1\r\n\r\nx"},
+		{"GET", host + metadata + "X-Forwarded-For: 10.10.0.11\r\n\r\n"},
+		{"GET", host + metadata + "X-Original-URL: /metadata/identity/oauth2/token\r\nX-Rewrite-URL: /metadata/identity/oauth2/token\r\n\r\n"},
+		{"GET", "Host: 169.254.169.254:80\r\n" + metadata + "podns: kube-system\r\npodname: x\r\n\r\n"},
+		{"GET", host + metadata + fmt.Sprintf("Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", len(smuggled), smuggled)},
+		{"GET", host + "\r\n"},
 	}
 }
 

@@ -1,9 +1,11 @@
 package e2e
 
 import (
+	"bufio"
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"regexp"
 	"slices"
@@ -22,7 +24,7 @@ import (
 type rawClient struct {
 	t      *testing.T
 	client *http.Client
-	dial   func() error // opens a connection and closes it again
+	dial   func() (net.Conn, error)
 }
 
 func (s *testNamespace) rawClient(pod string) *rawClient {
@@ -35,13 +37,28 @@ func (s *testNamespace) rawClient(pod string) *rawClient {
 		Timeout:       30 * time.Second,
 		Transport:     &http.Transport{DialContext: dial, DisableKeepAlives: true, DisableCompression: true},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}, func() error {
-		conn, err := dial(s.t.Context(), "tcp", "169.254.169.254:80")
-		if err != nil {
-			return err
-		}
-		return conn.Close()
-	}}
+	}, func() (net.Conn, error) { return dial(s.t.Context(), "tcp", "169.254.169.254:80") }}
+}
+
+// sendText sends a request byte for byte. The status is 0 if there is no response.
+func (w *rawClient) sendText(request string) answer {
+	w.t.Helper()
+	conn, err := w.dial()
+	must(w.t, err)
+	defer conn.Close()
+	must(w.t, conn.SetDeadline(time.Now().Add(30*time.Second)))
+	_, err = io.WriteString(conn, request)
+	must(w.t, err)
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return answer{raw: err.Error()}
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	must(w.t, err)
+	a := answer{status: resp.StatusCode, raw: string(body), body: map[string]string{}}
+	_ = json.Unmarshal(body, &a.body)
+	return a
 }
 
 // rawResponse is a response with its headers and duration.
@@ -120,7 +137,9 @@ func TestJavaClientsDetectIMDSByATCPConnection(t *testing.T) {
 	w := s.rawClient("p")
 	for range 10 {
 		start := time.Now()
-		must(t, w.dial())
+		conn, err := w.dial()
+		must(t, err)
+		must(t, conn.Close())
 		if took := time.Since(start); took > time.Second {
 			t.Errorf("connecting took %s", took)
 		}

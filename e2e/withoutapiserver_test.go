@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"flag"
 	"fmt"
 	"net/http"
 	"strings"
@@ -12,6 +13,8 @@ import (
 
 // The name of this file makes these tests the last ones: after a minute without the API server, the cluster's own
 // components need another minute until pods start on all nodes again.
+
+var outage = flag.Duration("outage", 20*time.Second, "how long the API server is stopped under load; make chaos sets it")
 
 func TestPodsWithEachTypeOfIdentityGetTokensWhileTheAPIServerIsDown(t *testing.T) {
 	s := newNamespace(t)
@@ -54,7 +57,7 @@ func TestKnownPodsGetTokensWhileTheAPIServerIsDown(t *testing.T) {
 	l.waitForTokens(t, 10, 20*time.Second)
 	must(t, testCluster.StopAPIServer(t.Context()))
 	stopped := time.Now()
-	for time.Since(stopped) < time.Minute {
+	for time.Since(stopped) < *outage {
 		l.waitForTokens(t, 1, 15*time.Second)
 	}
 	downtime := time.Since(stopped)
