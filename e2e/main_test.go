@@ -296,17 +296,7 @@ func (s *testNamespace) mustBeRefused(a answer, status int, reason string) {
 // computer everything takes longer, and only a test that fails waits that long.
 func eventually(t *testing.T, within time.Duration, check func() error) {
 	t.Helper()
-	deadline := time.Now().Add(within)
-	for {
-		err := check()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("still not true after %s: %v", within, err)
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
+	must(t, cluster.Retry(within, check))
 }
 
 // checkNoPodReachedIMDS checks that no packet of a pod has reached the fake IMDS since the counts of the fake Azure were

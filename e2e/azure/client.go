@@ -99,23 +99,11 @@ func (c *Client) AddApp(ctx context.Context, a App) error {
 	return c.call(ctx, "PUT", "/apps", a, nil)
 }
 
-// RemoveApp deletes an application. An unknown one is not an error.
-func (c *Client) RemoveApp(ctx context.Context, clientID string) error {
-	return c.call(ctx, "DELETE", "/apps", detachRequest{ID: clientID}, nil)
-}
-
 // AddFederated adds a federated credential to an application or a user-assigned
 // identity: tokens of another issuer authenticate it. It replaces one with the
 // same issuer and subject.
 func (c *Client) AddFederated(ctx context.Context, clientID string, f FederatedCredential) error {
 	return c.call(ctx, "PUT", "/federated", federatedRequest{clientID, f}, nil)
-}
-
-// RemoveFederated removes a federated credential. One that does not exist is not
-// an error.
-func (c *Client) RemoveFederated(ctx context.Context, clientID, issuer, subject string) error {
-	return c.call(ctx, "DELETE", "/federated", federatedRequest{clientID,
-		FederatedCredential{Issuer: issuer, Subject: subject, JWKS: json.RawMessage("null")}}, nil)
 }
 
 // Set sets switches: all of them or, if one is invalid, none. "reset": "all"

@@ -204,19 +204,3 @@ func NodeNetns(node string) (string, error) {
 	}
 	return "", fmt.Errorf("there is no node %q; the nodes are %s", node, strings.Join(names, " and "))
 }
-
-// NodePID returns the first process of a node. The node ends with it.
-func (n NetworkNamespaces) NodePID(node string) (int, error) {
-	if _, err := NodeNetns(node); err != nil {
-		return 0, err
-	}
-	s, err := running()
-	if err != nil {
-		return 0, err
-	}
-	p := s.Processes[node]
-	if !p.alive() {
-		return 0, fmt.Errorf("node %s is not running", node)
-	}
-	return p.PID, nil
-}

@@ -123,17 +123,7 @@ func must(t *testing.T, err error) {
 // eventually calls check until it returns nil. It fails the test after the time limit.
 func eventually(t *testing.T, within time.Duration, check func() error) {
 	t.Helper()
-	deadline := time.Now().Add(within)
-	for {
-		err := check()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("still not true after %s: %v", within, err)
-		}
-		time.Sleep(200 * time.Millisecond)
-	}
+	must(t, cluster.Retry(within, check))
 }
 
 // identity returns the IDs of the nth identity. It does not create the identity.
