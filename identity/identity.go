@@ -7,6 +7,8 @@
 // It protects against a pod that gets an identity that is not bound to it. A doubtful case (two bindings that disagree,
 // a binding whose identity does not exist, an invalid identity) is refused with the names of the objects; the package
 // never guesses. Text that the client chooses can only narrow the set of identities that the cluster's objects allow.
+//
+// The package also has the list of all reason codes of NMI, with the cause and the remedy of each for the documents.
 package identity
 
 import (

@@ -1,4 +1,5 @@
-// Package iptables captures the instance metadata traffic of a node's pods and redirects it to the node server.
+// Package iptables captures the instance metadata traffic of a node's pods and redirects it to NMI, which this package
+// calls the node server.
 //
 // # What it protects against
 //

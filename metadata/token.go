@@ -1,5 +1,6 @@
 // Package metadata implements the protocol of the Azure Instance Metadata Service (IMDS): it parses a pod's request
-// strictly, and writes a token, an error or the response of IMDS in the form that client libraries expect.
+// strictly, and writes a token, an error or the response of IMDS in the form that client libraries expect. It also parses
+// requests to /host/token, with which programs of the node request tokens for a pod, as in AAD Pod Identity.
 //
 // It protects against requests that NMI and IMDS or Entra ID interpret differently: NMI authorizes one meaning, and the other
 // service responds to another. A path is decoded once and compared with a short list. Repeated parameters are refused.

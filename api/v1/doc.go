@@ -14,7 +14,7 @@
 //   - Every field that is read has a JSON type in the schema, in the copies too: a single object that does not decode would
 //     make a client's whole list fail.
 //
-// The package imports only k8s.io/apimachinery and k8s.io/api/core/v1, so that the node server stays small.
+// The package imports only k8s.io/apimachinery and k8s.io/api/core/v1, so that NMI stays small.
 //
 // +kubebuilder:object:generate=true
 // +groupName=aadpodidentity.k8s.io

@@ -160,7 +160,7 @@ func (a *armState) SetDelay(id string, d time.Duration) error {
 
 // EndOperations ends the operations of a machine now, whatever their delay. The entries of their PATCH requests in the log keep
 // the end that was expected.
-func (a *armState) EndOperations(id string) error {
+func (a *ARM) EndOperations(id string) error {
 	return a.change(id, func(m *armMachine) error {
 		for len(m.operations) > 0 {
 			m.operations[0].end = a.o.Now()

@@ -1,5 +1,6 @@
 // Package kube is what NMI and MIC both need to work with the API server: client configuration, REST clients that know
-// few types, and informers whose objects are trimmed to what is read. It protects the memory of the node: a client for
+// few types, informers whose objects are trimmed to what is read, and whether an error means that the API server cannot respond.
+// It protects the memory of the node: a client for
 // all of Kubernetes and whole objects would take several times as much.
 package kube
 
