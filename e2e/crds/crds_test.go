@@ -50,7 +50,7 @@ func TestPrinterColumns(t *testing.T) {
 	want := map[string][]string{
 		"AzureIdentity":             {"Type", "ClientID", "ResourceID", "TenantID", "Age"},
 		"AzureIdentityBinding":      {"AzureIdentity", "Selector", "Age"},
-		"AzureAssignedIdentity":     {"Pod", "PodNamespace", "AzureIdentity", "Node", "Status", "Age"},
+		"AzureAssignedIdentity":     {"Pod", "PodNamespace", "AzureIdentity", "Node", "Status", "Message", "Age"},
 		"AzurePodIdentityException": {"PodLabels", "Age"},
 	}
 	for kind, resource := range loadResources(t) {
