@@ -25,7 +25,7 @@ func newAPIClient(pki, netns string) (*apiClient, error) {
 	if err != nil {
 		return nil, fmt.Errorf("loading the admin's kubeconfig: %w", err)
 	}
-	config.Dial = DialFrom(netns, nil)
+	config.Dial, config.QPS = DialFrom(netns, nil), -1
 	client, err := kubernetes.NewForConfig(config)
 	if err != nil {
 		return nil, fmt.Errorf("making a client of the API server: %w", err)

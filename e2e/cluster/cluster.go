@@ -49,7 +49,7 @@ type Cluster struct {
 
 func newCluster(bin Binaries, logDir string, progress func(string)) *Cluster {
 	admin := Admin{bin}
-	return &Cluster{Admin: admin, NetworkNamespaces: NetworkNamespaces{admin}, bin: bin, logDir: logDir, progress: progress}
+	return &Cluster{Admin: admin, NetworkNamespaces: newNetworkNamespaces(), bin: bin, logDir: logDir, progress: progress}
 }
 
 // Start builds what is missing and starts a cluster. The cluster belongs to this process: it ends with Stop, or when the

@@ -2,7 +2,6 @@ package cluster
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -11,29 +10,30 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// NetworkNamespaces runs programs in the network namespaces of nodes and pods.
-type NetworkNamespaces struct{ admin Admin }
-
-// podInfo contains the fields of a pod that are needed to find its processes.
-type podInfo struct {
-	Metadata struct{ UID string }
-	Spec     struct {
-		NodeName    string
-		HostNetwork bool
-	}
-	Status struct{ Phase, PodIP string }
+// NetworkNamespaces runs programs in the network namespaces of nodes and pods. Tests call it often, so it asks the API server
+// itself: a kubectl process takes a quarter of a second of a CPU.
+type NetworkNamespaces struct {
+	api func() (*apiClient, error)
 }
 
-func (n NetworkNamespaces) pod(ctx context.Context, namespace, name string) (podInfo, error) {
-	var pod podInfo
-	out, err := n.admin.Kubectl(ctx, "--namespace", namespace, "get", "pod", name, "--output", "json")
+func newNetworkNamespaces() NetworkNamespaces {
+	return NetworkNamespaces{sync.OnceValues(func() (*apiClient, error) { return newAPIClient(pkiDir, netnsPath(controlPlaneNetns)) })}
+}
+
+func (n NetworkNamespaces) pod(ctx context.Context, namespace, name string) (*corev1.Pod, error) {
+	api, err := n.api()
 	if err != nil {
-		return pod, fmt.Errorf("getting pod %s/%s: %w", namespace, name, err)
+		return nil, err
 	}
-	if err := json.Unmarshal([]byte(out), &pod); err != nil {
-		return pod, fmt.Errorf("reading pod %s/%s: %w", namespace, name, err)
+	pod, err := api.CoreV1().Pods(namespace).Get(ctx, name, metav1.GetOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("getting pod %s/%s: %w", namespace, name, err)
 	}
 	return pod, nil
 }
@@ -44,7 +44,7 @@ func (n NetworkNamespaces) PodPIDs(ctx context.Context, namespace, name string) 
 	if err != nil {
 		return nil, err
 	}
-	return podProcesses(pod.Metadata.UID)
+	return podProcesses(string(pod.UID))
 }
 
 // podProcesses finds processes by the pod's cgroup, whose name the kubelet derives from the UID. Nothing else on the host
@@ -88,7 +88,7 @@ func (n NetworkNamespaces) PodNetns(ctx context.Context, namespace, name string)
 	if pod.Status.PodIP == "" {
 		return nil, fmt.Errorf("pod %s/%s has no address yet (its phase is %s)", namespace, name, pod.Status.Phase)
 	}
-	pids, err := podProcesses(pod.Metadata.UID)
+	pids, err := podProcesses(string(pod.UID))
 	if err != nil {
 		return nil, err
 	}
@@ -106,13 +106,13 @@ func (n NetworkNamespaces) PodNetns(ctx context.Context, namespace, name string)
 
 // openPodNetns returns nil without an error if the process has ended or is not in the pod's network: runc sets up a
 // container with processes that are in the pod's cgroup a moment before they are in its namespaces.
-func openPodNetns(pid int, pod podInfo) (*os.File, error) {
+func openPodNetns(pid int, pod *corev1.Pod) (*os.File, error) {
 	file, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
 	if err != nil {
 		return nil, nil //nolint:nilerr // see above
 	}
 	// The open file pins the namespace. The process must still have been in the pod when the file was opened.
-	still, err := podProcesses(pod.Metadata.UID)
+	still, err := podProcesses(string(pod.UID))
 	if err != nil || !slices.Contains(still, pid) {
 		file.Close()
 		return nil, err

@@ -2,4 +2,4 @@
 
 package mic
 
-const defaultSequences = 10_000
+const defaultSequences = 4_000
