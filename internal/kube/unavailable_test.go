@@ -3,6 +3,7 @@ package kube
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"testing"
 
@@ -25,6 +26,8 @@ func TestOnlyAServerThatCannotRespondIsUnavailable(t *testing.T) {
 		{apierrors.NewForbidden(resource, "x", nil), false},
 		{apierrors.NewResourceExpired("too old"), false},
 		{apierrors.NewNotFound(resource, "x"), false},
+		{fmt.Errorf("watching: %w", apierrors.NewForbidden(resource, "x", nil)), false},
+		{fmt.Errorf("watching: %w", apierrors.NewServiceUnavailable("starting")), true},
 	} {
 		if got := IsUnavailable(c.err); got != c.unavailable {
 			t.Errorf("%v: %t", c.err, got)
