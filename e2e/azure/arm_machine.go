@@ -162,8 +162,16 @@ func (a *armState) SetDelay(id string, d time.Duration) error {
 // the end that was expected.
 func (a *ARM) EndOperations(id string) error {
 	return a.change(id, func(m *armMachine) error {
+		now := a.o.Now()
 		for len(m.operations) > 0 {
-			m.operations[0].end = a.o.Now()
+			o := m.operations[0]
+			o.end = now
+			if o.delta != nil {
+				for key, added := range o.delta.add {
+					added.since = now
+					o.delta.add[key] = added
+				}
+			}
 			a.finish(m)
 		}
 		return nil

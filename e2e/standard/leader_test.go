@@ -69,7 +69,7 @@ func leaderChangesDuringUpdate(t *testing.T, l *testEnvironment) {
 			must(t, l.cloud.EndOperations(t.Context(), "node1"))
 		}
 		if a.status != 200 && (a.status != 503 || a.body["reason"] != "assignment_pending" || a.header.Get("Retry-After") != "5") {
-			t.Errorf("a pod whose identity is being attached receives %d %v %s", a.status, a.header, a.raw)
+			t.Fatalf("a pod whose identity is being attached receives %d %v %s", a.status, a.header, a.raw)
 		}
 		return a.isOf(l, id)
 	})
