@@ -1,4 +1,4 @@
-# What users and CI call. `make help` lists it.
+# The targets that users and CI call. `make help` lists most of them.
 
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
@@ -25,7 +25,7 @@ cross: ## build bin/ARCH/nmi and bin/ARCH/mic for amd64 and arm64
 	for arch in amd64 arm64; do \
 		GOARCH=$$arch $(GO) build -ldflags "$(LDFLAGS)" -o bin/$$arch/ ./cmd/... || exit 1; done
 
-# The modules of Kubernetes are downloaded while bin/cluster compiles. With GOGC the compiler takes less processor time.
+# The modules of Kubernetes are downloaded while bin/cluster compiles. GOGC=200 reduces the CPU time of the compiler.
 bin/cluster: FORCE
 	@$(GO) -C e2e/cluster/binaries mod download & \
 		GOGC=200 $(GO) -C e2e build -o ../bin/cluster ./cmd/cluster; status=$$?; wait; exit $$status
@@ -104,9 +104,9 @@ e2e-managed: bin/cluster # NMI without MIC
 e2e-standard: bin/cluster # NMI and MIC
 	$(GOTEST) e2e -timeout 40m ./standard
 
-# e2e-standard mostly waits for the fake Azure, so the steps that need no cluster run at the same time. Two clusters at a
-# time take longer than one after the other: on two cores the load tests of one keep the other from starting pods in time.
-# make runs both, and not a background job of the shell, which would go on after an interrupt.
+# e2e-standard mostly waits for the fake Azure, so the steps that need no cluster run at the same time. Two clusters at
+# the same time take longer than one after the other: on two cores the load tests of one delay the pods of the other
+# too much. `make -j2` runs both groups of steps: a background job of the shell would continue after an interrupt.
 WITHOUT_CLUSTER := lint verify-generated arm64 values chart race random
 WITH_CLUSTER := e2e-cluster e2e-managed
 steps = (for step in $(1); do sh .ci/step.sh $$step $(MAKE) --no-print-directory $$step || exit 1; done)

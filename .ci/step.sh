@@ -3,8 +3,8 @@
 # step.sh --start          forgets the steps of the previous run
 # step.sh --table          prints the recorded steps, then the last lines of a failed one
 #
-# The records are in $STEP_RECORDS, one file a step: start, seconds, CPU seconds, result. The CPU seconds include all
-# programs that the step started and waited for.
+# The records are in $STEP_RECORDS (default bin/steps), one file for each step: start, seconds, CPU seconds, result,
+# name. The CPU seconds include all programs that the step started and waited for.
 set -eu
 steps=${STEP_RECORDS:-bin/steps}
 

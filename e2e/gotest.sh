@@ -3,8 +3,8 @@
 # cannot run has shown nothing. It prints failures, the tests' own output, the slowest tests, and again the messages of
 # each failed test, on one line each: CI shows only the end of its output.
 #
-# -count=1: Go caches the result of a test by the Go files that it depends on, and charts, programs and the kernel are
-# none. -vet=off: `make lint` vets.
+# -count=1: the tests depend on charts, programs and the kernel, and Go's cache of test results does not notice when
+# those change. -vet=off: `make lint` runs vet.
 set -u
 go=$1 folder=$2
 shift 2

@@ -20,7 +20,8 @@ type Assignment struct {
 	ResourceID string
 
 	PodNamespace, PodName string
-	// PodUID is the UID of the pod that owns the object. Objects of AAD Pod Identity have no owner.
+	// PodUID is the UID of the pod that owns the AzureAssignedIdentity. It is empty for objects of AAD Pod Identity, which
+	// have no owner.
 	PodUID string
 
 	State State
@@ -28,8 +29,9 @@ type Assignment struct {
 	Message string
 }
 
-// Covers reports whether the assignment is for this pod and the current version of this identity. It is not if it was
-// created for an earlier pod of the same name, or before the resource ID of the identity changed.
+// Covers reports whether the assignment is for this pod and the current version of this identity. An assignment does
+// not cover a later pod of the same name, except if it has no owner and therefore no UID to compare. It does not cover
+// the identity after a change of its type or, for UserAssigned, of its resource ID.
 func (a Assignment) Covers(pod Pod, i *Identity) bool {
 	return a.PodName == pod.Name && a.PodNamespace == pod.Namespace && (a.PodUID == "" || a.PodUID == pod.UID) &&
 		a.IdentityName == i.Name && a.IdentityNamespace == i.Namespace && a.Kind == i.Kind &&

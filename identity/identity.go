@@ -4,9 +4,10 @@
 // functions over plain values: no I/O, no clock, no log. The same input has the same result everywhere, and the result has
 // a [Reason] that is spelled the same in the HTTP error, the log and the metrics.
 //
-// It protects against a pod that gets an identity that is not bound to it. A doubtful case (two bindings that disagree,
-// a binding whose identity does not exist, an invalid identity) is refused with the names of the objects; the package
-// never guesses. Text that the client chooses can only narrow the set of identities that the cluster's objects allow.
+// It protects against a pod that gets an identity that is not bound to it. A doubtful case (several bound identities of
+// which the request names none, bindings none of whose identities exists, an invalid identity) is refused with the
+// names of the objects; the package never guesses. Text that the client chooses can only narrow the set of identities
+// that the cluster's objects allow.
 //
 // The package also has the list of all reason codes of NMI, with the cause and the remedy of each for the documents.
 package identity
@@ -46,7 +47,7 @@ const (
 // Rules are the settings of the installation that affect the decision.
 type Rules struct {
 	Mode Mode
-	// ForceNamespaced restricts bindings to their own namespace in standard mode too.
+	// ForceNamespaced restricts each binding to pods of its own namespace. Managed mode always does.
 	ForceNamespaced bool
 	// AllowCrossNamespaceSecrets allows an identity to name a Secret in another namespace. Users who may create
 	// identities can then use every Secret that NMI may read.
@@ -124,7 +125,7 @@ func (i Identity) sameCredential(o Identity) bool {
 	case Federated:
 		return strings.EqualFold(i.TenantID, o.TenantID) && i.ADEndpoint == o.ADEndpoint
 	}
-	return false // each has its own Secret
+	return false // two service principals always count as different: their Secrets are not compared
 }
 
 // Binding is an AzureIdentityBinding.
@@ -152,7 +153,7 @@ type Facts struct {
 type Outcome int
 
 const (
-	Refused Outcome = iota // permanently, until the objects change
+	Refused Outcome = iota // a retry is refused too, until the objects change
 	Pending                // not yet granted; the caller can wait
 	Granted
 )

@@ -60,7 +60,7 @@ var (
 	elsewhere = Facts{Bindings: []Binding{bind("b", "x", "app")}, Identities: []Identity{id("b", "x", clientA)}}
 )
 
-// assigned adds to the facts one an assignment of its identity for each change.
+// assigned returns the facts of the variable one, with one assignment of its identity for each change.
 func assigned(changes ...func(*Assignment)) Facts {
 	f := one
 	for _, change := range changes {
@@ -326,8 +326,9 @@ func TestAnAssignmentIsReadFromItsObject(t *testing.T) {
 	}
 }
 
-// For no input the decision grants an identity that is not bound to the pod by an equal selector in an
-// allowed namespace, or in standard mode one that is not assigned to this very pod as it is now.
+// FuzzDecide checks for all inputs that a granted identity is bound to the pod by an equal selector in an allowed
+// namespace. In standard mode the identity must also be assigned: to the pod with this UID (or by an object without an
+// owner), and with the current type and resource ID of the identity.
 func FuzzDecide(f *testing.F) {
 	assigned, uid := string(StateAssigned), "uid-of-p"
 	f.Add("a", "app", "a", "x", "app", clientA, clientA, false, "", "", "", 0)

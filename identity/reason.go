@@ -37,7 +37,8 @@ const (
 	ClientGone       Reason = "client_gone"
 )
 
-// Reasons after the decision: the credential and the source of the token.
+// Reasons after the decision: the credential and the source of the token. Forwarding is for requests without a
+// decision.
 const (
 	SecretMissing           Reason = "secret_missing"
 	SecretUnreadable        Reason = "secret_unreadable"

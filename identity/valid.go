@@ -26,7 +26,8 @@ func (i Identity) Problem() string {
 	return ""
 }
 
-// maxAuxiliaryTenants bounds the number of tokens for one request.
+// maxAuxiliaryTenants bounds how many tokens one request needs: one for the home tenant and one for each auxiliary
+// tenant.
 const maxAuxiliaryTenants = 10
 
 // entraProblem is Problem for the types that request tokens from Entra ID directly.
@@ -110,8 +111,8 @@ func isGUID(s string) bool {
 	return true
 }
 
-// userAssignedForm has the segments of the resource ID of a user-assigned managed identity; "" is a name. Azure ignores
-// the case of IDs.
+// userAssignedForm has the segments of the resource ID of a user-assigned managed identity; "" matches any name that is
+// not empty. Azure ignores the case of IDs.
 var userAssignedForm = [...]string{"subscriptions", "", "resourcegroups", "", "providers", "Microsoft.ManagedIdentity", "userAssignedIdentities", ""}
 
 func isUserAssignedID(id string) bool {

@@ -7,9 +7,9 @@ import (
 	"strings"
 )
 
-// Backend is one of the two iptables back ends of the kernel. The kernel evaluates both, so capture works in either. It
-// uses the one with the other rules of the node, because operators look there, and because an order of rules exists
-// only within one back end.
+// Backend is one of the two iptables back ends of the kernel, or BackendAuto. The kernel evaluates both, so capture
+// works in either. Capture uses the one with the other rules of the node, because operators look there, and because an
+// order of rules exists only within one back end.
 type Backend string
 
 const (
@@ -82,7 +82,7 @@ func isOurName(chain string) bool {
 type backends map[Backend]tables
 
 // openBackends finds the programs of both back ends. A missing back end is an error only if it is configured, or if
-// both are missing.
+// both are missing. If legacy is configured, a missing CAP_NET_RAW is an error too.
 func openBackends(configured Backend, capabilities uint64) (backends, error) {
 	found := backends{}
 	for _, b := range [...]Backend{BackendNFT, BackendLegacy} {

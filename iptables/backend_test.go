@@ -166,7 +166,7 @@ func TestInstallInAnotherBackendCleansThePreviousOne(t *testing.T) {
 			if !strings.Contains(dumpOf(backend), "PODIDENTITY") || strings.Contains(dumpOf(other), "PODIDENTITY") {
 				t.Errorf("after installing in %v, it has\n%s\nand the other\n%s", backend, dumpOf(backend), dumpOf(other))
 			}
-			// In auto mode the next one uses the back end of the previous one.
+			// In auto mode the next Capture uses the back end of the previous one.
 			auto, err := New(testConfig(BackendAuto))
 			if err != nil {
 				t.Fatal(err)

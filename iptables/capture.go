@@ -123,7 +123,8 @@ func New(cfg Config) (*Capture, error) {
 		}
 	}
 	if chosen != BackendLegacy && requireRaw(capabilities) != nil {
-		// Without this capability the legacy back end cannot be read, and earlier versions cannot have written to it.
+		// Without this capability the legacy back end can be neither read nor changed. If an earlier process had the
+		// capability and wrote rules there, they stay.
 		delete(found, BackendLegacy)
 	}
 	cfg.Logger.Info("chose the iptables back end", zap.Stringer("backend", chosen), zap.String("reason", reason))
@@ -167,7 +168,8 @@ func (c *Capture) Install(ctx context.Context) error {
 		return fmt.Errorf("installing capture of metadata traffic: %w", err)
 	}
 	c.deleteUncaptured(ctx)
-	// An earlier run may have used the other back end. Its rules are removed only now, when these are in place.
+	// An earlier run may have used the other back end. Remove the rules there only after the rules of this run are in
+	// place.
 	for backend := range c.backends {
 		if backend == c.backend {
 			continue
@@ -215,12 +217,13 @@ func (c *Capture) Sync(ctx context.Context) (repaired []string, err error) {
 	return repaired, err
 }
 
-// allowedBypass reports whether pods could open connections that bypass capture before this repair.
+// allowedBypass reports whether pods may have opened connections that bypass capture before this repair. It is also
+// true for parts without that effect, such as "nat leftover".
 func allowedBypass(repaired string) bool {
 	return strings.HasPrefix(repaired, "forward ") || strings.HasPrefix(repaired, "nat ")
 }
 
-// sync implements Sync. message is the log message of a repair.
+// sync repairs the rules and the link for Install and Sync. message is the log message of a repair.
 func (c *Capture) sync(ctx context.Context, message string) (repaired []string, err error) {
 	tables := c.backends[c.backend]
 	var states []slotState
@@ -246,7 +249,7 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 		if len(differences) == 0 {
 			continue
 		}
-		// If one slot fails, the others are still repaired: each of them blocks traffic by itself.
+		// If one slot fails, the others are still repaired: each of them protects against some traffic by itself.
 		if err := repairSlot(ctx, tables, state); err != nil {
 			failed = append(failed, fmt.Errorf("repairing %s of table %s: %w", state.hook, state.table, err))
 			continue

@@ -15,13 +15,14 @@
 //     are not affected. This rule is installed first and removed last, so it applies whatever happens to the redirection. It
 //     also drops what is forwarded to the listen address: if the link is deleted, no captured request is routed off
 //     the node.
-//   - filter INPUT drops what reaches the listen address without having been redirected by our rule: see below.
+//   - filter INPUT drops what reaches the listen address and is neither redirected by our rule nor from the node
+//     itself: see below.
 //   - nat PREROUTING redirects TCP to the metadata address and port to the listen address. The source address stays that of
 //     the pod; the node server identifies the pod by it.
 //
-// The rules name no interface, so they work with every network plugin. Captured packets still pass the other rules of
-// INPUT: a firewall of the node, or a network policy on the pod's egress, sees them with the listen address as their
-// destination and has to allow that. This package does not bypass it.
+// The rules name no interface except lo, so they work with every network plugin. Captured packets still pass the other
+// rules of INPUT: a firewall of the node, or a network policy on the pod's egress, sees them with the listen address
+// as their destination and has to allow that. This package does not bypass it.
 //
 // # Why a link of its own
 //
@@ -31,7 +32,7 @@
 // that are created and deleted with the pods, and its previous value must be restored. The link needs no sysctl and is
 // easy to remove, and the kernel never chooses its address as the source of other traffic.
 //
-// Linux responds to an address of any of its links on all of them. A neighbor could therefore route packets to the
+// Linux accepts packets to the address of one link on every link. A neighbor could therefore route packets to the
 // listen address through the node, or a pod connect to it directly. The INPUT chain admits only connections that,
 // according to conntrack, were sent to the metadata address and redirected, and those from the node itself, such as
 // probes.

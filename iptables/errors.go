@@ -2,9 +2,10 @@ package iptables
 
 import "errors"
 
-// Errors of the environment. Each is wrapped in a message that says what to do.
+// Errors of the environment. The error that wraps one of them says what to do, or for ErrDrift what differs.
 var (
-	// ErrForeignChain: a chain with one of our names has only rules that are not ours. It is not changed.
+	// ErrForeignChain: a chain with one of our names has rules, but none of them and no jump to the chain is ours. The
+	// chain is not changed.
 	ErrForeignChain = errors.New("a chain with our name belongs to another program")
 	// ErrForeignLink: a link with our name, or our address on another link, belongs to another program.
 	ErrForeignLink = errors.New("the listen link or address belongs to another program")

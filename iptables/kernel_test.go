@@ -234,7 +234,7 @@ func greetOnce() error {
 	}
 	conn.SetDeadline(time.Now().Add(longTimeout))
 	greeting, err := bufio.NewReader(conn).ReadString('\n')
-	// Without linger, so that the load does not use up the ports.
+	// Reset the connection, so that the load does not use up the ports with connections in TIME_WAIT.
 	conn.(*net.TCPConn).SetLinger(0)
 	conn.Close()
 	if err == nil && greeting != "nmi "+podIP+"\n" {
@@ -243,7 +243,7 @@ func greetOnce() error {
 	return err
 }
 
-// current returns the active chain of the generations with a prefix.
+// current returns the chain with a prefix. After a repair only one generation exists, the active one.
 func (w *testNetwork) current(prefix string) string {
 	w.t.Helper()
 	for _, generation := range generations {
@@ -327,7 +327,7 @@ func TestWithoutAListenerPodsGetNoResponse(t *testing.T) {
 		if _, err := w.connect("pod", "169.254.169.254:80", longTimeout); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("got %v, want the connection refused at once", err)
 		}
-		// The same if the link is deleted too: then there is no route.
+		// If the link is deleted too, the route added here leads redirected packets off the node. They must be dropped.
 		run(t, "ip", "link", "del", LinkName)
 		run(t, "ip", "route", "add", "169.254.25.79/32", "via", "10.88.0.1")
 		w.wantNoGreeting("pod", "169.254.169.254:80")

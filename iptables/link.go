@@ -30,7 +30,7 @@ type linkState struct {
 	link    netlink.Link
 	up      bool
 	address bool
-	others  []netlink.Addr // Addresses of an earlier configuration.
+	others  []netlink.Addr // Other IPv4 addresses of the link, such as that of an earlier configuration.
 }
 
 func (l ownLink) inspect() (linkState, error) {

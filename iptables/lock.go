@@ -23,8 +23,9 @@ const (
 )
 
 // acquireLock waits until no other process changes the rules of this network namespace. During an upgrade the old and the
-// new node server run at the same time: without the lock each would build its next generation in the chain that the other
-// has just activated.
+// new node server run at the same time: without the lock each could build its next generation in the chain that the
+// other has just activated. If the lock is not available within limit, or cannot be used, acquireLock logs this and
+// returns without the lock. The only error is that of ctx.
 func acquireLock(ctx context.Context, log *zap.Logger, limit time.Duration) (release func(), err error) {
 	timeout := time.NewTimer(limit)
 	defer timeout.Stop()

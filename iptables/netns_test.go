@@ -24,9 +24,9 @@ const parentNamespace = "PODIDENTITY_TEST_PARENT_NETNS"
 // initialNamespace is the inode that the kernel gives the first network namespace, since 6.17.
 const initialNamespace = 0xEFFFFFF9
 
-// inNamespaces runs body in fresh network and mount namespaces. In this process it starts the child and reports its
-// outcome; in the child it runs body. If the computer does not allow it, the test
-// fails instead of being skipped: a test that did not run proves nothing.
+// inNamespaces runs body in a child process with fresh network and mount namespaces. In the parent it starts the child
+// and reports the child's result; in the child it runs body. If the computer does not allow namespaces, the test fails
+// instead of being skipped: a test that did not run proves nothing.
 func inNamespaces(t *testing.T, body func(t *testing.T)) {
 	t.Helper()
 	if os.Getenv(parentNamespace) != "" {
@@ -104,7 +104,7 @@ func buildNetwork(t *testing.T) {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		t.Fatalf("this test needs a mount namespace of its own: %v", err)
 	}
-	// Own names of namespaces, and an own lock of iptables.
+	// /run holds the names of network namespaces and the lock of iptables. Each test gets its own.
 	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, ""); err != nil {
 		t.Fatal(err)
 	}

@@ -53,9 +53,9 @@ func readSlot(t tables, s slot) (slotState, error) {
 	return state, nil
 }
 
-// foreign returns an error if a chain with one of our names has rules, none of them ours, and no jump of ours to it. An
-// empty chain can be left by a crash of ours. A chain with rules of ours and others is ours, and was changed by
-// someone.
+// foreign returns an error if a chain with one of our names has rules, none of them is ours, and no jump to the chain
+// is ours. An empty chain is not foreign: a crash of this program can leave one. A chain with rules of ours and other
+// rules is ours, and was changed by someone.
 func (st slotState) foreign() error {
 	for g, found := range st.generations {
 		if isForeign(found.rules, found.jumps) {
@@ -143,7 +143,9 @@ func (st slotState) compare(g int) string {
 }
 
 // repairSlot brings one slot to its expected state. Between any two commands the slot blocks at least as much as
-// before: a chain is changed only while no rule jumps to it, and a jump is removed only behind one that is complete.
+// before: rules are added to a generation only while the hook does not jump to it, and a generation with a jump is
+// emptied only after the jump to a complete generation is the first rule of the hook. generationToBuild has the
+// exception.
 func repairSlot(ctx context.Context, t tables, st slotState) error {
 	var err error
 	if st, err = freeGeneration(ctx, t, st); err != nil {
@@ -180,8 +182,8 @@ func repairSlot(ctx context.Context, t tables, st slotState) error {
 }
 
 // freeGeneration removes one generation if both have jumps and one of them is complete. That is the state after an
-// interrupted repair. If someone changed rules after that, the complete generation may be behind other rules, so its
-// jump is inserted first before the other generation is removed.
+// interrupted repair. If someone changed rules after that, the jump to the complete generation may be behind other
+// rules, so a jump to it is inserted at position 1 before the other generation is removed.
 func freeGeneration(ctx context.Context, t tables, st slotState) (slotState, error) {
 	if len(st.generations[0].jumps) == 0 || len(st.generations[1].jumps) == 0 {
 		return st, nil
@@ -203,7 +205,8 @@ func freeGeneration(ctx context.Context, t tables, st slotState) (slotState, err
 
 // generationToBuild returns the generation to rebuild: one without a jump, if there is one. Both have jumps only if a
 // repair was interrupted and neither generation has the expected rules, as after an upgrade with another configuration.
-// Then the non-empty generation is kept, or of two non-empty ones the one that packets reach first.
+// Then the non-empty generation is kept, or of two non-empty ones the one that packets reach first. If someone changed
+// the two differently, the kept one may block less than both together until the other one is rebuilt.
 func (st slotState) generationToBuild() int {
 	if free := st.find(func(g generationState) bool { return len(g.jumps) == 0 }); free >= 0 {
 		return free
@@ -276,7 +279,8 @@ func discard(ctx context.Context, t tables, st slotState, g int) error {
 	if first == nil {
 		return nil
 	}
-	// A rule of another chain jumps here. A complete dump is slow on a large node, so it is made only in this case.
+	// The usual cause is a jump from a chain other than the hook. Finding it requires a complete dump, which is slow on a
+	// large node, so it is made only after a failure.
 	d, err := t.dump(ctx)
 	if err != nil {
 		return errors.Join(first, err)
@@ -299,8 +303,9 @@ func removeReferences(t tables, d dump, table, chain string) error {
 	return nil
 }
 
-// purge removes a slot from one back end: jumps, then chains. Missing chains are no error, because the aim is that they
-// do not exist. It works on a dump, which unlike a listing does not create tables on the node.
+// purge removes a slot from one back end: for each generation first its rules, then the jumps to it, then the chain.
+// Missing chains are no error, because the aim is that they do not exist. purge works on a dump, which unlike a listing
+// does not create tables on the node.
 func purge(ctx context.Context, t tables, d dump, s slot) error {
 	var foreign error
 	for g := range generations {

@@ -76,8 +76,8 @@ const (
 	foreignDNAT = "-d 169.254.169.254/32 -p tcp --dport 80 -j DNAT --to-destination 10.9.9.9:80"
 )
 
-// damages are states of an installation that a Sync has to repair. repaired is what it then reports; nil means that the
-// order of steps in the name decides, and only the invariant and the convergence are checked.
+// damages are states of an installation that a Sync has to repair. repaired is what Sync then returns. nil means that
+// the result is not checked, only that no command opens a gap and that the rules reach their expected state.
 var damages = []struct {
 	name     string
 	changes  []change
@@ -134,7 +134,8 @@ func otherRules(f *fakeTables) {
 	appendRule("filter", "INPUT", "-p tcp --dport 22 -j ACCEPT")(f)
 }
 
-// watch checks after each command that the outcome for no packet of a pod is worse than before.
+// watch compares the outcomes for packets of a pod before and after each command, and fails the test if worst is true
+// for one of them.
 func watch(t *testing.T, f *fakeTables, worst func(was, is outcome) bool) {
 	t.Helper()
 	before := f.outcomes()

@@ -128,7 +128,7 @@ func splitWords(line string) ([]string, bool) {
 }
 
 // canonical returns a form that is equal for equal rules, independent of the back end and version that listed them.
-// Those differ in the order of matches, in whether they name the module of a match, and in numbers for protocols.
+// Listings differ in the order of matches, in whether they name the module of a match, and in numbers for protocols.
 // Arguments that canonical does not know stay in the form and make the rule different.
 func canonical(args []string) string {
 	var parts []string

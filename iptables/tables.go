@@ -19,9 +19,9 @@ const lockSeconds = 5
 // errNoChain is what tables.list returns for a chain that does not exist.
 var errNoChain = errors.New("no such chain")
 
-// tables are the operations of capture on one back end. Each method is a single command, atomic in the kernel and
-// bounded by lockSeconds, so callers check their context between the methods. Callers must keep the rules safe if the
-// process ends between two commands.
+// tables are the operations of capture on one back end. Each method makes at most one change, which is atomic in the
+// kernel. Its commands (empty runs up to two) wait for the lock for at most lockSeconds each, so callers check their
+// context only between the methods. Callers must keep the rules safe if the process ends between two changes.
 type tables interface {
 	// list returns the rules of a chain in order. errNoChain if there is none.
 	list(table, chain string) ([]listed, error)

@@ -53,7 +53,8 @@ func (w *testNetwork) newCapture(listen netip.AddrPort) *Capture {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	// On a busy computer a repair takes longer than lockTimeout, after which the other Capture continues without the lock.
+	// On a busy computer a repair can take longer than lockTimeout, after which the other Capture would continue without
+	// the lock.
 	c.lock = func(ctx context.Context, log *zap.Logger, _ time.Duration) (func(), error) {
 		return acquireLock(ctx, log, 2*time.Minute)
 	}

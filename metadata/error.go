@@ -25,7 +25,8 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("%d %s: %s (%s) %s", e.Status, e.Code, e.Description, e.Reason, e.Detail)
 }
 
-// Texts of IMDS that clients are known to compare.
+// Descriptions (text...) and codes (code...) of error responses. The descriptions are those of IMDS: clients are known
+// to compare them.
 const (
 	textHeader      = "Required metadata header not specified"
 	textNotFound    = "Identity not found"

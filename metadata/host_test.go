@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// Every request of a program of the node is refused, or names one pod and one resource in printable text.
+// FuzzParseHostToken checks that each request to /host/token is refused, or names one pod and one resource in printable
+// text.
 func FuzzParseHostToken(f *testing.F) {
 	f.Add("/host/token?resource=https://vault.azure.net", "ns", "pod")
 	f.Add("/host/token/?resource=r&client_id=x&client_id=y", "ns", "pod")

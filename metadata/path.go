@@ -19,7 +19,7 @@ const (
 	RouteVersions Route = "versions"
 	// RouteLoadBalancer is the description of the VM's load balancer: /metadata/loadbalancer.
 	RouteLoadBalancer Route = "loadbalancer"
-	// RouteAttested is a document that proves to be the VM: /metadata/attested/... Always refused.
+	// RouteAttested is a document that proves that its owner is the VM: /metadata/attested/... Always refused.
 	RouteAttested Route = "attested"
 	// RouteScheduledEvents shows the maintenance of the VM and, by POST, approves it. Always refused.
 	RouteScheduledEvents Route = "scheduledevents"

@@ -31,7 +31,7 @@ type Request struct {
 	APIVersion, Format string
 }
 
-// Rules of the parser.
+// Rules are the settings of the parser.
 type Rules struct {
 	// HeaderOptional serves requests without "Metadata: true". Do not use it if you can avoid it: it also serves a forged
 	// request whose author cannot set headers (SSRF). It exists because AAD Pod Identity has it.
@@ -48,11 +48,12 @@ const (
 // oldestVersion is the first API version of IMDS with identities, and the one that every client library sends.
 const oldestVersion = "2018-02-01"
 
-// Parse parses a request, or returns the error with which IMDS refuses it. Also for a refused request it returns what it
-// has parsed so far, so that the Route can be logged.
+// Parse parses a request, or returns the error response. For a refused request it also returns what it has parsed so
+// far, so that the Route can be logged.
 //
-// The order of checks is: the path, because an unknown path is "not found" also for a request without the header; the
-// header, before anything expensive; the method; the parameters.
+// The order of checks is: the path, because an unknown path is "not found" also for a request without the Metadata
+// header; the headers X-Forwarded-For and Metadata, before anything expensive; the routes that are always refused; the
+// method; the parameters.
 func Parse(r *http.Request, rules Rules) (Request, *Error) {
 	req := Request{Route: RouteUnknown}
 	rawPath, rawQuery := split(r)
@@ -149,8 +150,9 @@ func (l parameterList) has(name string) bool {
 	return slices.ContainsFunc(l, func(p parameter) bool { return p.name == name })
 }
 
-// parameters decodes a query. Names compare without case, as the real service's do, and none may come twice: two
-// readers could pick two different values.
+// parameters decodes a query. The second result describes the problem of an invalid query; it is "" for a valid one.
+// As in IMDS, the case of names is ignored. A repeated name is a problem, because two parsers could pick two different
+// values.
 func parameters(raw string) (parameterList, string) {
 	if len(raw) > maxQuery {
 		return nil, fmt.Sprintf("the query is longer than %d bytes", maxQuery)
@@ -184,8 +186,8 @@ func parameters(raw string) (parameterList, string) {
 	return values, ""
 }
 
-// printable reports whether s is UTF-8 without control characters. A value can become part of a log line, a response or
-// another query.
+// printable reports whether s is UTF-8 without the control characters of ASCII. A value can become part of a log line,
+// a response or another query.
 func printable(s string) bool {
 	for i := range len(s) {
 		if s[i] < 0x20 || s[i] == 0x7f {

@@ -193,7 +193,7 @@ func FuzzPath(f *testing.F) {
 				t.Fatalf("%q became %q, and that %q, %v", raw, path, again, err)
 			}
 		}
-		// Only the one spelling of the token path, in any case, is the token path.
+		// classify returns RouteToken for the token path in any letter case, and for no other path.
 		if (classify(path) == RouteToken) != strings.EqualFold(path, tokenPath) {
 			t.Fatalf("%q is classified %s", path, classify(path))
 		}

@@ -46,8 +46,8 @@ func (a TokenResponse) Write(w http.ResponseWriter, now time.Time) {
 	write(w, func(b []byte) []byte { return a.append(b, now) })
 }
 
-// WriteTokens writes the tokens of an identity with several tenants like AAD Pod Identity: an array, with the token of
-// the home tenant first.
+// WriteTokens writes the tokens of an identity with several tenants in the format of AAD Pod Identity: an array, with
+// the token of the home tenant first.
 func WriteTokens(w http.ResponseWriter, tokens []TokenResponse, now time.Time) {
 	write(w, func(b []byte) []byte {
 		b = append(b, '[')

@@ -21,7 +21,7 @@ import (
 const instancePath = "/metadata/instance"
 
 // IMDS allows a VM 5 requests per second for everything except tokens. All pods of the node share this budget; a request
-// waits for it at most forwardWait. A response of IMDS has some 10 KiB.
+// waits for it at most forwardWait. A response of IMDS has about 10 KiB, far less than maxForwardBytes.
 const (
 	forwardRate     = 5
 	forwardWait     = 2 * time.Second
@@ -73,7 +73,7 @@ func NewUpstream(addr netip.AddrPort) *Upstream {
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
 			unreachable(err).Write(w)
 		},
-		// NMI logs every request. What the proxy logs in addition concerns only clients that are gone.
+		// NMI logs every request. In addition the proxy would only log that it could not copy a response body completely.
 		ErrorLog: log.New(io.Discard, "", 0),
 	}
 	return u
@@ -92,8 +92,9 @@ func unreachable(err error) *Error {
 	return Unavailable(identity.UpstreamUnavailable, detail, time.Second)
 }
 
-// Forward forwards the request to IMDS and writes its response. If the node has used up its budget it returns an error
-// and writes nothing.
+// Forward forwards the request to IMDS and writes the response of IMDS, or Unavailable if forwarding fails. If the
+// node has used up its budget, or the client disconnects while it waits for the budget, Forward returns an error and
+// writes nothing.
 func (u *Upstream) Forward(w http.ResponseWriter, r *http.Request, req Request) *Error {
 	waitCtx, cancel := context.WithTimeout(r.Context(), forwardWait)
 	defer cancel()

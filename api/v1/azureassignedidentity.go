@@ -11,8 +11,8 @@ const (
 	// AssignedIdentityFinalizer keeps an AzureAssignedIdentity until its identity is detached from the VM or scale set.
 	AssignedIdentityFinalizer = "azureassignedidentity.finalizers.aadpodidentity.k8s.io"
 
-	// NodeNameLabel is a label of AzureAssignedIdentity with the NodeNameLabelValue of the node. With it a node watches
-	// only its own objects.
+	// NodeNameLabel is a label of AzureAssignedIdentity with the NodeNameLabelValue of the node. NMI selects by this
+	// label, so that it watches only the objects of its node.
 	NodeNameLabel = "nodename"
 )
 

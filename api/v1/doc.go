@@ -2,15 +2,17 @@
 // (AzureIdentity), the pods that may use it (AzureIdentityBinding), the assignment of an identity to a pod on a node
 // (AzureAssignedIdentity) and the pods that get the identities of the VM itself (AzurePodIdentityException).
 //
-// The JSON is that of AAD Pod Identity, field for field, because clusters migrate with their objects in place.
-// It protects clusters against objects that cannot work and against objects that cannot be read:
+// The JSON has every field of AAD Pod Identity with the same name and type, because clusters migrate with their
+// objects in place. The package protects clusters against objects that cannot work and against objects that cannot be
+// read:
 //
 //   - The API server refuses an invalid object with a message that says what to write instead. The validation rules apply
 //     to the spec of objects that users write. They do not apply to the copies inside AzureAssignedIdentity: those repeat
 //     what is already stored, and refusing them would only stop the controller.
 //   - An invalid object that was stored before the rules existed stays readable, its labels and finalizers can be changed, and
 //     it can be deleted. The API server does not evaluate rules on spec again while spec is unchanged (validation
-//     ratcheting); the rules on the whole object compare with the old object themselves.
+//     ratcheting). Ratcheting does not cover the rules on the whole object, so these refer to the old object
+//     explicitly.
 //   - Every field that is read has a JSON type in the schema, in the copies too: a single object that does not decode would
 //     make a client's whole list fail.
 //

@@ -156,7 +156,7 @@ func TestValuesCanAddEnvironmentVariables(t *testing.T) {
 	}
 }
 
-// YAML reads off as false, which is no level, unless it stands in quotes.
+// YAML reads off without quotes as false, which is not a level.
 func TestAuditLogCanBeDisabledWithAnyFormOfFalse(t *testing.T) {
 	for _, off := range []string{"off", `"off"`, "false"} {
 		_, container := render(t, "nmi: {auditLevel: "+off+"}").nmi(t)
@@ -424,8 +424,8 @@ func TestInvalidValuesAreRefusedWithAReason(t *testing.T) {
 	}
 }
 
-// Definitions that were part of a release could be deleted with it, and every object in the cluster with them. In the
-// folder crds they belong to no release.
+// If CRDs were part of a release, deleting the release would delete them, and with them all their objects in the
+// cluster. CRDs in the folder crds belong to no release.
 func TestNoReleaseOwnsTheCRDs(t *testing.T) {
 	files, err := filepath.Glob(filepath.Join(chart, "crds", "*.yaml"))
 	if err != nil || len(files) != 4 {

@@ -10,7 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// How MIC reaches Azure, and as whom it runs for it.
+// The tests of this file check how MIC authenticates to Azure, and what its container mounts and runs as for that.
 
 const (
 	servicePrincipal = "adminsecret: {cloud: AzureChinaCloud, tenantID: t, clientID: c, clientSecret: 'hush hush', subscriptionID: '01'}"
@@ -151,7 +151,7 @@ func TestMICHasAnExceptionOnlyIfItUsesTheMetadataService(t *testing.T) {
 		"installMICException: 'false'":  false,
 		"adminsecret: {useMSI: true}":   true,
 		"adminsecret: {useMSI: 'true'}": true,
-		"mic: {cloudConfig: ''}":        true, // the environment may say so
+		"mic: {cloudConfig: ''}":        true, // environment variables may make MIC use the metadata service
 		servicePrincipal:                false,
 		federatedMIC:                    false,
 		"nmi: {uninstall: true}":        true,

@@ -22,7 +22,7 @@ var micFlags = []string{
 	"log-level", "prometheus-port", "workers",
 }
 
-// standard adds values of MIC to the mode that has one.
+// standard returns the values together with the value that selects standard mode, the mode with MIC.
 func standard(values string) string { return "operationMode: standard\n" + values }
 
 var micLabels = map[string]string{
@@ -287,7 +287,7 @@ func TestMICUninstallsWithNMIAndByItself(t *testing.T) {
 			t.Errorf("%s: MIC lacks what it needs to remove things: %+v", values, objects)
 		}
 	}
-	// NMI goes on where MIC alone is removed.
+	// NMI keeps running if only MIC is uninstalled.
 	_, container := render(t, standard("mic: {uninstall: true}")).nmi(t)
 	if container.Args[0] == "uninstall" {
 		t.Error("NMI is removed, too")

@@ -19,7 +19,7 @@ import (
 
 const nmiAccount = "system:serviceaccount:kube-system:podidentity-nmi"
 
-// tokenPolicy returns the policy that the chart makes of values under nmi, and its binding.
+// tokenPolicy returns the policy that the chart renders from the values, and its binding.
 func tokenPolicy(t *testing.T, values string) (*admissionv1.ValidatingAdmissionPolicy, *admissionv1.ValidatingAdmissionPolicyBinding) {
 	t.Helper()
 	got := render(t, values)
@@ -100,7 +100,7 @@ func TestPolicyAllowsNMIOnlyTokensForFederatedIdentities(t *testing.T) {
 		"of a pod of any uid":   {func(s *authenticationv1.TokenRequestSpec) { s.BoundObjectRef.UID = "" }, []string{bound}},
 		"for an hour":           {func(s *authenticationv1.TokenRequestSpec) { s.ExpirationSeconds = new(int64(3600)) }, []string{expiry}},
 		"a second too long":     {func(s *authenticationv1.TokenRequestSpec) { s.ExpirationSeconds = new(int64(601)) }, []string{expiry}},
-		// The API server makes an hour of it before it asks.
+		// The API server sets the default of one hour before it evaluates the policy, so the policy never sees this.
 		"for no given time": {func(s *authenticationv1.TokenRequestSpec) { s.ExpirationSeconds = nil }, []string{"no such overload"}},
 		"as kubectl does": {func(s *authenticationv1.TokenRequestSpec) {
 			*s = authenticationv1.TokenRequestSpec{
@@ -145,8 +145,9 @@ func TestPolicyAppliesOnlyToNMIsServiceAccount(t *testing.T) {
 	}
 }
 
-// askPolicy returns the result of the policy for a token request by username: one of NMI's, with a change. The API
-// server's own code compiles and evaluates the expressions.
+// askPolicy returns the refusals of the policy for a token request of username: a request like NMI's, modified by
+// change. It returns nil if the policy does not apply or allows the request. The API server's own code compiles and
+// evaluates the expressions.
 func askPolicy(t *testing.T, policy *admissionv1.ValidatingAdmissionPolicy, username string,
 	change func(*authenticationv1.TokenRequestSpec)) []string {
 	t.Helper()

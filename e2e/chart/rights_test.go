@@ -10,14 +10,14 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 )
 
-// right is a rule, and the namespace in which NMI's account has it: none is the whole cluster.
+// right is a rule that NMI's account has in a namespace; "" means the whole cluster.
 type right struct {
 	Namespace string
 	rbacv1.PolicyRule
 }
 
-// boundRights returns what the roles besides the one that NMI always has give to NMI's account. A role that nothing
-// binds, or that is bound to somebody else, is an error.
+// boundRights returns the rights that NMI's account has in addition to those of ClusterRole podidentity-nmi. It fails
+// the test if a role is not bound, or is bound to another account.
 func (r rendered) boundRights(t *testing.T) []right {
 	t.Helper()
 	subjects := []rbacv1.Subject{{Kind: "ServiceAccount", Name: "podidentity-nmi", Namespace: "kube-system"}}
@@ -134,7 +134,7 @@ func TestNMIMayReadSecretsAndRequestTokensOnlyInTheGivenNamespaces(t *testing.T)
 		"{secretNamespaces: [shop], federatedNamespaces: [shop]}": {secrets("shop"), tokens("shop")},
 		"{secretNamespaces: all, federatedNamespaces: all}":       {secrets(""), tokens("")},
 		"{secretNamespaces: null, federatedNamespaces: null}":     nil,
-		// A namespace that is gone would keep NMI from being taken off.
+		// Helm cannot create a Role in a deleted namespace, so such a namespace would block the uninstallation of NMI.
 		"{uninstall: true, secretNamespaces: [shop], federatedNamespaces: all}": nil,
 	} {
 		got := render(t, "nmi: "+values).boundRights(t)
@@ -250,13 +250,13 @@ func TestIdentityIsAcceptedIfNMIHasTheRightsForIt(t *testing.T) {
 		withSecret + "\nnmi: {secretNamespaces: all}",
 		withCertificate + "\nnmi: {secretNamespaces: [vault], allowCrossNamespaceSecrets: true}",
 		federated + "\nnmi: {federatedNamespaces: [shop]}",
-		// Under which ServiceAccounts the pods will run is not known here.
+		// The chart cannot know under which ServiceAccounts the pods will run.
 		federated + "\nnmi: {federatedNamespaces: [{namespace: shop, serviceAccounts: [web]}]}",
 		federated + "\nnmi: {federatedNamespaces: all}",
-		// Rights that somebody else gives.
+		// Without rbac somebody else grants the rights.
 		withSecret + "\nrbac: {enabled: false}",
 		federated + "\nrbac: {enabled: false}",
-		// Nothing may be in the way of taking NMI off.
+		// Missing rights must not block the uninstallation of NMI.
 		withSecret + "\nnmi: {uninstall: true}",
 		withCertificate + "\nnmi: {uninstall: true}",
 		federated + "\nnmi: {uninstall: true}",

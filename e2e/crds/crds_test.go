@@ -25,7 +25,7 @@ func TestAPIServerAcceptsTheCRDs(t *testing.T) {
 		for _, err := range resource.checkDefinition(t) {
 			t.Errorf("%s: %v", kind, err)
 		}
-		// Groups under k8s.io are protected: without it the API server refuses the CRD.
+		// Groups under k8s.io are protected: the API server refuses a CRD without this annotation.
 		if got := resource.crd.Annotations["api-approved.kubernetes.io"]; got != "unapproved" {
 			t.Errorf("%s: annotation api-approved.kubernetes.io is %q", kind, got)
 		}
@@ -95,8 +95,8 @@ func TestInvalidManifestsAreRefusedWithARemedy(t *testing.T) {
 	}
 }
 
-// Each refused manifest may be stored in a cluster that used AAD Pod Identity, but for those whose JSON types its
-// schema refused as well.
+// Each refused manifest may be stored in a cluster that used AAD Pod Identity, except those with a wrong JSON type: the
+// schema of AAD Pod Identity refused them as well.
 func TestStoredInvalidObjectsAcceptNewLabelsAndFinalizers(t *testing.T) {
 	resources := loadResources(t)
 	for _, file := range manifests(t, "refused") {

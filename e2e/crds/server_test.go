@@ -69,7 +69,7 @@ func loadResources(t *testing.T) map[string]*resource {
 			t.Fatalf("%s: %v", file, err)
 		}
 		scheme.Default(versioned)
-		// The API server does so when it stores a CRD, and checks for it.
+		// The API server sets storedVersions when it stores a CRD, and its validation requires them.
 		for _, version := range versioned.Spec.Versions {
 			if version.Storage {
 				versioned.Status.StoredVersions = []string{version.Name}
@@ -89,7 +89,7 @@ func newResource(t *testing.T, crd *apiextensions.CustomResourceDefinition) *res
 	if len(crd.Spec.Versions) != 1 {
 		t.Fatalf("%s has %d versions, want 1", crd.Name, len(crd.Spec.Versions))
 	}
-	// Of a CRD with one version the internal type holds schema and subresources at the top.
+	// For a CRD with one version, the internal type has schema and subresources in spec instead of in spec.versions.
 	props := crd.Spec.Validation.OpenAPIV3Schema
 	structural, err := structuralschema.NewStructural(props)
 	if err != nil {
@@ -122,14 +122,15 @@ func (r *resource) checkDefinition(t *testing.T) field.ErrorList {
 	return validation.ValidateCustomResourceDefinition(t.Context(), r.crd)
 }
 
-// decode does what the API server does to a request's body before it looks at it, and returns what it dropped.
+// decode decodes and prunes a manifest as the API server does before validation. It returns the object and the paths of
+// the dropped fields.
 func (r *resource) decode(t *testing.T, manifest []byte) (*unstructured.Unstructured, []string) {
 	t.Helper()
 	object := &unstructured.Unstructured{}
 	if err := yaml.Unmarshal(manifest, &object.Object); err != nil {
 		t.Fatal(err)
 	}
-	// Through JSON once more: only so are whole numbers int64, as in the API server.
+	// Encode the object and decode it again, so that integers are int64 as in the API server.
 	data, err := object.MarshalJSON()
 	if err != nil {
 		t.Fatal(err)

@@ -22,11 +22,11 @@ import (
 
 const (
 	root = "../.."
-	// blobURL precedes the path of a file where a program or a page links it on GitHub.
+	// blobURL is the beginning of a link to a file on GitHub. The path of the file follows.
 	blobURL = "https://github.com/podidentity/podidentity/blob/main/"
 )
 
-// markdownPage is what other pages can refer to, and what it refers to.
+// markdownPage is a Markdown file: the anchors that links can name, and its own links.
 type markdownPage struct {
 	path    string // below the root
 	anchors map[string]bool
@@ -86,7 +86,7 @@ func parsePage(file string, source []byte) markdownPage {
 	return p
 }
 
-// addAnchor numbers a heading that occurs again, as GitHub does.
+// addAnchor adds the anchor of a heading. It appends a number to a repeated anchor, as GitHub does.
 func (p markdownPage) addAnchor(anchor string) {
 	unique := anchor
 	for i := 1; p.anchors[unique]; i++ {
@@ -95,7 +95,8 @@ func (p markdownPage) addAnchor(anchor string) {
 	p.anchors[unique] = true
 }
 
-// anchorOf is GitHub's anchor of a heading: lower case, hyphens for spaces, no punctuation but hyphen and underscore.
+// anchorOf returns GitHub's anchor of a heading: lower case, hyphens for spaces, no punctuation but hyphen and
+// underscore.
 func anchorOf(heading string) string {
 	return strings.Map(func(r rune) rune {
 		switch {

@@ -100,7 +100,7 @@ func (s *apiServer) abortWatches() {
 	}
 }
 
-// clearFaults removes all faults.
+// clearFaults removes the temporary faults. noWatchList and bookmarks stay: they are properties of the server.
 func (s *apiServer) clearFaults() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

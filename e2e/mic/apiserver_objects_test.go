@@ -14,8 +14,8 @@ import (
 	utiljson "k8s.io/apimachinery/pkg/util/json"
 )
 
-// Tests read and change objects directly, without HTTP, faults and subresources. They act for all other clients of the
-// API server.
+// With the functions of this file, tests read and change objects directly, without HTTP, faults and subresources. These
+// changes stand for those of all clients of the API server other than MIC.
 
 func kindFor[T any](s *apiServer) *kind {
 	t := reflect.TypeFor[T]()

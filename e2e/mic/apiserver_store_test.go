@@ -280,7 +280,8 @@ func (k *kind) applyPatch(patchType types.PatchType, old, body []byte) ([]byte, 
 	return patched, nil
 }
 
-// remove deletes an object, or sets its deletionTimestamp if finalizers or running containers delay the deletion.
+// remove deletes an object, or sets its deletionTimestamp if finalizers, running containers or, for a namespace, its
+// content delay the deletion.
 func (s *objectStore) remove(k *kind, key objectKey, options metav1.DeleteOptions) (*object, error) {
 	old, ok := k.objects[key]
 	if !ok {

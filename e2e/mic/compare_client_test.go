@@ -86,8 +86,8 @@ func nodeObject(name string) map[string]any {
 // serverFields are the fields of metadata that differ from server to server.
 var serverFields = []string{"uid", "resourceVersion", "creationTimestamp", "managedFields", "selfLink", "deletionGracePeriodSeconds"}
 
-// normalized is a copy of an object without the fields that differ from server to server. Of pods and nodes, for which a
-// real server sets many defaults, only the fields remain that MIC reads.
+// normalized returns a copy of an object without the fields that differ from server to server. A real server sets many
+// defaults in spec and status of pods and nodes, so only the fields that MIC reads remain there.
 func normalized(object map[string]any) map[string]any {
 	object = normalizedValue(object).(map[string]any)
 	spec, _ := object["spec"].(map[string]any)

@@ -18,11 +18,12 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// operation is one step of a compared sequence. All random choices were made before, so that both runs do the same.
+// operation is one step of a compared sequence. All random choices are made before the two runs, so that both do the
+// same.
 type operation struct {
 	name string
-	// afterConvergence makes the run wait until MIC has converged, and compare the objects. Operations need it that
-	// depend on what MIC has written.
+	// afterConvergence makes the run wait until MIC has converged, and compare the objects, before the operation.
+	// Operations that depend on what MIC has written need it.
 	afterConvergence bool
 	run              func(*comparedRun) string // returns its result, which is compared
 	pause            time.Duration             // after the operation
@@ -216,7 +217,7 @@ func assignmentOperation(r *rand.Rand) operation {
 		if len(items) == 0 {
 			return "none"
 		}
-		// The hash in a name depends on the UID of the pod, so it must not decide.
+		// The hash in a name depends on the UID of the pod, which differs between the runs, so the order ignores it.
 		slices.SortFunc(items, func(a, b any) int { return strings.Compare(sortKey(a), sortKey(b)) })
 		metadata := items[n%len(items)].(map[string]any)["metadata"].(map[string]any)
 		path := fmt.Sprintf("namespaces/%s/azureassignedidentities/%s", metadata["namespace"], metadata["name"])

@@ -59,7 +59,7 @@ const (
 	podsPath       = "namespaces/blue/pods"
 )
 
-// objectFor returns an object named a for a path.
+// objectFor returns an object with the name "a" of the kind that a path is for.
 func objectFor(path, version string) jsonObject {
 	metadata := jsonObject{"name": "a", "namespace": "blue"}
 	if version != "" {

@@ -57,7 +57,8 @@ func newConnection(name string, seed uint64) *connection {
 	return &connection{name: name, ctx: ctx, disconnect: cancel, maxLatency: 20 * time.Millisecond, seed: seed, requestCounts: map[string]uint64{}, watches: map[*http.Response]context.CancelFunc{}}
 }
 
-// hook sets the functions that are called for each request from now on; nil for none.
+// hook sets the functions that are called for each request from now on; nil for none. If before returns an error, the
+// request has no effect. The client gets the error of before or after instead of the response.
 func (l *connection) hook(before, after func(request) error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -15,8 +15,9 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// runWorkload makes MIC do everything that it does for pods: it takes over an assignment of AAD Pod Identity; two pods get
-// identities, of which they share one; an identity is edited; identities lose their last pods; one pod stays.
+// runWorkload makes MIC do everything that it does for pods: MIC takes over an assignment of AAD Pod Identity; two pods
+// share an identity, and a third pod has another one; an AzureIdentity is edited; all pods but one are deleted, so that
+// MIC detaches identities.
 func (s *sequence) runWorkload() {
 	set := s.addScaleSet("Set-A", "n0", "n1")
 	s.attachForeignIdentity("kubelet", set)
@@ -53,8 +54,9 @@ func (sim *simulation) attachForeignIdentity(name, machine string) {
 	sim.attachExternally(machine, id)
 }
 
-// runWorkloadWithCrash runs the workload and kills the first controller at one of its writes (0: never). It returns the
-// errors, the writes of the first controller and whether it was killed.
+// runWorkloadWithCrash runs the workload and kills the first controller at one of its writes (0: never), after the
+// write takes effect if applied, otherwise before. It returns the errors, the writes of the first controller and
+// whether it was killed.
 func runWorkloadWithCrash(t *testing.T, delay time.Duration, write int, applied bool) (wrong, writes []string, killed bool) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSequence(t, 1)

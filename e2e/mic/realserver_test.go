@@ -25,11 +25,11 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// The fake clock of a synctest bubble advances only while all goroutines of the bubble are durably blocked, and waiting
-// for the network is not that. So goroutines outside of the bubble talk to the real API server. A request inside the
-// bubble takes no time of the fake clock. A goroutine that reads a watch polls what has arrived, by the fake clock, and
-// the clock is limited to clockSpeed times the speed of real time, so that an event of the API server arrives early
-// enough.
+// The fake clock of a synctest bubble advances only while all goroutines of the bubble are durably blocked. A goroutine
+// that waits for the network is not durably blocked. So goroutines outside of the bubble talk to the real API server,
+// and a request inside the bubble takes no time of the fake clock. A goroutine that reads a watch polls for received
+// data, at intervals of the fake clock. The fake clock is limited to clockSpeed times the speed of real time:
+// otherwise much fake time would pass before an event of the API server arrives.
 const (
 	pollInterval = 20 * time.Millisecond // of the fake clock
 	clockSpeed   = 40

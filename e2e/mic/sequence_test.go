@@ -53,7 +53,7 @@ func (s *sequence) logf(format string, args ...any) {
 	s.log = append(s.log, formatTime(time.Now())+" "+fmt.Sprintf(format, args...))
 }
 
-// traceRequests adds the requests and the log of the controllers to the log of the sequence.
+// traceRequests adds the writes, the requests to ARM and the log of the controllers to the log of the sequence.
 func (s *sequence) traceRequests() {
 	s.newTrace = func(process string) func(request, string) {
 		return func(r request, outcome string) {
@@ -160,8 +160,8 @@ func (s *sequence) startLeader() {
 	}
 }
 
-// converge removes all faults and waits until MIC has converged, and then some more minutes. It returns what is wrong in
-// the end.
+// converge removes all faults, waits until MIC has converged, and then some more minutes. Identities that Azure refuses
+// stay refused. It returns the remaining differences from the desired state; nil if there are none.
 func (s *sequence) converge() []string {
 	for len(s.pending) > 0 {
 		next := s.pending[0]
