@@ -18,8 +18,9 @@ import (
 // replacedInterval is the interval between checks whether azure.json was replaced.
 const replacedInterval = 10 * time.Second
 
-// waitUntilReplaced returns an error once the file was replaced by another one. A file of the node that is mounted by itself
-// stays the old one in the container then; only a new container sees the new one.
+// waitUntilReplaced returns an error once another file has replaced the file, and nil when ctx ends. If a single file
+// of the node is mounted into the container, the container keeps the old file, and only a new container sees the new
+// one.
 func waitUntilReplaced(ctx context.Context, file string) error {
 	ticker := time.NewTicker(replacedInterval)
 	defer ticker.Stop()
@@ -39,8 +40,9 @@ func waitUntilReplaced(ctx context.Context, file string) error {
 	}
 }
 
-// newMachines returns the client of Azure Resource Manager. It reads its configuration again when that changes, and calls
-// configured with each valid one.
+// newMachines returns the client of Azure Resource Manager. While its method Run runs, it reloads its configuration
+// when the configuration changes. The client calls configured after each valid configuration; for the first one before
+// newMachines returns.
 func newMachines(cfg Config, log *zap.Logger, r prometheus.Registerer, configured func()) (*azure.Reloading, error) {
 	roots, err := outbound.RootCAs(cfg.CABundle)
 	if err != nil {

@@ -21,7 +21,7 @@ type Config struct {
 
 	ForceNamespaced   bool          // match pods, bindings and identities of one namespace only
 	ReconcileInterval time.Duration // between checks of a machine
-	DetachDelay       time.Duration // from the deletion of an identity's last pod to its detachment
+	DetachDelay       time.Duration // from when no pod on the machine uses an identity any more to its detachment
 
 	QPS     float32 // requests per second to the API server
 	Burst   int
@@ -105,7 +105,7 @@ func (c Config) Validate() error {
 	if lead.Instance == "" {
 		bad("the name of this MIC in the lease is missing; give --leader-election-instance")
 	}
-	if c.Namespace != "" && len(validation.IsDNS1123Label(lead.Namespace)) > 0 { // the default of this one
+	if c.Namespace != "" && len(validation.IsDNS1123Label(lead.Namespace)) > 0 { // if Namespace is missing, so is its default
 		bad("--leader-election-namespace %q is not the name of a namespace; give one that MIC may write leases in", lead.Namespace)
 	}
 	if len(validation.IsDNS1123Subdomain(lead.Name)) > 0 {

@@ -27,7 +27,7 @@ import (
 	"github.com/podidentity/podidentity/mic/usage"
 )
 
-// Machines is Azure Resource Manager: [azure.Client] or [azure.Reloading]. Its errors are *azure.Error.
+// Machines calls Azure Resource Manager. [azure.Reloading] implements it. Its errors are *azure.Error.
 type Machines interface {
 	Get(ctx context.Context, r azure.Resource) (azure.State, error)
 	Begin(ctx context.Context, r azure.Resource, basis azure.State, add, remove []string) (*azure.Operation, error)
@@ -44,8 +44,8 @@ type Deps struct {
 	Registry prometheus.Registerer
 }
 
-// Controller is MIC while it leads. It wires the parts: events requeue pods, the reconcile of a pod requeues its machine, and
-// the reconcile of a machine requeues the pods that wait for it.
+// Controller does the work of the MIC that is the leader. It connects the parts: events requeue pods, the reconcile of
+// a pod requeues its machine, and the reconcile of a machine requeues the pods that wait for it.
 type Controller struct {
 	log        *zap.Logger
 	crds       rest.Interface
@@ -63,14 +63,15 @@ type Controller struct {
 	pods, machines, bindings *queue
 }
 
-// machineWorkers is how many machines are reconciled concurrently. A machine may take Azure a minute, or Azure may not
-// answer at all, and the other machines must not wait. A worker costs some kilobytes.
+// machineWorkers is how many machines are reconciled concurrently. Azure may take a minute to update a machine, or may
+// not respond at all, and the other machines must not wait. A worker costs some kilobytes.
 const machineWorkers = 256
 
-// New prepares a Controller. Run runs it, once.
+// New returns a Controller. Its method Run must be called at most once.
 func New(cfg Config, deps Deps) (*Controller, error) { return newController(cfg, deps, false) }
 
-// newController prepares a Controller, or with drain one that detaches and removes everything; see Uninstall.
+// newController returns a Controller. With drain the Controller detaches all that MIC attached, and removes all
+// assignments and ledgers; see Uninstall.
 func newController(cfg Config, deps Deps, drain bool) (*Controller, error) {
 	c := &Controller{log: deps.Log, timer: &telemetry.AssignmentTimer{}, loaded: make(chan struct{})}
 	config := rest.CopyConfig(deps.Kube)
@@ -81,7 +82,7 @@ func newController(cfg Config, deps Deps, drain bool) (*Controller, error) {
 		return nil, err
 	}
 	c.crds = crds
-	// Whether a Secret may be used decides NMI, which reads it.
+	// NMI reads the Secrets, and decides whether an identity may name one in another namespace.
 	rules := identity.Rules{Mode: identity.Standard, ForceNamespaced: cfg.ForceNamespaced, AllowCrossNamespaceSecrets: true}
 	if c.cluster, err = cluster.New(core, crds, cluster.Options{Rules: rules, Drain: drain}); err != nil {
 		return nil, err
@@ -139,8 +140,8 @@ func newClients(config *rest.Config) (core, crds rest.Interface, err error) {
 	return core, crds, err
 }
 
-// Run is one term as the leader: it loads the cluster, and works until ctx ends. When it returns, everything that it began
-// has ended; an update that Azure has in progress is in the ledger.
+// Run does the work of the leader: it loads the cluster, and reconciles until ctx ends. When it returns, all goroutines
+// that it started have ended. An update that Azure has in progress is then in the ledger.
 func (c *Controller) Run(ctx context.Context) error {
 	var wait sync.WaitGroup
 	defer wait.Wait()
@@ -167,7 +168,7 @@ func (c *Controller) shutDownQueues() {
 	}
 }
 
-// reconcileAll reconciles all machines without the delays after failures: the configuration of Azure has changed.
+// reconcileAll requeues all machines and removes their delays after failures: the configuration for Azure has changed.
 func (c *Controller) reconcileAll() {
 	for _, key := range c.usage.Keys() {
 		if m := c.usage.Machine(key); m != nil {
@@ -177,7 +178,8 @@ func (c *Controller) reconcileAll() {
 	}
 }
 
-// untilSuccess does what has to be done before anything else, until it succeeds or ctx ends.
+// untilSuccess calls do until it succeeds or ctx ends, and logs each failure. It is for the steps before the first
+// reconcile.
 func (c *Controller) untilSuccess(ctx context.Context, do func(context.Context) error) {
 	_ = retry.UntilSuccess(ctx, transientBackoff, do, func(err error) { c.log.Warn("cannot start yet; MIC retries", zap.Error(err)) })
 }
@@ -201,8 +203,8 @@ func (c *Controller) checkDefinitions(ctx context.Context) error {
 	return nil
 }
 
-// load records the demands of all pods and finds all ledgers before anything is reconciled, so that no identity in use is
-// taken as unused.
+// load records the demands of all pods and finds all ledgers. It runs before the first reconcile, so that MIC does not
+// treat an identity in use as unused.
 func (c *Controller) load(ctx context.Context) {
 	var ids []string
 	c.untilSuccess(ctx, func(ctx context.Context) (err error) {

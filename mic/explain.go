@@ -8,7 +8,8 @@ import (
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
-// explain returns for an operator why Azure does not update a machine, and what to do.
+// explain returns a text for operators: why Azure does not update a machine and, if MIC lacks a permission, which role
+// to grant.
 func explain(r azure.Resource, e *azure.Error) string {
 	what := fmt.Sprintf("Azure does not let MIC change the identities of %s %s: ", r.Kind, r.Name)
 	switch e.Class {
@@ -25,7 +26,7 @@ func explain(r azure.Resource, e *azure.Error) string {
 	return text.OneLine(what+cmp.Or(e.Message, e.Error()), maxText)
 }
 
-// explainRefused returns for an operator why Azure refuses an identity, and what to do.
+// explainRefused returns a text for operators: why Azure refuses an identity, and what to do.
 func explainRefused(r azure.Resource, id string, e *azure.Error) string {
 	advice := "check that the managed identity exists and that spec.resourceID of the AzureIdentity is correct"
 	if e.Code == "LinkedAuthorizationFailed" {

@@ -14,8 +14,8 @@ import (
 	"github.com/podidentity/podidentity/mic/usage"
 )
 
-// machine is what the reconcile of one VM or VMSS keeps from one time to the next. Nothing else uses it, and one worker at
-// a time reconciles a machine, so it needs no lock.
+// machine is what the reconciles of one VM or VMSS keep between them. Nothing else uses it, and one worker at a time
+// reconciles a machine, so it needs no lock.
 type machine struct {
 	usage    *usage.Machine
 	resource azure.Resource
@@ -41,7 +41,8 @@ func (m *machine) loadLedger(ctx context.Context, store typedcorev1.ConfigMapInt
 	return nil
 }
 
-// writeLedger writes the ledger if it changes. If another MIC wrote it, the next reconcile reads it again.
+// writeLedger writes next to the ledger, unless that would change nothing. If another MIC has written the ledger
+// meanwhile, it returns ledger.ErrOvertaken, and the next reconcile reads the ledger again.
 func (m *machine) writeLedger(ctx context.Context, next ledger.Entries) error {
 	l := m.ledger
 	if l.Same(next) {
@@ -57,13 +58,14 @@ func (m *machine) writeLedger(ctx context.Context, next ledger.Entries) error {
 	return nil
 }
 
-// recordOutcome ends the update in the ledger. The state of the machine must have been observed after the end of the update.
+// recordOutcome removes the finished update from the ledger and records its result there. The state of the machine must
+// have been observed after the end of the update.
 func (m *machine) recordOutcome(ctx context.Context) error {
 	return m.writeLedger(ctx, m.ledger.End(m.azure.Identities))
 }
 
-// observe records the state that Azure reported. It is checked again after the interval or a little earlier, so that not
-// all machines are checked at the same time.
+// observe records the state that Azure reported. The next check of the machine is due after the interval or up to a
+// tenth earlier, at random, so that not all machines are checked at the same time.
 func (m *machine) observe(state azure.State, interval time.Duration) {
 	early := time.Duration(rand.Int64N(int64(interval / 10)))
 	m.azure, m.refreshAt = state, time.Now().Add(interval-early)
@@ -73,7 +75,7 @@ func (m *machine) observe(state azure.State, interval time.Duration) {
 // updating reports whether Azure is updating the machine, for MIC or for somebody else.
 func (m *machine) updating() bool { return strings.EqualFold(m.azure.ProvisioningState, "Updating") }
 
-// requeueAfter returns when the machine must be reconciled again if no update is needed now.
+// requeueAfter returns the delay until the next reconcile of the machine if no update is needed now.
 func (m *machine) requeueAfter(p usage.Plan) time.Duration {
 	next := m.refreshAt
 	if m.updating() {

@@ -19,17 +19,20 @@ import (
 )
 
 const (
-	// pause is the time from the beginning of an update to the beginning of the next. Azure takes 10 to 60 s for one, so
-	// the pause delays nothing there. It makes two updates of a burst of pods that lasts some seconds, and stays well within
-	// the limits of Azure: twelve updates in a row, and four a minute after that.
+	// pause is the minimum time from the updates of one reconcile to those of the next. An update takes Azure 10 to 60 s,
+	// so the pause rarely delays the next one. Because of the pause, a burst of pods that lasts some seconds takes two
+	// updates. Azure allows twelve updates of a machine in a row, and four a minute after that. With one update for each
+	// reconcile there are at most six a minute, so only several minutes of continuous updates reach that limit.
 	pause = 10 * time.Second
-	// maxConflicts bounds how often a reconcile plans again because somebody else changed the machine.
+	// maxConflicts bounds how many times one reconcile plans an update. It plans again if somebody else changed the
+	// machine.
 	maxConflicts = 4
 	// maxText bounds a text for an Event or a status: the API server accepts 1024 bytes in an Event.
 	maxText = 900
 )
 
-// Backoff after failures that pass by themselves, after conflicts, and after those that somebody has to correct.
+// transientBackoff is for failures that end without a change by an operator, conflictBackoff for conflicts, and
+// deniedBackoff for failures that somebody has to correct.
 var (
 	transientBackoff = retry.Backoff{Initial: 2 * time.Second, Max: time.Minute}
 	conflictBackoff  = retry.Backoff{Initial: pause / 2, Max: time.Minute}
@@ -76,7 +79,8 @@ func (r *machineReconciler) forget(key string) {
 	delete(r.machines, key)
 }
 
-// reconcile reconciles one machine. It returns when it must be called again, at the latest.
+// reconcile reconciles one machine. It returns the delay after which it must be called again at the latest, or 0 if
+// there is nothing to do for the machine any more or ctx has ended. Its error is always nil.
 func (r *machineReconciler) reconcile(ctx context.Context, key string) (time.Duration, error) {
 	m := r.machine(key)
 	if m == nil {
@@ -106,7 +110,8 @@ func (r *machineReconciler) reconcile(ctx context.Context, key string) (time.Dur
 	return delay, nil
 }
 
-// handleError reports a failed reconcile to the pods that wait, and returns the delay of the next attempt.
+// handleError logs a failed reconcile and returns the delay until the next attempt. If somebody may have to correct the
+// cause, it also reports the cause to the pods that wait.
 func (r *machineReconciler) handleError(m *machine, err error) time.Duration {
 	r.report.MachineResult(m.usage.Key, err)
 	var e *azure.Error
@@ -131,8 +136,8 @@ func (r *machineReconciler) handleError(m *machine, err error) time.Duration {
 	return max(deniedBackoff.After(m.failures), e.RetryAfter)
 }
 
-// ensureIdentities reads a machine and sends the updates that the plan requires. After a conflict it plans again, at most
-// maxConflicts times. The duration is when the machine must be reconciled again.
+// ensureIdentities reads a machine and sends the updates that the plan requires. After a conflict it plans again; it
+// plans at most maxConflicts times. It returns the delay until the next reconcile; 0 means the interval between checks.
 func (r *machineReconciler) ensureIdentities(ctx context.Context, m *machine) (time.Duration, error) {
 	if err := m.loadLedger(ctx, r.ledgers); err != nil {
 		return 0, err
@@ -140,7 +145,7 @@ func (r *machineReconciler) ensureIdentities(ctx context.Context, m *machine) (t
 	if requeueAfter, err := r.updater.resume(ctx, m); err != nil || requeueAfter > 0 {
 		return requeueAfter, err
 	}
-	if adopted := m.usage.Adopted(); len(adopted) > 0 { // of AAD Pod Identity
+	if adopted := m.usage.Adopted(); len(adopted) > 0 { // from assignments of AAD Pod Identity
 		if err := m.writeLedger(ctx, m.ledger.With(adopted)); err != nil {
 			return 0, err
 		}
@@ -177,7 +182,7 @@ func (r *machineReconciler) ensureIdentities(ctx context.Context, m *machine) (t
 			return time.Millisecond, nil // demands may have come during the update
 		}
 		if m.updating() || m.ledger.Update != nil || !m.usage.Known() {
-			break // the next reconcile first finds out how that update ended
+			break // an update is in progress or its result is not known; the next reconcile first reads its result
 		}
 	}
 	return 0, err
@@ -197,8 +202,8 @@ func (r *machineReconciler) plan(m *machine) usage.Plan {
 	return p
 }
 
-// protected returns which identities are never detached, no matter who attached them: those of --immutable-user-msis, and the
-// cluster's own.
+// protected returns a function that reports whether an identity must never be detached, no matter who attached it: the
+// identities of --immutable-user-msis, and those that the cluster itself uses.
 func (r *machineReconciler) protected() func(azure.Identity) bool {
 	list := slices.Concat(r.immutable, r.updater.arm.OwnIdentities())
 	return func(i azure.Identity) bool {

@@ -21,7 +21,7 @@ import (
 	"github.com/podidentity/podidentity/mic/usage"
 )
 
-// planTimeout bounds the time to load the cluster and the ledgers.
+// planTimeout bounds the time of a plan: to load the cluster and the ledgers, and to read the machines.
 const planTimeout = 2 * time.Minute
 
 // Plan prints what MIC would do now, and why. It reads the cluster, the ledgers and the machines, and changes nothing.
@@ -110,7 +110,8 @@ func (p *preview) machine(ctx context.Context, m *machine) error {
 	return nil
 }
 
-// identities prints the attached identities, except those that are printed already, with the reason why each stays.
+// identities prints the attached identities, except those that are printed already: why each stays attached, or when it
+// is detached.
 func (p *preview) identities(m *machine, state azure.State, printed []string) {
 	protected := p.machineReconciler.protected()
 	for _, id := range slices.Sorted(maps.Keys(state.Identities)) {
@@ -130,7 +131,7 @@ func (p *preview) identities(m *machine, state azure.State, printed []string) {
 	}
 }
 
-// calls prints the calls to Azure Resource Manager.
+// calls prints the updates that MIC would send to Azure Resource Manager.
 func (p *preview) calls(m *machine, state azure.State, plan usage.Plan) {
 	for len(plan.Add)+len(plan.Remove) > 0 {
 		add := plan.Add[:min(len(plan.Add), azure.MaxIdentities)]
@@ -140,7 +141,8 @@ func (p *preview) calls(m *machine, state azure.State, plan usage.Plan) {
 	}
 }
 
-// assignments prints which AzureAssignedIdentity objects would be created and released, and the problems of pods.
+// assignments prints which AzureAssignedIdentity objects MIC would create and release, the problems of pods, and the
+// number of objects.
 func (p *preview) assignments() error {
 	var create, release, wait int
 	pods := p.cluster.Pods()

@@ -11,7 +11,8 @@ import (
 	"github.com/podidentity/podidentity/mic/usage"
 )
 
-// podReconciler gives each pod its AzureAssignedIdentity objects. It alone writes those of a pod, one worker at a time.
+// podReconciler creates, updates and deletes the AzureAssignedIdentity objects of each pod. Nothing else in MIC writes
+// these objects, and one worker at a time reconciles a pod.
 type podReconciler struct {
 	cluster *cluster.Cluster
 	usage   *usage.Tracker
@@ -21,7 +22,8 @@ type podReconciler struct {
 	metrics *telemetry.Metrics
 }
 
-// reconcile gives a pod (namespace/name) the assignments that it desires, and releases all others.
+// reconcile creates and updates the desired assignments of a pod (namespace/name), and releases its other assignments.
+// It returns the delay until the next reconcile, or 0 if only an event or an error requires one.
 func (r *podReconciler) reconcile(ctx context.Context, key string) (time.Duration, error) {
 	p := r.cluster.Pod(key)
 	d := r.cluster.Desired(p)
@@ -48,7 +50,7 @@ func (r *podReconciler) reconcile(ctx context.Context, key string) (time.Duratio
 	}
 	for _, a := range have {
 		if !assigned[a.Identity] && r.serves(p, d, a) {
-			continue // its replacement comes first, so that the pod always has an identity
+			continue // it stays until its replacement is Assigned, so that the pod always has an identity
 		}
 		if err := r.release(ctx, a); err != nil {
 			return 0, err
@@ -61,7 +63,7 @@ func (r *podReconciler) reconcile(ctx context.Context, key string) (time.Duratio
 		r.timer.Done(key, len(assigned) > 0, r.metrics.Assigned)
 	}
 	if r.cluster.HasUnobservedWrites(key) {
-		return cluster.WriteTTL, nil // if the watch does not deliver them by then, newer versions replaced them
+		return cluster.WriteTTL, nil // own writes expire by then; the cache of the watch is then up to date
 	}
 	return 0, nil
 }
@@ -81,7 +83,8 @@ func usageKey(d cluster.DesiredAssignment) usage.Key {
 	return usage.Key{Machine: d.MachineKey, Identity: d.ResourceID}
 }
 
-// serves reports whether NMI grants tokens by an assignment of AAD Pod Identity as long as there is no other.
+// serves reports whether a is an assignment of AAD Pod Identity because of which NMI grants tokens to the pod until the
+// replacement of a is Assigned.
 func (r *podReconciler) serves(p *cluster.Pod, d cluster.DesiredState, a *cluster.Assignment) bool {
 	usable := p != nil && a.Node == p.Node && a.Legacy() && !a.Deleting && (a.State == v1.AssignmentAssigned || a.State == v1.AssignmentLegacy)
 	return usable && slices.ContainsFunc(d.Assignments, func(want cluster.DesiredAssignment) bool {
@@ -89,8 +92,9 @@ func (r *podReconciler) serves(p *cluster.Pod, d cluster.DesiredState, a *cluste
 	})
 }
 
-// ensureAssignment creates or updates one assignment. It returns the state that the assignment has then, and the problem
-// that prevents its identity from being attached.
+// ensureAssignment creates or updates one assignment; a is nil if there is none yet. It returns the resulting state of
+// the assignment, and the problem that prevents its identity from being attached, if any. The state is "" if there is
+// no usable assignment: it cannot be created now, was deleted, or is not in the cache yet.
 func (r *podReconciler) ensureAssignment(ctx context.Context, p *cluster.Pod, want cluster.DesiredAssignment, a *cluster.Assignment) (v1.AssignmentState, string, error) {
 	var err error
 	switch {
@@ -99,7 +103,7 @@ func (r *podReconciler) ensureAssignment(ctx context.Context, p *cluster.Pod, wa
 	case a == nil:
 		a, err = r.writer.Create(ctx, p, want)
 	case a.Deleting:
-		return "", "", r.release(ctx, a) // somebody deleted it; once it is gone it is created again
+		return "", "", r.release(ctx, a) // somebody deleted it; MIC creates it again once it is gone
 	case a.Digest != want.Digest:
 		a, err = r.writer.UpdateCopies(ctx, want, a)
 	}
@@ -125,7 +129,9 @@ func (r *podReconciler) ensureAssignment(ctx context.Context, p *cluster.Pod, wa
 	return state, message, err
 }
 
-// release deletes an assignment that no pod needs any more, once nothing depends on it.
+// release deletes an assignment that its pod no longer needs. The last assignment of an identity that MIC attached
+// stays until the identity is detached, unless its node is gone or its namespace is being deleted. The Tracker requeues
+// the pod when the assignment may be deleted.
 func (r *podReconciler) release(ctx context.Context, a *cluster.Assignment) error {
 	n := r.cluster.Node(a.Node)
 	if n == nil || a.ResourceID == "" || n.MachineKey == "" {

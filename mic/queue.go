@@ -10,14 +10,15 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 )
 
-// queue is a work queue of keys: one worker at a time reconciles a key, and however often the key is added during that, it
-// is reconciled once more afterwards.
+// queue is a work queue of keys. One worker at a time reconciles a key. A key that is added during its reconcile, once
+// or more often, is reconciled once more afterwards.
 type queue struct {
 	workqueue.TypedRateLimitingInterface[string]
 	name    string
 	workers int
 	log     *zap.Logger
-	// reconcile returns when the key must be reconciled again; 0 means that only an event or an error does that.
+	// reconcile returns the delay until the next reconcile of the key; 0 means that only an event or an error requires
+	// one.
 	reconcile func(ctx context.Context, key string) (requeueAfter time.Duration, err error)
 }
 
@@ -29,13 +30,13 @@ func newQueue(name string, workers int, log *zap.Logger, reconcile func(context.
 	}
 }
 
-// run runs the workers until ctx ends, and returns when all have ended.
+// run runs the workers until ctx ends, and returns when all workers have ended.
 func (q *queue) run(ctx context.Context) {
 	yes, no := true, false
 	c, err := controller.NewTypedUnmanaged(q.name, controller.TypedOptions[string]{
 		Reconciler:              q,
 		MaxConcurrentReconciles: q.workers,
-		SkipNameValidation:      &yes, // a process may become the leader more than once
+		SkipNameValidation:      &yes, // one process may run several Controllers, as tests do
 		UsePriorityQueue:        &no,
 		NewQueue: func(string, workqueue.TypedRateLimiter[string]) workqueue.TypedRateLimitingInterface[string] {
 			return q.TypedRateLimitingInterface

@@ -26,20 +26,21 @@ import (
 // userAgent is the User-Agent of MIC for the API server.
 const userAgent = "podidentity-mic"
 
-// Run runs one of several MICs, of which only the leader works, until ctx ends or it loses its lease. The loss is an error,
-// after which the process must be started again.
+// Run takes part in the leader election, and works while it is the leader, until ctx ends. It returns an error if it
+// loses its lease or if the file of the configuration for Azure is replaced; the process must then be started again.
 func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	return runElected(ctx, cfg, log, false)
 }
 
-// Uninstall becomes the leader, detaches what MIC attached, and removes all assignments and ledgers. It returns when none is
-// left.
+// Uninstall becomes the leader, detaches what MIC attached, and removes all assignments and ledgers. It returns nil
+// when none is left, and an error if it ends before.
 func Uninstall(ctx context.Context, cfg Config, log *zap.Logger) error {
 	cfg.DetachDelay = 0
 	return runElected(ctx, cfg, log, true)
 }
 
-// runElected takes part in the leader election, and runs a Controller as the leader.
+// runElected takes part in the leader election, and runs a Controller while it is the leader. drain is that of
+// newController.
 func runElected(ctx context.Context, cfg Config, log *zap.Logger, drain bool) error {
 	if err := cfg.Validate(); err != nil {
 		return err
@@ -51,7 +52,7 @@ func runElected(ctx context.Context, cfg Config, log *zap.Logger, drain bool) er
 	}
 	var c *Controller
 	arm, err := newMachines(cfg, log, ctrlmetrics.Registry, func() {
-		if c != nil { // the first configuration comes before the Controller
+		if c != nil { // newMachines reports the first configuration before the Controller exists
 			c.reconcileAll()
 		}
 	})
@@ -94,7 +95,7 @@ func runElected(ctx context.Context, cfg Config, log *zap.Logger, drain bool) er
 	return err
 }
 
-// always is a runnable of a MIC whether it is the leader or not.
+// always is a manager.Runnable that runs whether this MIC is the leader or not.
 type always func(context.Context) error
 
 // Start implements manager.Runnable.
@@ -103,8 +104,8 @@ func (a always) Start(ctx context.Context) error { return a(ctx) }
 // NeedLeaderElection implements manager.LeaderElectionRunnable.
 func (always) NeedLeaderElection() bool { return false }
 
-// waitUntilLoaded waits until all pods are loaded, and then returns memory to the operating system: loading needs several
-// times what is kept. It returns false if ctx ends before.
+// waitUntilLoaded waits until all pods are loaded, and then returns memory to the operating system: loading needs
+// several times the memory that is used afterwards. It returns false if ctx ends first.
 func (c *Controller) waitUntilLoaded(ctx context.Context) bool {
 	select {
 	case <-c.loaded:
@@ -115,7 +116,7 @@ func (c *Controller) waitUntilLoaded(ctx context.Context) bool {
 	}
 }
 
-// waitUntilEmpty waits until no assignment and no ledger is left. It returns false if ctx ends before.
+// waitUntilEmpty waits until no assignment and no ledger is left. It returns false if ctx ends first.
 func (c *Controller) waitUntilEmpty(ctx context.Context) bool {
 	for {
 		select {
@@ -132,11 +133,11 @@ func (c *Controller) waitUntilEmpty(ctx context.Context) bool {
 	}
 }
 
-// newManager prepares leader election, metrics and probes. A MIC that uninstalls serves no probes: its pod becomes ready when
-// everything is removed.
+// newManager returns a manager with leader election, metrics and probes. With drain it serves neither metrics nor
+// probes: the pod of an uninstall must become ready only when everything is removed.
 func newManager(cfg Config, config *rest.Config, drain bool) (manager.Manager, error) {
 	lease := cfg.LeaderElection.Duration
-	// Two MICs may have the same name by mistake.
+	// Two MICs may have the same name by mistake, so a UUID makes the identity in the lease unique.
 	identity := cfg.LeaderElection.Instance + "_" + string(uuid.NewUUID())
 	lock, err := resourcelock.NewFromKubeconfig(resourcelock.LeasesResourceLock, cfg.LeaderElection.Namespace, cfg.LeaderElection.Name,
 		resourcelock.ResourceLockConfig{Identity: identity}, config, lease*2/3)

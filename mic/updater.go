@@ -18,17 +18,18 @@ import (
 )
 
 const (
-	// maxSendDelay is the longest time between the start of the write of the ledger and the update. If the process is paused or
-	// the write is slow, another process may become the leader meanwhile, and assign to a pod what this process is about to
-	// detach.
+	// maxSendDelay is the longest time from the start of the write of the ledger until MIC sends the update. If the
+	// process is paused or the write is slow, another process may become the leader meanwhile, and assign to a pod what
+	// this process is about to detach.
 	maxSendDelay = 5 * time.Second
-	// maxUpdateTime is how long an update that was sent, and whose result is not known, may be in progress.
+	// maxUpdateTime is how long MIC waits for the result of an update that it sent. After that MIC takes the state of
+	// the machine as the result.
 	maxUpdateTime = 20 * time.Minute
 )
 
-// updater does all calls to Azure Resource Manager. The order of the steps of an update protects the machine: first the
-// ledger says what is attached, then the update is sent, then the ledger has the operation, and when its end is known, the
-// result.
+// updater calls Azure Resource Manager for the reconciles of machines. The order of the steps of an update protects the
+// machine: MIC first writes to the ledger everything that the update may leave attached, then sends the update, then
+// writes the token of the operation to the ledger, and when the end of the update is known, its result.
 type updater struct {
 	arm        Machines
 	cluster    *cluster.Cluster
@@ -37,13 +38,14 @@ type updater struct {
 	log        *zap.Logger
 }
 
-// refresh asks Azure for the state of a machine.
+// refresh asks Azure for the state of a machine and records it. If the machine does not exist and has no nodes, refresh
+// deletes its ledger.
 func (u *updater) refresh(ctx context.Context, m *machine) error {
 	state, err := u.arm.Get(ctx, m.resource)
 	if isClass(err, azure.NotFound) {
 		m.observe(azure.State{}, u.interval)
 		if len(u.cluster.NodesOf(m.usage.Key)) > 0 {
-			return err // the credential may be for another account or another cloud
+			return err // a machine with nodes exists: the credential may be for another account or another cloud
 		}
 		return m.writeLedger(ctx, ledger.Entries{Machine: m.resource.ID(), Attached: map[string]string{}})
 	}
@@ -57,7 +59,8 @@ func (u *updater) refresh(ctx context.Context, m *machine) error {
 	return nil
 }
 
-// apply updates a machine as planned. Identities that Azure refused before are sent by themselves, after the others.
+// apply updates a machine as planned. It attaches identities that Azure refused before in separate updates, after the
+// others.
 func (u *updater) apply(ctx context.Context, m *machine, p usage.Plan) error {
 	m.updatedAt = time.Now()
 	m.usage.ResetGather()
@@ -78,8 +81,8 @@ func (u *updater) apply(ctx context.Context, m *machine, p usage.Plan) error {
 	return nil
 }
 
-// confirmUnused checks the pods of the machine again before anything is detached: if the Tracker were wrong, a pod would
-// lose its identity.
+// confirmUnused checks the pods of the machine again before anything is detached: if the Tracker were wrong, a pod
+// would lose its identity. It returns the identities that no pod uses, and requeues pods that use one of the others.
 func (u *updater) confirmUnused(m *machine, remove []string) []string {
 	if len(remove) == 0 {
 		return nil
@@ -102,7 +105,9 @@ func (u *updater) confirmUnused(m *machine, remove []string) []string {
 	})
 }
 
-// applyBisecting sends updates without the identities that Azure refuses. If Azure does not name them, it tries halves.
+// applyBisecting updates a machine. If Azure refuses some of the identities, it sets them aside and sends the others.
+// If Azure does not name the refused identities, it sends two smaller updates: additions and removals, or halves of
+// either.
 func (u *updater) applyBisecting(ctx context.Context, m *machine, add, remove []string) error {
 	for len(add)+len(remove) > 0 {
 		err := u.patch(ctx, m, add, remove)
@@ -139,7 +144,8 @@ func (u *updater) applyBisecting(ctx context.Context, m *machine, add, remove []
 	return nil
 }
 
-// setAside records that Azure refused an identity. MIC then tries it by itself.
+// setAside records that Azure refused an identity. After a delay MIC tries to attach it in an update without the
+// others, or to detach it in an update with the others.
 func (u *updater) setAside(m *machine, id string, e *azure.Error) {
 	message := explainRefused(m.resource, id, e)
 	retryAfter, times := m.usage.SetAside(azure.Fold(id), message)
@@ -198,9 +204,9 @@ func (u *updater) handleSuccess(ctx context.Context, m *machine, state azure.Sta
 	return m.recordOutcome(ctx)
 }
 
-// handleFailure records a failed update. If Azure refused the request, nothing was changed, and the ledger is written as it
-// was before. If an operation began and failed, the state of the machine is read and recorded. An update that may still be in
-// progress stays in the ledger, so that the next reconcile starts with it.
+// handleFailure records a failed update. If Azure refused the request, nothing was changed, and the ledger is written
+// as it was before. If an operation began and failed, the state of the machine is read and recorded. An update that may
+// still be in progress stays in the ledger, so that the next reconcile first waits for its end.
 func (u *updater) handleFailure(ctx context.Context, m *machine, op *azure.Operation, before ledger.Entries, err error) error {
 	if op != nil && op.Token() != "" || op == nil && mayHaveBegun(err) {
 		return err
@@ -236,8 +242,8 @@ func mayHaveBegun(err error) bool {
 	return !errors.As(err, &e) || e.Class == azure.Unavailable
 }
 
-// resume waits for the end of an update that another process started, or whose operation this one lost. A delay above zero
-// means that the update is still in progress.
+// resume waits for the end of the update in the ledger, if any: another process started it, or this process did not
+// learn its result. A delay above zero means that the update is still in progress.
 func (u *updater) resume(ctx context.Context, m *machine) (time.Duration, error) {
 	update := m.ledger.Update
 	if update == nil {
@@ -250,7 +256,8 @@ func (u *updater) resume(ctx context.Context, m *machine) (time.Duration, error)
 		if err == nil {
 			_, err = op.Wait(ctx)
 		}
-		// If the operation ended, the machine shows how. If its end is not known for too long, the same applies.
+		// If the operation has ended or its token is unusable, the state of the machine shows the result. After
+		// maxUpdateTime MIC reads the state, too.
 		inProgress := op == nil && !isClass(err, azure.Invalid) || op != nil && op.Token() != ""
 		if inProgress && (ctx.Err() != nil || time.Since(update.Started) < maxUpdateTime) {
 			return 0, err

@@ -20,13 +20,14 @@ import (
 var version = "dev"
 
 func main() {
-	// Most objects of MIC live long, so early garbage collection costs little CPU and saves half of the memory. GOGC overrides.
+	// Most objects of MIC live long, so early garbage collection costs little CPU and saves half of the memory. The
+	// environment variable GOGC takes precedence.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)
 	}
 	// With these variables the Azure SDK would ask IMDS for the region before each token.
 	for _, name := range []string{"AZURE_REGIONAL_AUTHORITY_NAME", "MSAL_FORCE_REGION"} {
-		_ = os.Unsetenv(name) // fails for no valid name
+		_ = os.Unsetenv(name) // it fails only for an invalid name
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// waitForSignal answers readiness probes on the port until ctx ends. The pod of an uninstall becomes ready by that, and stays:
-// if its process ended, the kubelet would start it again.
+// waitForSignal answers readiness probes on the port until ctx ends. The pod of an uninstall thereby becomes ready. The
+// process must not end before, because the kubelet would start it again.
 func waitForSignal(ctx context.Context, port int) error {
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", fmt.Sprintf(":%d", port))
 	if err != nil {

@@ -97,8 +97,9 @@ func TestNoPackageImportsItsParent(t *testing.T) {
 	}
 }
 
-// The compiler refuses a cycle of packages. This test refuses one of folders: if nmi/token imports mic/azure and mic
-// imports nmi, no package is in a cycle, and still neither program can be understood without the other.
+// The compiler refuses a cycle of packages. This test refuses a cycle of top-level folders: if nmi/token imports
+// mic/azure and mic imports nmi, no package is in a cycle, and still neither program can be understood without the
+// other.
 func TestTopLevelFoldersImportEachOtherInOneDirection(t *testing.T) {
 	imports := map[string]map[string]string{} // folder → folder → a file that imports it
 	for _, f := range parseAll(t) {
@@ -226,8 +227,8 @@ func receiverType(expr ast.Expr) string {
 	return "unknown"
 }
 
-// Go's build cache holds a package once for each version of each module that it depends on. A version that differs
-// between the modules of this repository makes Go compile most dependencies twice.
+// Go compiles a package again for each different version of a module that the package depends on. If the modules of
+// this repository require different versions of one module, Go compiles most dependencies twice.
 func TestModulesRequireTheSameVersions(t *testing.T) {
 	required := map[string]string{} // module → version, of the modules read so far
 	for _, folder := range []string{".", "e2e"} {

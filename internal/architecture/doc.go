@@ -1,5 +1,5 @@
-// Package architecture checks the structure of the code: that packages import neither their parent nor each other in a cycle,
-// that the product imports no test code, and how large a file, a
-// function and a type may become. It protects against code that cannot be read from the top down, such as a package
-// that imports its parent, or a type to which everything is attached.
+// Package architecture tests the structure of the code: no package imports its parent, the imports between top-level
+// folders form no cycle, the product imports no test code, files, functions and types do not become too large, and the
+// modules of the repository require the same versions. It protects against code that cannot be read from the top down,
+// such as a package that imports its parent, or a type to which everything is attached.
 package architecture

@@ -21,7 +21,8 @@ func IndexBy[T any](value func(T) string) cache.IndexFunc {
 	}
 }
 
-// Get returns the object of this key, as an object of type T.
+// Get returns the object with this key from the cache of the informer. ok is false if there is none, or if it is not a
+// T.
 func Get[T any](informer cache.SharedIndexInformer, key string) (none T, ok bool) {
 	o, ok, err := informer.GetIndexer().GetByKey(key)
 	if err != nil || !ok {
@@ -31,8 +32,8 @@ func Get[T any](informer cache.SharedIndexInformer, key string) (none T, ok bool
 	return t, ok
 }
 
-// ByIndex returns the objects of type T that an index has under a value. The index must exist: that it does is fixed
-// when the informer is made, so an error is a mistake in the program, and the result is empty.
+// ByIndex returns the objects of type T that an index has under a value. The index must have been given to the informer
+// when it was created. If it was not, which is a programming error, the result is empty.
 func ByIndex[T any](informer cache.SharedIndexInformer, index, value string) []T {
 	objects, _ := informer.GetIndexer().ByIndex(index, value)
 	found := make([]T, 0, len(objects))

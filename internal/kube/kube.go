@@ -1,7 +1,7 @@
-// Package kube is what NMI and MIC both need to work with the API server: client configuration, REST clients that know
-// few types, informers whose objects are trimmed to what is read, and whether an error means that the API server cannot respond.
-// It protects the memory of the node: a client for
-// all of Kubernetes and whole objects would take several times as much.
+// Package kube contains what NMI and MIC both need to work with the API server: client configuration, REST clients that
+// know few types, functions for informers whose objects are trimmed to what is read, and a function that reports
+// whether an error means that the API server cannot respond. It protects the memory of the node: a client for all of
+// Kubernetes and whole objects would take several times the memory.
 package kube
 
 import (

@@ -5,8 +5,9 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// Meta is what an informer must know of an object. A type that embeds it can be the result of an informer's transform: it
-// then holds what the program reads, in a fraction of the memory of the whole object.
+// Meta contains what an informer must know of an object. The transform of an informer can replace an object by a
+// smaller type that embeds Meta and has only the fields that the program reads. Such a type takes a fraction of the
+// memory.
 type Meta struct{ Namespace, Name, ResourceVersion string }
 
 // MetaOf returns the Meta of an object.
@@ -27,8 +28,8 @@ func Key(namespace, name string) string {
 	return cache.NewObjectName(namespace, name).String()
 }
 
-// LastState returns the object of a deletion. If the watch missed the deletion, the informer passes a tombstone, and
-// this is the last known state; nil if there is none.
+// LastState returns the deleted object from the argument of a deletion handler. If the watch missed the deletion, the
+// argument is a tombstone, and LastState returns the last known state in it, or nil if the tombstone has none.
 func LastState(o any) any {
 	if tombstone, ok := o.(cache.DeletedFinalStateUnknown); ok {
 		return tombstone.Obj

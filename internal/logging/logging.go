@@ -1,5 +1,5 @@
-// Package logging creates the loggers of NMI and MIC, so that both write the same format. Lines are JSON, which escapes
-// text from outside: a client cannot forge a line.
+// Package logging creates the loggers of NMI and MIC, so that both write the same format. Unless plain text is
+// requested, lines are JSON, which escapes text from outside: a client cannot forge a line.
 package logging
 
 import (
@@ -9,7 +9,7 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// FlushInterval bounds how late a line of a buffered writer appears.
+// FlushInterval bounds the time from the write of a line to a buffered writer until the line appears.
 const FlushInterval = 200 * time.Millisecond
 
 // NewLogger returns a logger that writes lines of JSON to w, or of plain text if asText is true.

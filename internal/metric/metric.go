@@ -25,7 +25,8 @@ type Definition struct {
 	Type    Type
 	Labels  []string
 	Buckets []float64 // of a histogram
-	// Values has the values of labels for which it is a fixed list. Only the documentation reads it.
+	// Values lists, by label, the values of each label whose values are fixed. Only the generator of the documentation
+	// reads it.
 	Values map[string][]string
 	// Deprecated says since when the metric is deprecated and what replaces it. "" means that it is not deprecated.
 	Deprecated string
@@ -38,7 +39,9 @@ func (d Definition) help() string {
 	return d.Help
 }
 
-// check panics if the program uses a definition as what it is not. Each process does that at its start or never.
+// check panics if the program creates a collector of another type than that of the definition, or with labels although
+// the definition has none, or the reverse. Each process creates its collectors when it starts, so a mistake shows at
+// once.
 func (d Definition) check(t Type, labels bool) {
 	if d.Type != t || labels != (len(d.Labels) > 0) {
 		panic(fmt.Sprintf("metric %s is a %s with labels %v, not a %s", d.Name, d.Type, d.Labels, t))
@@ -51,7 +54,8 @@ func (d Definition) histogramOpts() prometheus.HistogramOpts {
 	return prometheus.HistogramOpts{Name: d.Name, Help: d.help(), Buckets: d.Buckets}
 }
 
-// NewCounter returns the counter that d defines. Like all collectors made here it has yet to be registered.
+// NewCounter returns the counter that d defines. Neither this nor any other method of Definition registers the
+// collector.
 func (d Definition) NewCounter() prometheus.Counter {
 	d.check(Counter, false)
 	return prometheus.NewCounter(prometheus.CounterOpts(d.opts()))

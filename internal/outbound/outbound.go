@@ -1,6 +1,6 @@
-// Package outbound has what the HTTP clients of NMI and MIC for Azure have in common. It protects Azure against requests
-// that it asked not to send (Retry-After), and the clients against data races of the Azure SDK's retries and against
-// certificate bundles that hold no certificate.
+// Package outbound contains what the HTTP clients of NMI and MIC for Azure have in common. It protects Azure against
+// requests that it asked not to send (Retry-After), and the clients against data races of the Azure SDK's retries and
+// against certificate bundles that hold no certificate.
 package outbound
 
 import (
@@ -53,7 +53,8 @@ func WithOwnBody(r *http.Request) (*http.Request, error) {
 }
 
 // RootCAs returns the certificates of the system and those of the PEM file that the flag --ca-bundle names. It returns
-// nil, which means those of the system, if file is "".
+// nil, which means those of the system, if file is "". If the certificates of the system cannot be read, it returns
+// only those of the file.
 func RootCAs(file string) (*x509.CertPool, error) {
 	if file == "" {
 		return nil, nil

@@ -1,8 +1,8 @@
 // Package retry spaces attempts that failed: exponential backoff with jitter. It protects the API server and Azure
 // against many nodes or many objects that failed together and would otherwise retry together.
 //
-// It adds to wait.Backoff of apimachinery the wait after a given number of failures: reconcilers here keep that number
-// with the object, not a wait.Backoff for each.
+// In addition to wait.Backoff of apimachinery it computes the wait after a given number of failures: reconcilers of MIC
+// and NMI keep the number of failures with each object, not a wait.Backoff.
 package retry
 
 import (
@@ -21,7 +21,8 @@ type Backoff struct {
 	Jitter  float64       // up to this part of the wait is added at random; 0 means DefaultJitter
 }
 
-// DefaultJitter is the part of a wait that Jitter and a Backoff without a value of its own add at most.
+// DefaultJitter is the largest part of a wait that the function Jitter, and a Backoff whose Jitter is 0, add to the
+// wait.
 const DefaultJitter = 0.2
 
 // After returns the wait after this many failures in a row. Fewer than one count as one.

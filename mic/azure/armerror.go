@@ -20,8 +20,8 @@ import (
 // exist, or MIC may not assign it.
 var identityCodes = map[string]bool{"failedidentityoperation": true, "linkedauthorizationfailed": true}
 
-// operationCodes classifies running updates that failed: for them there is no HTTP status to go by. All other codes are
-// taken as failures of Azure.
+// operationCodes classifies the error codes, folded, of updates that failed while they were running: they have no HTTP
+// status that shows the class. classifyOperation handles all other codes.
 var operationCodes = map[string]Class{
 	"authorizationfailed":              Denied,
 	"conflict":                         Conflict,
@@ -82,8 +82,8 @@ func (c cleaner) failure(operation string, requested map[string]bool, err error)
 	return e
 }
 
-// classify returns the class for a status and code. A refusal that names an identity of the request is a BadIdentity
-// even if its code is unknown.
+// classify returns the class for a status and code. A response with an unknown code that names an identity of the
+// request is a BadIdentity, unless its status means throttling, a conflict, an invalid token or a failure of Azure.
 func classify(status int, code, operationStatus string, named bool) Class {
 	code = strings.ToLower(code)
 	switch {
@@ -111,7 +111,8 @@ func classify(status int, code, operationStatus string, named bool) Class {
 	return Invalid
 }
 
-// classifyOperation classifies a running update that failed. The code is folded.
+// classifyOperation classifies an update that failed while it was running. code is folded. A failure without a known
+// code that was not canceled and names no identity of the update counts as a failure of Azure.
 func classifyOperation(code, status string, named bool) Class {
 	class, known := operationCodes[code]
 	switch {
@@ -178,7 +179,8 @@ func (a *armError) updateFailed() bool {
 	return false
 }
 
-// walk searches a value. It keeps the outermost code, unless a nested code is one of identityCodes.
+// walk searches a value for error codes, messages and identities. It keeps the outermost code, unless a nested code is
+// one of identityCodes.
 func (a *armError) walk(v any, depth int) {
 	if depth == 0 {
 		return

@@ -22,7 +22,7 @@ func linked(names ...string) string {
 		strings.Join(mapped(names, armID), ",") + `' or the linked scope(s) are invalid.`
 }
 
-// missing is the error message if an identity does not exist.
+// missing is the error message of ARM if an identity does not exist.
 func missing(name string) string {
 	return `Identity operation for resource '` + vm.ID() + `' failed with error 'Failed to perform resource identity operation. Status: 'BadRequest'. Response: '{\"error\":{\"code\":\"BadRequest\",\"message\":\"Resource '` +
 		armID(name) + `' was not found.\"}}'.'.`

@@ -79,7 +79,7 @@ func hung(r *http.Request) (*http.Response, error) {
 	return nil, r.Context().Err()
 }
 
-// bearer looks like a token, and must not be seen anywhere.
+// bearer looks like a token, and must not appear in any error or log.
 const bearer = "eyJhbGciOiJub25lIn0.eyJzZWNyZXQiOiJ5ZXMifQ.c2lnbmF0dXJl"
 
 type credential func(ctx context.Context) (azcore.AccessToken, error)
@@ -115,12 +115,12 @@ func id(name string) string {
 	return "/subscriptions/Sub/resourceGroups/Ids/providers/Microsoft.ManagedIdentity/userAssignedIdentities/" + name
 }
 
-// armID is the same, as ARM spells it.
+// armID is the ID of an identity, as ARM spells it.
 func armID(name string) string {
 	return "/subscriptions/Sub/resourcegroups/Ids/providers/Microsoft.ManagedIdentity/userAssignedIdentities/" + name
 }
 
-// having is a state with these identities.
+// having returns a state with the named identities.
 func having(system bool, names ...string) State {
 	s := State{SystemAssigned: system, ETag: `"7"`, Identities: map[string]Identity{}}
 	for _, name := range names {

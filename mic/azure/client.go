@@ -40,7 +40,7 @@ type Options struct {
 	UserAgent string
 	// RootCAs verify the certificates of Azure; nil means those of the system.
 	RootCAs *x509.CertPool
-	// Transport sends all requests, including those for tokens; nil means HTTP.
+	// Transport sends all requests, including those for tokens; nil means clients of net/http.
 	Transport policy.Transporter
 	// Credential is MIC's credential; nil means the one in the configuration.
 	Credential azcore.TokenCredential
@@ -60,7 +60,8 @@ const (
 	pollInterval   = 5 * time.Second
 )
 
-// Client is an ARM client with one configuration. Two Clients share nothing.
+// Client is an ARM client with one configuration. Two Clients share nothing except the SDK's cache of tokens of managed
+// identities.
 type Client struct {
 	cleaner
 	arm            arm.ClientOptions
@@ -117,7 +118,8 @@ func New(cfg Config, o Options) (*Client, error) {
 			Transport:       transporter{next: proxied, maxBytes: maxResponse, host: strings.ToLower(endpoint.Hostname())},
 			Telemetry:       policy.TelemetryOptions{ApplicationID: o.UserAgent},
 			PerCallPolicies: []policy.Policy{acceptedAsOK{}},
-			// Short, and never after 409, 412 or 429: the caller plans again, or waits.
+			// The SDK retries only for a short time, and never after 409, 412 or 429: after these the caller plans
+			// again or waits.
 			Retry: policy.RetryOptions{
 				MaxRetries: 2, RetryDelay: 250 * time.Millisecond, MaxRetryDelay: 2 * time.Second, TryTimeout: c.requestTimeout,
 				ShouldRetry: shouldRetry,
@@ -200,7 +202,8 @@ func (c *Client) subscription(r Resource) (*subscription, error) {
 	return s, nil
 }
 
-// call sends a request to ARM, unless the subscription is throttled. Its error is an *Error.
+// call sends a request to ARM. While the subscription is throttled it sends nothing and returns Throttled. Its error is
+// an *Error.
 func (c *Client) call(ctx context.Context, operation string, s *subscription, requested map[string]bool, send func(context.Context) error) error {
 	if wait := s.retryAfter.Remaining(); wait > 0 {
 		return &Error{Class: Throttled, Operation: operation, RetryAfter: wait, Message: "Azure throttles the subscription; waiting for Retry-After"}

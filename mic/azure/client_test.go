@@ -209,7 +209,7 @@ func TestACallEndsWithItsContext(t *testing.T) {
 	})
 }
 
-// stack is an ARM on loopback, with real TLS, and a configuration for it.
+// stack starts a fake ARM on loopback with TLS, and returns the configuration of a custom cloud for it.
 func stack(t *testing.T, h http.HandlerFunc) (Config, Options) {
 	t.Helper()
 	server := httptest.NewUnstartedServer(h)

@@ -32,7 +32,7 @@ func (Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }
 type Config struct {
 	Cloud    string `json:"cloud"`
 	TenantID string `json:"tenantId"`
-	// ClientID and ClientSecret of a service principal. AKS writes "msi" if there is none.
+	// ClientID and ClientSecret are those of a service principal. AKS writes "msi" if there is none.
 	ClientID       string `json:"aadClientId"`
 	ClientSecret   Secret `json:"aadClientSecret"`
 	ClientCertPath string `json:"aadClientCertPath"`
@@ -165,7 +165,7 @@ func readFile(path string) ([]byte, error) {
 }
 
 // parse reads JSON, or YAML, which AAD Pod Identity also accepted. Errors of parsers quote the input, which may be a
-// secret, so the error here contains only the position.
+// secret, so the error here contains only the position, or the field and its type.
 func parse(text []byte, into any) error {
 	text = bytes.TrimPrefix(text, []byte("\xef\xbb\xbf"))
 	if len(bytes.TrimSpace(text)) == 0 {

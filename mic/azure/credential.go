@@ -24,7 +24,8 @@ type ownCredential struct {
 	cleaner
 	subject string // the identity, for messages
 	advice  string // what to check when Azure refuses
-	// fromIMDS: the token comes from the Instance Metadata Service, which responds with 404 while it is not ready.
+	// fromIMDS says that the token comes from the Instance Metadata Service, which responds with 404 while it is not
+	// ready.
 	fromIMDS bool
 }
 
@@ -35,7 +36,7 @@ func (c Config) credential(where cloud.Configuration, direct, proxied policy.Tra
 		Cloud:     where,
 		Transport: transporter{next: proxied, maxBytes: maxTokenResponse},
 		Telemetry: policy.TelemetryOptions{ApplicationID: userAgent},
-		// Short, because callers retry.
+		// Few retries in a short time, because callers retry, too.
 		Retry: policy.RetryOptions{
 			MaxRetries: 2, RetryDelay: 250 * time.Millisecond, MaxRetryDelay: time.Second, TryTimeout: 10 * time.Second,
 			ShouldRetry: shouldRetry,
@@ -120,7 +121,8 @@ func (own *ownCredential) workloadIdentity(c Config, options policy.ClientOption
 	return own.creationError(err)
 }
 
-// creationError adds the identity and the advice to an error of azidentity, which does not quote the invalid value.
+// creationError adds the identity and the advice to an error of azidentity, because that error does not quote the
+// invalid value.
 func (own *ownCredential) creationError(err error) error {
 	if err == nil {
 		return nil

@@ -47,7 +47,8 @@ func issueToken(_ int, r *http.Request) (*http.Response, error) {
 
 var serial atomic.Int32
 
-// unique keeps the library's process-wide cache of managed identities' tokens from serving another test.
+// unique returns another name in each call, because azidentity caches the tokens of managed identities for the whole
+// process, and a test must not get the token of another test.
 func unique() string { return fmt.Sprintf("identity-%d", serial.Add(1)) }
 
 func tokenFile(t *testing.T, content string) string {
@@ -66,7 +67,7 @@ var configuredCredentials = []struct {
 	name    string
 	cfg     func(t *testing.T) Config
 	host    string
-	form    url.Values // of what is sent, the body's or the URL's
+	form    url.Values // parameters of the token request, in its body or URL
 	without string
 	arm     string
 }{
@@ -342,12 +343,12 @@ func TestATokenIsRenewedBeforeItExpiresDespiteFailures(t *testing.T) {
 		call(0, "token-1", 1)
 		call(54*time.Minute, "token-1", 1)
 		broken = true
-		call(2*time.Minute, "token-1", 2) // 56: due, and it fails
-		call(time.Second, "token-1", 2)   // held
+		call(2*time.Minute, "token-1", 2) // after 56 minutes the replacement is due, and it fails
+		call(time.Second, "token-1", 2)   // the failure is cached
 		call(10*time.Second, "token-1", 3)
 		broken = false
-		call(10*time.Second, "token-1", 4) // the call does not wait for the new one
-		call(31*time.Second, "token-4", 4) // the library looks for a new one every 30 s
+		call(10*time.Second, "token-1", 4) // the call does not wait for the new token
+		call(31*time.Second, "token-4", 4) // the SDK asks for a new token every 30 s
 		broken = true
 		call(time.Hour, "", 5)
 		call(time.Second, "", 5)

@@ -24,9 +24,10 @@ const (
 	BadIdentity Class = "bad_identity"
 	// Denied: MIC lacks a permission, or gets no token. A retry fails until someone changes the configuration.
 	Denied Class = "denied"
-	// Unavailable: no response, or a 5xx. A retry can succeed.
+	// Unavailable: no response, a response that shows a failure of Azure such as a 5xx, or an update that failed for
+	// another reason than the classes above. A retry can succeed.
 	Unavailable Class = "unavailable"
-	// Invalid: ARM does not understand the request. A retry fails.
+	// Invalid: ARM does not understand the request, or the resume token or the response is unusable. A retry fails.
 	Invalid Class = "invalid"
 	// Unconfigured: there is no usable configuration for Azure.
 	Unconfigured Class = "unconfigured"
@@ -91,8 +92,8 @@ const (
 // jwt matches tokens.
 var jwt = regexp.MustCompile(`eyJ[\w-]+\.[\w-]+(\.[\w-]*)?`)
 
-// minSecret is the minimum length of a secret that clean removes from texts. Those of Entra ID have 40 characters;
-// removing all occurrences of a very short one would make texts unreadable.
+// minSecret is the minimum length of a secret that clean removes from texts. Client secrets of Entra ID have 40
+// characters; removing all occurrences of a very short one would make texts unreadable.
 const minSecret = 8
 
 // cleaner removes secrets from texts: the client secret, and everything that looks like a token.

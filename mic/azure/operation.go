@@ -12,7 +12,7 @@ import (
 // initialPollInterval is the interval before the second poll. The interval doubles up to that of the Client.
 const initialPollInterval = time.Second
 
-// Operation is a running update. It must be used by one goroutine at a time.
+// Operation is an update that was sent, or one that needs no request. It must be used by one goroutine at a time.
 type Operation struct {
 	client    *Client
 	resource  Resource
@@ -41,8 +41,9 @@ func (c *Client) operation(r Resource, s *subscription, p poller, requested map[
 func (o *Operation) Token() string { return o.token }
 
 // Wait polls until the update is done, at the interval that ARM requests, and returns the resulting state of the
-// machine. Throttling and failed polls do not end it. If Token is unchanged after an error, the outcome is unknown, and
-// Wait may be called again; after the maximum time it then polls only once. Its error is an *Error.
+// machine. Wait continues after throttling and after polls that fail as Unavailable. If Token is not empty after an
+// error, the outcome is unknown, and Wait may be called again; after the maximum time it then polls at most once. Its
+// error is an *Error.
 //
 // ARM forgets updates after a while. If ARM no longer knows the update, Wait returns the state of the machine without
 // an error; the caller must compare it with what the update was to do.
@@ -114,7 +115,8 @@ func (o *Operation) unfinished(e Error) error {
 }
 
 // isFinal reports whether the error means that the update failed, not only a poll. ARM reports a failed update in a
-// response with a success status. The classes listed here cannot result from a poll, so they too are about the update.
+// response with a success status. The classes listed here are about the update, too; an Invalid may also mean that no
+// later poll can succeed.
 func (o *Operation) isFinal(e *Error) bool {
 	switch e.Class {
 	case NotFound, Conflict, BadIdentity, Invalid:
@@ -129,7 +131,7 @@ func (o *Operation) finish(state State, err error) (State, error) {
 	return state, err
 }
 
-// pollOnce sends one request: a poll, or a read of the machine once the update is done.
+// pollOnce polls the update, unless the last poll reported its end. Once the update is done, it reads the machine.
 func (o *Operation) pollOnce(ctx context.Context) (state State, done bool, err error) {
 	c, kind := o.client, o.resource.Kind.String()
 	if !o.poller.Done() {

@@ -13,7 +13,7 @@ import (
 
 const pollURL = "https://management.azure.com/subscriptions/Sub/providers/Microsoft.Compute/locations/here/operations/1?p=1&s=signature"
 
-// begun responds to the PATCH: the update runs.
+// begun returns the response to a PATCH that started an update.
 func begun(r Resource, headers ...string) func(*http.Request) (*http.Response, error) {
 	return replying(200, describe(r, "Updating", "None"), append(headers, "Azure-AsyncOperation: "+pollURL)...)
 }
@@ -28,7 +28,7 @@ func failing(code, message string) func(*http.Request) (*http.Response, error) {
 	return replying(200, `{"status":"Failed","id":"/operations/1",`+strings.TrimPrefix(armBody(code, message, ""), "{"))
 }
 
-// pauses are the times between the requests, in seconds.
+// pauses returns the times between the requests, in seconds.
 func pauses(all []seen) []float64 {
 	var out []float64
 	for i := 1; i < len(all); i++ {

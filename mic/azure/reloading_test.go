@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// reports are the calls of changed by a Reloading.
+// reports records the calls of changed by a Reloading.
 type reports struct {
 	mu  sync.Mutex
 	all []string
@@ -38,7 +38,7 @@ func (r *reports) take() []string {
 	return reported
 }
 
-// anywhere is a fake of all clouds, with the host of the cloud in the name of the identity.
+// anywhere is a fake of all clouds. The name of its identity is the host of the request, with "-" for ".".
 func anywhere() *fakeAzure {
 	return &fakeAzure{respond: func(_ int, r *http.Request) (*http.Response, error) {
 		return reply(r, 200, describe(vm, "Succeeded", "UserAssigned", strings.ReplaceAll(r.URL.Host, ".", "-")))
@@ -49,7 +49,7 @@ func in(cloud string) string {
 	return `{"cloud":"` + cloud + `","userAssignedIdentityID":"own-` + cloud + `"}`
 }
 
-// replace puts another file in the place of one, as a mounted Secret does.
+// replace replaces a file by another one, as happens when a mounted Secret changes.
 func replace(t *testing.T, path, content string) {
 	t.Helper()
 	if err := os.Rename(write(t, path+".new", content), path); err != nil {
@@ -68,7 +68,7 @@ func TestAChangedConfigurationIsAppliedAndReportedOnce(t *testing.T) {
 		go r.Run(ctx)
 		expect := func(what, host, own, report string) {
 			t.Helper()
-			time.Sleep(30 * time.Second) // three looks
+			time.Sleep(30 * time.Second) // three checks of the configuration
 			synctest.Wait()
 			state, err := r.Get(ctx, vm)
 			if _, ok := state.Identities[Fold(id(host))]; !ok {

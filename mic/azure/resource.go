@@ -105,7 +105,8 @@ func ParseProviderID(s string) (Resource, error) {
 	return r, nil
 }
 
-// isName reports whether a segment can be used in a path without escaping, and is not "." or "..".
+// isName reports whether a segment has only letters, digits and -_.(), is neither empty nor too long, and is not "." or
+// "..".
 func isName(s string) bool {
 	if s == "" || len(s) > maxSegment || strings.Trim(s, ".") == "" {
 		return false

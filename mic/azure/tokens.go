@@ -13,8 +13,8 @@ import (
 const (
 	// fetchTimeout bounds one fetch of a token.
 	fetchTimeout = 30 * time.Second
-	// refreshAhead is how long before its expiry a token is replaced, unless Entra ID specifies a time. minValidity is
-	// how long a token must still be valid to be used.
+	// refreshAhead is how long before its expiry a token is replaced at the latest; Entra ID may specify an earlier
+	// time. minValidity is how long a token must still be valid to be used.
 	refreshAhead, minValidity = 5 * time.Minute, time.Minute
 	// failureTTL is how long a failure is cached for all callers, of which there may be hundreds. A longer Retry-After is
 	// respected up to maxFailureTTL.

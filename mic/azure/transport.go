@@ -98,7 +98,7 @@ func withoutURL(err error) error {
 	return err
 }
 
-// foreignHostError is the error of a request to a host that is not ARM's.
+// foreignHostError is the error of a request to a host that is not ARM's, or without https.
 type foreignHostError string
 
 func (e foreignHostError) Error() string {

@@ -19,7 +19,7 @@ type patch struct {
 	identityType armcompute.ResourceIdentityType
 	// identities are added with a value and removed with nil.
 	identities map[string]*armcompute.UserAssignedIdentitiesValue
-	// requested has the same identities, folded.
+	// requested are the identities to add and remove, folded, even if identities is nil.
 	requested map[string]bool
 	etag      string
 }
@@ -32,7 +32,8 @@ func (p patch) ifMatch() *string {
 }
 
 // newPatch returns the patch that adds and removes identities. It skips additions that the machine has and removals
-// that it does not have, and spells a removal as ARM does. A patch without identities must not be sent.
+// that it does not have, and spells a removal as ARM does. A patch whose requested is empty must not be sent. It
+// returns an error if an identity is to be both added and removed, or if there are too many.
 //
 // The identity type describes the result. A type without "UserAssigned" removes all user-assigned identities, so newPatch
 // uses it only if all identities of basis are to be removed, and then the patch names none.

@@ -26,7 +26,7 @@ const (
 	byMachine  = "machine"  // nodes
 )
 
-// Cluster is the caches of the objects that MIC reads, and what follows from them.
+// Cluster holds the caches of the objects that MIC reads, and computes the desired states of pods from them.
 type Cluster struct {
 	pods, nodes, namespaces, identities, bindings, assignments cache.SharedIndexInformer
 
@@ -35,7 +35,7 @@ type Cluster struct {
 	options Options
 }
 
-// Options say what Desired desires.
+// Options determine what Desired returns.
 type Options struct {
 	Rules identity.Rules
 	Drain bool // no pod desires anything; for removing all assignments
@@ -77,8 +77,8 @@ func (c *Cluster) informers() []cache.SharedIndexInformer {
 	return []cache.SharedIndexInformer{c.pods, c.nodes, c.namespaces, c.identities, c.bindings, c.assignments}
 }
 
-// Run starts the watches and waits until they have filled all caches. It returns false if ctx ends before. The watches run
-// until ctx ends, and wait waits for that.
+// Run starts the watches and waits until they have filled all caches. It returns false if ctx ends first. The watches
+// run until ctx ends; wait counts their goroutines.
 func (c *Cluster) Run(ctx context.Context, wait *sync.WaitGroup) bool {
 	var synced []cache.InformerSynced
 	for _, informer := range c.informers() {
@@ -88,7 +88,8 @@ func (c *Cluster) Run(ctx context.Context, wait *sync.WaitGroup) bool {
 	return cache.WaitForCacheSync(ctx.Done(), synced...)
 }
 
-// AssignmentsOf returns the assignments of a pod (namespace/name) as they are after the last own writes.
+// AssignmentsOf returns the assignments of a pod (namespace/name) as they are after the last own writes; see the
+// package documentation.
 func (c *Cluster) AssignmentsOf(pod string) []*Assignment {
 	found := c.own.overlay(pod, kube.ByIndex[*Assignment](c.assignments, byPod, pod))
 	slices.SortFunc(found, func(a, b *Assignment) int { return cmp.Compare(a.Key(), b.Key()) })

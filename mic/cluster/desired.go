@@ -18,7 +18,7 @@ import (
 // DesiredState is the assignments that a pod should have.
 type DesiredState struct {
 	Assignments []DesiredAssignment
-	// Problems are the reasons why there are no more assignments.
+	// Problems are the reasons why identities that are bound to the pod have no assignment.
 	Problems []telemetry.Problem
 }
 
@@ -34,7 +34,8 @@ type DesiredAssignment struct {
 	Problem    string // why there is no machine
 }
 
-// Desired returns the desired state of a pod, which follows from the objects around it. The pod is nil if it is gone.
+// Desired computes the desired state of a pod from the pod, its node, and the bindings and identities in the caches. p
+// is nil if the pod is gone; the result is then empty.
 func (c *Cluster) Desired(p *Pod) DesiredState {
 	var d DesiredState
 	if p == nil || p.Finished || p.Node == "" || c.options.Drain {
@@ -42,7 +43,7 @@ func (c *Cluster) Desired(p *Pod) DesiredState {
 	}
 	n := c.Node(p.Node)
 	if n == nil {
-		return d // a deleted node needs nothing; the event of a new one is still to come
+		return d // the node was deleted and needs nothing, or is new: its event then requeues the pod
 	}
 	facts, identities, bindings := c.facts(p)
 	subject := identity.Pod{Namespace: p.Namespace, Name: p.Name, Labels: map[string]string{v1.BindingLabel: p.Selector}}
@@ -64,7 +65,8 @@ func (c *Cluster) Desired(p *Pod) DesiredState {
 	return d
 }
 
-// facts returns what the decision needs to know about a pod, and the objects that it comes from.
+// facts returns what the decision needs to know about a pod, with the identities (by key) and bindings that it was read
+// from.
 func (c *Cluster) facts(p *Pod) (identity.Facts, map[string]*AzureIdentity, []*Binding) {
 	var facts identity.Facts
 	identities := map[string]*AzureIdentity{}
@@ -81,9 +83,10 @@ func (c *Cluster) facts(p *Pod) (identity.Facts, map[string]*AzureIdentity, []*B
 	return facts, identities, bindings
 }
 
-// assignmentName names the assignment of an identity to a pod. The hash covers all that makes it another assignment: the
-// pod itself, so that a later pod of this name has another one, the AzureIdentity, and the identity in Azure. The part
-// before the hash is for people; a name may have 253 bytes.
+// assignmentName names the assignment of an identity to a pod. The hash covers everything that distinguishes
+// assignments: the UID of the pod, so that a later pod of the same name has another assignment, the name of the
+// AzureIdentity, and its kind and resource ID in Azure. The part before the hash is for people; a name may have 253
+// bytes.
 func assignmentName(p *Pod, i *AzureIdentity) string {
 	const maxPart = 100
 	sum := sha256.Sum256([]byte(strings.Join([]string{p.UID, i.Namespace, i.Name, fmt.Sprint(int(i.Value.Kind)), i.ResourceID}, "\x00")))

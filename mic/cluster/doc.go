@@ -10,10 +10,10 @@
 // from the response to an own write until the watch delivers it. Package k8s.io/apimachinery/pkg/util/resourceversion
 // compares the resourceVersions. The rest is our own code, for these reasons:
 //
-//   - cache.MutationCache of client-go keeps a bounded number of writes and drops the oldest, so that in a burst of pods the
-//     guarantee is lost; with a bound above any burst, each lookup by index would go over all pending writes of the cluster.
-//     It does not know that an object is gone once its last finalizer is removed, and cannot tell whether writes of one pod
-//     are still to be delivered, after which the pod must be reconciled again.
+//   - cache.MutationCache of client-go keeps a bounded number of writes and drops the oldest, so that in a burst of
+//     pods the guarantee is lost; with a bound above any burst, each lookup by index would go over all pending writes
+//     of the cluster. It does not know that an object is gone once its last finalizer is removed. It cannot tell
+//     whether the watch has yet to deliver writes of one pod, after which the pod must be reconciled again.
 //   - The client of controller-runtime with EnableReadYourWritesConsistency blocks a read until its cache has the write, and
 //     a list until its cache has all writes of that kind. A worker would wait for the watch, and every pod for the writes of
 //     all others; here a worker goes on with what it knows. It also needs the cache of controller-runtime.

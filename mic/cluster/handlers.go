@@ -9,7 +9,7 @@ import (
 	"github.com/podidentity/podidentity/internal/kube"
 )
 
-// Handlers are called for each event of the cluster with what it affects. They must not block.
+// Handlers are called for each event of the cluster, with the objects that the event affects. They must not block.
 type Handlers struct {
 	Pod            func(key string)        // the pod must be reconciled
 	Binding        func(key string)        // the binding must be checked

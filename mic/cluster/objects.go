@@ -24,7 +24,7 @@ type Pod struct {
 type Node struct {
 	kube.Meta
 	Machine    azure.Resource
-	MachineKey string // "" if the node is not on a machine of Azure
+	MachineKey string // "" if the provider ID of the node does not name a machine of Azure
 	Problem    string // why there is no machine
 }
 
@@ -34,7 +34,8 @@ type namespace struct {
 	terminating bool
 }
 
-// AzureIdentity is an AzureIdentity. It keeps the full object, which is copied into assignments; there are far fewer than pods.
+// AzureIdentity is an AzureIdentity. It keeps the full object, which is copied into assignments. There are far fewer
+// AzureIdentities than pods.
 type AzureIdentity struct {
 	kube.Meta
 	Full       *v1.AzureIdentity
@@ -42,7 +43,7 @@ type AzureIdentity struct {
 	ResourceID string // folded resource ID of a managed identity; "" for an identity that needs no machine
 }
 
-// Binding is an AzureIdentityBinding, with the full object for the same reason.
+// Binding is an AzureIdentityBinding. It keeps the full object, which is copied into assignments.
 type Binding struct {
 	kube.Meta
 	Full  *v1.AzureIdentityBinding
@@ -66,12 +67,12 @@ type Assignment struct {
 	otherFinalizers []string // all but that of MIC
 }
 
-// Reference refers to the pod, for Events.
+// Reference returns a reference to the pod, for Events.
 func (p *Pod) Reference() *corev1.ObjectReference {
 	return &corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID)}
 }
 
-// Reference refers to the binding, for Events.
+// Reference returns a reference to the binding, for Events.
 func (b *Binding) Reference() *corev1.ObjectReference {
 	return &corev1.ObjectReference{
 		APIVersion: v1.GroupVersion.String(), Kind: "AzureIdentityBinding", Namespace: b.Namespace, Name: b.Name, UID: b.Full.UID,
@@ -81,14 +82,16 @@ func (b *Binding) Reference() *corev1.ObjectReference {
 // Legacy reports whether AAD Pod Identity wrote the assignment.
 func (a *Assignment) Legacy() bool { return a.PodUID == "" }
 
-// digestOf digests those fields of an identity and a binding that something reads. Copies with the same digest are up to date.
+// digestOf returns a hash of those fields of an identity and a binding that NMI or MIC reads. The copies in an
+// assignment are up to date if they have the same digest as the objects.
 func digestOf(i *v1.AzureIdentity, b *v1.AzureIdentityBinding) uint64 {
 	h := fnv.New64a()
 	fmt.Fprintf(h, "%+v\x00%s\x00%s\x00%s", identity.FromAzureIdentity(i), b.Namespace, b.Name, b.Spec.Selector)
 	return h.Sum64()
 }
 
-// trim is the transform of all informers: it returns an object with only the fields that MIC reads.
+// trim is the transform of all informers: it returns an object with only the fields that MIC reads, and for identities
+// and bindings also the full object.
 func trim(o any) (any, error) {
 	switch o := o.(type) {
 	case *corev1.Pod:

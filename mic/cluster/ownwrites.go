@@ -10,8 +10,8 @@ import (
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
-// WriteTTL bounds how long an own write replaces what the watch has not delivered. By then the watch has delivered it, or
-// the object was deleted, and the watch delivered the deletion before the response to the write arrived.
+// WriteTTL is how long an own write takes precedence over the cache. An own write that the watch has not delivered by
+// then is a write of a deleted object: the watch delivered the deletion before the response to the write arrived.
 const WriteTTL = 30 * time.Second
 
 // ownWrites are the AzureAssignedIdentity objects as the API server returned them to writes of this process, until the
@@ -39,7 +39,8 @@ func newOwnWrites() ownWrites {
 	return ownWrites{byPod: map[string][]*ownWrite{}, released: map[string]struct{}{}}
 }
 
-// overlay returns the assignments of a pod: those that the watch delivered, with own writes that are newer.
+// overlay returns the assignments of a pod: those that the watch delivered, replaced by own writes that are newer, and
+// without those whose last finalizer this process removed.
 func (w *ownWrites) overlay(pod string, observed []*Assignment) []*Assignment {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -71,7 +72,8 @@ func (w *ownWrites) recordReleased(a *Assignment) {
 	}
 }
 
-// record records the response to a write. observed is the object that the watch delivered last, or nil.
+// record records the response to a write, unless the watch has delivered the same or a newer version or the deletion.
+// observed is the object that the watch delivered last, or nil. It returns the written assignment.
 func (w *ownWrites) record(o *v1.AzureAssignedIdentity, observed *Assignment) *Assignment {
 	a := trimAssignment(o)
 	w.drop(a.Pod, a.Key(), "")
@@ -86,7 +88,8 @@ func (w *ownWrites) record(o *v1.AzureAssignedIdentity, observed *Assignment) *A
 	return a
 }
 
-// observe drops an own write that the watch delivered, or that a newer version replaced.
+// observe handles an event of the watch: it drops the own write of the object, unless the own write is newer. A
+// deletion drops it in any case.
 func (w *ownWrites) observe(a *Assignment, deleted bool) {
 	version := a.ResourceVersion
 	if deleted {
@@ -116,7 +119,7 @@ func (w *ownWrites) unobserved(pod string) bool {
 	return len(w.byPod[pod]) > 0
 }
 
-// drop drops the write of an object, unless it is newer than the version.
+// drop drops the own write of an object, unless it is newer than version. If version is "", it drops any own write.
 func (w *ownWrites) drop(pod, key, version string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -132,7 +135,7 @@ func (w *ownWrites) drop(pod, key, version string) {
 	}
 }
 
-// newer reports whether resourceVersion a is newer than b. Nothing is newer than no version.
+// newer reports whether resourceVersion a is newer than b. It returns false if either is "" or cannot be compared.
 func newer(a, b string) bool {
 	order, err := resourceversion.CompareResourceVersion(a, b)
 	return err == nil && order > 0

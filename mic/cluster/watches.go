@@ -11,15 +11,15 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// CatchUpTime is how long a watch that resumes counts as behind: the API server first sends the events that it missed.
-// relistTime is the same for a watch that starts with all objects, which takes longer.
+// CatchUpTime is how long a watch that resumes counts as behind: the API server first sends the events that the watch
+// missed. relistTime is this time for a watch that starts with all objects, which takes longer.
 const CatchUpTime, relistTime = 5 * time.Second, 30 * time.Second
 
 // watchState tracks whether all watches receive events. Its zero value is ready for use.
 type watchState struct {
 	mu           sync.Mutex
 	disconnected map[string]bool // by resource; watches that receive no events now
-	caughtUpAt   time.Time       // when the other watches have received what they may have missed
+	caughtUpAt   time.Time       // from this time on the connected watches do not count as behind
 }
 
 // Behind reports whether a watch may not have delivered an event yet.
@@ -38,7 +38,8 @@ func (s *watchState) markDisconnected(name string) {
 	s.disconnected[name] = true
 }
 
-// markConnected records that a watch receives events again. A watch that was not disconnected was only renewed.
+// markConnected records that a watch receives events again. A watch that was not disconnected was only renewed and has
+// missed nothing.
 func (s *watchState) markConnected(name string, catchUp time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -50,7 +51,8 @@ func (s *watchState) markConnected(name string, catchUp time.Duration) {
 	}
 }
 
-// trackWatch makes a ListWatch record when its watch is disconnected: while it lists, and until it watches again.
+// trackWatch makes a ListWatch record the state of its watch: disconnected when it lists objects or cannot open a
+// watch, connected when it has opened a watch.
 func (s *watchState) trackWatch(name string, lw *cache.ListWatch) {
 	list, open := lw.ListWithContextFunc, lw.WatchFuncWithContext
 	lw.ListWithContextFunc = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {

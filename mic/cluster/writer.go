@@ -15,7 +15,7 @@ import (
 	"github.com/podidentity/podidentity/mic/telemetry"
 )
 
-// Writer writes AzureAssignedIdentity objects. The Cluster shows its writes at once.
+// Writer writes AzureAssignedIdentity objects. Cluster.AssignmentsOf returns the results of its writes at once.
 type Writer struct {
 	client  rest.Interface
 	cluster *Cluster
@@ -27,7 +27,7 @@ func NewWriter(client rest.Interface, c *Cluster, m *telemetry.Metrics) *Writer 
 	return &Writer{client, c, m}
 }
 
-// Create creates an assignment. Until its state is written it counts as Created. Create returns nil without an error if the
+// Create creates an assignment without a state, which counts as Created. Create returns nil without an error if the
 // assignment exists already, and the watch has not delivered it yet, or if its namespace is being deleted.
 func (w *Writer) Create(ctx context.Context, p *Pod, d DesiredAssignment) (*Assignment, error) {
 	o := &v1.AzureAssignedIdentity{
@@ -56,9 +56,11 @@ func (w *Writer) Create(ctx context.Context, p *Pod, d DesiredAssignment) (*Assi
 	return w.cluster.recordWrite(&created), nil
 }
 
-// UpdateCopies replaces the copies in an assignment: its identity or binding was edited in a way that keeps its name.
+// UpdateCopies replaces the copies of the identity and the binding in an assignment, after an edit that does not change
+// the name of the assignment. It returns nil without an error if the assignment was deleted.
 func (w *Writer) UpdateCopies(ctx context.Context, d DesiredAssignment, a *Assignment) (*Assignment, error) {
-	// A merge patch keeps fields that it does not have, so the copies are replaced as a whole.
+	// A merge patch would keep fields that the new copies do not have. These operations of a JSON patch replace the
+	// copies as a whole.
 	return w.patch(ctx, a, types.JSONPatchType, "", []map[string]any{
 		{"op": "add", "path": "/spec/azureIdentityRef", "value": d.Identity.Full.Copy()},
 		{"op": "add", "path": "/spec/azureBindingRef", "value": d.Binding.Full.Copy()},
@@ -75,8 +77,8 @@ func (w *Writer) SetState(ctx context.Context, a *Assignment, state v1.Assignmen
 	return err
 }
 
-// patch patches an assignment and returns the result. It returns nil without an error if the assignment was deleted; the
-// watch delivers that.
+// patch patches an assignment and returns the result. It returns nil without an error if the assignment was deleted;
+// the watch delivers the deletion.
 func (w *Writer) patch(ctx context.Context, a *Assignment, kind types.PatchType, subresource string, patch any) (*Assignment, error) {
 	body, err := json.Marshal(patch)
 	if err != nil {
@@ -102,7 +104,8 @@ func (w *Writer) patch(ctx context.Context, a *Assignment, kind types.PatchType,
 	return w.cluster.recordWrite(&patched), nil
 }
 
-// Delete deletes an assignment and removes its finalizer. If its identity was detached, Delete first writes that state.
+// Delete deletes an assignment and removes the finalizer of MIC. If detached is true, Delete first writes the state
+// Unassigned. It is no error if the assignment is already gone.
 func (w *Writer) Delete(ctx context.Context, a *Assignment, detached bool) error {
 	start := time.Now()
 	if detached && a.State != v1.AssignmentUnassigned && a.HasFinalizer {

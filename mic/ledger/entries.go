@@ -16,7 +16,7 @@ type Entries struct {
 	Update *Update
 }
 
-// Update is one PATCH.
+// Update is one update of the identities of a machine, a PATCH request.
 type Update struct {
 	Started time.Time `json:"started"`
 	Add     []string  `json:"add,omitempty"`
@@ -25,7 +25,7 @@ type Update struct {
 	Token string `json:"token,omitempty"`
 }
 
-// Clone returns a copy that shares nothing that its methods change.
+// Clone returns a copy. It shares neither the map Attached nor the Update with e.
 func (e Entries) Clone() Entries {
 	e.Attached = maps.Clone(e.Attached)
 	if e.Update != nil {
@@ -35,12 +35,13 @@ func (e Entries) Clone() Entries {
 	return e
 }
 
-// Same reports whether a write of other would change nothing. While an update is in progress, a write always does.
+// Same reports whether a write of other would change nothing. It returns false if e or other has an update in progress.
 func (e Entries) Same(other Entries) bool {
 	return maps.Equal(e.Attached, other.Attached) && e.Update == nil && other.Update == nil
 }
 
-// Begin returns the entries from before an update until its end: they have all that may then be attached.
+// Begin returns the entries that are valid from before an update is sent until its end is known. They contain
+// everything that MIC may have attached in this time.
 func (e Entries) Begin(now time.Time, add, remove []string) Entries {
 	next := e.Clone()
 	// Round removes the monotonic clock, which may stop while the host is suspended.
@@ -82,7 +83,7 @@ func (e Entries) With(identities map[string]string) Entries {
 	return next
 }
 
-// Applied returns the state of a machine once Azure has finished the update.
+// Applied returns the state that a machine will have when Azure has finished the update. state is the state before.
 func (u *Update) Applied(state azure.State) azure.State {
 	state.Identities = maps.Clone(state.Identities)
 	for _, id := range u.Remove {

@@ -56,8 +56,8 @@ func Read(ctx context.Context, store typedcorev1.ConfigMapInterface, key, id str
 	return l, err
 }
 
-// parse reads a ConfigMap. One that cannot be parsed is an error: with an empty ledger instead, identities would stay on the
-// machine permanently.
+// parse parses a ConfigMap. It returns an error if it cannot: with an empty ledger instead, identities would stay on
+// the machine permanently.
 func parse(o *corev1.ConfigMap) (Entries, error) {
 	e := Entries{Machine: o.Data[dataMachine], Attached: map[string]string{}}
 	err := json.Unmarshal([]byte(o.Data[dataAttached]), &e.Attached)
@@ -71,8 +71,8 @@ func parse(o *corev1.ConfigMap) (Entries, error) {
 	return e, nil
 }
 
-// Write saves the entries if the resourceVersion still matches; otherwise it returns ErrOvertaken. Without entries it deletes
-// the ConfigMap.
+// Write saves the entries if the resourceVersion still matches; otherwise it returns ErrOvertaken. If e has no
+// identities and no update, Write deletes the ConfigMap; it is no error if the ConfigMap is already gone.
 func (l *Ledger) Write(ctx context.Context, e Entries) error {
 	if len(e.Attached) == 0 && e.Update == nil {
 		return l.remove(ctx, e)

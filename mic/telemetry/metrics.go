@@ -32,9 +32,10 @@ var (
 // armOperations are the operations that an azure.Observer reports.
 var armOperations = []string{"vm_get", "vm_update", "vm_poll", "vmss_get", "vmss_update", "vmss_poll"}
 
-// The metrics of MIC. Those that begin with aadpodidentity_ are the metrics of AAD Pod Identity. Its cycle went over the
-// whole cluster; here a cycle is one reconcile of one machine. The lengths of the queues and the waiting times in them
-// are metrics of controller-runtime: workqueue_depth and others, with name pods, machines or bindings.
+// The metrics of MIC. Those that begin with aadpodidentity_ are the metrics of AAD Pod Identity. A cycle of AAD Pod
+// Identity went over the whole cluster; here a cycle is one reconcile of one machine. The lengths of the queues and the
+// waiting times in them are metrics of controller-runtime: workqueue_depth and others, with name pods, machines or
+// bindings.
 var (
 	additionTime = metric.Definition{Name: "aadpodidentity_assigned_identity_addition_duration_seconds", Type: metric.Histogram, Buckets: shortTimes,
 		Help: "Time to create an AzureAssignedIdentity."}
@@ -124,7 +125,7 @@ func register(r prometheus.Registerer, all ...prometheus.Collector) error {
 	return errors.Join(errs...)
 }
 
-// APIFailed counts a request to the API server that failed.
+// APIFailed counts a request to the API server, or a watch, that failed.
 func (m *Metrics) APIFailed(operation string) { m.apiErrors.WithLabelValues(operation).Inc() }
 
 // Wrote counts a write of an AzureAssignedIdentity that began at start, and returns err.
@@ -149,7 +150,7 @@ func (m *Metrics) Reconciled(took time.Duration) {
 // BecameLeader counts a term as the leader.
 func (m *Metrics) BecameLeader() { m.newLeader.Inc() }
 
-// Assigned counts a pod all of whose identities are Assigned.
+// Assigned records how long a pod waited until all of its identities were Assigned.
 func (m *Metrics) Assigned(after time.Duration) { m.assigned.Observe(after.Seconds()) }
 
 // ARMMetrics count calls to Azure Resource Manager. They are an azure.Observer.

@@ -46,7 +46,7 @@ func NewReporter(client typedcorev1.EventsGetter, log *zap.Logger) (*Reporter, e
 	if err != nil {
 		return nil, err
 	}
-	r := &Reporter{log: log, reported: reported, broadcaster: record.NewBroadcaster()} // which aggregates equal Events and bounds their rate
+	r := &Reporter{log: log, reported: reported, broadcaster: record.NewBroadcaster()} // the broadcaster aggregates equal Events and bounds their rate
 	r.broadcaster.StartRecordingToSink(&typedcorev1.EventSinkImpl{Interface: client.Events("")})
 	r.recorder = r.broadcaster.NewRecorder(runtime.NewScheme(), corev1.EventSource{Component: "podidentity-mic"})
 	return r, nil
@@ -55,7 +55,8 @@ func NewReporter(client typedcorev1.EventsGetter, log *zap.Logger) (*Reporter, e
 // Shutdown stops writing Events.
 func (r *Reporter) Shutdown() { r.broadcaster.Shutdown() }
 
-// PodProblems reports the problems of a pod: for each new one an Event on the pod, an Event on the binding and a log line.
+// PodProblems reports the problems of a pod: for each new one an Event on the pod, a log line and, if the problem has a
+// binding, an Event on the binding.
 func (r *Reporter) PodProblems(pod *corev1.ObjectReference, problems []Problem) {
 	texts := make([]string, len(problems))
 	for i, p := range problems {
@@ -80,7 +81,8 @@ func (r *Reporter) PodProblems(pod *corev1.ObjectReference, problems []Problem) 
 	}
 }
 
-// changed reports whether a text differs from the last one under its key. An empty text never does; it removes the last one.
+// changed reports whether a text differs from the last one under its key. An empty text removes the last one; the
+// result is then false.
 func (r *Reporter) changed(key, text string) bool {
 	if text == "" {
 		r.reported.Remove(key)
@@ -103,7 +105,7 @@ func (r *Reporter) bindingEvent(b *corev1.ObjectReference, reason, text string) 
 	}
 }
 
-// BindingProblem reports that a binding cannot work, or with an empty reason that it can.
+// BindingProblem reports that a binding cannot work. An empty reason means that the binding has no problem any more.
 func (r *Reporter) BindingProblem(b *corev1.ObjectReference, reason, text string) {
 	for _, other := range []string{ReasonInvalid, ReasonMissing} {
 		if other != reason {
@@ -124,7 +126,7 @@ func (r *Reporter) MachineResult(machine string, err error) {
 	text := ""
 	if err != nil {
 		text = err.Error()
-		// The same failure has another correlation ID each time.
+		// The text of the same failure differs each time, because it contains the correlation ID.
 		var e *azure.Error
 		if errors.As(err, &e) {
 			text = string(e.Class) + " " + e.Code

@@ -20,7 +20,7 @@ import (
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
-// newTestReporter returns a Reporter whose Events and log lines the functions take.
+// newTestReporter returns a Reporter, and functions that return its Events and log lines since their last call.
 func newTestReporter(t *testing.T) (r *Reporter, events, lines func() []string) {
 	t.Helper()
 	core, logs := observer.New(zapcore.DebugLevel)

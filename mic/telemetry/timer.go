@@ -5,14 +5,14 @@ import (
 	"time"
 )
 
-// AssignmentTimer measures how long scheduled pods wait for their identities. It ignores pods that were there when MIC
-// started: how long those have waited is not known. Its zero value ignores all pods until Start.
+// AssignmentTimer measures how long scheduled pods wait for their identities. It ignores pods that were scheduled
+// before Start, because MIC does not know how long they have waited. The zero value is ready for use.
 type AssignmentTimer struct {
 	mu    sync.Mutex
 	since map[string]time.Time // by pod
 }
 
-// Start begins to measure.
+// Start starts to measure pods that are scheduled from now on.
 func (t *AssignmentTimer) Start() {
 	t.mu.Lock()
 	defer t.mu.Unlock()

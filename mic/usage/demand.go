@@ -7,7 +7,8 @@ import (
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
-// SetDemands replaces the demands of a pod. It requeues the machines for which that changes anything.
+// SetDemands replaces the demands of a pod. It requeues each machine on which a new demand may be for a missing
+// identity, or on which an identity has lost its last pod.
 func (t *Tracker) SetDemands(pod string, demands []Demand) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -37,7 +38,7 @@ func (t *Tracker) addUser(pod string, d Demand) {
 	u.users[pod] = struct{}{}
 	if !u.unusedSince.IsZero() {
 		u.unusedSince = time.Time{}
-		t.requeueWaiters(u) // those that wait for its detachment
+		t.requeueWaiters(u) // pods that wait to release an assignment: it need not wait for a detachment any more
 	}
 	if !m.known || !m.has(d.Identity) {
 		m.lastDemand = time.Now()
@@ -67,13 +68,14 @@ type Status int
 
 // The statuses of an identity on a machine.
 const (
-	Unknown Status = iota // Azure has not reported since the last update whose result is not known, or never
+	Unknown Status = iota // the state of the machine was never read, or not since an update with an unknown result
 	Missing               // not attached, or an update that detaches it is in progress
 	Attached
 )
 
-// Status returns the status of an identity that a pod needs, and the problem that prevents its attachment, if any. Unless
-// the identity is attached, the pod is requeued when the status changes.
+// Status returns the status of an identity that a pod needs, and the problem that prevents its attachment, if any.
+// Unless the identity is attached, the Tracker requeues the pod when Azure reports another status or the problem
+// changes.
 func (t *Tracker) Status(pod string, k Key) (status Status, problem string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -97,8 +99,8 @@ func (t *Tracker) Status(pod string, k Key) (status Status, problem string) {
 	return Missing, problem
 }
 
-// AdoptLegacy records, once for each UID, that an assignment of AAD Pod Identity says that an identity was attached to a
-// machine for pods.
+// AdoptLegacy records, once for each UID, that according to an assignment of AAD Pod Identity an identity was attached
+// to a machine for pods. The reconcile of the machine then adds the identity to the ledger, so that MIC can detach it.
 func (t *Tracker) AdoptLegacy(k Key, r azure.Resource, uid string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -114,8 +116,9 @@ func (t *Tracker) AdoptLegacy(k Key, r azure.Resource, uid string) {
 	t.requeue.Machine(k.Machine, quietTime)
 }
 
-// MayRelease reports whether an assignment that its pod no longer needs may be deleted. The last assignment of an identity
-// that MIC attached must stay until the identity is detached; its pod is then requeued when that changes.
+// MayRelease reports whether an assignment that its pod no longer needs may be deleted. The last assignment of an
+// identity that MIC attached, or may have attached, must stay until the identity is detached. If MayRelease returns
+// false, the Tracker requeues the pod when the result may have changed.
 func (t *Tracker) MayRelease(pod string, k Key) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -124,7 +127,7 @@ func (t *Tracker) MayRelease(pod string, k Key) bool {
 		return true // no pod needs anything on it, and the Tracker has all machines with a ledger
 	}
 	u := m.identities[k.Identity]
-	if u == nil || !u.fromLegacy { // else it is not in the ledger yet
+	if u == nil || !u.fromLegacy { // an adopted identity is not in the ledger yet
 		if m.inLedger != nil && !m.inLedger[k.Identity] || u != nil && len(u.users) > 0 {
 			return true
 		}
@@ -140,7 +143,7 @@ func (t *Tracker) MayRelease(pod string, k Key) bool {
 	return false
 }
 
-// Absent reports whether Azure reported that a machine does not have an identity.
+// Absent reports whether the state of a machine is known and does not contain an identity.
 func (t *Tracker) Absent(k Key) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -17,20 +17,21 @@ type Machine struct {
 	Resource azure.Resource // immutable
 
 	tracker    *Tracker
-	identities map[string]*identityUse // by folded ID; also of identities that no pod needs but a pod waits for
-	known      bool                    // attached is the state in Azure: no update has ended without a known result since
+	identities map[string]*identityUse // by folded ID; kept as long as anything refers to the identity, see unneeded
+	known      bool                    // attached was read from Azure, and no update with an unknown result followed
 	attached   map[string]azure.Identity
 	inLedger   map[string]bool // folded IDs; nil until the ledger is loaded
 	problem    string          // why Azure updates nothing; for messages
 	retryAfter time.Time       // no reconcile before this time
-	// firstDemand and lastDemand are the times of demands for what is missing, since the last update.
+	// firstDemand and lastDemand are the times of the first and the last demand for a missing identity since the last
+	// update; zero if there is none.
 	firstDemand, lastDemand time.Time
 }
 
 // refusalBackoff is how long MIC does not try an identity that Azure refused.
 var refusalBackoff = retry.Backoff{Initial: 30 * time.Second, Max: 15 * time.Minute}
 
-// lock locks the Tracker and returns what unlocks it.
+// lock locks the Tracker and returns the function that unlocks it.
 func (m *Machine) lock() (unlock func()) {
 	m.tracker.mu.Lock()
 	return m.tracker.mu.Unlock
@@ -56,19 +57,20 @@ func (m *Machine) unneeded(id string, u *identityUse) bool {
 	return len(u.users) == 0 && len(u.waiters) == 0 && !m.inLedger[id] && !u.fromLegacy
 }
 
-// SetRetryAfter lets no reconcile do anything for a while, whatever requeues the machine. 0 ends that.
+// SetRetryAfter delays all reconciles of the machine until d has passed, even if an event requeues it. 0 removes the
+// delay.
 func (m *Machine) SetRetryAfter(d time.Duration) {
 	defer m.lock()()
 	m.retryAfter = time.Now().Add(d)
 }
 
-// RetryDelay returns how long the next reconcile must still wait.
+// RetryDelay returns how long the next reconcile must still wait. It is zero or less if it need not wait.
 func (m *Machine) RetryDelay() time.Duration {
 	defer m.lock()()
 	return time.Until(m.retryAfter)
 }
 
-// GatherDelay returns how long an update must wait for further demands.
+// GatherDelay returns how long an update must wait for further demands. It is zero or less if it need not wait.
 func (m *Machine) GatherDelay() time.Duration {
 	defer m.lock()()
 	return min(time.Until(m.lastDemand.Add(quietTime)), time.Until(m.firstDemand.Add(maxGatherTime)))
@@ -92,8 +94,9 @@ func (m *Machine) MarkUnknown() {
 	m.known = false
 }
 
-// Observe records what is attached, and requeues the pods for which that changes anything. While Azure updates the machine,
-// an identity that is new may not be usable yet and does not count.
+// Observe records what is attached, and requeues the pods that the change affects. While Azure updates the machine, an
+// identity that was not attached before may not be usable yet. Observe does not record such an identity as attached,
+// unless it is not known what was attached before.
 func (m *Machine) Observe(now map[string]azure.Identity, updating bool) {
 	defer m.lock()()
 	requeueAll := !m.known || m.problem != ""
@@ -110,7 +113,7 @@ func (m *Machine) Observe(now map[string]azure.Identity, updating bool) {
 		_, was := before[id]
 		_, is := now[id]
 		if is && len(u.users) > 0 {
-			u.refusal = nil // a refusal to detach stays
+			u.refusal = nil // Azure attached it after all; a refusal to detach an unused identity stays
 		}
 		if was && !is {
 			for pod := range u.users { // somebody else detached it, and the assignments of these pods say Assigned
@@ -124,7 +127,7 @@ func (m *Machine) Observe(now map[string]azure.Identity, updating bool) {
 	}
 }
 
-// SetLedger records what the ledger says (IDs by folded ID), and requeues the pods for which that changes anything.
+// SetLedger records the identities in the ledger (IDs by folded ID), and requeues the pods that the change affects.
 func (m *Machine) SetLedger(attached map[string]string) {
 	defer m.lock()()
 	before := m.inLedger
@@ -156,7 +159,8 @@ func (m *Machine) SetProblem(problem string) {
 	}
 }
 
-// Adopted returns the identities that must be added to the ledger: IDs by folded ID.
+// Adopted returns the identities that assignments of AAD Pod Identity name and that must be added to the ledger: IDs by
+// folded ID.
 func (m *Machine) Adopted() map[string]string {
 	defer m.lock()()
 	found := map[string]string{}
@@ -168,8 +172,8 @@ func (m *Machine) Adopted() map[string]string {
 	return found
 }
 
-// StartDetaching marks identities as being detached, except those that a pod needs, and returns them. From then on no pod
-// takes them as attached.
+// StartDetaching returns the identities of remove that no pod needs, and marks them as being detached. From then on
+// Status does not report them as attached.
 func (m *Machine) StartDetaching(remove []string) []string {
 	defer m.lock()()
 	return slices.DeleteFunc(slices.Clone(remove), func(id string) bool {
@@ -182,7 +186,8 @@ func (m *Machine) StartDetaching(remove []string) []string {
 	})
 }
 
-// SetAside records that Azure refused an identity.
+// SetAside records that Azure refused an identity. It returns the time before which MIC does not try the identity
+// again, and how many times in a row Azure has refused it.
 func (m *Machine) SetAside(identity, message string) (retryAfter time.Time, times int) {
 	defer m.lock()()
 	u := m.use(identity, identity)
@@ -196,7 +201,7 @@ func (m *Machine) SetAside(identity, message string) (retryAfter time.Time, time
 	return r.RetryAfter, r.Times
 }
 
-// View copies what Decide needs to know of the pods. It drops identities to which nothing refers any more.
+// View copies what Decide needs to know of the pods. It forgets identities to which nothing refers any more.
 func (m *Machine) View() View {
 	defer m.lock()()
 	v := View{Identities: map[string]IdentityView{}}
@@ -214,7 +219,7 @@ func (m *Machine) View() View {
 }
 
 // Drop removes the machine from the Tracker if nothing refers to it, and reports whether it did. hasLedger says whether
-// there is a ledger of it, or may be.
+// the machine has or may have a ledger.
 func (m *Machine) Drop(hasLedger bool) bool {
 	defer m.lock()()
 	maps.DeleteFunc(m.identities, m.unneeded)
@@ -225,7 +230,8 @@ func (m *Machine) Drop(hasLedger bool) bool {
 	return true
 }
 
-// Users lists the pods that need an identity, or some of them if there are many.
+// Users lists the pods that need an identity, or some of them if there are many, as text. It returns "" if there is
+// none.
 func (m *Machine) Users(identity string) string {
 	defer m.lock()()
 	u := m.identities[identity]

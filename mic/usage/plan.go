@@ -23,14 +23,14 @@ type View struct {
 type IdentityView struct {
 	ID          string
 	Users       int
-	UnusedSince time.Time // zero if it is not known; then it is unused since now
+	UnusedSince time.Time // zero if it is not known; Decide then takes Now
 	Refusal     *Refusal
 }
 
 // Plan is what to do with a machine.
 type Plan struct {
 	Add    []string // to attach, spelled as in the AzureIdentity
-	Trial  []string // to attach by themselves, because Azure refused them before
+	Trial  []string // to attach in separate updates, because Azure refused them before
 	Remove []string // to detach, spelled as in Azure
 	// Prune are entries to remove from the ledger, by folded ID: no pod needs them, and they are not attached or are
 	// protected.

@@ -19,7 +19,8 @@ type Tracker struct {
 	requeue     Requeue
 }
 
-// Requeue are called with the lock held. They must not call into the Tracker.
+// Requeue has the functions that requeue a pod or a machine. The Tracker calls them while it holds its lock, so they
+// must not call into the Tracker.
 type Requeue struct {
 	Pod     func(pod string)
 	Machine func(machine string, after time.Duration)
@@ -43,7 +44,7 @@ type identityUse struct {
 	id          string              // the resource ID as first seen
 	users       map[string]struct{} // pods that need it
 	waiters     map[string]struct{} // pods to requeue when anything about it changes
-	unusedSince time.Time           // zero while a pod needs it
+	unusedSince time.Time           // zero while a pod needs it, or if it is not set yet
 	detaching   bool                // an update that detaches it is in progress
 	fromLegacy  bool                // an assignment of AAD Pod Identity says that it was attached for pods
 	refusal     *Refusal            // by Azure
@@ -61,7 +62,7 @@ func New(r Requeue) *Tracker {
 	return &Tracker{machines: map[string]*Machine{}, demands: map[string][]Key{}, adoptedUIDs: map[string]struct{}{}, requeue: r}
 }
 
-// Updates wait until no new demand has come for quietTime, but at most maxGatherTime, so that one update has the
+// Updates wait until no new demand has come for quietTime, but at most maxGatherTime, so that one update contains the
 // identities of all pods that are created together.
 const quietTime, maxGatherTime = 250 * time.Millisecond, 2 * time.Second
 
@@ -118,7 +119,8 @@ func (t *Tracker) SetAsideCount() (n int) {
 	return n
 }
 
-// RetryRefused lets MIC try an identity again at once: its AzureIdentity was edited.
+// RetryRefused ends the delays of an identity that Azure refused, and of its machines, so that MIC tries it again at
+// once: its AzureIdentity was edited.
 func (t *Tracker) RetryRefused(identity string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

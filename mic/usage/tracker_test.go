@@ -8,7 +8,7 @@ import (
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
-// requeued is what a Tracker requeued.
+// requeued records the pods and machines that a Tracker requeued.
 type requeued struct {
 	pods     []string
 	machines []string

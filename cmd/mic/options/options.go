@@ -1,5 +1,5 @@
-// Package options defines the flags of mic. It is a package of its own so that the reference of the flags is generated from
-// it.
+// Package options defines the flags of mic. It is a separate package so that the generator of the flag reference can
+// import it.
 package options
 
 import (
@@ -91,7 +91,7 @@ func (o *Options) addDeprecated(f *pflag.FlagSet) {
 	}
 }
 
-// Config returns the configuration. version is that of the program.
+// Config returns the configuration that the flags describe. version is the version of the program.
 func (o *Options) Config(version string) mic.Config {
 	c := o.cfg
 	if c.UserAgent == "" {
