@@ -25,7 +25,8 @@ import (
 	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
-// testNode is an agent without rules, with a fake API server and a fake IMDS that issues a token for every client ID.
+// testNode is an agent without iptables rules, with a fake API server and a fake IMDS that issues a token for every
+// client ID.
 type testNode struct {
 	*agent
 	t      *testing.T
@@ -75,7 +76,7 @@ func startTestNode(t *testing.T, api *fakeAPI, configure func(*Config)) *testNod
 	return c
 }
 
-// Facts returns the facts of the agent and reports the check.
+// Facts returns the facts of the agent and then sends to checks.
 func (c *testNode) Facts(pod *corev1.Pod) (identity.Facts, error) {
 	defer func() { c.checks <- struct{}{} }()
 	return c.objects.Facts(pod)
@@ -102,7 +103,8 @@ func (c *testNode) begin(source string) <-chan response {
 	return done
 }
 
-// beginWait sends a request and returns when it waits. It checks the facts again after it has subscribed.
+// beginWait sends a request and returns when the request waits. By then the request has checked the facts twice: before
+// and after it subscribed.
 func (c *testNode) beginWait(source string) <-chan response {
 	r := c.begin(source)
 	<-c.checks

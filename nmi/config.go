@@ -20,7 +20,7 @@ type Config struct {
 	Kubeconfig string // if empty, NMI uses the ServiceAccount of its pod
 
 	OperationMode   string        // ModeManaged or ModeStandard, case-insensitive
-	ForceNamespaced bool          // always true in managed mode
+	ForceNamespaced bool          // managed mode behaves as if it were true
 	AssignmentWait  time.Duration // how long a request waits for MIC to assign its identity; standard mode only
 
 	ListenAddress    string // link-local, not used by anything else on the node
@@ -31,7 +31,7 @@ type Config struct {
 	SyncInterval     time.Duration // between two checks of the rules
 	ProbePort        int           // for probes, on loopback
 	PrometheusPort   int           // for metrics, on all addresses
-	PodLookupTimeout time.Duration // how long a request waits until its pod is known
+	PodLookupTimeout time.Duration // how long a request waits for the caches to sync, and then for its pod to be known
 	ShutdownTimeout  time.Duration // how long requests in flight have to end
 
 	BlockInstanceMetadata  bool
@@ -44,13 +44,14 @@ type Config struct {
 
 	Authority                  string // the Entra ID endpoint for identities that name none
 	CABundle                   string // file of certificates that are trusted for Entra ID in addition to the system's
-	ManagedIdentityBy          string // how IMDS is asked for a managed identity: ByClientID or ByResourceID
+	ManagedIdentityBy          string // the ID by which NMI asks IMDS for a managed identity: ByClientID or ByResourceID
 	AllowCrossNamespaceSecrets bool
 	HostToken                  bool // serve /host/token on loopback
 	Events                     bool // report refusals as Events of pods
 }
 
-// DefaultConfig returns the defaults. A setting with the meaning that it has in AAD Pod Identity has the same default.
+// DefaultConfig returns the defaults. Most are those of AAD Pod Identity. Its flags have other defaults for
+// OperationMode (standard), ProbePort (8080) and the time between two checks of the rules (60 s).
 func DefaultConfig() Config {
 	return Config{
 		OperationMode:          ModeManaged,
@@ -74,8 +75,8 @@ func DefaultConfig() Config {
 	}
 }
 
-// How IMDS is asked for a managed identity. An AzureIdentity has both IDs. The resource ID stays the same if an identity is
-// deleted and created again with the same name.
+// The ID by which NMI asks IMDS for a managed identity. An AzureIdentity has both IDs. The resource ID stays the same
+// if the managed identity is deleted and created again with the same name.
 const (
 	ByClientID   = "client-id"
 	ByResourceID = "resource-id"
@@ -170,8 +171,8 @@ func (c Config) maxAssignmentWait() time.Duration {
 	return 0
 }
 
-// checkKubenet returns an error if the node uses kubenet. There a pod with NET_RAW can take the address of another pod by ARP,
-// and NMI identifies pods by their address.
+// checkKubenet returns an error if the file KubeletConfig says that the node uses kubenet, unless AllowKubenet is set.
+// With kubenet a pod with NET_RAW can take the address of another pod by ARP, and NMI identifies pods by their address.
 func (c Config) checkKubenet() error {
 	if c.AllowKubenet || c.KubeletConfig == "" {
 		return nil

@@ -29,7 +29,7 @@ type fakeAPI struct {
 	version   int
 	objects   map[string]map[string]object // by resource and namespace/name
 	watches   map[*openWatch]struct{}
-	selectors map[string][]string // label selectors of the watches of a resource
+	selectors map[string][]string // label selectors of the watches, by resource
 }
 
 type object interface {
@@ -163,7 +163,7 @@ func (f *fakeAPI) forbids(r *http.Request) bool {
 	return f.forbidden != "" && strings.HasSuffix(r.URL.Path, "/"+f.forbidden)
 }
 
-// open starts a watch with all objects and the bookmark that ends them.
+// open starts a watch. Its first events are all objects, and the bookmark that marks their end.
 func (f *fakeAPI) open(resource, selector string) *openWatch {
 	parsed, err := labels.Parse(selector)
 	if err != nil {

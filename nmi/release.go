@@ -8,18 +8,20 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// releasePod drops what is kept for a pod that is gone.
+// releasePod drops what NMI keeps for a pod that was deleted or has finished: its assertion, and unless other pods use
+// them, the renewal of its tokens and the watches of its Secrets.
 func (a *agent) releasePod(uid string) {
 	a.tokens.Release(uid)
 	a.principals.Release(uid)
 }
 
-// releaseInterval is the time between two checks for pods that were deleted while a request of theirs was in flight. Such a
-// request can add its pod again.
+// releaseInterval is the time between two checks for deleted pods whose state was added again: a request that was in
+// flight when its pod was deleted can add the pod again.
 const releaseInterval = 5 * time.Minute
 
-// releaseDeletedPods releases such pods until ctx ends. If it releases a pod that the watch has not reported yet, the next
-// request of the pod adds it again.
+// releaseDeletedPods releases the pods that have Secrets or assertions but are not live pods of this node, at each
+// releaseInterval until ctx ends. If it releases a pod that the watch has not reported yet, the next request of the pod
+// adds it again.
 func (a *agent) releaseDeletedPods(ctx context.Context) {
 	ticker := time.NewTicker(releaseInterval)
 	defer ticker.Stop()

@@ -33,11 +33,12 @@ type agent struct {
 	requests   *request.Processor
 	events     *telemetry.Events // nil if Events are disabled
 
-	onAPIFailure func(operation string) // is called for each failed request to the API server
+	onAPIFailure func(operation string) // see cluster.NewClient
 }
 
-// Run serves the pods of this node until ctx ends. The rules that capture their requests stay in place afterwards; Uninstall
-// removes them. If Run returns an error before it installs the rules, it has changed nothing on the node.
+// Run serves the pods of this node until ctx ends. The rules that capture their requests stay in place afterwards;
+// Uninstall removes them. If Run returns an error before it creates the network link with the listen address, it has
+// changed nothing on the node.
 func Run(ctx context.Context, cfg Config, logs telemetry.Loggers) error {
 	if err := cfg.Validate(); err != nil {
 		return err
@@ -58,7 +59,8 @@ func Run(ctx context.Context, cfg Config, logs telemetry.Loggers) error {
 	}
 	a := &agent{cfg: cfg, logs: logs, metrics: telemetry.NewMetrics(), health: health.New(), capture: capture}
 	a.onAPIFailure = a.metrics.CountAPIFailure
-	// While NMI stops, requests in flight may still wait for an object. So the watches end after ctx.
+	// While NMI stops, requests in flight may still wait for an object. So the watches have a context of their own,
+	// which ends after ctx.
 	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopWatching()
 	if err := a.connect(ctx, watching, api); err != nil {
@@ -81,9 +83,10 @@ func apiServerConfig(cfg Config) (*rest.Config, error) {
 	return config, nil
 }
 
-// run starts the parts in an order in which no pod can reach the real token endpoint: first the ports, then the rules, then
-// the caches. Token requests wait for the caches, at most for PodLookupTimeout. The watches stop when the context watching
-// ends, which is after the last request has ended.
+// run opens the ports, then installs the rules, then starts the caches. Once the rules are installed, no pod outside
+// the host network can reach the real token endpoint. At that time the ports are already open, and token requests wait
+// for the caches, at most for PodLookupTimeout. The watches stop when the context watching ends, which must be after
+// run has returned.
 func (a *agent) run(ctx, watching context.Context) error {
 	listeners, err := server.Listen(ctx, a.cfg.server(), a.capture.EnsureLink)
 	if err != nil {

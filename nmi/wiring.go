@@ -21,8 +21,8 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// connect creates the parts and connects them. Requests wait for assignments until ctx ends. The watches of Secrets and the
-// writing of Events stop when the context watching ends.
+// connect creates the parts and connects them. When ctx ends, requests stop waiting for assignments. When the context
+// watching ends, the watches of Secrets and the writing of Events stop.
 func (a *agent) connect(ctx, watching context.Context, api *rest.Config) error {
 	var err error
 	if a.client, err = cluster.NewClient(api, a.cfg.Node, a.onAPIFailure); err != nil {
@@ -89,7 +89,7 @@ func (a *agent) createTokenCache(watching context.Context) error {
 	return nil
 }
 
-// requestConfig returns the settings of package request. Requests wait for assignments until ctx ends.
+// requestConfig returns the settings of package request. When ctx ends, requests stop waiting for assignments.
 func (a *agent) requestConfig(ctx context.Context) request.Config {
 	c := request.Config{
 		Rules:            a.cfg.rules(),
@@ -121,8 +121,8 @@ func (a *agent) newServer() *server.Server {
 	return server.New(a.cfg.server(), a.requests, a.metrics, a.logs, onRefused)
 }
 
-// disableMemoryDumps prevents core dumps of this process, and access to its memory by other processes of the node: it has
-// tokens and secrets.
+// disableMemoryDumps prevents core dumps of this process, and access to its memory by processes without CAP_SYS_PTRACE:
+// the memory contains tokens and secrets.
 func disableMemoryDumps() error {
 	err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
 	return errors.Join(err, unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0))

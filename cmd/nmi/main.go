@@ -22,15 +22,15 @@ import (
 var version = "dev"
 
 func main() {
-	// A node agent's memory is paid on every node, and this one's heap is small: collecting it earlier costs little.
-	// GOGC overrides.
+	// NMI runs on every node, so a small heap matters more than CPU time. The heap is small, so collecting it earlier
+	// than by default costs little. The environment variable GOGC has precedence.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(60)
 	}
 	// With AZURE_REGIONAL_AUTHORITY_NAME or MSAL_FORCE_REGION the Azure SDK uses a regional endpoint of Entra ID, and may ask
 	// IMDS for the region. NMI uses no regional endpoints.
 	for _, name := range []string{"AZURE_REGIONAL_AUTHORITY_NAME", "MSAL_FORCE_REGION"} {
-		_ = os.Unsetenv(name) // fails for no valid name
+		_ = os.Unsetenv(name) // fails only for an invalid name
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -61,7 +61,7 @@ token endpoint; "nmi uninstall" removes them.`,
 			})
 		},
 	}
-	run.CompletionOptions.DisableDefaultCmd = true // nobody types this command often enough
+	run.CompletionOptions.DisableDefaultCmd = true // nobody types this command often enough to need shell completion
 	o.AddFlags(run.Flags())
 	run.AddCommand(uninstall(o), parsePKCS12())
 	return run
@@ -95,7 +95,7 @@ From then on pods reach IMDS directly. The command can be repeated at any time.`
 	return c
 }
 
-// parsePKCS12 is the command that NMI starts in a process of its own to parse a file from outside.
+// parsePKCS12 returns the hidden command that NMI runs in a child process to parse a PKCS#12 file from a Secret.
 func parsePKCS12() *cobra.Command {
 	return &cobra.Command{
 		Use:    token.ParseCommand,

@@ -20,7 +20,8 @@ const byPod = "pod"
 // assignment is what the cache keeps of an AzureAssignedIdentity.
 type assignment struct {
 	identity.Assignment
-	// received is when this state arrived: shortly after MIC wrote it, or when the watch started.
+	// received is when the last event about the assignment arrived: shortly after MIC wrote this state, or when the
+	// watch started or started again.
 	received time.Time
 }
 
@@ -33,7 +34,7 @@ func (c *Cache) newAssignmentInformer() cache.SharedIndexInformer {
 	return cache.NewSharedIndexInformer(c.reconnector.wrap(v1.AzureAssignedIdentities, source), &v1.AzureAssignedIdentity{}, 0, cache.Indexers{byPod: podOfAssignment})
 }
 
-// notifyOnChanges notifies of all changes that a waiting request depends on.
+// notifyOnChanges registers event handlers that notify of all changes that a waiting request depends on.
 func (c *Cache) notifyOnChanges() error {
 	for _, handled := range []struct {
 		informer cache.SharedIndexInformer
@@ -69,7 +70,9 @@ func notifyOnChange[T any](n *Notifier, keyOf func(*T) Key) cache.ResourceEventH
 	})
 }
 
-// equalState reports whether two states of an object are equal for NMI. When a watch starts again, all objects arrive again.
+// equalState reports whether two states of an object are equal for NMI: when a watch starts again, all objects arrive
+// again. It returns false for an assignment that arrived again, because the time received differs; this only causes an
+// additional check.
 func equalState(old, current any) bool {
 	if i, ok := old.(*trimmed[identity.Identity]); ok {
 		return i.value.Equal(current.(*trimmed[identity.Identity]).value)
@@ -93,7 +96,9 @@ func (c *Cache) assignmentsOf(pod *corev1.Pod) ([]any, error) {
 	return c.assignments.GetIndexer().ByIndex(byPod, pod.Namespace+"/"+pod.Name)
 }
 
-// AssignedSince returns when NMI first received that the identity is assigned for the pod, and the zero time if it is not.
+// AssignedSince returns the time at which NMI received the assignment of the identity to the pod in its current state,
+// or the zero time if the identity is not assigned. After a watch started again, this is later than the first time that
+// NMI received it. If there are several such assignments, it returns the earliest of these times.
 func (c *Cache) AssignedSince(pod *corev1.Pod, id *identity.Identity) time.Time {
 	var since time.Time
 	found, _ := c.assignmentsOf(pod) // fails only if the index does not exist, and then Facts has failed before

@@ -27,7 +27,7 @@ type Config struct {
 // Callbacks are called after the caches have changed. They must not block.
 type Callbacks struct {
 	PodGone         func(uid string)            // the pod was deleted, or all of its containers finished
-	IdentityChanged func(old identity.Identity) // or was deleted
+	IdentityChanged func(old identity.Identity) // the AzureIdentity changed or was deleted; old is its previous state
 }
 
 // Cache has the informers of NMI. Objects in its caches are shared: callers must not change them.
@@ -65,7 +65,8 @@ func NewCache(client *Client, cfg Config) (*Cache, error) {
 	return c, c.registerCallbacks()
 }
 
-// registerCallbacks calls the callbacks of the configuration for each event that affects them.
+// registerCallbacks registers event handlers that call the callbacks of the configuration, and wake the waiters of
+// podChanged after each event of a pod.
 func (c *Cache) registerCallbacks() error {
 	callbacks := c.cfg.Callbacks
 	_, podsErr := c.pods.AddEventHandler(cache.ResourceEventHandlerFuncs{
@@ -100,5 +101,6 @@ func (c *Cache) informers() []cache.SharedIndexInformer {
 	return all
 }
 
-// Notifier returns what notifies of changes that a waiting request depends on. In managed mode it notifies of none.
+// Notifier returns the notifier of changes that a waiting request depends on. In managed mode it notifies of no
+// changes.
 func (c *Cache) Notifier() *Notifier { return &c.notifier }

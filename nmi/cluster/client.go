@@ -22,8 +22,9 @@ import (
 	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
-// checkTimeout bounds a check of the cluster before the rules are installed. NMI continues without a response: a node that
-// starts while the API server is unavailable must be protected too.
+// checkTimeout bounds the check of the node and each check of the custom resource definitions. NMI installs the rules
+// even if the API server does not respond: a node that starts while the API server is unavailable must be protected
+// too.
 const checkTimeout = 5 * time.Second
 
 // Client sends requests to the API server. Its watches reconnect together, see reconnector.
@@ -34,8 +35,9 @@ type Client struct {
 	onFailure   func(operation string)
 }
 
-// NewClient returns a client for the node of this name. It calls onFailure for each failed request, with one of the
-// operations of package telemetry.
+// NewClient returns a client for the node of this name. It calls onFailure with one of the operations of package
+// telemetry each time a request of that operation fails. It does not do so for probes, the checks of the node and of
+// the custom resource definitions, and a watch of a Secret that the API server refuses.
 func NewClient(config *rest.Config, node string, onFailure func(operation string)) (*Client, error) {
 	scheme := runtime.NewScheme()
 	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
@@ -66,7 +68,7 @@ func (c *Client) listWatch(from rest.Interface, resource string, selector fields
 // It returns "" if there is none.
 func (c *Client) StaleWatch() string { return c.reconnector.staleWatch() }
 
-// StaleWatches returns the number of such watches.
+// StaleWatches returns the number of watches whose cache may be outdated, see StaleWatch.
 func (c *Client) StaleWatches() int { return c.reconnector.staleWatches() }
 
 // SecretListWatch returns a source for an informer of one Secret. The source reconnects, but does not count as a stale watch.
@@ -88,8 +90,8 @@ func (c *Client) RequestToken(ctx context.Context, namespace, serviceAccount str
 	return &response, c.countFailure(telemetry.APIRequestToken, err)
 }
 
-// WriteEvent creates an Event. An Event that was written before, which its count shows, is updated; if it no longer exists, it
-// is created again.
+// WriteEvent creates an Event. If its count is greater than one, the Event may exist already; then WriteEvent updates
+// it, and creates it only if it does not exist.
 func (c *Client) WriteEvent(ctx context.Context, e *corev1.Event) error {
 	events := func(r *rest.Request) *rest.Request { return r.Namespace(e.Namespace).Resource("events") }
 	if e.Count > 1 {
@@ -122,7 +124,8 @@ func (c *Client) listPods(ctx context.Context) ([]*corev1.Pod, error) {
 // onNode selects the pods of a node.
 func onNode(node string) fields.Selector { return fields.OneTermEqualSelector("spec.nodeName", node) }
 
-// CheckNode returns an error if the cluster has no node of this name: NMI would not find any pod.
+// CheckNode returns an error if the cluster has no node of this name: NMI would not find any pod. If the API server
+// does not answer the question, CheckNode logs a warning and returns nil.
 func (c *Client) CheckNode(ctx context.Context, log *zap.Logger) error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()

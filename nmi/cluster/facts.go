@@ -15,8 +15,9 @@ import (
 // bySelector is the index of bindings, see bindingBucket.
 const bySelector = "selector"
 
-// bindingBuckets is the number of values of that index. client-go needs some 500 bytes per value, so one value for each of
-// thousands of selectors would be a quarter of the heap. Bindings that share a value are told apart when they are read.
+// bindingBuckets is the number of values of the index bySelector. client-go needs some 500 bytes per value, so with
+// thousands of selectors one value for each would take a quarter of the heap. Facts compares the selectors of the
+// bindings that share a value.
 const bindingBuckets = 1024
 
 // Facts returns the objects that the decision about the pod needs.

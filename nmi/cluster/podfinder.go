@@ -19,18 +19,18 @@ var (
 	ErrPodAmbiguous = errors.New("several pods of this node have this address")
 )
 
-// liveListRate is how many times a second NMI lists the pods of its node from the API server, however many requests come
-// from unknown addresses: all waiting requests share one list.
+// liveListRate is how many times a second NMI lists the pods of its node from the API server at most, however many
+// requests come from unknown addresses: all waiting requests share one list.
 const liveListRate = 1
 
-// liveListTimeout bounds one such list.
+// liveListTimeout bounds one list of the pods, including the wait for liveListRate.
 const liveListTimeout = 4 * time.Second
 
-// PodFinder finds the pod that has an address.
+// PodFinder finds the pod that has an address or a name.
 //
-// It protects against a token for the wrong pod: the address must belong to exactly one live pod that is not in the host
-// network. A request that arrives before the watch reports the address waits. So does one whose address another pod still
-// has in the cache, until that pod is removed.
+// It protects against a token for the wrong pod: the address must belong to exactly one live pod that is not in the
+// host network. A request that arrives before the watch reports its address waits. A request also waits while several
+// pods in the cache have its address, until only one of them is left.
 type PodFinder struct {
 	pods     cache.Indexer // with the PodIndexers
 	changed  *Broadcast
@@ -41,8 +41,8 @@ type PodFinder struct {
 	limiter *rate.Limiter
 }
 
-// NewPodFinder returns a finder of the pods in an indexer with the PodIndexers. changed must be sent to after each change of
-// the indexer. listPods lists the pods of the node from the API server.
+// NewPodFinder returns a finder of the pods in an indexer with the PodIndexers. The caller must call changed.Send after
+// each change of the indexer. listPods lists the pods of the node from the API server. timeout bounds each search.
 func NewPodFinder(pods cache.Indexer, changed *Broadcast, listPods func(context.Context) ([]*corev1.Pod, error), timeout time.Duration) *PodFinder {
 	return &PodFinder{pods: pods, changed: changed, listPods: listPods, timeout: timeout, limiter: rate.NewLimiter(liveListRate, 1)}
 }

@@ -24,7 +24,7 @@ const (
 )
 
 // catchUpTime is how long a watch that continues after an outage still counts as stale. The API server sends the missed
-// events first, unless it has discarded them, and then it says so.
+// events first, or an error event if it has discarded them.
 const catchUpTime = time.Second
 
 // reconnector keeps the watches of this node running while the API server is unavailable.
@@ -34,7 +34,7 @@ const catchUpTime = time.Second
 // for all watches, and all continue as soon as it succeeds.
 type reconnector struct {
 	probe     func(context.Context) error // returns nil if the API server is ready
-	onFailure func()                      // is called for each failure of a watch
+	onFailure func()                      // is called if the API server is unavailable for a list or a watch
 
 	mu           sync.Mutex
 	available    chan struct{}   // is closed when the server is available again; nil unless a probe runs
@@ -45,7 +45,7 @@ func newReconnector(probe func(context.Context) error, onFailure func()) *reconn
 	return &reconnector{probe: probe, onFailure: onFailure, disconnected: map[string]bool{}}
 }
 
-// staleWatch returns the name of a disconnected watch, or "".
+// staleWatch returns the name of a watch that is disconnected or has not caught up, or "".
 func (r *reconnector) staleWatch() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -55,15 +55,16 @@ func (r *reconnector) staleWatch() string {
 	return ""
 }
 
-// staleWatches returns the number of disconnected watches.
+// staleWatches returns the number of watches that are disconnected or have not caught up.
 func (r *reconnector) staleWatches() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.disconnected)
 }
 
-// wrap makes a source of objects wait for the API server while that is unavailable, instead of returning an error. A source
-// with a name counts as stale while it is disconnected; it must be watched until the process ends.
+// wrap returns a ListWatch that waits while the API server is unavailable, instead of returning an error. If name is
+// not empty, it counts as stale while it is disconnected. Such a ListWatch must be in use until the process ends,
+// because only a new connection ends the stale state.
 func (r *reconnector) wrap(name string, lw *cache.ListWatch) *cache.ListWatch {
 	list, watch := lw.ListWithContextFunc, lw.WatchFuncWithContext
 	return &cache.ListWatch{
@@ -87,9 +88,10 @@ func (r *reconnector) wrap(name string, lw *cache.ListWatch) *cache.ListWatch {
 	}
 }
 
-// connectAfterCatchUp marks a watch as connected when it has received the events it missed. There are three cases: the watch
-// continues where it stopped; it starts with all objects, and a bookmark marks the last of them; or it fails because the
-// events it missed are no longer available.
+// connectAfterCatchUp marks a watch as connected when it has had time to receive the events it missed. There are three
+// cases. If the watch continues where it stopped, it is connected after catchUpTime. If it starts with all objects, it
+// is connected catchUpTime after the bookmark that marks the last of them. If it fails because the events it missed are
+// no longer available, it stays disconnected.
 func (r *reconnector) connectAfterCatchUp(name string, o metav1.ListOptions, w apiwatch.Interface) apiwatch.Interface {
 	connect := func() { r.setDisconnected(name, false) }
 	var timer *time.Timer
@@ -108,8 +110,8 @@ func (r *reconnector) connectAfterCatchUp(name string, o metav1.ListOptions, w a
 	})
 }
 
-// observedWatch calls a function for each event of a watch and passes the event on. Stop ends it even if nobody receives the
-// event that it holds; apimachinery's filter would leak its goroutine then.
+// observedWatch calls a function for each event of a watch and passes the event on. Stop ends its goroutine even if
+// nobody receives the event that it is passing on; the goroutine of apimachinery's filter would never end then.
 type observedWatch struct {
 	apiwatch.Interface
 	events  chan apiwatch.Event
@@ -190,7 +192,8 @@ func (r *reconnector) serverAvailable() <-chan struct{} {
 	return r.available
 }
 
-// probeUntilAvailable sends probes until one succeeds. It has no context: it must run as long as a watch waits, and ends then.
+// probeUntilAvailable sends probes until one succeeds, even if no watch waits any more. It has no context, because
+// watches with different contexts wait for it.
 func (r *reconnector) probeUntilAvailable() {
 	for backoff := initialProbeBackoff; ; backoff = min(backoff*3/2, maxProbeBackoff) {
 		time.Sleep(backoff/2 + time.Duration(rand.Int64N(int64(backoff/2))))

@@ -19,8 +19,8 @@ import (
 // crdPollInterval is the time between two checks for missing custom resource definitions.
 const crdPollInterval = 5 * time.Second
 
-// Run starts the informers: that of the pods at once, the others as soon as the cluster has their definitions. They run
-// until ctx ends.
+// Run starts the informers: the informer of the pods at once, the others as soon as the cluster has their definitions.
+// They run until ctx ends. Run returns when all caches have synced, or when ctx ends.
 func (c *Cache) Run(ctx context.Context) {
 	informers := c.informers()
 	go informers[0].RunWithContext(ctx)
@@ -64,7 +64,8 @@ func (c *Cache) waitForCRDs(ctx context.Context) bool {
 	}
 }
 
-// WaitSynced waits until all caches have synced. Before that, a missing object may only be one that was not loaded yet.
+// WaitSynced waits until all caches have synced. Before that, an object that is not in a cache may exist. After the
+// timeout, or when ctx ends, it returns an error that says what is missing.
 func (c *Cache) WaitSynced(ctx context.Context, timeout time.Duration) error {
 	select {
 	case <-c.synced:
@@ -81,7 +82,8 @@ func (c *Cache) WaitSynced(ctx context.Context, timeout time.Duration) error {
 	}
 }
 
-// watchFailed counts a failed watch, which client-go logs, and explains missing permissions in the readiness.
+// watchFailed logs and counts a failed watch. If NMI lacks the permission, it also says so in the response of the
+// readiness probe.
 func (c *Cache) watchFailed(ctx context.Context, r *cache.Reflector, err error) {
 	cache.DefaultWatchErrorHandler(ctx, r, err)
 	if apierrors.IsForbidden(err) {

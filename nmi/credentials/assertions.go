@@ -24,12 +24,14 @@ const exchangeAudience = "api://AzureADTokenExchange"
 const (
 	// assertionLifetime is the shortest lifetime that the API server allows.
 	assertionLifetime = 10 * time.Minute
-	// minRemainingLifetime is how much of it an assertion must still have to be exchanged.
+	// minRemainingLifetime is the remaining lifetime below which NMI does not use an assertion any more and requests a
+	// new one.
 	minRemainingLifetime = time.Minute
 
 	assertionTimeout = 5 * time.Second
 
-	// refusalTTL is how long a refusal of the API server is cached, so that pods that retry at once do not all reach it.
+	// refusalTTL is how long an error of the API server is cached, so that not every retry of a pod causes a request to
+	// the API server. It is also the time before a refused watch of a Secret may start again.
 	refusalTTL = 3 * time.Second
 )
 
@@ -45,9 +47,10 @@ type PodGetter interface {
 
 // Assertions requests tokens of the ServiceAccounts of this node's pods, which Entra ID exchanges for its own.
 //
-// Each assertion is bound to its pod by name and UID. The API server issues none for a pod that is gone or that runs with
-// another ServiceAccount. So an assertion also verifies the caller independently of NMI's cache. Every pod needs one of its
-// own before it gets a token, even if the token is already in the cache because of another pod.
+// Each assertion is bound to its pod by name and UID. The API server issues no assertion for a pod that is gone or that
+// runs with another ServiceAccount. So an assertion also verifies the caller independently of NMI's cache. Every pod
+// needs an assertion of its own before it gets a token, even if the token is already in the cache because of another
+// pod.
 type Assertions struct {
 	requester TokenRequester
 	pods      PodGetter
@@ -57,22 +60,24 @@ type Assertions struct {
 	verified map[string]struct{}   // UIDs of the pods for which the API server has issued an assertion and refused none since
 }
 
-// assertion is that of one pod. Read its fields except done only after done is closed.
+// assertion is the assertion of one pod, or the failed request for it. Read its fields except account and done only
+// after done is closed.
 type assertion struct {
 	account token.Ref
 	done    chan struct{}
 	token   string
-	expires time.Time // of the token, or of the error
+	expires time.Time // when the token expires, or until when the error is cached
 	err     error
 }
 
-// NewAssertions returns Assertions for the pods of pods.
+// NewAssertions returns Assertions for the live pods that pods returns.
 func NewAssertions(requester TokenRequester, pods PodGetter) *Assertions {
 	return &Assertions{requester: requester, pods: pods, byPod: map[string]*assertion{}, verified: map[string]struct{}{}}
 }
 
-// verify returns nil if the API server has issued an assertion for the pod. Once is enough: the cache of pods shows when the
-// pod is gone, and an API server that is unavailable later has not refused anything.
+// verify returns nil if the API server has issued an assertion for the pod. It requests one if none was issued. One is
+// enough: the cache of pods shows when the pod is gone, and an API server that is unavailable later has not refused
+// anything.
 func (a *Assertions) verify(ctx context.Context, pod *corev1.Pod) error {
 	a.mu.Lock()
 	_, verified := a.verified[string(pod.UID)]
@@ -90,7 +95,8 @@ func (a *Assertions) Assertion(ctx context.Context, uid string, serviceAccount t
 	current := a.byPod[uid]
 	a.mu.Unlock()
 	if current != nil && current.account == serviceAccount && !current.expired() {
-		// This includes a pod from a list of the API server that the watch has not reported yet.
+		// The pod of this assertion may be missing in the cache: a list of the API server can contain a pod that the
+		// watch has not reported yet.
 		return current.wait(ctx)
 	}
 	pod, ok := a.pods.PodByUID(uid)
@@ -196,7 +202,8 @@ func assertionError(pod *corev1.Pod, err error) error {
 	return podStaleError(fmt.Sprintf("The API server issues no ServiceAccount token for pod %s/%s: %v", pod.Namespace, pod.Name, err), err)
 }
 
-// podStaleError is the error for a pod that differs from what the cache has of it. The watch may only be behind.
+// podStaleError returns the error for a pod that, according to the cache or the API server, is gone or has another
+// ServiceAccount. Its class is Unavailable, because the cache may only be behind.
 func podStaleError(detail string, err error) error {
 	return &token.Error{Class: token.Unavailable, Reason: identity.PodStale, Detail: detail, Err: err}
 }

@@ -16,7 +16,7 @@ type Config struct {
 	ByResourceID bool   // request tokens of managed identities by resource ID instead of client ID
 
 	Secrets        SecretSource
-	OnSecretChange func(ref token.Ref, revision string) // is called when a revision is no longer current
+	OnSecretChange func(ref token.Ref, revision string) // is called when a revision is no longer current or watched
 	Tokens         TokenRequester
 	Pods           PodGetter
 }
@@ -37,8 +37,8 @@ func New(ctx context.Context, cfg Config) *Principals {
 	}
 }
 
-// ForPod returns the principals of an identity for a pod that may use it: one, or one for each tenant. Its error is like that
-// of a token fetch.
+// ForPod returns the principals of an identity for a pod that may use it: one, or one for each tenant. Its errors are
+// of the same kinds as those of [token.Cache.Get].
 func (p *Principals) ForPod(ctx context.Context, pod *corev1.Pod, id identity.Identity) ([]token.Principal, error) {
 	principals := p.FromIdentity(id)
 	switch id.Kind {
@@ -103,13 +103,13 @@ func (p *Principals) Matches(id identity.Identity, principal token.Principal) bo
 	return false
 }
 
-// Release drops what is kept for a pod that is gone.
+// Release drops the assertion of a pod that is gone, and stops the watches of Secrets that no other pod uses.
 func (p *Principals) Release(uid string) {
 	p.Secrets.release(uid)
 	p.Assertions.release(uid)
 }
 
-// PodUIDs returns the UIDs of the pods for which something is kept. A UID may be in the result twice.
+// PodUIDs returns the UIDs of the pods that have an assertion or use a Secret. A UID may be in the result twice.
 func (p *Principals) PodUIDs() []string {
 	return append(p.Secrets.podUIDs(), p.Assertions.podUIDs()...)
 }

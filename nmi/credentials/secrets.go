@@ -43,7 +43,7 @@ type SecretSource interface {
 type Secrets struct {
 	ctx      context.Context // of the watches
 	source   SecretSource
-	onChange func(ref token.Ref, revision string) // is called when a revision is no longer current
+	onChange func(ref token.Ref, revision string) // is called when a revision is no longer current or watched
 
 	mu           sync.Mutex
 	watched      map[token.Ref]*watchedSecret
@@ -62,7 +62,7 @@ type watchedSecret struct {
 	podUIDs  map[string]struct{}
 
 	refused    chan struct{} // is closed when the API server refuses the watch
-	err        error         // why; read err and retryAfter only after refused is closed
+	err        error         // the refusal; read err and retryAfter only after refused is closed
 	retryAfter time.Time
 }
 
@@ -81,7 +81,8 @@ func NewSecrets(ctx context.Context, source SecretSource, onChange func(token.Re
 	return &Secrets{ctx: ctx, source: source, onChange: onChange, watched: map[token.Ref]*watchedSecret{}, secretsOfPod: map[string]map[token.Ref]struct{}{}}
 }
 
-// Secret implements [token.Secrets]. A fetch of a token belongs to no pod, so it starts no watch.
+// Secret implements [token.Secrets]. The caller is the fetch of a token, which several pods may share, so Secret starts
+// no watch. Without a watch it reads the Secret from the API server.
 func (s *Secrets) Secret(ctx context.Context, ref token.Ref) (token.SecretContent, error) {
 	s.mu.Lock()
 	w := s.watched[ref]
@@ -198,7 +199,7 @@ func (s *Secrets) release(uid string) {
 		w.stop()
 		delete(s.watched, ref)
 		for _, o := range w.informer.GetStore().List() {
-			// From now on no watch would report a change.
+			// No watch reports a change of the Secret from now on, so its revision counts as no longer current.
 			go s.onChange(ref, o.(*trimmedSecret).content.Revision)
 		}
 	}
@@ -249,14 +250,14 @@ func secretReadError(ref token.Ref, err error) error {
 		Detail: fmt.Sprintf("NMI cannot read Secret %s at the moment: %v", ref, err)}
 }
 
-// revisionKey keeps a revision from revealing anything about the content.
+// revisionKey is the random key of the hash in a revision, so that a revision reveals nothing about the content.
 var revisionKey = func() []byte {
 	key := make([]byte, 32)
 	_, _ = rand.Read(key) // never fails
 	return key
 }()
 
-// contentOf returns the data of a Secret with its revision, a hash that no other content has.
+// contentOf returns the data of a Secret with its revision, a keyed hash that differs for each content.
 func contentOf(secret *corev1.Secret) token.SecretContent {
 	sum := hmac.New(sha256.New, revisionKey)
 	add := func(b []byte) {

@@ -1,5 +1,6 @@
-// Package health answers the liveness and readiness probes of NMI. A node is ready only if NMI can both capture the requests
-// of its pods and respond to them; until then the response of the probe says what is missing and why.
+// Package health answers the liveness and readiness probes of NMI. NMI is ready only if it can both capture the
+// requests of the pods and respond to them. Until then the response of the readiness probe says what is missing and
+// why.
 package health
 
 import (
@@ -13,7 +14,7 @@ import (
 // Health records what NMI still needs to be ready.
 type Health struct {
 	mu       sync.Mutex
-	missing  map[string]string // with the reason
+	missing  map[string]string // the reason, by one of the constants below
 	stopping bool
 }
 
@@ -30,7 +31,7 @@ func New() *Health {
 	return &Health{missing: map[string]string{Listener: "not open yet", Rules: "not verified yet", CRDs: "not checked yet", Caches: "not synced yet"}}
 }
 
-// Set records why something is missing, or with nil that it is present.
+// Set records with an error why something is missing, or with nil that it is present. what is one of the constants.
 func (h *Health) Set(what string, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

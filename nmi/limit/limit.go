@@ -14,8 +14,8 @@ const (
 	MaxConnectionsPerSource = 64
 )
 
-// Limits of concurrent requests that wait for an assignment. They are half of the connections, so that requests that need not
-// wait are still admitted. Beyond the limits, NMI responds at once that the client must retry.
+// Limits of concurrent requests that wait for an assignment. They are half of the limits of connections, so that NMI
+// still admits requests that need not wait. Beyond them, NMI responds at once that the client must retry.
 const (
 	MaxWaits          = MaxConnections / 2
 	MaxWaitsPerSource = MaxConnectionsPerSource / 2

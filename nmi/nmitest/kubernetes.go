@@ -48,7 +48,7 @@ func Secret(value string) *corev1.Secret {
 	return &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "password"}, Data: map[string][]byte{"clientSecret": []byte(value)}}
 }
 
-// SecretListWatch returns a ListWatch of the Secret for an informer, and counts the calls in Watches.
+// SecretListWatch returns a ListWatch of the Secret for an informer, and counts its own calls in Watches.
 func (c *Kubernetes) SecretListWatch(string, string) *cache.ListWatch {
 	c.Mu.Lock()
 	defer c.Mu.Unlock()

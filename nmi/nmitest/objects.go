@@ -19,7 +19,7 @@ func Pod(name, uid string, ips ...string) *corev1.Pod {
 	return p
 }
 
-// With returns the pod after the change.
+// With changes the pod in place and returns it.
 func With(p *corev1.Pod, change func(*corev1.Pod)) *corev1.Pod {
 	change(p)
 	return p
@@ -67,7 +67,7 @@ func Facts() identity.Facts {
 	}
 }
 
-// CopyOf returns a copy, because a request adds object IDs to the identities.
+// CopyOf returns the facts with a copy of the identities, because a request adds object IDs to them.
 func CopyOf(f identity.Facts) identity.Facts {
 	f.Identities = append([]identity.Identity(nil), f.Identities...)
 	return f

@@ -13,7 +13,7 @@ type TokenSource struct {
 	Mu                sync.Mutex
 	Requests          []token.Key
 	Error             error  // returned for every request
-	UnavailableClient string // client ID without a token
+	UnavailableClient string // client ID for which the source is unavailable
 	During            func() // is called during each request
 }
 

@@ -79,9 +79,10 @@ func (p *Processor) decide(ctx context.Context, pod *corev1.Pod, req metadata.Re
 	return decision, nil
 }
 
-// addObjectIDs adds their object IDs to the identities that are bound to the pod, until it finds the requested one. It uses
-// the object IDs of earlier tokens first, so that an identity without an available token does not block requests for the
-// others. It requests no token of an identity that is not assigned yet; the request is pending then.
+// addObjectIDs adds object IDs to the identities in facts that are bound to the pod, until it finds the requested one.
+// It uses the object IDs of earlier tokens first, so that an identity without an available token does not block
+// requests for the others. For an identity that is not assigned yet it requests no token, and returns the decision
+// about it as pending. failure is the error of an identity whose token is not available.
 func (p *Processor) addObjectIDs(ctx context.Context, pod *corev1.Pod, req metadata.Request, facts identity.Facts) (pending *identity.Decision, failure error) {
 	subject := cluster.IdentityPod(pod)
 	bound, _ := identity.Bound(p.Rules, subject, facts)
@@ -99,7 +100,7 @@ func (p *Processor) addObjectIDs(ctx context.Context, pod *corev1.Pod, req metad
 		if id.ObjectID = objectID; strings.EqualFold(objectID, req.Selector.ObjectID) {
 			return nil, nil
 		}
-		known = append(known, id) // an application that was deleted and created again has another object ID
+		known = append(known, id) // check it last: an application that was created again has a new object ID
 	}
 	for _, id := range append(unknown, known...) {
 		if p.Rules.Mode == identity.Standard {

@@ -34,7 +34,7 @@ type Config struct {
 	Rules            identity.Rules
 	Cluster          Cluster
 	Pods             *cluster.PodFinder
-	PodLookupTimeout time.Duration // how long a request waits until its pod is known
+	PodLookupTimeout time.Duration // how long a request waits for the caches to sync; Pods has its own timeout
 	Principals       *credentials.Principals
 	Cache            *token.Cache
 	Metrics          *telemetry.Metrics
@@ -44,7 +44,7 @@ type Config struct {
 // Processor processes token requests. It is safe for concurrent use.
 type Processor struct {
 	Config
-	objectIDs *lru.Cache[token.Principal, string] // from earlier tokens; a key is a principal as its AzureIdentity determines it
+	objectIDs *lru.Cache[token.Principal, string] // from earlier tokens; the keys come from Principals.FromIdentity
 }
 
 // maxObjectIDs bounds the cached object IDs. A node needs one for each identity whose pods send object IDs.
@@ -56,13 +56,14 @@ func New(c Config) (*Processor, error) {
 	return &Processor{Config: c, objectIDs: objectIDs}, err
 }
 
-// Record is what the log needs of a request. A request fills it as far as it gets.
+// Record is what the log needs of a request. A request fills in the fields as it proceeds, so a refused request leaves
+// some of them empty.
 type Record struct {
 	Pod      *corev1.Pod
 	Identity *identity.Identity
 	Reason   identity.Reason // of a granted request
 	Origin   token.Origin
-	// TokenID and CorrelationID find the token, or the refusal, in the logs of Entra ID.
+	// TokenID and CorrelationID identify the token, or the refusal, in the logs of Entra ID.
 	TokenID, CorrelationID string
 }
 
@@ -75,8 +76,8 @@ func (p *Processor) ForAddress(ctx context.Context, rec *Record, source netip.Ad
 	return p.forPod(ctx, rec, source, pod, req)
 }
 
-// ForPodName returns the tokens for the pod that the request names. The caller must be allowed to request them; source is its
-// address.
+// ForPodName returns the tokens for the pod that the request names. The caller must have checked that the client may
+// name a pod. source is the address of the client.
 func (p *Processor) ForPodName(ctx context.Context, rec *Record, source netip.Addr, req metadata.Request) ([]metadata.TokenResponse, *metadata.Error) {
 	pod, refusal := p.findPod(ctx, podQuery{name: req.PodNamespace + "/" + req.PodName})
 	if refusal != nil {
@@ -85,7 +86,8 @@ func (p *Processor) ForPodName(ctx context.Context, rec *Record, source netip.Ad
 	return p.forPod(ctx, rec, source, pod, req)
 }
 
-// maxRounds bounds how often a request starts over because its authorization changed during a fetch.
+// maxRounds is the number of fetches during which the authorization of a request may change before the request gives
+// up.
 const maxRounds = 3
 
 // forPod authorizes the request and gets the tokens. A cached token is returned at once. A fetch takes time, in which a
@@ -125,7 +127,8 @@ func (p *Processor) forPod(ctx context.Context, rec *Record, source netip.Addr, 
 	return nil, metadata.Unavailable(identity.NotReady, "The objects that this request depends on keep changing", time.Second)
 }
 
-// authorizeOrWait authorizes a request, and waits as long as a refusal is worth waiting for.
+// authorizeOrWait authorizes a request. If it is refused and a wait can change that, authorizeOrWait waits and
+// authorizes the request again.
 func (p *Processor) authorizeOrWait(ctx context.Context, w *requestWait, pod *corev1.Pod, req metadata.Request) (authorization, *metadata.Error) {
 	auth, refusal := p.authorize(ctx, pod, req)
 	for refusal != nil && w.wait(ctx, auth, refusal) {

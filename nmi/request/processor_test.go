@@ -25,7 +25,7 @@ func TestNoTokenIsFetchedForARefusedPod(t *testing.T) {
 	}
 }
 
-// A cached token is not for a pod that may not have it.
+// A pod must not get a cached token of an identity that it may not use.
 func TestTheDecisionComesBeforeTheCache(t *testing.T) {
 	b := newBench(t)
 	if status, _ := b.ask("10.0.0.2", nmitest.TokenPath+"&client_id="+nmitest.ClientY); status != 200 {
@@ -112,7 +112,7 @@ func TestTheResponseForAnIdentityOfSeveralTenantsIsAnArray(t *testing.T) {
 	}
 }
 
-// A decision from before a fetch is not used after it.
+// After a fetch, NMI decides again and does not use the decision from before the fetch.
 func TestAChangeDuringAFetchIsNoticed(t *testing.T) {
 	const other = "99999999-0000-0000-0000-000000000009"
 	for _, c := range []struct {

@@ -35,7 +35,8 @@ func (a *lateSource) Fetch(ctx context.Context, call token.Call) (token.Token, e
 	return a.TokenSource.Fetch(ctx, call)
 }
 
-// late makes the source refuse all identities for the duration after, and gives all assignments this age.
+// late makes the source refuse all identities until the duration after has passed, and lets all assignments have been
+// received at the time age ago.
 func (s *standardBench) late(after, age time.Duration) *lateSource {
 	a := &lateSource{TokenSource: s.azure, start: time.Now(), knowsAt: time.Now().Add(after), code: "invalid_request"}
 	c, err := token.NewCache(a, 100, func(string, token.Principal) bool { return true }, s.metrics)
@@ -72,7 +73,7 @@ func TestAnIdentityThatIMDSNeverKnowsIsRefusedAfterAMinute(t *testing.T) {
 		}
 		s.mustHaveOutcomes(map[string]int{WaitTimeout: 1})
 		time.Sleep(10 * time.Second)
-		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 25*time.Second) // the rest of the minute
+		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 25*time.Second) // until propagationTime
 		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 0)
 	})
 	inStandardMode(t, func(t *testing.T, s *standardBench) {

@@ -14,7 +14,7 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// defaultRetryAfter is after what time a client should retry if nothing better is known.
+// defaultRetryAfter is the time after which a client should retry if the failure does not specify one.
 const defaultRetryAfter = 2 * time.Second
 
 // upstreamError converts a failed token fetch into the response that makes clients do the right thing: retry, or try the next

@@ -19,7 +19,8 @@ import (
 )
 
 const (
-	// MaxAssignmentWait bounds the time that a request waits. All client libraries keep a request open for at least as long.
+	// MaxAssignmentWait bounds the time that a request waits for an assignment. All client libraries keep a request
+	// open for at least as long.
 	MaxAssignmentWait = time.Minute
 
 	// maxFailedWait is how long a request waits for an identity that Azure refused to attach. MIC retries only after a while,
@@ -28,7 +29,8 @@ const (
 
 	// propagationTime is how long after an assignment IMDS may not know the identity yet.
 	propagationTime = time.Minute
-	// In this time a request asks IMDS again after initialBackoff, then after twice the last wait, up to maxBackoff.
+	// Within propagationTime a request asks IMDS again after initialBackoff, then after twice the last wait, up to
+	// maxBackoff.
 	initialBackoff, maxBackoff = time.Second, 5 * time.Second
 
 	// recheckInterval is the minimum time between two checks of a request that are caused by changes of objects that several
@@ -39,7 +41,7 @@ const (
 // Outcomes of a wait, for the metric.
 const (
 	WaitAssigned = "assigned" // the pod may use the identity
-	WaitTimeout  = "timeout"  // the identity was not assigned in time, or NMI stopped
+	WaitTimeout  = "timeout"  // the pod could not use the identity in time, or NMI stopped
 	WaitRefused  = "refused"  // the objects changed and now the request is refused
 	WaitGone     = "gone"     // the client closed the connection
 )
@@ -61,8 +63,8 @@ type requestWait struct {
 
 	startedAt  time.Time // zero until the request waits
 	checkedAt  time.Time // when it last stopped waiting to check the objects
-	failedAt   time.Time // since when the request knows that Azure refuses the identity; zero if it does not refuse it
-	authorized bool      // result of the last check
+	failedAt   time.Time // since when Azure is known to refuse the identity; zero if Azure does not refuse it
+	authorized bool      // whether the last check granted the request
 	outcome    string
 
 	retryAt       time.Time // when the request may ask IMDS again
@@ -74,14 +76,15 @@ type requestWait struct {
 	unsubscribe []func()
 }
 
-// wait blocks a refused request until a check may have another result. It returns false if no wait can change the refusal, or
-// if no time is left.
+// wait blocks a refused request until a check may have another result. It returns false if the request must end with
+// the refusal: waiting cannot change it, no time is left, too many requests wait, NMI stops, or the client closed the
+// connection.
 func (w *requestWait) wait(ctx context.Context, auth authorization, refusal *metadata.Error) bool {
 	if refusal.Reason != identity.AssignmentPending && refusal.Reason != identity.AssignmentFailed || !w.start() {
 		return false
 	}
 	if w.subscribe(auth.pod) {
-		return true // check again: no notification was sent for a change before the subscription
+		return true // check again: a change before the subscription sent no notification to it
 	}
 	now := time.Now()
 	left := w.timeLeft(now, refusal.Reason)
@@ -98,7 +101,8 @@ func (w *requestWait) wait(ctx context.Context, auth authorization, refusal *met
 	return w.block(ctx, now, left, refusedByIMDS)
 }
 
-// block waits for a notification, the timeout, or the end of the request.
+// block waits for a notification, the timeout, or the end of the request. After the timeout it sets w.retryUpstream to
+// retryUpstream. It returns false if the client closed the connection or NMI stops.
 func (w *requestWait) block(ctx context.Context, now time.Time, timeout time.Duration, retryUpstream bool) bool {
 	timer := time.NewTimer(timeout)
 	defer timer.Stop()
@@ -174,7 +178,8 @@ func (w *requestWait) timeLeft(now time.Time, reason identity.Reason) time.Durat
 	return min(left, w.failedAt.Add(maxFailedWait).Sub(now))
 }
 
-// timeUntilRetry returns how long the request must wait until it asks IMDS again.
+// timeUntilRetry returns how long the request must wait until it asks IMDS again. If the last such time has passed, it
+// sets the next one.
 func (w *requestWait) timeUntilRetry(now time.Time) time.Duration {
 	if !now.Before(w.retryAt) {
 		w.backoff = min(max(2*w.backoff, initialBackoff), maxBackoff)

@@ -160,7 +160,7 @@ func TestARequestWaitsUntilItsIdentityIsAssigned(t *testing.T) {
 			s.mustWait(r)
 		}
 		time.Sleep(10 * time.Second)
-		s.assign("both", "x", identity.StateAssigned, "") // of another pod
+		s.assign("both", "x", identity.StateAssigned, "") // the assignment of another pod
 		s.mustWait(r)
 		s.assign("x", "x", identity.StateAssigned, "")
 		if body := s.expect(r, 200, "", 12*time.Second); body["access_token"] != "token-of-"+nmitest.ClientX {
@@ -263,7 +263,7 @@ func TestARequestWaitsOnlyBrieflyForAnIdentityThatAzureRefuses(t *testing.T) {
 		if !strings.HasSuffix(body["error_description"], "grant MIC the role Managed Identity Operator") {
 			t.Errorf("error_description is %q", body["error_description"])
 		}
-		// Corrected during the wait.
+		// The refusal of Azure ends during the wait.
 		r := s.begin("10.0.0.1", "")
 		time.Sleep(time.Second)
 		s.assign("x", "x", identity.StateCreated, "")
@@ -271,7 +271,7 @@ func TestARequestWaitsOnlyBrieflyForAnIdentityThatAzureRefuses(t *testing.T) {
 		s.mustWait(r)
 		s.assign("x", "x", identity.StateAssigned, "")
 		s.expect(r, 200, "", 11*time.Second)
-		// Refused during the wait.
+		// Azure refuses the identity during the wait.
 		s.assign("x", "x", identity.StateCreated, "")
 		r = s.begin("10.0.0.1", "")
 		time.Sleep(10 * time.Second)

@@ -19,9 +19,9 @@ import (
 // hostTokenHandler serves /host/token, on which programs of the node request tokens for one of its pods. The Azure provider
 // of the Secrets Store CSI driver does this to mount the secrets of a pod before the pod starts.
 //
-// Everything that can connect to the loopback of the node may send such a request: the node itself and pods in its network.
-// It may name any pod of the node, as with AAD Pod Identity. --host-token=false disables the route on nodes that do not need
-// it. The decision is the same as for a request of the pod.
+// Everything that can connect to the loopback address of the node may send such a request: programs of the node and
+// pods in the host network. As with AAD Pod Identity, the request may name any pod of the node. --host-token=false
+// disables the route on nodes that do not need it. The decision is the same as for a request that the pod sends itself.
 type hostTokenHandler struct{ *Server }
 
 // ServeHTTP serves one request of a program of the node.
@@ -47,12 +47,12 @@ func (s hostTokenHandler) handle(c *requestContext, r *http.Request) {
 	}
 }
 
-// hostTokenRetryInterval is the time between two attempts to open a port that is in use. AAD Pod Identity may use it during a
-// migration.
+// hostTokenRetryInterval is the time between two attempts to serve /host/token. An attempt fails if another program
+// uses the port, such as AAD Pod Identity during a migration.
 const hostTokenRetryInterval = 5 * time.Second
 
-// ServeHostTokens listens on loopback and serves /host/token until ctx ends. If the port is in use it retries: the requests of
-// pods do not depend on it.
+// ServeHostTokens listens on loopback and serves /host/token until ctx ends. After a failure it retries and does not
+// stop NMI, because the requests of pods do not depend on this route.
 func (s *Server) ServeHostTokens(ctx context.Context) {
 	address := fmt.Sprintf("127.0.0.1:%d", s.cfg.Listen.Port())
 	for logged := false; ; logged = true {
@@ -78,7 +78,8 @@ func (s *Server) ServeHostTokens(ctx context.Context) {
 	}
 }
 
-// serveHostTokens serves requests until ctx ends and those in flight have ended, and returns nil then.
+// serveHostTokens serves requests until ctx ends. Then it waits until the requests in flight have ended, at most for
+// ShutdownTimeout, and returns nil. It returns an error if serving fails before ctx ends.
 func (s *Server) serveHostTokens(ctx context.Context, l net.Listener) error {
 	server := newHTTPServer(hostTokenHandler{s}, s.cfg.MaxAssignmentWait)
 	ended := make(chan struct{})
@@ -86,7 +87,7 @@ func (s *Server) serveHostTokens(ctx context.Context, l net.Listener) error {
 		defer close(ended)
 		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.ShutdownTimeout)
 		defer cancel()
-		_ = server.Shutdown(ending) // requests that are still in flight are cut off
+		_ = server.Shutdown(ending) // requests that are still in flight end with the process
 	})
 	err := server.Serve(newLimitedListener(l, s.metrics.RefusedConnections))
 	if !stop() {

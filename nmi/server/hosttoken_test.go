@@ -46,7 +46,7 @@ func TestAProgramOfTheNodeGetsTokensForThePodThatItNames(t *testing.T) {
 	if !strings.Contains(body, `"clientid":`) {
 		t.Errorf("clients look for clientid: %s", body)
 	}
-	// An identity of several tenants: the first.
+	// For an identity of several tenants, the response has the token of the first tenant.
 	if status, body := b.askHost("127.0.0.1", "/host/token?resource=r", "ns", "sp"); status != 200 || !strings.Contains(body, nmitest.ClientS) {
 		t.Errorf("several tenants: %d %s", status, body)
 	}

@@ -20,10 +20,11 @@ import (
 const (
 	readHeaderTimeout = 5 * time.Second
 	readTimeout       = 10 * time.Second
-	// writeTimeout is longer than any request takes: it may wait for the caches, for its pod and for a token. The time that it
-	// may wait for an assignment is added.
+	// writeTimeout is longer than a request that fetches once can wait in total: for the caches, its pod, its
+	// credential and a token. A request with several slow fetches can take longer, and its connection then breaks.
+	// newHTTPServer adds the time that a request may wait for an assignment.
 	writeTimeout = 75 * time.Second
-	// Clients send a request once in hours. A connection that stays open until the next one would only use memory.
+	// Clients request a new token only once in hours. A connection that stays open until then would only use memory.
 	idleTimeout    = 20 * time.Second
 	maxHeaderBytes = 16 << 10
 )
@@ -40,13 +41,14 @@ func newHTTPServer(h http.Handler, maxAssignmentWait time.Duration) *http.Server
 		WriteTimeout:      writeTimeout + maxAssignmentWait,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
-		// The server logs broken connections, and pods can cause any number of those.
+		// Discard the log of the server: it has a line for each broken connection, and pods can break any number of
+		// them.
 		ErrorLog: log.New(io.Discard, "", 0),
 	}
 }
 
-// Start serves the requests that arrive at the listeners, those for probes with the handler. A server that fails sends its
-// error to the channel.
+// Start serves the listeners in the background and returns at once. probes handles the requests at the listener for
+// probes. A server that fails sends its error to the channel.
 func (s *Server) Start(l *Listeners, probes http.Handler) <-chan error {
 	failed := make(chan error, 4)
 	serve := func(what string, s *http.Server, l net.Listener) {

@@ -19,8 +19,8 @@ import (
 // Listeners are the open ports of NMI. profile is nil unless profiling is enabled.
 type Listeners struct{ probes, metrics, profile, pods net.Listener }
 
-// Listen opens the ports, that for pods last: before that it has changed nothing on the node. ensureLink creates the network
-// link that has the listen address. If Listen fails, it closes the ports that it opened.
+// Listen opens the ports, the port for pods last, because only that step changes the node: it calls ensureLink, which
+// creates the network link with the listen address. If Listen fails, it closes the ports that it opened.
 func Listen(ctx context.Context, cfg Config, ensureLink func(context.Context) error) (*Listeners, error) {
 	l := &Listeners{}
 	if err := l.open(ctx, cfg, ensureLink); err != nil {
@@ -67,8 +67,8 @@ func listenError(flag string, err error) error {
 	return fmt.Errorf("listening on the port of %s: %w; check whether another NMI runs on this node, or another program uses the port", flag, err)
 }
 
-// listenForPods opens the port before it creates the link with the address, so that a port in use is an error before anything
-// is changed on the node.
+// listenForPods opens the port before it creates the link with the address, which IP_FREEBIND permits. So a port that
+// is in use is an error before anything is changed on the node.
 func listenForPods(ctx context.Context, address netip.AddrPort, ensureLink func(context.Context) error) (net.Listener, error) {
 	beforeLink := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var failed error
@@ -119,7 +119,7 @@ type limitedConn struct {
 	release func()
 }
 
-// Close closes the connection, which may be closed several times.
+// Close closes the connection. It may be called several times; only the first call frees the place within the limits.
 func (c *limitedConn) Close() error {
 	defer c.release()
 	return c.Conn.Close()

@@ -15,7 +15,8 @@ import (
 // maxFieldBytes bounds text of a client in a log line. The encoder of the log escapes it.
 const maxFieldBytes = 256
 
-// logRequest writes the line of a request. The line of a token request is the audit record, if the audit log is enabled.
+// logRequest writes the line of a request. The line of a token request is an audit record if the audit level includes
+// it.
 func (s *Server) logRequest(c *requestContext, took time.Duration) {
 	isTokenRequest := c.req.Route == metadata.RouteToken || c.req.Route == metadata.RouteHostToken
 	entry := s.logs.CheckRequest(isTokenRequest, c.status == http.StatusOK)

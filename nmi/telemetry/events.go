@@ -27,7 +27,8 @@ const (
 	eventRate, eventBurst = 1, 20
 	// maxRefusals bounds how many refusals NMI remembers to recognize repeated ones.
 	maxRefusals = 512
-	// eventQueueSize bounds the Events that wait to be written. One that does not fit is included in the next of its refusal.
+	// eventQueueSize bounds the Events that wait to be written. A refusal whose Event does not fit is counted in the
+	// next Event of the same refusal.
 	eventQueueSize = 64
 
 	eventTimeout    = 5 * time.Second
@@ -36,9 +37,10 @@ const (
 
 // Events reports refusals as Events of the refused pods, so that `kubectl describe pod` shows them.
 //
-// It does not use client-go's recorder, which needs the code for patches and schemas: each node would pay for its memory.
+// It does not use client-go's recorder: the recorder needs the code for patches and schemas, which would take memory on
+// each node.
 type Events struct {
-	write func(context.Context, *corev1.Event) error // creates the Event, or updates it if its count is more than one
+	write func(context.Context, *corev1.Event) error // see cluster.Client.WriteEvent
 	node  string
 	queue chan *corev1.Event
 
@@ -66,7 +68,8 @@ func NewEvents(node string, write func(context.Context, *corev1.Event) error) (*
 	return &Events{write: write, node: node, queue: make(chan *corev1.Event, eventQueueSize), limiter: rate.NewLimiter(eventRate, eventBurst), refusals: refusals}, err
 }
 
-// Refused counts a refusal and queues an Event, unless there was one recently. It does not block.
+// Refused counts a refusal and queues an Event, unless one was queued for the same refusal within eventInterval, or the
+// rate limit or the queue does not admit one. It does not block.
 func (e *Events) Refused(pod *corev1.Pod, refusal *metadata.Error) {
 	message := refusal.Detail
 	if message == "" {

@@ -25,8 +25,9 @@ const (
 )
 
 // authorities is the transport to the token services that AzureIdentities name. Users who may create an AzureIdentity
-// choose the host, and this process runs in the node's network. To keep them from reaching services that only the node
-// can reach, it does not connect to addresses of the node itself or of its link.
+// choose the host, and this process runs in the node's network. To keep these users from reaching services that only
+// the node can reach, it does not connect to the addresses for which forbidden returns true: loopback and link-local
+// addresses and Azure's WireServer, see isNodeAddress.
 type authorities struct {
 	direct, proxied http.RoundTripper
 	// proxy is read from the environment, as in other programs. The operator of NMI chooses the proxy, so the proxy
@@ -95,7 +96,7 @@ func (a *authorities) slots(host string) semaphore {
 	return s
 }
 
-// checkAddress is called before each connection, with the address that the host name resolved to.
+// checkAddress is called before each direct connection, with the address that the host name resolved to.
 func (a *authorities) checkAddress(_ context.Context, _, address string, _ syscall.RawConn) error {
 	ap, err := netip.ParseAddrPort(address)
 	if err != nil {
@@ -115,7 +116,7 @@ func isNodeAddress(ip netip.Addr) bool {
 	return ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsUnspecified() || ip.IsMulticast() || ip == wireServer
 }
 
-// nodeAddressError is the error of a connection to an address that only the node can reach.
+// nodeAddressError is the error of a connection to an address for which isNodeAddress returns true.
 type nodeAddressError netip.Addr
 
 func (n nodeAddressError) Error() string {

@@ -29,21 +29,23 @@ const (
 	// it. The Azure SDK for Go waits 60 s for a response of IMDS, others 100 s.
 	fetchTimeout = 20 * time.Second
 
-	// Clients refresh a token when half of its lifetime is left. The cache renews it before that, at a random point in
-	// this part of the remaining lifetime, so that the client's refresh gets a newer token.
+	// Clients refresh a token when half of its lifetime is left. The cache renews it earlier, so that the client gets a
+	// newer token then: after a random fraction, between these two, of the lifetime that the token had when it was
+	// fetched.
 	refreshFrom, refreshTo = 0.35, 0.475
 	// minRefresh prevents a loop of requests when IMDS keeps returning the same token shortly before it expires.
 	minRefresh = 30 * time.Second
 
-	// How long a failure is served from the cache, so that callers that retry at once do not all send a request to Azure.
+	// How long a failure is served from the cache, so that not every retry of a caller causes a request to Azure.
 	unavailableTTL, deniedTTL, throttledTTL = 2 * time.Second, 5 * time.Second, 1 * time.Second
 
-	// bypassInterval is the minimum time between two fetches for one key that bypass the cache (bypass_cache).
+	// bypassInterval is the time after the start of a fetch in which requests for the same key that bypass the cache
+	// (bypass_cache) still get the cached token.
 	bypassInterval = 10 * time.Second
 
-	// recheckInterval is the minimum time between two rechecks of a cached refusal for one key, see Request.Recheck.
-	// recheckRate bounds the rechecks of all keys per second: only a part of what IMDS allows, the rest is for other
-	// requests.
+	// recheckInterval is the minimum time from the start of a fetch to a recheck of a cached refusal for the same key,
+	// see Request.Recheck. recheckRate bounds the rechecks of all keys per second. It is only a part of what IMDS
+	// allows; the rest is for other requests.
 	recheckInterval = time.Second
 	recheckRate     = 5
 
@@ -88,7 +90,7 @@ type entry struct {
 	token        Token
 	failure      error // of the last fetch; nil if that succeeded
 	failureUntil time.Time
-	failures     int // in a row
+	failures     int // consecutive failed fetches
 
 	fetching *fetch
 	asked    time.Time           // when the last fetch started
@@ -135,8 +137,8 @@ type Request struct {
 	Pod string
 	// Fresh requests a token that is not from the cache. The rate is limited, see bypassInterval.
 	Fresh bool
-	// Rejected is the hash of a token that the caller does not accept. If that is the cached token, it has the effect
-	// of Fresh.
+	// Rejected is the hash of a token that the caller does not accept, see Token.SHA256. If that is the cached token,
+	// Rejected has the effect of Fresh. Each fetch with Rejected bypasses the caches of the source.
 	Rejected string
 	// Recheck requests a new fetch although a refusal is cached, because the refusal is probably outdated. The rate is
 	// limited, see recheckInterval.
@@ -202,7 +204,7 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 	}
 }
 
-// servesFailure reports whether Get returns the cached failure. c.mu is held.
+// servesFailure reports whether Get returns the cached failure instead of starting or joining a fetch. c.mu is held.
 func (c *Cache) servesFailure(r Request, pod *podState, e *entry, now time.Time) bool {
 	if !r.Recheck || classOf(e.failure) != Denied {
 		return now.Before(e.failureUntil)
@@ -223,8 +225,8 @@ func (c *Cache) podState(pod string) *podState {
 	return h
 }
 
-// hasRoom reports whether the pod may have one more key. Before, it removes keys of the pod without a valid token. c.mu
-// is held.
+// hasRoom reports whether the pod may use the key. If the pod has podKeys keys already, hasRoom first removes those
+// without a valid token. c.mu is held.
 func (c *Cache) hasRoom(h *podState, key Key, now time.Time) bool {
 	if _, has := h.keys[key]; has || len(h.keys) < podKeys {
 		return true
@@ -269,7 +271,7 @@ func (c *Cache) release(pod string) {
 	}
 }
 
-// onEvicted is called when the cache is full and an entry was evicted, or was removed. c.mu is held.
+// onEvicted is called when an entry is evicted because the cache is full, or is removed. c.mu is held.
 func (c *Cache) onEvicted(key Key, e *entry) {
 	e.cancelRenewal()
 	for pod := range e.users {
@@ -317,8 +319,8 @@ func classOf(err error) Class {
 	}
 }
 
-// recordResult stores the result of a fetch. After a failure the previous token stays until it expires, and callers that
-// requested a fresh token get the previous one. c.mu is held.
+// recordResult stores the result of a fetch. After a failure the previous token stays until it expires, and the callers
+// that wait for the fetch get the previous token. c.mu is held.
 func (c *Cache) recordResult(key Key, e *entry, f *fetch) {
 	now := time.Now()
 	if f.err == nil {
@@ -386,8 +388,8 @@ func (c *Cache) renew(key Key, e *entry) {
 		return
 	}
 	for pod := range e.users {
-		// A request that began before the deletion of its pod may have added that pod to the users afterwards. A
-		// pod that still runs may have lost its binding. The token is not renewed for such pods.
+		// A request that began before the deletion of its pod may have added that pod to the users after the deletion.
+		// A pod that still runs may have lost its binding. The token is not renewed for such pods.
 		if !c.allowed(pod, key.Principal) {
 			c.removeUser(pod, key, e)
 			continue
@@ -397,7 +399,7 @@ func (c *Cache) renew(key Key, e *entry) {
 	}
 }
 
-// removeUser records that the pod no longer uses the key. c.mu is held.
+// removeUser records that the pod no longer uses the key, and drops the state of a pod that uses none. c.mu is held.
 func (c *Cache) removeUser(pod string, key Key, e *entry) {
 	delete(e.users, pod)
 	if h := c.pods[pod]; h != nil {
@@ -408,8 +410,8 @@ func (c *Cache) removeUser(pod string, key Key, e *entry) {
 	}
 }
 
-// Drop removes all tokens of the principals for which which returns true. It is called after an AzureIdentity or a Secret
-// changed or was deleted. Callers that wait for a running fetch get its result, but the cache does not keep it.
+// Drop removes all tokens of the principals that which selects. It is called after an AzureIdentity or a Secret changed
+// or was deleted. Callers that wait for a running fetch get its result, but the cache does not keep it.
 func (c *Cache) Drop(which func(Principal) bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

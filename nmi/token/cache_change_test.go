@@ -11,7 +11,7 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// Entra ID is unavailable for ten minutes, at a time when tokens are due for renewal.
+// The source is unavailable for ten minutes, at a time when tokens are due for renewal.
 func TestAnOutageOfTenMinutesIsHiddenAndEndsWithoutAStampede(t *testing.T) {
 	const keys = 300
 	synctest.Test(t, func(t *testing.T) {
@@ -128,7 +128,7 @@ func TestAFetchUnderWayWhileItsPrincipalIsDroppedIsNotKept(t *testing.T) {
 	})
 }
 
-// The next request is for another pod, for which the fetch can succeed.
+// The failure concerns only the first pod. The next request is for another pod, for which the fetch can succeed.
 func TestAFailureOfOnePodIsNotServedToOthers(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *source, c *Cache) {
 		s.fails = &Error{Class: Unavailable, Reason: identity.PodStale}

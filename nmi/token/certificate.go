@@ -20,8 +20,8 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// Users who may write a Secret choose what is parsed here, in a process with rights over the node. These bounds allow
-// every key that Entra ID accepts, and its chain.
+// Users who may write a Secret choose what is parsed here, in a process with rights over the node. Therefore these
+// constants bound its size. They allow every key that Entra ID accepts, and its chain.
 const (
 	maxCertificateData = 128 << 10
 	maxKeyDER          = 16 << 10
@@ -85,7 +85,7 @@ func certificate(ctx context.Context, data map[string][]byte, unlock unlocker, n
 
 func isPEM(b []byte) bool { return bytes.Contains(b, []byte("-----BEGIN ")) }
 
-// isDER reports whether b starts with a SEQUENCE, as a PKCS#12 file does. The base64 encoding of such a file does not.
+// isDER reports whether b starts with a SEQUENCE. A PKCS#12 file does; its base64 encoding does not.
 func isDER(b []byte) bool { return len(b) > 0 && b[0] == 0x30 }
 
 func readPEM(file []byte) (contents, error) {
@@ -139,7 +139,8 @@ func (c *contents) addKey(der []byte, parse func([]byte) (any, error)) error {
 	return nil
 }
 
-// pair returns the key with its certificate, after checking that Entra ID accepts their kind.
+// pair returns the key with its certificate, after checking that Entra ID accepts the kind of key and that the
+// certificate is valid now. Its error is a flaw.
 func (c contents) pair(now time.Time) (keyPair, error) {
 	switch {
 	case len(c.keys) == 0:
@@ -175,7 +176,7 @@ func (c contents) pair(now time.Time) (keyPair, error) {
 		switch {
 		case !public.Equal(cert.PublicKey):
 			others = append(others, cert)
-		case own == nil || cert.NotAfter.After(own.NotAfter): // a certificate renewed with the same key is next to the old one
+		case own == nil || cert.NotAfter.After(own.NotAfter): // a renewed certificate expires later
 			own = cert
 		}
 	}
@@ -205,7 +206,7 @@ func ecMethod(key *ecdsa.PrivateKey) jwt.SigningMethod {
 	return nil
 }
 
-// ecAssertion returns the assertion that MSAL would create, signed with an EC key: MSAL supports only RSA keys.
+// ecAssertion returns the assertion that MSAL would create if it supported EC keys: MSAL supports only RSA keys.
 func ecAssertion(p Principal, pair keyPair, key *ecdsa.PrivateKey) (string, error) {
 	now := time.Now()
 	assertion := jwt.NewWithClaims(ecMethod(key), jwt.MapClaims{

@@ -29,8 +29,8 @@ import (
 const (
 	// entraClients bounds the number of clients that are kept, one for each principal.
 	entraClients = 1024
-	// maxBytesReceived is how many bytes of responses a credential may receive before it is replaced. MSAL never forgets
-	// a token, although its cache is always bypassed here.
+	// maxBytesReceived is how many bytes of responses a credential may receive before it is replaced. MSAL keeps every
+	// token in the memory of the credential, although NMI never reads it from there.
 	maxBytesReceived = 256 << 10
 	// invalidFor is the time in which NMI does not read and parse the invalid Secret of a principal again. A Secret with other
 	// content is another principal, so the result changes only when a certificate becomes valid. Without this time an
@@ -62,8 +62,8 @@ type Entra struct {
 // retryAfter.
 type client struct {
 	lock chan struct{}
-	// retryAfter is closed by a 429. Entra ID throttles one application or one tenant, but each principal has a gate of
-	// its own: with a gate for each tenant, any user who names a tenant could close it for others.
+	// retryAfter stops requests after a 429. Entra ID throttles one application or one tenant, but each principal has a
+	// gate of its own: with one gate for each tenant, any user who names a tenant could stop the requests of others.
 	retryAfter outbound.RetryAfterGate
 
 	credential    azcore.TokenCredential
@@ -97,8 +97,8 @@ func NewEntra(cfg EntraConfig) (*Entra, error) {
 	}, nil
 }
 
-// Drop removes the credentials of the principals for which which returns true. It is called after an AzureIdentity or a
-// Secret changed or was deleted.
+// Drop removes the credentials of the principals that which selects. It is called after an AzureIdentity or a Secret
+// changed or was deleted.
 func (e *Entra) Drop(which func(Principal) bool) {
 	for _, p := range e.clients.Keys() {
 		if which(p) {
@@ -134,9 +134,9 @@ func (e *Entra) client(p Principal) *client {
 	return c
 }
 
-// requestToken sends one token request, apart from the SDK's short retries. With a failure it returns the error codes
-// of Entra ID. The SDK serializes the requests of a credential and ignores the context while it waits; acquiring lock
-// first respects it.
+// requestToken sends one token request, apart from the SDK's short retries. With a failure it also returns the error
+// codes in the response of Entra ID. The SDK serializes the requests of a credential and ignores ctx while one waits
+// for another. Therefore requestToken acquires lock before it calls the SDK, and stops waiting for lock when ctx ends.
 func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertion string) (Token, []int, *Error) {
 	select {
 	case c.lock <- struct{}{}:
@@ -250,7 +250,7 @@ func (e *Entra) options(p Principal) policy.ClientOptions {
 		Transport:       transporter{e.transport},
 		PerCallPolicies: []policy.Policy{(*entraRequest)(nil)},
 		Telemetry:       policy.TelemetryOptions{ApplicationID: e.userAgent},
-		// Short, as for IMDS. A 429 closes the gate of the client instead, see client.
+		// Short, because callers wait. A 429 is not retried here, see client.retryAfter.
 		Retry: policy.RetryOptions{
 			MaxRetries: 2, RetryDelay: 250 * time.Millisecond, MaxRetryDelay: time.Second,
 			StatusCodes: []int{http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout},
@@ -265,11 +265,11 @@ type entraRequest struct {
 	assertion  string   // Federated: the assertion sent to Entra ID
 	requestID  string   // client-request-id of the last request
 	posted     bool     // whether the last request was for a token, not for the tenant's endpoints
-	sentSecret string   // the secret or assertion in it: errors must not contain it
+	sentSecret string   // the secret or assertion in the last request; errors must not contain it
 	response   response // to the last request
 }
 
-// assertionOf returns to the SDK the assertion of the pod that this request is for.
+// assertionOf returns the assertion of the token request in ctx. The SDK calls it.
 func assertionOf(ctx context.Context) (string, error) {
 	x, _ := ctx.Value(entraRequestKey{}).(*entraRequest)
 	if x == nil || x.assertion == "" {
@@ -307,7 +307,8 @@ func (*entraRequest) Do(r *policy.Request) (*http.Response, error) {
 	return r.Next()
 }
 
-// failure classifies the failure by the last response. It does not keep the SDK's errors, which quote responses in full.
+// failure classifies the failure by the last response, and returns the error codes in it. If there was a response, it
+// does not keep the error of the SDK, which quotes responses in full.
 func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	a := &x.response
 	var own *Error
@@ -360,8 +361,8 @@ func (x *entraRequest) redact(s string) string {
 // maxID bounds a correlation ID, which is a GUID.
 const maxID = 64
 
-// truncateDescription truncates the description of an error of Entra ID. It keeps the correlation ID, which stands at the
-// end of the description: Entra ID's own logs find the request by it.
+// truncateDescription truncates the description of an error of Entra ID. It keeps the correlation ID at the end of the
+// description, by which the request is found in the logs of Entra ID.
 func truncateDescription(description, correlationID string) string {
 	const maxBytes = 512
 	whole := text.OneLine(description, len(description))

@@ -27,7 +27,7 @@ const (
 // entraID is a fake Entra ID.
 type entraID struct {
 	*httptest.Server
-	discover, answer http.HandlerFunc // nil: as Entra ID
+	discover, answer http.HandlerFunc // if nil, the fake responds like Entra ID
 
 	mu         sync.Mutex
 	discovered int
@@ -109,7 +109,7 @@ type fakeCredentials struct {
 	secrets map[Ref]SecretContent
 	reads   int
 	err     error
-	tokens  map[string]string // by pod
+	tokens  map[string]string // by pod@ServiceAccount
 }
 
 func (k *fakeCredentials) Secret(_ context.Context, ref Ref) (SecretContent, error) {

@@ -13,21 +13,21 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// Assertions returns the Kubernetes tokens that are sent to Entra ID. Its error is an *Error.
+// Assertions returns the Kubernetes tokens that are sent to Entra ID. Its error is an *Error, or the error of ctx.
 type Assertions interface {
 	// Assertion returns a token of the ServiceAccount that is bound to the pod with this UID.
 	Assertion(ctx context.Context, pod string, serviceAccount Ref) (string, error)
 }
 
-// untrustedCodes are the error codes of Entra ID for "no federated credential matches". A new federated credential takes
-// minutes to propagate, and until then requests succeed and fail by turns.
+// untrustedCodes are the error codes of Entra ID for "no federated credential matches". A new federated credential
+// takes minutes to propagate. Until then some requests succeed and others fail.
 var untrustedCodes = []int{70021, 70025, 700211, 700212, 700213, 7002137, 7002138}
 
 // federationRetryWaits are the waits before retries. Callers wait all this time, and the cache's timeout of a fetch
-// does not allow more.
+// also has to cover the requests themselves.
 var federationRetryWaits = [...]time.Duration{1 * time.Second, 2 * time.Second, 4 * time.Second, 5 * time.Second}
 
-// federationRetryTime is the time that a retry itself needs.
+// federationRetryTime is the time that waitForRetry reserves for the retry itself.
 const federationRetryTime = 2 * time.Second
 
 // fetchFederated requests a token with a Kubernetes token of the pod's ServiceAccount as assertion.
@@ -56,7 +56,8 @@ func isUntrusted(codes []int) bool {
 	return slices.ContainsFunc(codes, func(code int) bool { return slices.Contains(untrustedCodes, code) })
 }
 
-// waitForRetry waits, and reports whether the context leaves time for a retry.
+// waitForRetry waits for the pause. It returns false if ctx ends before, or at once if ctx does not leave enough time
+// for the pause and a retry.
 func waitForRetry(ctx context.Context, pause time.Duration) bool {
 	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < pause+federationRetryTime {
 		return false

@@ -74,8 +74,8 @@ func (m *ManagedIdentities) Fetch(ctx context.Context, call Call) (Token, error)
 	ctx = context.WithValue(ctx, imdsQueryKey{}, imdsQuery{call.Resource, call.Fresh})
 	got, err := credential.GetToken(ctx, policy.TokenRequestOptions{
 		Scopes: []string{call.Resource}, // see imdsQuery
-		// The SDK has a cache of its own for the whole process and bypasses it if there are claims. It does not send
-		// them to IMDS. With two caches a renewal ahead of time would get the old token.
+		// The SDK has a cache of its own for the whole process, from which a renewal ahead of time would get the old
+		// token. If there are claims, the SDK bypasses its cache. It does not send them to IMDS.
 		Claims: "{}",
 	})
 	if err != nil {
@@ -122,7 +122,7 @@ type imdsQuery struct {
 
 type imdsQueryKey struct{}
 
-// Do sets the resource exactly as the client sent it: the SDK would remove "/.default" at its end. If the fetch is to
+// Do sets the resource exactly as the client sent it: the SDK would remove "/.default" at its end. If the fetch must
 // bypass caches, Do sets bypass_cache.
 func (imdsQuery) Do(r *policy.Request) (*http.Response, error) {
 	w, _ := r.Raw().Context().Value(imdsQueryKey{}).(imdsQuery)

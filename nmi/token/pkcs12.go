@@ -33,7 +33,7 @@ const (
 	pkcs12Timeout    = 5 * time.Second // wall clock time
 	pkcs12Memory     = 128 << 20       // beyond what the process has when it starts; half of it is for the heap
 	pkcs12Concurrent = 2
-	pkcs12Message    = 1 << 20 // both ways
+	pkcs12Message    = 1 << 20 // bytes of the request, and of the response
 )
 
 type pkcs12Request struct {
@@ -81,13 +81,14 @@ func limitProcess() error {
 			return err
 		}
 	}
-	// The key is as secret as the memory of the parent.
+	// Prevent core dumps and access to the memory, which contains the private key, as for the parent process.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return err
 	}
 	debug.SetMemoryLimit(pkcs12Memory / 2)
 	runtime.GOMAXPROCS(1)
-	// Lowest priority, for the other processes of the node. Set for the process group, it reaches all threads.
+	// Lowest priority, so that the other processes of the node have precedence. Setting it for the process group sets
+	// it for all threads.
 	return unix.Setpriority(unix.PRIO_PGRP, 0, 19)
 }
 

@@ -19,8 +19,8 @@ const (
 	imdsConcurrent = 5
 )
 
-// imdsLimiter is a transport that keeps this process within IMDS's limits. It counts each attempt on the wire, including
-// retries, and after a 429 sends nothing until Retry-After has passed.
+// imdsLimiter is a transport that keeps the token requests of this process within the limits of IMDS. It counts each
+// attempt on the wire, including retries. After a 429 it sends nothing until Retry-After has passed.
 type imdsLimiter struct {
 	next       http.RoundTripper
 	limiter    *rate.Limiter
@@ -54,7 +54,8 @@ func (g *imdsLimiter) roundTrip(r *http.Request) (*http.Response, error) {
 // semaphore bounds the number of concurrent requests.
 type semaphore chan struct{}
 
-// roundTrip waits for a place within the request's context. Closing the body of the response releases the place.
+// roundTrip waits for a place until the context of the request ends. A failed request, or closing the body of the
+// response, releases the place.
 func (s semaphore) roundTrip(r *http.Request, next func(*http.Request) (*http.Response, error)) (*http.Response, error) {
 	select {
 	case s <- struct{}{}:
@@ -70,7 +71,8 @@ func (s semaphore) roundTrip(r *http.Request, next func(*http.Request) (*http.Re
 	return resp, nil
 }
 
-// A 429 without Retry-After stops requests for minRetryAfter. A Retry-After above maxRetryAfter is not believed.
+// After a 429, requests stop for the time in Retry-After, but at least for minRetryAfter and at most for maxRetryAfter.
+// Without a Retry-After that is a number of seconds they stop for minRetryAfter.
 const minRetryAfter, maxRetryAfter = time.Second, time.Minute
 
 func retryAfter(h http.Header) time.Duration {

@@ -38,7 +38,7 @@ type flaw string
 
 func (f flaw) Error() string { return string(f) }
 
-// contentError converts an error from reading a Secret into an *Error.
+// contentError converts an error from reading a Secret or from requesting an assertion into an *Error.
 func contentError(ref Ref, err error) *Error {
 	var own *Error
 	if errors.As(err, &own) {
@@ -50,8 +50,9 @@ func contentError(ref Ref, err error) *Error {
 	return &Error{Class: Unavailable, Err: err}
 }
 
-// clientSecret returns the client secret. AAD Pod Identity accepted any key, so a Secret with a single key may use any
-// name for it. From several keys AAD Pod Identity took a random one; here that is an error.
+// clientSecret returns the client secret, which is under the key clientSecret. AAD Pod Identity accepted any key, so a
+// Secret with a single key may use any name for it. From several keys AAD Pod Identity took a random one; here they are
+// an error unless one of them is clientSecret.
 func clientSecret(data map[string][]byte) (string, error) {
 	value, ok := data[secretKey]
 	switch {

@@ -1,11 +1,11 @@
-// Package token gets tokens. It has the two token sources, IMDS and Entra ID, and the cache in front of them. What Entra ID
-// accepts as a credential (secret, certificate, assertion) has one file each.
+// Package token gets tokens. It has the two token sources, IMDS and Entra ID, and the cache in front of them. Each kind
+// of credential that Entra ID accepts (secret, certificate, assertion) has a file of its own.
 //
 // It protects against two things: a token that reaches a pod it was not issued for, and a node that sends Azure so many
 // requests that all pods on it are throttled. The cache knows nothing of the rights of pods: callers first authorize
 // the request, then look the token up with a key that contains everything that decided which token it is. One fetch
-// serves all callers that wait for the same key; its context belongs to none of them. The requests of this process to
-// the Instance Metadata Service together stay below the limits of one VM.
+// serves all callers that wait for the same key; no caller can cancel it. The token requests of this process to the
+// Instance Metadata Service together stay below the limits of one VM.
 package token
 
 import (
@@ -87,7 +87,7 @@ type Token struct {
 	Fetched time.Time
 	// ClientID and ObjectID of the principal, from the token's claims; empty if the token is not a readable JWT.
 	ClientID, ObjectID string
-	// ID is the "unique token identifier" of Entra ID's sign-in logs; empty as above.
+	// ID is the "unique token identifier" of Entra ID's sign-in logs; empty if the token is not a readable JWT.
 	ID string
 	// CorrelationID identifies the token request in Entra ID's logs; empty if the token came from IMDS.
 	CorrelationID string
@@ -99,13 +99,13 @@ func (t Token) SHA256() string {
 	return hex.EncodeToString(sum[:])
 }
 
-// Call is one fetch.
+// Call has the parameters of one fetch.
 type Call struct {
 	Key
 	// Pod is the UID of a running pod that may have the token. A federated principal authenticates with a token bound to
 	// this pod.
 	Pod string
-	// Fresh bypasses the caches of the source, where it has an option for that.
+	// Fresh bypasses the caches of the source, if the source has an option for that.
 	Fresh bool
 }
 
@@ -118,7 +118,8 @@ type Fetcher interface {
 type Class string
 
 const (
-	// Unavailable: no response, or one with status 5xx, 404 or 410. A retry can succeed.
+	// Unavailable: a retry can succeed. There was no usable response, or its status was 5xx or 408, or 404 or 410 of
+	// IMDS.
 	Unavailable Class = "unavailable"
 	// Throttled: too many requests. A retry can succeed after RetryAfter.
 	Throttled Class = "throttled"
@@ -129,7 +130,8 @@ const (
 // Error is a failed fetch.
 type Error struct {
 	Class Class
-	// Status, Code and Description of the response; zero if there was none.
+	// Status, Code and Description of the response; zero if there was none. A request that NMI did not send because of
+	// an earlier 429 has status 429, too.
 	Status            int
 	Code, Description string
 	// CorrelationID identifies the request in Entra ID's logs; may be empty.

@@ -1,4 +1,5 @@
-// Package options defines the flags of nmi. It is a package of its own so that the reference of the flags is generated from it.
+// Package options defines the flags of nmi. It is separate from package main so that the generator of the flag
+// reference can import it.
 package options
 
 import (
@@ -17,7 +18,8 @@ import (
 	"github.com/podidentity/podidentity/nmi"
 )
 
-// Options are the values of the flags. A flag that means the same as in AAD Pod Identity has the same name.
+// Options are the values of the flags. A flag that means the same as in AAD Pod Identity has the same name, except the
+// flags for which AddFlags defines the earlier name as a deprecated one.
 type Options struct {
 	cfg        nmi.Config
 	logLevel   string
@@ -25,7 +27,7 @@ type Options struct {
 	auditLevel string
 }
 
-// New returns the defaults. Some depend on the environment.
+// New returns the defaults. Some depend on environment variables.
 func New() *Options {
 	o := &Options{cfg: nmi.DefaultConfig(), logLevel: "info", logFormat: "json", auditLevel: "info"}
 	o.cfg.Node = os.Getenv("NODE_NAME")
@@ -34,7 +36,7 @@ func New() *Options {
 	return o
 }
 
-// AddCaptureFlags adds the flags that say what is captured and how. Uninstalling needs them too.
+// AddCaptureFlags adds the flags that say what is captured and how, and those of the log. Uninstalling needs them too.
 func (o *Options) AddCaptureFlags(f *pflag.FlagSet) {
 	c := &o.cfg
 	f.StringVar(&c.ListenAddress, "nmi-listen-address", c.ListenAddress, "link-local `address` that NMI listens on, on a network interface of its own, podidentity0")
@@ -100,7 +102,7 @@ func (o *Options) AddFlags(f *pflag.FlagSet) {
 	}
 }
 
-// Config returns the configuration that the flags describe.
+// Config returns the configuration that the flags describe. version is part of the default User-Agent.
 func (o *Options) Config(version string) nmi.Config {
 	c := o.cfg
 	if c.UserAgent == "" {
@@ -109,7 +111,8 @@ func (o *Options) Config(version string) nmi.Config {
 	return c
 }
 
-// WithLoggers calls do with the loggers that the flags describe.
+// WithLoggers calls do with the loggers that the flags describe, and returns its error. If one of these flags is
+// invalid, WithLoggers returns an error without calling do.
 func (o *Options) WithLoggers(do func(telemetry.Loggers) error) error {
 	level, err := zapcore.ParseLevel(o.logLevel)
 	if err != nil {
