@@ -9,8 +9,9 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// A pod without a binding tries each known way to get a token from a system of this kind. The fake IMDS answers each of
-// these requests with a token if it receives it, as the real service does.
+// A pod without a binding tries each known way to get a token from a system of this kind. The fake IMDS is as
+// permissive as the real one: an attack that NMI passes on gets a token or ForbiddenMark, if it would succeed with the
+// real service.
 func TestNoPathAndNoHeaderBypassesTheDecision(t *testing.T) {
 	s, id := newNamespace(t), newIdentity(t)
 	s.pod("attacker", "none", "node1")
@@ -39,8 +40,8 @@ func TestNoPathAndNoHeaderBypassesTheDecision(t *testing.T) {
 	}
 }
 
-// attackPaths are the known ways to write the path of an endpoint so that a filter does not recognize it, and the paths of
-// endpoints that no pod may use. named is a query that selects an identity.
+// attackPaths returns the known ways to write the path of an endpoint so that a filter does not recognize it, and the
+// paths of endpoints that no pod may use. named is a query that selects an identity.
 func attackPaths(query, named string) []string {
 	return []string{
 		"/metadata/identity/oauth2/token" + named,
@@ -73,10 +74,10 @@ func attackPaths(query, named string) []string {
 	}
 }
 
-// attackRequest is a request without its path. rest begins with the headers.
+// attackRequest is a request without its path. rest is everything after the request line.
 type attackRequest struct{ method, rest string }
 
-// attackRequests are the requests with which each path is tried.
+// attackRequests returns the requests that the attacker sends to each path.
 func attackRequests(named string) []attackRequest {
 	const host, metadata = "Host: 169.254.169.254\r\n", "Metadata: true\r\n"
 	smuggled := "GET /metadata/identity/oauth2/token" + named + " HTTP/1.1\r\n\r\n"
@@ -133,7 +134,7 @@ func TestOtherPortsAndProtocolsOfTheMetadataAddressAreBlocked(t *testing.T) {
 			t.Errorf("%v succeeded: %s", attempt, out)
 		}
 	}
-	// From another node, routed here.
+	// From another node, with a route to NMI's address by way of node1.
 	if _, err := testCluster.InNode(t.Context(), "node2", "sh", "-c", "ip route add 169.254.25.79/32 via 10.10.0.11; curl -s --max-time 2 --interface eth0 http://169.254.25.79:2579/; code=$?; ip route del 169.254.25.79/32 via 10.10.0.11; exit $code"); err == nil {
 		t.Error("another node reaches NMI")
 	}

@@ -18,8 +18,8 @@ import (
 	"time"
 )
 
-// certificate is the certificate of an application. cert and key are PEM, and so is chain, the issuer's certificate if
-// there is one.
+// certificate is the certificate of an application. cert, key and chain are PEM. chain is the issuer's certificate, or
+// nil for a self-signed certificate.
 type certificate struct {
 	cert, key, chain []byte
 	signer           crypto.Signer
@@ -80,7 +80,7 @@ func block(kind string, der []byte) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
 }
 
-// legacyKey is the key in the format from before PKCS #8: PKCS #1 or SEC 1.
+// legacyKey returns the key in the PEM format that preceded PKCS #8: PKCS #1 for RSA, SEC 1 for elliptic curves.
 func (c certificate) legacyKey(t *testing.T) []byte {
 	t.Helper()
 	if key, ok := c.signer.(*rsa.PrivateKey); ok {
@@ -91,7 +91,8 @@ func (c certificate) legacyKey(t *testing.T) []byte {
 	return block("EC PRIVATE KEY", der)
 }
 
-// pfx writes a PKCS #12 file with openssl, as people do. A file written with NMI's own library would prove less.
+// pfx returns a PKCS #12 file that openssl has written, because users use openssl. A file written with NMI's own
+// library would prove less. options are further options of openssl.
 func (c certificate) pfx(t *testing.T, password string, options ...string) []byte {
 	t.Helper()
 	dir := t.TempDir()

@@ -28,7 +28,7 @@ type sample struct {
 	app, token   string // appid and uti of the token
 }
 
-// sampler requests tokens from a pod's network namespace without a pause and keeps every outcome.
+// sampler requests tokens from a pod's network namespace without a pause and keeps the outcome of each request.
 type sampler struct {
 	t       *testing.T
 	pod     string
@@ -42,7 +42,8 @@ type sampler struct {
 
 const askVault = "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource=" + vault
 
-// podClient sends requests from the pod's network namespace. It does not need the API server afterwards.
+// podClient returns a client that sends requests from the pod's network namespace. The client does not use the API
+// server. With newConnections, it opens a connection for each request.
 func (s *testNamespace) podClient(pod string, newConnections bool) *http.Client {
 	s.t.Helper()
 	netns, err := testCluster.PodNetns(s.t.Context(), s.name, pod)
@@ -104,7 +105,7 @@ func (w *sampler) record(one sample, body string) {
 	w.samples = append(w.samples, one)
 }
 
-// since returns the samples whose request was sent at that time or later.
+// since returns the samples whose request was sent at start or later.
 func (w *sampler) since(start time.Time) []sample {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -117,7 +118,7 @@ func (w *sampler) since(start time.Time) []sample {
 	return out
 }
 
-// waitForSamples waits until n samples that begin from now on are of the kind.
+// waitForSamples waits until kind returns true for n samples. It ignores samples that began before the call.
 func (w *sampler) waitForSamples(n int, kind func(sample) bool) {
 	w.t.Helper()
 	start := time.Now()
@@ -142,9 +143,9 @@ type change struct {
 	before, after func(sample) bool
 }
 
-// maxDelay is the longest time after a change in which outcomes may still be those of before. On an idle computer it is
-// some milliseconds. Here a few CPUs are shared by a whole cluster and by workers that never pause. It is far below each
-// interval at which NMI would notice a change without its watches.
+// maxDelay is the longest time after a change during which requests may still have outcomes of the old state. On an
+// idle computer, NMI needs some milliseconds. The limit is higher because the whole cluster and workers that never
+// pause share a few CPUs. It is far below each interval at which NMI would notice a change without its watches.
 const maxDelay = 5 * time.Second
 
 // applyUnderLoad makes the change while the samplers run, and checks the moment at which their outcomes change.
@@ -161,7 +162,9 @@ func applyUnderLoad(t *testing.T, samplers []*sampler, c change) {
 	}
 	for _, w := range samplers {
 		samples := w.since(began)
-		var first, lastBegan, lastEnded time.Time // the first sample of the state after, the last of the state before
+		// first: the end of the first sample of the new state. lastBegan, lastEnded: of the last samples of the old
+		// state.
+		var first, lastBegan, lastEnded time.Time
 		for _, one := range samples {
 			if c.after(one) && (first.IsZero() || one.ended.Before(first)) {
 				first = one.ended
@@ -198,7 +201,8 @@ func applyUnderLoad(t *testing.T, samplers []*sampler, c change) {
 	}
 }
 
-// delay is the time between the two. The change may take effect before its acknowledgement arrives.
+// delay returns the time from the acknowledgement of a change to an event, as text. The event can be the earlier one,
+// because the change may take effect before its acknowledgement arrives.
 func delay(from, to time.Time) string {
 	if !to.After(from) {
 		return "at newConnections"
@@ -206,7 +210,7 @@ func delay(from, to time.Time) string {
 	return to.Sub(from).Round(100 * time.Microsecond).String()
 }
 
-// apiClient returns a client of the API server, without the delay of starting kubectl.
+// apiClient returns a client of the API server. It avoids the delay of starting kubectl.
 func apiClient(t *testing.T) rest.Interface {
 	t.Helper()
 	config, err := clientcmd.BuildConfigFromFlags("", testCluster.Kubeconfig())
@@ -247,7 +251,7 @@ func TestAChangeTakesEffectImmediatelyAndForAllPodsUnderLoad(t *testing.T) {
 	s := newNamespace(t)
 	first, second := newApp(t, withSecret("old")), newApp(t, withSecret("new"))
 	objects := objectClient{s, apiClient(t)}
-	// For creating what was deleted.
+	// These manifests create deleted objects again.
 	secret := s.secretYAML("app", map[string][]byte{"clientSecret": []byte("new")})
 	bound := s.boundYAML("app", "app", bySecretSpec(1, second, "app"))
 	again := func(yaml string) func() error { return func() error { return testCluster.Apply(t.Context(), yaml) } }
@@ -298,7 +302,8 @@ func TestAChangeTakesEffectImmediatelyAndForAllPodsUnderLoad(t *testing.T) {
 	checkNoOldToken(t, samplers, rotated, ofOld)
 }
 
-// checkNoOldToken stops the samplers and checks that no request after the rotation of the Secret got a token from before.
+// checkNoOldToken stops the samplers and checks that no request after the rotation of the Secret got a token from
+// before the rotation.
 func checkNoOldToken(t *testing.T, samplers []*sampler, rotated time.Time, ofOld func(sample) bool) {
 	t.Helper()
 	for _, w := range samplers {

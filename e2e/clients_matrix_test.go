@@ -26,8 +26,9 @@ func TestUnmodifiedClientsBehaveAsWithTheRealIMDS(t *testing.T) {
 	l.runAll(append(l.immediateScenarios(who), l.delayedScenarios(who)...))
 }
 
-// testIdentities are the identities of the scenarios. Clients that select no identity run in a pod with one identity, or
-// with none. The others run in a pod with two identities, and select one of them or one that is not bound to the pod.
+// testIdentities are the identities of the scenarios. Clients that select no identity run in a pod with one identity or
+// with none. The other clients run in a pod with two identities. They select one of the two, or an identity that is not
+// bound to the pod.
 type testIdentities struct{ alone, second, unbound, app azure.Identity }
 
 func (s testIdentities) bound(c client, resource string) tokenQuery {
@@ -44,7 +45,7 @@ func (s testIdentities) notBound(c client, chain bool) tokenQuery {
 	return tokenQuery{"two", s.unbound, vault, chain, 40 * time.Second}
 }
 
-// immediateScenarios are those in which no client retries.
+// immediateScenarios returns the scenarios in which no client retries.
 func (l *clientRunner) immediateScenarios(who testIdentities) []scenario {
 	fast := func(c client, r clientResult) string {
 		if r.took > 6*time.Second || len(r.statuses) != c.probes+1 {
@@ -72,7 +73,7 @@ func (l *clientRunner) immediateScenarios(who testIdentities) []scenario {
 			return who.notBound(c, true), c.chained, c.chained != notApplicable
 		},
 		check: func(c client, r clientResult) string {
-			if c.chained == aggregate { // this credential is a chain itself, which has tried its other credentials
+			if c.chained == aggregate { // this credential is itself a chain: it has tried its other credentials
 				return saying("Azure CLI could not be found")(c, r)
 			}
 			return fast(c, r)
@@ -85,7 +86,7 @@ func (l *clientRunner) immediateScenarios(who testIdentities) []scenario {
 	}}
 }
 
-// delayedScenarios are those in which clients wait or retry.
+// delayedScenarios returns the scenarios in which clients wait or retry.
 func (l *clientRunner) delayedScenarios(who testIdentities) []scenario {
 	return []scenario{{
 		name: "throttled for a while", switches: map[string]string{"imds.throttle": "-1", "imds.retry-after": "4"},
@@ -100,7 +101,7 @@ func (l *clientRunner) delayedScenarios(who testIdentities) []scenario {
 		},
 	}, {
 		name: "federated credential comes late",
-		// Only the client ID can select such an identity.
+		// A client can select a federated identity only by its client ID.
 		ask: func(c client) (tokenQuery, string, bool) {
 			return tokenQuery{"federated", who.app, vault, false, 40 * time.Second}, gotToken, c.names == "" || c.names == "client-id" || c.names == "env"
 		},

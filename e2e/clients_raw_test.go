@@ -17,10 +17,11 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// The tests in this file simulate clients that are not available here. Each sends the requests of that client, taken from
-// its source, and checks the parts of the answer that the client uses.
+// The tests in this file simulate clients that are not available here. Each test sends the requests of one client,
+// taken from the client's source, and checks the parts of the answer that the client uses.
 
-// rawClient sends requests from a pod's network namespace, without redirects and with only the usual headers.
+// rawClient sends requests from a pod's network namespace. It follows no redirects, accepts no compression and opens a
+// connection for each request.
 type rawClient struct {
 	t      *testing.T
 	client *http.Client
@@ -69,7 +70,8 @@ type rawResponse struct {
 	took   time.Duration
 }
 
-// send sends a request. path is everything after the host, byte for byte.
+// send sends a request. path is everything after the host, byte for byte. headers are names, each followed by its
+// value.
 func (w *rawClient) send(method, path string, headers ...string) rawResponse {
 	w.t.Helper()
 	req, err := http.NewRequestWithContext(w.t.Context(), method, "http://169.254.169.254"+path, nil)
@@ -111,7 +113,8 @@ func TestTheProbesOfDotNetClientsDetectVersion1OfIMDS(t *testing.T) {
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
 	w := s.rawClient("p")
-	// The probe is the token request without the header, and with a parameter that does not exist.
+	// The probe is the token request without the Metadata header. For a resource ID, it uses msi-res-id, a parameter
+	// that IMDS does not have.
 	for _, selector := range []string{"", "&client_id=" + id.ClientID, "&msi-res-id=" + id.ResourceID} {
 		probe := w.sendWithin(time.Second, "GET", tokenPath+"https%3A%2F%2Fvault.azure.net"+selector)
 		if probe.status != 400 || strings.Contains(probe.raw, "Identity not found") || probe.token() != "" {
@@ -119,7 +122,8 @@ func TestTheProbesOfDotNetClientsDetectVersion1OfIMDS(t *testing.T) {
 		}
 	}
 	s.mustHaveTokenOf(w.send("GET", tokenPath+"https%3A%2F%2Fvault.azure.net&client_id="+id.ClientID, "Metadata", "true").answer, id, vault)
-	// Status 400 would mean version 2 of IMDS, which issues certificates for all identities of a machine.
+	// For the client, status 400 would mean version 2 of IMDS, which issues certificates for all identities of a
+	// machine.
 	for _, headers := range [][]string{nil, {"Metadata", "true"}} {
 		for _, request := range [][2]string{{"GET", "getplatformmetadata"}, {"POST", "issuecredential"}, {"POST", "credential"}} {
 			r := w.sendWithin(time.Second, request[0], "/metadata/identity/"+request[1]+"?cred-api-version=2.0&client_id="+id.ClientID, headers...)
@@ -146,7 +150,7 @@ func TestJavaClientsDetectIMDSByATCPConnection(t *testing.T) {
 	}
 	a := w.send("GET", tokenPath+"https%3A%2F%2Fvault.azure.net", "Metadata", "true").answer
 	s.mustHaveTokenOf(a, id, vault)
-	// Long.parseLong accepts only digits.
+	// The client parses the value with Long.parseLong, which accepts only a decimal number.
 	if expires, err := strconv.ParseInt(a.body["expires_on"], 10, 64); err != nil || expires < time.Now().Unix() || strings.HasPrefix(a.body["expires_on"], "+") {
 		t.Errorf("expires_on is %q", a.body["expires_on"])
 	}
@@ -187,7 +191,7 @@ func TestTerraformClientsUseExpiresInAndTheTokenType(t *testing.T) {
 	w.endThrottling()
 }
 
-// endThrottling ends the throttling, and waits until NMI sends requests to IMDS again.
+// endThrottling resets all switches, and waits until NMI sends requests to IMDS again.
 func (w *rawClient) endThrottling() {
 	w.t.Helper()
 	setFaults(w.t, nil)
@@ -212,7 +216,7 @@ func TestPythonClientsProbeWithATokenRequestAndCompareTheResourceByteForByte(t *
 		a := w.send("GET", path, "Metadata", "true").answer
 		s.mustHaveTokenOf(a, id, resource)
 		for _, number := range []string{"expires_on", "expires_in", "not_before", "ext_expires_in"} {
-			if _, err := strconv.Atoi(a.body[number]); err != nil { // int()
+			if _, err := strconv.Atoi(a.body[number]); err != nil { // the client parses it with int()
 				t.Errorf("%s is %q", number, a.body[number])
 			}
 		}

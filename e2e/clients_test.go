@@ -21,12 +21,12 @@ import (
 )
 
 // client is one way to request a token with an unmodified client library or program, and its expected result for each
-// kind of answer. A credential chain decides by the type of the error whether to try the next credential, so the type is
-// part of the expected result.
+// kind of answer. A credential chain decides by the type of the error whether to try the next credential. Therefore the
+// type is part of the expected result.
 type client struct {
 	library    string
 	credential string // subcommand of its program
-	names      string // the flag that selects the identity, env, or nothing
+	names      string // the flag that selects the identity; env: AZURE_CLIENT_ID selects it; "": the client selects none
 	probes     int    // reported requests without the Metadata header, before the first one with it
 	refused    string // the result for status 400
 	chained    string // the result of a chain for status 400
@@ -43,7 +43,7 @@ const (
 	stops       = "AuthenticationFailedError 400"
 	unassigned  = "credentialUnavailableError 400"
 	throttledGo = "AuthenticationFailedError 429"
-	// The same in JavaScript. A chain returns the aggregate after it has tried all its credentials.
+	// The errors of @azure/identity. A chain returns the aggregate after it has tried all its credentials.
 	unavailable = "CredentialUnavailableError 400"
 	aggregate   = "AggregateAuthenticationError 400"
 )
@@ -85,7 +85,7 @@ type tokenQuery struct {
 type clientResult struct {
 	outcome  string        // as in the table of clients
 	text     string        // of the error
-	took     time.Duration // by the library, without the start of the program
+	took     time.Duration // as the program reports it, without its start; otherwise the whole run
 	statuses []int
 }
 
@@ -114,7 +114,7 @@ func newClientRunner(t *testing.T) *clientRunner {
 	}
 	l.modules["@azure/identity 4.14.1"] = install("clients/js4")
 	l.modules["@azure/identity 2.1.0"] = install("clients/js2")
-	// This version of Node.js runs both libraries: Debian's own is too old for the newer one.
+	// This version of Node.js runs both libraries. Debian's Node.js is too old for the newer library.
 	node, err := filepath.Glob(filepath.Join(install("clients/node"), "node-linux-*", "bin", "node"))
 	must(t, err)
 	if len(node) != 1 {
@@ -174,7 +174,7 @@ func (l *clientRunner) command(ctx context.Context, c client, q tokenQuery) *exe
 	return cmd
 }
 
-// run runs the client until it ends, or until the time limit of the query. The client's log can be read meanwhile.
+// run runs the client until it ends, or until the time limit of the query. Meanwhile, logs can be read.
 func (l *clientRunner) run(c client, q tokenQuery, logs *clientLog) clientResult {
 	ctx, cancel := context.WithTimeout(context.Background(), q.timeout)
 	defer cancel()
@@ -215,7 +215,7 @@ func (l *clientRunner) read(c client, out []byte, statuses []int) (clientOutput,
 		return s, json.Unmarshal(out, &s)
 	}
 	var body map[string]string
-	for d := json.NewDecoder(bytes.NewReader(out)); d.More(); { // one for each try
+	for d := json.NewDecoder(bytes.NewReader(out)); d.More(); { // one body for each attempt
 		body = nil
 		if err := d.Decode(&body); err != nil {
 			return s, err
@@ -274,7 +274,7 @@ func (d *clientLog) String() string {
 	return d.text.String()
 }
 
-// The lines of our client programs and the corresponding ones of curl -v.
+// The lines of the programs in e2e/clients, and the corresponding lines of curl -v.
 var (
 	requestLine = regexp.MustCompile(`(?m)^(?:request$|> GET )`)
 	statusLine  = regexp.MustCompile(`(?m)^(?:response|< HTTP/1\.1) (\d{3})`)
@@ -285,7 +285,7 @@ func (d *clientLog) isWaiting() bool {
 	return len(d.statuses()) == d.client.probes && len(requestLine.FindAllString(d.String(), -1)) == d.client.probes+1
 }
 
-// statuses are the statuses of the responses so far.
+// statuses returns the statuses of the responses so far.
 func (d *clientLog) statuses() []int {
 	var all []int
 	for _, match := range statusLine.FindAllStringSubmatch(d.String(), -1) {
@@ -295,7 +295,8 @@ func (d *clientLog) statuses() []int {
 	return all
 }
 
-// scenario is one query that many clients send, and the expected outcome of each.
+// scenario is one kind of query that many clients send. ask returns the query of a client, its expected outcome, and
+// whether the scenario applies to the client. during is called while the clients run.
 type scenario struct {
 	name        string
 	ask         func(c client) (q tokenQuery, want string, applies bool)
@@ -305,7 +306,8 @@ type scenario struct {
 	check       func(c client, r clientResult) string // returns a further problem, or ""
 }
 
-// runScenario runs a scenario and returns the cells of its column in the table.
+// runScenario runs a scenario and checks the outcome of each client. It returns the cells of the scenario's column in
+// the table.
 func (l *clientRunner) runScenario(e scenario) map[client]string {
 	l.t.Helper()
 	setFaults(l.t, e.switches)
@@ -351,7 +353,7 @@ func (l *clientRunner) runScenario(e scenario) map[client]string {
 	return cells
 }
 
-// cores is the number of clients that run at the same time in scenarios that do not depend on it.
+// cores returns the number of clients that run at the same time in scenarios that do not depend on this number.
 func cores() int { return 2 * runtime.NumCPU() }
 
 // printTable logs the matrix as a Markdown table.

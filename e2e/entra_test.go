@@ -39,7 +39,7 @@ func TestTheRefusalOfAnUntrustedPodNamesTheMissingFederatedCredential(t *testing
 	})
 }
 
-// A new federated credential can take minutes until all of Entra ID knows it.
+// It can take minutes until all servers of Entra ID know a new federated credential.
 func TestARequestWaitsForANewFederatedCredential(t *testing.T) {
 	s, app := newNamespace(t), newApp(t, func(*azure.App) {})
 	s.apply(s.boundYAML("app", "app", federatedSpec(app)))
@@ -84,12 +84,12 @@ func TestNMIsServiceAccountCanCreateNoOtherTokens(t *testing.T) {
 		{bound + "--audience=" + exchangeAudience + " --duration=600s", false},
 		{bound + "--audience=https://kubernetes.default.svc.cluster.local --duration=600s", true},
 		{bound + "--audience=" + exchangeAudience + " --audience=other --duration=600s", true},
-		{bound + "--duration=600s", true}, // the API server's own audience
+		{bound + "--duration=600s", true}, // the default audience: the API server
 		{bound + "--audience=" + exchangeAudience + " --duration=601s", true},
 		{bound + "--audience=" + exchangeAudience + " --duration=24h", true},
-		{bound + "--audience=" + exchangeAudience, true}, // an hour by default
+		{bound + "--audience=" + exchangeAudience, true}, // the default is an hour
 		{"--audience=" + exchangeAudience + " --duration=600s", true},
-		{named + "--audience=" + exchangeAudience + " --duration=600s", true}, // for any pod of that name
+		{named + "--audience=" + exchangeAudience + " --duration=600s", true}, // no UID: for any pod of this name
 		{"--bound-object-kind=Secret --bound-object-name=p --audience=" + exchangeAudience + " --duration=600s", true},
 	} {
 		args := append([]string{"create", "token", "default", "-n", s.name}, strings.Fields(c.args)...)
@@ -118,7 +118,7 @@ func TestWhileEntraIDFailsPodsAreServedFromTheCache(t *testing.T) {
 		switches map[string]string
 		lasts    time.Duration
 	}{{map[string]string{"entra.status": "503"}, 5 * time.Second}, {map[string]string{"entra.drop": "true"}, 5 * time.Second},
-		{map[string]string{"entra.hang": "true"}, time.Second}} { // a single request to it takes longer than that
+		{map[string]string{"entra.hang": "true"}, time.Second}} { // a single request takes longer than 1 s
 		setFaults(t, one.switches)
 		last = fmt.Sprintf("https://uncached%d.example", i)
 		for from := time.Now(); time.Since(from) < one.lasts; requests++ {
@@ -146,7 +146,8 @@ func TestWhileEntraIDFailsPodsAreServedFromTheCache(t *testing.T) {
 	}
 	t.Logf("Entra ID failed for %.0f s: %d requests of a pod led to %d token requests and %d other requests to it; load: %s",
 		took.Seconds(), requests, stats.Entra.Token.Requests, stats.Entra.All.Requests-stats.Entra.Token.Requests, l)
-	// At most three attempts for each failure. NMI caches a failure for 2 s; the limit allows one each second.
+	// NMI makes at most three attempts for each failure and caches the failure for 2 s. The limit allows one failure
+	// per second.
 	if limit := 3 * (int(took.Seconds()) + 1); stats.Entra.All.Requests > limit {
 		t.Errorf("Entra ID received %d requests in %.0f s; want at most %d", stats.Entra.All.Requests, took.Seconds(), limit)
 	}

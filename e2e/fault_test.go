@@ -59,7 +59,7 @@ func TestDamagedRulesAreRepairedAndNoPodReachesIMDS(t *testing.T) {
 	l := s.startLoad("p", 2, vault)
 	for _, damage := range []string{
 		"iptables-nft -t nat -F PREROUTING",
-		"iptables-nft -t nat -I PREROUTING -d 169.254.169.254 -j ACCEPT", // before the jump
+		"iptables-nft -t nat -I PREROUTING -d 169.254.169.254 -j ACCEPT", // in front of the jump to NMI's rules
 		"for c in $(iptables-nft -t nat -S | awk '/^-N PODIDENTITY/{print $2}'); do iptables-nft -t nat -F $c; done",
 	} {
 		l.waitForTokens(t, 20, 20*time.Second)
@@ -89,7 +89,7 @@ func TestWhileIMDSThrottlesPodsAreServedFromTheCache(t *testing.T) {
 	const wait = 15 * time.Second
 	setFaults(t, map[string]string{"imds.throttle": "-1", "imds.retry-after": fmt.Sprint(wait.Seconds())})
 	s.mustHaveTokenOf(s.ask("p", vault, "bypass_cache=true"), id, vault)
-	throttled := time.Now() // at the latest: IMDS has answered 429
+	throttled := time.Now() // IMDS has answered 429 before this time
 	for range 3 {
 		s.mustHaveTokenOf(s.ask("p", vault), id, vault)
 	}
@@ -128,12 +128,13 @@ func TestClientsAreToldToRetryWhenIMDSFails(t *testing.T) {
 	}
 	setFaults(t, map[string]string{"imds.hang": "true"})
 	s.mustBeRefused(s.ask("p", "https://hang.example"), 503, "upstream_unavailable")
-	// NMI retries, so that the client does not notice a short failure.
+	// NMI retries a request to IMDS, so that the client does not notice a short failure.
 	setFaults(t, map[string]string{"imds.status": "500", "imds.status-count": "2"})
 	s.mustHaveTokenOf(s.ask("p", "https://moment.example"), id, "https://moment.example")
 }
 
-// setFaults sets switches of the fake Azure, until the next call or the end of the test.
+// setFaults resets all switches of the fake Azure and sets these. They apply until the next call or the end of the
+// test.
 func setFaults(t *testing.T, switches map[string]string) {
 	t.Helper()
 	all := map[string]string{"reset": "all"}

@@ -10,7 +10,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// hostClient requests tokens for pods from NMI in a node's network namespace, as a process of the node does.
+// hostClient requests tokens for pods from NMI in a node's network namespace, like a process of the node.
 type hostClient struct{ s *testNamespace }
 
 func (h hostClient) token(node, query string, headers ...string) answer {
@@ -32,7 +32,7 @@ func (h hostClient) token(node, query string, headers ...string) answer {
 	return a
 }
 
-// headersFor are the request headers that name a pod of the namespace.
+// headersFor returns the request headers that name a pod of the namespace.
 func (h hostClient) headersFor(pod string) []string {
 	return []string{"podns: " + h.s.name, "podname: " + pod}
 }
@@ -125,7 +125,7 @@ func TestPodsCannotUseTheEndpointForProcessesOfTheNode(t *testing.T) {
 			t.Errorf("%s got %d %s", pod, a.status, a.raw)
 		}
 	}
-	// Nor at any address at which NMI might listen.
+	// Pods also cannot use the endpoint at other addresses at which NMI might listen.
 	for _, address := range []string{"127.0.0.1:2579", node + ":2579", "169.254.25.79:2579", "169.254.25.79:80", "10.244.1.1:2579"} {
 		a := s.curl("attacker", append(headers, "--connect-timeout", "1", "http://"+address+query)...)
 		if strings.Contains(a.raw, "eyJ") || a.status != 0 && a.status != 404 {

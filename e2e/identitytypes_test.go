@@ -63,8 +63,8 @@ spec: {azureIdentity: %[2]s, selector: %[3]s}
 `, s.name, name, selector, spec)
 }
 
-// bySecretSpec is the spec of a service principal (type 1: with a client secret, 2: with a certificate) that refers to
-// the Secret. further are additional fields.
+// bySecretSpec returns the spec of an AzureIdentity for a service principal that refers to the Secret. Type (kind) 1 is
+// with a client secret, type 2 with a certificate. further are additional fields.
 func bySecretSpec(kind int, id azure.Identity, secret string, further ...string) string {
 	fields := append([]string{fmt.Sprintf("type: %d, clientID: %s, tenantID: %q, clientPassword: {name: %s}", kind, id.ClientID, id.TenantID, secret)}, further...)
 	return "{" + strings.Join(fields, ", ") + "}"
@@ -92,7 +92,7 @@ func (s *testNamespace) waitForPods() {
 func TestAServicePrincipalAuthenticatesWithASecret(t *testing.T) {
 	s := newNamespace(t)
 	named, only, other := newApp(t, withSecret("named")), newApp(t, withSecret("only")), newApp(t, withSecret("several"))
-	// Editors end a file with a newline.
+	// One value ends with a newline, because editors end a file with a newline.
 	s.apply(s.secretYAML("named", map[string][]byte{"clientSecret": []byte("named"), "beside": []byte("x")}) +
 		s.secretYAML("only", map[string][]byte{"whatever": []byte("only\n")}) +
 		s.secretYAML("several", map[string][]byte{"first": []byte("several"), "second": []byte("x")}) +
@@ -222,7 +222,7 @@ func TestTokensOfAuxiliaryTenantsAreAnArray(t *testing.T) {
 		s.boundYAML("partly", "app", bySecretSpec(1, partly, "one", fmt.Sprintf("auxiliaryTenantIDs: [%s]", tenants[1]))))
 	s.pod("p", "app", "node1")
 	must(t, fakeAzure.ResetLog(t.Context()))
-	for range 2 { // the second from the cache
+	for range 2 { // the second time, NMI answers from its cache
 		a := s.ask("p", vault, "client_id="+id.ClientID)
 		var all []map[string]string
 		if err := json.Unmarshal([]byte(a.raw), &all); a.status != 200 || err != nil || len(all) != len(tenants) {
@@ -299,14 +299,14 @@ func TestAPodCanUseIdentitiesOfAllTypes(t *testing.T) {
 	s.waitForPods()
 	s.mustBeRefused(s.ask("by-client", vault), 400, "multiple_identities")
 	for _, id := range []azure.Identity{managed, bySecret, byCertificate, federated} {
-		// On a node where NMI does not know the object IDs from earlier tokens.
+		// On node1, NMI has got no tokens of these identities before, from which it would know the object IDs.
 		s.mustHaveTokenOf(s.ask("by-object", vault, "object_id="+strings.ToUpper(id.ObjectID)), id, vault)
 		s.mustHaveTokenOf(s.ask("by-client", vault, "client_id="+strings.ToUpper(id.ClientID)), id, vault)
 	}
 	s.mustBeRefused(s.ask("by-object", vault, "object_id=0b1ec700-0000-4000-8000-ffffffffffff"), 400, "identity_not_bound")
 }
 
-// lines are the recent lines of NMI's log on the node about pods of the namespace.
+// lines returns the lines of NMI's log on the node about pods of the namespace, from the last three minutes.
 func (s *testNamespace) lines(node string) []logLine {
 	s.t.Helper()
 	out, err := testCluster.Kubectl(s.t.Context(), "logs", "-n", cluster.ChartNamespace, nmiPod(s.t, node), "--since", (3 * time.Minute).String())
@@ -342,7 +342,7 @@ type logLine struct {
 	raw            string
 }
 
-// refusalEvents are the events about refused token requests, by pod.
+// refusalEvents returns the events about refused token requests, by pod.
 func (s *testNamespace) refusalEvents() map[string][]event {
 	s.t.Helper()
 	out, err := testCluster.Kubectl(s.t.Context(), "get", "events", "-n", s.name, "--field-selector", "reason=TokenRefused", "-o", "json")

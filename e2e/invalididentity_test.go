@@ -152,7 +152,8 @@ func (s *testNamespace) checkLogAndEvents(all []invalidIdentity) {
 				return fmt.Errorf("the log has about pod %s: %s", m.name, line.raw)
 			}
 			if e := events[m.name]; len(e) == 0 {
-				// NMI writes at most one event a second. It writes a skipped one with the next refusal of its kind.
+				// NMI writes a burst of 20 events and then at most one event a second. If it skips an event, it
+				// writes the event at the next refusal of the same kind.
 				s.ask(m.name, vault)
 				return fmt.Errorf("there is no event about pod %s", m.name)
 			} else if len(e) > 1 || !strings.Contains(e[0].Message, m.reason) {
@@ -163,7 +164,8 @@ func (s *testNamespace) checkLogAndEvents(all []invalidIdentity) {
 	})
 }
 
-// checkNoSecretLeaks searches everything that NMI writes for the contents of the Secrets, as text and as base64.
+// checkNoSecretLeaks searches everything that NMI writes for the contents of the Secrets, as text and as base64, for
+// PEM data, and for tokens.
 func (s *testNamespace) checkNoSecretLeaks(node string, answers map[string]answer) {
 	s.t.Helper()
 	outputs := map[string]string{}

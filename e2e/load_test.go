@@ -54,8 +54,8 @@ func (s *testNamespace) startLoad(pod string, workers int, resource string) *loa
 
 type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
 
-// withoutTimeWait returns a function that dials connections whose Close resets them. Otherwise the kernel keeps most of their
-// ports in TIME_WAIT for a minute, and a load of 500 connections a second uses up all ports of a pod.
+// withoutTimeWait returns a function that dials connections whose Close resets them. Otherwise the kernel keeps most of
+// their ports in TIME_WAIT for a minute, and a load of 500 connections a second uses up all ports of a pod.
 func withoutTimeWait(dial dialFunc) dialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := dial(ctx, network, address)

@@ -61,7 +61,8 @@ func runTests(m *testing.M) int {
 	return m.Run()
 }
 
-// prepare records the initial state of the nodes and runs NMI on a cluster without its custom resource definitions.
+// prepare records the initial state of the nodes, builds NMI, and runs it on a cluster without its custom resource
+// definitions.
 func prepare(ctx context.Context) error {
 	initialState = map[string]nodeState{}
 	for _, node := range testCluster.Nodes() {
@@ -186,7 +187,8 @@ func (s *testNamespace) apply(yaml string) {
 	must(s.t, testCluster.Apply(s.t.Context(), yaml))
 }
 
-// bind creates an AzureIdentity of that name and a binding for the pods that have the selector as their label.
+// bind creates an AzureIdentity with this name, and a binding for the pods whose label aadpodidbinding equals the
+// selector.
 func (s *testNamespace) bind(name, selector string, id azure.Identity) {
 	s.t.Helper()
 	s.apply(fmt.Sprintf(`
@@ -225,7 +227,8 @@ func (s *testNamespace) pod(name, label, node string) {
 	must(s.t, err)
 }
 
-// answer is a response that curl received in a pod.
+// answer is a response that NMI sent. body has the fields of a flat JSON object. headers is set only if curl received
+// the response.
 type answer struct {
 	status  int
 	body    map[string]string
@@ -269,7 +272,8 @@ func cutLast(s, sep string) (string, string, bool) {
 	return s[:i], s[i+len(sep):], true
 }
 
-// mustHaveTokenOf checks the signature, the audience and the client and object IDs of the token in the answer.
+// mustHaveTokenOf checks the signature, the audience, the tenant, and the client and object IDs of the token in the
+// answer, and the other fields of the answer.
 func (s *testNamespace) mustHaveTokenOf(a answer, id azure.Identity, resource string) {
 	s.t.Helper()
 	if a.status != 200 {
@@ -292,15 +296,15 @@ func (s *testNamespace) mustBeRefused(a answer, status int, reason string) {
 	}
 }
 
-// eventually calls check until it returns nil. It fails the test after the time limit. Limits are generous: on a busy
-// computer everything takes longer, and only a test that fails waits that long.
+// eventually calls check until it returns nil. It fails the test after the time limit. Limits are generous, because
+// everything takes longer on a busy computer. Only a test that fails waits until the limit.
 func eventually(t *testing.T, within time.Duration, check func() error) {
 	t.Helper()
 	must(t, cluster.Retry(within, check))
 }
 
-// checkNoPodReachedIMDS checks that no packet of a pod has reached the fake IMDS since the counts of the fake Azure were
-// last reset.
+// checkNoPodReachedIMDS checks that the fake IMDS has received no connection and no request from a pod since the counts
+// of the fake Azure were last reset.
 func checkNoPodReachedIMDS(t *testing.T) {
 	t.Helper()
 	stats, err := fakeAzure.Stats(t.Context())

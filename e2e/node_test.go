@@ -30,7 +30,8 @@ func TestUninstallRestoresTheNodes(t *testing.T) {
 			{"rules", was.rules, now.rules}, {"links", was.links, now.links}, {"addresses", was.addresses, now.addresses}, {"sysctls", was.sysctls, now.sysctls},
 		} {
 			if part.what == "rules" {
-				// The network plugin adds and removes rules of its own for pods; NMI's rules have its name.
+				// The network plugin adds and removes its own rules for pods. NMI's rules contain the name podidentity
+				// or the address of IMDS or NMI.
 				if strings.Contains(strings.ToLower(part.now), "podidentity") || strings.Contains(part.now, "169.254") {
 					t.Errorf("%s: uninstall left rules:\n%s", node, part.now)
 				}
@@ -109,7 +110,7 @@ func buildNMI(ctx context.Context) (string, error) {
 	return file, nil
 }
 
-// withoutCRDsResult is what NMI does on a cluster without the custom resource definitions.
+// withoutCRDsResult is the result of running NMI on a cluster without the custom resource definitions.
 type withoutCRDsResult struct {
 	readiness, log string
 	exit           error
@@ -121,7 +122,7 @@ const waitingForCRDs = "waiting for the custom resource definitions"
 
 func runWithoutCRDs(ctx context.Context) (l withoutCRDsResult, err error) {
 	const node = "node1"
-	// With a time limit, in case the test process is killed.
+	// The time limit ends NMI even if the test process is killed.
 	cmd, err := testCluster.InNodeCommand(ctx, node, "timeout", "60", nmiBinary, "--node="+node, "--kubeconfig="+testCluster.Kubeconfig())
 	if err != nil {
 		return l, err
@@ -135,7 +136,7 @@ func runWithoutCRDs(ctx context.Context) (l withoutCRDsResult, err error) {
 	if err := cmd.Start(); err != nil {
 		return l, err
 	}
-	// Until NMI has checked for the definitions twice.
+	// Wait until NMI has checked for the definitions twice.
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end) && strings.Count(l.log, waitingForCRDs) < 2; time.Sleep(200 * time.Millisecond) {
 		text, err := os.ReadFile(file.Name())
 		if err != nil {
@@ -183,8 +184,8 @@ func TestWithoutDefinitionsNMIWaitsWithItsRulesInPlace(t *testing.T) {
 	}
 }
 
-// withoutTables removes tables and empty built-in chains from the rules: iptables creates them at first use and cannot
-// remove them.
+// withoutTables removes the lines of tables and of chains with the policy ACCEPT from the rules: iptables creates
+// tables and their built-in chains at first use and cannot remove them.
 func withoutTables(s nodeState) nodeState {
 	var kept strings.Builder
 	for line := range strings.Lines(s.rules) {
@@ -230,7 +231,7 @@ func TestNMIRefusesToStartWithOneErrorAndChangesNothing(t *testing.T) {
 			}
 			var messages []string
 			for line := range strings.Lines(stderr.String()) {
-				if !strings.HasPrefix(line, "{") { // the log
+				if !strings.HasPrefix(line, "{") { // not a line of the log
 					messages = append(messages, line)
 				}
 			}

@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// outcome is the line that podclient writes.
+// outcome is the JSON line that podclient writes to its log.
 type outcome struct {
 	Status     int
 	Body       string

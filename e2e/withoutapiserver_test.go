@@ -67,7 +67,7 @@ func TestKnownPodsGetTokensWhileTheAPIServerIsDown(t *testing.T) {
 	if tokens := l.statuses[200]; len(l.statuses) != 1 || tokens == 0 {
 		t.Errorf("some requests did not get a token: %s", l)
 	}
-	// NMI catches up within seconds, and until then refuses nobody permanently for what it does not know yet.
+	// NMI catches up within seconds. Until then it refuses with 503, because it may not know of the latest changes.
 	other := newIdentity(t)
 	s.bind("other", "other", other)
 	_, err := testCluster.Kubectl(t.Context(), "label", "pod", "p", "-n", s.name, "--overwrite", "aadpodidbinding=other")

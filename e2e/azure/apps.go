@@ -9,8 +9,8 @@ import (
 	"strings"
 )
 
-// principal is a client of Entra ID: an application, or a managed identity with
-// federated credentials.
+// principal is a client of Entra ID: an application, or a user-assigned identity.
+// A user-assigned identity can authenticate only with federated credentials.
 type principal struct {
 	Identity
 	tenants      []string
@@ -20,7 +20,7 @@ type principal struct {
 }
 
 // addApp creates or replaces the application. To rotate a secret or certificate,
-// a test calls it again.
+// a test calls addApp again. Credentials from addFederated remain.
 func (d *directory) addApp(a App) error {
 	if err := validateIDs(Identity{ClientID: a.ClientID, ObjectID: a.ObjectID}); err != nil {
 		return err
@@ -68,7 +68,8 @@ func (d *directory) removeApp(clientID string) {
 }
 
 // addFederated adds a federated credential to an application or a user-assigned
-// identity. It replaces one with the same issuer and subject.
+// identity. It replaces the credential with the same issuer and subject that an
+// earlier call added.
 func (d *directory) addFederated(clientID string, f FederatedCredential) error {
 	if err := validateFederated(f); err != nil {
 		return err
@@ -88,8 +89,8 @@ func (d *directory) addFederated(clientID string, f FederatedCredential) error {
 	return nil
 }
 
-// removeFederated removes a federated credential. One that does not exist is not
-// an error.
+// removeFederated removes a federated credential that addFederated added. It does
+// nothing if there is none.
 func (d *directory) removeFederated(clientID, issuer, subject string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -121,7 +122,7 @@ func parseCertificate(text string) (*x509.Certificate, error) {
 	return cert, nil
 }
 
-// principal returns the client with that client ID.
+// principal returns the client with the client ID, and whether it exists.
 func (d *directory) principal(clientID string) (principal, bool) {
 	d.mu.RLock()
 	defer d.mu.RUnlock()

@@ -13,27 +13,28 @@ import (
 
 // ARM is a fake of Azure Resource Manager's compute API: virtual machines and
 // scale sets with their identities. It is a part of the fake Azure, and can run
-// alone as an http.Handler or as a transport (Do).
+// alone as an http.Handler or as the transport of a client (Do, RoundTrip).
 //
-// It starts no goroutine that outlives a request: on each access it computes
-// from the clock which operations have ended. IDs are not case-sensitive.
+// It starts no goroutine: each access to the machines first finishes the
+// operations whose end has passed. IDs are not case-sensitive.
 type ARM struct {
 	*armState
 	*armFaults
-	limits    armLimits // guarded by the lock of armState, as is responses
-	responses int       // for CasingChanging
+	limits    armLimits // guarded by armState.mu
+	responses int       // for CasingChanging; guarded by armState.mu
 }
 
 // armState has the machines with their identities and operations, and the logs.
 type armState struct {
 	o ARMOptions
 
-	// mu guards the fields below. No request waits while it holds mu.
+	// mu guards the fields below. A request that a fault delays does not hold mu
+	// meanwhile.
 	mu         sync.Mutex
 	settings   ARMSettings
-	identities map[string]Identity    // those that exist, by folded resource ID
+	identities map[string]Identity    // existing ones, by folded resource ID
 	machines   map[string]*armMachine // by folded ID
-	running    map[*armMachine]bool   // those with operations
+	running    map[*armMachine]bool   // machines with operations
 	operations map[string]*armOperation
 	ended      []string // IDs of operations that have ended, oldest first
 	records    armRecords
@@ -44,32 +45,33 @@ type ARMOptions struct {
 	Location string                             // of all machines; default westeurope
 	Now      func() time.Time                   // default time.Now
 	Verify   func(token string) (Claims, error) // nil: requests need no token
-	Tenant   string                             // with Verify: the tenant that tokens must be of; default any
-	// LogCapacity is the maximum number of entries in the request log and in the
-	// change log. Default 100,000.
+	Tenant   string                             // of system-assigned identities and accepted tokens; default: any
+	// LogCapacity is the maximum number of entries in each of the request log and
+	// the change log. Default 100,000.
 	LogCapacity int
 }
 
 // ARMSettings are the switches "arm.*". See DefaultARMSettings.
 type ARMSettings struct {
-	// Delay is the duration of the operation that a PATCH starts. With 0 the
-	// PATCH takes effect immediately and starts no operation.
+	// Delay is the duration of the operation that a PATCH starts. With 0, a PATCH
+	// takes effect immediately and starts no operation, unless it is queued or its
+	// operation must fail.
 	Delay time.Duration
 	// RetryAfter is the value of the Retry-After header, in seconds, in the
 	// response to a PATCH that starts an operation and to a poll of a running
 	// operation. 0: no header.
 	RetryAfter int
 	Limits     bool // enforce Azure's throttle buckets
-	// Early: during an operation, GET returns the identities after it instead of
-	// those before it.
+	// Early: during operations, responses to GET and PATCH have the identities
+	// after all operations instead of the current ones.
 	Early bool
 	Queue bool // queue a PATCH during an operation, instead of refusing it with 409
 	// LateErrors: a PATCH that adds a non-existing identity is accepted and its
 	// operation fails at the end, instead of an immediate 400.
 	LateErrors bool
-	Naming     Naming // of non-existing identities in errors
-	// Dangling: a PATCH that keeps a deleted identity attached fails like one
-	// that adds it.
+	Naming     Naming // how errors name denied and non-existing identities
+	// Dangling: a PATCH of the user-assigned identities that keeps a deleted
+	// identity attached fails like a PATCH that adds the deleted identity.
 	Dangling    bool
 	Casing      Casing        // of the IDs of identities in responses
 	NoETags     bool          // send no ETag and ignore If-Match
@@ -85,11 +87,11 @@ func DefaultARMSettings() ARMSettings {
 type Naming string
 
 const (
-	// NamedInDetails: each identity is the target of one of error.details, and
-	// the message names them, too.
+	// NamedInDetails: each identity is the target of an entry of error.details.
+	// The message is the same as with NamedInText.
 	NamedInDetails Naming = "details"
-	// NamedInText: only the message names them, as Azure was observed to do. Of
-	// several non-existing identities, it names the first.
+	// NamedInText: only the message names identities. Azure was observed to do
+	// this. Of several non-existing identities, the message names the first.
 	NamedInText Naming = "text"
 	Unnamed     Naming = "none"
 )
@@ -101,12 +103,13 @@ type Casing string
 
 const (
 	CasingAsSent         Casing = "as-sent"
-	CasingResourcegroups Casing = "resourcegroups" // as sent, except that this segment is lower case
+	CasingResourcegroups Casing = "resourcegroups" // as sent, but with the segment "resourcegroups" in lower case
 	CasingLower          Casing = "lower"
 	CasingUpper          Casing = "upper"
-	CasingChanging       Casing = "changing" // another one of these in each response
+	CasingChanging       Casing = "changing" // each response with identities uses the next of the other casings
 )
 
+// casings has CasingChanging last, because identityOf selects one of the others.
 var casings = []Casing{CasingResourcegroups, CasingLower, CasingUpper, CasingAsSent, CasingChanging}
 
 // NewARM returns an ARM without machines and identities.
@@ -142,12 +145,13 @@ func (a *armState) Change(change func(*ARMSettings)) {
 	change(&a.settings)
 }
 
-// ServeHTTP handles a request. To drop a connection it resets it or, if it
-// cannot hijack it, panics with http.ErrAbortHandler.
+// ServeHTTP handles a request. If there is no response, it resets the connection.
+// It panics with http.ErrAbortHandler if the connection cannot be hijacked.
 func (a *ARM) ServeHTTP(w http.ResponseWriter, r *http.Request) { writeResponse(w, a.serve(r)) }
 
-// Do handles a client's request without a network. A dropped connection is
-// io.ErrUnexpectedEOF.
+// Do handles a client's request without a network. It returns
+// io.ErrUnexpectedEOF for a dropped connection, and the context's error after the
+// context has ended.
 func (a *ARM) Do(r *http.Request) (*http.Response, error) {
 	if r.Body != nil {
 		defer r.Body.Close()
@@ -174,7 +178,7 @@ func (a *ARM) Do(r *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// RoundTrip is Do, for an http.Client.
+// RoundTrip calls Do. It implements http.RoundTripper.
 func (a *ARM) RoundTrip(r *http.Request) (*http.Response, error) { return a.Do(r) }
 
 // FoldID returns the form of a resource ID that is used for comparisons: lower
@@ -193,9 +197,9 @@ func (a *armState) DefineIdentity(id Identity) error {
 	return nil
 }
 
-// DeleteIdentity deletes an identity. As in Azure, it remains attached to its
-// machines, but IMDS issues no tokens for it. An unknown identity is not an
-// error.
+// DeleteIdentity deletes an identity. As in Azure, the machines still list the
+// identity, but IMDS issues no tokens for it. DeleteIdentity does nothing for an
+// unknown identity.
 func (a *armState) DeleteIdentity(resourceID string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

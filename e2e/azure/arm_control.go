@@ -8,8 +8,9 @@ import (
 	"time"
 )
 
-// This file contains the control API of the fake ARM: the HTTP handlers, and the methods of the Client that call them. A
-// request names a machine by its ID or by the name of one of its nodes, and an identity by its client, object or resource ID.
+// This file contains the control API of the fake ARM: the HTTP handlers, and the methods of the Client that call them.
+// A request names a machine by its ID or by the name of one of its nodes, and an identity by its client, object or
+// resource ID. There are two exceptions: AddMachine accepts only IDs, and SetIdentityFault only a resource ID.
 
 type machineRequest struct {
 	Machine  string        `json:"machine"`
@@ -64,7 +65,8 @@ func (c ARMClient) Machines(ctx context.Context) ([]Machine, error) {
 	return out, c.call(ctx, "GET", "/arm/machines", nil, &out)
 }
 
-// Machine returns one of them.
+// Machine returns the machine with this ID or with a node of this name. It
+// returns an error if there is none.
 func (c ARMClient) Machine(ctx context.Context, ref string) (Machine, error) {
 	machines, err := c.Machines(ctx)
 	if err != nil {
@@ -83,13 +85,13 @@ func (c ARMClient) AddMachine(ctx context.Context, m Machine) error {
 	return c.call(ctx, "PUT", "/arm/machines", m, nil)
 }
 
-// RemoveMachine deletes a machine. An unknown one is not an error.
+// RemoveMachine deletes a machine. An unknown machine is not an error.
 func (c ARMClient) RemoveMachine(ctx context.Context, ref string) error {
 	return c.call(ctx, "DELETE", "/arm/machines", machineRequest{Machine: ref}, nil)
 }
 
 // SetProvisioningState overrides the provisioning state of a machine, for
-// example with Deleting. "" removes the override.
+// example with Deleting. "" removes the override. See ARM.SetProvisioningState.
 func (c ARMClient) SetProvisioningState(ctx context.Context, ref, state string) error {
 	return c.call(ctx, "PUT", "/arm/state", machineRequest{Machine: ref, State: state}, nil)
 }
@@ -105,8 +107,8 @@ func (c ARMClient) EndOperations(ctx context.Context, ref string) error {
 	return c.call(ctx, "POST", "/arm/end", machineRequest{Machine: ref}, nil)
 }
 
-// AttachTo attaches an identity to a machine immediately, as a manual change in
-// the portal does.
+// AttachTo attaches an identity to a machine immediately, like a manual change in
+// the portal.
 func (c ARMClient) AttachTo(ctx context.Context, machine, identity string) error {
 	return c.call(ctx, "POST", "/arm/attach", machineRequest{Machine: machine, Identity: identity}, nil)
 }

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// onMachines has nodes a and c in one scale set, b on a virtual machine, d on
-// something else.
+// onMachines configures nodes a and c in one scale set, b on a virtual machine, and
+// d on a machine outside of Azure.
 func onMachines(c *Config) {
 	node := func(name string, i string, providerID string) Node {
 		n := testConfig("").Nodes[0]

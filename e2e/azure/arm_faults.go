@@ -13,14 +13,16 @@ import (
 )
 
 // ARMFault changes the handling of matching requests. Of several faults that
-// match a request, the most specific applies: that of its machine, then that of
-// its subscription, then that of all.
+// match a request, the most specific applies. A fault of the machine is more
+// specific than one of its subscription, and that is more specific than one of all
+// resources. For the same resource, a fault of one operation is more specific than
+// a fault of each operation.
 type ARMFault struct {
 	Resource  string `json:"resource,omitempty"`  // ID of a machine, or /subscriptions/S; empty: all
 	Operation string `json:"operation,omitempty"` // OpGet, OpPatch or OpPoll; empty: each
-	Count     int    `json:"count,omitempty"`     // number of requests after which it is cleared; 0: never
+	Count     int    `json:"count,omitempty"`     // cleared after this number of matching requests; 0: never
 
-	Latency time.Duration `json:"latency_ns,omitempty"` // before anything else happens
+	Latency time.Duration `json:"latency_ns,omitempty"` // before ARM handles the request or the fault responds
 	// Status replaces the response. Code and Message have defaults; RetryAfter
 	// is in seconds (0: no header).
 	Status     int    `json:"status,omitempty"`
@@ -29,14 +31,15 @@ type ARMFault struct {
 	RetryAfter int    `json:"retry_after,omitempty"`
 	Hang       bool   `json:"hang,omitempty"` // no response until the client disconnects
 	Drop       bool   `json:"drop,omitempty"` // no response, the connection is reset
-	// Fails: a PATCH is accepted and its operation fails with Code and Message.
+	// Fails: the operation of an accepted PATCH fails with Code and Message.
 	Fails bool `json:"fails,omitempty"`
-	// Apply: with Status, Hang and Drop, the request takes effect and only its
-	// response is lost. With Fails, the identities change nevertheless.
+	// Apply: with Status, Hang or Drop, the request takes effect and only its
+	// response is lost. With Fails, the identities change although the operation
+	// fails.
 	Apply bool `json:"apply,omitempty"`
 }
 
-// IdentityFault changes how ARM treats an identity, until it is cleared.
+// IdentityFault changes how ARM treats an identity, until the fault is cleared.
 type IdentityFault struct {
 	Identity string `json:"identity"`          // resource ID; the identity need not exist
 	Denied   bool   `json:"denied,omitempty"`  // no caller may assign it: 403 LinkedAuthorizationFailed
@@ -111,7 +114,7 @@ func (s *armFaults) ClearFaults(resource string) {
 	maps.DeleteFunc(s.ofRequests, func(k faultKey, _ *ARMFault) bool { return k.resource == FoldID(resource) })
 }
 
-// Faults returns the faults that are set, sorted by resource.
+// Faults returns the faults of requests that are set, sorted by resource and operation.
 func (s *armFaults) Faults() []ARMFault {
 	s.lock.Lock()
 	defer s.lock.Unlock()
@@ -125,8 +128,8 @@ func (s *armFaults) Faults() []ARMFault {
 	return out
 }
 
-// SetIdentityFault sets the fault of an identity. One with neither Denied nor
-// Missing clears it.
+// SetIdentityFault sets the fault of an identity. A fault with neither Denied nor
+// Missing clears the identity's fault.
 func (s *armFaults) SetIdentityFault(f IdentityFault) error {
 	if !userAssignedForm.MatchString(f.Identity) {
 		return fmt.Errorf("identity fault: %q is not the resource ID of a user-assigned identity", f.Identity)
@@ -166,8 +169,9 @@ func (f IdentityFault) naming(settings ARMSettings) Naming {
 	return f.Naming
 }
 
-// consumeFault returns the fault that applies to the request, and decreases its
-// count.
+// consumeFault returns a copy of the fault that applies to the request, or nil,
+// and stores it in x.fault. It decreases the fault's count and deletes the fault
+// when the count reaches 0.
 func (s *armFaults) consumeFault(x *armRequestContext) *ARMFault {
 	s.lock.Lock()
 	defer s.lock.Unlock()

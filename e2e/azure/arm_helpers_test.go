@@ -73,7 +73,8 @@ func (a *testARM) do(method, target, body string, headers ...string) answer {
 	return out
 }
 
-// patchOf is the body of a PATCH: "+" adds and "-" removes.
+// patchOf returns the body of a PATCH. A change is "+" (add) or "-" (remove) and the
+// ID of an identity.
 func patchOf(kind string, changes ...string) string {
 	identities := map[string]any{}
 	for _, c := range changes {
@@ -113,7 +114,8 @@ func (a answer) machine(t *testing.T) armResource {
 	return doc
 }
 
-// names are the last segments of the user-assigned identities.
+// names returns the names of the user-assigned identities, sorted and separated by
+// spaces.
 func (r armResource) names() string {
 	if r.Identity == nil {
 		return ""

@@ -10,12 +10,12 @@ import (
 
 // armLimits are the buckets of Azure's compute throttling by name: one for each
 // machine and policy, and one for each subscription and policy. There is only
-// one region. A bucket is refilled at full minutes after its first use. A
-// refused request takes no token.
+// one region. Each full minute after the first use of a bucket adds tokens to it.
+// A refused request takes no token.
 type armLimits map[string]*bucket
 
 type bucket struct {
-	rate, capacity int // tokens a minute, and at most
+	rate, capacity int // tokens added each minute, and maximum of tokens
 	tokens         int
 	filled         time.Time
 }
@@ -27,8 +27,8 @@ type armPolicy struct {
 	rateAll, capacityAll int // of the subscription
 }
 
-// The table does not contain polls of a scale set's operations. They have the
-// limits of virtual machines.
+// Azure's table has no row for polls of a scale set's operations. The fake uses
+// the row for polls of a virtual machine's operations.
 var armPolicies = map[string]map[string]armPolicy{
 	KindVM: {
 		OpPatch: {"UpdateVM", 4, 12, 500, 1500},
@@ -60,9 +60,11 @@ type throttling struct {
 	retryAfter string
 }
 
-// admit takes a token for the request, also while limits are not enforced, so
-// that the counts are right when a test enables them later. It returns the
-// remaining tokens for the response header. The caller holds the lock.
+// admit takes a token for the request from the buckets of its machine and its
+// subscription. It takes tokens also while limits are not enforced, so that the
+// buckets are right when a test enables the limits later. It returns the remaining
+// tokens for the response header, or the refusal. For an unknown machine it returns
+// neither. The caller holds the lock.
 func (a *ARM) admit(x *armRequestContext) (remaining string, refused *throttling) {
 	if _, exists := a.machines[x.machine.key()]; !exists {
 		return "", nil

@@ -15,7 +15,7 @@ type ARMRequest struct {
 	Operation     string    `json:"operation"` // OpGet, OpPatch, OpPoll, OpOther
 	Method        string    `json:"method"`
 	Path          string    `json:"path"`
-	Resource      string    `json:"resource,omitempty"` // folded; for a poll, the machine of the operation
+	Resource      string    `json:"resource,omitempty"` // folded machine ID; for a poll, of the operation's machine
 	Caller        string    `json:"caller,omitempty"`   // object ID
 	APIVersion    string    `json:"api_version,omitempty"`
 	IfMatch       string    `json:"if_match,omitempty"`
@@ -28,16 +28,16 @@ type ARMRequest struct {
 
 	Status int    `json:"status"` // 0: no response
 	Code   string `json:"code,omitempty"`
-	Forced bool   `json:"forced,omitempty"` // by a fault or a limit
-	// Accepted is a PATCH that takes effect, even if its response was lost. Start
-	// and End are those of its operation and may be in the future. For a PATCH
-	// without an operation, both are the time at which it took effect.
+	Forced bool   `json:"forced,omitempty"` // the response is from a fault or a limit
+	// Accepted: ARM accepted the PATCH, even if its response was lost or its
+	// operation fails. Start and End are those of its operation and may be in the
+	// future. If the PATCH took effect immediately, both are that time.
 	Accepted    bool      `json:"accepted,omitempty"`
 	OperationID string    `json:"operation_id,omitempty"`
 	Start       time.Time `json:"start,omitzero"`
 	End         time.Time `json:"end,omitzero"`
-	// Overlap is a PATCH that arrived while ARM handled another PATCH of the
-	// same machine or ran its operation.
+	// Overlap: the PATCH arrived while ARM handled another PATCH of the same
+	// machine or ran an operation of this machine.
 	Overlap bool `json:"overlap,omitempty"`
 }
 
@@ -68,7 +68,7 @@ type ARMCounts struct {
 	Patch     int `json:"patch"`
 	Poll      int `json:"poll"`
 	Other     int `json:"other"`
-	Accepted  int `json:"accepted"`  // PATCHes that took effect
+	Accepted  int `json:"accepted"`  // accepted PATCH requests
 	Throttled int `json:"throttled"` // responses with status 429
 	Overlaps  int `json:"overlaps"`
 }

@@ -10,17 +10,17 @@ import (
 
 // Machine is a snapshot of a virtual machine or a scale set.
 type Machine struct {
-	ID                string    `json:"id"`   // as asSent when it was added
+	ID                string    `json:"id"`   // as sent when the machine was added
 	Kind              string    `json:"kind"` // KindVM or KindVMSS
 	ProvisioningState string    `json:"provisioning_state"`
 	ETag              string    `json:"etag"`
 	SystemAssigned    *Identity `json:"system_assigned,omitempty"`
-	// Identities are those attached now, even if GET returns others. Folded and
-	// sorted.
+	// Identities are the folded and sorted resource IDs of the user-assigned
+	// identities attached now. With the setting Early, GET may return others.
 	Identities   []string  `json:"identities"`
 	Operation    string    `json:"operation,omitempty"` // ID of the running operation
 	OperationEnd time.Time `json:"operation_end,omitzero"`
-	Nodes        []string  `json:"nodes,omitempty"` // in the fake Azure: the nodes on this machine
+	Nodes        []string  `json:"nodes,omitempty"` // on this machine; only in results of a Client
 }
 
 const (
@@ -32,8 +32,8 @@ const (
 )
 
 // AddMachine adds a machine or replaces it. It uses the ID, SystemAssigned,
-// Identities and ProvisioningState of m. These identities are not in the change
-// log.
+// Identities and ProvisioningState of m. It does not add these identities to the
+// change log. It returns an error if one of them does not exist.
 func (a *armState) AddMachine(m Machine) error {
 	id, ok := parseComputeID(m.ID)
 	if !ok {
@@ -59,8 +59,8 @@ func (a *armState) AddMachine(m Machine) error {
 	return nil
 }
 
-// RemoveMachine deletes a machine and ends its operations. An unknown one is not
-// an error.
+// RemoveMachine deletes a machine. The operations of the machine fail with
+// ResourceNotFound. RemoveMachine does nothing for an unknown machine.
 func (a *armState) RemoveMachine(id string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -81,7 +81,7 @@ func (a *armState) remove(key string) {
 	delete(a.machines, key)
 }
 
-// Machines returns all machines, by ID.
+// Machines returns all machines, sorted by ID.
 func (a *armState) Machines() []Machine {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -93,7 +93,7 @@ func (a *armState) Machines() []Machine {
 	return out
 }
 
-// Machine returns one machine.
+// Machine returns the machine with this ID, and whether it exists.
 func (a *armState) Machine(id string) (Machine, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -116,7 +116,8 @@ func (m *armMachine) snapshot() Machine {
 	return out
 }
 
-// change runs f on a machine.
+// change calls f for the machine with this ID while it holds the lock. It returns
+// an error if there is none.
 func (a *armState) change(id string, f func(*armMachine) error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -128,8 +129,10 @@ func (a *armState) change(id string, f func(*armMachine) error) error {
 	return f(m)
 }
 
-// SetProvisioningState overrides the provisioning state until it is set to "".
-// A state of Failed ends with the next PATCH that succeeds.
+// SetProvisioningState sets the provisioning state. Succeeded, Failed and ""
+// (which means Succeeded) are the state while no operation runs, until the next
+// operation ends. Any other state overrides the provisioning state until
+// SetProvisioningState is called with one of these three.
 func (a *armState) SetProvisioningState(id, state string) error {
 	return a.change(id, func(m *armMachine) error {
 		m.setState(state)
@@ -158,8 +161,8 @@ func (a *armState) SetDelay(id string, d time.Duration) error {
 	})
 }
 
-// EndOperations ends the operations of a machine now, whatever their delay. The entries of their PATCH requests in the log keep
-// the end that was expected.
+// EndOperations ends the operations of a machine now, whatever their delay. The
+// entries of their PATCH requests in the log keep the end that was expected.
 func (a *ARM) EndOperations(id string) error {
 	return a.change(id, func(m *armMachine) error {
 		now := a.o.Now()
@@ -178,8 +181,8 @@ func (a *ARM) EndOperations(id string) error {
 	})
 }
 
-// Attach attaches an identity immediately, also during an operation, as a manual
-// change does.
+// Attach attaches an identity immediately, also during an operation, like a manual
+// change.
 func (a *armState) Attach(machine, identity string) error {
 	return a.change(machine, func(m *armMachine) error {
 		key := FoldID(identity)
@@ -197,8 +200,8 @@ func (a *armState) Attach(machine, identity string) error {
 	})
 }
 
-// Detach detaches an identity immediately. One that is not attached is not an
-// error.
+// Detach detaches an identity immediately. An identity that is not attached is not
+// an error.
 func (a *armState) Detach(machine, identity string) error {
 	return a.change(machine, func(m *armMachine) error {
 		set := m.set.clone()
@@ -221,8 +224,10 @@ func (a *armState) Attached(machine, identity string) bool {
 	return ok
 }
 
-// provides reports whether IMDS on the machine issues tokens for the identity: it
-// exists, is the one that was attached, and IMDS has learned of it.
+// provides reports whether IMDS on the machine issues tokens for the identity. The
+// identity must exist and be attached, its client ID must be that of the identity
+// that was attached, and the propagation time must have passed. machine is a folded
+// ID.
 func (a *armState) provides(machine string, id Identity) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

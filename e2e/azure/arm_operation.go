@@ -23,17 +23,17 @@ type attachment struct {
 
 func (s identitySet) clone() identitySet { return identitySet{s.system, maps.Clone(s.user)} }
 
-// delta is the change that a PATCH makes to the identities. nil is no change.
+// delta is the change that a PATCH makes to the identities. A nil *delta changes nothing.
 type delta struct {
-	system *Identity // the new system-assigned identity; nil: none
+	system *Identity // for a machine that has no system-assigned one yet; nil: remove it
 	user   bool      // whether the new type allows user-assigned identities
 	add    map[string]attachment
 	remove []string
 }
 
-// after returns the set after the change. An identity that is added again does
-// not change, unless it was deleted and is another identity now. A type without
-// user-assigned identities removes all of them.
+// after returns the set after the change. An added identity that is already
+// attached keeps its attachment, unless another identity now has its resource ID. A
+// type without user-assigned identities removes all of them.
 func (s identitySet) after(d *delta) identitySet {
 	if d == nil {
 		return s
@@ -61,10 +61,10 @@ func (s identitySet) after(d *delta) identitySet {
 type armMachine struct {
 	computeID
 	set        identitySet
-	delay      time.Duration   // negative: the setting
+	delay      time.Duration   // negative: the setting applies
 	forced     string          // provisioning state that overrides all others
 	idleState  string          // provisioning state while nothing runs
-	version    int             // its ETag
+	version    int             // increases with each change; is the ETag
 	operations []*armOperation // the first one is running, the others are queued
 	patching   int             // number of PATCH requests in progress
 }
@@ -138,8 +138,8 @@ func (a *armState) finish(m *armMachine) {
 	m.version++
 }
 
-// newSystemAssigned is the system-assigned identity that a machine gets when its
-// type changes.
+// newSystemAssigned returns the system-assigned identity that the machine gets when
+// a PATCH adds SystemAssigned to its type.
 func (m *armMachine) newSystemAssigned() Identity {
 	return Identity{ClientID: derivedGUID("client " + m.key()), ObjectID: derivedGUID("object " + m.key()), ResourceID: m.id}
 }
@@ -172,7 +172,7 @@ func (m *armMachine) replace(set identitySet, change ARMChange, changes *changeL
 	m.set = set
 }
 
-// projected are the identities of the machine after all its operations.
+// projected returns the identities of the machine after all its operations, if none fails.
 func (m *armMachine) projected() identitySet {
 	set := m.set
 	for _, o := range m.operations {
@@ -181,8 +181,8 @@ func (m *armMachine) projected() identitySet {
 	return set
 }
 
-// begin starts the operation of a PATCH, or queues it. An operation without a
-// delay that does not fail ends immediately.
+// begin starts the operation of a PATCH, or queues it. An operation ends
+// immediately if it is not queued, has no delay and does not fail.
 func (a *armState) begin(m *armMachine, p identityPatch, failure *armError, apply bool) *armOperation {
 	now := a.o.Now()
 	delay := m.delay
@@ -206,8 +206,9 @@ func (a *armState) begin(m *armMachine, p identityPatch, failure *armError, appl
 	return o
 }
 
-// delta looks up the identities that a PATCH adds. It omits those that do not
-// exist.
+// delta returns the change that the PATCH makes to m, or nil for a PATCH without an
+// identity part. It omits added identities that do not exist. The others count as
+// attached since at.
 func (p identityPatch) delta(m *armMachine, identities map[string]Identity, at time.Time) *delta {
 	if !p.given {
 		return nil

@@ -20,7 +20,7 @@ type identityPatch struct {
 }
 
 // parsePatch parses as much as it can for the log, even of a body that ARM must
-// refuse. Then failure is the error.
+// refuse. For such a body, it sets malformed or failure.
 func parsePatch(body []byte) identityPatch {
 	p := identityPatch{add: map[string]string{}}
 	var doc struct {
@@ -68,7 +68,9 @@ func refusedBody(message string) *armError {
 	return &armError{Status: http.StatusBadRequest, Code: "InvalidRequestContent", Message: message}
 }
 
-// parseType parses "None", or one or both of the other types in any order.
+// parseType parses the type: "None", or one or both of SystemAssigned and
+// UserAssigned in any order. It returns an error for any other type, and for a
+// body that has user-assigned identities but not the type UserAssigned.
 func (p *identityPatch) parseType() *armError {
 	for word := range strings.SplitSeq(p.text, ",") {
 		switch word := strings.TrimSpace(word); {
@@ -93,9 +95,9 @@ func invalidParameter(target, message string) *armError {
 	return &armError{Status: http.StatusBadRequest, Code: "InvalidParameter", Target: target, Message: message}
 }
 
-// patch accepts a PATCH or refuses it. It checks in the order of Azure: first
-// Resource Manager checks the linked resources, then the provider everything
-// else.
+// patch accepts a PATCH or refuses it. It first checks the body. Then it checks in
+// the order of Azure: Resource Manager checks the linked resources, and after that
+// the provider checks everything else.
 func (a *ARM) patch(x *armRequestContext, m *armMachine) response {
 	p := x.patch
 	if len(p.malformed) > 0 {
@@ -176,7 +178,7 @@ func (c patchCheck) linked() *armError {
 	return err
 }
 
-// state checks whether the machine can be changed now.
+// state checks whether the machine accepts the PATCH in its current state.
 func (c patchCheck) state() *armError {
 	x, m := c.x, c.m
 	what := "Virtual Machine"
@@ -205,7 +207,8 @@ func (c patchCheck) state() *armError {
 }
 
 // leavesNothing reports whether the machine would have no user-assigned identity
-// after the PATCH. Non-existing identities count: they cause another error.
+// after the PATCH. Added identities that do not exist count, because they cause
+// another error.
 func (c patchCheck) leavesNothing() bool {
 	left, p := maps.Clone(c.m.projected().user), c.x.patch
 	for _, key := range p.remove {
@@ -214,7 +217,7 @@ func (c patchCheck) leavesNothing() bool {
 	return len(left)+len(p.add) == 0
 }
 
-// missing is the error of a PATCH with non-existing identities.
+// missing returns the error of a PATCH with non-existing identities, or nil.
 func (c patchCheck) missing() *armError {
 	m, p := c.m, c.x.patch
 	if !p.user {
@@ -251,8 +254,8 @@ func (c patchCheck) missing() *armError {
 	return missingError(m, inText, inDetails)
 }
 
-// missingError has the format in which Azure passes on the error of the identity
-// provider, which names one identity.
+// missingError returns an error in Azure's format: the compute provider's message
+// contains the error of the identity provider. That error names only one identity.
 func missingError(m *armMachine, inText, inDetails []string) *armError {
 	because := "Bad request."
 	if len(inText) > 0 {

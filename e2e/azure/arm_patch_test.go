@@ -201,7 +201,8 @@ func TestADeletedIdentityRemainsAttached(t *testing.T) {
 	}
 	a.mustRefuse(a.patchSet(both, "+"+red.ResourceID), 400, "FailedIdentityOperation")
 
-	// A new identity with the same ID replaces it when it is added again.
+	// An identity is deleted and a new one has the same resource ID: the new one
+	// replaces the deleted one on the machine when a PATCH adds it.
 	a.DeleteIdentity(blue.ResourceID)
 	again := blue
 	again.ClientID = guid(77)

@@ -59,8 +59,8 @@ type armAssigned struct {
 	ClientID    string `json:"clientId"`
 }
 
-// describe returns the machine as it is or, with the setting Early, as it will be
-// after its operations.
+// describe returns the machine. Its identities are the current ones or, with the
+// setting Early, those after all its operations.
 func (a *ARM) describe(m *armMachine) response {
 	doc := armResource{
 		Name: m.name, ID: m.id, Type: "Microsoft.Compute/" + m.resourceType, Location: a.o.Location,

@@ -56,7 +56,7 @@ func identities(changes ...string) map[string]*armcompute.UserAssignedIdentities
 	return out
 }
 
-// mustPatch patches and waits for the end.
+// mustPatch sends a PATCH and waits until its operation has ended.
 func (c *armClient) mustPatch(id, kind string, changes ...string) {
 	c.t.Helper()
 	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)

@@ -19,7 +19,7 @@ const (
 type armRequestContext struct {
 	*http.Request
 	entry     ARMRequest
-	machine   computeID // of GET and PATCH, whether the machine exists or not
+	machine   computeID // in the path, whether it exists or not; for a poll, that of the operation
 	operation string    // ID of the polled operation
 	version   string
 	claims    Claims // of the caller; empty if ARM requires no token
@@ -39,8 +39,8 @@ func (x *armRequestContext) base() string {
 	return "https://" + host
 }
 
-// serve handles a request. It logs the request before it returns the response:
-// a client that has the response can read the log entry.
+// serve handles a request. It logs the request before it returns the response, so
+// that a client that has received the response can read the log entry.
 func (a *ARM) serve(r *http.Request) response {
 	x := &armRequestContext{Request: r}
 	var body []byte
@@ -109,8 +109,8 @@ func apiVersionOf(query string) string {
 	return q["api-version"]
 }
 
-// recordResponse adds the request and its response to the log. It also finishes due operations, and counts the PATCH requests
-// in progress.
+// recordResponse adds the request and its response to the log. It also finishes due
+// operations and decreases the number of PATCH requests in progress.
 func (a *ARM) recordResponse(x *armRequestContext, status int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -122,7 +122,7 @@ func (a *ARM) recordResponse(x *armRequestContext, status int) {
 	a.records.finish(x.entry)
 }
 
-// handle returns ARM's own response, or that of a fault.
+// handle returns ARM's own response or the response of a fault.
 func (a *ARM) handle(x *armRequestContext) response {
 	if err := a.authorize(x); err != nil {
 		out := x.refuse(err)
@@ -155,7 +155,7 @@ func (a *ARM) handle(x *armRequestContext) response {
 	return f.response(x)
 }
 
-// answer is ARM's own response.
+// answer returns ARM's own response, without regard to faults that replace it.
 func (a *ARM) answer(x *armRequestContext) response {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -193,7 +193,7 @@ func (a *ARM) answer(x *armRequestContext) response {
 	return out
 }
 
-// segment is the i-th segment of a path, counted from 0.
+// segment returns the i-th segment of a path, counted from 0, or "".
 func segment(path string, i int) string {
 	segments := strings.Split(strings.Trim(path, "/"), "/")
 	if i >= len(segments) {
@@ -202,7 +202,7 @@ func segment(path string, i int) string {
 	return segments[i]
 }
 
-const firstMergingVersion = "2018-06-01" // before it, a PATCH replaced the identities
+const firstMergingVersion = "2018-06-01" // in earlier versions, a PATCH replaces the identities
 
 var armVersionForm = regexp.MustCompile(`^\d{4}-\d{2}-\d{2}(-preview)?$`)
 

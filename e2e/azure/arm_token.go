@@ -14,7 +14,8 @@ import (
 // own host name. A trailing slash is ignored.
 var armAudiences = []string{"https://management.azure.com", "https://management.core.windows.net"}
 
-// authorize checks the caller's token.
+// authorize checks the caller's token and stores its claims in x. It returns nil if
+// the token is accepted or if ARM requires none.
 func (a *ARM) authorize(x *armRequestContext) *armError {
 	if a.o.Verify == nil {
 		return nil
@@ -45,7 +46,8 @@ func (a *ARM) authorize(x *armRequestContext) *armError {
 	return nil
 }
 
-// verify checks a token of this issuer.
+// verify checks the signature and the times of a token of this issuer, and returns
+// its claims. For an expired token, the error wraps jwt.ErrTokenExpired.
 func (i *issuer) verify(token string) (Claims, error) {
 	var claims Claims
 	_, err := jwt.ParseWithClaims(token, &claims, func(*jwt.Token) (any, error) { return &i.key.PublicKey, nil },

@@ -71,7 +71,8 @@ func (c *Client) Addresses(ctx context.Context) (Addresses, error) {
 }
 
 // AddIdentity creates or replaces a user-assigned identity and attaches it to
-// the nodes; no nodes, or "", means all. It does not detach it from others.
+// the nodes; no nodes, or "", means all. It does not detach the identity from
+// other nodes.
 func (c *Client) AddIdentity(ctx context.Context, id Identity, nodes ...string) error {
 	return c.call(ctx, "PUT", "/identities", identityRequest{id, nodes}, nil)
 }
@@ -100,8 +101,8 @@ func (c *Client) AddApp(ctx context.Context, a App) error {
 }
 
 // AddFederated adds a federated credential to an application or a user-assigned
-// identity: tokens of another issuer authenticate it. It replaces one with the
-// same issuer and subject.
+// identity: tokens of another issuer authenticate it. It replaces the credential
+// with the same issuer and subject that an earlier call added.
 func (c *Client) AddFederated(ctx context.Context, clientID string, f FederatedCredential) error {
 	return c.call(ctx, "PUT", "/federated", federatedRequest{clientID, f}, nil)
 }
@@ -112,14 +113,15 @@ func (c *Client) Set(ctx context.Context, changes map[string]string) error {
 	return c.call(ctx, "PATCH", "/switches", changes, nil)
 }
 
-// Switches returns all switches with their values. A counted one has its
-// remaining count.
+// Switches returns all switches with their values. The value of a switch that
+// counts requests, such as imds.throttle, is its remaining count.
 func (c *Client) Switches(ctx context.Context) (map[string]string, error) {
 	var out map[string]string
 	return out, c.call(ctx, "GET", "/switches", nil, &out)
 }
 
-// Log returns the entries with a sequence number greater than since.
+// Log returns the entries of the log of IMDS and Entra ID with a sequence number
+// greater than since.
 func (c *Client) Log(ctx context.Context, since int) ([]Entry, error) {
 	return readLines[Entry](ctx, c.controlClient, "/log", since)
 }
@@ -143,8 +145,9 @@ func readLines[T any](ctx context.Context, c *controlClient, path string, since 
 	}
 }
 
-// ResetLog empties the log and the logs of ARM, and sets all counts to 0.
-// Sequence numbers continue.
+// ResetLog empties the log and the logs of ARM, and sets all counts to 0. Requests
+// to IMDS and Entra ID in progress remain in InFlight and MaxConcurrency. Sequence
+// numbers continue.
 func (c *Client) ResetLog(ctx context.Context) error {
 	return c.call(ctx, "DELETE", "/log", nil, nil)
 }
@@ -161,8 +164,8 @@ func (c *Client) Keys(ctx context.Context) (Keys, error) {
 	return k, c.call(ctx, "GET", "/keys", nil, &k)
 }
 
-// Verify checks a token's signature and times and returns its claims. The key
-// is fetched once.
+// Verify checks a token's signature and times and returns its claims. It fetches
+// the keys only once.
 func (c *Client) Verify(token string) (Claims, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

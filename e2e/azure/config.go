@@ -45,7 +45,7 @@ type Identity struct {
 	TenantID   string `json:"tenantID,omitempty"`
 }
 
-// LoadConfig reads a Config from a JSON file. Unknown fields are an error.
+// LoadConfig reads a Config from a JSON file and validates it. Unknown fields are an error.
 func LoadConfig(file string) (Config, error) {
 	var cfg Config
 	data, err := os.ReadFile(file)
@@ -157,8 +157,8 @@ type vmInstance struct {
 	subscription, resourceGroup, scaleSet, name, resourceID string
 }
 
-// instance parses the provider ID. Without one, the node is instance 0 of its
-// own scale set.
+// instance parses the provider ID. A node without a provider ID is instance 0 of
+// its own scale set.
 func (n Node) instance() vmInstance {
 	id := strings.TrimPrefix(n.ProviderID, "azure://")
 	if id == "" {
@@ -187,8 +187,9 @@ func (n Node) instance() vmInstance {
 
 var instanceForm = regexp.MustCompile(`(?i)^(.+)/virtualMachines/[^/]+$`)
 
-// computeResource is the ARM resource that has the identities of the node: its
-// scale set or, if it is in none, the virtual machine itself.
+// computeResource returns the ARM resource that has the identities of the node: its
+// scale set or, if the node is in none, the virtual machine itself. It returns false
+// if the provider ID names neither.
 func (n Node) computeResource() (computeID, bool) {
 	id := n.instance().resourceID
 	if instance := instanceForm.FindStringSubmatch(id); instance != nil {

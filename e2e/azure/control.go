@@ -90,8 +90,8 @@ func serveJSON(value func() any) http.HandlerFunc {
 	}
 }
 
-// acceptJSON decodes the request body strictly, applies it, and responds with
-// status 204 or 400.
+// acceptJSON decodes the request body, calls apply, and responds with status 204
+// or, after an error, 400. An unknown field in the body is an error.
 func acceptJSON[T any](apply func(T) error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		var q T
@@ -117,7 +117,8 @@ func respond(w http.ResponseWriter, err error) {
 
 func (c *control) log(w http.ResponseWriter, r *http.Request) { serveLines(w, r, c.rec.entries) }
 
-// serveLines responds with the entries as JSON lines.
+// serveLines responds with the entries as JSON lines. The query parameter since
+// selects the entries with a greater sequence number.
 func serveLines[T any](w http.ResponseWriter, r *http.Request, entries func(since int) []T) {
 	since := 0
 	if text := r.URL.Query().Get("since"); text != "" {

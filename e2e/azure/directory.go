@@ -23,7 +23,7 @@ type App struct {
 	Federated    []FederatedCredential `json:"federated,omitempty"`
 }
 
-// AppSecret is a client secret; a zero Expires never expires.
+// AppSecret is a client secret. It never expires if Expires is zero.
 type AppSecret struct {
 	Value   string    `json:"value"`
 	Expires time.Time `json:"expires,omitzero"`
@@ -55,7 +55,8 @@ type caller struct {
 
 // directory has the identities, the applications, and where identities are
 // attached. IMDS and Entra ID read it, the control API writes it. Only ARM knows
-// what is attached to a machine: the directory calls ARM, never the reverse.
+// what is attached to a machine: the directory calls ARM, and ARM never calls the
+// directory.
 type directory struct {
 	topology
 	tenant string // read-only after construction
@@ -134,8 +135,9 @@ func (t topology) selectNodes(names []string) ([]string, error) {
 	return names, nil
 }
 
-// addIdentity creates or replaces the identity with that resource ID and
-// attaches it to the nodes. It does not detach it from others. It is idempotent.
+// addIdentity creates or replaces the identity with id's resource ID and attaches
+// it to the nodes; no names, or the empty name, means all nodes. It does not detach
+// the identity from other nodes. addIdentity is idempotent.
 func (d *directory) addIdentity(id Identity, names []string) error {
 	nodes, err := d.selectNodes(names)
 	if err != nil {
@@ -144,7 +146,8 @@ func (d *directory) addIdentity(id Identity, names []string) error {
 	return d.defineIdentity(id, nodes)
 }
 
-// defineIdentity does the same, except that no nodes means none.
+// defineIdentity does the same as addIdentity, except that without nodes it
+// attaches the identity to no node. The nodes must exist.
 func (d *directory) defineIdentity(id Identity, nodes []string) error {
 	if err := validateUserAssigned(id); err != nil {
 		return err
@@ -170,8 +173,9 @@ func (d *directory) defineIdentity(id Identity, nodes []string) error {
 	return d.arm.DefineIdentity(id)
 }
 
-// detach detaches the identity from the nodes. One that is not attached is not
-// an error.
+// detach detaches the identity from the nodes; no names, or the empty name, means
+// all nodes. An unknown identity is an error. An identity that is not attached is
+// not an error.
 func (d *directory) detach(ref string, names []string) error {
 	nodes, err := d.selectNodes(names)
 	if err != nil {
@@ -189,8 +193,9 @@ func (d *directory) detach(ref string, names []string) error {
 	return nil
 }
 
-// removeIdentity deletes the identity everywhere. An unknown one is not an
-// error.
+// removeIdentity deletes the identity and its federated credentials, and detaches
+// it from all nodes. Machines in ARM still list the identity: see
+// ARM.DeleteIdentity. removeIdentity does nothing for an unknown identity.
 func (d *directory) removeIdentity(ref string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -206,7 +211,8 @@ func (d *directory) removeIdentity(ref string) {
 	}
 }
 
-// findIdentity takes a client, object or resource ID. The caller holds the lock.
+// findIdentity returns the folded resource ID of the identity with this client,
+// object or resource ID, and whether it exists. The caller holds the lock.
 func (d *directory) findIdentity(ref string) (string, bool) {
 	for key, id := range d.identities {
 		if strings.EqualFold(key, ref) || strings.EqualFold(id.ClientID, ref) || strings.EqualFold(id.ObjectID, ref) {
@@ -243,7 +249,7 @@ func (d *directory) listIdentities() []AttachedIdentity {
 // set.
 type selector struct{ clientID, objectID, resourceID string }
 
-// refusal is an error message of IMDS.
+// refusal is an error that consists only of its message, for example an error message of IMDS.
 type refusal string
 
 func (r refusal) Error() string { return string(r) }
@@ -253,8 +259,9 @@ const (
 	errMultipleIdentities refusal = "Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request"
 )
 
-// resolve returns the identity for a request from that node: the selected one,
-// or else the system-assigned one, or else the only user-assigned one.
+// resolve returns the identity for a request from the node. With a selector, it is
+// the selected identity. Without, it is the system-assigned identity or, if there is
+// none, the only user-assigned one. The error is a refusal.
 func (d *directory) resolve(node string, sel selector) (Identity, error) {
 	n, ok := d.node(node)
 	if !ok {
@@ -277,8 +284,9 @@ func (d *directory) resolve(node string, sel selector) (Identity, error) {
 	return Identity{}, errIdentityNotFound
 }
 
-// systemAssigned is the system-assigned identity of the node. A change through
-// ARM overrides the configured one.
+// systemAssigned returns the system-assigned identity of the node, or nil. If the
+// node's machine in ARM has none, the node has none. Otherwise it is the configured
+// identity or, without one, that of the machine.
 func (d *directory) systemAssigned(n Node) *Identity {
 	own := n.SystemAssigned
 	if machine, ok := d.machines[n.Name]; ok {
@@ -329,7 +337,8 @@ func (d *directory) defaultIdentity(node string, system *Identity) (Identity, er
 	return *only, nil
 }
 
-// machineOf takes the ID of a machine or the name of one of its nodes.
+// machineOf returns the folded ID of the machine of the node with this name. If
+// there is none, it returns ref, which may be the ID of a machine.
 func (t topology) machineOf(ref string) string {
 	if machine, ok := t.machines[ref]; ok {
 		return machine
@@ -337,7 +346,8 @@ func (t topology) machineOf(ref string) string {
 	return ref
 }
 
-// resourceOf returns the resource ID of the identity with this client, object or resource ID. If there is none, it returns ref.
+// resourceOf returns the resource ID of the identity with this client, object or
+// resource ID. If there is none, it returns ref.
 func (d *directory) resourceOf(ref string) string {
 	d.mu.RLock()
 	defer d.mu.RUnlock()

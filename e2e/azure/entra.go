@@ -31,7 +31,8 @@ func (e *entraError) Error() string { return fmt.Sprintf("AADSTS%d: %s", e.code,
 // logs.
 type trace struct{ request, correlation string }
 
-// newTrace uses the correlation ID of the client if it sent one.
+// newTrace uses the correlation ID of the client if it is a GUID, and otherwise
+// generates one.
 func newTrace(correlation string) trace {
 	t := trace{request: newGUID(), correlation: correlation}
 	if !isGUID(correlation) {

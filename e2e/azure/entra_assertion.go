@@ -18,8 +18,9 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// selfIssued distinguishes an assertion that is signed with a certificate from a
-// federated token: its issuer is the client itself.
+// selfIssued reports whether the issuer of the assertion is the client itself. Such
+// an assertion is signed with a certificate of the client. Any other assertion is a
+// federated token.
 func selfIssued(claims jwt.RegisteredClaims, clientID string) bool {
 	return strings.EqualFold(claims.Issuer, clientID)
 }
@@ -89,9 +90,9 @@ func algorithmsFor(key any) []string {
 	return nil
 }
 
-// hasThumbprint compares the header's x5t#S256, or else its x5t. The standard
-// requires base64url; clients also send base64, with or without padding, and
-// hexadecimal.
+// hasThumbprint reports whether the header names the certificate, in x5t#S256 or, if
+// that is absent, in x5t. The standard requires base64url; clients also send base64,
+// with or without padding, and hexadecimal.
 func hasThumbprint(c *x509.Certificate, header map[string]any) bool {
 	sum256, sum1 := sha256.Sum256(c.Raw), sha1.Sum(c.Raw)
 	if v, ok := header["x5t#S256"].(string); ok {
@@ -128,8 +129,8 @@ func (s *entra) verify(assertion string, key jwt.Keyfunc, algorithms ...string) 
 }
 
 // federatedAlgorithms are the signature algorithms for tokens of other issuers.
-// Tokens of a cluster whose API server has an elliptic-curve key are always
-// refused.
+// Tokens of a cluster whose API server signs them with an elliptic-curve key are
+// always refused.
 var federatedAlgorithms = []string{"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}
 
 // authenticateByFederation compares issuer, then subject, then audience, each exactly

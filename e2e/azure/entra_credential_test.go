@@ -24,7 +24,7 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// byAssertion is a token request with that assertion.
+// byAssertion returns the form of a token request with the assertion.
 func byAssertion(clientID, assertion string) url.Values {
 	return url.Values{"grant_type": {"client_credentials"}, "client_id": {clientID}, "scope": {vault},
 		"client_assertion_type": {assertionType}, "client_assertion": {assertion}}
@@ -154,7 +154,8 @@ func TestLogAndCountsDistinguishCredentials(t *testing.T) {
 	}
 }
 
-// Clients compare the issuer's host with the authority's, so each name must work as if it were the only one.
+// Clients compare the host of the issuer with the host of the authority, so each host name must work as if it were the
+// only one.
 func TestUnmodifiedClientsGetTokensAtEachHost(t *testing.T) {
 	s := start(t, func(c *Config) { c.EntraHosts = []string{"login.a.test", "10.246.0.2", "login.b.test"} })
 	s.must(s.AddApp(t.Context(), app))

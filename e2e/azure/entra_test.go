@@ -38,7 +38,7 @@ const (
 
 var app = App{ClientID: guid(30), ObjectID: guid(31), Secrets: []AppSecret{{Value: "hush"}}}
 
-// https trusts only the CA of the fake Azure.
+// https returns a client that trusts only the CA of the fake Azure.
 func (s *fakeAzure) https() *http.Client {
 	s.t.Helper()
 	ca, err := os.ReadFile(stateDir + "/" + CAFile)

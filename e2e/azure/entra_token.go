@@ -13,7 +13,7 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// The v2.0 endpoint returns numbers, the old one strings.
+// The v2.0 endpoint returns numbers. The v1.0 endpoint returns strings.
 
 type tokenAnswerV2 struct {
 	TokenType    string `json:"token_type"`
@@ -32,8 +32,9 @@ type tokenAnswerV1 struct {
 	AccessToken  string `json:"access_token"`
 }
 
-// annotate adds what a request contains to its log entry. The log has it also if a
-// fault replaces the response.
+// annotate adds the correlation ID and, for a token request, the client ID and the
+// kind of credential to the log entry. The entry has them also if a fault replaces
+// the response.
 func (s *entra) annotate(x *requestContext) {
 	x.trace = newTrace(x.Header.Get("Client-Request-Id"))
 	x.entry.CorrelationID = x.trace.correlation
@@ -46,8 +47,9 @@ func (s *entra) annotate(x *requestContext) {
 	}
 }
 
-// credentialIn returns how the client authenticates, whether the credential is
-// valid or not, and the subject of a federated token.
+// credentialIn returns the kind of the credential in the form, and the subject of a
+// federated token. It does not check the credential. kind is "" if there is no
+// credential or the assertion is malformed.
 func credentialIn(form url.Values) (kind, subject string) {
 	assertion := form.Get("client_assertion")
 	switch {
@@ -89,7 +91,7 @@ func (s *entra) token(x *requestContext, tenant string, v2 bool) response {
 	}))
 }
 
-// issueToken is the client credentials flow, with any kind of credential.
+// issueToken issues a token in the client credentials flow, with any kind of credential.
 func (s *entra) issueToken(x *requestContext, tenant string, v2 bool) (minted, error) {
 	form, err := url.ParseQuery(string(x.body))
 	if err != nil {
@@ -133,8 +135,10 @@ func missing(name string) error {
 		fmt.Sprintf("The request body must contain the following parameter: '%s'.", name)}
 }
 
-// requestedResource is everything before the last slash of the one scope that
-// ends in /.default. A trailing slash of the resource itself is kept.
+// requestedResource returns the resource that the form requests. For the v2.0
+// endpoint it is the only scope that ends in /.default, without this suffix: a
+// trailing slash of the resource itself remains. For the v1.0 endpoint it is the
+// parameter resource.
 func requestedResource(form url.Values, v2 bool) (string, error) {
 	if !v2 {
 		if r := form.Get("resource"); r != "" {

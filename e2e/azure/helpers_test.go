@@ -39,7 +39,7 @@ func userAssigned(name string, n int) Identity {
 		"Microsoft.ManagedIdentity/userAssignedIdentities/" + name}
 }
 
-// All tests share stateDir: to generate keys is slow.
+// stateDir is shared by all tests, because generating keys is slow.
 var stateDir string
 
 func TestMain(m *testing.M) {
@@ -53,8 +53,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// clock is a time that tests advance. It starts with the current time, so that
-// tokens are valid.
+// clock is a time that tests advance. It starts with the current time, because
+// Client.Verify checks the times of tokens with the real clock.
 type clock struct {
 	mu sync.Mutex
 	t  time.Time
@@ -98,7 +98,7 @@ func testConfig(dir string) Config {
 
 func start(t *testing.T, change ...func(*Config)) *fakeAzure {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "azure") // short: it holds a unix socket
+	dir, err := os.MkdirTemp("", "azure") // a short path, because it contains a unix socket
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -219,7 +219,7 @@ func (s *fakeAzure) send(source, method, target string, headers ...string) answe
 	return a
 }
 
-// get is a well-formed request.
+// get sends a well-formed GET request.
 func (s *fakeAzure) get(source, target string) answer {
 	s.t.Helper()
 	return s.send(source, "GET", target, "Metadata: true")

@@ -44,8 +44,8 @@ type imds struct {
 	maxKeys int
 }
 
-// cacheKey contains the whole identity: after any change of it, the cached token
-// is not used any more.
+// cacheKey contains the whole identity: after any change of the identity, the
+// cached token is no longer used.
 type cacheKey struct {
 	node     string
 	identity Identity
@@ -56,8 +56,9 @@ func newIMDS(dir *directory, issuer *issuer, now func() time.Time) *imds {
 	return &imds{dir: dir, issuer: issuer, now: now, cache: map[cacheKey]minted{}, maxKeys: 10_000}
 }
 
-// imdsPath normalizes a path as the real service does. Where that is not known,
-// it is more permissive: each path that might reach the token endpoint does.
+// imdsPath normalizes a path like the real service. Where the behavior of the real
+// service is not known, imdsPath is permissive: each path that might reach the token
+// endpoint of the real service reaches it here.
 func imdsPath(r *http.Request) string {
 	p := path.Clean("/" + strings.ReplaceAll(r.URL.Path, `\`, "/"))
 	first, rest, deeper := strings.Cut(p[1:], "/")
@@ -114,7 +115,7 @@ func (m *imds) fail(x *requestContext, status int) response {
 	return withServerHeader(jsonResponse(status, imdsError{code, http.StatusText(status)}))
 }
 
-// badInstanceRequest is the format of errors outside of /metadata/identity.
+// badInstanceRequest returns an error in the format that IMDS uses outside of /metadata/identity.
 func badInstanceRequest(x *requestContext, text string) response {
 	x.entry.Error = text
 	return withServerHeader(jsonResponse(http.StatusBadRequest, map[string]string{"error": "Bad request. " + text}))
@@ -206,7 +207,8 @@ var versionForm = regexp.MustCompile(`^\d{4}-\d{2}-\d{2}$`)
 
 const firstVersion = "2018-02-01" // the first with /metadata/identity
 
-// knownVersion compares dates as text.
+// knownVersion reports whether v is a date that is not before firstVersion. Dates in
+// this form have the order of their text.
 func knownVersion(v string) bool { return versionForm.MatchString(v) && v >= firstVersion }
 
 func (m *imds) badVersion(x *requestContext) response {

@@ -56,8 +56,9 @@ func instanceDocument(n Node) map[string]any {
 	}
 }
 
-// instance returns the document or the part of it that the route selects. A leaf
-// needs format=text; a branch with format=text is its list of keys.
+// instance returns the document or the part of it that the route selects. For a
+// leaf, the request must have format=text. For a branch, format=text returns the list
+// of its keys.
 func (m *imds) instance(x *requestContext, n Node, route, format string) response {
 	var node any = instanceDocument(n)
 	for _, step := range strings.Split(strings.Trim(route, "/"), "/") {

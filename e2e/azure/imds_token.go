@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// tokenAnswer has the fields in the order of IMDS, and strings instead of
-// numbers, as IMDS has.
+// tokenAnswer has the order of fields of IMDS and, like IMDS, strings instead of
+// numbers.
 type tokenAnswer struct {
 	AccessToken  string `json:"access_token"`
 	ClientID     string `json:"client_id"`
@@ -22,8 +22,9 @@ type tokenAnswer struct {
 	TokenType    string `json:"token_type"`
 }
 
-// parseQuery parses a query as IMDS does: names are not case-sensitive, & is the
-// only separator, and a repeated name is an error.
+// parseQuery parses a query like IMDS: names are not case-sensitive, & is the only
+// separator, and a repeated name is an error. The names in the result are lower
+// case.
 func parseQuery(raw string) (map[string]string, error) {
 	q := map[string]string{}
 	for _, pair := range strings.Split(raw, "&") {
@@ -98,9 +99,10 @@ func (m *imds) token(x *requestContext, q map[string]string) response {
 
 func seconds(d time.Duration) string { return strconv.FormatInt(int64(max(d, 0)/time.Second), 10) }
 
-// fetch returns a token from the cache of IMDS, as the real one does for most of
-// a token's lifetime, or a new one. It does not return a cached token in the
-// last five minutes of its lifetime, or the last twelfth of a short one.
+// fetch returns a token from the cache of IMDS, or a new one, and whether the token
+// is from the cache. The real IMDS also caches a token for most of its lifetime. fetch
+// does not return a cached token in the last five minutes of its lifetime or, if the
+// lifetime is shorter than an hour, in the last twelfth of it.
 func (m *imds) fetch(x *requestContext, key cacheKey, bypass bool) (minted, bool, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -40,8 +40,9 @@ type state struct {
 	tls     tls.Certificate
 }
 
-// openState reads the key material. It creates what is missing or does not match
-// the configuration.
+// openState reads the key material. It creates what is missing, and certificates
+// that do not match the configuration or the keys or have less than half of their
+// lifetime left.
 func openState(dir string, hosts []string) (*state, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("creating the state directory: %w", err)
@@ -162,7 +163,7 @@ func makeCertificate(file string, template, parent *x509.Certificate, key, signe
 	return x509.ParseCertificate(der)
 }
 
-// readCertificate returns nil if there is none.
+// readCertificate returns nil without an error if the file does not exist.
 func readCertificate(file string) (*x509.Certificate, error) {
 	data, err := os.ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -194,8 +195,8 @@ func writePEM(file, kind string, der []byte, mode fs.FileMode) error {
 	return nil
 }
 
-// certificateHosts are the configured host names, and the listen address of
-// Entra ID and ARM.
+// certificateHosts returns the configured host names and the IP address on which
+// Entra ID and ARM listen, unless it is 0.0.0.0 or ::.
 func certificateHosts(cfg Config) []string {
 	hosts := slices.Concat(cfg.EntraHosts, cfg.ARMHosts)
 	host, _, _ := net.SplitHostPort(cfg.EntraAddr)

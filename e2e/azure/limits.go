@@ -30,8 +30,8 @@ func newLimiter(now func() time.Time) *limiter {
 }
 
 // admit counts a request, whether limits are enforced or not, so that the counts
-// are right when a test enables them later. The caller must call release after
-// the request.
+// are right when a test enables the limits later. ok is false if limits are enforced
+// and the request exceeds one. The caller must call release after the request.
 func (l *limiter) admit(node, class string, enforce bool) (release func(), ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -11,8 +11,8 @@ const (
 	// KindRequest is a complete request.
 	KindRequest = "request"
 	// KindConnection is a TCP connection to IMDS whose source is not the address
-	// of a node. It must not happen, even without a request. Connections from
-	// nodes are not logged, only counted in Stats.
+	// of a node. While NMI runs, there must be none, even without a request.
+	// Connections from nodes are not logged, only counted in Stats.
 	KindConnection = "connection"
 )
 
@@ -24,7 +24,7 @@ const (
 )
 
 // Entry is one entry of the request log. It is logged before the response is
-// written: a client that has the response can read the entry.
+// written, so that a client that has received the response can read the entry.
 type Entry struct {
 	Seq      int               `json:"seq"` // never reset, so that "since" stays valid
 	Time     time.Time         `json:"time"`

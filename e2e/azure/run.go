@@ -16,17 +16,18 @@ import (
 	"time"
 )
 
-// maxSocketPath is the kernel's limit: the size of sun_path without the final 0.
+// maxSocketPath is the kernel's limit: the size of sun_path without the terminating
+// null byte.
 const maxSocketPath = 107
 
 // Run serves until the context ends, then returns nil. It opens all listeners
-// before it serves any request: after an error nothing has started.
+// before it serves any request: if a listener cannot be opened, no request has been
+// served. If a server fails later, Run stops the others and returns the error.
 func Run(ctx context.Context, cfg Config) error {
 	return run(ctx, cfg, time.Now)
 }
 
-// run has the clock as a parameter, so that tests need not wait until tokens
-// expire.
+// run is Run with a clock, so that tests need not wait until tokens expire.
 func run(ctx context.Context, cfg Config, now func() time.Time) error {
 	if err := cfg.Validate(); err != nil {
 		return fmt.Errorf("fake Azure: configuration: %w", err)
@@ -103,7 +104,8 @@ func listenUnix(path string) (net.Listener, error) {
 	return l, nil
 }
 
-// servers creates and connects the parts. The order is that of listeners.
+// servers creates and connects the parts. It returns the servers in the order of the
+// fields of listeners.
 func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func() time.Time) []*http.Server {
 	iss := newIssuer(st.signing, now)
 	arm := NewARM(ARMOptions{Now: now, Verify: iss.verify, Tenant: cfg.Tenant})
@@ -133,8 +135,8 @@ func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func
 		{Handler: api.handler()},
 	}
 	for _, s := range out {
-		// Requests that hang end with the context. Invalid data is counted as a
-		// connection, so the server need not log it.
+		// Requests that hang end with the context. A connection with invalid data is
+		// counted, so the server need not log it.
 		s.BaseContext = func(net.Listener) context.Context { return ctx }
 		s.ErrorLog = log.New(io.Discard, "", 0)
 		s.ReadHeaderTimeout = 30 * time.Second
@@ -155,7 +157,8 @@ func behindTLS(arm, entra http.Handler) http.Handler {
 	})
 }
 
-// serve runs the servers until all have ended.
+// serve runs the servers. It stops all when the context ends or one of them fails,
+// and returns the first error.
 func serve(ctx context.Context, ls *listeners, servers []*http.Server) error {
 	ended := make(chan error, len(servers))
 	for i, start := range []func() error{

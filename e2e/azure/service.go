@@ -17,7 +17,8 @@ const (
 	serviceARM   = "arm"
 )
 
-// services are those that share the code for faults and counts. ARM has its own.
+// services are the services that share the code for faults and counts. ARM has its
+// own code for both.
 var services = []string{serviceIMDS, serviceEntra}
 
 // classToken is the class of token requests in both services.
@@ -26,7 +27,7 @@ const classToken = "token"
 const maxBodyBytes = 1 << 20
 
 // service is the common part of IMDS and Entra ID: the source of each request,
-// the faults and the log. The functions implement the protocol.
+// the faults and the log. Its function fields implement the protocol.
 type service struct {
 	name     string
 	dir      *directory
@@ -52,7 +53,7 @@ type requestContext struct {
 	trace  trace // Entra ID only
 }
 
-// response is a complete response. Status 0 is no response: the connection is
+// response is a complete response. Status 0 means no response: the connection is
 // reset.
 type response struct {
 	status      int
@@ -102,7 +103,7 @@ func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	writeResponse(w, out)
 }
 
-// handle reads the body first: only after that does the server notice when a
+// handle reads the body first, because the server notices only after that when a
 // client disconnects from a request that hangs.
 func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Request) response {
 	var err error
@@ -135,7 +136,7 @@ func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Reque
 	return s.answer(x)
 }
 
-// forcedResponse is the error of a switch or a limit.
+// forcedResponse returns the error response that a switch or a limit causes.
 func (s *service) forcedResponse(x *requestContext, status int) response {
 	out := s.fail(x, status)
 	if x.faults.plainErrors {
@@ -150,7 +151,7 @@ func (s *service) forcedResponse(x *requestContext, status int) response {
 	return out
 }
 
-// sleep returns false if the client disconnects first.
+// sleep waits for d. It returns false if the context ends first.
 func sleep(ctx context.Context, d time.Duration) bool {
 	if d <= 0 {
 		return true

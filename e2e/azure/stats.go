@@ -33,7 +33,7 @@ type ServiceStats struct {
 	Connections         int               `json:"connections"`
 	ConnectionsFromPods int               `json:"connections_from_pods"`
 	RequestsFromPods    int               `json:"requests_from_pods"`
-	Sources             map[string]Source `json:"sources"` // "other" if there are too many
+	Sources             map[string]Source `json:"sources"` // by address; "other" has those beyond maxSources
 }
 
 // TokenStats count the tokens of one client ID.
@@ -166,7 +166,8 @@ func (r *recorder) connection(service string, c caller) {
 	}
 }
 
-// begin counts a request when it arrives. end counts its end.
+// begin counts a request when it arrives. The caller must call end after the
+// request.
 func (r *recorder) begin(service, class string, c caller) (end func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

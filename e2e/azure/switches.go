@@ -19,7 +19,7 @@ type faults struct {
 	status        int // 0: off
 	statusCount   int // number of requests that will get the status; 0: all
 	hang, drop    bool
-	everything    bool // faults apply to all requests, not only to token requests
+	everything    bool // latency, hang, drop and status apply to all requests, not only to token requests
 	plainErrors   bool
 	tokenLifetime time.Duration
 	limits        bool // IMDS only
@@ -253,8 +253,9 @@ func (s *switches) all() map[string]string {
 	return out
 }
 
-// consume returns the switches for one request and decreases the counted ones. In
-// the result, status is the status of the response, if a switch sets it.
+// consume returns the switches for one request and decreases the counts of those
+// that apply. In the result, status is the status of the response, if throttle or
+// status sets it. hang and drop take precedence.
 func (s *switches) consume(service string, isToken bool) faults {
 	s.mu.Lock()
 	defer s.mu.Unlock()

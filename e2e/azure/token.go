@@ -72,8 +72,8 @@ func (m minted) expires() time.Time { return m.claims.Expires.Time }
 
 func (m minted) lifetime() time.Duration { return m.expires().Sub(m.claims.IssuedAt.Time) }
 
-// mint issues a token for the identity. The audience is the requested one, byte
-// for byte.
+// mint issues a token for the identity. The aud claim is the audience, byte for
+// byte. proof is the appidacr claim.
 func (i *issuer) mint(id Identity, audience, proof string, lifetime time.Duration) (minted, error) {
 	now := i.now().Truncate(time.Second)
 	var uti [16]byte
@@ -136,7 +136,7 @@ func (i *issuer) jwks() json.RawMessage {
 	}}})
 }
 
-// parseJWKS reads the RSA keys of a set, by key ID.
+// parseJWKS returns the RSA keys of a set, by key ID. A set without RSA keys is an error.
 func parseJWKS(data []byte) (map[string]*rsa.PublicKey, error) {
 	var set jwkSet
 	if err := json.Unmarshal(data, &set); err != nil {
@@ -184,8 +184,9 @@ func keyByID(keys map[string]*rsa.PublicKey) jwt.Keyfunc {
 	}
 }
 
-// encode returns compact JSON without escapes of &, < and >, as Azure does, so
-// that a resource is returned byte for byte. Its values cannot fail to encode.
+// encode returns compact JSON. Like Azure, it does not escape &, < and >, so that a
+// resource is returned byte for byte. It panics if v cannot be encoded, which does
+// not happen with the values in this package.
 func encode(v any) []byte {
 	var buf bytes.Buffer
 	enc := json.NewEncoder(&buf)
