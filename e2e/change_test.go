@@ -205,7 +205,7 @@ func applyUnderLoad(t *testing.T, samplers []*sampler, c change) {
 // because the change may take effect before its acknowledgement arrives.
 func delay(from, to time.Time) string {
 	if !to.After(from) {
-		return "at newConnections"
+		return "at once"
 	}
 	return to.Sub(from).Round(100 * time.Microsecond).String()
 }
