@@ -26,8 +26,8 @@ var (
 	armHosts   = []string{"management.azure.com"}
 )
 
-// TwoVMs returns Options.ProviderIDs that make each node a virtual machine of its own. By default both nodes are instances of
-// one scale set, so an identity that is attached to it is attached to both.
+// TwoVMs returns Options.ProviderIDs that make each node a virtual machine of its own. By default both nodes are
+// instances of one scale set, so an identity that is attached to the scale set is attached to both nodes.
 func TwoVMs() map[string]string {
 	ids := map[string]string{}
 	for _, n := range nodeSpecs {
@@ -63,7 +63,8 @@ func azureConfigJSON(providerIDs map[string]string) (json.RawMessage, error) {
 	return json.Marshal(cfg)
 }
 
-// systemAssigned is the system-assigned identity of a node. A pod that gets a token for it has bypassed NMI.
+// systemAssigned is the system-assigned identity of a node. A pod that gets a token for it has bypassed NMI, unless an
+// AzurePodIdentityException matches the pod, as it does for MIC in standard mode.
 func systemAssigned(index int) *azure.Identity {
 	return &azure.Identity{
 		ClientID: fmt.Sprintf("5e1f0000-0000-4000-8000-%012d", index+1),

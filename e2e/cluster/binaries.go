@@ -11,8 +11,9 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// goCommand returns a command that runs the Go toolchain in a module. Programs are linked statically, because images
-// contain no libraries for them. The flags are those of the Makefile: with others each package would be compiled again.
+// goCommand returns a command that runs the Go toolchain in a module. Programs are linked statically (CGO_ENABLED=0),
+// because images contain no libraries for them. The Makefile has the same setting: with another one each package would
+// be compiled again. For the same reason callers build with -trimpath.
 func goCommand(ctx context.Context, module string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = module
@@ -22,8 +23,8 @@ func goCommand(ctx context.Context, module string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// lockCompiler returns once no other program of this host compiles for a cluster: two that compile at the same time would
-// both compile the packages that they share.
+// lockCompiler waits until no other program on this host compiles for a cluster. It returns the lock, which the caller
+// closes. Two programs that compile at the same time would both compile the packages that they share.
 func lockCompiler() (*os.File, error) {
 	cache, err := cacheDir()
 	if err != nil {
@@ -32,8 +33,8 @@ func lockCompiler() (*os.File, error) {
 	return lockFile(filepath.Join(cache, "compile.lock"))
 }
 
-// buildProgram builds one of the project's own programs into the cache. It calls go build each time:
-// with a warm build cache that takes less than a second, and an outdated program is never run.
+// buildProgram builds one of the project's own programs into the cache and returns its path. It calls go build each
+// time: with a warm build cache that takes less than a second, and an outdated program is never run.
 func buildProgram(ctx context.Context, module, pkg, name string) (string, error) {
 	cache, err := cacheDir()
 	if err != nil {
@@ -74,7 +75,7 @@ func EnsureBinaries(ctx context.Context, progress func(string)) (Binaries, error
 	var b Binaries
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		// One after the other: apt-get runs once at a time.
+		// One after the other, because only one apt-get can run at a time.
 		err := ensureHostTools(ctx, progress)
 		if err == nil {
 			b.Debian, err = ensurePackages(ctx, progress)

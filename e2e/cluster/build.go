@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// Images that every cluster has. Their names are fixed, so that manifests can name them.
+// Names of images. Every cluster has PauseImage and TestImage. Their tags are fixed, so that manifests can name them.
 const (
 	// PauseImage is the image of pod sandboxes.
 	PauseImage = "local/pause:1"
@@ -119,7 +119,8 @@ func BuildProductImages(ctx context.Context, progress func(string), standard boo
 	return err
 }
 
-// ensureRootfs runs the script once for each version of the script.
+// ensureRootfs returns the folder with the root file system of the NMI image. It runs deploy/image/rootfs.sh once for
+// each content of the script, Debian release and architecture.
 func ensureRootfs(ctx context.Context, progress func(string), repo, cache string) (string, error) {
 	script := filepath.Join(repo, "deploy", "image", "rootfs.sh")
 	text, err := os.ReadFile(script)

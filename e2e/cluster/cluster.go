@@ -15,18 +15,19 @@ import (
 	"time"
 )
 
-// Options of a new cluster. The zero value is useful.
+// Options are the options of a new cluster. The zero value is useful.
 type Options struct {
 	// Progress is called with one line of text for each step, possibly by several goroutines at once.
 	Progress func(line string)
-	// LogDir is where the logs of all processes are written. By default that is in the run folder, which is removed with the
-	// cluster.
+	// LogDir is the folder for the logs of all processes. The default is a folder in the run folder, which is removed
+	// with the cluster.
 	LogDir string
-	// Program is the built cluster program; it is built when this is empty.
+	// Program is the path of the built program e2e/cmd/cluster. If it is empty, Start builds the program.
 	Program string
-	// ProviderIDs are the nodes' spec.providerID, by node name. By default they are instances of one scale set.
+	// ProviderIDs are the nodes' spec.providerID, by node name. By default the nodes are instances of one scale set.
 	ProviderIDs map[string]string
-	// Wait is how long to wait for another cluster on this host to end, such as that of a test of another package.
+	// Wait is how long Start waits for another cluster on this host to end, such as the cluster of another package's
+	// tests.
 	Wait time.Duration
 	// WithoutAzure leaves out the fake Azure.
 	WithoutAzure bool
@@ -41,7 +42,7 @@ type Cluster struct {
 	logDir   string
 	progress func(string)
 
-	// Set only in the process that started the cluster, its owner, not after Open.
+	// The owner, the process that started the cluster, sets these fields. They are nil in a Cluster that Open returns.
 	supervisor *exec.Cmd
 	pipe       *os.File
 	ended      chan struct{} // closed when the supervisor has ended
@@ -52,8 +53,9 @@ func newCluster(bin Binaries, logDir string, progress func(string)) *Cluster {
 	return &Cluster{Admin: admin, NetworkNamespaces: newNetworkNamespaces(), bin: bin, logDir: logDir, progress: progress}
 }
 
-// Start builds what is missing and starts a cluster. The cluster belongs to this process: it ends with Stop, or when the
-// process ends for any reason, unless Detach is called.
+// Start builds what is missing and starts a cluster. The cluster belongs to this process: it ends with Stop, or when
+// the process ends for any reason, unless Detach is called. Start returns ErrRunning if another cluster still runs
+// after opts.Wait.
 func Start(ctx context.Context, opts Options) (*Cluster, error) {
 	progress := opts.Progress
 	if progress == nil {
@@ -73,7 +75,7 @@ func Start(ctx context.Context, opts Options) (*Cluster, error) {
 	c := newCluster(cfg.Binaries, cfg.LogDir, progress)
 	err = c.launch(ctx, cfg)
 	for errors.Is(err, ErrRunning) && time.Now().Before(deadline) {
-		// Another process that waited too was faster.
+		// Another process that also waited started its cluster first.
 		if err := awaitOtherCluster(ctx, deadline); err != nil {
 			return nil, err
 		}
@@ -85,7 +87,7 @@ func Start(ctx context.Context, opts Options) (*Cluster, error) {
 	return c, nil
 }
 
-// awaitOtherCluster returns once no other cluster runs, and ErrRunning if one still does at the deadline.
+// awaitOtherCluster returns nil once no other cluster runs. It returns ErrRunning if one still runs at the deadline.
 func awaitOtherCluster(ctx context.Context, deadline time.Time) error {
 	ticker := time.NewTicker(200 * time.Millisecond)
 	defer ticker.Stop()
@@ -169,11 +171,13 @@ func (c *Cluster) launch(ctx context.Context, cfg *superviseConfig) error {
 	defer eventsR.Close()
 	defer eventsW.Close()
 
-	// Not CommandContext: when ctx ends, the pipe is closed, and the supervisor stops the cluster in order.
+	// Not CommandContext, which would kill the supervisor: when ctx ends, the pipe is closed, and the supervisor stops
+	// and removes the cluster.
 	c.supervisor = exec.Command(cfg.Program, "supervise")
 	c.supervisor.ExtraFiles = []*os.File{ownerR, eventsW} // descriptors 3 and 4
 	c.supervisor.Dir = "/"
-	// A session of its own: Ctrl-C at the terminal reaches the owner only, which then decides.
+	// The supervisor has its own session, so that Ctrl-C at the terminal reaches only the owner. The owner decides
+	// whether to stop the cluster.
 	c.supervisor.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := c.supervisor.Start(); err != nil {
 		ownerW.Close()
@@ -181,7 +185,7 @@ func (c *Cluster) launch(ctx context.Context, cfg *superviseConfig) error {
 	}
 	c.pipe, c.ended = ownerW, make(chan struct{})
 	go func() {
-		_ = c.supervisor.Wait() // it has reported errors as events
+		_ = c.supervisor.Wait() // the supervisor reports its errors as events
 		close(c.ended)
 	}()
 	eventsW.Close()
@@ -202,7 +206,8 @@ func (c *Cluster) launch(ctx context.Context, cfg *superviseConfig) error {
 	return ctx.Err()
 }
 
-// readEvents reports the supervisor's progress, and returns when the cluster is ready or has failed.
+// readEvents reports the supervisor's progress. It returns nil when the cluster is ready, and an error when the start
+// has failed or the supervisor has ended.
 func (c *Cluster) readEvents(events io.Reader) error {
 	start := time.Now()
 	for lines := bufio.NewScanner(events); lines.Scan(); {
@@ -224,7 +229,8 @@ func (c *Cluster) readEvents(events io.Reader) error {
 	return fmt.Errorf("starting the cluster: its supervisor ended%s", logTail(filepath.Join(c.logDir, "supervisor.log")))
 }
 
-// stopSupervisor makes the supervisor stop the cluster, and waits for its end.
+// stopSupervisor makes the supervisor stop the cluster, unless the owner has detached, and waits up to 30 s for the
+// supervisor to end.
 func (c *Cluster) stopSupervisor() error {
 	c.pipe.Close()
 	select {
@@ -235,7 +241,8 @@ func (c *Cluster) stopSupervisor() error {
 	}
 }
 
-// Open returns the cluster that runs on this host, whichever process started it.
+// Open returns the cluster that runs on this host, whichever process started it. It returns ErrNotRunning if there is
+// none, and another error while the cluster starts.
 func Open() (*Cluster, error) {
 	s, err := running()
 	if err != nil {
@@ -286,7 +293,7 @@ func Down() error {
 	s, err := running()
 	if err == nil {
 		if err := control(ctx, "/stop"); err != nil && s.Supervisor.alive() {
-			// Its children end with it; cleanUp removes the rest.
+			// The supervisor's children end with the supervisor. cleanUp removes the rest.
 			if killErr := s.Supervisor.kill(); killErr != nil {
 				return errors.Join(err, killErr)
 			}
@@ -320,10 +327,11 @@ func (c *Cluster) Nodes() []string {
 // StopAPIServer kills the API server; connections to its port are then refused.
 func (c *Cluster) StopAPIServer(ctx context.Context) error { return control(ctx, "/apiserver/stop") }
 
-// StartAPIServer starts it again and returns when it is ready.
+// StartAPIServer starts a stopped API server and returns when it is ready. It fails if the API server is running.
 func (c *Cluster) StartAPIServer(ctx context.Context) error { return control(ctx, "/apiserver/start") }
 
-// RestartNode stops and starts a node like a reboot, and returns when it is ready. Its pods are restarted.
+// RestartNode stops and starts a node like a reboot, and returns when the node is ready. The kubelet then restarts its
+// pods.
 func (c *Cluster) RestartNode(ctx context.Context, name string) error {
 	return control(ctx, "/nodes/"+name+"/restart")
 }

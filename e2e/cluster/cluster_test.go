@@ -104,7 +104,7 @@ func TestClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
 	}
 }
 
-// checkStop stops the cluster.
+// checkStop stops the cluster and checks that nothing of it is left.
 func checkStop(t *testing.T, c *Cluster) {
 	ids := recorded(t)
 	began := time.Now()
@@ -115,7 +115,7 @@ func checkStop(t *testing.T, c *Cluster) {
 	checkNothingLeft(t, ids)
 }
 
-// checkAPIServerRestart stops and starts the API server.
+// checkAPIServerRestart stops and starts the API server, and checks with kubectl that it responds only while it runs.
 func checkAPIServerRestart(t *testing.T, ctx context.Context, c *Cluster) {
 	if err := c.StopAPIServer(ctx); err != nil {
 		t.Fatal(err)
@@ -129,7 +129,7 @@ func checkAPIServerRestart(t *testing.T, ctx context.Context, c *Cluster) {
 	mustKubectl(t, ctx, c, "get", "nodes")
 }
 
-// checkNodeRestart restarts node2, which runs the pod on-node2.
+// checkNodeRestart restarts node2 and checks that the pod on-node2 runs again after one restart.
 func checkNodeRestart(t *testing.T, ctx context.Context, c *Cluster) {
 	if err := c.RestartNode(ctx, "node2"); err != nil {
 		t.Fatal(err)

@@ -12,11 +12,11 @@ import (
 	"time"
 )
 
-// controlServer executes requests to a running cluster, which come over a socket that only root can reach.
+// controlServer executes requests to a running cluster. It receives them on a socket that only root can connect to.
 type controlServer struct {
 	server  *http.Server
 	stopped chan struct{} // closed when everything has stopped
-	err     error         // valid from then on
+	err     error         // valid after stopped is closed
 }
 
 // serveControl opens the control socket and serves it. POST /stop calls end.
@@ -71,7 +71,7 @@ func (c *controlServer) finish(err error) {
 	_ = c.server.Shutdown(ctx)
 }
 
-// control sends a request to the supervisor of the running cluster and waits until it is done.
+// control sends a request to the supervisor of the running cluster and waits until the supervisor has executed it.
 func control(ctx context.Context, path string) error {
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,

@@ -39,8 +39,9 @@ func (c *controlPlane) startProcess(ctx context.Context, name, program string, a
 	return p, c.onStart(name, p)
 }
 
-// start returns when pods can be created: the API server is ready and the namespace default has its ServiceAccount.
-// onAPI is called as soon as the API server is ready, so that others can use it.
+// start starts the processes and returns when pods can be created: the API server is ready and the namespace default
+// has its ServiceAccount. onAPI is called as soon as the API server is ready, so that the caller can start the
+// kubelets.
 func (c *controlPlane) start(ctx context.Context, onAPI func()) error {
 	if err := c.startEtcd(ctx); err != nil {
 		return err
@@ -56,9 +57,9 @@ func (c *controlPlane) start(ctx context.Context, onAPI func()) error {
 		"--root-ca-file="+filepath.Join(c.pki, "ca.crt"),
 		"--use-service-account-credentials=true",
 		"--leader-elect=false",
-		// With the default rate limit its controllers start only after four seconds.
+		// With the default rate limit the controllers start only after four seconds.
 		"--kube-api-qps=500", "--kube-api-burst=1000",
-		// It creates this folder, by default in /usr.
+		// The controller-manager creates this folder. The default is below /usr.
 		"--flex-volume-plugin-dir="+filepath.Join(c.dir, "volume-plugins"),
 		"--bind-address=127.0.0.1")
 	if err != nil {
@@ -145,7 +146,7 @@ func checkHealth(ctx context.Context, client *http.Client, url string) error {
 	return nil
 }
 
-// runCtr runs containerd's own client on a node's socket.
+// runCtr runs ctr, the client of containerd, with a node's socket and returns what it printed.
 func runCtr(ctx context.Context, bin Binaries, node string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, bin.debian("ctr"), append([]string{"--address", containerdSocket(node), "--namespace", "k8s.io"}, args...)...)
 	out, err := run(cmd)

@@ -29,7 +29,7 @@ func netnsInode(path string) uint64 {
 }
 
 // refuseHostNetns returns an error unless path is a network namespace that is certainly not the host's own. It compares
-// three inode numbers, because none of them is available on every host.
+// three inode numbers, because none of them identifies the host's namespace in every case.
 func refuseHostNetns(path string) error {
 	inode := netnsInode(path)
 	if inode == 0 {
@@ -52,13 +52,14 @@ func refuseHostNetns(path string) error {
 // onThrowawayThread runs f on a thread that never returns to the Go runtime: the thread ends with the goroutine, so no
 // other goroutine can run in the namespace that f entered.
 //
-// The program's first thread cannot end. It would stay in the other namespace, and /proc/self with it.
+// f must not run on the program's first thread, which cannot end: it would stay in the namespace that f entered, and
+// /proc/self would show that namespace.
 func onThrowawayThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
 		if unix.Gettid() == os.Getpid() {
-			done <- onThrowawayThread(f) // on another thread: this one is occupied until then
+			done <- onThrowawayThread(f) // on another thread, because this one is locked to this goroutine
 			runtime.UnlockOSThread()
 			return
 		}
@@ -93,7 +94,8 @@ func enterNetns(path string) error {
 	return nil
 }
 
-// RequireRoot returns an error that names what is missing if the program may not create namespaces.
+// RequireRoot returns an error unless the user is root, PODIDENTITY_CLUSTER is valid and the program can create a
+// network namespace.
 func RequireRoot() error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("the cluster needs root (network, mount and PID namespaces, cgroups); this is user %d", os.Geteuid())

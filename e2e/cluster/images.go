@@ -29,7 +29,7 @@ var epoch = time.Unix(0, 0).UTC()
 // Never, once it is imported into their node.
 type Image struct {
 	Name    string // without the tag: local/nmi
-	Tag     string // identifies the content
+	Tag     string // derived from the content, except for PauseImage and TestImage
 	Archive string
 }
 
@@ -87,8 +87,8 @@ func (s imageSpec) packInto(dir string) (Image, error) {
 	return image, removeOldArchives(dir, filepath.Base(s.name))
 }
 
-// image is the image with the layer in the given file. Nothing in it depends on the time, so that equal content makes
-// an equal image.
+// image returns the image with the layer in the given file. Nothing in the image depends on the time, so that equal
+// content makes an equal image.
 func (s imageSpec) image(layerFile string) (v1.Image, error) {
 	// The archive never leaves this computer: compressing it would only cost time.
 	layer, err := tarball.LayerFromFile(layerFile, tarball.WithCompressionLevel(gzip.NoCompression))
@@ -185,7 +185,8 @@ func (s imageSpec) writeLayer(w io.Writer) error {
 	return out.Close()
 }
 
-// addTree adds a folder's contents, owned by root. Times are left out, so that equal content makes an equal image.
+// addTree adds a folder's contents, owned by root. It does not keep the times of the files, so that equal content makes
+// an equal image.
 func addTree(out *tar.Writer, root string) error {
 	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || path == root {

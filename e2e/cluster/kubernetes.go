@@ -133,5 +133,6 @@ func readBuildOutput(r io.Reader, compiled *atomic.Int64) string {
 	return rest.String()
 }
 
-// IsCount reports whether a line only counts on from the line before; a terminal can show them in one place.
+// IsCount reports whether a progress line only updates the count of compiled packages. A terminal can overwrite such a
+// line with the next one.
 func IsCount(line string) bool { return strings.HasPrefix(line, countPrefix) }

@@ -14,7 +14,7 @@ import (
 	"github.com/moby/sys/mountinfo"
 )
 
-// ownerVariable is the environment variable that makes the test program the owner of a cluster, to be killed.
+// ownerVariable is the environment variable that makes the test program start a cluster and wait until a test kills it.
 const ownerVariable = "PODIDENTITY_TEST_OWNS_CLUSTER"
 
 func TestMain(m *testing.M) {

@@ -7,7 +7,8 @@ import (
 	"strings"
 )
 
-// lastLines returns the end of a text, where programs print why they failed.
+// lastLines returns the last n lines of a text, where programs print why they failed. It cuts each line after 400
+// bytes.
 func lastLines(text string, n int) string {
 	lines := strings.Split(strings.TrimRight(text, "\n"), "\n")
 	if len(lines) > n {

@@ -153,7 +153,7 @@ func removeNetwork() error {
 		}
 		errs = append(errs, os.Remove(path))
 	}
-	// Only if it is empty: then the folder, and the mount on it, was made for this cluster.
+	// Only if the folder is empty: then no other program uses the folder and the mount on it.
 	if left, err := os.ReadDir(netnsDir); err == nil && len(left) == 0 {
 		_ = unix.Unmount(netnsDir, unix.MNT_DETACH)
 		os.Remove(netnsDir)

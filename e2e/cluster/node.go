@@ -38,7 +38,7 @@ func containerdSocket(node string) string {
 	return filepath.Join(runDir, node, "run-containerd", "containerd.sock")
 }
 
-// nodePlan is the configuration of init, in a file.
+// nodePlan is the configuration of NodeInit, which reads it from a file.
 type nodePlan struct {
 	Name       string
 	Dir        string
@@ -50,11 +50,12 @@ type nodePlan struct {
 	Path       string
 }
 
-// boot creates the node's namespaces and starts containerd in them. startKubelet comes later.
+// boot creates the node's mount, PID and host name namespaces, starts containerd in them, and returns when containerd
+// accepts connections. It does not start the kubelet (see startKubelet).
 func (n *node) boot(ctx context.Context) error {
 	n.began = time.Now()
-	// As at a boot: no cgroups, an empty /run, and /var as it was. In cgroups from before the boot the kubelet would look
-	// for containers for half a minute.
+	// As after a reboot there are no cgroups and /run is empty, and the folders of containerd, the kubelet and CNI in
+	// /var/lib are kept. In old cgroups the kubelet would look for containers for half a minute.
 	if err := errors.Join(removeCgroups(n.netns()), createCgroups(n.netns())); err != nil {
 		return err
 	}
@@ -98,8 +99,8 @@ func (n *node) boot(ctx context.Context) error {
 	}))
 }
 
-// startKubelet makes init start the kubelet. Started before the API server is ready, it would wait longer and longer
-// between its attempts to connect.
+// startKubelet makes init start the kubelet. The caller calls it when the API server is ready: a kubelet that is
+// started earlier waits longer and longer between its attempts to connect.
 func (n *node) startKubelet() error {
 	_, err := n.input.Write([]byte("kubelet\n"))
 	return errors.Join(err, n.input.Close())

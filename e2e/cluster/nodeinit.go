@@ -69,8 +69,8 @@ func (m *mounts) write(target, text string) {
 	}
 }
 
-// setUp gives the node a root file system of its own, an overlay of the host's: it has the host's programs and libraries,
-// and what the node writes to /etc, /var or /run is in memory and ends with the node.
+// setUp gives the node a root file system of its own, an overlay of the host's: it has the host's programs and
+// libraries. What the node writes is in memory and is lost when the node ends, except in the folders that setUp binds.
 func (plan *nodePlan) setUp() error {
 	if err := unix.Sethostname([]byte(plan.Name)); err != nil {
 		return fmt.Errorf("setting the host name: %w", err)

@@ -112,8 +112,9 @@ func apt(ctx context.Context, progress func(string), dir string, args ...string)
 	return nil
 }
 
-// NodeModules installs the npm packages of the lock file in a folder below e2e, once for each content of that file, and
-// returns the value of NODE_PATH for them. npm checks the hash of each package, and runs none of their scripts.
+// NodeModules installs the npm packages of e2e/folder/package-lock.json into the cache, once for each content of that
+// file and of package.json, and returns the value of NODE_PATH for them. npm checks the hash of each package, and runs
+// none of their scripts.
 func NodeModules(ctx context.Context, progress func(string), folder string) (string, error) {
 	if progress == nil {
 		progress = func(string) {}

@@ -17,8 +17,8 @@ var (
 	// Leftovers are found by it, and nothing of another program is mistaken for the cluster's.
 	namePrefix = "podid" + instance + "-"
 
-	// runDir contains all state of the running cluster, and is its lock. It is not in /run, which is often a small tmpfs:
-	// the nodes' images are stored here. It is short, because a socket path has at most 107 bytes.
+	// runDir contains all state of the running cluster, and is its lock (see lockRun). It is not in /run, which is
+	// often a small tmpfs: the nodes' images are stored here. It is short, because a socket path has at most 107 bytes.
 	runDir = "/var/lib/podidentity-e2e" + instance
 )
 
@@ -61,8 +61,9 @@ func adminEnv() []string {
 	}
 }
 
-// cacheDir is the folder of what is built or downloaded once. Everything in it is keyed by version and may be deleted at
-// any time.
+// cacheDir creates and returns the folder for what is built or downloaded. The names of its contents identify their
+// version, except for the project's own programs, which are built again before each use. The folder may be deleted
+// while no cluster runs.
 func cacheDir() (string, error) {
 	base, err := os.UserCacheDir()
 	if err != nil {

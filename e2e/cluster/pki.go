@@ -21,7 +21,8 @@ import (
 	"k8s.io/client-go/util/keyutil"
 )
 
-// pki signs the cluster's certificates. Each cluster has its own, which never leaves the run folder.
+// pki is the CA that signs the certificates of a cluster. Each cluster has its own CA. Its private key is only in
+// memory.
 type pki struct {
 	dir  string
 	cert *x509.Certificate

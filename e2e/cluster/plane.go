@@ -20,7 +20,8 @@ type Plane struct {
 	netns *os.File
 }
 
-// StartPlane returns when the API server is ready. dir is a folder of the caller's, for certificates, data and logs.
+// StartPlane starts a Plane and returns when the API server is ready. dir is a folder of the caller for certificates,
+// data and logs.
 func StartPlane(ctx context.Context, dir string, progress func(string)) (*Plane, error) {
 	if err := RequireRoot(); err != nil {
 		return nil, err
@@ -35,7 +36,7 @@ func StartPlane(ctx context.Context, dir string, progress func(string)) (*Plane,
 	}
 	p := &Plane{netns: netns, cp: &controlPlane{
 		bin: bin, netns: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), netns.Fd()), dir: dir, pki: filepath.Join(dir, "pki"), logDir: dir,
-		spawn: newSpawner(), onStart: func(string, *process) error { return nil }, // its children end with it: no record of them is needed
+		spawn: newSpawner(), onStart: func(string, *process) error { return nil }, // the processes end with this program: no record of them is needed
 	}}
 	if err := p.start(ctx); err != nil {
 		return nil, errors.Join(err, p.Stop())
@@ -75,7 +76,7 @@ func loopbackNetns() (file *os.File, err error) {
 	return file, err
 }
 
-// Stop ends the processes. Their data, in memory, is lost.
+// Stop ends the processes. The data of etcd is in memory and is lost.
 func (p *Plane) Stop() error {
 	return errors.Join(p.cp.stop(), p.netns.Close())
 }

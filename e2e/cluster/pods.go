@@ -16,8 +16,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// NetworkNamespaces runs programs in the network namespaces of nodes and pods. Tests call it often, so it asks the API server
-// itself: a kubectl process takes a quarter of a second of a CPU.
+// NetworkNamespaces runs programs in the network namespaces of nodes and pods. Tests call it often, so it gets pods
+// from the API server without kubectl: a kubectl process takes a quarter of a second of CPU time.
 type NetworkNamespaces struct {
 	api func() (*apiClient, error)
 }
@@ -75,8 +75,9 @@ func podProcesses(uid string) ([]int, error) {
 
 // PodNetns opens the network namespace of a running pod. The caller closes the file, which keeps the namespace.
 //
-// A pod without a reported address does not count as running. It has a network some time before it has a container, on a
-// busy host for longer than NMI waits for the pod of an address.
+// PodNetns refuses a pod without a reported address. Such a pod may already have a network, because its sandbox exists
+// some time before its container. On a busy host that time is longer than NMI waits for the pod of an unknown address
+// to appear in the API server, so NMI would refuse its requests.
 func (n NetworkNamespaces) PodNetns(ctx context.Context, namespace, name string) (*os.File, error) {
 	pod, err := n.pod(ctx, namespace, name)
 	if err != nil {
@@ -104,14 +105,16 @@ func (n NetworkNamespaces) PodNetns(ctx context.Context, namespace, name string)
 	return nil, fmt.Errorf("pod %s/%s has no running process (its phase is %s)", namespace, name, pod.Status.Phase)
 }
 
-// openPodNetns returns nil without an error if the process has ended or is not in the pod's network: runc sets up a
-// container with processes that are in the pod's cgroup a moment before they are in its namespaces.
+// openPodNetns opens the network namespace of a process of a pod. It returns nil without an error if the process has
+// ended or is not in the pod's network: runc sets up a container with processes that are in the pod's cgroup a moment
+// before they are in its namespaces.
 func openPodNetns(pid int, pod *corev1.Pod) (*os.File, error) {
 	file, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
 	if err != nil {
 		return nil, nil //nolint:nilerr // see above
 	}
-	// The open file pins the namespace. The process must still have been in the pod when the file was opened.
+	// The open file pins the namespace. This check comes after the open: if the process had ended before the open, its
+	// PID could have belonged to another process by then.
 	still, err := podProcesses(string(pod.UID))
 	if err != nil || !slices.Contains(still, pid) {
 		file.Close()

@@ -32,7 +32,7 @@ func procStat(pid int) (start uint64, state byte, err error) {
 	if err != nil {
 		return 0, 0, err
 	}
-	// The name before the last parenthesis may hold anything, spaces and parentheses too.
+	// The name before the last parenthesis may contain any characters, also spaces and parentheses.
 	fields := bytes.Fields(data[bytes.LastIndexByte(data, ')')+1:])
 	if len(fields) < 20 {
 		return 0, 0, fmt.Errorf("unexpected contents of /proc/%d/stat", pid)
@@ -46,8 +46,8 @@ func (p processID) alive() bool {
 	return p.PID > 1 && err == nil && start == p.Start && state != 'Z'
 }
 
-// open returns a descriptor that pins the process, or false if the process has ended. Its PID may belong to another process
-// by then.
+// open returns a descriptor that pins the process. It returns false if the process has ended, even if another process
+// has its PID by then.
 func (p processID) open() (fd int, ok bool, err error) {
 	if p.PID <= 1 {
 		return -1, false, nil
@@ -65,8 +65,8 @@ func (p processID) open() (fd int, ok bool, err error) {
 	return fd, true, nil
 }
 
-// kill ends the process unless it has ended, even if its PID belongs to another process by then. The
-// descriptor pins the process between the check and the signal.
+// kill sends SIGKILL to the process. It does nothing if the process has ended, even if another process has its PID by
+// then: the descriptor pins the process between the check and the signal.
 func (p processID) kill() error {
 	fd, ok, err := p.open()
 	if err != nil {
@@ -82,8 +82,8 @@ func (p processID) kill() error {
 	return nil
 }
 
-// waitGone returns when the process has ended. The process need not be a child: a descriptor of a process is readable
-// once that has ended.
+// waitGone returns nil when the process has ended, and an error after the limit. The process need not be a child: the
+// descriptor of a process becomes readable when the process ends.
 func (p processID) waitGone(limit time.Duration) error {
 	fd, ok, err := p.open()
 	if err != nil {
@@ -108,7 +108,8 @@ func (p processID) waitGone(limit time.Duration) error {
 	}
 }
 
-// process is a child of the supervisor. done is closed once it has ended; err is valid from then on.
+// process is a child of the supervisor, or of the program that started a Plane. done is closed once the process has
+// ended. err is valid after that.
 type process struct {
 	processID
 	name string
@@ -132,7 +133,7 @@ func newSpawner() spawner {
 	return s
 }
 
-// start runs cmd with its output in the file log. The child is killed when the supervisor ends, however it ends.
+// start runs cmd with its output in the file log. The kernel kills the child when this program ends for any reason.
 func (s spawner) start(name, log string, cmd *exec.Cmd) (*process, error) {
 	out, err := os.OpenFile(log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
@@ -180,7 +181,7 @@ func (p *process) stop() error {
 	}
 }
 
-// ended returns an error with the end of the log if the process has ended.
+// ended returns nil while the process runs, and then an error that contains the last lines of its log.
 func (p *process) ended() error {
 	select {
 	case <-p.done:
@@ -197,8 +198,9 @@ const startLimit = 3 * time.Minute
 // errTooLate is the cause of a context whose wait took longer than its limit.
 var errTooLate = errors.New("the limit is over")
 
-// waitFor calls wait, which returns when something has happened. Its context ends after the limit, and at once when one
-// of the processes that it depends on has ended.
+// waitFor calls wait, which returns when an event has happened. The string what names that event in errors. The context
+// of wait ends after the limit, and immediately when one of the processes in on has ended. The error then contains the
+// last lines of the processes' logs.
 func waitFor(ctx context.Context, what string, limit time.Duration, on []*process, wait func(context.Context) error) error {
 	ctx, end := context.WithCancelCause(ctx)
 	defer end(nil)
@@ -230,7 +232,8 @@ func waitFor(ctx context.Context, what string, limit time.Duration, on []*proces
 	return fmt.Errorf("waiting for %s: not ready after %s: %w%s", what, limit, err, tails)
 }
 
-// polled makes a check a wait: the check is repeated until it returns nil. It is for what reports no event.
+// polled returns a function for waitFor that repeats a check every 50 ms until the check returns nil. It is for
+// conditions that report no event. When the context ends, the function returns the last error of the check.
 func polled(check func(context.Context) error) func(context.Context) error {
 	return func(ctx context.Context) error {
 		ticker := time.NewTicker(50 * time.Millisecond)

@@ -7,8 +7,11 @@ import (
 	"strings"
 )
 
-// Scratch creates a folder for temporary files of this program, which must remove it when it ends. It first removes the
-// folders of programs that were killed before they could. The name identifies the purpose, and has no hyphen.
+// Scratch creates a folder for temporary files of this program and returns its path. The program must remove the folder
+// when it ends. Scratch first removes the folders that programs with the same name left when they were killed.
+//
+// name identifies the purpose. It must not contain a hyphen: Scratch("a") would take the b in a folder of
+// Scratch("a-b") for the PID of a program that has ended.
 func Scratch(name string) (string, error) {
 	prefix := "podidentity-" + name + "-"
 	old, err := filepath.Glob(filepath.Join(os.TempDir(), prefix+"*"))

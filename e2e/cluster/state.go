@@ -63,7 +63,8 @@ func (s *state) write() error {
 	return os.Rename(stateFile+".new", stateFile)
 }
 
-// ErrRunning is returned if another cluster runs: two would use the same names, addresses and cgroups.
+// ErrRunning is returned if another cluster with the same PODIDENTITY_CLUSTER runs: both would use the same names,
+// network namespaces and cgroups.
 var ErrRunning = errors.New("a cluster is already running on this host")
 
 func errRunning(s *state) error {
@@ -77,8 +78,9 @@ func errRunning(s *state) error {
 // ErrNotRunning is returned by functions that need a running cluster.
 var ErrNotRunning = errors.New("no cluster is running: start one with `bin/cluster up`")
 
-// lockRun locks the run folder, so that the host has one cluster at a time. The kernel releases the lock when the process
-// that holds it ends for any reason.
+// lockRun locks the run folder, so that only one cluster with this PODIDENTITY_CLUSTER runs at a time. It returns
+// ErrRunning if another process holds the lock. The kernel releases the lock when the process that holds it ends for
+// any reason.
 func lockRun() (*os.File, error) {
 	for {
 		if err := os.MkdirAll(runDir, 0o755); err != nil {

@@ -41,7 +41,7 @@ type event struct {
 // detachByte in the owner's pipe makes the cluster continue to run when the owner ends.
 const detachByte = 'D'
 
-// supervisor runs the cluster: every process of the cluster is its child, and the cluster ends with it.
+// supervisor runs the cluster: every process of the cluster is a descendant of it, and the cluster ends with it.
 //
 // It is a separate program, because a process that is killed by SIGKILL cannot clean up after itself. Only the owner, a
 // test or `cluster up`, has the write end of a pipe. When the owner ends for any reason, the kernel closes the pipe, and
@@ -72,7 +72,7 @@ func Supervise(owner, events *os.File) error {
 	if err := json.Unmarshal(line, &s.cfg); err != nil {
 		return fmt.Errorf("reading the supervisor's configuration: %w", err)
 	}
-	// The end of the owner is noticed on its pipe.
+	// The supervisor notices the end of the owner by the pipe, not by these signals.
 	signal.Ignore(syscall.SIGPIPE, syscall.SIGHUP)
 	ctx, end := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer end()
@@ -166,8 +166,8 @@ func (s *supervisor) prepare(end func()) (*controlServer, error) {
 	return s.serveControl(end)
 }
 
-// start starts all processes, in parallel where possible: containerd runs and has its images before the API server is
-// ready.
+// start starts all processes, in parallel where possible: each node starts containerd and imports its images while the
+// API server starts.
 func (s *supervisor) start(ctx context.Context) error {
 	s.step("creating namespaces and certificates")
 	if err := makeNetwork(); err != nil {
@@ -183,7 +183,7 @@ func (s *supervisor) start(ctx context.Context) error {
 	s.cp.api = api
 
 	apiReady := make(chan struct{})
-	// The first error ends the others.
+	// The first error cancels the context of the others.
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		s.step("starting etcd and the API server")

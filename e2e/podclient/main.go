@@ -25,7 +25,7 @@ flags of token:
 `
 
 func main() {
-	// main starts within a millisecond of the exec. Work that a subcommand does not need must not come before it.
+	// main starts within a millisecond of the exec. Work that a subcommand does not need must not delay the subcommand.
 	args := os.Args[1:]
 	if len(args) == 0 {
 		args = []string{"pause"}
@@ -44,7 +44,8 @@ func main() {
 	}
 }
 
-// waitForSignal also reaps orphans: in a sandbox this process is PID 1 of a pod that shares its PID namespace.
+// waitForSignal waits for SIGINT or SIGTERM. Until then it reaps orphans: in a sandbox this process is PID 1 of a pod
+// whose containers share one PID namespace.
 func waitForSignal() {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGCHLD)

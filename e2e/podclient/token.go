@@ -15,7 +15,7 @@ import (
 // outcome is the line that `podclient token` prints. Tests read it from the pod's log.
 type outcome struct {
 	Started    time.Time         `json:"started"`
-	Status     int               `json:"status"` // 0: no answer, see error
+	Status     int               `json:"status"` // 0: no response, see Error
 	Body       string            `json:"body,omitempty"`
 	Headers    map[string]string `json:"headers,omitempty"`
 	Error      string            `json:"error,omitempty"`
@@ -58,7 +58,8 @@ func token(args []string) int {
 	return 1
 }
 
-// ask sends one request over one connection. The client of net/http retries in some cases, and follows redirects.
+// ask sends one request over one connection. It does not use the client of net/http, which retries in some cases and
+// follows redirects.
 func ask(target string, timeout time.Duration) (result outcome) {
 	err := func() error {
 		u, err := url.Parse(target)

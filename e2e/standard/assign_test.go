@@ -38,9 +38,9 @@ type stateHistory struct {
 
 const gone = "gone"
 
-// recordStates records the states of the assignments until the test ends. It watches from the resourceVersion of a list: a
-// watch without one must first wait until the cache of the API server is up to date, and with a version of etcd that does
-// not report progress that can fail for many seconds.
+// recordStates records the states of the assignments until the test ends. It watches from the resourceVersion of a
+// list. A watch without a resourceVersion must first wait until the cache of the API server is up to date. With a
+// version of etcd that does not report progress, this wait can fail for many seconds.
 func (s *testNamespace) recordStates() *stateHistory {
 	s.t.Helper()
 	var now v1.AzureAssignedIdentityList
@@ -77,7 +77,7 @@ func (h *stateHistory) record(events <-chan watch.Event) {
 	}
 }
 
-// is returns nil if these were the states, without repetitions.
+// is returns nil if the recorded states, without consecutive repetitions, equal want.
 func (h *stateHistory) is(want ...string) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -199,7 +199,7 @@ func deletedNamespace(t *testing.T, l *testEnvironment) {
 	deleted := time.Now()
 	must(t, l.kube.Delete(t.Context(), space))
 	l.waitUntilDeleted(t, space)
-	l.mustBeDetachedAfterDelay(t, "node1", id, deleted) // although no object refers to it any more
+	l.mustBeDetachedAfterDelay(t, "node1", id, deleted) // although its pod and its assignment no longer exist
 }
 
 func identitiesWithoutMachine(t *testing.T, l *testEnvironment) {

@@ -13,8 +13,9 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// waitForTokenOf requests tokens until one is for the identity, as a client does that retries. NMI observes a change a
-// moment after the API server has it, so a token for the previous identity is not an error.
+// waitForTokenOf requests tokens until one is for the identity, like a client that retries. A response with a status
+// other than 200 and 503 fails the test. NMI observes a change a moment after the API server has it, so a token for the
+// previous identity is not an error.
 func (a podClient) waitForTokenOf(id azure.Identity, query ...string) {
 	a.s.t.Helper()
 	eventually(a.s.t, updateTimeout, func() error {
@@ -26,7 +27,8 @@ func (a podClient) waitForTokenOf(id azure.Identity, query ...string) {
 	})
 }
 
-// waitForOnlyAssignment waits until that is the only assignment of the pod.
+// waitForOnlyAssignment waits until the identity is assigned to the pod and the pod has no other assignment. It returns
+// the assignment.
 func (s *testNamespace) waitForOnlyAssignment(pod, identity string, id azure.Identity) (a v1.AzureAssignedIdentity) {
 	s.t.Helper()
 	a = s.waitUntilAssigned(pod, identity, id)

@@ -81,7 +81,7 @@ func (l *testEnvironment) inLedgers(t *testing.T, id azure.Identity) bool {
 	})
 }
 
-// requestsToARM checks all requests of the tests before.
+// requestsToARM checks all requests and changes of the tests before it.
 func requestsToARM(t *testing.T, l *testEnvironment) {
 	log, err := l.cloud.ARMLog(t.Context(), 0)
 	must(t, err)

@@ -34,11 +34,11 @@ const (
 	// armDelay is the duration of an update in ARM. MIC starts the next update of a machine at the earliest ten seconds after
 	// the start of the last one.
 	armDelay = 8 * time.Second
-	// updateTimeout is the longest time that anything may take that needs an update of a machine. Another update may have
-	// started just before, and other tests change the same machine at the same time. Both limits are for busy computers:
-	// they are several times what such a test takes on two idle cores.
+	// updateTimeout is the limit for everything that needs an update of a machine. Another update may have started just
+	// before, and other tests change the same machine at the same time. updateTimeout and reactionTimeout are several
+	// times what the tests need on two idle cores, because the computer may be busy.
 	updateTimeout = 4 * time.Minute
-	// reactionTimeout is the longest time that anything may take that needs no update of a machine.
+	// reactionTimeout is the limit for everything that needs no update of a machine.
 	reactionTimeout = 90 * time.Second
 
 	micName = "podidentity-mic"
@@ -53,7 +53,7 @@ type testEnvironment struct {
 	kube      client.WithWatch
 	cloud     *azure.Client
 	vms       bool             // each node is a virtual machine; else both are in one scale set
-	foreign   []azure.Identity // attached to all machines before MIC was there
+	foreign   []azure.Identity // attached to all machines before MIC is installed
 	immutable azure.Identity   // see immutableClientID
 
 	serial atomic.Int32
@@ -61,11 +61,12 @@ type testEnvironment struct {
 
 func twoVMs(o *cluster.Options) { o.ProviderIDs = cluster.TwoVMs() }
 
-// start starts a cluster, attaches two identities that MIC does not manage to its machines (such as the kubelet has), and
-// installs the chart.
+// start starts a cluster, attaches to its machines two identities that MIC does not manage (like the kubelet's identity
+// on AKS), and installs the chart.
 func start(t *testing.T, change func(*cluster.Options)) *testEnvironment {
 	t.Helper()
-	// Before the cluster starts: other test processes on this computer may wait until it has stopped.
+	// The images are built before the cluster starts, because other test processes on this computer may wait until the
+	// cluster has stopped.
 	_, errMIC := cluster.BuildMICImage(t.Context())
 	_, errNMI := cluster.BuildNMIImage(t.Context(), nil)
 	must(t, errors.Join(errMIC, errNMI))
@@ -198,7 +199,8 @@ func (l *testEnvironment) updates(t *testing.T, id azure.Identity) []azure.ARMRe
 	return slices.DeleteFunc(l.patches(t, id), func(r azure.ARMRequest) bool { return !r.Accepted })
 }
 
-// mustBeDetachedAfterDelay waits until MIC has detached an identity, and checks that the update started after the delay.
+// mustBeDetachedAfterDelay waits until MIC has detached an identity, and checks that the update started later than
+// detachDelay after unused, the time since which no pod uses the identity.
 func (l *testEnvironment) mustBeDetachedAfterDelay(t *testing.T, node string, id azure.Identity, unused time.Time) {
 	t.Helper()
 	l.waitUntilDetached(t, node, id)
@@ -240,8 +242,8 @@ func (l *testEnvironment) lease(t *testing.T) string {
 	return *lease.Spec.HolderIdentity
 }
 
-// leader waits until the Lease has another holder than before. It returns the holder and the name of its pod. A restarted
-// process in the same pod is another holder.
+// leader waits until the Lease has a holder other than before. It returns the name of the holder's pod, and the holder.
+// A restarted process in the same pod is another holder.
 func (l *testEnvironment) leader(t *testing.T, before string) (pod, holder string) {
 	t.Helper()
 	eventually(t, reactionTimeout, func() error {

@@ -112,8 +112,9 @@ func killMIC(t *testing.T, l *testEnvironment, pod string) {
 	t.Fatalf("none of the processes %v of pod %s is MIC", pids, pod)
 }
 
-// planChangesNothing runs `mic plan` in a pod of MIC, with the pod's arguments. At that time an update of node1's machine
-// attaches one identity for pod p, and the next update will attach the other one for pod q.
+// planChangesNothing runs `mic plan` in a pod of MIC, with the pod's arguments, and checks the output and that the plan
+// changed no object and no machine. At that time an update of node1's machine attaches one identity (id) for pod p, and
+// the next update will attach the other identity (later) for pod q.
 func (s *testNamespace) planChangesNothing(id, later azure.Identity) {
 	s.t.Helper()
 	pods, err := s.micPods(s.t.Context())
@@ -190,7 +191,7 @@ func metricsOfMIC(t *testing.T, l *testEnvironment) {
 	}
 }
 
-// sample is the value of the first metric whose line has the prefix.
+// sample returns the value of the first line of metrics that has the prefix.
 func sample(metrics, prefix string) (v float64, ok bool) {
 	for line := range strings.Lines(metrics) {
 		if strings.HasPrefix(line, prefix) {

@@ -49,7 +49,8 @@ var parallelTests = []testCase{
 
 const firstTests = 2
 
-// sequentialTests change what all other tests depend on.
+// sequentialTests run one after the other, after all parallel tests. They change what other tests depend on, or check
+// the effects of all tests before them.
 var sequentialTests = []testCase{
 	{"an update survives two changes of the leader and is sent once", leaderChangesDuringUpdate},
 	{"MIC has metrics", metricsOfMIC},

@@ -37,7 +37,7 @@ func (l *testEnvironment) newNamespace(t *testing.T) *testNamespace {
 		}
 		_ = l.kube.Delete(context.Background(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: s.name}})
 	})
-	eventually(t, reactionTimeout, func() error { // without it, the API server refuses pods
+	eventually(t, reactionTimeout, func() error { // without its ServiceAccount, the API server refuses pods
 		return l.kube.Get(t.Context(), client.ObjectKey{Namespace: s.name, Name: "default"}, new(corev1.ServiceAccount))
 	})
 	return s
@@ -100,7 +100,7 @@ func podSpec(node string, args ...string) corev1.PodSpec {
 	}
 }
 
-// startPod creates a pod that runs podclient with args. Without args it does nothing.
+// startPod creates a pod that runs podclient with args. Without args podclient only waits.
 func (s *testNamespace) startPod(name, label, node string, args ...string) {
 	s.t.Helper()
 	p := &corev1.Pod{ObjectMeta: s.meta(name), Spec: podSpec(node, args...)}

@@ -46,7 +46,7 @@ func refusedIdentities(t *testing.T, l *testEnvironment) {
 	s.startPod("q", "late", "node1")
 	s.clientIn("q").waitForTokenOf(late)
 	p.waitForTokenOf(misspelled, of(misspelled))
-	if l.vms { // in one layout, an edit of the AzureIdentity makes MIC retry immediately
+	if l.vms { // an edit of the AzureIdentity makes MIC retry immediately; in the other layout MIC retries by itself
 		touch := client.RawPatch("application/merge-patch+json", []byte(`{"metadata":{"annotations":{"repaired":"yes"}}}`))
 		must(t, l.kube.Patch(t.Context(), &v1.AzureIdentity{ObjectMeta: s.meta("denied")}, touch))
 	}

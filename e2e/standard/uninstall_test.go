@@ -59,7 +59,7 @@ func uninstall(t *testing.T, l *testEnvironment) {
 	for _, name := range []string{s.name, cluster.ChartNamespace} {
 		must(t, l.kube.Delete(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}))
 	}
-	eventually(t, updateTimeout, func() error { // also those of all other tests
+	eventually(t, updateTimeout, func() error { // this includes the namespaces of all other tests
 		out, err := l.Kubectl(t.Context(), "get", "namespaces")
 		if err == nil && (strings.Contains(out, "Terminating") || strings.Contains(out, "test-")) {
 			err = fmt.Errorf("namespaces are left:\n%s", out)

@@ -1,4 +1,4 @@
-// Goclient requests one token with a Go library of Azure, as an application does that knows nothing of Pod Identity, and
+// Goclient requests one token with a Go library of Azure, like an application that knows nothing of Pod Identity, and
 // prints the result as one JSON line.
 //
 // It protects the end-to-end tests against a misreading of the protocol: requests, retries and errors are those of the
@@ -127,7 +127,8 @@ func (next) GetToken(context.Context, policy.TokenRequestOptions) (azcore.Access
 	return azcore.AccessToken{Token: "of the next credential", ExpiresOn: time.Now().Add(time.Hour)}, nil
 }
 
-// legacy first checks with the library whether IMDS is available, as applications do that support several token sources.
+// legacy first checks with the library whether IMDS is available, like an application that supports several token
+// sources. The recorder does not record that check.
 func legacy(r request, rec *recorder) (azcore.AccessToken, error) {
 	ctx := context.Background()
 	if !adal.MSIAvailable(ctx, nil) {
@@ -159,7 +160,7 @@ type perRetry struct{ *recorder }
 
 func (p perRetry) Do(r *policy.Request) (*http.Response, error) { return p.record(r.Next) }
 
-// Do is adal's sender.
+// Do implements adal.Sender.
 func (a *recorder) Do(r *http.Request) (*http.Response, error) {
 	return a.record(func() (*http.Response, error) { return http.DefaultClient.Do(r) })
 }

@@ -1,9 +1,9 @@
-// Command binaries is every Go program of Kubernetes that a test cluster runs, and helm, in one file: the name under
-// which it is called says which of them it is. Linked together they are built in one step, and each package that they
-// share is compiled once.
+// Command binaries contains every Go program of Kubernetes that a test cluster runs, and helm, in one file. The name
+// under which it is called selects the program. One file is built in one step, and each package that the programs share
+// is compiled once.
 //
-// It is a module of its own, so that no tool that reads the tests has to read all of Kubernetes. Its modules have the
-// versions that the product and the tests select too: what is compiled for one of them serves the others.
+// It is a module of its own, so that no tool that reads the tests has to read all of Kubernetes. Its go.mod selects the
+// same module versions as the product and the tests, so that a package that several of them use is compiled once.
 package main
 
 import (
@@ -52,7 +52,7 @@ func main() {
 }
 
 func runKubectl() int {
-	// Before the flags are parsed: making the commands logs too.
+	// This must come before the flags are parsed, because the creation of the commands already logs.
 	_, _ = logs.GlogSetter(kubectl.GetLogVerbosity(os.Args))
 	if err := cli.RunNoErrOutput(kubectl.NewDefaultKubectlCommand()); err != nil {
 		kubectlutil.CheckErr(err) // prints it and exits

@@ -12,8 +12,8 @@ import (
 // maxCold is the greatest number of fresh identities of each source. One pod is left for the last identity of createAll.
 var maxCold = (pods - 1) / len(sources)
 
-// coldPause is the time between two first tokens. In it the API server updates its counts, and NMI's rate limit for IMDS
-// admits the next request at once.
+// coldPause is the time between two first tokens. During this time the API server updates its counts, and NMI's rate
+// limit for IMDS recovers, so that it does not delay the next request.
 const coldPause = 100 * time.Millisecond
 
 // first is the duration of the first token of one identity, and the calls for it.
@@ -55,9 +55,9 @@ func (r *environment) cold(ctx context.Context, n int) (map[string][]first, erro
 	return all, nil
 }
 
-// createAll creates the fresh identities, and returns when NMI knows all of them, without requesting their tokens: NMI
-// receives the objects of each kind in the order of their changes, so it is enough that it knows one more that was
-// created last.
+// createAll creates the fresh identities, and returns when NMI knows all of them, without requesting their tokens. It
+// creates one more identity last and requests a token of that one: NMI receives the objects of each kind in the order
+// of their changes, so when it knows the last identity it knows all of them.
 func (r *environment) createAll(ctx context.Context, k clients, n int) ([]freshIdentity, error) {
 	p, err := r.newCredentials(ctx)
 	if err != nil {

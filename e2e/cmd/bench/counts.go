@@ -62,7 +62,7 @@ func readRequests(metrics string) (requests, error) {
 // written are the resources that only MIC writes in this environment.
 var written = []string{"azureassignedidentities", "configmaps", "events"}
 
-// readWrites reads from the API server's metrics how often these resources were written.
+// readWrites reads from the API server's metrics how many requests wrote the resources in written.
 func readWrites(metrics string) (float64, error) {
 	var writes float64
 	for _, resource := range written {

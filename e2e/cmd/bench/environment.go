@@ -182,7 +182,8 @@ func (r *environment) startIMDS(ctx context.Context) error {
 	return r.azure.AddIdentity(ctx, shared)
 }
 
-// startNMI runs NMI on its node as the DaemonSet would, with its defaults except for the address of Entra ID.
+// startNMI runs NMI on its node like the DaemonSet, and returns when NMI is ready. Besides the flags that NMI needs
+// outside of a pod, only profiling and the address and the CA of Entra ID differ from the defaults.
 func (r *environment) startNMI(ctx context.Context) error {
 	binary, err := buildProgram(ctx, "nmi", r.dir)
 	if err != nil {
@@ -215,7 +216,7 @@ func (r *environment) waitReady(ctx context.Context, netns, url string) error {
 	return fmt.Errorf("%s in %s is not ready after a minute\n%s", url, netns, why[max(0, len(why)-4000):])
 }
 
-// startBare runs the bare handler, which returns exactly the bytes of NMI's response.
+// startBare runs the bare handler, which returns exactly the body of NMI's response.
 func (r *environment) startBare(ctx context.Context) error {
 	answer, err := r.nmi.client(0).once(ctx)
 	if err != nil {
@@ -245,7 +246,8 @@ func (r *environment) startBare(ctx context.Context) error {
 	return fmt.Errorf("the bare handler does not respond: %s", stderr.String())
 }
 
-// burst sends a request from all pods at once and returns how many calls IMDS received.
+// burst sends a request from all pods at once. It returns how many token requests IMDS received, and the time until the
+// last response. It is an error if IMDS received a request or a connection from a pod directly.
 func (r *environment) burst(ctx context.Context) (calls int, slowest time.Duration, err error) {
 	if err := r.azure.ResetLog(ctx); err != nil {
 		return 0, 0, err

@@ -45,7 +45,8 @@ type freshIdentity struct {
 
 func (n freshIdentity) name() string { return fmt.Sprintf("new-%d", n.pod) }
 
-// credentials are what fresh identities authenticate with. All have the same certificate: NMI opens it for each of them.
+// credentials are what fresh identities authenticate with. All use the same certificate, but NMI decrypts it separately
+// for each identity.
 type credentials struct {
 	certificate, pkcs12 []byte
 	trust               azure.FederatedCredential
@@ -68,8 +69,8 @@ func (r *environment) newCredentials(ctx context.Context) (*credentials, error) 
 	return &p, nil
 }
 
-// newCertificate creates a certificate and packs it with openssl, as users do: then NMI needs as many rounds of hashing to
-// read it as for theirs.
+// newCertificate creates a certificate and packs it into a PKCS #12 file with openssl, as users do, so that NMI needs
+// as many hash iterations to read the file as for a file of a user. It returns the certificate as PEM, and the file.
 func (r *environment) newCertificate(ctx context.Context) (cert, packed []byte, err error) {
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {

@@ -33,7 +33,8 @@ func (v comparison) marginal() float64 {
 	return (v.large.rss - v.small.rss) / float64(v.large.pods-v.small.pods)
 }
 
-// apiTime is the time of an assignment that the API server takes: two sequential writes.
+// apiTime is the part of an assignment's time that the API server takes: two sequential writes, each at the p99 of its
+// response times.
 func (v comparison) apiTime() time.Duration { return 2 * v.large.answerP99 }
 
 func (v comparison) goals() []goal {

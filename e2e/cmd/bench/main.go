@@ -1,10 +1,12 @@
-// Command bench measures NMI and prints the figures, and writes them to a file as one flat JSON object.
+// Command bench measures NMI and MIC and prints the figures, and writes them to a file as one flat JSON object.
 //
 // It runs NMI on a node of its own, a network namespace beside the test cluster: with the cluster's real API server,
 // a fake IMDS, 250 pods (Pod objects, and addresses in a second namespace that requests are sent from) and 5,000
 // identities with their bindings. For comparison it runs a bare net/http handler in equal namespaces, behind the same
-// rules, that returns the same bytes. One run measures both alternately, so that the ratio is valid on a noisy host. The
-// last measurement is the first token of identities of each source, with a fake Entra ID.
+// rules, that returns the same bytes. One run measures NMI and the bare handler alternately, so that the ratio is valid
+// on a noisy host. The last measurement of NMI is the first token of identities of each source, with a fake Entra ID.
+//
+// The environment and the measurements of MIC are described at micEnvironment and measureMIC.
 package main
 
 import (
@@ -116,7 +118,7 @@ func measureNMI(ctx context.Context, p plan, figures map[string]float64) error {
 				return err
 			}
 		}
-		// This is last, because it binds pods to other identities.
+		// This measurement is last, because it binds pods to other identities.
 		firsts, err := r.cold(ctx, p.cold)
 		if err == nil {
 			reportCold(figures, firsts)

@@ -40,13 +40,13 @@ func (c *client) once(ctx context.Context) ([]byte, error) {
 	return readAll(resp)
 }
 
-// figures of one round.
+// figures are the results of one round.
 type figures struct {
 	perSecond float64
 	p50, p99  time.Duration
 }
 
-// measure sends requests from all workers for the length of a round.
+// measure sends requests from all workers for the length of a round. A request that fails is an error.
 func (s *simulatedNode) measure(ctx context.Context, round time.Duration) (figures, error) {
 	var mu sync.Mutex
 	var all []time.Duration
@@ -83,7 +83,8 @@ func quantile(sorted []time.Duration, q float64) time.Duration {
 	return sorted[int(float64(len(sorted)-1)*q)].Round(time.Microsecond)
 }
 
-// compare measures the two in turn and notes the medians of the ratios.
+// compare measures NMI and the bare handler in turn. It records the medians of NMI's figures and of the ratios to the
+// bare handler, and the memory of NMI.
 func (r *environment) compare(ctx context.Context, figures map[string]float64, round time.Duration, rounds int) error {
 	printLine("\ncached token, %d connections kept alive, %d rounds of %s each\n", workers, rounds, round)
 	printLine("%5s  %10s %8s %8s   %10s %8s %8s   %6s %6s", "round", "NMI req/s", "p50", "p99", "bare req/s", "p50", "p99", "req/s", "p99")

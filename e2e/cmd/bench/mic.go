@@ -25,9 +25,10 @@ const (
 	aadPodIdentityTime = 160 * time.Second
 )
 
-// measureMIC measures MIC, in this order: the workload that AAD Pod Identity was measured with; an installation in a
-// cluster with pods; a small cluster in operation; its growth to a large one; the large one in operation; and many pods
-// that are created there at once.
+// measureMIC measures MIC, in this order: the workload that AAD Pod Identity was measured with; the start of MIC in a
+// cluster with pods; a small cluster in operation; its growth to a large cluster; the large cluster in operation; pods
+// with new identities that are created at once; and pods that are replaced at once. If p.many is 0, the cluster stays
+// small.
 func measureMIC(ctx context.Context, p micPlan, figures map[string]float64) (err error) {
 	printLine("\nMIC: %d nodes in %d scale sets, %d identities, ARM at 0 delay", scaleSets*nodesInSet, scaleSets, identities)
 	r, err := newMICEnvironment(ctx, strings.Fields(p.args))
@@ -68,7 +69,8 @@ func (m *micMeasurement) begin(ctx context.Context) error {
 	return err
 }
 
-// assigned waits until all of the pods are Assigned, and returns how long that took since began and how many calls of ARM.
+// assigned waits until all of the pods are Assigned. It returns the time from began until the last one was Assigned,
+// and the greatest numbers of calls of ARM for one scale set.
 func (m *micMeasurement) assigned(ctx context.Context, began time.Time, pods []string) (time.Duration, armCalls, error) {
 	_, last, err := m.waitAssigned(ctx, pods)
 	if err != nil {
@@ -157,7 +159,7 @@ func (m *micMeasurement) large(ctx context.Context) (err error) {
 	return err
 }
 
-// podsAtOnce is how many pods are created at once at the end, two of each identity on each scale set.
+// podsAtOnce is the number of pods that addNewIdentities creates at once: two for each pair of latePairs.
 const podsAtOnce = 2 * scaleSets * block
 
 // addNewIdentities creates pods at once with identities that are new to their scale sets.

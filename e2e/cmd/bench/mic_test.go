@@ -100,7 +100,7 @@ func TestWaitOfAPodEndsWhenItIsAssignedForTheFirstTime(t *testing.T) {
 		assigned: map[string]time.Time{}, live: map[string]struct{}{}}
 	w.record(event("ADDED", "a-1", "a", ""), after(time.Second))
 	w.record(event("MODIFIED", "a-1", "a", "Assigned"), after(2*time.Second))
-	w.record(event("MODIFIED", "a-1", "a", "Assigned"), after(3*time.Second)) // its finalizer, say
+	w.record(event("MODIFIED", "a-1", "a", "Assigned"), after(3*time.Second)) // for example, a change of its finalizers
 	w.record(event("MODIFIED", "b-1", "b", "Assigned"), after(time.Second))
 	w.record(event("DELETED", "b-1", "b", "Assigned"), after(4*time.Second))
 	w.record(event("ADDED", "c-1", "c", "Created"), after(4*time.Second))

@@ -210,7 +210,7 @@ func (r *micEnvironment) startMIC(ctx context.Context) error {
 	return r.withLog(fmt.Errorf("MIC is not ready after a minute: %w", err))
 }
 
-// stopMIC ends MIC in order, so that it releases its lease.
+// stopMIC ends MIC with SIGTERM, so that MIC releases its Lease.
 func (r *micEnvironment) stopMIC() {
 	r.mic.stop()
 	r.mic = nil
@@ -239,7 +239,7 @@ func (r *micEnvironment) get(ctx context.Context, url string) (string, error) {
 type work struct {
 	cpu time.Duration
 	requests
-	written float64 // by the API server's count: objects that MIC alone writes
+	written float64 // writes of objects that only MIC writes, counted by the API server
 }
 
 func (w work) minus(b work) work {
@@ -268,7 +268,7 @@ func (r *micEnvironment) work(ctx context.Context) (w work, err error) {
 // armCalls are the greatest numbers of requests for one scale set.
 type armCalls struct{ gets, patches int }
 
-// armCalls returns the requests to ARM since the last call.
+// armCalls returns the greatest numbers of requests to ARM for one scale set since the last call of armCalls.
 func (r *micEnvironment) armCalls(ctx context.Context) (maxCalls armCalls, err error) {
 	stats, err := r.azure.Stats(ctx)
 	if err != nil {
@@ -282,8 +282,8 @@ func (r *micEnvironment) armCalls(ctx context.Context) (maxCalls armCalls, err e
 	return maxCalls, r.azure.ResetLog(ctx)
 }
 
-// waitAssigned waits until all of the pods are Assigned and there are as many assignments as pods, and returns how long each
-// of the pods waited, and when the last one was Assigned.
+// waitAssigned waits until all of the pods are Assigned and there are as many assignments as pods in the workload. It
+// returns how long each of the pods waited, sorted, and when the last one was Assigned.
 func (r *micEnvironment) waitAssigned(ctx context.Context, pods []string) (waits []time.Duration, last time.Time, err error) {
 	const maxWait = 20 * time.Minute
 	deadline := time.Now().Add(maxWait)

@@ -111,7 +111,7 @@ func makePod(ctx context.Context, kube kubernetes.Interface, i int) error {
 	}
 	var made *corev1.Pod
 	var err error
-	// The ServiceAccount of a new namespace is created a moment later.
+	// Until the ServiceAccount of a new namespace exists, a moment after the namespace, the API server refuses pods.
 	for range 100 {
 		made, err = kube.CoreV1().Pods(namespace).Create(ctx, pod, metav1.CreateOptions{})
 		if err == nil || !apierrors.IsForbidden(err) {
@@ -147,7 +147,8 @@ func (k clients) makeIdentity(ctx context.Context, namespace, name, selector str
 	return create("AzureIdentityBinding", "azureidentitybindings", name+"-binding", map[string]any{"azureIdentity": name, "selector": selector})
 }
 
-// inParallel calls do n times, a few calls at a time, and returns the first error.
+// inParallel calls do n times, with at most 16 concurrent calls, and returns the first error. An error does not stop
+// the other calls.
 func inParallel(n int, do func(i int) error) error {
 	const atOnce = 16
 	var wg sync.WaitGroup

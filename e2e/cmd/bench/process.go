@@ -19,12 +19,12 @@ type children []*child
 
 type child struct {
 	*exec.Cmd
-	ended chan struct{} // closed once it has ended
-	err   error         // valid from then on
+	ended chan struct{} // closed once the process has ended
+	err   error         // valid after ended is closed
 }
 
-// start runs a process until it is stopped. The kernel kills the process when the thread that started it ends, so that
-// must be the main thread.
+// start runs a process until it is stopped. The kernel kills the process when the thread that started it ends. So start
+// locks the calling goroutine to its thread, which then ends only with that goroutine.
 func (c *children) start(cmd *exec.Cmd) (*child, error) {
 	runtime.LockOSThread()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -57,7 +57,7 @@ func (c *child) stop() {
 	}
 }
 
-// alive returns an error if it has ended.
+// alive returns an error if the process has ended.
 func (c *child) alive() error {
 	select {
 	case <-c.ended:
@@ -78,7 +78,7 @@ func buildProgram(ctx context.Context, name, dir string) (string, error) {
 	return binary, nil
 }
 
-// memory is the resident memory of a process now and at its peak, in bytes.
+// memory returns the resident memory of the process now and at its peak, in bytes.
 func (c *child) memory() (now, peak float64, err error) {
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.Process.Pid))
 	if err != nil {
@@ -103,7 +103,7 @@ func parseMemory(status string) (now, peak float64, err error) {
 	return now, peak, nil
 }
 
-// cpu is the processor time that a process has used.
+// cpu returns the processor time that the process has used.
 func (c *child) cpu() (time.Duration, error) {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.Process.Pid))
 	if err != nil {

@@ -25,12 +25,12 @@ type round struct {
 	rate                 float64       // a second
 	p50, p99             time.Duration // until Assigned
 	answerP50, answerP99 time.Duration // of the API server to the creation of a pod
-	cpu                  time.Duration // of MIC, for one
-	requests, writes     float64       // of MIC, for one
+	cpu                  time.Duration // of MIC, for one replaced pod
+	requests, writes     float64       // of MIC, for one replaced pod
 	rss, peak            float64       // of MIC, bytes
 }
 
-// round replaces n pods.
+// round replaces n pods at the rate of the plan and returns what was measured.
 func (m *micMeasurement) round(ctx context.Context, n int) (round, error) {
 	r := round{pods: m.workload.count(), replaced: n}
 	began, err := m.work(ctx)
@@ -90,7 +90,7 @@ func (r round) note(figures map[string]float64, prefix string) {
 	figures[prefix+"rss_mib"], figures[prefix+"rss_peak_mib"] = r.rss/(1<<20), r.peak/(1<<20)
 }
 
-// profileCPU takes a profile in the background.
+// profileCPU takes a CPU profile in the background and sends the result to the channel.
 func (m *micMeasurement) profileCPU(ctx context.Context, name string, length time.Duration) <-chan error {
 	done := make(chan error, 1)
 	go func() { done <- m.profile(ctx, name, fmt.Sprintf("profile?seconds=%.0f", length.Seconds())) }()
@@ -109,8 +109,9 @@ func (m *micMeasurement) profile(ctx context.Context, name, path string) error {
 	return os.WriteFile(filepath.Join(m.profiles, name), []byte(text), 0o644)
 }
 
-// atRate calls do n times at a rate per second, waits for all calls, and returns the rate that it reached. It stops at the
-// first error. It limits the concurrent calls to those of maxDuration: if calls take longer, the rate is lower.
+// atRate calls do n times at a rate per second, waits for all calls, and returns the rate at which it started them. It
+// starts no more calls after the first error. At most rate times maxDuration calls are concurrent: if calls take longer
+// than maxDuration, the rate is lower.
 func atRate(ctx context.Context, n int, rate float64, do func(i int) error) (float64, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

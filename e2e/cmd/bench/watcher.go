@@ -14,7 +14,8 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// watcher watches AzureAssignedIdentities as NMI does, and records when the one of each pod is Assigned for the first time.
+// watcher watches AzureAssignedIdentities like NMI, and records when the assignment of each pod is Assigned for the
+// first time.
 type watcher struct {
 	version string // resourceVersion of the last event; only the watch uses it
 
@@ -123,8 +124,8 @@ func (w *watcher) made(pod string) {
 	w.created[pod] = time.Now()
 }
 
-// took returns how long each of the pods waited until it was Assigned, sorted, and when the last one was. Pods that
-// still wait are not in it.
+// took returns how long each of the pods waited until it was Assigned, sorted, and when the last one was Assigned. It
+// leaves out pods that still wait.
 func (w *watcher) took(pods []string) (waits []time.Duration, last time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -18,8 +18,8 @@ import (
 )
 
 // The cluster that MIC is measured in. Each scale set has a block of identities from the start, and one block that is
-// added last; all others are added when the cluster grows. So an identity has as many pods on a scale set in the small
-// cluster as in the large one, and the replacement of a pod has the same effects in both.
+// added last. All other identities are added when the cluster grows. So an identity has about as many pods on a scale
+// set in the small cluster as in the large one, and the replacement of a pod has the same effects in both.
 const (
 	scaleSets             = 10
 	nodesInSet            = 100
@@ -215,8 +215,8 @@ func (c *workload) choose(pairs []pair, n int) (old []string, now []pair) {
 	return old, now
 }
 
-// replace does what a rolling update does to one pod: it creates the new pod, waits until that runs, and deletes the old
-// one. Between the steps it waits as long as a node takes.
+// replace does what a rolling update does to one pod: it creates the new pod, sets the status of a running pod, and
+// deletes the old pod. It waits for the time step before each request after the first, as long as a node would take.
 func (c *workload) replace(ctx context.Context, old string, p pair, step time.Duration) error {
 	pod, err := c.add(ctx, p)
 	if err != nil {
@@ -226,7 +226,8 @@ func (c *workload) replace(ctx context.Context, old string, p pair, step time.Du
 	if err := c.run(ctx, pod); err != nil {
 		return err
 	}
-	// The kubelet stops the containers, and then deletes the pod with grace period 0.
+	// The first request is that of the controller. The kubelet then stops the containers and deletes the pod with grace
+	// period 0.
 	namespace, name, _ := strings.Cut(old, "/")
 	for _, grace := range []int64{30, 0} {
 		time.Sleep(step)

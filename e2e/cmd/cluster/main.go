@@ -1,5 +1,6 @@
-// Cluster runs Pod Identity on a real two-node Kubernetes on this host: for the demo, for tests, and for trying
-// things out. It is the one program behind `make demo`, `make cluster-up` and `make cluster-down`.
+// Cluster runs Pod Identity on a real two-node Kubernetes on this host, for tests and for trying things out. It is the
+// program that `make cluster-up` and `make cluster-down` run. It is also the supervisor, the first process of a node
+// and the fake Azure in each cluster that the demo, the tests and the benchmarks start.
 //
 // This is the command line of package e2e/cluster, whose comment describes what it protects against.
 package main

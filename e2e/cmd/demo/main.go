@@ -1,5 +1,5 @@
-// Command demo shows Pod Identity on a real cluster on this host, with a fake Azure, installed with the chart that users
-// install. It explains each step, checks what it shows, exits 0 only if all checks pass, and removes everything.
+// Command demo installs Pod Identity with its chart on a real cluster on this host, with a fake Azure, and shows what
+// it does. It explains each step, checks what it shows, exits 0 only if all checks pass, and removes everything.
 package main
 
 import (

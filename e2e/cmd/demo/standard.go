@@ -46,7 +46,7 @@ spec:
 
 const (
 	detachDelay = 10 * time.Second
-	armDelay    = 4 * time.Second // Azure's ARM takes 10 to 60 s
+	armDelay    = 4 * time.Second // the real ARM takes 10 to 60 s
 )
 
 func (d *demo) standardMode() error {

@@ -57,8 +57,8 @@ func addResource(d *document, crd apiextensions.CustomResourceDefinition) {
 	}
 }
 
-// fieldRows lists the fields of an object. Embedded objects are not opened: they are whole copies of other kinds, or
-// object metadata.
+// fieldRows returns the table rows of the fields of an object, including nested fields. It leaves out the fields of
+// object metadata and of embedded objects, which are whole copies of other kinds.
 func fieldRows(path string, p apiextensions.JSONSchemaProps) [][]string {
 	var rows [][]string
 	for _, name := range slices.Sorted(maps.Keys(p.Properties)) {

@@ -10,7 +10,8 @@ import (
 	nmioptions "github.com/podidentity/podidentity/cmd/nmi/options"
 )
 
-// Defaults that come from the environment are shown as the name of the variable.
+// fromEnvironment are the environment variables that defaults of flags come from. Such a default is shown as the name
+// of the variable.
 var fromEnvironment = []string{"NODE_NAME", "KUBECONFIG", "MIC_POD_NAMESPACE"}
 
 func setEnvironment() error {
@@ -53,7 +54,7 @@ func flagPage(d *document, addFlags func(*pflag.FlagSet)) ([]byte, error) {
 	return d.Bytes(), nil
 }
 
-// flagRows lists flags in use, and those that are deprecated.
+// flagRows returns the table rows of the current flags and of the deprecated flags. It leaves out hidden flags.
 func flagRows(flags *pflag.FlagSet) (current, deprecated [][]string) {
 	flags.VisitAll(func(f *pflag.Flag) {
 		if f.Deprecated != "" {
@@ -73,7 +74,8 @@ func flagRows(flags *pflag.FlagSet) (current, deprecated [][]string) {
 	return current, deprecated
 }
 
-// flagDefault is empty for a flag without a default. The default that is the host's name differs on each host.
+// flagDefault returns the default of a flag as Markdown, or "" for a flag without a default. It describes a default
+// that is the host's name in words, because that name differs on each host.
 func flagDefault(f *pflag.Flag) string {
 	host, err := os.Hostname()
 	switch {

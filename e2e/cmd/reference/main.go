@@ -2,7 +2,7 @@
 // packages of docs/architecture.md from the code, the chart's schema and values, and the custom resource definitions. With
 // -check it writes nothing and fails if a page is not up to date.
 //
-// It prevents documents that say something else than the product does: nobody edits these pages by hand.
+// It prevents differences between these documents and the product: nobody edits the generated text by hand.
 package main
 
 import (

@@ -30,7 +30,8 @@ func generatedBegin(source string) string {
 	return "<!-- Generated from " + source + " by `make generate`. Do not edit. -->\n"
 }
 
-// replaceGenerated puts text between the two lines.
+// replaceGenerated replaces the text between the two lines that mark the generated part. It returns an error if one of
+// them is missing.
 func replaceGenerated(current []byte, source string, text []byte) ([]byte, error) {
 	begin := []byte(generatedBegin(source))
 	before, rest, hasBegin := bytes.Cut(current, begin)
@@ -58,7 +59,8 @@ func tableCell(text string) string {
 	return strings.ReplaceAll(strings.Join(strings.Fields(text), " "), "|", `\|`)
 }
 
-// plain is text of a comment or a schema as Markdown: what could be read as an HTML tag is escaped.
+// plain returns text of a comment or a schema as Markdown: characters that could begin an HTML tag or emphasis are
+// escaped.
 func plain(text string) string {
 	return strings.NewReplacer("<", "&lt;", "*", `\*`).Replace(text)
 }

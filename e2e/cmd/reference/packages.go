@@ -43,7 +43,8 @@ func packageSections(root string, current []byte) ([]byte, error) {
 	return replaceGenerated(current, "the packages", d.Bytes())
 }
 
-// readPackages reads the packages of the main module by path. Packages that only tests import are left out.
+// readPackages returns the packages of the main module by path: the commands, and the packages that another package
+// imports outside of its tests.
 func readPackages(root string) (map[string]goPackage, error) {
 	packages := map[string]goPackage{}
 	err := fs.WalkDir(os.DirFS(root), ".", func(file string, entry fs.DirEntry, err error) error {
@@ -104,7 +105,7 @@ func readPackage(root, folder string) (p goPackage, ok bool, err error) {
 	return p, ok, nil
 }
 
-// firstParagraph is Markdown in one line.
+// firstParagraph returns the first paragraph of a comment as Markdown in one line.
 func firstParagraph(group *ast.CommentGroup) string {
 	doc := new(comment.Parser).Parse(group.Text())
 	if len(doc.Content) == 0 {
@@ -115,8 +116,8 @@ func firstParagraph(group *ast.CommentGroup) string {
 	return strings.Join(strings.Fields(string(printer.Markdown(doc))), " ")
 }
 
-// importDiagram draws who imports whom. An import that follows from others is left out, and so are the packages below
-// internal, which most packages import.
+// importDiagram returns a Mermaid diagram of the imports. It leaves out an import of a package that is also imported
+// indirectly, and the packages below internal, which most packages import.
 func importDiagram(packages map[string]goPackage) string {
 	var b strings.Builder
 	b.WriteString("flowchart TD\n")
@@ -136,7 +137,7 @@ func importDiagram(packages map[string]goPackage) string {
 
 func nodeID(name string) string { return strings.NewReplacer("/", "_", "-", "_").Replace(name) }
 
-// reachable reports whether from imports target by way of others, without the direct import.
+// reachable reports whether from imports target directly or indirectly. It ignores the direct import of skip by from.
 func reachable(packages map[string]goPackage, from, target, skip string) bool {
 	for _, next := range packages[from].imports {
 		if next == skip {

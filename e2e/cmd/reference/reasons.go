@@ -21,7 +21,8 @@ func reasonCodes(string) ([]byte, error) {
 	return d.Bytes(), nil
 }
 
-// fromReference corrects the links of a text, which is written for a page in docs/.
+// fromReference changes the relative links of a text that is written for a page in docs/, so that they are valid in
+// docs/reference/.
 func fromReference(text string) string { return strings.ReplaceAll(text, "](", "](../") }
 
 func statuses(e identity.Explanation) string {

@@ -104,7 +104,8 @@ func defaultText(value *yaml.Node) (string, error) {
 	return code(string(text)), err
 }
 
-// constraint says what the schema allows, if that is a list or a range.
+// constraint returns a sentence with the values that the schema allows, or "" if the schema has neither a list nor a
+// range of them.
 func constraint(schema *yaml.Node) string {
 	if enum := get(schema, "enum"); enum != nil {
 		var all []string
