@@ -126,7 +126,7 @@ var explanations = []Explanation{
 	{
 		Reason: PodNotLabelled, Status: []int{http.StatusBadRequest},
 		Cause:   "The pod has no label `aadpodidbinding`, so no AzureIdentityBinding can select it.",
-		Remedy:  "Add the label to the pod template of the Deployment, StatefulSet or Job; its value is `spec.selector` of the binding.",
+		Remedy:  "Add the label to the pod template of the Deployment, StatefulSet, DaemonSet or CronJob; its value is `spec.selector` of the binding. Create a Job again with the label: its pod template cannot be changed.",
 		Command: `kubectl patch deployment DEPLOYMENT -n NAMESPACE -p '{"spec":{"template":{"metadata":{"labels":{"aadpodidbinding":"SELECTOR"}}}}}'`,
 	},
 	{
@@ -227,12 +227,12 @@ var explanations = []Explanation{
 	},
 	{
 		Reason: UpstreamThrottled, Status: []int{http.StatusTooManyRequests},
-		Cause:  "IMDS limits the requests of the node, or Entra ID those of the application. Cached tokens are still served.",
-		Remedy: "Let the client retry: the response has the `Retry-After` of Azure. If it persists, look for a pod that requests tokens for many resources in `podidentity_nmi_upstream_requests_total` and the audit log.",
+		Cause:  "IMDS limits the requests of the node, or Entra ID those of the application. NMI itself limits requests for instance metadata to what IMDS allows for a node. Cached tokens are still served.",
+		Remedy: "Let the client retry: the response has `Retry-After`. If it persists, look for a pod that requests tokens for many resources in `podidentity_nmi_upstream_requests_total` and the audit log.",
 	},
 	{
 		Reason: UpstreamUnavailable, Status: []int{http.StatusServiceUnavailable},
-		Cause:  "IMDS, Entra ID or the API server does not respond or responds with an error of its own. Cached tokens are still served until they expire.",
-		Remedy: "Let the client retry. If it persists, check that the node reaches IMDS, `login.microsoftonline.com:443` (types 1 to 3) and the API server; behind a proxy set `HTTPS_PROXY` and `NO_PROXY` in `nmi.extraEnv`.",
+		Cause:  "IMDS, Entra ID or the API server does not respond, or responds with an error of its own or with something unusable. Cached tokens are still served until they expire.",
+		Remedy: "Let the client retry. If it persists, check that the node reaches IMDS, `login.microsoftonline.com:443` (types 1 to 3) and the API server; behind a proxy set `HTTPS_PROXY` and `NO_PROXY` in `nmi.extraEnv`. For types 1 to 3 also check `spec.adEndpoint`.",
 	},
 }

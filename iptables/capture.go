@@ -267,16 +267,17 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 	return repaired, errors.Join(append(failed, err)...)
 }
 
-// deleteUncaptured ends connections that were opened before capture, so that their clients notice at once. Security
+// deleteUncaptured ends connections of pods to the metadata address that are not redirected to the listen address, for
+// example because they were opened before the rules were there. Their clients notice at once. Security
 // does not depend on it: the drop in FORWARD applies to those connections too, and their clients would only wait for a
 // timeout. Therefore a failure is only logged.
 func (c *Capture) deleteUncaptured(ctx context.Context) {
 	n, err := c.flows.deleteUncaptured(ctx)
 	if err != nil {
-		c.log.Warn("cannot end connections opened before capture; they end by timeout", zap.Error(err))
+		c.log.Warn("cannot end connections of pods that bypass this NMI; they end by timeout", zap.Error(err))
 	}
 	if n > 0 {
-		c.log.Info("ended connections opened before capture", zap.Int("count", n))
+		c.log.Info("ended connections of pods that bypassed this NMI", zap.Int("count", n))
 	}
 }
 

@@ -20,7 +20,7 @@ import (
 var version = "dev"
 
 func main() {
-	// Most objects of MIC live long, so early garbage collection costs little CPU and saves half of the memory. The
+	// Most objects of MIC live long, so an early garbage collection costs little CPU and lowers the peak of the heap. The
 	// environment variable GOGC takes precedence.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)

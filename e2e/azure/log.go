@@ -53,7 +53,7 @@ type Entry struct {
 
 const (
 	logCapacity    = 100_000
-	maxLoggedBytes = 4 << 10 // of a path or a header value
+	maxLoggedBytes = 4 << 10 // of one text from a request
 )
 
 // ring keeps the newest entries and counts those it dropped. Its owner's lock

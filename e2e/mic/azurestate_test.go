@@ -20,7 +20,7 @@ type azureState struct {
 
 	foreign           map[string]map[string]bool // by machine: attached by somebody other than MIC
 	foreignPeriods    []foreignPeriod
-	initiallyAttached map[string]map[string]bool // by machine: attached from the start
+	initiallyAttached map[string]map[string]bool // by machine: attached when the machine was created
 	deletedMachines   map[string]bool            // machines that were deleted at any time
 }
 

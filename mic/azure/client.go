@@ -154,8 +154,8 @@ func (c *Client) once(ctx context.Context) context.Context {
 	return policy.WithRetryOptions(ctx, policy.RetryOptions{MaxRetries: -1, TryTimeout: c.requestTimeout})
 }
 
-// acceptedAsOK changes the status of a 202 to 200. ARM's contract allows 202 for an update that started, but the SDK
-// accepts only 200 with the headers that say where to poll.
+// acceptedAsOK changes the status of a 202 that says where to poll to 200. ARM's contract allows 202 for an update that
+// started, but the SDK accepts only 200. Without a header that says where to poll the SDK would take the update for done.
 type acceptedAsOK struct{}
 
 func (acceptedAsOK) Do(r *policy.Request) (*http.Response, error) {

@@ -102,7 +102,7 @@ func withoutURL(err error) error {
 type foreignHostError string
 
 func (e foreignHostError) Error() string {
-	return fmt.Sprintf("%q is not the host of Azure Resource Manager, or the URL is not https", text.OneLine(string(e), 253))
+	return fmt.Sprintf("MIC sends no request to %q, because it is not the host of Azure Resource Manager or the URL is not https", text.OneLine(string(e), 253))
 }
 
 // NonRetriable keeps the Azure SDK from trying again.

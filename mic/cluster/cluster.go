@@ -96,7 +96,8 @@ func (c *Cluster) AssignmentsOf(pod string) []*Assignment {
 	return found
 }
 
-// HasUnobservedWrites reports whether there are own writes for a pod that the watch has not delivered yet.
+// HasUnobservedWrites reports whether this process created or updated assignments of a pod and the watch has not
+// delivered that yet.
 func (c *Cluster) HasUnobservedWrites(pod string) bool { return c.own.unobserved(pod) }
 
 // recordWrite records the response to a write of an assignment.

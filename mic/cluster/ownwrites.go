@@ -39,8 +39,8 @@ func newOwnWrites() ownWrites {
 	return ownWrites{byPod: map[string][]*ownWrite{}, released: map[string]struct{}{}}
 }
 
-// overlay returns the assignments of a pod: those that the watch delivered, replaced by own writes that are newer, and
-// without those whose last finalizer this process removed.
+// overlay returns the assignments of a pod: those that the watch delivered, with newer own writes added or in place of
+// older states for at most WriteTTL, and without those whose last finalizer this process removed.
 func (w *ownWrites) overlay(pod string, observed []*Assignment) []*Assignment {
 	w.mu.Lock()
 	defer w.mu.Unlock()

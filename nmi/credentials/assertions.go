@@ -40,7 +40,7 @@ type TokenRequester interface {
 	RequestToken(ctx context.Context, namespace, serviceAccount string, r *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error)
 }
 
-// PodGetter returns the live pod of this node that has a UID.
+// PodGetter finds the pod of this node with a given UID, unless the pod has finished.
 type PodGetter interface {
 	PodByUID(uid string) (*corev1.Pod, bool)
 }

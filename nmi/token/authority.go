@@ -83,7 +83,7 @@ func (a *authorities) RoundTrip(r *http.Request) (*http.Response, error) {
 	return a.slots(strings.ToLower(r.URL.Host)).roundTrip(r, transport.RoundTrip)
 }
 
-var errNotHTTPS = &Error{Class: Denied, Detail: "the authority names a token endpoint without https; NMI sends no credential to it"}
+var errNotHTTPS = &Error{Class: Denied, Detail: "the host that spec.adEndpoint or --authority-host names gives a token endpoint without https; NMI sends no credential there; correct the address"}
 
 func (a *authorities) slots(host string) semaphore {
 	if s, ok := a.hosts.Get(host); ok {

@@ -2,7 +2,8 @@
 // program that `make cluster-up` and `make cluster-down` run. It is also the supervisor, the first process of a node
 // and the fake Azure in each cluster that the demo, the tests and the benchmarks start.
 //
-// This is the command line of package e2e/cluster, whose comment describes what it protects against.
+// This is the command line of package e2e/cluster. The comment of that package describes the supervisor, the nodes, and
+// how the host is protected from the cluster.
 package main
 
 import (
