@@ -126,7 +126,7 @@ var explanations = []Explanation{
 	{
 		Reason: PodNotLabelled, Status: []int{http.StatusBadRequest},
 		Cause:   "The pod has no label `aadpodidbinding`, so no AzureIdentityBinding can select it.",
-		Remedy:  "Add the label to the pod template of the Deployment, StatefulSet, DaemonSet or CronJob; its value is `spec.selector` of the binding. Create a Job again with the label: its pod template cannot be changed.",
+		Remedy:  "Add the label to the pod template of the Deployment, StatefulSet, DaemonSet or CronJob; its value is `spec.selector` of the binding. Create a Job again with the label: its pod template cannot be changed. For a pod without a controller: `kubectl label pod POD -n NAMESPACE aadpodidbinding=SELECTOR`.",
 		Command: `kubectl patch deployment DEPLOYMENT -n NAMESPACE -p '{"spec":{"template":{"metadata":{"labels":{"aadpodidbinding":"SELECTOR"}}}}}'`,
 	},
 	{
@@ -221,8 +221,8 @@ var explanations = []Explanation{
 	// The source of the token.
 	{
 		Reason: UpstreamRefused, Status: []int{http.StatusBadRequest, http.StatusForbidden},
-		Cause:   "IMDS or Entra ID refused the request. `error_description` is its own text, with its error code and correlation ID. \"Identity not found\" from IMDS means that the identity is not attached to this VM or scale set.",
-		Remedy:  "Look up the code, such as AADSTS500011 (the resource is unknown in the tenant). For \"Identity not found\" attach the identity; in standard mode check whether somebody detached it.",
+		Cause:   "IMDS or Entra ID refused the request. `error_description` is its own text, with its error code and correlation ID. \"Identity not found\" from IMDS means that no identity with this `spec.clientID` is attached to this VM or scale set.",
+		Remedy:  "Look up the code, such as AADSTS500011 (the resource is unknown in the tenant), AADSTS700016 (`spec.clientID` or `spec.tenantID` is wrong) or AADSTS7000215 (the value in the Secret is wrong). For \"Identity not found\" compare `spec.clientID` with `az identity show --ids RESOURCE-ID --query clientId`, and attach the identity; in standard mode check whether somebody detached it.",
 		Command: "az vmss identity show -g NODE-RESOURCE-GROUP -n SCALE-SET",
 	},
 	{
