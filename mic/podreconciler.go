@@ -83,8 +83,8 @@ func usageKey(d cluster.DesiredAssignment) usage.Key {
 	return usage.Key{Machine: d.MachineKey, Identity: d.ResourceID}
 }
 
-// serves reports whether a is an assignment of AAD Pod Identity because of which NMI grants tokens to the pod until the
-// replacement of a is Assigned.
+// serves reports whether a is an assignment of AAD Pod Identity that the pod still needs: with it NMI grants tokens to the
+// pod until the replacement of a is Assigned.
 func (r *podReconciler) serves(p *cluster.Pod, d cluster.DesiredState, a *cluster.Assignment) bool {
 	usable := p != nil && a.Node == p.Node && a.Legacy() && !a.Deleting && (a.State == v1.AssignmentAssigned || a.State == v1.AssignmentLegacy)
 	return usable && slices.ContainsFunc(d.Assignments, func(want cluster.DesiredAssignment) bool {
