@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/podidentity/podidentity/e2e/azure"
@@ -94,6 +95,7 @@ func attackRequests(named string) []attackRequest {
 
 // NMI parses each request of a connection: an allowed first request allows nothing for the second.
 func TestEachRequestOfAConnectionIsDecidedOnItsOwn(t *testing.T) {
+	independent(t)
 	s, id, others := newNamespace(t), newIdentity(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
@@ -119,6 +121,7 @@ func TestOtherPortsAndProtocolsOfTheMetadataAddressAreBlocked(t *testing.T) {
 	s := newNamespace(t)
 	s.pod("p", "none", "node1")
 	must(t, fakeAzure.ResetLog(t.Context()))
+	var attempts sync.WaitGroup
 	for _, attempt := range [][]string{
 		{"curl", "-s", "--max-time", "2", "http://169.254.169.254:8080/"},
 		{"curl", "-s", "--max-time", "2", "-k", "https://169.254.169.254/"},
@@ -130,18 +133,23 @@ func TestOtherPortsAndProtocolsOfTheMetadataAddressAreBlocked(t *testing.T) {
 		if _, err := exec.LookPath(attempt[0]); err != nil {
 			t.Fatal(err)
 		}
-		if out, err := testCluster.InPod(t.Context(), s.name, "p", attempt[0], attempt[1:]...); err == nil {
-			t.Errorf("%v succeeded: %s", attempt, out)
+		attempts.Go(func() {
+			if out, err := testCluster.InPod(t.Context(), s.name, "p", attempt[0], attempt[1:]...); err == nil {
+				t.Errorf("%v succeeded: %s", attempt, out)
+			}
+		})
+	}
+	attempts.Go(func() { // from another node, with a route to NMI's address by way of node1
+		if _, err := testCluster.InNode(t.Context(), "node2", "sh", "-c", "ip route add 169.254.25.79/32 via 10.10.0.11; curl -s --max-time 2 --interface eth0 http://169.254.25.79:2579/; code=$?; ip route del 169.254.25.79/32 via 10.10.0.11; exit $code"); err == nil {
+			t.Error("another node reaches NMI")
 		}
-	}
-	// From another node, with a route to NMI's address by way of node1.
-	if _, err := testCluster.InNode(t.Context(), "node2", "sh", "-c", "ip route add 169.254.25.79/32 via 10.10.0.11; curl -s --max-time 2 --interface eth0 http://169.254.25.79:2579/; code=$?; ip route del 169.254.25.79/32 via 10.10.0.11; exit $code"); err == nil {
-		t.Error("another node reaches NMI")
-	}
+	})
+	attempts.Wait()
 	checkNoPodReachedIMDS(t)
 }
 
 func TestInstanceMetadataIsPassedThrough(t *testing.T) {
+	independent(t)
 	s := newNamespace(t)
 	s.pod("p", "none", "node2")
 	a := s.curl("p", "-H", "Metadata: true", "http://169.254.169.254/metadata/instance?api-version=2018-02-01")

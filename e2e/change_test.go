@@ -12,9 +12,7 @@ import (
 	"time"
 
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/podidentity/podidentity/e2e/azure"
 	"github.com/podidentity/podidentity/e2e/cluster"
@@ -210,22 +208,10 @@ func delay(from, to time.Time) string {
 	return to.Sub(from).Round(100 * time.Microsecond).String()
 }
 
-// apiClient returns a client of the API server. It avoids the delay of starting kubectl.
-func apiClient(t *testing.T) rest.Interface {
-	t.Helper()
-	config, err := clientcmd.BuildConfigFromFlags("", testCluster.Kubeconfig())
-	must(t, err)
-	config.Dial, config.QPS = testCluster.DialContext, -1
-	kube, err := kubernetes.NewForConfig(config)
-	must(t, err)
-	return kube.CoreV1().RESTClient()
-}
-
 // objectClient changes objects of the namespace.
-type objectClient struct {
-	s      *testNamespace
-	server rest.Interface
-}
+type objectClient struct{ s *testNamespace }
+
+func (c objectClient) server() rest.Interface { return clientset.CoreV1().RESTClient() }
 
 // path is the path of an object in the API.
 func (c objectClient) path(kind, name string) string {
@@ -239,22 +225,22 @@ const secrets, identities, bindings = "secrets", "azureidentities", "azureidenti
 
 func (c objectClient) patch(kind, name, body string) func() error {
 	return func() error {
-		return c.server.Patch(types.MergePatchType).AbsPath(c.path(kind, name)).Body([]byte(body)).Do(c.s.t.Context()).Error()
+		return c.server().Patch(types.MergePatchType).AbsPath(c.path(kind, name)).Body([]byte(body)).Do(c.s.t.Context()).Error()
 	}
 }
 
 func (c objectClient) delete(kind, name string) func() error {
-	return func() error { return c.server.Delete().AbsPath(c.path(kind, name)).Do(c.s.t.Context()).Error() }
+	return func() error { return c.server().Delete().AbsPath(c.path(kind, name)).Do(c.s.t.Context()).Error() }
 }
 
 func TestAChangeTakesEffectImmediatelyAndForAllPodsUnderLoad(t *testing.T) {
 	s := newNamespace(t)
 	first, second := newApp(t, withSecret("old")), newApp(t, withSecret("new"))
-	objects := objectClient{s, apiClient(t)}
+	objects := objectClient{s}
 	// These manifests create deleted objects again.
 	secret := s.secretYAML("app", map[string][]byte{"clientSecret": []byte("new")})
 	bound := s.boundYAML("app", "app", bySecretSpec(1, second, "app"))
-	again := func(yaml string) func() error { return func() error { return testCluster.Apply(t.Context(), yaml) } }
+	again := func(yaml string) func() error { return func() error { return applyYAML(t.Context(), yaml) } }
 
 	s.apply(strings.Replace(secret, `"bmV3"`, `"b2xk"`, 1) + s.boundYAML("app", "app", bySecretSpec(1, first, "app")) +
 		s.podYAML("on1", "app", "node1", "pause") + s.podYAML("on2", "app", "node2", "pause"))
@@ -323,7 +309,7 @@ func checkNoOldToken(t *testing.T, samplers []*sampler, rotated time.Time, ofOld
 func TestAChangeDuringAFetchAppliesToItsAnswer(t *testing.T) {
 	s := newNamespace(t)
 	first, second := newApp(t, withSecret("hush")), newApp(t, withSecret("hush"))
-	objects := objectClient{s, apiClient(t)}
+	objects := objectClient{s}
 	secret, bound := s.secretYAML("app", map[string][]byte{"clientSecret": []byte("hush")}), s.boundYAML("app", "app", bySecretSpec(1, first, "app"))
 	s.apply(secret + bound)
 	s.pod("p", "app", "node1")

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+
 	"github.com/podidentity/podidentity/e2e/azure"
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
@@ -172,6 +174,7 @@ func (l *clientRunner) waitUntilThrottled(logs []*clientLog) {
 }
 
 func TestAClientInANewPodGetsItsTokenWithItsFirstRequest(t *testing.T) {
+	independent(t)
 	s, id := newNamespace(t), newIdentity(t)
 	_, image, err := cluster.BuildClient(t.Context())
 	must(t, err)
@@ -197,7 +200,7 @@ spec:
 	for name := range containers {
 		var got clientOutput
 		eventually(t, 60*time.Second, func() error {
-			out, err := testCluster.Kubectl(t.Context(), "logs", "fresh", "-c", name, "-n", s.name)
+			out, err := podOutput(t.Context(), s.name, "fresh", corev1.PodLogOptions{Container: name})
 			if err != nil {
 				return err
 			}

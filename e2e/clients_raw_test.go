@@ -109,6 +109,7 @@ func (w *rawClient) sendWithin(limit time.Duration, method, path string, headers
 const tokenPath = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource="
 
 func TestTheProbesOfDotNetClientsDetectVersion1OfIMDS(t *testing.T) {
+	independent(t)
 	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
@@ -263,6 +264,7 @@ func TestMSALPythonClientsReadEachErrorAsJSON(t *testing.T) {
 }
 
 func TestTheFieldsOfTheAnswerHaveTheOrderOfIMDS(t *testing.T) {
+	independent(t)
 	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
@@ -279,6 +281,7 @@ func TestTheFieldsOfTheAnswerHaveTheOrderOfIMDS(t *testing.T) {
 }
 
 func TestTheAzureCLIClientTriesAGUIDAsClientIDThenAsObjectID(t *testing.T) {
+	independent(t)
 	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")

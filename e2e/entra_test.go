@@ -7,11 +7,17 @@ import (
 	"testing"
 	"time"
 
+	authenticationv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+
 	"github.com/podidentity/podidentity/e2e/azure"
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
 func TestTheRefusalOfAnUntrustedPodNamesTheMissingFederatedCredential(t *testing.T) {
+	independent(t)
 	s, app := newNamespace(t), newApp(t, func(*azure.App) {})
 	trust(t, app, s.name, "trusted")
 	for _, account := range []string{"trusted", "untrusted", "late"} {
@@ -54,7 +60,7 @@ func TestARequestWaitsForANewFederatedCredential(t *testing.T) {
 	trust(t, app, s.name, "default")
 	var got outcome
 	eventually(t, 30*time.Second, func() error {
-		out, err := testCluster.Kubectl(t.Context(), "logs", "p", "-n", s.name)
+		out, err := podOutput(t.Context(), s.name, "p", corev1.PodLogOptions{})
 		if err != nil {
 			return err
 		}
@@ -67,39 +73,46 @@ func TestARequestWaitsForANewFederatedCredential(t *testing.T) {
 }
 
 func TestNMIsServiceAccountCanCreateNoOtherTokens(t *testing.T) {
+	independent(t)
 	s := newNamespace(t)
 	s.pod("p", "x", "node1")
-	account, err := testCluster.Kubectl(t.Context(), "get", "daemonset", "-n", cluster.ChartNamespace, "-l", "app.kubernetes.io/component=nmi",
-		"-o", "jsonpath={.items[*].spec.template.spec.serviceAccountName}")
-	must(t, err)
-	nmi := "--as=system:serviceaccount:" + cluster.ChartNamespace + ":" + account
-	uid, err := testCluster.Kubectl(t.Context(), "get", "pod", "p", "-n", s.name, "-o", "jsonpath={.metadata.uid}")
-	must(t, err)
-	const named = "--bound-object-kind=Pod --bound-object-name=p "
-	bound := named + "--bound-object-uid=" + uid + " "
+	pod := authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: "p", UID: s.getPod("p").UID}
+	podWithoutUID, secret := pod, authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Secret", Name: "s"}
+	podWithoutUID.UID = "" // for any pod of this name
+	s.apply(s.secretYAML("s", map[string][]byte{}))
+	nmi, administrator := clientsetAs(t, "system:serviceaccount:"+cluster.ChartNamespace+":"+nmiPodOn(t, "node1").Spec.ServiceAccountName), clientset
+	const apiServer = "https://kubernetes.default.svc.cluster.local"
 	for _, c := range []struct {
-		args    string
-		refused bool
+		boundTo   *authenticationv1.BoundObjectReference
+		audiences []string
+		seconds   int64 // 0: the default, an hour
+		refused   bool
 	}{
-		{bound + "--audience=" + exchangeAudience + " --duration=600s", false},
-		{bound + "--audience=https://kubernetes.default.svc.cluster.local --duration=600s", true},
-		{bound + "--audience=" + exchangeAudience + " --audience=other --duration=600s", true},
-		{bound + "--duration=600s", true}, // the default audience: the API server
-		{bound + "--audience=" + exchangeAudience + " --duration=601s", true},
-		{bound + "--audience=" + exchangeAudience + " --duration=24h", true},
-		{bound + "--audience=" + exchangeAudience, true}, // the default is an hour
-		{"--audience=" + exchangeAudience + " --duration=600s", true},
-		{named + "--audience=" + exchangeAudience + " --duration=600s", true}, // no UID: for any pod of this name
-		{"--bound-object-kind=Secret --bound-object-name=p --audience=" + exchangeAudience + " --duration=600s", true},
+		{&pod, []string{exchangeAudience}, 600, false},
+		{&pod, []string{apiServer}, 600, true},
+		{&pod, []string{exchangeAudience, "other"}, 600, true},
+		{&pod, nil, 600, true}, // the default audience: the API server
+		{&pod, []string{exchangeAudience}, 601, true},
+		{&pod, []string{exchangeAudience}, 86400, true},
+		{&pod, []string{exchangeAudience}, 0, true},
+		{nil, []string{exchangeAudience}, 600, true},
+		{&podWithoutUID, []string{exchangeAudience}, 600, true},
+		{&secret, []string{exchangeAudience}, 600, true},
 	} {
-		args := append([]string{"create", "token", "default", "-n", s.name}, strings.Fields(c.args)...)
-		_, err := testCluster.Kubectl(t.Context(), append(args, nmi)...)
-		if (err != nil) != c.refused || err != nil && !strings.Contains(err.Error(), "ValidatingAdmissionPolicy") {
-			t.Errorf("as NMI, with %s: %v", c.args, err)
+		request := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{BoundObjectRef: c.boundTo, Audiences: c.audiences}}
+		if c.seconds != 0 {
+			request.Spec.ExpirationSeconds = &c.seconds
+		}
+		create := func(as kubernetes.Interface) error {
+			_, err := as.CoreV1().ServiceAccounts(s.name).CreateToken(t.Context(), "default", request.DeepCopy(), metav1.CreateOptions{})
+			return err
+		}
+		if err := create(nmi); (err != nil) != c.refused || err != nil && !strings.Contains(err.Error(), "ValidatingAdmissionPolicy") {
+			t.Errorf("as NMI, with %+v: %v", request.Spec, err)
 		}
 		// The policy does not restrict other users.
-		if _, err := testCluster.Kubectl(t.Context(), args...); err != nil && !strings.Contains(c.args, "Secret") {
-			t.Errorf("as administrator, with %s: %v", c.args, err)
+		if err := create(administrator); err != nil {
+			t.Errorf("as administrator, with %+v: %v", request.Spec, err)
 		}
 	}
 }
@@ -110,7 +123,7 @@ func TestWhileEntraIDFailsPodsAreServedFromTheCache(t *testing.T) {
 		s.podYAML("served", "app", "node1", "pause") + s.podYAML("new", "app", "node1", "pause"))
 	s.waitForPods()
 	s.mustHaveTokenOf(s.ask("served", vault), id, vault)
-	l := s.startLoad("served", 1, vault)
+	l := s.startLoad("served", 1, 10*time.Millisecond)
 	must(t, fakeAzure.ResetLog(t.Context()))
 	start, requests := time.Now(), 0
 	var last string
@@ -179,6 +192,7 @@ func TestThrottlingByEntraIDIsPassedOn(t *testing.T) {
 }
 
 func TestTheAuditLogNamesPodTokenAndCorrelationID(t *testing.T) {
+	independent(t)
 	s, id := newNamespace(t), newApp(t, withSecret("hush"))
 	managed := newIdentity(t)
 	s.apply(s.secretYAML("app", map[string][]byte{"clientSecret": []byte("hush")}) + s.boundYAML("app", "app", bySecretSpec(1, id, "app")))
@@ -192,8 +206,7 @@ func TestTheAuditLogNamesPodTokenAndCorrelationID(t *testing.T) {
 	s.mustBeRefused(s.ask("none", vault), 400, "no_matching_binding")
 	refused := s.ask("p", "https://nothing.invalid")
 	s.mustBeRefused(refused, 400, "upstream_refused")
-	uid, err := testCluster.Kubectl(t.Context(), "get", "pod", "p", "-n", s.name, "-o", "jsonpath={.metadata.uid}")
-	must(t, err)
+	uid := string(s.getPod("p").UID)
 	claims, err := fakeAzure.Verify(first.token())
 	must(t, err)
 	otherClaims, err := fakeAzure.Verify(other.token())

@@ -20,7 +20,7 @@ func TestNoPodReachesIMDSWhenNMIIsKilledUnderLoad(t *testing.T) {
 	s.pod("p", "app", "node1")
 	s.mustHaveTokenOf(s.ask("p", vault), id, vault)
 	must(t, fakeAzure.ResetLog(t.Context()))
-	l := s.startLoad("p", 4, vault)
+	l := s.startLoad("p", 4, 0)
 	l.waitForTokens(t, 200, 20*time.Second)
 	for range 3 {
 		killNMI(t, "node1")
@@ -56,7 +56,7 @@ func TestDamagedRulesAreRepairedAndNoPodReachesIMDS(t *testing.T) {
 	s.mustHaveTokenOf(s.ask("p", vault), id, vault)
 	must(t, fakeAzure.ResetLog(t.Context()))
 	repairs := metric(t, "node2", "podidentity_nmi_iptables_repairs_total")
-	l := s.startLoad("p", 2, vault)
+	l := s.startLoad("p", 2, 0)
 	for _, damage := range []string{
 		"iptables-nft -t nat -F PREROUTING",
 		"iptables-nft -t nat -I PREROUTING -d 169.254.169.254 -j ACCEPT", // in front of the jump to NMI's rules

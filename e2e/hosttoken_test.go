@@ -112,6 +112,7 @@ func TestAProcessOfTheNodeGetsTokensForThePodsOfTheNode(t *testing.T) {
 }
 
 func TestPodsCannotUseTheEndpointForProcessesOfTheNode(t *testing.T) {
+	independent(t)
 	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.apply(s.podYAML("p", "app", "node1", "pause") + s.podYAML("attacker", "none", "node1", "pause"))

@@ -82,13 +82,6 @@ func (s *testNamespace) secretYAML(name string, data map[string][]byte) string {
 `, s.name, name, text)
 }
 
-// waitForPods waits until all pods of the namespace are ready.
-func (s *testNamespace) waitForPods() {
-	s.t.Helper()
-	_, err := testCluster.Kubectl(s.t.Context(), "wait", "--for=condition=Ready", "pod", "--all", "-n", s.name, "--timeout=180s")
-	must(s.t, err)
-}
-
 func TestAServicePrincipalAuthenticatesWithASecret(t *testing.T) {
 	s := newNamespace(t)
 	named, only, other := newApp(t, withSecret("named")), newApp(t, withSecret("only")), newApp(t, withSecret("several"))
@@ -268,6 +261,7 @@ func TestTokensOfAuxiliaryTenantsAreAnArray(t *testing.T) {
 }
 
 func TestAnIdentityCanNameItsOwnAuthority(t *testing.T) {
+	independent(t)
 	s := newNamespace(t)
 	endpoints := []string{"https://login.microsoftonline.com", "https://LOGIN.microsoftonline.com:443/", "https://10.10.0.254/"}
 	shared := newCertificate(t, rsaKey(t), nil)
@@ -290,6 +284,7 @@ func TestAnIdentityCanNameItsOwnAuthority(t *testing.T) {
 }
 
 func TestAPodCanUseIdentitiesOfAllTypes(t *testing.T) {
+	independent(t)
 	s, managed := newNamespace(t), newIdentity(t)
 	cert := newCertificate(t, rsaKey(t), nil)
 	bySecret, byCertificate := newApp(t, withSecret("hush")), newApp(t, func(a *azure.App) { a.Certificates = []string{string(cert.cert)} })
@@ -310,62 +305,4 @@ func TestAPodCanUseIdentitiesOfAllTypes(t *testing.T) {
 		s.mustHaveTokenOf(s.ask("by-client", vault, "client_id="+strings.ToUpper(id.ClientID)), id, vault)
 	}
 	s.mustBeRefused(s.ask("by-object", vault, "object_id=0b1ec700-0000-4000-8000-ffffffffffff"), 400, "identity_not_bound")
-}
-
-// lines returns the lines of NMI's log on the node about pods of the namespace, from the last three minutes.
-func (s *testNamespace) lines(node string) []logLine {
-	s.t.Helper()
-	out, err := testCluster.Kubectl(s.t.Context(), "logs", "-n", cluster.ChartNamespace, nmiPod(s.t, node), "--since", (3 * time.Minute).String())
-	must(s.t, err)
-	var lines []logLine
-	for text := range strings.Lines(out) {
-		if !strings.Contains(text, `"pod_namespace":"`+s.name+`"`) {
-			continue
-		}
-		line := logLine{raw: text}
-		must(s.t, json.Unmarshal([]byte(text), &line))
-		lines = append(lines, line)
-	}
-	return lines
-}
-
-// logLine is a line of NMI's log about a token request.
-type logLine struct {
-	Logger         string
-	PodNamespace   string `json:"pod_namespace"`
-	Pod            string
-	PodUID         string `json:"pod_uid"`
-	ServiceAccount string `json:"service_account"`
-	Identity       string
-	Resource       string
-	Status         int
-	Reason         string
-	Detail         string
-	Cache          string
-	CorrelationID  string  `json:"correlation_id"`
-	TokenID        string  `json:"token_id"`
-	DurationMS     float64 `json:"duration_ms"`
-	raw            string
-}
-
-// refusalEvents returns the events about refused token requests, by pod.
-func (s *testNamespace) refusalEvents() map[string][]event {
-	s.t.Helper()
-	out, err := testCluster.Kubectl(s.t.Context(), "get", "events", "-n", s.name, "--field-selector", "reason=TokenRefused", "-o", "json")
-	must(s.t, err)
-	var list struct{ Items []event }
-	must(s.t, json.Unmarshal([]byte(out), &list))
-	byPod := map[string][]event{}
-	for _, e := range list.Items {
-		if e.Type != "Warning" || e.InvolvedObject.Kind != "Pod" {
-			s.t.Errorf("unexpected event: %+v", e)
-		}
-		byPod[e.InvolvedObject.Name] = append(byPod[e.InvolvedObject.Name], e)
-	}
-	return byPod
-}
-
-type event struct {
-	Type, Message  string
-	InvolvedObject struct{ Kind, Name, UID string }
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// load requests tokens continuously from a pod's network namespace, each on a new connection, until stop.
+// load requests tokens from a pod's network namespace, each on a new connection, until stop.
 type load struct {
 	mu         sync.Mutex
 	statuses   map[int]int // 0: no answer
@@ -25,8 +25,9 @@ type load struct {
 	workers    sync.WaitGroup
 }
 
-// startLoad starts the workers. They end after five minutes at the latest.
-func (s *testNamespace) startLoad(pod string, workers int, resource string) *load {
+// startLoad starts the workers. Each worker pauses after each of its requests. The workers end after five minutes at the
+// latest.
+func (s *testNamespace) startLoad(pod string, workers int, pause time.Duration) *load {
 	s.t.Helper()
 	netns, err := testCluster.PodNetns(s.t.Context(), s.name, pod)
 	must(s.t, err)
@@ -37,7 +38,7 @@ func (s *testNamespace) startLoad(pod string, workers int, resource string) *loa
 		client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: withoutTimeWait(dial), DisableKeepAlives: true}}
 		l.workers.Go(func() {
 			for ctx.Err() == nil {
-				status, body := get(ctx, client, "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource="+resource)
+				status, body := get(ctx, client, askVault)
 				if ctx.Err() != nil {
 					return
 				}
@@ -45,6 +46,7 @@ func (s *testNamespace) startLoad(pod string, workers int, resource string) *loa
 				if status == 0 {
 					time.Sleep(5 * time.Millisecond) // no busy loop while nothing listens
 				}
+				time.Sleep(pause)
 			}
 		})
 	}

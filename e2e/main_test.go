@@ -3,13 +3,19 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"net/url"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	crclient "sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/podidentity/podidentity/e2e/azure"
 	"github.com/podidentity/podidentity/e2e/cluster"
@@ -30,6 +36,12 @@ var (
 func TestMain(m *testing.M) { os.Exit(runTests(m)) }
 
 func runTests(m *testing.M) int {
+	flag.Parse()
+	// Independent tests mostly wait for pods, not for a CPU.
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		return 1
+	}
 	ctx := context.Background()
 	progress := func(line string) { fmt.Println("e2e:", line) }
 	start := time.Now()
@@ -45,6 +57,10 @@ func runTests(m *testing.M) int {
 		}
 	}()
 	fakeAzure = testCluster.Azure()
+	if err := connectToAPIServer(); err != nil {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		return 1
+	}
 	if err := prepare(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
@@ -108,6 +124,29 @@ const vault = "https://vault.azure.net"
 
 var serial atomic.Int32
 
+// independentTests are the tests that have called independent and have not ended.
+var independentTests sync.WaitGroup
+
+// independent lets the test run at the same time as other independent tests, after all tests that call neither
+// independent nor runLast. An independent test must not depend on the state or the counts of NMI and of the fake Azure
+// that other tests change, and must not change what other tests depend on.
+func independent(t *testing.T) {
+	independentTests.Add(1)
+	t.Cleanup(independentTests.Done)
+	t.Parallel()
+}
+
+var lastTest sync.Mutex
+
+// runLast lets the test wait until all other tests have ended. Such a test stops the API server, and for a minute after
+// that the cluster's own components may not start pods.
+func runLast(t *testing.T) {
+	t.Parallel()
+	independentTests.Wait()
+	lastTest.Lock()
+	t.Cleanup(lastTest.Unlock)
+}
+
 // newIdentity creates a user-assigned identity in the fake Azure, attached to both nodes.
 func newIdentity(t *testing.T) azure.Identity {
 	t.Helper()
@@ -137,18 +176,18 @@ type testNamespace struct {
 
 func newNamespace(t *testing.T) *testNamespace {
 	t.Helper()
-	if len(unusedNamespaces) == 0 {
+	n := int(usedNamespaces.Add(1))
+	if n > namespaceCount {
 		t.Fatalf("the tests need more than the %d namespaces that were created at the start; raise namespaceCount", namespaceCount)
 	}
-	s := &testNamespace{t, unusedNamespaces[0]}
-	unusedNamespaces = unusedNamespaces[1:]
+	s := &testNamespace{t, namespaceName(n)}
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := testCluster.Kubectl(context.Background(), "get", "pods,azureidentities,azureidentitybindings", "-o", "wide", "-n", s.name)
 			logs, _ := testCluster.Kubectl(context.Background(), "logs", "-n", cluster.ChartNamespace, "-l", "app.kubernetes.io/component=nmi", "--prefix", "--tail", "15")
 			fmt.Fprintf(t.Output(), "namespace %s:\n%s\nNMI:\n%s", s.name, out, logs)
 		}
-		_, _ = testCluster.Kubectl(context.Background(), "delete", "namespace", s.name, "--wait=false")
+		_ = kube.Delete(context.Background(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: s.name}})
 	})
 	return s
 }
@@ -157,34 +196,27 @@ func newNamespace(t *testing.T) *testNamespace {
 // controller that creates it takes a minute to recover after a test that stopped the API server.
 const namespaceCount = 100
 
-var unusedNamespaces []string
+var usedNamespaces atomic.Int32
+
+// namespaceName returns the name of the nth namespace, from 1 to namespaceCount.
+func namespaceName(n int) string { return fmt.Sprintf("test-%d", n) }
 
 func createNamespaces(ctx context.Context) error {
-	var yaml strings.Builder
 	for i := range namespaceCount {
-		unusedNamespaces = append(unusedNamespaces, fmt.Sprintf("test-%d", i+1))
-		fmt.Fprintf(&yaml, "---\n{apiVersion: v1, kind: Namespace, metadata: {name: %s}}\n", unusedNamespaces[i])
-	}
-	if err := testCluster.Apply(ctx, yaml.String()); err != nil {
-		return err
-	}
-	waitCtx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	for {
-		out, err := testCluster.Kubectl(waitCtx, "get", "serviceaccounts", "-A", "--field-selector", "metadata.name=default", "-o", "name")
-		if err != nil {
-			return fmt.Errorf("waiting for the default ServiceAccounts of the tests' namespaces: %w", err)
+		if err := kube.Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespaceName(i + 1)}}); err != nil {
+			return fmt.Errorf("creating the namespaces of the tests: %w", err)
 		}
-		if strings.Count(out, "\n") >= namespaceCount {
-			return nil
-		}
-		time.Sleep(100 * time.Millisecond)
 	}
-}
-
-func (s *testNamespace) apply(yaml string) {
-	s.t.Helper()
-	must(s.t, testCluster.Apply(s.t.Context(), yaml))
+	return cluster.Retry(time.Minute, func() error {
+		var accounts corev1.ServiceAccountList
+		if err := kube.List(ctx, &accounts, crclient.MatchingFields{"metadata.name": "default"}); err != nil {
+			return err
+		}
+		if len(accounts.Items) < namespaceCount {
+			return fmt.Errorf("only %d namespaces have a default ServiceAccount", len(accounts.Items))
+		}
+		return nil
+	})
 }
 
 // bind creates an AzureIdentity with this name, and a binding for the pods whose label aadpodidbinding equals the
@@ -219,12 +251,11 @@ spec:
 `, s.name, name, label, node, cluster.TestImage, text)
 }
 
-// pod starts a pod that does nothing, and waits until it is ready.
+// pod starts a pod that does nothing, and waits until all pods of the namespace are ready.
 func (s *testNamespace) pod(name, label, node string) {
 	s.t.Helper()
 	s.apply(s.podYAML(name, label, node, "pause"))
-	_, err := testCluster.Kubectl(s.t.Context(), "wait", "--for=condition=Ready", "pod/"+name, "-n", s.name, "--timeout=60s")
-	must(s.t, err)
+	s.waitForPods()
 }
 
 // answer is a response that NMI sent. body has the fields of a flat JSON object. headers is set only if curl received
@@ -318,18 +349,6 @@ func checkNoPodReachedIMDS(t *testing.T) {
 		}
 		t.Errorf("%d requests and %d connections of pods reached IMDS", stats.IMDS.RequestsFromPods, stats.IMDS.ConnectionsFromPods)
 	}
-}
-
-// nmiPod returns the name of the NMI pod on the node.
-func nmiPod(t *testing.T, node string) string {
-	t.Helper()
-	out, err := testCluster.Kubectl(t.Context(), "get", "pods", "-n", cluster.ChartNamespace, "-l", "app.kubernetes.io/component=nmi",
-		"--field-selector", "spec.nodeName="+node, "-o", "jsonpath={.items[*].metadata.name}")
-	must(t, err)
-	if strings.Contains(out, " ") || out == "" {
-		t.Fatalf("the NMI pods on %s are %q; want one", node, out)
-	}
-	return out
 }
 
 // nmiReady returns nil if the readiness probe of NMI on the node succeeds.

@@ -13,11 +13,8 @@ import (
 	"time"
 
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/client-go/tools/clientcmd"
 	crclient "sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/yaml"
-
-	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
 func TestUninstallRestoresTheNodes(t *testing.T) {
@@ -78,10 +75,7 @@ func TestLogAndMetricsAgreeWithTheAnswer(t *testing.T) {
 		t.Error("the histogram of AAD Pod Identity counted no request")
 	}
 	eventually(t, 30*time.Second, func() error {
-		logs, err := testCluster.Kubectl(t.Context(), "logs", "-n", cluster.ChartNamespace, nmiPod(t, "node1"), "--tail", "200")
-		if err != nil {
-			return err
-		}
+		logs := nmiLog(t, "node1")
 		if strings.Contains(logs, token.token()) || strings.Contains(logs, "eyJ") {
 			t.Fatal("a token is in the log")
 		}
@@ -246,11 +240,7 @@ func TestNMIRefusesToStartWithOneErrorAndChangesNothing(t *testing.T) {
 }
 
 func TestTheAPIServerAcceptsAndRefusesTheManifestsLikeTheSchema(t *testing.T) {
-	config, err := clientcmd.BuildConfigFromFlags("", testCluster.Kubeconfig())
-	must(t, err)
-	config.Dial, config.QPS = testCluster.DialContext, -1
-	kube, err := crclient.New(config, crclient.Options{})
-	must(t, err)
+	independent(t)
 	for _, kind := range []string{"accepted", "refused"} {
 		files, err := filepath.Glob("crds/testdata/" + kind + "/*.yaml")
 		must(t, err)

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
 )
 
 // outcome is the JSON line that podclient writes to its log.
@@ -30,7 +32,7 @@ func TestTwentyPodsThatRequestATokenInTheirFirstMillisecondAllGetOne(t *testing.
 		name := fmt.Sprintf("p%02d", i)
 		var got outcome
 		eventually(t, 90*time.Second, func() error {
-			out, err := testCluster.Kubectl(t.Context(), "logs", name, "-n", s.name)
+			out, err := podOutput(t.Context(), s.name, name, corev1.PodLogOptions{})
 			if err != nil {
 				return err
 			}
@@ -53,6 +55,7 @@ func TestTwentyPodsThatRequestATokenInTheirFirstMillisecondAllGetOne(t *testing.
 }
 
 func TestAPodGetsTheTokenOfItsBindingAndNoOther(t *testing.T) {
+	independent(t)
 	s, mine, others := newNamespace(t), newIdentity(t), newIdentity(t)
 	elsewhere := newNamespace(t)
 	s.bind("mine", "mine", mine)
@@ -79,6 +82,7 @@ func TestAPodGetsTheTokenOfItsBindingAndNoOther(t *testing.T) {
 }
 
 func TestEachSelectorChoosesBetweenTwoIdentities(t *testing.T) {
+	independent(t)
 	s, a, b := newNamespace(t), newIdentity(t), newIdentity(t)
 	s.bind("a", "both", a)
 	s.bind("b", "both", b)
@@ -106,6 +110,7 @@ func TestEachSelectorChoosesBetweenTwoIdentities(t *testing.T) {
 }
 
 func TestAnExceptedPodGetsTheIdentitiesOfTheMachine(t *testing.T) {
+	independent(t)
 	s, id := newNamespace(t), newIdentity(t)
 	s.pod("agent", "agent", "node1")
 	s.mustBeRefused(s.ask("agent", vault, "client_id="+id.ClientID), 400, "no_matching_binding")
@@ -123,6 +128,7 @@ func TestAnExceptedPodGetsTheIdentitiesOfTheMachine(t *testing.T) {
 }
 
 func TestARevokedIdentityIsRefusedWithinOneWatchEvent(t *testing.T) {
+	independent(t)
 	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
@@ -136,21 +142,19 @@ func TestARevokedIdentityIsRefusedWithinOneWatchEvent(t *testing.T) {
 			}
 			return nil
 		})
-		t.Logf("%s: effective after %.0f ms, including kubectl and curl", what, float64(time.Since(start).Milliseconds()))
+		t.Logf("%s: effective after %.0f ms, including curl", what, float64(time.Since(start).Milliseconds()))
 	}
-	_, err := testCluster.Kubectl(t.Context(), "label", "pod", "p", "-n", s.name, "--overwrite", "aadpodidbinding=none")
-	must(t, err)
+	s.label("p", "none")
 	until("label changed", true)
-	_, err = testCluster.Kubectl(t.Context(), "label", "pod", "p", "-n", s.name, "--overwrite", "aadpodidbinding=app")
-	must(t, err)
+	s.label("p", "app")
 	until("label changed back", false)
-	_, err = testCluster.Kubectl(t.Context(), "delete", "azureidentitybinding", "app-binding", "-n", s.name)
-	must(t, err)
+	must(t, objectClient{s}.delete(bindings, "app-binding")())
 	until("binding deleted", true)
 }
 
 // The AzureIdentity exists in Kubernetes, but the identity is not attached to the machine.
 func TestAnIdentityThatIsNotAttachedIsRefusedWithTheErrorOfIMDS(t *testing.T) {
+	independent(t)
 	s, id := newNamespace(t), newIdentity(t)
 	must(t, fakeAzure.Detach(t.Context(), id.ClientID))
 	s.bind("app", "app", id)
@@ -170,6 +174,7 @@ func TestAnIdentityThatIsNotAttachedIsRefusedWithTheErrorOfIMDS(t *testing.T) {
 }
 
 func TestExpiresInCountsDown(t *testing.T) {
+	independent(t)
 	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")

@@ -8,15 +8,15 @@ import (
 	"testing"
 	"time"
 
+	crclient "sigs.k8s.io/controller-runtime/pkg/client"
+
 	"github.com/podidentity/podidentity/e2e/azure"
 )
-
-// The name of this file makes these tests the last ones: after a minute without the API server, the cluster's own
-// components need another minute until pods start on all nodes again.
 
 var outage = flag.Duration("outage", 20*time.Second, "how long the API server is stopped under load; make chaos sets it")
 
 func TestPodsWithEachTypeOfIdentityGetTokensWhileTheAPIServerIsDown(t *testing.T) {
+	runLast(t)
 	s := newNamespace(t)
 	bySecret, federated := newApp(t, withSecret("hush")), newApp(t, func(*azure.App) {})
 	trust(t, federated, s.name, "default")
@@ -38,8 +38,7 @@ func TestPodsWithEachTypeOfIdentityGetTokensWhileTheAPIServerIsDown(t *testing.T
 	}
 	must(t, testCluster.StartAPIServer(t.Context()))
 	// NMI does not wait for the watch of a Secret that no pod needs any more.
-	_, err := testCluster.Kubectl(t.Context(), "delete", "pod", "secret", "-n", s.name, "--force", "--grace-period=0", "--wait=false")
-	must(t, err)
+	must(t, kube.Delete(t.Context(), s.getPod("secret"), crclient.GracePeriodSeconds(0)))
 	eventually(t, 30*time.Second, func() error {
 		if status, body := get(t.Context(), unbound, askVault); status != 400 || !strings.Contains(body, "no_matching_binding") {
 			return fmt.Errorf("NMI does not refuse permanently yet: %d %s", status, body)
@@ -49,11 +48,12 @@ func TestPodsWithEachTypeOfIdentityGetTokensWhileTheAPIServerIsDown(t *testing.T
 }
 
 func TestKnownPodsGetTokensWhileTheAPIServerIsDown(t *testing.T) {
+	runLast(t)
 	s, id := newNamespace(t), newIdentity(t)
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
 	s.mustHaveTokenOf(s.ask("p", vault), id, vault)
-	l := s.startLoad("p", 1, vault)
+	l := s.startLoad("p", 1, 10*time.Millisecond)
 	l.waitForTokens(t, 10, 20*time.Second)
 	must(t, testCluster.StopAPIServer(t.Context()))
 	stopped := time.Now()
@@ -70,8 +70,7 @@ func TestKnownPodsGetTokensWhileTheAPIServerIsDown(t *testing.T) {
 	// NMI catches up within seconds. Until then it refuses with 503, because it may not know of the latest changes.
 	other := newIdentity(t)
 	s.bind("other", "other", other)
-	_, err := testCluster.Kubectl(t.Context(), "label", "pod", "p", "-n", s.name, "--overwrite", "aadpodidbinding=other")
-	must(t, err)
+	s.label("p", "other")
 	restarted := time.Now()
 	eventually(t, 30*time.Second, func() error {
 		a := s.ask("p", vault)
