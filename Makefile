@@ -13,7 +13,7 @@ export CGO_ENABLED := 0
 
 .DEFAULT_GOAL := help
 .PHONY: help build cross check format lint unit values race random chart arm64 generate verify-generated \
-	e2e e2e-cluster e2e-managed e2e-standard programs test test-standard test-without-cluster prerequisites demo bench chaos cluster-up cluster-down fuzz clean
+	e2e e2e-cluster e2e-managed e2e-standard programs test test-with-cluster test-without-cluster prerequisites demo bench chaos cluster-up cluster-down fuzz clean
 
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -104,22 +104,21 @@ e2e-managed: bin/cluster # NMI without MIC
 e2e-standard: bin/cluster # NMI and MIC
 	$(GOTEST) e2e -timeout 40m ./standard
 
-# e2e-standard mostly waits for the fake Azure, so the steps that need no cluster run at the same time. Two clusters at
-# the same time take longer than one after the other: on two cores the load tests of one delay the pods of the other
-# too much. `make -j2` runs both groups of steps: a background job of the shell would continue after an interrupt.
+# The steps with a cluster run one after the other: on two cores two clusters at the same time take longer, because the load
+# tests of one delay the pods of the other. The steps without a cluster run beside them. `make -j2` runs both groups: a
+# background job of the shell would continue after an interrupt.
+WITH_CLUSTER := e2e-standard e2e-managed e2e-cluster
 WITHOUT_CLUSTER := lint verify-generated arm64 values chart race random
-WITH_CLUSTER := e2e-cluster e2e-managed
 steps = (for step in $(1); do sh .ci/step.sh $$step $(MAKE) --no-print-directory $$step || exit 1; done)
 
 test: prerequisites ## everything that CI runs; prints how long each step took
 	@sh .ci/step.sh --start
-	@status=0; $(call steps,programs) && $(MAKE) --no-print-directory -k -j2 test-standard test-without-cluster && \
-		$(call steps,$(WITH_CLUSTER)) || status=1; \
+	@status=0; $(call steps,programs) && $(MAKE) --no-print-directory -k -j2 test-with-cluster test-without-cluster || status=1; \
 		sh .ci/step.sh --table; exit $$status
 	@echo "all tests passed"
 
-test-standard:
-	+@$(call steps,e2e-standard)
+test-with-cluster:
+	+@$(call steps,$(WITH_CLUSTER))
 test-without-cluster:
 	+@$(call steps,$(WITHOUT_CLUSTER))
 
