@@ -7,8 +7,8 @@ import (
 )
 
 // Problem returns why no token can be requested for the identity, or "" if it is valid. The validation rules of the CRD
-// refuse invalid new objects, but not those that AAD Pod Identity stored. Problem is called for every request, so it
-// uses no regular expressions.
+// do not make this check unnecessary: they do not check adEndpoint and the form of tenants, and do not apply to objects
+// that AAD Pod Identity stored. Problem is called for every request, so it uses no regular expressions.
 func (i Identity) Problem() string {
 	switch i.Kind {
 	case UserAssigned:

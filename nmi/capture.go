@@ -17,7 +17,8 @@ func newCapture(cfg Config, log *zap.Logger) (*iptables.Capture, error) {
 	return iptables.New(c)
 }
 
-// repairRules checks the rules at each interval, and repairs them, until ctx ends.
+// repairRules checks the iptables rules and the network link of NMI at each SyncInterval, and repairs them, until ctx
+// ends.
 func (a *agent) repairRules(ctx context.Context) {
 	ticker := time.NewTicker(a.cfg.SyncInterval)
 	defer ticker.Stop()

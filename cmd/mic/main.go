@@ -25,7 +25,8 @@ func main() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)
 	}
-	// With these variables the Azure SDK would ask IMDS for the region before each token.
+	// With AZURE_REGIONAL_AUTHORITY_NAME or MSAL_FORCE_REGION the Azure SDK uses a regional endpoint of Entra ID, and may
+	// ask IMDS for the region. MIC uses no regional endpoints.
 	for _, name := range []string{"AZURE_REGIONAL_AUTHORITY_NAME", "MSAL_FORCE_REGION"} {
 		_ = os.Unsetenv(name) // it fails only for an invalid name
 	}

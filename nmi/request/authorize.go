@@ -81,8 +81,8 @@ func (p *Processor) decide(ctx context.Context, pod *corev1.Pod, req metadata.Re
 
 // addObjectIDs adds object IDs to the identities in facts that are bound to the pod, until it finds the requested one.
 // It uses the object IDs of earlier tokens first, so that an identity without an available token does not block
-// requests for the others. For an identity that is not assigned yet it requests no token, and returns the decision
-// about it as pending. failure is the error of an identity whose token is not available.
+// requests for other identities. For an identity that is not assigned yet it requests no token, and returns the decision
+// about that identity as pending. failure is the error of an identity whose token is not available.
 func (p *Processor) addObjectIDs(ctx context.Context, pod *corev1.Pod, req metadata.Request, facts identity.Facts) (pending *identity.Decision, failure error) {
 	subject := cluster.IdentityPod(pod)
 	bound, _ := identity.Bound(p.Rules, subject, facts)

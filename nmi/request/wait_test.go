@@ -332,7 +332,7 @@ func TestNoRequestWaitsWhileAWatchIsDisconnected(t *testing.T) {
 	})
 }
 
-// The other connections are for requests that need not wait.
+// The other half of the connections is for requests that need not wait.
 func TestAtMostHalfOfTheRequestsOfASourceWait(t *testing.T) {
 	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		var waiting []<-chan response

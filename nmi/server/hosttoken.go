@@ -16,7 +16,7 @@ import (
 	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
-// hostTokenHandler serves /host/token, on which programs of the node request tokens for one of its pods. The Azure provider
+// hostTokenHandler serves /host/token, where programs of the node request tokens for pods of the node. The Azure provider
 // of the Secrets Store CSI driver does this to mount the secrets of a pod before the pod starts.
 //
 // Everything that can connect to the loopback address of the node may send such a request: programs of the node and

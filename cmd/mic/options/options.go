@@ -18,20 +18,22 @@ import (
 	"github.com/podidentity/podidentity/mic"
 )
 
-// Options are the values of the flags. A flag that means the same as in AAD Pod Identity has the same name.
+// Options are the values of the flags. A flag with the meaning of a flag of AAD Pod Identity has the same name. A few
+// have a new name; for these AddFlags also defines the old name, as a deprecated flag.
 type Options struct {
 	cfg       mic.Config
 	logLevel  string
 	logFormat string
 }
 
-// New returns the defaults. Some depend on the environment.
+// New returns Options with the defaults. Some of them depend on environment variables and on the host name.
 func New() *Options {
 	o := &Options{cfg: mic.DefaultConfig(), logLevel: "info", logFormat: "json"}
 	o.cfg.Namespace = os.Getenv("MIC_POD_NAMESPACE")
 	o.cfg.Kubeconfig = os.Getenv("KUBECONFIG")
 	o.cfg.ForceNamespaced, _ = strconv.ParseBool(os.Getenv("FORCENAMESPACED"))
-	o.cfg.LeaderElection.Instance, _ = os.Hostname() // in a pod, the name of the pod; without one, Validate returns an error
+	// In a pod the host name is the name of the pod. If the host name is unknown, Validate returns an error.
+	o.cfg.LeaderElection.Instance, _ = os.Hostname()
 	return o
 }
 
@@ -91,7 +93,7 @@ func (o *Options) addDeprecated(f *pflag.FlagSet) {
 	}
 }
 
-// Config returns the configuration that the flags describe. version is the version of the program.
+// Config returns the configuration that the flags describe. version is part of the default User-Agent.
 func (o *Options) Config(version string) mic.Config {
 	c := o.cfg
 	if c.UserAgent == "" {
@@ -106,7 +108,8 @@ func (o *Options) Config(version string) mic.Config {
 	return c
 }
 
-// WithLogger calls do with the logger that the flags describe.
+// WithLogger calls do with the logger that the flags describe, and returns the error of do. If a flag of the log is
+// invalid, WithLogger returns an error without calling do.
 func (o *Options) WithLogger(do func(*zap.Logger) error) error {
 	level, err := zapcore.ParseLevel(o.logLevel)
 	if err != nil {

@@ -18,8 +18,8 @@ import (
 	"github.com/podidentity/podidentity/nmi"
 )
 
-// Options are the values of the flags. A flag that means the same as in AAD Pod Identity has the same name, except the
-// flags for which AddFlags defines the earlier name as a deprecated one.
+// Options are the values of the flags. A flag with the meaning of a flag of AAD Pod Identity has the same name. A few
+// have a new name; for these AddFlags also defines the old name, as a deprecated flag.
 type Options struct {
 	cfg        nmi.Config
 	logLevel   string
@@ -27,7 +27,7 @@ type Options struct {
 	auditLevel string
 }
 
-// New returns the defaults. Some depend on environment variables.
+// New returns Options with the defaults. Some of them depend on environment variables.
 func New() *Options {
 	o := &Options{cfg: nmi.DefaultConfig(), logLevel: "info", logFormat: "json", auditLevel: "info"}
 	o.cfg.Node = os.Getenv("NODE_NAME")
@@ -36,7 +36,7 @@ func New() *Options {
 	return o
 }
 
-// AddCaptureFlags adds the flags that say what is captured and how, and those of the log. Uninstalling needs them too.
+// AddCaptureFlags adds the flags of the capture and of the log. They are all the flags that "nmi uninstall" needs.
 func (o *Options) AddCaptureFlags(f *pflag.FlagSet) {
 	c := &o.cfg
 	f.StringVar(&c.ListenAddress, "nmi-listen-address", c.ListenAddress, "link-local `address` that NMI listens on, on a network interface of its own, podidentity0")
@@ -111,7 +111,7 @@ func (o *Options) Config(version string) nmi.Config {
 	return c
 }
 
-// WithLoggers calls do with the loggers that the flags describe, and returns its error. If one of these flags is
+// WithLoggers calls do with the loggers that the flags describe, and returns the error of do. If a flag of the log is
 // invalid, WithLoggers returns an error without calling do.
 func (o *Options) WithLoggers(do func(telemetry.Loggers) error) error {
 	level, err := zapcore.ParseLevel(o.logLevel)
