@@ -66,7 +66,7 @@ func Assigned(pod Pod, i *Identity, assignments []Assignment) *Decision {
 	case created:
 		d.Detail = fmt.Sprintf("AzureIdentity %s is being assigned to the machine of pod %s/%s", i.Key(), pod.Namespace, pod.Name)
 	default:
-		d.Detail = fmt.Sprintf("AzureIdentity %s is not assigned to the machine of pod %s/%s, and MIC has not created an AzureAssignedIdentity yet", i.Key(), pod.Namespace, pod.Name)
+		d.Detail = fmt.Sprintf("AzureIdentity %s is not assigned to the machine of pod %s/%s yet: MIC still has to create an AzureAssignedIdentity for the pod and the current AzureIdentity", i.Key(), pod.Namespace, pod.Name)
 	}
 	return &d
 }

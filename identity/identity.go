@@ -235,7 +235,7 @@ func excepted(pod Pod, exceptions []Exception) bool {
 func Bound(rules Rules, pod Pod, facts Facts) ([]Identity, *Decision) {
 	label := pod.Labels[v1.BindingLabel]
 	if label == "" {
-		d := refuse(PodNotLabelled, "pod %s/%s has no label %s, so no AzureIdentityBinding can select it; label the pod with the selector of its binding", pod.Namespace, pod.Name, v1.BindingLabel)
+		d := refuse(PodNotLabelled, "pod %s/%s has no label %s, or the label is empty, so no AzureIdentityBinding can select it; label the pod with the selector of its binding", pod.Namespace, pod.Name, v1.BindingLabel)
 		return nil, &d
 	}
 	var bound []Identity
@@ -261,12 +261,12 @@ func Bound(rules Rules, pod Pod, facts Facts) ([]Identity, *Decision) {
 		bound = append(bound, facts.Identities[i])
 	}
 	if matched == 0 {
-		d := refuse(NoMatchingBinding, "no AzureIdentityBinding %swith selector %q matches pod %s/%s (label %s)", where(rules, pod), label, pod.Namespace, pod.Name, v1.BindingLabel)
+		d := refuse(NoMatchingBinding, "no AzureIdentityBinding %swith selector %q matches pod %s/%s; correct the label %s of the pod, or create the binding in namespace %s", where(rules, pod), label, pod.Namespace, pod.Name, v1.BindingLabel, pod.Namespace)
 		return nil, &d
 	}
 	if len(bound) == 0 {
 		slices.Sort(missing)
-		d := refuse(IdentityMissing, "AzureIdentity %s does not exist", strings.Join(missing, ", "))
+		d := refuse(IdentityMissing, "AzureIdentity %s does not exist; create it, or correct spec.azureIdentity of the binding", strings.Join(missing, ", "))
 		return nil, &d
 	}
 	if len(bound) == 1 {
@@ -310,7 +310,7 @@ func choose(pod Pod, want Selector, bound []Identity) (*Identity, *Decision) {
 			d := refuse(MultipleIdentities, "several identities are bound to pod %s/%s (%s) and the request names none; set client_id, object_id or msi_res_id", pod.Namespace, pod.Name, names(candidates))
 			return nil, &d
 		}
-		d := refuse(IdentityAmbiguous, "%s matches several AzureIdentity objects that differ: %s; delete all but one, or their bindings", want, names(candidates))
+		d := refuse(IdentityAmbiguous, "%s matches several AzureIdentity objects whose credentials may differ: %s; delete all but one, or their bindings", want, names(candidates))
 		return nil, &d
 	}
 	return &first, nil

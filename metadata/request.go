@@ -94,7 +94,7 @@ func Parse(r *http.Request, rules Rules) (Request, *Error) {
 		return parseToken(req, values)
 	}
 	if req.APIVersion != "" && !isDate(req.APIVersion) || req.Format != "" && req.Format != "json" && req.Format != "text" {
-		return req, malformed("api-version must be a date and format one of json and text")
+		return req, malformed("api-version must be a date such as 2021-02-01, and format must be json or text")
 	}
 	return req, nil
 }

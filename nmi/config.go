@@ -129,7 +129,7 @@ func (c Config) validatePorts() error {
 		}
 	}
 	if c.ProbePort == c.PrometheusPort || c.Profile && (c.ProbePort == server.ProfilePort || c.PrometheusPort == server.ProfilePort) {
-		problems = append(problems, fmt.Errorf("--http-probe-port, --prometheus-port and the profiler's %d must differ", server.ProfilePort))
+		problems = append(problems, fmt.Errorf("--http-probe-port %d and --prometheus-port %d must differ from each other and, with --enable-profile, from the port of pprof, %d", c.ProbePort, c.PrometheusPort, server.ProfilePort))
 	}
 	return errors.Join(problems...)
 }
@@ -183,7 +183,7 @@ func (c Config) checkKubenet() error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("reading the file of --kubelet-config to check whether the node uses kubenet: %w", err)
+		return fmt.Errorf("reading the file of --kubelet-config to check whether the node uses kubenet: %w; correct the file, or disable the check with an empty --kubelet-config", err)
 	}
 	if strings.Contains(string(text), "--network-plugin=kubenet") {
 		return fmt.Errorf("%s says that this node uses kubenet, in which a pod can take the address of another pod by ARP; use another network plugin, or drop NET_RAW from all pods and give --allow-network-plugin-kubenet", c.KubeletConfig)

@@ -84,7 +84,7 @@ func uninstall(o *options.Options) *cobra.Command {
 		Use:   "uninstall",
 		Short: "Detach what MIC attached, and delete what it wrote to the cluster",
 		Long: `Detaches the identities that MIC attached to VMs and VMSSs, and no others, and deletes all AzureAssignedIdentity objects
-and the ledgers. No MIC may run at the same time. You may run it again at any time.`,
+and the ledgers. No MIC may run at the same time. The command can be repeated at any time.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.WithLogger(func(log *zap.Logger) error {

@@ -22,7 +22,7 @@ func Config(kubeconfig, userAgent string) (*rest.Config, error) {
 	}
 	config, err := find()
 	if err != nil {
-		return nil, fmt.Errorf("finding the API server: %w; run this in a pod, or give --kubeconfig", err)
+		return nil, fmt.Errorf("reading the address of the API server and the credentials: %w; run the program in a pod, or give a valid file with --kubeconfig", err)
 	}
 	config.UserAgent = userAgent
 	return config, nil

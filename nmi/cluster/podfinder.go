@@ -15,8 +15,8 @@ import (
 
 // Errors of a PodFinder.
 var (
-	ErrPodUnknown   = errors.New("no pod of this node has this address")
-	ErrPodAmbiguous = errors.New("several pods of this node have this address")
+	ErrPodUnknown   = errors.New("no live pod of this node has this address or name")
+	ErrPodAmbiguous = errors.New("several live pods of this node have this address")
 )
 
 // liveListRate is the highest number of times per second that NMI lists the pods of its node from the API server. The

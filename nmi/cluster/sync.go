@@ -91,7 +91,7 @@ func (c *Cache) watchFailed(ctx context.Context, r *cache.Reflector, err error) 
 		if c.cfg.Rules.Mode == identity.Standard {
 			mode = "standard"
 		}
-		c.cfg.Health.Explain(health.Caches, fmt.Errorf("%w; the ClusterRole of the chart allows it if the value operationMode is %s", err, mode))
+		c.cfg.Health.Explain(health.Caches, fmt.Errorf("%w; the ClusterRole of the chart allows NMI this request if the chart value operationMode is %s", err, mode))
 	}
 	c.onFailure(telemetry.APIWatch)
 }

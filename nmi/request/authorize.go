@@ -33,7 +33,7 @@ func (p *Processor) authorize(ctx context.Context, pod *corev1.Pod, req metadata
 	if auth.decision.Outcome != identity.Granted {
 		if watch := p.Cluster.StaleWatch(); watch != "" {
 			// The missing object may be one that the watch has not received yet, and the client would not retry a refusal.
-			return auth, metadata.Unavailable(identity.NotReady, fmt.Sprintf("NMI's watch of %s is disconnected from the API server; according to the last known state, %s", watch, auth.decision.Detail), defaultRetryAfter)
+			return auth, metadata.Unavailable(identity.NotReady, fmt.Sprintf("NMI's watch of %s is disconnected from the API server, or has just reconnected; according to the last known state, %s", watch, auth.decision.Detail), defaultRetryAfter)
 		}
 		return auth, metadata.Refusal(auth.decision)
 	}
@@ -59,7 +59,7 @@ func (p *Processor) authorize(ctx context.Context, pod *corev1.Pod, req metadata
 func (p *Processor) decide(ctx context.Context, pod *corev1.Pod, req metadata.Request) (identity.Decision, *metadata.Error) {
 	facts, err := p.Cluster.Facts(pod)
 	if err != nil {
-		return identity.Decision{}, metadata.Unavailable(identity.NotReady, err.Error(), time.Second)
+		return identity.Decision{}, metadata.Unavailable(identity.NotReady, "NMI cannot read the cluster's objects from its caches: "+err.Error(), time.Second)
 	}
 	subject := cluster.IdentityPod(pod)
 	decision := identity.Decide(p.Rules, subject, req.Selector, facts)

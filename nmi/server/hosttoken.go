@@ -66,9 +66,9 @@ func (s *Server) ServeHostTokens(ctx context.Context) {
 		if !logged {
 			hint := ""
 			if errors.Is(err, syscall.EADDRINUSE) {
-				hint = "; another NMI may use the port. NMI retries; --host-token=false disables the route"
+				hint = "; another NMI may use the port; --host-token=false disables the route"
 			}
-			s.logs.Main.Warn("cannot serve /host/token"+hint, zap.String(telemetry.KeyAddress, address), zap.Error(err))
+			s.logs.Main.Warn("cannot serve /host/token; NMI retries"+hint, zap.String(telemetry.KeyAddress, address), zap.Error(err))
 		}
 		select {
 		case <-time.After(hostTokenRetryInterval):

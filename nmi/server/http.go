@@ -54,7 +54,7 @@ func (s *Server) Start(l *Listeners, probes http.Handler) <-chan error {
 	serve := func(what string, s *http.Server, l net.Listener) {
 		go func() {
 			if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-				failed <- fmt.Errorf("serving %s: %w", what, err)
+				failed <- fmt.Errorf("serving HTTP requests for %s: %w", what, err)
 			}
 		}()
 	}

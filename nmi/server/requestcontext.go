@@ -68,7 +68,7 @@ func (c *requestContext) refuse(e *metadata.Error) {
 func (c *requestContext) readSource(r *http.Request) bool {
 	peer, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
-		c.refuse(metadata.Unavailable(identity.PodUnknown, "The address of the caller is not valid", time.Second))
+		c.refuse(metadata.Unavailable(identity.PodUnknown, "The address of the caller is not valid: "+err.Error(), time.Second))
 		return false
 	}
 	c.source = peer.Addr().Unmap()

@@ -42,13 +42,13 @@ func (o *Options) AddFlags(f *pflag.FlagSet) {
 	c := &o.cfg
 	f.StringVar(&c.Kubeconfig, "kubeconfig", c.Kubeconfig, "`file` with the address of the API server and the credentials; default the pod's service account")
 	f.StringVar(&c.Namespace, "namespace", c.Namespace, "MIC's own `namespace`, where it stores its ledgers; default from MIC_POD_NAMESPACE")
-	f.StringVar(&c.CloudConfig, "cloudconfig", c.CloudConfig, "`file` (azure.json) with the cloud and the credentials for Azure; default only the environment; a changed content is read within 10s")
+	f.StringVar(&c.CloudConfig, "cloudconfig", c.CloudConfig, "`file` (azure.json) with the cloud and the credentials for Azure; if empty, MIC uses only environment variables; a change of the file takes effect within about 10s")
 	f.StringVar(&c.CABundle, "ca-bundle", "", "`file` with CA certificates (PEM) to trust for Azure, in addition to the system's")
 	f.StringVar(&c.UserAgent, "custom-user-agent", "", "`text` at the start of the User-Agent of requests to Azure; default the name and version of the program")
-	f.BoolVar(&c.ForceNamespaced, "force-namespaced", c.ForceNamespaced, "match pods, bindings and identities of one namespace only; default from FORCENAMESPACED")
+	f.BoolVar(&c.ForceNamespaced, "force-namespaced", c.ForceNamespaced, "let a binding match only pods of its own namespace; default from FORCENAMESPACED")
 	f.StringSliceVar(&c.Immutable, "immutable-user-msis", nil, "comma-separated client `IDs` of identities that are never detached, even if MIC attached them")
 	f.DurationVar(&c.ReconcileInterval, "identity-assignment-reconcile-interval", c.ReconcileInterval, "`time` between checks of a VM or VMSS, to attach again what somebody else detached; 10s to 1h")
-	f.DurationVar(&c.DetachDelay, "detach-delay", c.DetachDelay, "`time` that an identity stays attached after the last pod on the VM or VMSS that used it; 0s to 1h")
+	f.DurationVar(&c.DetachDelay, "detach-delay", c.DetachDelay, "`time` that an identity stays attached to a VM or VMSS after the last pod there that used it is gone; 0s to 1h")
 	f.Float32Var(&c.QPS, "client-qps", c.QPS, "`requests` per second to the API server; 1 to 10000")
 	f.IntVar(&c.Burst, "client-burst", c.Burst, "`requests` to the API server in a burst; 1 to 20000")
 	f.IntVar(&c.Workers, "workers", c.Workers, "`pods` that are reconciled concurrently; 1 to 1000")
@@ -76,14 +76,14 @@ func (o *Options) addDeprecated(f *pflag.FlagSet) {
 	}
 	// These flags have no effect.
 	for _, unused := range []struct{ name, why string }{
-		{"syncRetryDuration", "MIC retries by itself"},
-		{"enableScaleFeatures", "it is always on"},
-		{"createDeleteBatch", "use --workers"},
-		{"config-map-name", "stored objects need no upgrade"},
-		{"type-upgrade-status-key", "stored objects need no upgrade"},
-		{"enable-type-upgrade", "stored objects need no upgrade"},
-		{"update-user-msi-max-retry", "MIC retries an identity that Azure refuses by itself"},
-		{"update-user-msi-retry-interval", "MIC retries an identity that Azure refuses by itself"},
+		{"syncRetryDuration", "it has no effect: MIC retries by itself"},
+		{"enableScaleFeatures", "it has no effect: MIC always labels AzureAssignedIdentity objects with their node"},
+		{"createDeleteBatch", "it has no effect; use --workers"},
+		{"config-map-name", "it has no effect: stored objects need no upgrade"},
+		{"type-upgrade-status-key", "it has no effect: stored objects need no upgrade"},
+		{"enable-type-upgrade", "it has no effect: stored objects need no upgrade"},
+		{"update-user-msi-max-retry", "it has no effect: MIC itself decides when it retries an identity that Azure refuses"},
+		{"update-user-msi-retry-interval", "it has no effect: MIC itself decides when it retries an identity that Azure refuses"},
 	} {
 		f.String(unused.name, "", "")
 		_ = f.MarkDeprecated(unused.name, unused.why)
