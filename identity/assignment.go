@@ -6,7 +6,7 @@ import "fmt"
 type State string
 
 const (
-	StateLegacy     State = "" // from a version without states; see Assignment.Usable
+	StateLegacy     State = "" // not set: by a version of AAD Pod Identity without states, or not yet; see Usable
 	StateCreated    State = "Created"
 	StateAssigned   State = "Assigned"
 	StateUnassigned State = "Unassigned"
@@ -45,7 +45,8 @@ func (a Assignment) Usable() bool {
 	return a.State == StateAssigned || a.State == StateLegacy && a.PodUID == ""
 }
 
-// Assigned returns nil if the identity is assigned to the machine of the pod, otherwise the pending decision.
+// Assigned returns nil if one of the assignments allows the pod to use the identity. Otherwise it returns a decision with
+// the outcome Pending.
 func Assigned(pod Pod, i *Identity, assignments []Assignment) *Decision {
 	created, message := false, ""
 	for _, a := range assignments {
@@ -65,7 +66,7 @@ func Assigned(pod Pod, i *Identity, assignments []Assignment) *Decision {
 	case created:
 		d.Detail = fmt.Sprintf("AzureIdentity %s is being assigned to the machine of pod %s/%s", i.Key(), pod.Namespace, pod.Name)
 	default:
-		d.Detail = fmt.Sprintf("AzureIdentity %s is not assigned to the machine of pod %s/%s, and MIC has not created an AzureAssignedIdentity yet", i.Key(), pod.Namespace, pod.Name)
+		d.Detail = fmt.Sprintf("AzureIdentity %s is not assigned to the machine of pod %s/%s yet: MIC still has to create an AzureAssignedIdentity for the pod and the current AzureIdentity", i.Key(), pod.Namespace, pod.Name)
 	}
 	return &d
 }

@@ -4,10 +4,10 @@
 // functions over plain values: no I/O, no clock, no log. The same input has the same result everywhere, and the result has
 // a [Reason] that is spelled the same in the HTTP error, the log and the metrics.
 //
-// It protects against a pod that gets an identity that is not bound to it. A doubtful case (several bound identities of
-// which the request names none, bindings none of whose identities exists, an invalid identity) is refused with the
-// names of the objects; the package never guesses. Text that the client chooses can only narrow the set of identities
-// that the cluster's objects allow.
+// It protects against a pod that gets an identity that is not bound to it. It never guesses. It refuses a request in a
+// doubtful case, and names the objects: several identities are bound and the request names none of them, no bound
+// identity exists, or the identity is invalid. Text that the client chooses can only narrow the set of identities that
+// the cluster's objects allow.
 //
 // The package also has the list of all reason codes of NMI, with the cause and the remedy of each for the documents.
 package identity
@@ -91,7 +91,7 @@ type Identity struct {
 	TenantID        string
 	// AuxiliaryTenantIDs are further tenants to request tokens from, for ServicePrincipalSecret.
 	AuxiliaryTenantIDs []string
-	// ADEndpoint is the authority, by default that of the installation. Not for UserAssigned.
+	// ADEndpoint is the URL of Entra ID; if empty, NMI uses that of the installation. Not for UserAssigned.
 	ADEndpoint string
 	// SecretNamespace and SecretName name the Secret with the client secret or certificate. The namespace defaults to
 	// that of the identity.
@@ -99,7 +99,7 @@ type Identity struct {
 	// ObjectID is not part of the AzureIdentity. Callers that have received a token of this identity set it from the oid
 	// claim. Only a request by object_id needs it.
 	ObjectID string
-	// Namespaced restricts the identity to pods of its own namespace. It is set by an annotation.
+	// Namespaced restricts the identity to pods of its own namespace. The annotation v1.BehaviorAnnotation sets it.
 	Namespaced bool
 }
 
@@ -169,7 +169,8 @@ type Decision struct {
 	Detail string
 }
 
-// Decide decides whether the pod may use the identity that it requests.
+// Decide returns the decision about a request of the pod for the identity that want names. If want names none, the
+// decision is about the only identity that is bound to the pod.
 func Decide(rules Rules, pod Pod, want Selector, facts Facts) Decision {
 	if excepted(pod, facts.Exceptions) {
 		return Decision{Outcome: Granted, Reason: Excepted}
@@ -230,11 +231,11 @@ func excepted(pod Pod, exceptions []Exception) bool {
 }
 
 // Bound returns the identities that are bound to the pod, each once, sorted by namespace and name, or the refusal if
-// there is none. It ignores exceptions and the request.
+// there is none. It ignores exceptions.
 func Bound(rules Rules, pod Pod, facts Facts) ([]Identity, *Decision) {
 	label := pod.Labels[v1.BindingLabel]
 	if label == "" {
-		d := refuse(PodNotLabelled, "pod %s/%s has no label %s, so no AzureIdentityBinding can select it; label the pod with the selector of its binding", pod.Namespace, pod.Name, v1.BindingLabel)
+		d := refuse(PodNotLabelled, "pod %s/%s has no label %s, or the label is empty, so no AzureIdentityBinding can select it; label the pod with the selector of its binding", pod.Namespace, pod.Name, v1.BindingLabel)
 		return nil, &d
 	}
 	var bound []Identity
@@ -260,12 +261,12 @@ func Bound(rules Rules, pod Pod, facts Facts) ([]Identity, *Decision) {
 		bound = append(bound, facts.Identities[i])
 	}
 	if matched == 0 {
-		d := refuse(NoMatchingBinding, "no AzureIdentityBinding %swith selector %q matches pod %s/%s (label %s)", where(rules, pod), label, pod.Namespace, pod.Name, v1.BindingLabel)
+		d := refuse(NoMatchingBinding, "no AzureIdentityBinding %swith selector %q matches pod %s/%s; correct the label %s of the pod, or create the binding in namespace %s", where(rules, pod), label, pod.Namespace, pod.Name, v1.BindingLabel, pod.Namespace)
 		return nil, &d
 	}
 	if len(bound) == 0 {
 		slices.Sort(missing)
-		d := refuse(IdentityMissing, "AzureIdentity %s does not exist", strings.Join(missing, ", "))
+		d := refuse(IdentityMissing, "AzureIdentity %s does not exist; create it, or correct spec.azureIdentity of the binding", strings.Join(missing, ", "))
 		return nil, &d
 	}
 	if len(bound) == 1 {
@@ -284,7 +285,8 @@ func where(rules Rules, pod Pod) string {
 	return ""
 }
 
-// choose returns the identity that the request means. Several objects are accepted only if they have the same credential.
+// choose returns the identity of bound that want names, or the only one if want names none; otherwise it returns the
+// refusal. It accepts several objects only if they have the same credential.
 func choose(pod Pod, want Selector, bound []Identity) (*Identity, *Decision) {
 	candidates := bound
 	if !want.IsZero() {
@@ -308,7 +310,7 @@ func choose(pod Pod, want Selector, bound []Identity) (*Identity, *Decision) {
 			d := refuse(MultipleIdentities, "several identities are bound to pod %s/%s (%s) and the request names none; set client_id, object_id or msi_res_id", pod.Namespace, pod.Name, names(candidates))
 			return nil, &d
 		}
-		d := refuse(IdentityAmbiguous, "%s matches several AzureIdentity objects that differ: %s; delete all but one, or their bindings", want, names(candidates))
+		d := refuse(IdentityAmbiguous, "%s matches several AzureIdentity objects whose credentials may differ: %s; delete all but one, or their bindings", want, names(candidates))
 		return nil, &d
 	}
 	return &first, nil

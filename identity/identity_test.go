@@ -86,7 +86,7 @@ func checkDecisions(t *testing.T, cases []decisionCase) {
 				t.Errorf("got outcome %d, reason %s, identity %q; want %d, %s, %q\n%s", d.Outcome, d.Reason, chosen, c.outcome, c.reason, c.chosen, d.Detail)
 			}
 			if (d.Outcome == Granted) != (d.Detail == "") {
-				t.Errorf("outcome %d with detail %q: a refusal explains itself, a grant does not", d.Outcome, d.Detail)
+				t.Errorf("outcome %d with detail %q; want a detail unless the outcome is Granted (%d)", d.Outcome, d.Detail, Granted)
 			}
 		})
 	}

@@ -37,8 +37,8 @@ const (
 	ClientGone       Reason = "client_gone"
 )
 
-// Reasons after the decision: the credential and the source of the token. Forwarding is for requests without a
-// decision.
+// Reasons after the decision: the credential, the source of the token, and the limit of one pod (PodThrottled).
+// Forwarding is for requests without a decision.
 const (
 	SecretMissing           Reason = "secret_missing"
 	SecretUnreadable        Reason = "secret_unreadable"

@@ -83,12 +83,12 @@ var explanations = []Explanation{
 	},
 	{
 		Reason: RequestMalformed, Status: []int{http.StatusBadRequest},
-		Cause:  "A query parameter is given twice, is malformed or too long, or two parameters name an identity. `error_description` says which rule was broken.",
+		Cause:  "A query parameter is given twice, is malformed or too long, there are too many parameters, or two of them name an identity. A request to `/host/token` also needs headers that name the pod. `error_description` says which rule the request breaks.",
 		Remedy: "Correct the request as `error_description` says.",
 	},
 	{
 		Reason: APIVersion, Status: []int{http.StatusBadRequest},
-		Cause:  "The parameter `api-version` is missing, is not a date, or is older than the first version that IMDS serves.",
+		Cause:  "The parameter `api-version` of a token request is missing, is not a date, or is older than `2018-02-01`, the first version of IMDS with identities.",
 		Remedy: "Add `api-version=2018-02-01` to the request.",
 	},
 	{
@@ -100,38 +100,38 @@ var explanations = []Explanation{
 	// The pod.
 	{
 		Reason: PodUnknown, Status: []int{http.StatusServiceUnavailable},
-		Cause:   "No running pod of the node has the address that the connection came from, and none appeared within `nmi.podLookupTimeout`. Either the kubelet has not reported the pod's address yet, or the program runs outside a pod, or the network plugin changes the source address.",
+		Cause:   "No pod of the node that has not finished has the address that the connection came from, and none appeared within `nmi.podLookupTimeout`. Either the kubelet has not reported the pod's address yet, or the program runs outside a pod, or the network plugin changes the source address. For `/host/token`, no such pod has the requested name.",
 		Remedy:  "Let the client retry: the response has `Retry-After`. If it persists, compare the address in NMI's log line (`source`) with `status.podIPs` of the pod.",
 		Command: "kubectl get pods -A -o wide --field-selector spec.nodeName=NODE",
 	},
 	{
 		Reason: PodAmbiguous, Status: []int{http.StatusServiceUnavailable},
-		Cause:   "Two running pods of the node have the same address. NMI gives a token to neither of them.",
+		Cause:   "Several pods of the node that have not finished have the same address. NMI gives a token to none of them.",
 		Remedy:  "Let the client retry. If it persists, delete the pod that no longer uses the address, and check the network plugin's address management.",
 		Command: "kubectl get pods -A -o wide --field-selector spec.nodeName=NODE",
 	},
 	{
 		Reason: NotReady, Status: []int{http.StatusServiceUnavailable},
-		Cause:   "NMI has not loaded the cluster's objects yet, or it has lost its connection to the API server and would otherwise refuse the request permanently because of an object that may exist by now. The custom resource definitions may also be missing.",
+		Cause:   "NMI has not loaded the cluster's objects yet, or it has lost its connection to the API server and would otherwise refuse the request permanently because of an object that may exist by now. The custom resource definitions may also be missing. In rare cases the objects that the request depends on changed during each of several fetches of the token.",
 		Remedy:  "Let the client retry. If it persists, check that NMI is ready, that the node reaches the API server, and that the definitions are installed.",
 		Command: "kubectl get crds | grep aadpodidentity.k8s.io; kubectl get pods -A -l app.kubernetes.io/component=nmi -o wide",
 	},
 	{
 		Reason: PodThrottled, Status: []int{http.StatusTooManyRequests},
-		Cause:  "The pod requests tokens that are not cached more than twice a second, or for more than 64 different resources.",
+		Cause:  "The pod requests tokens that are not cached more than twice a second (after a burst of 10), or more than 64 different tokens, or its identities use more than 64 Secrets.",
 		Remedy: "Let the application reuse one credential object and its tokens. The Azure SDKs do that by default; a program that starts a new process for each request does not.",
 	},
 
 	// The decision.
 	{
 		Reason: PodNotLabelled, Status: []int{http.StatusBadRequest},
-		Cause:   "The pod has no label `aadpodidbinding`, so no AzureIdentityBinding can select it.",
+		Cause:   "The pod has no label `aadpodidbinding`, or the label is empty, so no AzureIdentityBinding can select it.",
 		Remedy:  "Add the label to the pod template of the Deployment, StatefulSet, DaemonSet or CronJob; its value is `spec.selector` of the binding. Create a Job again with the label: its pod template cannot be changed. For a pod without a controller: `kubectl label pod POD -n NAMESPACE aadpodidbinding=SELECTOR`.",
 		Command: `kubectl patch deployment DEPLOYMENT -n NAMESPACE -p '{"spec":{"template":{"metadata":{"labels":{"aadpodidbinding":"SELECTOR"}}}}}'`,
 	},
 	{
 		Reason: NoMatchingBinding, Status: []int{http.StatusBadRequest},
-		Cause:   "No AzureIdentityBinding has the value of the pod's label `aadpodidbinding` as its `spec.selector`. Upper and lower case differ. In managed mode and with `forceNamespaced` the binding must be in the namespace of the pod.",
+		Cause:   "No AzureIdentityBinding has the value of the pod's label `aadpodidbinding` as its `spec.selector`. Upper and lower case differ. The binding must be in the namespace of the pod in managed mode, with `forceNamespaced`, and if its AzureIdentity has the annotation `aadpodidentity.k8s.io/Behavior: namespaced`.",
 		Remedy:  "Create the binding in the pod's namespace, or make label and selector equal.",
 		Command: "kubectl get azureidentitybindings -A; kubectl get pods -n NAMESPACE -L aadpodidbinding",
 	},
@@ -154,13 +154,13 @@ var explanations = []Explanation{
 	},
 	{
 		Reason: IdentityAmbiguous, Status: []int{http.StatusForbidden},
-		Cause:   "The request names a client ID that several AzureIdentity objects bound to the pod have, and these objects differ in another field.",
+		Cause:   "The request names an identity by an ID that several AzureIdentity objects bound to the pod have, and the credentials of these objects may differ: the objects differ in another field, or they are service principals (types 1 and 2), whose Secrets NMI does not compare.",
 		Remedy:  "Delete all but one of the AzureIdentity objects that the detail lists, or their bindings.",
 		Command: "kubectl get azureidentities -n NAMESPACE -o yaml",
 	},
 	{
 		Reason: IdentityInvalid, Status: []int{http.StatusForbidden},
-		Cause:   "The AzureIdentity cannot produce a token whatever Azure says: a field is missing or malformed. The detail names the field. New objects of this kind are refused by the API server; this one was stored before the current definitions were installed.",
+		Cause:   "The AzureIdentity cannot produce a token whatever Azure says: a field is missing or malformed. The detail names the field. The API server refuses most of these mistakes in new objects, but not all of them, and not in objects that were stored before the current definitions were installed.",
 		Remedy:  "Correct the field that the detail names.",
 		Command: "kubectl edit azureidentity NAME -n NAMESPACE",
 	},
@@ -177,8 +177,8 @@ var explanations = []Explanation{
 	},
 	{
 		Reason: AssignmentFailed, Status: []int{http.StatusServiceUnavailable},
-		Cause:   "Standard mode: Azure refuses to attach the identity. The detail is `status.message` of the AzureAssignedIdentity and says what to do, such as which role to grant.",
-		Remedy:  "Do what the detail says; MIC retries by itself. See [standard mode](#standard-mode-a-pod-does-not-get-its-identity).",
+		Cause:   "Standard mode: MIC could not attach the identity yet, in most cases because Azure refuses it. `error_description` ends with `status.message` of the AzureAssignedIdentity, which says why and what to do, such as which role to grant.",
+		Remedy:  "Do what `error_description` says; MIC retries by itself. See [standard mode](#standard-mode-a-pod-does-not-get-its-identity).",
 		Command: "kubectl get azureassignedidentities -n NAMESPACE -o yaml",
 	},
 
@@ -214,14 +214,14 @@ var explanations = []Explanation{
 	},
 	{
 		Reason: PodStale, Status: []int{http.StatusServiceUnavailable},
-		Cause:  "The API server issues no token for the pod: the pod is being deleted, or was deleted and created again under the same name.",
-		Remedy: "Let the client retry. Nothing to do for a pod that is being deleted.",
+		Cause:  "NMI or the API server finds that the pod is gone, was created again under the same name, or runs as another ServiceAccount, or the API server issues no token of the ServiceAccount for another reason, for example because it does not exist. `error_description` says which.",
+		Remedy: "Let the client retry. Nothing to do for a pod that is being deleted. Create a missing ServiceAccount.",
 	},
 
 	// The source of the token.
 	{
 		Reason: UpstreamRefused, Status: []int{http.StatusBadRequest, http.StatusForbidden},
-		Cause:   "IMDS or Entra ID refused the request. `error_description` is its own text, with its error code and correlation ID. \"Identity not found\" from IMDS means that no identity with this `spec.clientID` is attached to this VM or scale set.",
+		Cause:   "IMDS or Entra ID refused the request. `error_description` is its own text, with its error code and correlation ID. If NMI did not send the request, for example because `spec.adEndpoint` leads to an address of the node, `error_description` says why. \"Identity not found\" from IMDS means that no identity with this `spec.clientID` is attached to this VM or scale set.",
 		Remedy:  "Look up the code, such as AADSTS500011 (the resource is unknown in the tenant), AADSTS700016 (`spec.clientID` or `spec.tenantID` is wrong) or AADSTS7000215 (the value in the Secret is wrong). For \"Identity not found\" compare `spec.clientID` with `az identity show --ids RESOURCE-ID --query clientId`, and attach the identity; in standard mode check whether somebody detached it.",
 		Command: "az vmss identity show -g NODE-RESOURCE-GROUP -n SCALE-SET",
 	},
@@ -232,7 +232,7 @@ var explanations = []Explanation{
 	},
 	{
 		Reason: UpstreamUnavailable, Status: []int{http.StatusServiceUnavailable},
-		Cause:  "IMDS, Entra ID or the API server does not respond, or responds with an error of its own or with something unusable. Cached tokens are still served until they expire.",
+		Cause:  "IMDS, Entra ID or the API server does not respond, or responds with an error of its own or with something unusable, or the Secret of the identity changed during the request. Cached tokens are still served until they expire.",
 		Remedy: "Let the client retry. If it persists, check that the node reaches IMDS, `login.microsoftonline.com:443` (types 1 to 3) and the API server; behind a proxy set `HTTPS_PROXY` and `NO_PROXY` in `nmi.extraEnv`. For types 1 to 3 also check `spec.adEndpoint`.",
 	},
 }

@@ -7,8 +7,8 @@ import (
 )
 
 // Problem returns why no token can be requested for the identity, or "" if it is valid. The validation rules of the CRD
-// refuse invalid new objects, but not those that AAD Pod Identity stored. Problem is called for every request, so it
-// uses no regular expressions.
+// do not make this check unnecessary: they do not check adEndpoint and the form of tenants, and do not apply to objects
+// that AAD Pod Identity stored. Problem is called for every request, so it uses no regular expressions.
 func (i Identity) Problem() string {
 	switch i.Kind {
 	case UserAssigned:
@@ -33,7 +33,7 @@ const maxAuxiliaryTenants = 10
 // entraProblem is Problem for the types that request tokens from Entra ID directly.
 func (i Identity) entraProblem() string {
 	if i.ClientID == "" || i.TenantID == "" {
-		return "this type requires both spec.clientID and spec.tenantID"
+		return fmt.Sprintf("spec.type %d requires both spec.clientID and spec.tenantID; write the missing one", i.Kind)
 	}
 	if i.Kind == Federated && !isGUID(i.ClientID) {
 		return fmt.Sprintf("spec.clientID %q is not a GUID; write the client ID of the application or managed identity", i.ClientID)
@@ -80,13 +80,13 @@ func isTenant(s string) bool {
 func ParseAuthority(s string) (string, error) {
 	u, err := url.Parse(s)
 	if err != nil {
-		return "", fmt.Errorf("%q is not a URL; write one such as https://login.microsoftonline.com/", s)
+		return "", fmt.Errorf("%q is not a URL; write a URL such as https://login.microsoftonline.com/", s)
 	}
 	if u.Scheme != "https" {
 		return "", fmt.Errorf("%q does not begin with https://, which is required because secrets are sent there", s)
 	}
 	if u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || strings.Trim(u.Path, "/") != "" || u.Opaque != "" {
-		return "", fmt.Errorf("%q does not consist of scheme and host; write one such as https://login.microsoftonline.com/, and the tenant in spec.tenantID", s)
+		return "", fmt.Errorf("%q is not a URL of only scheme and host; write a URL such as https://login.microsoftonline.com/, and the tenant in spec.tenantID", s)
 	}
 	return "https://" + strings.ToLower(u.Host), nil
 }

@@ -45,7 +45,7 @@ const (
 // header has a resolution of one second.
 const minRetryAfter, maxRetryAfter = 1 * time.Second, 25 * time.Second
 
-// PendingRetryAfter is the Retry-After for a client whose wait for its identity timed out.
+// PendingRetryAfter is the Retry-After of the response to a request whose identity is not assigned yet.
 const PendingRetryAfter = 5 * time.Second
 
 // Refusal returns the response to a request that the decision did not grant. A refused request gets a permanent error,
@@ -65,22 +65,26 @@ func Refusal(d identity.Decision) *Error {
 	return e
 }
 
-// Unavailable returns the response to a request that fails temporarily. Clients retry after retryAfter.
+// Unavailable returns the response to a request that fails temporarily. Its header Retry-After is retryAfter, within the
+// limits of Error.Write.
 func Unavailable(r identity.Reason, detail string, retryAfter time.Duration) *Error {
 	return &Error{Status: http.StatusServiceUnavailable, Code: codeUnavailable, Description: detail, Reason: r, RetryAfter: max(retryAfter, minRetryAfter)}
 }
 
-// Throttled returns the response to a caller that sends too many requests.
+// Throttled returns the response to a request that NMI, IMDS or Entra ID does not serve because of too many requests. Its
+// header Retry-After is retryAfter, within the limits of Error.Write.
 func Throttled(r identity.Reason, detail string, retryAfter time.Duration) *Error {
 	return &Error{Status: http.StatusTooManyRequests, Code: codeThrottled, Description: detail, Reason: r, RetryAfter: max(retryAfter, minRetryAfter)}
 }
 
-// Forbidden returns the response to a request that NMI refuses for every pod.
+// Forbidden returns the permanent error for a request that NMI does not serve, or for whose identity it cannot request a
+// token.
 func Forbidden(r identity.Reason, detail string) *Error {
 	return &Error{Status: http.StatusForbidden, Code: codeForbidden, Description: detail, Reason: r}
 }
 
-// SourceError returns the response that contains an error of the token source, with its code and description.
+// SourceError returns the response that contains an error of the token source, with the code and description of that
+// error. If code is "", the response has the code invalid_request.
 func SourceError(status int, code, description string) *Error {
 	if code == "" {
 		code = codeInvalid
@@ -96,7 +100,8 @@ type errorBody struct {
 	Detail      string          `json:"detail,omitempty"`
 }
 
-// Write sends the error. It may be called once per request, before anything else is written.
+// Write sends the error. It may be called once per request, before anything else is written. A RetryAfter other than 0
+// is rounded up to seconds and limited to minRetryAfter and maxRetryAfter.
 func (e *Error) Write(w http.ResponseWriter) {
 	body, err := json.Marshal(errorBody{e.Code, e.Description, e.Reason, e.Detail})
 	if err != nil { // strings always marshal

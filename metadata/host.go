@@ -43,7 +43,7 @@ func ParseHostToken(r *http.Request) (Request, *Error) {
 	for name, into := range map[string]*string{headerPodNamespace: &req.PodNamespace, headerPodName: &req.PodName} {
 		given := r.Header[http.CanonicalHeaderKey(name)]
 		if len(given) != 1 || given[0] == "" || len(given[0]) > maxName || !printable(given[0]) {
-			return req, malformed(fmt.Sprintf("the headers %s and %s must each be present once; they name the pod that the token is for", headerPodNamespace, headerPodName))
+			return req, malformed(fmt.Sprintf("the headers %s and %s must each be present once, and contain the namespace and the name of the pod that the token is for", headerPodNamespace, headerPodName))
 		}
 		*into = given[0]
 	}

@@ -40,8 +40,8 @@ const maxPath = 1024
 //
 // IMDS reads "\" as "/" and ignores the case of "/metadata"; old clients send "//" and a trailing slash. Those are
 // accepted. Forms that no client needs are refused instead of interpreted: encoded separators, dot segments in any
-// encoding, double encoding, control characters, bytes beyond ASCII. Two parsers cannot disagree about a path without
-// them.
+// encoding, double encoding, control characters, bytes beyond ASCII. Without these forms, two parsers cannot disagree
+// about a path.
 func normalize(raw string) (string, error) {
 	if len(raw) > maxPath || raw == "" || (raw[0] != '/' && raw[0] != '\\') {
 		return "", errPath

@@ -45,7 +45,7 @@ const (
 	maxValue      = 2048
 )
 
-// oldestVersion is the first API version of IMDS with identities, and the one that every client library sends.
+// oldestVersion is the first API version of IMDS with identities. Client libraries send it.
 const oldestVersion = "2018-02-01"
 
 // Parse parses a request, or returns the error response. For a refused request it also returns what it has parsed so
@@ -68,8 +68,8 @@ func Parse(r *http.Request, rules Rules) (Request, *Error) {
 	if req.Route == RouteUnknown {
 		return req, &Error{Status: http.StatusNotFound, Code: codeNotFound, Description: "No such endpoint", Reason: identity.PathUnknown}
 	}
-	// A proxy sent a forwarded request on behalf of someone else than the pod it runs in. Even an empty header shows
-	// that.
+	// A request with this header comes from a proxy, on behalf of someone other than the pod in which the proxy runs.
+	// An empty header means the same.
 	if _, forwarded := r.Header["X-Forwarded-For"]; forwarded {
 		return req, &Error{Status: http.StatusBadRequest, Code: codeInvalid, Description: "Requests with an X-Forwarded-For header are not served", Reason: identity.Forwarded}
 	}
@@ -94,7 +94,7 @@ func Parse(r *http.Request, rules Rules) (Request, *Error) {
 		return parseToken(req, values)
 	}
 	if req.APIVersion != "" && !isDate(req.APIVersion) || req.Format != "" && req.Format != "json" && req.Format != "text" {
-		return req, malformed("api-version must be a date and format one of json and text")
+		return req, malformed("api-version must be a date such as 2021-02-01, and format must be json or text")
 	}
 	return req, nil
 }
@@ -119,8 +119,8 @@ func split(r *http.Request) (path, query string) {
 	return path, query
 }
 
-// hasMetadataHeader reports whether there is a Metadata header and all of them are "true", in any case. Headers that
-// differ are refused.
+// hasMetadataHeader reports whether there is a Metadata header and the value of each such header is "true", in any
+// letter case.
 func hasMetadataHeader(h http.Header) bool {
 	values := h["Metadata"]
 	for _, v := range values {
@@ -211,7 +211,7 @@ func parseTokenParameters(req Request, values parameterList) (Request, *Error) {
 	if req.Resource == "" {
 		return req, &Error{Status: http.StatusBadRequest, Code: codeInvalid, Description: textNoResource, Reason: identity.ResourceMissing}
 	}
-	// The documentation has msi_res_id, but some clients send mi_res_id. Old clients send empty selectors; they are
+	// The documentation has msi_res_id, but some clients send mi_res_id. Old clients send empty selectors, which are
 	// ignored.
 	given := 0
 	for _, p := range values {

@@ -26,13 +26,13 @@ import (
 // TokenResponse is the response with a token.
 type TokenResponse struct {
 	AccessToken string
-	// ClientID of the identity; empty if the request did not name an identity and the ID is unknown.
+	// ClientID of the identity; empty if NMI does not know it.
 	ClientID string
 	// Resource exactly as the client sent it: clients use it as a cache key.
 	Resource  string
 	ExpiresOn time.Time
 	NotBefore time.Time
-	// Lifetime of the token when it was issued, not the remaining one.
+	// Lifetime of the token when NMI fetched it, not the remaining one.
 	Lifetime time.Duration
 }
 
@@ -40,8 +40,9 @@ var buffers = sync.Pool{New: func() any { return new([]byte) }}
 
 // Write writes the token. expires_in is the remaining lifetime at now.
 //
-// The fields are those of IMDS's response, in the same order (alphabetical: one client library uses the last of
-// expires_in and expires_on) and all are strings (numbers and empty strings break other libraries).
+// The fields are those of IMDS's response, in the same alphabetical order: of expires_in and expires_on, one client
+// library uses the one that comes last. All values are strings, because numbers break other libraries. An empty
+// client_id also breaks libraries, so it is omitted.
 func (a TokenResponse) Write(w http.ResponseWriter, now time.Time) {
 	write(w, func(b []byte) []byte { return a.append(b, now) })
 }

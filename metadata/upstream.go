@@ -85,9 +85,9 @@ type limitedBody struct {
 }
 
 func unreachable(err error) *Error {
-	detail := "The metadata service of the VM did not respond"
+	detail := "Forwarding the request to the metadata service of the VM failed: " + err.Error()
 	if errors.Is(err, context.DeadlineExceeded) {
-		detail += " in time"
+		detail = "The metadata service of the VM did not respond in time"
 	}
 	return Unavailable(identity.UpstreamUnavailable, detail, time.Second)
 }

@@ -207,7 +207,7 @@ func TestAnAssignmentIsForOnePodOnly(t *testing.T) {
 	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+nmitest.ClientX)
 	c.expect(c.begin("10.0.0.2"), 503, "assignment_pending") // the same name in another namespace
 
-	// Created again with the same name, while the assignment of the first pod still exists.
+	// The pod is created again with the same name, while the assignment of the first pod still exists.
 	c.api.remove(one)
 	again := nmitest.With(one.DeepCopy(), func(p *corev1.Pod) { p.UID, p.Status.PodIPs[0].IP = types.UID("3"), "10.0.0.3" })
 	c.api.set(again)

@@ -17,7 +17,8 @@ func newCapture(cfg Config, log *zap.Logger) (*iptables.Capture, error) {
 	return iptables.New(c)
 }
 
-// repairRules checks the rules at each interval, and repairs them, until ctx ends.
+// repairRules checks the iptables rules and the network link of NMI at each SyncInterval, and repairs them, until ctx
+// ends.
 func (a *agent) repairRules(ctx context.Context) {
 	ticker := time.NewTicker(a.cfg.SyncInterval)
 	defer ticker.Stop()
@@ -33,11 +34,11 @@ func (a *agent) repairRules(ctx context.Context) {
 			a.metrics.Repairs.WithLabelValues(what).Inc()
 		}
 		if len(repaired) > 0 {
-			a.logs.Main.Warn("repaired the rules of this node, which something had changed", zap.Strings(telemetry.KeyRepaired, repaired))
+			a.logs.Main.Warn("repaired iptables rules or the network link of NMI, which another program had changed", zap.Strings(telemetry.KeyRepaired, repaired))
 		}
 		if err != nil && ctx.Err() == nil {
 			a.metrics.SyncErrors.Inc()
-			a.logs.Main.Error("checking the rules of this node failed", zap.Error(err))
+			a.logs.Main.Error("checking or repairing the iptables rules and the network link of NMI failed; NMI retries", zap.Error(err))
 		}
 		if ctx.Err() == nil {
 			a.health.Set(health.Rules, err)

@@ -44,14 +44,14 @@ type Config struct {
 
 	Authority                  string // the Entra ID endpoint for identities that name none
 	CABundle                   string // file of certificates that are trusted for Entra ID in addition to the system's
-	ManagedIdentityBy          string // the ID by which NMI asks IMDS for a managed identity: ByClientID or ByResourceID
+	ManagedIdentityBy          string // names a managed identity in requests to IMDS: ByClientID or ByResourceID
 	AllowCrossNamespaceSecrets bool
 	HostToken                  bool // serve /host/token on loopback
 	Events                     bool // report refusals as Events of pods
 }
 
-// DefaultConfig returns the defaults. Most are those of AAD Pod Identity. Its flags have other defaults for
-// OperationMode (standard), ProbePort (8080) and the time between two checks of the rules (60 s).
+// DefaultConfig returns the defaults. Most are those of AAD Pod Identity. The defaults of AAD Pod Identity differ for
+// OperationMode (standard), ProbePort (8080) and SyncInterval (60 s).
 func DefaultConfig() Config {
 	return Config{
 		OperationMode:          ModeManaged,
@@ -75,8 +75,8 @@ func DefaultConfig() Config {
 	}
 }
 
-// The ID by which NMI asks IMDS for a managed identity. An AzureIdentity has both IDs. The resource ID stays the same
-// if the managed identity is deleted and created again with the same name.
+// Values of ManagedIdentityBy. An AzureIdentity has both IDs. The resource ID stays the same if the managed identity is
+// deleted and created again with the same name.
 const (
 	ByClientID   = "client-id"
 	ByResourceID = "resource-id"
@@ -129,7 +129,7 @@ func (c Config) validatePorts() error {
 		}
 	}
 	if c.ProbePort == c.PrometheusPort || c.Profile && (c.ProbePort == server.ProfilePort || c.PrometheusPort == server.ProfilePort) {
-		problems = append(problems, fmt.Errorf("--http-probe-port, --prometheus-port and the profiler's %d must differ", server.ProfilePort))
+		problems = append(problems, fmt.Errorf("--http-probe-port %d and --prometheus-port %d must differ from each other and, with --enable-profile, from the port of pprof, %d", c.ProbePort, c.PrometheusPort, server.ProfilePort))
 	}
 	return errors.Join(problems...)
 }
@@ -171,8 +171,9 @@ func (c Config) maxAssignmentWait() time.Duration {
 	return 0
 }
 
-// checkKubenet returns an error if the file KubeletConfig says that the node uses kubenet, unless AllowKubenet is set.
-// With kubenet a pod with NET_RAW can take the address of another pod by ARP, and NMI identifies pods by their address.
+// checkKubenet returns an error if the file KubeletConfig says that the node uses kubenet, or exists but cannot be read,
+// unless AllowKubenet is set. With kubenet a pod with NET_RAW can take the address of another pod by ARP, and NMI
+// identifies pods by their address.
 func (c Config) checkKubenet() error {
 	if c.AllowKubenet || c.KubeletConfig == "" {
 		return nil
@@ -182,7 +183,7 @@ func (c Config) checkKubenet() error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("reading the file of --kubelet-config to check whether the node uses kubenet: %w", err)
+		return fmt.Errorf("reading the file of --kubelet-config to check whether the node uses kubenet: %w; correct the file, or disable the check with an empty --kubelet-config", err)
 	}
 	if strings.Contains(string(text), "--network-plugin=kubenet") {
 		return fmt.Errorf("%s says that this node uses kubenet, in which a pod can take the address of another pod by ARP; use another network plugin, or drop NET_RAW from all pods and give --allow-network-plugin-kubenet", c.KubeletConfig)

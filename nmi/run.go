@@ -51,7 +51,7 @@ func Run(ctx context.Context, cfg Config, logs telemetry.Loggers) error {
 		return err
 	}
 	if err := disableMemoryDumps(); err != nil {
-		return err
+		return fmt.Errorf("disabling core dumps of this process and access to its memory: %w", err)
 	}
 	api, err := apiServerConfig(cfg)
 	if err != nil {
@@ -118,7 +118,7 @@ func (a *agent) run(ctx, watching context.Context) error {
 	case <-ctx.Done():
 	}
 	a.health.ShutDown()
-	a.logs.Main.Info("stopping; the rules stay in place, so that no pod reaches the real token endpoint")
+	a.logs.Main.Info("stopping; the rules stay in place, so that no pod outside the host network reaches the real token endpoint")
 	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.ShutdownTimeout)
 	defer cancel()
 	err = pods.Shutdown(ending)

@@ -16,8 +16,9 @@ const (
 	NodeNameLabel = "nodename"
 )
 
-// NodeNameLabelValue returns the node's name, like AAD Pod Identity. If the name is too long for a label (63 bytes), it
-// returns the first 46 bytes, a hyphen and 16 hexadecimal digits of its SHA-256.
+// NodeNameLabelValue returns the value of NodeNameLabel for a node: the name of the node, as in AAD Pod Identity. For a
+// name that is longer than a label value may be (63 bytes), it returns the first 46 bytes of the name, a hyphen, and the
+// first 16 hexadecimal digits of the SHA-256 of the name.
 func NodeNameLabelValue(node string) string {
 	if len(node) <= 63 {
 		return node
@@ -30,8 +31,9 @@ func NodeNameLabelValue(node string) string {
 type AssignmentState string
 
 const (
-	// AssignmentLegacy is the state of objects from versions without states: the pod may use the identity. An object
-	// that a pod owns is from MIC, which has not set the state yet: there it means the same as Created.
+	// AssignmentLegacy is the state of an object whose status is empty. If no pod owns the object, a version of AAD Pod
+	// Identity without states wrote it, and the pod may use the identity. If a pod owns the object, MIC created it and
+	// has not set the state yet, so AssignmentLegacy means the same as AssignmentCreated.
 	AssignmentLegacy AssignmentState = ""
 	// AssignmentCreated means that the pod needs the identity, and it is not yet attached to the pod's VM or scale set.
 	AssignmentCreated AssignmentState = "Created"
@@ -42,8 +44,8 @@ const (
 )
 
 // AzureAssignedIdentity records the assignment of one identity to one pod on one node. Only MIC writes it. It is in the
-// namespace of its pod, which owns it. Objects of AAD Pod Identity are in the namespace of the identity or in "default",
-// and have no owner.
+// namespace of its pod, which owns it. Objects that AAD Pod Identity wrote are in the namespace of the identity or in
+// "default", and have no owner.
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:resource:path=azureassignedidentities,singular=azureassignedidentity,scope=Namespaced
@@ -108,7 +110,8 @@ type AzureAssignedIdentityStatus struct {
 	// +optional
 	Metadata *metav1.ObjectMeta `json:"metadata,omitempty"`
 
-	// Status is Created, Assigned or Unassigned; empty in objects from versions without states.
+	// Status is Created, Assigned or Unassigned. It is empty until MIC sets it in a new object, and in objects that a
+	// version of AAD Pod Identity without states wrote.
 	// +optional
 	Status AssignmentState `json:"status,omitempty"`
 
@@ -116,7 +119,7 @@ type AzureAssignedIdentityStatus struct {
 	// +optional
 	Message string `json:"message,omitempty"`
 
-	// Deprecated: always 1, without a meaning. See status.
+	// Deprecated: never had a meaning; AAD Pod Identity always wrote 1. See status.
 	// +optional
 	AvailableReplicas int32 `json:"availableReplicas,omitempty"`
 }

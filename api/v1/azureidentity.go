@@ -6,10 +6,11 @@ import (
 )
 
 const (
-	// BehaviorAnnotation is an annotation of AzureIdentity that says how it is matched; see BehaviorNamespaced.
+	// BehaviorAnnotation is an annotation of AzureIdentity that says which pods the identity can be bound to; see
+	// BehaviorNamespaced.
 	BehaviorAnnotation = "aadpodidentity.k8s.io/Behavior"
 
-	// BehaviorNamespaced as the value of BehaviorAnnotation restricts the identity to bindings and pods of its namespace.
+	// BehaviorNamespaced as the value of BehaviorAnnotation restricts the identity to pods of its own namespace.
 	BehaviorNamespaced = "namespaced"
 )
 
@@ -74,8 +75,8 @@ type AzureIdentityCopy struct {
 	Status AzureIdentityStatus `json:"status,omitempty"`
 }
 
-// Copy returns the copy of the identity for an AzureAssignedIdentity. It sets kind and apiVersion, which the API server
-// requires in an embedded object and objects from a typed client lack, and omits managedFields.
+// Copy returns a copy of the identity for an AzureAssignedIdentity, without managedFields. It sets kind and apiVersion:
+// the API server requires them in an embedded object, and an object from a typed client does not have them.
 func (in *AzureIdentity) Copy() *AzureIdentityCopy {
 	in = in.DeepCopy()
 	in.ManagedFields = nil

@@ -43,8 +43,8 @@ type AzureIdentityBindingCopy struct {
 	Status AzureIdentityBindingStatus `json:"status,omitempty"`
 }
 
-// Copy returns the copy of the binding for an AzureAssignedIdentity. It sets kind and apiVersion, which the API server
-// requires in an embedded object and objects from a typed client lack, and omits managedFields.
+// Copy returns a copy of the binding for an AzureAssignedIdentity, without managedFields. It sets kind and apiVersion:
+// the API server requires them in an embedded object, and an object from a typed client does not have them.
 func (in *AzureIdentityBinding) Copy() *AzureIdentityBindingCopy {
 	in = in.DeepCopy()
 	in.ManagedFields = nil

@@ -2,7 +2,8 @@ package v1
 
 import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-// AzurePodIdentityException exempts pods of its namespace: they get tokens of the identities of their VM itself.
+// AzurePodIdentityException exempts pods of its namespace from bindings: they get tokens of any identity that is attached
+// to their VM or scale set.
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:resource:path=azurepodidentityexceptions,singular=azurepodidentityexception,scope=Namespaced

@@ -96,7 +96,7 @@ func TestACopyOfABindingIsCompleteAndHasItsKind(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := binding.DeepCopy()
-	// As returned by a typed client.
+	// Objects from a typed client have no kind and no apiVersion.
 	binding.Kind, binding.APIVersion = "", ""
 	if diff := cmp.Diff(want, binding.Copy().AzureIdentityBinding()); diff != "" {
 		t.Errorf("binding and copy differ:\n%s", diff)

@@ -25,7 +25,8 @@ func main() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)
 	}
-	// With these variables the Azure SDK would ask IMDS for the region before each token.
+	// With AZURE_REGIONAL_AUTHORITY_NAME or MSAL_FORCE_REGION the Azure SDK uses a regional endpoint of Entra ID, and may
+	// ask IMDS for the region. MIC uses no regional endpoints.
 	for _, name := range []string{"AZURE_REGIONAL_AUTHORITY_NAME", "MSAL_FORCE_REGION"} {
 		_ = os.Unsetenv(name) // it fails only for an invalid name
 	}
@@ -83,7 +84,7 @@ func uninstall(o *options.Options) *cobra.Command {
 		Use:   "uninstall",
 		Short: "Detach what MIC attached, and delete what it wrote to the cluster",
 		Long: `Detaches the identities that MIC attached to VMs and VMSSs, and no others, and deletes all AzureAssignedIdentity objects
-and the ledgers. No MIC may run at the same time. You may run it again at any time.`,
+and the ledgers. No MIC may run at the same time. The command can be repeated at any time.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.WithLogger(func(log *zap.Logger) error {

@@ -9,12 +9,12 @@ import (
 	"time"
 )
 
-// waitForSignal answers readiness probes on the port until ctx ends. The pod of an uninstall thereby becomes ready. The
-// process must not end before, because the kubelet would start it again.
+// waitForSignal answers readiness probes on a port until ctx ends, so that the pod of "mic uninstall" becomes ready. If
+// the process ended earlier, the kubelet would start it again.
 func waitForSignal(ctx context.Context, port int) error {
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", fmt.Sprintf(":%d", port))
 	if err != nil {
-		return fmt.Errorf("everything is removed, but listening for readiness probes failed: %w", err)
+		return fmt.Errorf("everything is removed, but listening for readiness probes on the port of --http-probe-port failed: %w", err)
 	}
 	return serveReadiness(ctx, listener)
 }

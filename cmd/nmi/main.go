@@ -48,8 +48,8 @@ func command() *cobra.Command {
 		Long: `NMI responds to the requests that pods of this node send to the Azure Instance Metadata Service (IMDS).
 
 It captures them with iptables, finds the pod by its address, checks AzureIdentity and AzureIdentityBinding,
-fetches the token and responds as IMDS would. When NMI stops, the rules stay, so that no pod reaches the real
-token endpoint; "nmi uninstall" removes them.`,
+fetches the token and responds as IMDS would. When NMI stops, the rules stay, so that no pod outside the host network
+reaches the real token endpoint; "nmi uninstall" removes the rules.`,
 		Args:          cobra.NoArgs,
 		Version:       version,
 		SilenceUsage:  true,

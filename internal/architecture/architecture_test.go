@@ -161,7 +161,7 @@ func TestNoPackageOfTheProductImportsTestCode(t *testing.T) {
 		for _, imported := range f.imports() {
 			forTests := strings.HasSuffix(imported, "/nmitest") && !strings.HasSuffix(f.path, "_test.go")
 			if forTests || topFolder(imported) == "e2e" && topFolder(f.pkg()) != "e2e" {
-				t.Errorf("%s: imports %s", f.path, imported)
+				t.Errorf("%s: imports %s, which is test code", f.path, imported)
 			}
 		}
 	}
@@ -242,7 +242,7 @@ func TestModulesRequireTheSameVersions(t *testing.T) {
 				continue
 			}
 			if version, ok := required[fields[0]]; ok && version != fields[1] {
-				t.Errorf("%s/go.mod requires %s %s, another module %s: run go get %[2]s@… there", folder, fields[0], fields[1], version)
+				t.Errorf("%s/go.mod requires %s %s, but the go.mod of another module of this repository requires %s; run go get %[2]s@VERSION in one of the two folders", folder, fields[0], fields[1], version)
 			}
 			required[fields[0]] = fields[1]
 		}

@@ -22,14 +22,15 @@ func Config(kubeconfig, userAgent string) (*rest.Config, error) {
 	}
 	config, err := find()
 	if err != nil {
-		return nil, fmt.Errorf("finding the API server: %w; run this in a pod, or give --kubeconfig", err)
+		return nil, fmt.Errorf("reading the address of the API server and the credentials: %w; run the program in a pod, or give a valid file with --kubeconfig", err)
 	}
 	config.UserAgent = userAgent
 	return config, nil
 }
 
-// Client returns a client for the resources of one group and version. path is /api or /apis. The scheme needs to know
-// only the types of that group: a client for all of Kubernetes would take several times the memory.
+// Client returns a client for the resources of one group and version. path is /api or /apis. The client sends bodies as
+// contentType, and accepts contentType and JSON. The scheme needs to know only the types of that group: a client for all
+// of Kubernetes would take several times the memory.
 func Client(config *rest.Config, scheme *runtime.Scheme, gv schema.GroupVersion, path, contentType string) (rest.Interface, error) {
 	c := rest.CopyConfig(config)
 	c.GroupVersion, c.APIPath = &gv, path

@@ -55,7 +55,8 @@ func TypedHandler[T any](handle func(old, current *T)) cache.ResourceEventHandle
 	}
 }
 
-// Newest returns the state after an event of a TypedHandler, or the last one before a deletion.
+// Newest returns current, or old if current is nil: for an event of a TypedHandler, the state after the event, or the
+// last state before a deletion.
 func Newest[T any](old, current *T) *T {
 	if current != nil {
 		return current

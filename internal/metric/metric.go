@@ -44,7 +44,7 @@ func (d Definition) help() string {
 // once.
 func (d Definition) check(t Type, labels bool) {
 	if d.Type != t || labels != (len(d.Labels) > 0) {
-		panic(fmt.Sprintf("metric %s is a %s with labels %v, not a %s", d.Name, d.Type, d.Labels, t))
+		panic(fmt.Sprintf("metric %s is defined as a %s with labels %v, but the program creates a %s (with labels: %t)", d.Name, d.Type, d.Labels, t, labels))
 	}
 }
 

@@ -14,7 +14,8 @@ import (
 	"time"
 )
 
-// RetryAfterGate is closed for a while after a server answered with Retry-After. The zero value is open.
+// RetryAfterGate says whether requests may be sent to a server. When the server responds with Retry-After, the client
+// closes the gate with Extend for that time. The zero value is open.
 type RetryAfterGate struct {
 	mu          sync.Mutex
 	closedUntil time.Time
@@ -36,8 +37,9 @@ func (g *RetryAfterGate) Extend(d time.Duration) {
 	}
 }
 
-// WithOwnBody returns a copy of the request that has its own body. If a response arrives early, net/http may still read
-// the body of the first attempt while the Azure SDK already rewinds it for the next one.
+// WithOwnBody returns a copy of the request that has its own body, or the request itself if it has no body. If a response
+// arrives early, net/http may still read the body of the first attempt while the Azure SDK already rewinds it for the
+// next one.
 func WithOwnBody(r *http.Request) (*http.Request, error) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return r, nil

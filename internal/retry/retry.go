@@ -1,8 +1,8 @@
 // Package retry spaces attempts that failed: exponential backoff with jitter. It protects the API server and Azure
 // against many nodes or many objects that failed together and would otherwise retry together.
 //
-// In addition to wait.Backoff of apimachinery it computes the wait after a given number of failures: reconcilers of MIC
-// and NMI keep the number of failures with each object, not a wait.Backoff.
+// In addition to wait.Backoff of apimachinery it computes the wait after a given number of failures: the reconcilers of
+// MIC and the token cache of NMI keep the number of failures with each object, not a wait.Backoff.
 package retry
 
 import (
@@ -21,11 +21,11 @@ type Backoff struct {
 	Jitter  float64       // up to this part of the wait is added at random; 0 means DefaultJitter
 }
 
-// DefaultJitter is the largest part of a wait that the function Jitter, and a Backoff whose Jitter is 0, add to the
-// wait.
+// DefaultJitter is the largest part of a wait that is added to it at random, by the function Jitter and by a Backoff
+// whose field Jitter is 0.
 const DefaultJitter = 0.2
 
-// After returns the wait after this many failures in a row. Fewer than one count as one.
+// After returns the wait after this many failures in a row. A number below one counts as one.
 func (b Backoff) After(failures int) time.Duration {
 	steps := b.Steps()
 	d := steps.Step()
@@ -54,8 +54,8 @@ func (b Backoff) Steps() *wait.Backoff {
 // Jitter returns d with up to DefaultJitter of it added at random.
 func Jitter(d time.Duration) time.Duration { return wait.Jitter(d, DefaultJitter) }
 
-// UntilSuccess calls try until it returns nil or ctx ends. Between attempts it calls onFailure with the error, then
-// waits. It returns nil after success, otherwise the error of ctx.
+// UntilSuccess calls try until try returns nil or ctx ends. After each failed attempt it calls onFailure with the error,
+// then waits as b says. It returns nil after success, otherwise the error of ctx.
 func UntilSuccess(ctx context.Context, b Backoff, try func(context.Context) error, onFailure func(error)) error {
 	for steps := b.Steps(); ctx.Err() == nil; {
 		err := try(ctx)

@@ -11,8 +11,8 @@ import (
 
 const ellipsis = "…"
 
-// Truncate returns s if it has at most maxBytes bytes. Otherwise it returns the beginning of s with an ellipsis, together
-// at most maxBytes bytes, and never half of a character.
+// Truncate returns s if it has at most maxBytes bytes. Otherwise it returns the beginning of s, in whole characters,
+// followed by an ellipsis: together at most maxBytes bytes. If the ellipsis alone is too long, it returns "".
 func Truncate(s string, maxBytes int) string {
 	if len(s) <= maxBytes {
 		return s
@@ -30,7 +30,7 @@ func Truncate(s string, maxBytes int) string {
 // OneLine returns s as one line of valid UTF-8: each run of white space and control characters becomes one space, and
 // leading and trailing ones are removed. The result is truncated to maxBytes bytes, see Truncate.
 func OneLine(s string, maxBytes int) string {
-	s = strings.Map(func(r rune) rune { // which also replaces bytes that are not UTF-8 by U+FFFD
+	s = strings.Map(func(r rune) rune { // Map also replaces bytes that are not UTF-8 by U+FFFD
 		if unicode.IsControl(r) {
 			return ' '
 		}

@@ -15,12 +15,12 @@ import (
 
 // Errors of a PodFinder.
 var (
-	ErrPodUnknown   = errors.New("no pod of this node has this address")
-	ErrPodAmbiguous = errors.New("several pods of this node have this address")
+	ErrPodUnknown   = errors.New("no live pod of this node has this address or name")
+	ErrPodAmbiguous = errors.New("several live pods of this node have this address")
 )
 
-// liveListRate is how many times a second NMI lists the pods of its node from the API server at most, however many
-// requests come from unknown addresses: all waiting requests share one list.
+// liveListRate is the highest number of times per second that NMI lists the pods of its node from the API server. The
+// number of requests from unknown addresses does not matter, because all waiting requests share one list.
 const liveListRate = 1
 
 // liveListTimeout bounds one list of the pods, including the wait for liveListRate.
@@ -91,8 +91,8 @@ func (f *PodFinder) FindByAddress(ctx context.Context, ip netip.Addr) (*corev1.P
 	}
 }
 
-// FindByName returns the pod of this node with a namespace/name; the pod may not have an address yet. It returns
-// ErrPodUnknown after the timeout, or the error of ctx.
+// FindByName returns the pod of this node that has the name, in the form namespace/name, and has not finished. The pod
+// may not have an address yet. FindByName returns ErrPodUnknown after the timeout, or the error of ctx.
 func (f *PodFinder) FindByName(ctx context.Context, name string) (*corev1.Pod, error) {
 	deadline := time.NewTimer(f.timeout)
 	defer deadline.Stop()

@@ -63,8 +63,9 @@ func (c *Cache) PodByUID(uid string) (*corev1.Pod, bool) {
 	return found[0].(*corev1.Pod), true
 }
 
-// Latest returns the state of the pod in the cache. A pod that is not in the cache is returned unchanged: either a list from
-// the API server contained it, or it is gone, and then no client waits for the result.
+// Latest returns the state of the pod in the cache. If the cache does not have the pod, or the pod has finished, Latest
+// returns its argument: either the pod comes from a list of the API server and is not in the cache yet, or the pod is
+// gone, and its clients with it.
 func (c *Cache) Latest(pod *corev1.Pod) *corev1.Pod {
 	if current, ok := c.PodByUID(string(pod.UID)); ok {
 		return current

@@ -62,9 +62,9 @@ func (r *reconnector) staleWatches() int {
 	return len(r.disconnected)
 }
 
-// wrap returns a ListWatch that waits while the API server is unavailable, instead of returning an error. If name is
-// not empty, it counts as stale while it is disconnected. Such a ListWatch must be in use until the process ends,
-// because only a new connection ends the stale state.
+// wrap returns a ListWatch that waits while the API server is unavailable, instead of returning an error. A ListWatch
+// with a name counts as stale while it is disconnected. It must be in use until the process ends, because only a new
+// connection ends the stale state. If name is "", the ListWatch never counts as stale.
 func (r *reconnector) wrap(name string, lw *cache.ListWatch) *cache.ListWatch {
 	list, watch := lw.ListWithContextFunc, lw.WatchFuncWithContext
 	return &cache.ListWatch{

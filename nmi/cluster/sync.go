@@ -82,8 +82,8 @@ func (c *Cache) WaitSynced(ctx context.Context, timeout time.Duration) error {
 	}
 }
 
-// watchFailed logs and counts a failed watch. If NMI lacks the permission, it also says so in the response of the
-// readiness probe.
+// watchFailed logs and counts a failed watch. If NMI lacks the permission and the caches have not synced yet, watchFailed
+// also adds this reason to the response of the readiness probe.
 func (c *Cache) watchFailed(ctx context.Context, r *cache.Reflector, err error) {
 	cache.DefaultWatchErrorHandler(ctx, r, err)
 	if apierrors.IsForbidden(err) {
@@ -91,7 +91,7 @@ func (c *Cache) watchFailed(ctx context.Context, r *cache.Reflector, err error) 
 		if c.cfg.Rules.Mode == identity.Standard {
 			mode = "standard"
 		}
-		c.cfg.Health.Explain(health.Caches, fmt.Errorf("%w; the ClusterRole of the chart allows it if the value operationMode is %s", err, mode))
+		c.cfg.Health.Explain(health.Caches, fmt.Errorf("%w; the ClusterRole of the chart allows NMI this request if the chart value operationMode is %s", err, mode))
 	}
 	c.onFailure(telemetry.APIWatch)
 }

@@ -33,7 +33,7 @@ func (p *Processor) authorize(ctx context.Context, pod *corev1.Pod, req metadata
 	if auth.decision.Outcome != identity.Granted {
 		if watch := p.Cluster.StaleWatch(); watch != "" {
 			// The missing object may be one that the watch has not received yet, and the client would not retry a refusal.
-			return auth, metadata.Unavailable(identity.NotReady, fmt.Sprintf("NMI's watch of %s is disconnected from the API server; according to the last known state, %s", watch, auth.decision.Detail), defaultRetryAfter)
+			return auth, metadata.Unavailable(identity.NotReady, fmt.Sprintf("NMI's watch of %s is disconnected from the API server, or has just reconnected; according to the last known state, %s", watch, auth.decision.Detail), defaultRetryAfter)
 		}
 		return auth, metadata.Refusal(auth.decision)
 	}
@@ -59,7 +59,7 @@ func (p *Processor) authorize(ctx context.Context, pod *corev1.Pod, req metadata
 func (p *Processor) decide(ctx context.Context, pod *corev1.Pod, req metadata.Request) (identity.Decision, *metadata.Error) {
 	facts, err := p.Cluster.Facts(pod)
 	if err != nil {
-		return identity.Decision{}, metadata.Unavailable(identity.NotReady, err.Error(), time.Second)
+		return identity.Decision{}, metadata.Unavailable(identity.NotReady, "NMI cannot read the cluster's objects from its caches: "+err.Error(), time.Second)
 	}
 	subject := cluster.IdentityPod(pod)
 	decision := identity.Decide(p.Rules, subject, req.Selector, facts)
@@ -81,8 +81,8 @@ func (p *Processor) decide(ctx context.Context, pod *corev1.Pod, req metadata.Re
 
 // addObjectIDs adds object IDs to the identities in facts that are bound to the pod, until it finds the requested one.
 // It uses the object IDs of earlier tokens first, so that an identity without an available token does not block
-// requests for the others. For an identity that is not assigned yet it requests no token, and returns the decision
-// about it as pending. failure is the error of an identity whose token is not available.
+// requests for other identities. For an identity that is not assigned yet it requests no token, and returns the decision
+// about that identity as pending. failure is the error of an identity whose token is not available.
 func (p *Processor) addObjectIDs(ctx context.Context, pod *corev1.Pod, req metadata.Request, facts identity.Facts) (pending *identity.Decision, failure error) {
 	subject := cluster.IdentityPod(pod)
 	bound, _ := identity.Bound(p.Rules, subject, facts)

@@ -124,7 +124,7 @@ func (p *Processor) forPod(ctx context.Context, rec *Record, source netip.Addr, 
 	if refusal != nil {
 		return nil, refusal
 	}
-	return nil, metadata.Unavailable(identity.NotReady, "The objects that this request depends on keep changing", time.Second)
+	return nil, metadata.Unavailable(identity.NotReady, "The objects that this request depends on, such as the AzureIdentity, its binding or its Secret, changed during each attempt to fetch the token; retry", time.Second)
 }
 
 // authorizeOrWait authorizes a request. If it is refused and a wait can change that, authorizeOrWait waits and

@@ -16,7 +16,7 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// lateSource refuses all identities until a time.
+// lateSource refuses all identities until knowsAt.
 type lateSource struct {
 	*nmitest.TokenSource
 	knowsAt  time.Time
@@ -35,8 +35,8 @@ func (a *lateSource) Fetch(ctx context.Context, call token.Call) (token.Token, e
 	return a.TokenSource.Fetch(ctx, call)
 }
 
-// late makes the source refuse all identities until the duration after has passed, and lets all assignments have been
-// received at the time age ago.
+// late replaces the token source by one that refuses all identities until the duration after has passed. It also makes
+// AssignedSince return one time for all identities: age before the call of late.
 func (s *standardBench) late(after, age time.Duration) *lateSource {
 	a := &lateSource{TokenSource: s.azure, start: time.Now(), knowsAt: time.Now().Add(after), code: "invalid_request"}
 	c, err := token.NewCache(a, 100, func(string, token.Principal) bool { return true }, s.metrics)

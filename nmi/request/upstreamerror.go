@@ -21,7 +21,7 @@ const defaultRetryAfter = 2 * time.Second
 // credential of their chain.
 func upstreamError(d identity.Decision, err error) *metadata.Error {
 	if errors.Is(err, token.ErrPodThrottled) {
-		return metadata.Throttled(identity.PodThrottled, "This pod requests new tokens too often", time.Second)
+		return metadata.Throttled(identity.PodThrottled, "This pod requests new tokens too often, too many different tokens, or tokens of identities with too many Secrets", time.Second)
 	}
 	var e *token.Error
 	if !errors.As(err, &e) {
@@ -33,12 +33,12 @@ func upstreamError(d identity.Decision, err error) *metadata.Error {
 	}
 	switch e.Class {
 	case token.Unavailable:
-		description := cmp.Or(e.Detail, upstream+" issues no token at the moment")
+		description := cmp.Or(e.Detail, "NMI cannot get a token from "+upstream+" at the moment")
 		response := metadata.Unavailable(cmp.Or(e.Reason, identity.UpstreamUnavailable), description, cmp.Or(e.RetryAfter, defaultRetryAfter))
 		response.Detail = cmp.Or(e.Detail, description+": "+upstreamMessage(e))
 		return response
 	case token.Throttled:
-		return metadata.Throttled(identity.UpstreamThrottled, upstream+" throttles this node", e.RetryAfter)
+		return metadata.Throttled(identity.UpstreamThrottled, upstream+" limits the rate of token requests; retry after the time in Retry-After", e.RetryAfter)
 	}
 	if e.Status == 0 {
 		// NMI did not send the token request, so there is no response of Azure to pass on.
@@ -89,10 +89,10 @@ func refusalDetail(d identity.Decision, upstream, message string) string {
 	refused := fmt.Sprintf("%s refused a token for AzureIdentity %s (%s); check that ", upstream, d.Identity.Key(), message)
 	switch d.Identity.Kind {
 	case identity.UserAssigned:
-		return refused + "the managed identity with its clientID exists and is assigned to the VM or VMSS of this node, and that the resource of the request is right"
+		return refused + "the managed identity that this AzureIdentity names exists and is assigned to the VM or VMSS of this node, and that the resource in the request is correct"
 	case identity.Federated:
-		return refused + "its clientID and tenantID are those of an application or managed identity, and that the resource of the request is right"
+		return refused + "spec.clientID and spec.tenantID of this AzureIdentity are those of an application or managed identity, and that the resource in the request is correct"
 	default:
-		return refused + fmt.Sprintf("its clientID and tenantID are right, that Secret %s/%s contains the current credential of the application, and that the resource of the request is right", d.Identity.SecretNamespace, d.Identity.SecretName)
+		return refused + fmt.Sprintf("spec.clientID and spec.tenantID of this AzureIdentity are correct, that Secret %s/%s contains the current credential of the application, and that the resource in the request is correct", d.Identity.SecretNamespace, d.Identity.SecretName)
 	}
 }

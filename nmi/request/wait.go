@@ -23,7 +23,7 @@ const (
 	// open for at least as long.
 	MaxAssignmentWait = time.Minute
 
-	// maxFailedWait is how long a request waits for an identity that Azure refused to attach. MIC retries only after a while,
+	// maxFailedWait is how long a request waits for an identity that MIC failed to attach. MIC retries only after a while,
 	// but an operator may be correcting the cause at this moment.
 	maxFailedWait = 2 * time.Second
 
@@ -63,7 +63,7 @@ type requestWait struct {
 
 	startedAt  time.Time // zero until the request waits
 	checkedAt  time.Time // when it last stopped waiting to check the objects
-	failedAt   time.Time // since when Azure is known to refuse the identity; zero if Azure does not refuse it
+	failedAt   time.Time // when the request saw that MIC failed to attach the identity; zero if MIC has not failed
 	authorized bool      // whether the last check granted the request
 	outcome    string
 
@@ -101,8 +101,9 @@ func (w *requestWait) wait(ctx context.Context, auth authorization, refusal *met
 	return w.block(ctx, now, left, refusedByIMDS)
 }
 
-// block waits for a notification, the timeout, or the end of the request. After the timeout it sets w.retryUpstream to
-// retryUpstream. It returns false if the client closed the connection or NMI stops.
+// block waits for a notification, the timeout, or the end of the request. A notification of shared objects takes effect
+// at the earliest recheckInterval after the last check. After the timeout block sets w.retryUpstream to retryUpstream. It
+// returns false if the client closed the connection or NMI stops.
 func (w *requestWait) block(ctx context.Context, now time.Time, timeout time.Duration, retryUpstream bool) bool {
 	timer := time.NewTimer(timeout)
 	defer timer.Stop()

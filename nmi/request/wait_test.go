@@ -57,7 +57,7 @@ func inStandardMode(t *testing.T, test func(t *testing.T, s *standardBench)) {
 		synctest.Wait()
 		inUse, sources := s.processor.Wait.Limiter.InUse()
 		if n := s.processor.Wait.Notifier.SubscribedKeys(); n != 0 || inUse != 0 || sources != 0 {
-			t.Errorf("no request waits, but %d keys are subscribed and %d waits are counted", n, inUse)
+			t.Errorf("no request waits, but %d keys are subscribed and %d waits of %d sources are counted", n, inUse, sources)
 		}
 	})
 }
@@ -332,7 +332,7 @@ func TestNoRequestWaitsWhileAWatchIsDisconnected(t *testing.T) {
 	})
 }
 
-// The other connections are for requests that need not wait.
+// The other half of the connections is for requests that need not wait.
 func TestAtMostHalfOfTheRequestsOfASourceWait(t *testing.T) {
 	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		var waiting []<-chan response

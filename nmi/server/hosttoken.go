@@ -16,7 +16,7 @@ import (
 	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
-// hostTokenHandler serves /host/token, on which programs of the node request tokens for one of its pods. The Azure provider
+// hostTokenHandler serves /host/token, where programs of the node request tokens for pods of the node. The Azure provider
 // of the Secrets Store CSI driver does this to mount the secrets of a pod before the pod starts.
 //
 // Everything that can connect to the loopback address of the node may send such a request: programs of the node and
@@ -66,9 +66,9 @@ func (s *Server) ServeHostTokens(ctx context.Context) {
 		if !logged {
 			hint := ""
 			if errors.Is(err, syscall.EADDRINUSE) {
-				hint = "; another NMI may use the port. NMI retries; --host-token=false disables the route"
+				hint = "; another NMI may use the port; --host-token=false disables the route"
 			}
-			s.logs.Main.Warn("cannot serve /host/token"+hint, zap.String(telemetry.KeyAddress, address), zap.Error(err))
+			s.logs.Main.Warn("cannot serve /host/token; NMI retries"+hint, zap.String(telemetry.KeyAddress, address), zap.Error(err))
 		}
 		select {
 		case <-time.After(hostTokenRetryInterval):

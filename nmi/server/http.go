@@ -54,7 +54,7 @@ func (s *Server) Start(l *Listeners, probes http.Handler) <-chan error {
 	serve := func(what string, s *http.Server, l net.Listener) {
 		go func() {
 			if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-				failed <- fmt.Errorf("serving %s: %w", what, err)
+				failed <- fmt.Errorf("serving HTTP requests for %s: %w", what, err)
 			}
 		}()
 	}
@@ -73,7 +73,7 @@ func (s *Server) Start(l *Listeners, probes http.Handler) <-chan error {
 // Shutdown stops accepting requests of pods and waits until those in flight have ended, or until ctx ends.
 func (s *Server) Shutdown(ctx context.Context) error { return s.pods.Shutdown(ctx) }
 
-// Close closes the connections of pods.
+// Close stops accepting requests of pods and closes their connections at once.
 func (s *Server) Close() error { return s.pods.Close() }
 
 func metricsHandler(m *telemetry.Metrics) http.Handler {

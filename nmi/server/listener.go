@@ -19,8 +19,9 @@ import (
 // Listeners are the open ports of NMI. profile is nil unless profiling is enabled.
 type Listeners struct{ probes, metrics, profile, pods net.Listener }
 
-// Listen opens the ports, the port for pods last, because only that step changes the node: it calls ensureLink, which
-// creates the network link with the listen address. If Listen fails, it closes the ports that it opened.
+// Listen opens the ports. It opens the port for pods last, because only this port needs a change of the node: Listen
+// calls ensureLink, which creates the network link with the listen address. If Listen fails, it closes the ports that it
+// opened.
 func Listen(ctx context.Context, cfg Config, ensureLink func(context.Context) error) (*Listeners, error) {
 	l := &Listeners{}
 	if err := l.open(ctx, cfg, ensureLink); err != nil {
@@ -67,8 +68,9 @@ func listenError(flag string, err error) error {
 	return fmt.Errorf("listening on the port of %s: %w; check whether another NMI runs on this node, or another program uses the port", flag, err)
 }
 
-// listenForPods opens the port before it creates the link with the address, which IP_FREEBIND permits. So a port that
-// is in use is an error before anything is changed on the node.
+// listenForPods opens the port for pods and then calls ensureLink, which creates the network link with the address. In
+// this order, a port that is in use is an error before anything is changed on the node. IP_FREEBIND permits listening on
+// an address that does not exist yet.
 func listenForPods(ctx context.Context, address netip.AddrPort, ensureLink func(context.Context) error) (net.Listener, error) {
 	beforeLink := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var failed error

@@ -15,7 +15,8 @@ import (
 	"github.com/podidentity/podidentity/nmi/request"
 )
 
-// statusClientGone is the status, in log and metrics, of a request whose client closed the connection. It is never sent.
+// statusClientGone is the status, in log and metrics, of a token request whose client closed the connection. It is never
+// sent.
 const statusClientGone = 499
 
 // requestContext is one request and its result, for logging. It is also the ResponseWriter of the request.
@@ -67,14 +68,15 @@ func (c *requestContext) refuse(e *metadata.Error) {
 func (c *requestContext) readSource(r *http.Request) bool {
 	peer, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
-		c.refuse(metadata.Unavailable(identity.PodUnknown, "The address of the caller is not valid", time.Second))
+		c.refuse(metadata.Unavailable(identity.PodUnknown, "The address of the caller is not valid: "+err.Error(), time.Second))
 		return false
 	}
 	c.source = peer.Addr().Unmap()
 	return true
 }
 
-// requestID returns an ID by which a request is found in the log. It protects nothing, so it may be predictable.
+// requestID returns a new ID for the log line and the response of a request. It protects nothing, so it may be
+// predictable.
 func requestID() string {
 	var raw [8]byte
 	n := rand.Uint64()

@@ -80,7 +80,7 @@ func (s *Server) handle(c *requestContext, r *http.Request) {
 		c.reason = identity.Allowed
 		metadata.WriteInfo(c, s.cfg.TenantID)
 	case c.req.Route == metadata.RouteInstance && s.cfg.BlockInstanceMetadata:
-		c.refuse(metadata.Forbidden(identity.RouteBlocked, "Instance metadata is blocked for pods of this cluster"))
+		c.refuse(metadata.Forbidden(identity.RouteBlocked, "Instance metadata is blocked for pods (--block-instance-metadata of NMI, chart value nmi.blockInstanceMetadata)"))
 	default:
 		c.reason = identity.Forwarding
 		if refusal := s.upstream.Forward(c, r, c.req); refusal != nil {

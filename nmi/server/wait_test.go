@@ -45,7 +45,7 @@ func inStandardMode(t *testing.T, test func(t *testing.T, s *standardBench)) {
 		synctest.Wait()
 		inUse, sources := s.requests.Wait.Limiter.InUse()
 		if n := s.requests.Wait.Notifier.SubscribedKeys(); n != 0 || inUse != 0 || sources != 0 {
-			t.Errorf("no request waits, but %d keys are subscribed and %d waits are counted", n, inUse)
+			t.Errorf("no request waits, but %d keys are subscribed and %d waits of %d sources are counted", n, inUse, sources)
 		}
 	})
 }

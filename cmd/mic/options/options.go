@@ -18,20 +18,22 @@ import (
 	"github.com/podidentity/podidentity/mic"
 )
 
-// Options are the values of the flags. A flag that means the same as in AAD Pod Identity has the same name.
+// Options are the values of the flags. A flag with the meaning of a flag of AAD Pod Identity has the same name. A few
+// have a new name; for these AddFlags also defines the old name, as a deprecated flag.
 type Options struct {
 	cfg       mic.Config
 	logLevel  string
 	logFormat string
 }
 
-// New returns the defaults. Some depend on the environment.
+// New returns Options with the defaults. Some of them depend on environment variables and on the host name.
 func New() *Options {
 	o := &Options{cfg: mic.DefaultConfig(), logLevel: "info", logFormat: "json"}
 	o.cfg.Namespace = os.Getenv("MIC_POD_NAMESPACE")
 	o.cfg.Kubeconfig = os.Getenv("KUBECONFIG")
 	o.cfg.ForceNamespaced, _ = strconv.ParseBool(os.Getenv("FORCENAMESPACED"))
-	o.cfg.LeaderElection.Instance, _ = os.Hostname() // in a pod, the name of the pod; without one, Validate returns an error
+	// In a pod the host name is the name of the pod. If the host name is unknown, Validate returns an error.
+	o.cfg.LeaderElection.Instance, _ = os.Hostname()
 	return o
 }
 
@@ -40,13 +42,13 @@ func (o *Options) AddFlags(f *pflag.FlagSet) {
 	c := &o.cfg
 	f.StringVar(&c.Kubeconfig, "kubeconfig", c.Kubeconfig, "`file` with the address of the API server and the credentials; default the pod's service account")
 	f.StringVar(&c.Namespace, "namespace", c.Namespace, "MIC's own `namespace`, where it stores its ledgers; default from MIC_POD_NAMESPACE")
-	f.StringVar(&c.CloudConfig, "cloudconfig", c.CloudConfig, "`file` (azure.json) with the cloud and the credentials for Azure; default only the environment; a changed content is read within 10s")
+	f.StringVar(&c.CloudConfig, "cloudconfig", c.CloudConfig, "`file` (azure.json) with the cloud and the credentials for Azure; if empty, MIC uses only environment variables; a change of the file takes effect within about 10s")
 	f.StringVar(&c.CABundle, "ca-bundle", "", "`file` with CA certificates (PEM) to trust for Azure, in addition to the system's")
 	f.StringVar(&c.UserAgent, "custom-user-agent", "", "`text` at the start of the User-Agent of requests to Azure; default the name and version of the program")
-	f.BoolVar(&c.ForceNamespaced, "force-namespaced", c.ForceNamespaced, "match pods, bindings and identities of one namespace only; default from FORCENAMESPACED")
+	f.BoolVar(&c.ForceNamespaced, "force-namespaced", c.ForceNamespaced, "let a binding match only pods of its own namespace; default from FORCENAMESPACED")
 	f.StringSliceVar(&c.Immutable, "immutable-user-msis", nil, "comma-separated client `IDs` of identities that are never detached, even if MIC attached them")
 	f.DurationVar(&c.ReconcileInterval, "identity-assignment-reconcile-interval", c.ReconcileInterval, "`time` between checks of a VM or VMSS, to attach again what somebody else detached; 10s to 1h")
-	f.DurationVar(&c.DetachDelay, "detach-delay", c.DetachDelay, "`time` that an identity stays attached after the last pod on the VM or VMSS that used it; 0s to 1h")
+	f.DurationVar(&c.DetachDelay, "detach-delay", c.DetachDelay, "`time` that an identity stays attached to a VM or VMSS after the last pod there that used it is gone; 0s to 1h")
 	f.Float32Var(&c.QPS, "client-qps", c.QPS, "`requests` per second to the API server; 1 to 10000")
 	f.IntVar(&c.Burst, "client-burst", c.Burst, "`requests` to the API server in a burst; 1 to 20000")
 	f.IntVar(&c.Workers, "workers", c.Workers, "`pods` that are reconciled concurrently; 1 to 1000")
@@ -74,14 +76,14 @@ func (o *Options) addDeprecated(f *pflag.FlagSet) {
 	}
 	// These flags have no effect.
 	for _, unused := range []struct{ name, why string }{
-		{"syncRetryDuration", "MIC retries by itself"},
-		{"enableScaleFeatures", "it is always on"},
-		{"createDeleteBatch", "use --workers"},
-		{"config-map-name", "stored objects need no upgrade"},
-		{"type-upgrade-status-key", "stored objects need no upgrade"},
-		{"enable-type-upgrade", "stored objects need no upgrade"},
-		{"update-user-msi-max-retry", "MIC retries an identity that Azure refuses by itself"},
-		{"update-user-msi-retry-interval", "MIC retries an identity that Azure refuses by itself"},
+		{"syncRetryDuration", "it has no effect: MIC retries by itself"},
+		{"enableScaleFeatures", "it has no effect: MIC always labels AzureAssignedIdentity objects with their node"},
+		{"createDeleteBatch", "it has no effect; use --workers"},
+		{"config-map-name", "it has no effect: stored objects need no upgrade"},
+		{"type-upgrade-status-key", "it has no effect: stored objects need no upgrade"},
+		{"enable-type-upgrade", "it has no effect: stored objects need no upgrade"},
+		{"update-user-msi-max-retry", "it has no effect: MIC itself decides when it retries an identity that Azure refuses"},
+		{"update-user-msi-retry-interval", "it has no effect: MIC itself decides when it retries an identity that Azure refuses"},
 	} {
 		f.String(unused.name, "", "")
 		_ = f.MarkDeprecated(unused.name, unused.why)
@@ -91,7 +93,7 @@ func (o *Options) addDeprecated(f *pflag.FlagSet) {
 	}
 }
 
-// Config returns the configuration that the flags describe. version is the version of the program.
+// Config returns the configuration that the flags describe. version is part of the default User-Agent.
 func (o *Options) Config(version string) mic.Config {
 	c := o.cfg
 	if c.UserAgent == "" {
@@ -106,7 +108,8 @@ func (o *Options) Config(version string) mic.Config {
 	return c
 }
 
-// WithLogger calls do with the logger that the flags describe.
+// WithLogger calls do with the logger that the flags describe, and returns the error of do. If a flag of the log is
+// invalid, WithLogger returns an error without calling do.
 func (o *Options) WithLogger(do func(*zap.Logger) error) error {
 	level, err := zapcore.ParseLevel(o.logLevel)
 	if err != nil {

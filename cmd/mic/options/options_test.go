@@ -11,7 +11,7 @@ import (
 	"github.com/podidentity/podidentity/mic"
 )
 
-// configOf returns the configuration that arguments give in a pod.
+// configOf returns the configuration of a MIC that has the arguments args and the environment of a pod.
 func configOf(t *testing.T, args ...string) mic.Config {
 	t.Helper()
 	t.Setenv("MIC_POD_NAMESPACE", "podidentity-system")

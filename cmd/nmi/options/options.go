@@ -18,8 +18,8 @@ import (
 	"github.com/podidentity/podidentity/nmi"
 )
 
-// Options are the values of the flags. A flag that means the same as in AAD Pod Identity has the same name, except the
-// flags for which AddFlags defines the earlier name as a deprecated one.
+// Options are the values of the flags. A flag with the meaning of a flag of AAD Pod Identity has the same name. A few
+// have a new name; for these AddFlags also defines the old name, as a deprecated flag.
 type Options struct {
 	cfg        nmi.Config
 	logLevel   string
@@ -27,7 +27,7 @@ type Options struct {
 	auditLevel string
 }
 
-// New returns the defaults. Some depend on environment variables.
+// New returns Options with the defaults. Some of them depend on environment variables.
 func New() *Options {
 	o := &Options{cfg: nmi.DefaultConfig(), logLevel: "info", logFormat: "json", auditLevel: "info"}
 	o.cfg.Node = os.Getenv("NODE_NAME")
@@ -36,7 +36,7 @@ func New() *Options {
 	return o
 }
 
-// AddCaptureFlags adds the flags that say what is captured and how, and those of the log. Uninstalling needs them too.
+// AddCaptureFlags adds the flags of the capture and of the log. They are all the flags that "nmi uninstall" needs.
 func (o *Options) AddCaptureFlags(f *pflag.FlagSet) {
 	c := &o.cfg
 	f.StringVar(&c.ListenAddress, "nmi-listen-address", c.ListenAddress, "link-local `address` that NMI listens on, on a network interface of its own, podidentity0")
@@ -55,11 +55,11 @@ func (o *Options) AddFlags(f *pflag.FlagSet) {
 	f.StringVar(&c.Node, "node", c.Node, "`name` of this node; default from NODE_NAME")
 	f.StringVar(&c.Kubeconfig, "kubeconfig", c.Kubeconfig, "`file` with the address of the API server and the credentials; default the pod's service account")
 	f.StringVar(&c.OperationMode, "operation-mode", c.OperationMode, "`mode` of the installation: managed (you attach identities to VMs and scale sets beforehand) or standard (MIC attaches them)")
-	f.BoolVar(&c.ForceNamespaced, "force-namespaced", c.ForceNamespaced, "match pods, bindings and identities of one namespace only; managed mode always does; default from FORCENAMESPACED")
-	f.DurationVar(&c.AssignmentWait, "assignment-wait", c.AssignmentWait, "`time` that a request waits until MIC has assigned its identity, in standard mode; 0s to 60s, 0s does not wait")
+	f.BoolVar(&c.ForceNamespaced, "force-namespaced", c.ForceNamespaced, "let a binding match only pods of its own namespace; always so in managed mode; default from FORCENAMESPACED")
+	f.DurationVar(&c.AssignmentWait, "assignment-wait", c.AssignmentWait, "longest `time` that a request waits until MIC has assigned its identity, in standard mode; 0s to 60s, 0s does not wait")
 	f.DurationVar(&c.SyncInterval, "iptables-sync-interval", c.SyncInterval, "`time` between checks of the iptables rules; 1s to 10m")
-	f.DurationVar(&c.PodLookupTimeout, "pod-lookup-timeout", c.PodLookupTimeout, "`time` that a request waits until the pod with its source address is known; 100ms to 20s")
-	f.DurationVar(&c.ShutdownTimeout, "shutdown-timeout", c.ShutdownTimeout, "`time` for requests in progress to finish when NMI stops")
+	f.DurationVar(&c.PodLookupTimeout, "pod-lookup-timeout", c.PodLookupTimeout, "longest `time` that a request waits for NMI's caches, and then again for the pod with its source address; 100ms to 20s")
+	f.DurationVar(&c.ShutdownTimeout, "shutdown-timeout", c.ShutdownTimeout, "longest `time` that NMI, when it stops, waits for requests in progress to finish; 1s to 5m")
 	f.IntVar(&c.ProbePort, "http-probe-port", c.ProbePort, "`port` of /healthz and /readyz, on loopback")
 	f.IntVar(&c.PrometheusPort, "prometheus-port", c.PrometheusPort, "`port` of /metrics")
 	f.BoolVar(&c.BlockInstanceMetadata, "block-instance-metadata", false, "refuse /metadata/instance to pods")
@@ -67,12 +67,12 @@ func (o *Options) AddFlags(f *pflag.FlagSet) {
 	f.BoolVar(&c.AllowKubenet, "allow-network-plugin-kubenet", false, "start on nodes with kubenet, where pods with NET_RAW can take each other's addresses")
 	f.StringVar(&c.KubeletConfig, "kubelet-config", c.KubeletConfig, "`file` with the flags of the kubelet, in which NMI looks for kubenet; empty disables the check")
 	f.StringVar(&c.TenantID, "tenant-id", "", "`tenant` in the response of /metadata/identity/info; default what IMDS reports")
-	f.StringVar(&c.UserAgent, "custom-user-agent", "", "`text` at the start of the User-Agent of requests to Azure; default the name and version of the program")
+	f.StringVar(&c.UserAgent, "custom-user-agent", "", "`text` at the start of the User-Agent of token requests to Azure; default the name and version of the program")
 	f.StringVar(&c.Authority, "authority-host", c.Authority, "`URL` of Entra ID for identities of types 1 to 3 without adEndpoint")
 	f.StringVar(&c.CABundle, "ca-bundle", "", "`file` with CA certificates (PEM) to trust for Entra ID, in addition to the system's")
 	f.StringVar(&c.ManagedIdentityBy, "managed-identity-by", c.ManagedIdentityBy, "`field` that names a managed identity to IMDS: client-id, or resource-id, which stays correct if the identity is deleted and created again under its name")
 	f.BoolVar(&c.AllowCrossNamespaceSecrets, "allow-cross-namespace-secrets", false, "allow an AzureIdentity to name a Secret of another namespace; anyone who may create AzureIdentity objects can then use every Secret that NMI may read")
-	f.BoolVar(&c.HostToken, "host-token", c.HostToken, "serve /host/token on 127.0.0.1, for the Secrets Store CSI driver; any program in the node's network can request there a token of any pod of the node")
+	f.BoolVar(&c.HostToken, "host-token", c.HostToken, "serve /host/token on 127.0.0.1, for the Secrets Store CSI driver; any program in the node's network can then request a token for any pod of the node")
 	f.BoolVar(&c.Events, "events", c.Events, "report refusals as Events of pods")
 	f.StringVar(&o.auditLevel, "audit-level", o.auditLevel, "`level` of the audit log: info (each token issued or refused), warn (refused only) or off")
 	f.BoolVar(&c.Profile, "enable-profile", false, "serve pprof on 127.0.0.1:6060")
@@ -85,14 +85,14 @@ func (o *Options) AddFlags(f *pflag.FlagSet) {
 	}
 	// Flags of AAD Pod Identity without an effect, so that its manifests still work.
 	for _, gone := range []struct{ name, why string }{
-		{"MICNamespace", "it has no effect: pods of MIC are no special case"},
+		{"MICNamespace", "it has no effect: NMI treats pods of MIC like other pods"},
 		{"ipt-update-interval-sec", "use --iptables-sync-interval"},
-		{"retry-attempts-for-created", "it has no effect: requests wait until the objects change"},
-		{"retry-attempts-for-assigned", "it has no effect: requests wait until the objects change"},
-		{"find-identity-retry-interval", "it has no effect: requests wait until the objects change"},
-		{"enableScaleFeatures", "it has no effect: it is always on"},
+		{"retry-attempts-for-created", "it has no effect: a waiting request continues when an object that it depends on changes"},
+		{"retry-attempts-for-assigned", "it has no effect: a waiting request continues when an object that it depends on changes"},
+		{"find-identity-retry-interval", "it has no effect: a waiting request continues when an object that it depends on changes"},
+		{"enableScaleFeatures", "it has no effect: NMI always watches only the AzureAssignedIdentity objects of its node"},
 		{"set-retry-after-header", "it has no effect: the header is always set when a client should retry"},
-		{"enable-conntrack-deletion", "it has no effect: it is always done"},
+		{"enable-conntrack-deletion", "it has no effect: NMI always deletes tracked connections that bypass its rules"},
 	} {
 		f.String(gone.name, "", "")
 		_ = f.MarkDeprecated(gone.name, gone.why)
@@ -111,7 +111,7 @@ func (o *Options) Config(version string) nmi.Config {
 	return c
 }
 
-// WithLoggers calls do with the loggers that the flags describe, and returns its error. If one of these flags is
+// WithLoggers calls do with the loggers that the flags describe, and returns the error of do. If a flag of the log is
 // invalid, WithLoggers returns an error without calling do.
 func (o *Options) WithLoggers(do func(telemetry.Loggers) error) error {
 	level, err := zapcore.ParseLevel(o.logLevel)
