@@ -29,13 +29,13 @@ type ARMFault struct {
 	Code       string `json:"code,omitempty"`
 	Message    string `json:"message,omitempty"`
 	RetryAfter int    `json:"retry_after,omitempty"`
-	Hang       bool   `json:"hang,omitempty"` // no response until the client disconnects
+	Hang       bool   `json:"hang,omitempty"` // no response; the request ends when the client disconnects
 	Drop       bool   `json:"drop,omitempty"` // no response, the connection is reset
 	// Fails: the operation of an accepted PATCH fails with Code and Message.
 	Fails bool `json:"fails,omitempty"`
-	// Apply: with Status, Hang or Drop, the request takes effect and only its
-	// response is lost. With Fails, the identities change although the operation
-	// fails.
+	// Apply: with Status, Hang or Drop, the request takes effect although the fault
+	// replaces its response. With Fails, the identities change although the
+	// operation fails.
 	Apply bool `json:"apply,omitempty"`
 }
 

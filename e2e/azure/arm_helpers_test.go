@@ -73,8 +73,8 @@ func (a *testARM) do(method, target, body string, headers ...string) answer {
 	return out
 }
 
-// patchOf returns the body of a PATCH. A change is "+" (add) or "-" (remove) and the
-// ID of an identity.
+// patchOf returns the body of a PATCH. kind is the value of identity.type. A change is
+// "+" (add) or "-" (remove) and the ID of an identity.
 func patchOf(kind string, changes ...string) string {
 	identities := map[string]any{}
 	for _, c := range changes {

@@ -25,8 +25,9 @@ type Config struct {
 	Nodes         []Node   `json:"nodes"`
 }
 
-// Node is one virtual machine. A source that is a single address (/32, /128) is
-// an address of the node; a larger prefix is a range of pod addresses.
+// Node is one virtual machine. Sources are the source addresses of its requests:
+// a single address (/32, /128) is an address of the node itself, a larger prefix
+// is a range of pod addresses.
 type Node struct {
 	Name           string         `json:"name"`
 	Sources        []netip.Prefix `json:"sources"`
@@ -60,7 +61,7 @@ func LoadConfig(file string) (Config, error) {
 	return cfg, cfg.Validate()
 }
 
-// Validate reports all errors in the configuration.
+// Validate returns the errors that it finds in the configuration, joined.
 func (c Config) Validate() error {
 	var errs []error
 	for _, a := range []struct{ name, addr string }{{"imdsAddr", c.IMDSAddr}, {"entraAddr", c.EntraAddr}} {

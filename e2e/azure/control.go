@@ -8,8 +8,8 @@ import (
 	"strconv"
 )
 
-// Addresses are the listen addresses, with the actual port if port 0 was
-// configured.
+// Addresses are the listen addresses of IMDS and of Entra ID, with the actual port if
+// port 0 was configured. ARM has the address of Entra ID.
 type Addresses struct {
 	IMDS  string `json:"imds"`
 	Entra string `json:"entra"`

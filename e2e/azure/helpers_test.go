@@ -219,7 +219,7 @@ func (s *fakeAzure) send(source, method, target string, headers ...string) answe
 	return a
 }
 
-// get sends a well-formed GET request.
+// get sends a GET request with the header that IMDS requires.
 func (s *fakeAzure) get(source, target string) answer {
 	s.t.Helper()
 	return s.send(source, "GET", target, "Metadata: true")

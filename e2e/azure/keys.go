@@ -40,9 +40,9 @@ type state struct {
 	tls     tls.Certificate
 }
 
-// openState reads the key material. It creates what is missing, and certificates
-// that do not match the configuration or the keys or have less than half of their
-// lifetime left.
+// openState reads the key material. It creates missing keys and certificates. It
+// replaces a certificate that does not match the host names or the keys, or that has
+// at most half of its lifetime left.
 func openState(dir string, hosts []string) (*state, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("creating the state directory: %w", err)

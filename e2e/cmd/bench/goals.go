@@ -21,7 +21,7 @@ func (g goal) String() string {
 // comparison is what was measured in the small and in the large cluster.
 type comparison struct {
 	small, large round
-	patches      int
+	patches      int // greatest number of PATCHes for one scale set in a phase where many pods need identities at once
 }
 
 func (v comparison) cpuRatio() float64     { return float64(v.large.cpu) / float64(v.small.cpu) }
@@ -33,8 +33,8 @@ func (v comparison) marginal() float64 {
 	return (v.large.rss - v.small.rss) / float64(v.large.pods-v.small.pods)
 }
 
-// apiTime is the part of an assignment's time that the API server takes: two sequential writes, each at the p99 of its
-// response times.
+// apiTime estimates the part of the time of an assignment that the API server takes: two sequential writes. Each write
+// is assumed to take the p99 of the API server's response times to the creation of a pod.
 func (v comparison) apiTime() time.Duration { return 2 * v.large.answerP99 }
 
 func (v comparison) goals() []goal {

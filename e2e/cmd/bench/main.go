@@ -1,12 +1,13 @@
-// Command bench measures NMI and MIC and prints the figures, and writes them to a file as one flat JSON object.
+// Command bench measures NMI and MIC. It prints the figures and writes them to a file as one flat JSON object.
 //
-// It runs NMI on a node of its own, a network namespace beside the test cluster: with the cluster's real API server,
-// a fake IMDS, 250 pods (Pod objects, and addresses in a second namespace that requests are sent from) and 5,000
-// identities with their bindings. For comparison it runs a bare net/http handler in equal namespaces, behind the same
-// rules, that returns the same bytes. One run measures NMI and the bare handler alternately, so that the ratio is valid
-// on a noisy host. The last measurement of NMI is the first token of identities of each source, with a fake Entra ID.
+// It runs NMI on a simulated node, a network namespace that is connected to the test cluster: with the cluster's real
+// API server, a fake IMDS, 250 pods (Pod objects, and their addresses in a second network namespace, from which bench
+// sends the requests) and, by default, 5,000 identities with their bindings. NMI is compared with the bare handler: a
+// net/http server that returns the same response body to each request, on a second simulated node with the same
+// iptables rules. Rounds of NMI and of the bare handler alternate, so that the ratio is valid on a noisy host. The last
+// measurement of NMI is the first token of identities of each source, with a fake Entra ID.
 //
-// The environment and the measurements of MIC are described at micEnvironment and measureMIC.
+// micEnvironment describes the environment of MIC, and measureMIC describes its measurements.
 package main
 
 import (
@@ -127,7 +128,8 @@ func measureNMI(ctx context.Context, p plan, figures map[string]float64) error {
 	})
 }
 
-// withEnvironment starts a cluster, fills it, starts NMI beside it, calls do, and stops everything.
+// withEnvironment starts a cluster, creates the objects, starts NMI on its simulated node, calls do, and stops
+// everything.
 func withEnvironment(ctx context.Context, identities int, do func(*environment) error) (err error) {
 	c, err := cluster.Start(ctx, cluster.Options{WithoutAzure: true, Progress: func(line string) { printLine("   %s", line) }})
 	if err != nil {

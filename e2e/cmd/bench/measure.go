@@ -13,7 +13,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// workers is the number of concurrent connections, each from the address of another pod.
+// workers is the number of concurrent connections, each from the address of a different pod.
 const workers = 16
 
 const target = "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net"
@@ -46,7 +46,8 @@ type figures struct {
 	p50, p99  time.Duration
 }
 
-// measure sends requests from all workers for the length of a round. A request that fails is an error.
+// measure sends requests from all workers for the length of a round, and returns the results. If a request fails, its
+// worker stops, and measure returns the error.
 func (s *simulatedNode) measure(ctx context.Context, round time.Duration) (figures, error) {
 	var mu sync.Mutex
 	var all []time.Duration
@@ -99,7 +100,7 @@ func (r *environment) compare(ctx context.Context, figures map[string]float64, r
 			return fmt.Errorf("bare handler: %w", err)
 		}
 		if i == 0 {
-			continue // the first warms both up
+			continue // the first round is a warm-up and does not count
 		}
 		printLine("%5d  %10.0f %8s %8s   %10.0f %8s %8s   %6.2f %6.2f", i, nmi.perSecond, nmi.p50, nmi.p99, bare.perSecond, bare.p50, bare.p99,
 			nmi.perSecond/bare.perSecond, float64(nmi.p99)/float64(bare.p99))

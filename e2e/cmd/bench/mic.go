@@ -19,8 +19,8 @@ type micPlan struct {
 }
 
 const (
-	// aadPodIdentityTime is how long AAD Pod Identity took until aadPodIdentityPods on one scale set were Assigned, with ARM
-	// at 0 delay.
+	// aadPodIdentityTime is how long AAD Pod Identity took until aadPodIdentityPods pods on one scale set were
+	// Assigned, with ARM at 0 delay.
 	aadPodIdentityPods = 400
 	aadPodIdentityTime = 160 * time.Second
 )
@@ -28,7 +28,7 @@ const (
 // measureMIC measures MIC, in this order: the workload that AAD Pod Identity was measured with; the start of MIC in a
 // cluster with pods; a small cluster in operation; its growth to a large cluster; the large cluster in operation; pods
 // with new identities that are created at once; and pods that are replaced at once. If p.many is 0, the cluster stays
-// small.
+// small, and measureMIC leaves out the growth, the large cluster and the pods with new identities.
 func measureMIC(ctx context.Context, p micPlan, figures map[string]float64) (err error) {
 	printLine("\nMIC: %d nodes in %d scale sets, %d identities, ARM at 0 delay", scaleSets*nodesInSet, scaleSets, identities)
 	r, err := newMICEnvironment(ctx, strings.Fields(p.args))
@@ -62,7 +62,7 @@ type micMeasurement struct {
 	comparison comparison
 }
 
-// begin resets the counts before a phase.
+// begin resets the counts of ARM and the response times of the API server before a phase.
 func (m *micMeasurement) begin(ctx context.Context) error {
 	m.workload.answers()
 	_, err := m.armCalls(ctx)
@@ -99,7 +99,7 @@ func (m *micMeasurement) compare(ctx context.Context) error {
 	return err
 }
 
-// install starts MIC in a cluster that has pods.
+// install stops MIC, creates pods, starts MIC, and measures the time until all of these pods are Assigned.
 func (m *micMeasurement) install(ctx context.Context) error {
 	m.stopMIC()
 	pairs := slices.DeleteFunc(firstPairs(), func(p pair) bool { return p.set == 0 })

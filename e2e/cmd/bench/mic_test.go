@@ -84,7 +84,7 @@ apiserver_request_total{code="201",dry_run="",group="",resource="pods",scope="re
 	}
 }
 
-// after is a point in time of the tests.
+// after returns a fixed time plus d.
 func after(d time.Duration) time.Time { return time.Unix(1e9, 0).Add(d) }
 
 func event(kind, name, pod, state string) (e watchEvent) {

@@ -23,8 +23,8 @@ type child struct {
 	err   error         // valid after ended is closed
 }
 
-// start runs a process until it is stopped. The kernel kills the process when the thread that started it ends. So start
-// locks the calling goroutine to its thread, which then ends only with that goroutine.
+// start starts a process. The kernel kills the process when the thread that called start ends. So start locks the
+// calling goroutine to its thread, which then ends only with that goroutine.
 func (c *children) start(cmd *exec.Cmd) (*child, error) {
 	runtime.LockOSThread()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -115,7 +115,8 @@ func (c *child) cpu() (time.Duration, error) {
 // tick is the unit of times in /proc, the same on all machines that Go runs on.
 const tick = time.Second / 100
 
-// parseCPU reads fields 14 and 15, user and system time. The name before the last parenthesis may hold anything.
+// parseCPU returns the sum of fields 14 and 15, user and system time. It counts the fields from the last parenthesis,
+// because the name of the program in field 2 may contain spaces and parentheses.
 func parseCPU(stat []byte) (time.Duration, error) {
 	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
 	if len(fields) < 13 {

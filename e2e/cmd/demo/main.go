@@ -266,7 +266,7 @@ func (d *demo) kubectl(args ...string) func() (string, error) {
 	return func() (string, error) { return d.Kubectl(d.ctx, args...) }
 }
 
-// eventually is show with retries, for output that appears a moment later.
+// eventually calls show until it succeeds, for at most a minute, because the output may appear a moment later.
 func (d *demo) eventually(command string, do func() (string, error), wants ...string) error {
 	deadline := time.Now().Add(time.Minute) // a busy host is slow
 	for {

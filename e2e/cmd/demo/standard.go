@@ -14,7 +14,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// stock is a managed identity that is not attached.
+// stock is a managed identity that is not attached to a machine at first.
 var stock = azure.Identity{
 	ClientID:   "0d46a1b2-0000-4000-8000-00000000f00d",
 	ObjectID:   "77777777-0000-4000-8000-00000000f00d",

@@ -54,7 +54,8 @@ func (d *document) table(header []string, rows [][]string) {
 	}
 }
 
-// tableCell keeps text from ending its cell or its row.
+// tableCell returns the text in one line and with each | escaped, because a line break would end the row and | the
+// cell.
 func tableCell(text string) string {
 	return strings.ReplaceAll(strings.Join(strings.Fields(text), " "), "|", `\|`)
 }

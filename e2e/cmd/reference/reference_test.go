@@ -190,7 +190,8 @@ func TestCheckFailsForAnOutdatedPageAndChangesNothing(t *testing.T) {
 	}
 }
 
-// copyOfSources is a folder with what the pages are made from.
+// copyOfSources returns a new root folder for run. It has a copy of the chart, and the pages of which only a part is
+// generated.
 func copyOfSources(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()

@@ -45,8 +45,8 @@ func readYAML(path string) (*yaml.Node, error) {
 	return document.Content[0], nil
 }
 
-// valueRows calls add for each value below the schema. A value without a description is an error: it would be a row
-// that says nothing.
+// valueRows calls add with the table row of each value below the schema. It returns an error for a value without a
+// description, because its row would say nothing.
 func valueRows(path string, schema, defaults *yaml.Node, add func([]string)) error {
 	return eachPair(get(schema, "properties"), func(name string, s *yaml.Node) error {
 		valuePath := strings.TrimPrefix(path+"."+name, ".")
@@ -88,7 +88,7 @@ func withProperties(schema *yaml.Node) *yaml.Node {
 	return nil
 }
 
-// defaultText is the default as it would be written in one line.
+// defaultText returns the default in one line as Markdown, or "" if value is nil.
 func defaultText(value *yaml.Node) (string, error) {
 	if value == nil {
 		return "", nil
@@ -111,7 +111,7 @@ func constraint(schema *yaml.Node) string {
 		var all []string
 		for _, one := range enum.Content {
 			if one.Tag == "!!bool" || one.Value == "true" || one.Value == "false" {
-				continue // true and false go without saying
+				continue // a reader knows that true and false are valid
 			}
 			all = append(all, code(one.Value))
 		}
