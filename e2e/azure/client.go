@@ -141,7 +141,7 @@ func readLines[T any](ctx context.Context, c *controlClient, path string, since 
 		if err := dec.Decode(&e); errors.Is(err, io.EOF) {
 			return out, nil
 		} else if err != nil {
-			return nil, fmt.Errorf("fake Azure: reading the log: %w", err)
+			return nil, fmt.Errorf("fake Azure: reading the response to GET %s: %w", path, err)
 		}
 		out = append(out, e)
 	}
@@ -209,11 +209,11 @@ func (c *controlClient) do(ctx context.Context, method, path string, in any) (io
 	}
 	req, err := http.NewRequestWithContext(ctx, method, "http://fake-azure"+path, payload)
 	if err != nil {
-		return nil, fmt.Errorf("fake Azure: %w", err)
+		return nil, fmt.Errorf("fake Azure: creating the request %s %s: %w", method, path, err)
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("connecting to the fake Azure at %s: %w", c.socket, err)
+		return nil, fmt.Errorf("request to the fake Azure at %s: %w", c.socket, err)
 	}
 	if resp.StatusCode < 300 {
 		return resp.Body, nil

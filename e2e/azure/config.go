@@ -58,7 +58,10 @@ func LoadConfig(file string) (Config, error) {
 	if err := dec.Decode(&cfg); err != nil {
 		return cfg, fmt.Errorf("reading the configuration of the fake Azure from %s: %w", file, err)
 	}
-	return cfg, cfg.Validate()
+	if err := cfg.Validate(); err != nil {
+		return cfg, fmt.Errorf("configuration of the fake Azure in %s: %w", file, err)
+	}
+	return cfg, nil
 }
 
 // Validate returns the errors that it finds in the configuration, joined.
@@ -90,11 +93,11 @@ func validateNodes(nodes []Node) error {
 	for i, n := range nodes {
 		switch {
 		case n.Name == "":
-			errs = append(errs, fmt.Errorf("node %d has no name", i))
+			errs = append(errs, fmt.Errorf("nodes[%d] has no name", i))
 		case names[n.Name]:
 			errs = append(errs, fmt.Errorf("node %q is given twice", n.Name))
 		case len(n.Sources) == 0:
-			errs = append(errs, fmt.Errorf("node %q has no sources", n.Name))
+			errs = append(errs, fmt.Errorf("node %q has no source address ranges (sources)", n.Name))
 		}
 		names[n.Name] = true
 		if n.SystemAssigned != nil {
@@ -104,7 +107,7 @@ func validateNodes(nodes []Node) error {
 		}
 		for _, other := range nodes[:i] {
 			if p, q, ok := overlap(n.Sources, other.Sources); ok {
-				errs = append(errs, fmt.Errorf("source %s of node %q overlaps %s of node %q", p, n.Name, q, other.Name))
+				errs = append(errs, fmt.Errorf("source address range %s of node %q overlaps source address range %s of node %q", p, n.Name, q, other.Name))
 			}
 		}
 	}

@@ -2,7 +2,6 @@ package azure
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"strconv"
@@ -124,7 +123,7 @@ func serveLines[T any](w http.ResponseWriter, r *http.Request, entries func(sinc
 	if text := r.URL.Query().Get("since"); text != "" {
 		n, err := strconv.Atoi(text)
 		if err != nil || n < 0 {
-			respond(w, errors.New("since is not a sequence number"))
+			respond(w, fmt.Errorf("query parameter since=%q is not a sequence number", text))
 			return
 		}
 		since = n

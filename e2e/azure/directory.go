@@ -161,7 +161,7 @@ func (d *directory) defineIdentity(id Identity, nodes []string) error {
 	key := strings.ToLower(id.ResourceID)
 	for other, have := range d.identities {
 		if other != key && (strings.EqualFold(have.ClientID, id.ClientID) || strings.EqualFold(have.ObjectID, id.ObjectID)) {
-			return fmt.Errorf("clientID or objectID already belongs to %s", have.ResourceID)
+			return fmt.Errorf("clientID %s or objectID %s already belongs to %s", id.ClientID, id.ObjectID, have.ResourceID)
 		}
 	}
 	if _, ok := d.apps[strings.ToLower(id.ClientID)]; ok {

@@ -79,7 +79,7 @@ func loadOrMakeKey(file string) (*rsa.PrivateKey, error) {
 	if err == nil {
 		block, _ := pem.Decode(data)
 		if block == nil {
-			return nil, fmt.Errorf("key file %s is not PEM; delete it to have a new one made", file)
+			return nil, fmt.Errorf("key file %s is not PEM; if you delete the file, the fake Azure creates a new key", file)
 		}
 		parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 		if err != nil {
@@ -174,7 +174,7 @@ func readCertificate(file string) (*x509.Certificate, error) {
 	}
 	block, _ := pem.Decode(data)
 	if block == nil {
-		return nil, fmt.Errorf("certificate file %s is not PEM; delete it to have a new one made", file)
+		return nil, fmt.Errorf("certificate file %s is not PEM; if you delete the file, the fake Azure creates a new certificate", file)
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {

@@ -168,7 +168,7 @@ func serve(ctx context.Context, ls *listeners, servers []*http.Server) error {
 	} {
 		go func() {
 			if err := start(); !errors.Is(err, http.ErrServerClosed) {
-				ended <- fmt.Errorf("fake Azure: server %d: %w", i, err)
+				ended <- fmt.Errorf("fake Azure: serving %s: %w", []string{"IMDS", "Entra ID and ARM", "the control API"}[i], err)
 				return
 			}
 			ended <- nil

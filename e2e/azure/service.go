@@ -126,10 +126,10 @@ func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Reque
 		x.entry.Error = "hung until the client disconnected"
 		return response{}
 	case !sleep(r.Context(), x.faults.latency):
-		x.entry.Error = "the client disconnected"
+		x.entry.Error = "the client disconnected during the added latency"
 		return response{}
 	case x.faults.status != 0:
-		x.entry.Error = "status set by a switch"
+		x.entry.Error = "status set by the switch throttle or status"
 		return s.forcedResponse(x, x.faults.status)
 	case !admitted:
 		x.entry.Error = "over the rate limits"

@@ -53,7 +53,7 @@ func bare(args []string) error {
 		return err
 	}
 	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serving: %w", err)
+		return fmt.Errorf("serving on %s: %w", listen, err)
 	}
 	return nil
 }

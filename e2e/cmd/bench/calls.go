@@ -60,12 +60,12 @@ func (c *calls) readAPI(metrics string) error {
 		fields := strings.Fields(rest)
 		n, err := strconv.ParseFloat(fields[len(fields)-1], 64)
 		if err != nil {
-			return fmt.Errorf("reading the API server's metrics: %w", err)
+			return fmt.Errorf("reading the metric %s of the API server: %w", name, err)
 		}
 		*to += int(n)
 	}
 	if !known {
-		return errors.New("the API server's metrics have no request counts")
+		return errors.New("the metrics of the API server contain neither apiserver_request_total nor apiserver_longrunning_requests")
 	}
 	return nil
 }

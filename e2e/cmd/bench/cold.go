@@ -81,7 +81,7 @@ func (r *environment) createAll(ctx context.Context, k clients, n int) ([]freshI
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	return nil, fmt.Errorf("NMI does not know the new identities after 30 s: %w", err)
+	return nil, fmt.Errorf("no token of %s, the last new identity, in 300 attempts: %w", last.name(), err)
 }
 
 // requestFirstToken requests a token of the identity over a new connection, and returns how long that took.
@@ -98,23 +98,23 @@ func (r *environment) requestFirstToken(ctx context.Context, n freshIdentity) (t
 		AccessToken string `json:"access_token"`
 	}
 	if err := json.Unmarshal(body, &answer); err != nil {
-		return 0, err
+		return 0, fmt.Errorf("decoding the response to the token request: %w", err)
 	}
 	claims, err := r.azure.Verify(answer.AccessToken)
 	if err != nil {
 		return 0, err
 	}
 	if !strings.EqualFold(claims.AppID, n.id.ClientID) {
-		return 0, fmt.Errorf("the token is for %s, not for %s", claims.AppID, n.id.ClientID)
+		return 0, fmt.Errorf("the token is for client ID %s, not for %s", claims.AppID, n.id.ClientID)
 	}
 	return took, nil
 }
 
 // reportCold prints and records the figures of the first tokens. Of 2 to maxCold values, the p99 is the second slowest.
 func reportCold(figures map[string]float64, all map[string][]first) {
-	printLine("\ncold token, the first of an identity; %d of each source, one at a time, and the calls that one costs\n", len(all[managed]))
+	printLine("\nfirst token of an identity (nothing cached), for %d identities of each source, one at a time; requests to other services per token\n", len(all[managed]))
 	printLine("%12s  %8s %8s   %19s   %14s   %5s", "", "", "", "API server", "Entra ID", "")
-	printLine("%12s  %8s %8s   %7s %11s   %6s %7s   %5s", "source", "p50", "p99", "Secrets", "its tokens", "tenant", "tokens", "IMDS")
+	printLine("%12s  %8s %8s   %7s %11s   %6s %7s   %5s", "source", "p50", "p99", "Secrets", "SA tokens", "tenant", "tokens", "IMDS")
 	for _, source := range sources {
 		var took []time.Duration
 		var cost calls

@@ -215,7 +215,8 @@ func (r *environment) waitReady(ctx context.Context, netns, url string) error {
 	if r.nmiLog != nil {
 		why, _ = os.ReadFile(r.nmiLog.Name())
 	}
-	return fmt.Errorf("%s in %s is not ready after a minute\n%s", url, netns, why[max(0, len(why)-4000):])
+	return fmt.Errorf("NMI is not ready: %s in network namespace %s returned no success in 600 attempts; the end of NMI's log:\n%s",
+		url, netns, why[max(0, len(why)-4000):])
 }
 
 // startBare starts the bare handler (see bare) with the body of a response of NMI, and returns when the bare handler
@@ -237,16 +238,21 @@ func (r *environment) startBare(ctx context.Context) error {
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	if _, err := r.children.start(cmd); err != nil {
-		return fmt.Errorf("starting the bare handler: %w", err)
+		return fmt.Errorf("starting the bare handler (bench bare, the HTTP server that NMI is compared with): %w", err)
 	}
 	client := r.bare.client(0)
+	var got []byte
 	for range 100 {
-		if got, err := client.once(ctx); err == nil && bytes.Equal(got, answer) {
+		if got, err = client.once(ctx); err == nil && bytes.Equal(got, answer) {
 			return nil
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	return fmt.Errorf("the bare handler does not respond: %s", stderr.String())
+	if err == nil {
+		err = fmt.Errorf("unexpected body %q", got)
+	}
+	return fmt.Errorf("the bare handler (bench bare, the HTTP server that NMI is compared with) did not return NMI's response body in 100 attempts: %w;"+
+		" its standard error:\n%s", err, stderr.String())
 }
 
 // burst resets the log and the counts of the fake Azure, and sends a request from each pod at once. It returns how many
@@ -275,7 +281,8 @@ func (r *environment) burst(ctx context.Context) (calls int, slowest time.Durati
 	slowest = time.Since(began)
 	stats, statsErr := r.azure.Stats(ctx)
 	if stats.IMDS.RequestsFromPods != 0 || stats.IMDS.ConnectionsFromPods != 0 {
-		err = errors.Join(err, errors.New("pods reached IMDS directly"))
+		err = errors.Join(err, fmt.Errorf("%d connections and %d requests of pods reached IMDS directly, not through NMI",
+			stats.IMDS.ConnectionsFromPods, stats.IMDS.RequestsFromPods))
 	}
 	return stats.IMDS.Token.Requests, slowest, errors.Join(err, statsErr)
 }
@@ -290,7 +297,7 @@ func (r *environment) profile(ctx context.Context, dir string, length time.Durat
 		}()
 		err := inNetns(ctx, r.nmi.node, "curl", "-sf", "-o", filepath.Join(dir, name), "http://127.0.0.1:6060/debug/pprof/"+path).Run()
 		if err := errors.Join(err, <-done); err != nil {
-			return fmt.Errorf("profiling NMI: %w", err)
+			return fmt.Errorf("profiling NMI (%s): %w", name, err)
 		}
 	}
 	return nil
@@ -301,7 +308,7 @@ func readAll(resp *http.Response) ([]byte, error) {
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
 	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("status %d: %s", resp.StatusCode, body)
+		err = fmt.Errorf("GET %s: status %d: %s", resp.Request.URL, resp.StatusCode, body)
 	}
 	return body, err
 }

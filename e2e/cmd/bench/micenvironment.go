@@ -208,7 +208,7 @@ func (r *micEnvironment) startMIC(ctx context.Context) error {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	return r.withLog(fmt.Errorf("MIC is not ready after a minute: %w", err))
+	return r.withLog(fmt.Errorf("MIC did not serve its metrics in 600 attempts: %w", err))
 }
 
 // stopMIC ends MIC with SIGTERM, so that MIC releases its Lease.
@@ -220,7 +220,7 @@ func (r *micEnvironment) stopMIC() {
 // withLog adds the end of MIC's log to an error.
 func (r *micEnvironment) withLog(err error) error {
 	text, _ := os.ReadFile(r.log.Name())
-	return fmt.Errorf("%w; MIC said last:\n%s", err, text[max(0, len(text)-4000):])
+	return fmt.Errorf("%w; the end of MIC's log:\n%s", err, text[max(0, len(text)-4000):])
 }
 
 func (r *micEnvironment) get(ctx context.Context, url string) (string, error) {

@@ -2,7 +2,9 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -61,7 +63,7 @@ func (c *child) stop() {
 func (c *child) alive() error {
 	select {
 	case <-c.ended:
-		return fmt.Errorf("%s ended by itself: %v", c.Path, c.err)
+		return fmt.Errorf("%s ended by itself: %w", strings.Join(c.Args, " "), cmp.Or(c.err, errors.New("exit status 0")))
 	default:
 		return nil
 	}
@@ -126,7 +128,7 @@ func parseCPU(stat []byte) (time.Duration, error) {
 	for _, field := range fields[11:13] {
 		ticks, err := strconv.ParseInt(string(field), 10, 64)
 		if err != nil {
-			return 0, fmt.Errorf("the processor time of the process is unreadable: %w", err)
+			return 0, fmt.Errorf("parsing the processor time in /proc/PID/stat: %w", err)
 		}
 		used += time.Duration(ticks) * tick
 	}

@@ -69,7 +69,7 @@ func (r *round) setWork(w work) {
 }
 
 func printRoundsHeader() {
-	printLine("\npods replaced at a steady rate; what one costs MIC until its successor is Assigned and its own assignment is gone\n")
+	printLine("\npods replaced at a steady rate; CPU, requests and writes: MIC's work for one replaced pod, until its assignment is deleted and the new pod is Assigned\n")
 	printLine("%6s %8s %6s   %17s   %17s   %6s %8s %6s   %6s", "", "", "", "Assigned after", "API server's", "", "", "", "")
 	printLine("%6s %8s %6s   %8s %8s   %8s %8s   %6s %8s %6s   %6s", "", "", "", "", "", "answer", "", "CPU", "", "", "RSS")
 	printLine("%6s %8s %6s   %8s %8s   %8s %8s   %6s %8s %6s   %6s", "pods", "replaced", "/s", "p50", "p99", "p50", "p99", "ms", "requests", "writes", "MiB")

@@ -114,7 +114,7 @@ func superviseCommand() *cobra.Command {
 		RunE: func(*cobra.Command, []string) error {
 			owner, events := os.NewFile(3, "owner"), os.NewFile(4, "events")
 			if owner == nil || events == nil {
-				return errors.New("only the cluster itself starts a supervisor")
+				return errors.New("descriptors 3 and 4 are missing: only the program that starts a cluster runs this command")
 			}
 			return cluster.Supervise(owner, events)
 		},

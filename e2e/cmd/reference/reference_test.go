@@ -62,7 +62,7 @@ func TestEachFieldOfACustomResourceIsListed(t *testing.T) {
 		}
 	}
 	if strings.Contains(string(text), "spec.azureIdentityRef.spec") {
-		t.Error("the copies in an AzureAssignedIdentity are opened")
+		t.Error("the page lists the fields of the copies of other objects in an AzureAssignedIdentity")
 	}
 }
 

@@ -40,7 +40,7 @@ func readYAML(path string) (*yaml.Node, error) {
 	}
 	var document yaml.Node
 	if err := yaml.Unmarshal(text, &document); err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
+		return nil, fmt.Errorf("parsing %s: %w", path, err)
 	}
 	return document.Content[0], nil
 }
@@ -52,7 +52,7 @@ func valueRows(path string, schema, defaults *yaml.Node, add func([]string)) err
 		valuePath := strings.TrimPrefix(path+"."+name, ".")
 		description := get(s, "description")
 		if description == nil {
-			return fmt.Errorf("the value %s has no description", valuePath)
+			return fmt.Errorf("the value %s has no description in values.schema.json", valuePath)
 		}
 		value := get(defaults, name)
 		inner := withProperties(s)
