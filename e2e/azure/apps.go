@@ -32,7 +32,7 @@ func (d *directory) addApp(a App) error {
 	}
 	for _, s := range a.Secrets {
 		if s.Value == "" {
-			return errors.New("a client secret is empty")
+			return errors.New("a client secret of the application is empty")
 		}
 	}
 	for _, c := range a.Certificates {

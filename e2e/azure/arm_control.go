@@ -96,8 +96,8 @@ func (c ARMClient) SetProvisioningState(ctx context.Context, ref, state string) 
 	return c.call(ctx, "PUT", "/arm/state", machineRequest{Machine: ref, State: state}, nil)
 }
 
-// SetDelay sets a delay for one machine that overrides the switch. A negative
-// delay removes the override.
+// SetDelay sets the delay of one machine, which overrides the switch arm.delay. A
+// negative delay removes the override.
 func (c ARMClient) SetDelay(ctx context.Context, ref string, d time.Duration) error {
 	return c.call(ctx, "PUT", "/arm/delay", machineRequest{Machine: ref, Delay: d}, nil)
 }
@@ -147,8 +147,8 @@ func (c ARMClient) ARMLog(ctx context.Context, since int) ([]ARMRequest, error) 
 	return readLines[ARMRequest](ctx, c.controlClient, "/arm/log", since)
 }
 
-// ARMChanges returns the attached and detached identities with a sequence
-// number greater than since.
+// ARMChanges returns the entries of ARM's change log with a sequence number greater
+// than since.
 func (c ARMClient) ARMChanges(ctx context.Context, since int) ([]ARMChange, error) {
 	return readLines[ARMChange](ctx, c.controlClient, "/arm/changes", since)
 }

@@ -29,13 +29,13 @@ type ARMFault struct {
 	Code       string `json:"code,omitempty"`
 	Message    string `json:"message,omitempty"`
 	RetryAfter int    `json:"retry_after,omitempty"`
-	Hang       bool   `json:"hang,omitempty"` // no response until the client disconnects
+	Hang       bool   `json:"hang,omitempty"` // no response; the request ends when the client disconnects
 	Drop       bool   `json:"drop,omitempty"` // no response, the connection is reset
 	// Fails: the operation of an accepted PATCH fails with Code and Message.
 	Fails bool `json:"fails,omitempty"`
-	// Apply: with Status, Hang or Drop, the request takes effect and only its
-	// response is lost. With Fails, the identities change although the operation
-	// fails.
+	// Apply: with Status, Hang or Drop, the request takes effect although the fault
+	// replaces its response. With Fails, the identities change although the
+	// operation fails.
 	Apply bool `json:"apply,omitempty"`
 }
 
@@ -72,17 +72,17 @@ func (f ARMFault) validate() error {
 	}
 	switch {
 	case f.Resource != "" && !machine && !subscriptionForm.MatchString(f.Resource):
-		return fmt.Errorf("fault: %q is neither the ID of a machine nor /subscriptions/S", f.Resource)
+		return fmt.Errorf("fault: resource %q is neither the ID of a machine nor /subscriptions/S", f.Resource)
 	case f.Operation != "" && !slices.Contains([]string{OpGet, OpPatch, OpPoll}, f.Operation):
-		return fmt.Errorf("fault: operation %q; valid: %s, %s, %s, or none for each", f.Operation, OpGet, OpPatch, OpPoll)
+		return fmt.Errorf("fault: operation %q; valid: %s, %s, %s, or empty for all", f.Operation, OpGet, OpPatch, OpPoll)
 	case f.Status != 0 && (f.Status < 400 || f.Status > 599):
 		return fmt.Errorf("fault: status %d; valid: 400 to 599", f.Status)
 	case f.Count < 0 || f.RetryAfter < 0 || f.Latency < 0:
-		return fmt.Errorf("fault: a number is negative: %+v", f)
+		return fmt.Errorf("fault: count, retry_after or latency_ns is negative: %+v", f)
 	case effects > 1:
 		return fmt.Errorf("fault: set only one of status, hang, drop and fails: %+v", f)
 	case effects == 0 && f.Latency == 0:
-		return fmt.Errorf("fault: it has no effect: %+v", f)
+		return fmt.Errorf("a fault without latency_ns, status, hang, drop and fails has no effect: %+v", f)
 	case f.Fails && f.Operation != "" && f.Operation != OpPatch:
 		return fmt.Errorf("fault: fails is valid for operation %s, not for %s", OpPatch, f.Operation)
 	}

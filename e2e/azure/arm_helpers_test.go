@@ -73,8 +73,8 @@ func (a *testARM) do(method, target, body string, headers ...string) answer {
 	return out
 }
 
-// patchOf returns the body of a PATCH. A change is "+" (add) or "-" (remove) and the
-// ID of an identity.
+// patchOf returns the body of a PATCH. kind is the value of identity.type. A change is
+// "+" (add) or "-" (remove) and the ID of an identity.
 func patchOf(kind string, changes ...string) string {
 	identities := map[string]any{}
 	for _, c := range changes {
@@ -105,11 +105,11 @@ func (a *testARM) get(id string) armResource {
 func (a answer) machine(t *testing.T) armResource {
 	t.Helper()
 	if a.status != 200 {
-		t.Fatalf("status %d: %s", a.status, a.body)
+		t.Fatalf("got status %d, want 200 with a machine; body: %s", a.status, a.body)
 	}
 	var doc armResource
 	if err := json.Unmarshal([]byte(a.body), &doc); err != nil {
-		t.Fatalf("%v: %s", err, a.body)
+		t.Fatalf("the body is no machine: %v: %s", err, a.body)
 	}
 	return doc
 }
@@ -141,7 +141,7 @@ func (a answer) armError(t *testing.T) armError {
 	t.Helper()
 	var doc struct{ Error armError }
 	if err := json.Unmarshal([]byte(a.body), &doc); err != nil || doc.Error.Code == "" || doc.Error.Message == "" {
-		t.Fatalf("this is no error of ARM (%v): %d %s", err, a.status, a.body)
+		t.Fatalf("the response is no error of ARM with a code and a message (decoding error: %v): status %d, body %s", err, a.status, a.body)
 	}
 	return doc.Error
 }
@@ -150,7 +150,7 @@ func (a *testARM) mustRefuse(got answer, status int, code string) armError {
 	a.t.Helper()
 	e := got.armError(a.t)
 	if got.status != status || e.Code != code {
-		a.t.Errorf("got %d %s, want %d %s", got.status, got.body, status, code)
+		a.t.Errorf("got status %d with body %s, want status %d with code %s", got.status, got.body, status, code)
 	}
 	return e
 }
@@ -167,12 +167,12 @@ func (a *testARM) poll(began answer) operationStatus {
 	link := began.header.Get("Azure-AsyncOperation")
 	target, ok := strings.CutPrefix(link, "https://management.azure.com")
 	if !ok {
-		a.t.Fatalf("Azure-AsyncOperation: %q", link)
+		a.t.Fatalf("the header Azure-AsyncOperation %q is no URL of https://management.azure.com; status %d, body %s", link, began.status, began.body)
 	}
 	got := a.do("GET", target, "")
 	var out operationStatus
 	if err := json.Unmarshal([]byte(got.body), &out); err != nil || got.status != 200 {
-		a.t.Fatalf("%v: %d %s", err, got.status, got.body)
+		a.t.Fatalf("poll of the operation: got status %d, want 200 with JSON (decoding error: %v); body: %s", got.status, err, got.body)
 	}
 	out.again = got.header.Get("Retry-After")
 	return out
@@ -182,7 +182,7 @@ func (a *testARM) lastRequest() ARMRequest {
 	a.t.Helper()
 	log := a.Log(0)
 	if len(log) == 0 {
-		a.t.Fatal("the log is empty")
+		a.t.Fatal("the request log of ARM is empty")
 	}
 	return log[len(log)-1]
 }
@@ -193,6 +193,6 @@ func (a *testARM) mustTimeOut(within time.Duration, method, target, body string)
 	ctx, cancel := context.WithTimeout(a.t.Context(), within)
 	defer cancel()
 	if got, err := a.try(ctx, method, target, body); !errors.Is(err, context.DeadlineExceeded) {
-		a.t.Errorf("answered %d, %v", got.status, err)
+		a.t.Errorf("got status %d, error %v; want no response within %s", got.status, err, within)
 	}
 }

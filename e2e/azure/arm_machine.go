@@ -32,8 +32,9 @@ const (
 )
 
 // AddMachine adds a machine or replaces it. It uses the ID, SystemAssigned,
-// Identities and ProvisioningState of m. It does not add these identities to the
-// change log. It returns an error if one of them does not exist.
+// Identities and ProvisioningState of m. It does not add the identities of m to the
+// change log. It returns an error if m.ID is not the ID of a machine, or if one of
+// m.Identities does not exist.
 func (a *armState) AddMachine(m Machine) error {
 	id, ok := parseComputeID(m.ID)
 	if !ok {
@@ -117,7 +118,7 @@ func (m *armMachine) snapshot() Machine {
 }
 
 // change calls f for the machine with this ID while it holds the lock. It returns
-// an error if there is none.
+// the error of f, or an error if there is no such machine.
 func (a *armState) change(id string, f func(*armMachine) error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -152,8 +153,8 @@ func (m *armMachine) setState(state string) {
 	}
 }
 
-// SetDelay sets a delay for one machine that overrides the setting. A negative
-// delay removes the override.
+// SetDelay sets the delay of one machine, which overrides ARMSettings.Delay. A
+// negative delay removes the override.
 func (a *armState) SetDelay(id string, d time.Duration) error {
 	return a.change(id, func(m *armMachine) error {
 		m.delay = d

@@ -25,8 +25,10 @@ func (s identitySet) clone() identitySet { return identitySet{s.system, maps.Clo
 
 // delta is the change that a PATCH makes to the identities. A nil *delta changes nothing.
 type delta struct {
-	system *Identity // for a machine that has no system-assigned one yet; nil: remove it
-	user   bool      // whether the new type allows user-assigned identities
+	// system is nil if the system-assigned identity is removed. Otherwise, a machine
+	// without a system-assigned identity gets this one.
+	system *Identity
+	user   bool // whether the new type allows user-assigned identities
 	add    map[string]attachment
 	remove []string
 }
@@ -69,8 +71,8 @@ type armMachine struct {
 	patching   int             // number of PATCH requests in progress
 }
 
-// armOperation is an operation that a PATCH started. It changes the machine at
-// its end.
+// armOperation is an operation that a PATCH started. The identities of the machine
+// change when the operation ends.
 type armOperation struct {
 	id         string
 	machine    *armMachine
@@ -207,8 +209,8 @@ func (a *armState) begin(m *armMachine, p identityPatch, failure *armError, appl
 }
 
 // delta returns the change that the PATCH makes to m, or nil for a PATCH without an
-// identity part. It omits added identities that do not exist. The others count as
-// attached since at.
+// identity part. It omits added identities that do not exist. It records at as the time
+// when the other added identities are attached.
 func (p identityPatch) delta(m *armMachine, identities map[string]Identity, at time.Time) *delta {
 	if !p.given {
 		return nil

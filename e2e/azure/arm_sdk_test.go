@@ -149,7 +149,7 @@ func mustBeError(t *testing.T, err error, status int, code string) {
 	t.Helper()
 	var refused *azcore.ResponseError
 	if !errors.As(err, &refused) || refused.StatusCode != status || refused.ErrorCode != code {
-		t.Errorf("got %v, want %d %s", err, status, code)
+		t.Errorf("got error %v, want a response with status %d and code %s", err, status, code)
 	}
 }
 

@@ -41,7 +41,7 @@ func Dial(socket string) *Client {
 	}}}}}
 }
 
-// Ready returns nil if the fake Azure responds. It does not wait.
+// Ready returns nil if the control API of the fake Azure responds. It does not retry.
 func (c *Client) Ready(ctx context.Context) error {
 	_, err := c.Addresses(ctx)
 	return err
@@ -64,7 +64,8 @@ func (c *Client) WaitReady(ctx context.Context) error {
 	}
 }
 
-// Addresses returns the listen addresses of IMDS and of Entra ID and ARM.
+// Addresses returns two listen addresses: that of IMDS, and the one that Entra ID and
+// ARM share.
 func (c *Client) Addresses(ctx context.Context) (Addresses, error) {
 	var a Addresses
 	return a, c.call(ctx, "GET", "/ready", nil, &a)
@@ -113,8 +114,9 @@ func (c *Client) Set(ctx context.Context, changes map[string]string) error {
 	return c.call(ctx, "PATCH", "/switches", changes, nil)
 }
 
-// Switches returns all switches with their values. The value of a switch that
-// counts requests, such as imds.throttle, is its remaining count.
+// Switches returns all switches with their values. The value of a switch that counts
+// down, such as imds.throttle, is the number of requests to which it still applies.
+// throttle=-1 and status-count=0 mean all requests and do not change.
 func (c *Client) Switches(ctx context.Context) (map[string]string, error) {
 	var out map[string]string
 	return out, c.call(ctx, "GET", "/switches", nil, &out)
@@ -139,15 +141,15 @@ func readLines[T any](ctx context.Context, c *controlClient, path string, since 
 		if err := dec.Decode(&e); errors.Is(err, io.EOF) {
 			return out, nil
 		} else if err != nil {
-			return nil, fmt.Errorf("fake Azure: reading the log: %w", err)
+			return nil, fmt.Errorf("fake Azure: reading the response to GET %s: %w", path, err)
 		}
 		out = append(out, e)
 	}
 }
 
-// ResetLog empties the log and the logs of ARM, and sets all counts to 0. Requests
-// to IMDS and Entra ID in progress remain in InFlight and MaxConcurrency. Sequence
-// numbers continue.
+// ResetLog empties the log and the logs of ARM, and sets the counts to 0, except that
+// InFlight and MaxConcurrency still include the requests to IMDS and Entra ID in
+// progress. Sequence numbers continue.
 func (c *Client) ResetLog(ctx context.Context) error {
 	return c.call(ctx, "DELETE", "/log", nil, nil)
 }
@@ -164,8 +166,8 @@ func (c *Client) Keys(ctx context.Context) (Keys, error) {
 	return k, c.call(ctx, "GET", "/keys", nil, &k)
 }
 
-// Verify checks a token's signature and times and returns its claims. It fetches
-// the keys only once.
+// Verify checks a token's signature and times and returns its claims. The first call
+// fetches the keys, and later calls reuse them.
 func (c *Client) Verify(token string) (Claims, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -207,11 +209,11 @@ func (c *controlClient) do(ctx context.Context, method, path string, in any) (io
 	}
 	req, err := http.NewRequestWithContext(ctx, method, "http://fake-azure"+path, payload)
 	if err != nil {
-		return nil, fmt.Errorf("fake Azure: %w", err)
+		return nil, fmt.Errorf("fake Azure: creating the request %s %s: %w", method, path, err)
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("connecting to the fake Azure at %s: %w", c.socket, err)
+		return nil, fmt.Errorf("request to the fake Azure at %s: %w", c.socket, err)
 	}
 	if resp.StatusCode < 300 {
 		return resp.Body, nil

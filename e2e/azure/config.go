@@ -25,8 +25,9 @@ type Config struct {
 	Nodes         []Node   `json:"nodes"`
 }
 
-// Node is one virtual machine. A source that is a single address (/32, /128) is
-// an address of the node; a larger prefix is a range of pod addresses.
+// Node is one virtual machine. Sources are the source addresses of its requests:
+// a single address (/32, /128) is an address of the node itself, a larger prefix
+// is a range of pod addresses.
 type Node struct {
 	Name           string         `json:"name"`
 	Sources        []netip.Prefix `json:"sources"`
@@ -57,10 +58,13 @@ func LoadConfig(file string) (Config, error) {
 	if err := dec.Decode(&cfg); err != nil {
 		return cfg, fmt.Errorf("reading the configuration of the fake Azure from %s: %w", file, err)
 	}
-	return cfg, cfg.Validate()
+	if err := cfg.Validate(); err != nil {
+		return cfg, fmt.Errorf("configuration of the fake Azure in %s: %w", file, err)
+	}
+	return cfg, nil
 }
 
-// Validate reports all errors in the configuration.
+// Validate returns the errors that it finds in the configuration, joined.
 func (c Config) Validate() error {
 	var errs []error
 	for _, a := range []struct{ name, addr string }{{"imdsAddr", c.IMDSAddr}, {"entraAddr", c.EntraAddr}} {
@@ -89,11 +93,11 @@ func validateNodes(nodes []Node) error {
 	for i, n := range nodes {
 		switch {
 		case n.Name == "":
-			errs = append(errs, fmt.Errorf("node %d has no name", i))
+			errs = append(errs, fmt.Errorf("nodes[%d] has no name", i))
 		case names[n.Name]:
 			errs = append(errs, fmt.Errorf("node %q is given twice", n.Name))
 		case len(n.Sources) == 0:
-			errs = append(errs, fmt.Errorf("node %q has no sources", n.Name))
+			errs = append(errs, fmt.Errorf("node %q has no source address ranges (sources)", n.Name))
 		}
 		names[n.Name] = true
 		if n.SystemAssigned != nil {
@@ -103,7 +107,7 @@ func validateNodes(nodes []Node) error {
 		}
 		for _, other := range nodes[:i] {
 			if p, q, ok := overlap(n.Sources, other.Sources); ok {
-				errs = append(errs, fmt.Errorf("source %s of node %q overlaps %s of node %q", p, n.Name, q, other.Name))
+				errs = append(errs, fmt.Errorf("source address range %s of node %q overlaps source address range %s of node %q", p, n.Name, q, other.Name))
 			}
 		}
 	}

@@ -2,14 +2,13 @@ package azure
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"strconv"
 )
 
-// Addresses are the listen addresses, with the actual port if port 0 was
-// configured.
+// Addresses are the listen addresses of IMDS and of Entra ID, with the actual port if
+// port 0 was configured. ARM has the address of Entra ID.
 type Addresses struct {
 	IMDS  string `json:"imds"`
 	Entra string `json:"entra"`
@@ -124,7 +123,7 @@ func serveLines[T any](w http.ResponseWriter, r *http.Request, entries func(sinc
 	if text := r.URL.Query().Get("since"); text != "" {
 		n, err := strconv.Atoi(text)
 		if err != nil || n < 0 {
-			respond(w, errors.New("since is not a sequence number"))
+			respond(w, fmt.Errorf("query parameter since=%q is not a sequence number", text))
 			return
 		}
 		since = n

@@ -46,10 +46,11 @@ type AttachedIdentity struct {
 	Machines []string `json:"machines,omitempty"`
 }
 
-// caller is the source of a connection.
+// caller is the source address of a connection, and the node that the address belongs
+// to.
 type caller struct {
 	source  netip.Addr
-	node    string // empty: not a configured node
+	node    string // empty: the address belongs to no configured node
 	fromPod bool
 }
 
@@ -160,7 +161,7 @@ func (d *directory) defineIdentity(id Identity, nodes []string) error {
 	key := strings.ToLower(id.ResourceID)
 	for other, have := range d.identities {
 		if other != key && (strings.EqualFold(have.ClientID, id.ClientID) || strings.EqualFold(have.ObjectID, id.ObjectID)) {
-			return fmt.Errorf("clientID or objectID already belongs to %s", have.ResourceID)
+			return fmt.Errorf("clientID %s or objectID %s already belongs to %s", id.ClientID, id.ObjectID, have.ResourceID)
 		}
 	}
 	if _, ok := d.apps[strings.ToLower(id.ClientID)]; ok {
@@ -259,9 +260,9 @@ const (
 	errMultipleIdentities refusal = "Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request"
 )
 
-// resolve returns the identity for a request from the node. With a selector, it is
-// the selected identity. Without, it is the system-assigned identity or, if there is
-// none, the only user-assigned one. The error is a refusal.
+// resolve returns the identity for a request from the node. If the request has a
+// selector, this is the selected identity. Otherwise it is the system-assigned
+// identity or, if there is none, the only user-assigned one. The error is a refusal.
 func (d *directory) resolve(node string, sel selector) (Identity, error) {
 	n, ok := d.node(node)
 	if !ok {
@@ -284,9 +285,10 @@ func (d *directory) resolve(node string, sel selector) (Identity, error) {
 	return Identity{}, errIdentityNotFound
 }
 
-// systemAssigned returns the system-assigned identity of the node, or nil. If the
-// node's machine in ARM has none, the node has none. Otherwise it is the configured
-// identity or, without one, that of the machine.
+// systemAssigned returns the system-assigned identity of the node, or nil. If ARM has
+// the node's machine without a system-assigned identity, the result is nil. Otherwise
+// it is the configured identity of the node or, if none is configured, the identity
+// that the machine has in ARM.
 func (d *directory) systemAssigned(n Node) *Identity {
 	own := n.SystemAssigned
 	if machine, ok := d.machines[n.Name]; ok {
@@ -311,8 +313,8 @@ func (d *directory) systemAssigned(n Node) *Identity {
 	return &id
 }
 
-// provides reports whether IMDS of the node issues tokens for the identity. The
-// caller holds the lock.
+// provides reports whether IMDS of the node issues tokens for the user-assigned
+// identity with this folded resource ID. The caller holds the lock.
 func (d *directory) provides(node, key string) bool {
 	return d.attached[node][key] || d.arm.provides(d.machines[node], d.identities[key])
 }

@@ -27,8 +27,8 @@ type entraError struct {
 
 func (e *entraError) Error() string { return fmt.Sprintf("AADSTS%d: %s", e.code, e.text) }
 
-// trace has the IDs by which operators of the service find a response in their
-// logs.
+// trace has the request ID and the correlation ID of a response. In Azure, they
+// identify the response in the logs of Entra ID.
 type trace struct{ request, correlation string }
 
 // newTrace uses the correlation ID of the client if it is a GUID, and otherwise
@@ -84,7 +84,7 @@ func withoutCaching(out response) response {
 	return out
 }
 
-// withTraceHeaders adds the IDs by which the response is found in the logs.
+// withTraceHeaders adds the IDs of the trace to the headers of the response.
 func withTraceHeaders(x *requestContext, out response) response {
 	if out.header == nil {
 		out.header = map[string]string{}

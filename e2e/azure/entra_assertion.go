@@ -133,8 +133,10 @@ func (s *entra) verify(assertion string, key jwt.Keyfunc, algorithms ...string) 
 // always refused.
 var federatedAlgorithms = []string{"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}
 
-// authenticateByFederation compares issuer, then subject, then audience, each exactly
-// as written. The error names the first one that differs.
+// authenticateByFederation selects the federated credentials of p by the assertion's
+// issuer, then its subject, then its audience, each compared exactly as written. The
+// error names the first of the three that leaves no credential. Then it checks the
+// algorithm, the signature and the times of the assertion.
 func (s *entra) authenticateByFederation(p principal, token *jwt.Token, claims jwt.RegisteredClaims, assertion string) error {
 	if len(p.federated) == 0 {
 		return &entraError{401, "invalid_client", 70025, fmt.Sprintf(

@@ -45,7 +45,7 @@ func (s *fakeAzure) https() *http.Client {
 	s.must(err)
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(ca) {
-		s.t.Fatal("no CA certificate")
+		s.t.Fatalf("%s in %s contains no CA certificate", CAFile, stateDir)
 	}
 	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}, ForceAttemptHTTP2: true}
 	s.t.Cleanup(transport.CloseIdleConnections)

@@ -13,7 +13,8 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// The v2.0 endpoint returns numbers. The v1.0 endpoint returns strings.
+// In responses of the v2.0 endpoint, expires_in and ext_expires_in are numbers. In
+// responses of the v1.0 endpoint, they are strings.
 
 type tokenAnswerV2 struct {
 	TokenType    string `json:"token_type"`
@@ -32,9 +33,9 @@ type tokenAnswerV1 struct {
 	AccessToken  string `json:"access_token"`
 }
 
-// annotate adds the correlation ID and, for a token request, the client ID and the
-// kind of credential to the log entry. The entry has them also if a fault replaces
-// the response.
+// annotate sets the trace of the request. It adds the correlation ID to the log entry
+// and, for a token request, the client ID, the kind of credential and the subject of
+// a federated token. The entry has them also if a fault replaces the response.
 func (s *entra) annotate(x *requestContext) {
 	x.trace = newTrace(x.Header.Get("Client-Request-Id"))
 	x.entry.CorrelationID = x.trace.correlation
@@ -135,10 +136,10 @@ func missing(name string) error {
 		fmt.Sprintf("The request body must contain the following parameter: '%s'.", name)}
 }
 
-// requestedResource returns the resource that the form requests. For the v2.0
-// endpoint it is the only scope that ends in /.default, without this suffix: a
-// trailing slash of the resource itself remains. For the v1.0 endpoint it is the
-// parameter resource.
+// requestedResource returns the resource that the form requests. In a request to the
+// v1.0 endpoint, this is the parameter resource. In a request to the v2.0 endpoint,
+// exactly one scope must end in /.default: requestedResource removes this suffix and
+// keeps a trailing slash of the resource itself.
 func requestedResource(form url.Values, v2 bool) (string, error) {
 	if !v2 {
 		if r := form.Get("resource"); r != "" {
@@ -166,7 +167,8 @@ func requestedResource(form url.Values, v2 bool) (string, error) {
 
 const assertionType = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 
-// authenticate checks the client's credential and returns its appidacr claim.
+// authenticate checks the client's credential and returns the appidacr claim of the
+// token.
 func (s *entra) authenticate(x *requestContext, p principal, tenant string, form url.Values) (string, error) {
 	switch {
 	case form.Get("client_assertion") != "":

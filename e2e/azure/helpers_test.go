@@ -113,7 +113,7 @@ func start(t *testing.T, change ...func(*Config)) *fakeAzure {
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {
-			t.Errorf("run ended with %v", err)
+			t.Errorf("the fake Azure ended with an error: %v", err)
 		}
 		_ = os.RemoveAll(dir)
 	})
@@ -159,7 +159,7 @@ func (s *fakeAzure) lastEntry() Entry {
 	entries, err := s.Log(s.t.Context(), 0)
 	s.must(err)
 	if len(entries) == 0 {
-		s.t.Fatal("the log is empty")
+		s.t.Fatal("the request log of the fake Azure is empty")
 	}
 	return entries[len(entries)-1]
 }
@@ -174,7 +174,7 @@ type answer struct {
 func (a answer) token(t *testing.T) tokenAnswer {
 	t.Helper()
 	if a.status != 200 {
-		t.Fatalf("status %d, body %s", a.status, a.body)
+		t.Fatalf("got status %d, want 200 with a token; body: %s", a.status, a.body)
 	}
 	var out tokenAnswer
 	if err := json.Unmarshal([]byte(a.body), &out); err != nil {
@@ -219,7 +219,7 @@ func (s *fakeAzure) send(source, method, target string, headers ...string) answe
 	return a
 }
 
-// get sends a well-formed GET request.
+// get sends a GET request with the header that IMDS requires.
 func (s *fakeAzure) get(source, target string) answer {
 	s.t.Helper()
 	return s.send(source, "GET", target, "Metadata: true")

@@ -84,7 +84,8 @@ type imdsError struct {
 	Description string `json:"error_description"`
 }
 
-// refuse returns an error in the flat format of IMDS.
+// refuse logs the description and returns an error in the format of IMDS that has a code
+// and a description.
 func refuse(x *requestContext, status int, code, description string) response {
 	x.entry.Error = description
 	return withServerHeader(jsonResponse(status, imdsError{code, description}))
@@ -115,7 +116,8 @@ func (m *imds) fail(x *requestContext, status int) response {
 	return withServerHeader(jsonResponse(status, imdsError{code, http.StatusText(status)}))
 }
 
-// badInstanceRequest returns an error in the format that IMDS uses outside of /metadata/identity.
+// badInstanceRequest logs the text and returns it with status 400, in the format that IMDS uses for this status outside
+// of /metadata/identity.
 func badInstanceRequest(x *requestContext, text string) response {
 	x.entry.Error = text
 	return withServerHeader(jsonResponse(http.StatusBadRequest, map[string]string{"error": "Bad request. " + text}))
@@ -207,8 +209,8 @@ var versionForm = regexp.MustCompile(`^\d{4}-\d{2}-\d{2}$`)
 
 const firstVersion = "2018-02-01" // the first with /metadata/identity
 
-// knownVersion reports whether v is a date that is not before firstVersion. Dates in
-// this form have the order of their text.
+// knownVersion reports whether v is a date that is not before firstVersion. The
+// comparison of dates in this form as text gives their order in time.
 func knownVersion(v string) bool { return versionForm.MatchString(v) && v >= firstVersion }
 
 func (m *imds) badVersion(x *requestContext) response {

@@ -67,7 +67,7 @@ func (m *imds) instance(x *requestContext, n Node, route, format string) respons
 		}
 		var ok bool
 		if node, ok = child(node, step); !ok {
-			x.entry.Error = "no such route"
+			x.entry.Error = "no such route in the instance document"
 			return withServerHeader(jsonResponse(http.StatusNotFound, map[string]string{"error": "Not found"}))
 		}
 	}

@@ -99,15 +99,16 @@ func (m *imds) token(x *requestContext, q map[string]string) response {
 
 func seconds(d time.Duration) string { return strconv.FormatInt(int64(max(d, 0)/time.Second), 10) }
 
-// fetch returns a token from the cache of IMDS, or a new one, and whether the token
-// is from the cache. The real IMDS also caches a token for most of its lifetime. fetch
-// does not return a cached token in the last five minutes of its lifetime or, if the
-// lifetime is shorter than an hour, in the last twelfth of it.
+// fetch returns a token, and whether it is from the cache of IMDS. The real IMDS also
+// caches a token for most of its lifetime. If bypass is true or the switch cache is
+// off, the token is new. fetch does not return a cached token in the last five minutes
+// of its lifetime or, if the lifetime is shorter than an hour, in the last twelfth of
+// it. It does not return one whose lifetime differs from the switch token-lifetime.
 func (m *imds) fetch(x *requestContext, key cacheKey, bypass bool) (minted, bool, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !x.faults.cache {
-		clear(m.cache) // switching the cache off also empties it
+		clear(m.cache) // a request while the cache is off also empties it
 	} else if t, ok := m.cache[key]; ok && !bypass && t.lifetime() == x.faults.tokenLifetime.Truncate(time.Second) {
 		if t.expires().Sub(m.now()) > min(5*time.Minute, t.lifetime()/12) {
 			return t, true, nil

@@ -40,9 +40,9 @@ type state struct {
 	tls     tls.Certificate
 }
 
-// openState reads the key material. It creates what is missing, and certificates
-// that do not match the configuration or the keys or have less than half of their
-// lifetime left.
+// openState reads the key material. It creates missing keys and certificates. It
+// replaces a certificate that does not match the host names or the keys, or that has
+// at most half of its lifetime left.
 func openState(dir string, hosts []string) (*state, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("creating the state directory: %w", err)
@@ -79,7 +79,7 @@ func loadOrMakeKey(file string) (*rsa.PrivateKey, error) {
 	if err == nil {
 		block, _ := pem.Decode(data)
 		if block == nil {
-			return nil, fmt.Errorf("key file %s is not PEM; delete it to have a new one made", file)
+			return nil, fmt.Errorf("key file %s is not PEM; if you delete the file, the fake Azure creates a new key", file)
 		}
 		parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 		if err != nil {
@@ -174,7 +174,7 @@ func readCertificate(file string) (*x509.Certificate, error) {
 	}
 	block, _ := pem.Decode(data)
 	if block == nil {
-		return nil, fmt.Errorf("certificate file %s is not PEM; delete it to have a new one made", file)
+		return nil, fmt.Errorf("certificate file %s is not PEM; if you delete the file, the fake Azure creates a new certificate", file)
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {

@@ -8,11 +8,11 @@ import (
 
 // Kinds of log entries.
 const (
-	// KindRequest is a complete request.
+	// KindRequest is a request and its outcome.
 	KindRequest = "request"
-	// KindConnection is a TCP connection to IMDS whose source is not the address
-	// of a node. While NMI runs, there must be none, even without a request.
-	// Connections from nodes are not logged, only counted in Stats.
+	// KindConnection is a TCP connection to IMDS whose source address is not that
+	// of a node. While NMI runs, there must be none, not even one without a
+	// request. All other connections are only counted, in Stats.
 	KindConnection = "connection"
 )
 
@@ -26,11 +26,11 @@ const (
 // Entry is one entry of the request log. It is logged before the response is
 // written, so that a client that has received the response can read the entry.
 type Entry struct {
-	Seq      int               `json:"seq"` // never reset, so that "since" stays valid
+	Seq      int               `json:"seq"` // never reset, so that the parameter since of Client.Log stays valid
 	Time     time.Time         `json:"time"`
 	Kind     string            `json:"kind"`
 	Service  string            `json:"service"`
-	Node     string            `json:"node"` // empty: the source is unknown
+	Node     string            `json:"node"` // empty: the source address belongs to no node
 	Source   string            `json:"source"`
 	FromPod  bool              `json:"from_pod"`
 	Class    string            `json:"class,omitempty"`
@@ -101,8 +101,9 @@ func (l *ring[T, P]) reset() {
 	l.entries, l.oldest, l.dropped = nil, 0, 0
 }
 
-// loggedHeaders are the headers that distinguish attacks and clients. An empty
-// value is logged, too, because the header is present.
+// loggedHeaders are the request headers in the log: they show which client sent a
+// request and whether it is an attack. A header with an empty value is logged, too,
+// because IMDS refuses even an empty X-Forwarded-For.
 var loggedHeaders = []string{"Metadata", "User-Agent", "X-Forwarded-For"}
 
 func headersOf(r *http.Request) map[string]string {

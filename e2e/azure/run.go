@@ -135,8 +135,8 @@ func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func
 		{Handler: api.handler()},
 	}
 	for _, s := range out {
-		// Requests that hang end with the context. A connection with invalid data is
-		// counted, so the server need not log it.
+		// Requests that hang end with the context. The server need not log invalid data:
+		// connState counts each connection to IMDS, Entra ID and ARM.
 		s.BaseContext = func(net.Listener) context.Context { return ctx }
 		s.ErrorLog = log.New(io.Discard, "", 0)
 		s.ReadHeaderTimeout = 30 * time.Second
@@ -168,7 +168,7 @@ func serve(ctx context.Context, ls *listeners, servers []*http.Server) error {
 	} {
 		go func() {
 			if err := start(); !errors.Is(err, http.ErrServerClosed) {
-				ended <- fmt.Errorf("fake Azure: server %d: %w", i, err)
+				ended <- fmt.Errorf("fake Azure: serving %s: %w", []string{"IMDS", "Entra ID and ARM", "the control API"}[i], err)
 				return
 			}
 			ended <- nil

@@ -140,7 +140,7 @@ func TestInvalidRegistrationsAreRefused(t *testing.T) {
 		t.Errorf("identities: %+v", list)
 	}
 	s.must(s.RemoveIdentity(ctx, guid(79)))
-	if err := Dial(filepath.Join(t.TempDir(), "none")).Ready(context.Background()); err == nil || !strings.Contains(err.Error(), "connecting to the fake Azure") {
+	if err := Dial(filepath.Join(t.TempDir(), "none")).Ready(context.Background()); err == nil || !strings.Contains(err.Error(), "request to the fake Azure at ") {
 		t.Errorf("nobody there: %v", err)
 	}
 }

@@ -26,8 +26,9 @@ const classToken = "token"
 
 const maxBodyBytes = 1 << 20
 
-// service is the common part of IMDS and Entra ID: the source of each request,
-// the faults and the log. Its function fields implement the protocol.
+// service is the common part of IMDS and Entra ID: it determines the caller of each
+// request, applies the faults and writes the log. Its function fields implement the
+// protocol.
 type service struct {
 	name     string
 	dir      *directory
@@ -103,8 +104,9 @@ func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	writeResponse(w, out)
 }
 
-// handle reads the body first, because the server notices only after that when a
-// client disconnects from a request that hangs.
+// handle returns the response to a request, and adds the outcome to the log entry.
+// It reads the body first, because net/http detects only after the end of the body
+// that the client disconnects, and a request that hangs must end then.
 func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Request) response {
 	var err error
 	x.body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, maxBodyBytes))
@@ -124,10 +126,10 @@ func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Reque
 		x.entry.Error = "hung until the client disconnected"
 		return response{}
 	case !sleep(r.Context(), x.faults.latency):
-		x.entry.Error = "the client disconnected"
+		x.entry.Error = "the client disconnected during the added latency"
 		return response{}
 	case x.faults.status != 0:
-		x.entry.Error = "status set by a switch"
+		x.entry.Error = "status set by the switch throttle or status"
 		return s.forcedResponse(x, x.faults.status)
 	case !admitted:
 		x.entry.Error = "over the rate limits"

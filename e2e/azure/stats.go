@@ -26,7 +26,7 @@ type Source struct {
 type ServiceStats struct {
 	All                 Load              `json:"all"`
 	Token               Load              `json:"token"`         // token requests
-	TokenByNode         map[string]Load   `json:"token_by_node"` // "": unknown source
+	TokenByNode         map[string]Load   `json:"token_by_node"` // "": the source address belongs to no node
 	ByClass             map[string]int    `json:"by_class"`
 	ByStatus            map[int]int       `json:"by_status"`     // 0: no response
 	ByCredential        map[string]int    `json:"by_credential"` // completed token requests to Entra ID
@@ -95,7 +95,7 @@ func (m *meter) reset() {
 type serviceMeters struct {
 	all, token meter
 	byNode     map[string]*meter
-	stats      ServiceStats // the simple counters
+	stats      ServiceStats // the counts that no meter measures
 }
 
 // recorder writes the log and the counts. One lock guards both, so that a reset
@@ -119,7 +119,8 @@ func newRecorder(now func() time.Time) *recorder {
 	return r
 }
 
-// reset empties the log and the counts. Requests in progress stay counted.
+// reset empties the log and sets the counts to 0, except that InFlight and
+// MaxConcurrency still include the requests in progress.
 func (r *recorder) reset() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -148,7 +149,8 @@ func (m *serviceMeters) source(c caller, change func(*Source)) {
 	m.stats.Sources[key] = s
 }
 
-// connection counts an accepted TCP connection.
+// connection counts an accepted TCP connection. It also logs a connection to IMDS that
+// is not from the address of a node.
 func (r *recorder) connection(service string, c caller) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

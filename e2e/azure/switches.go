@@ -22,8 +22,8 @@ type faults struct {
 	everything    bool // latency, hang, drop and status apply to all requests, not only to token requests
 	plainErrors   bool
 	tokenLifetime time.Duration
-	limits        bool // IMDS only
-	cache         bool // IMDS only
+	limits        bool // enforce the rate limits; IMDS only
+	cache         bool // cache tokens; IMDS only
 }
 
 func defaultFaults(service string) faults {
@@ -148,7 +148,7 @@ func oneOfSwitch[T any, V ~string](name string, field func(*T) *V, words ...V) s
 	}
 }
 
-// switches has the faults of both services, and changes ARM's settings.
+// switches has the faults of IMDS and of Entra ID, and changes ARM's settings.
 type switches struct {
 	arm *ARM
 	mu  sync.Mutex
@@ -253,9 +253,10 @@ func (s *switches) all() map[string]string {
 	return out
 }
 
-// consume returns the switches for one request and decreases the counts of those
-// that apply. In the result, status is the status of the response, if throttle or
-// status sets it. hang and drop take precedence.
+// consume returns the switches that apply to one request, and decreases the count of
+// throttle or status if this switch sets the status of the response. If hang or drop
+// applies, no count decreases. Otherwise the field status of the result is 429 if
+// throttle applies, else the value of the switch status, or 0 if neither applies.
 func (s *switches) consume(service string, isToken bool) faults {
 	s.mu.Lock()
 	defer s.mu.Unlock()

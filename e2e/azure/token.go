@@ -149,8 +149,11 @@ func parseJWKS(data []byte) (map[string]*rsa.PublicKey, error) {
 		}
 		n, errN := base64.RawURLEncoding.DecodeString(k.N)
 		e, errE := base64.RawURLEncoding.DecodeString(k.E)
-		if err := errors.Join(errN, errE); err != nil || len(n) == 0 || len(e) == 0 || len(e) > 4 {
-			return nil, fmt.Errorf("key %q of the set is malformed: %v", k.ID, err)
+		if err := errors.Join(errN, errE); err != nil {
+			return nil, fmt.Errorf("key %q of the key set: decoding the modulus and the exponent: %w", k.ID, err)
+		}
+		if len(n) == 0 || len(e) == 0 || len(e) > 4 {
+			return nil, fmt.Errorf("key %q of the key set: the modulus or the exponent is empty, or the exponent is longer than 4 bytes", k.ID)
 		}
 		keys[k.ID] = &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: int(new(big.Int).SetBytes(e).Int64())}
 	}
@@ -180,7 +183,7 @@ func keyByID(keys map[string]*rsa.PublicKey) jwt.Keyfunc {
 		if key, ok := keys[kid]; ok {
 			return key, nil
 		}
-		return nil, fmt.Errorf("no key %q in the key set", kid)
+		return nil, fmt.Errorf("the key set has no key with the ID %q, which the token names", kid)
 	}
 }
 

@@ -27,7 +27,8 @@ func main() {
 	fmt.Printf("%d packages type check for %s\n", count, os.Args[2])
 }
 
-// check returns how many packages were checked, those of dependencies included.
+// check type checks the packages and their dependencies, and prints the errors. It returns how many packages it
+// checked.
 func check(folder, arch string, patterns []string) (int, error) {
 	cfg := &packages.Config{
 		Mode: packages.LoadAllSyntax,

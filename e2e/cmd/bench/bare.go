@@ -15,8 +15,8 @@ import (
 	"github.com/podidentity/podidentity/iptables"
 )
 
-// bare answers every request with the bytes of a file, behind the same rules as NMI. It runs in a namespace of the
-// environment.
+// bare runs the bare handler that NMI is compared with: an HTTP server that responds to each request with the contents
+// of a file. In its network namespace it installs the same iptables rules as NMI.
 func bare(args []string) error {
 	if len(args) != 1 {
 		return errors.New("usage: bench bare FILE")
@@ -53,7 +53,7 @@ func bare(args []string) error {
 		return err
 	}
 	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serving: %w", err)
+		return fmt.Errorf("serving on %s: %w", listen, err)
 	}
 	return nil
 }

@@ -11,9 +11,9 @@ func TestSimultaneousRequestsOf250PodsNeedOneCallToIMDS(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			t.Logf("burst %d: %d calls to IMDS, the last answer after %s", i+1, calls, slowest)
+			t.Logf("burst %d: %d token requests to IMDS, last response after %s", i+1, calls, slowest)
 			if calls != 1-i { // the second is served from the cache
-				t.Errorf("burst %d needed %d calls", i+1, calls)
+				t.Errorf("burst %d: %d token requests to IMDS, want %d", i+1, calls, 1-i)
 			}
 		}
 		return nil

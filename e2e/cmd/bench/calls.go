@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// calls counts requests to other services.
+// calls has the numbers of requests that the API server, Entra ID and IMDS received.
 type calls struct {
 	// To the API server: all requests for Secrets, including active watches, and requests for ServiceAccount tokens.
 	secrets, assertions int
@@ -23,7 +23,7 @@ func (c calls) minus(b calls) calls {
 
 func (c calls) plus(b calls) calls { return c.minus(calls{}.minus(b)) }
 
-// calls reads the counters of the services.
+// calls returns the current counts of the services.
 func (r *environment) calls(ctx context.Context, k clients) (calls, error) {
 	stats, err := r.azure.Stats(ctx)
 	if err != nil {
@@ -38,8 +38,8 @@ func (r *environment) calls(ctx context.Context, k clients) (calls, error) {
 	return c, c.readAPI(string(text))
 }
 
-// readAPI reads the counts of the API server from its metrics. One metric counts a watch when it ends, another the active
-// watches: the sum is the number of watches that were started.
+// readAPI reads the counts of the API server from its metrics. apiserver_request_total counts a watch when it ends, and
+// apiserver_longrunning_requests counts the active watches: the sum is the number of watches that were started.
 func (c *calls) readAPI(metrics string) error {
 	known := false
 	for line := range strings.Lines(metrics) {
@@ -60,12 +60,12 @@ func (c *calls) readAPI(metrics string) error {
 		fields := strings.Fields(rest)
 		n, err := strconv.ParseFloat(fields[len(fields)-1], 64)
 		if err != nil {
-			return fmt.Errorf("reading the API server's metrics: %w", err)
+			return fmt.Errorf("reading the metric %s of the API server: %w", name, err)
 		}
 		*to += int(n)
 	}
 	if !known {
-		return errors.New("the API server's metrics have no request counts")
+		return errors.New("the metrics of the API server contain neither apiserver_request_total nor apiserver_longrunning_requests")
 	}
 	return nil
 }

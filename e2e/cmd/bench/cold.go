@@ -9,22 +9,23 @@ import (
 	"time"
 )
 
-// maxCold is the greatest number of fresh identities of each source. One pod is left for the last identity of createAll.
+// maxCold is the greatest number of fresh identities of each source. Each needs a pod of its own, and so does the
+// additional identity that createAll creates last.
 var maxCold = (pods - 1) / len(sources)
 
-// coldPause is the time between two first tokens. During this time the API server updates its counts, and NMI's rate
-// limit for IMDS recovers, so that it does not delay the next request.
+// coldPause is the time between two first tokens. During this time, the API server updates its counts, and NMI's rate
+// limit for IMDS recovers, so that the limit does not delay the next request.
 const coldPause = 100 * time.Millisecond
 
-// first is the duration of the first token of one identity, and the calls for it.
+// first is how long the request for the first token of one identity took, and the calls that it caused.
 type first struct {
 	took time.Duration
 	cost calls
 }
 
 // cold measures the first token of n identities of each source: NMI has no token, credential, Secret or tenant metadata
-// for it in a cache, and the pod has never requested one. Tokens are requested one at a time, alternating between the
-// sources, so that noise affects all sources equally.
+// for such an identity in a cache, and its pod has never requested a token of this identity. cold requests one token at
+// a time and alternates between the sources, so that noise affects all sources equally.
 func (r *environment) cold(ctx context.Context, n int) (map[string][]first, error) {
 	k, err := newClients(r.cluster)
 	if err != nil {
@@ -55,9 +56,9 @@ func (r *environment) cold(ctx context.Context, n int) (map[string][]first, erro
 	return all, nil
 }
 
-// createAll creates the fresh identities, and returns when NMI knows all of them, without requesting their tokens. It
-// creates one more identity last and requests a token of that one: NMI receives the objects of each kind in the order
-// of their changes, so when it knows the last identity it knows all of them.
+// createAll creates the fresh identities, and returns them when NMI knows all of them. It does not request their
+// tokens: it creates one more identity last, and requests a token of this last identity until NMI returns one. NMI
+// receives the objects of each kind in the order of their changes, so NMI then knows all identities.
 func (r *environment) createAll(ctx context.Context, k clients, n int) ([]freshIdentity, error) {
 	p, err := r.newCredentials(ctx)
 	if err != nil {
@@ -80,7 +81,7 @@ func (r *environment) createAll(ctx context.Context, k clients, n int) ([]freshI
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	return nil, fmt.Errorf("NMI does not know the new identities after 30 s: %w", err)
+	return nil, fmt.Errorf("no token of %s, the last new identity, in 300 attempts: %w", last.name(), err)
 }
 
 // requestFirstToken requests a token of the identity over a new connection, and returns how long that took.
@@ -97,23 +98,23 @@ func (r *environment) requestFirstToken(ctx context.Context, n freshIdentity) (t
 		AccessToken string `json:"access_token"`
 	}
 	if err := json.Unmarshal(body, &answer); err != nil {
-		return 0, err
+		return 0, fmt.Errorf("decoding the response to the token request: %w", err)
 	}
 	claims, err := r.azure.Verify(answer.AccessToken)
 	if err != nil {
 		return 0, err
 	}
 	if !strings.EqualFold(claims.AppID, n.id.ClientID) {
-		return 0, fmt.Errorf("the token is for %s, not for %s", claims.AppID, n.id.ClientID)
+		return 0, fmt.Errorf("the token is for client ID %s, not for %s", claims.AppID, n.id.ClientID)
 	}
 	return took, nil
 }
 
-// reportCold prints and records the figures of the first tokens. With so few values the p99 is the second slowest.
+// reportCold prints and records the figures of the first tokens. Of 2 to maxCold values, the p99 is the second slowest.
 func reportCold(figures map[string]float64, all map[string][]first) {
-	printLine("\ncold token, the first of an identity; %d of each source, one at a time, and the calls that one costs\n", len(all[managed]))
+	printLine("\nfirst token of an identity (nothing cached), for %d identities of each source, one at a time; requests to other services per token\n", len(all[managed]))
 	printLine("%12s  %8s %8s   %19s   %14s   %5s", "", "", "", "API server", "Entra ID", "")
-	printLine("%12s  %8s %8s   %7s %11s   %6s %7s   %5s", "source", "p50", "p99", "Secrets", "its tokens", "tenant", "tokens", "IMDS")
+	printLine("%12s  %8s %8s   %7s %11s   %6s %7s   %5s", "source", "p50", "p99", "Secrets", "SA tokens", "tenant", "tokens", "IMDS")
 	for _, source := range sources {
 		var took []time.Duration
 		var cost calls

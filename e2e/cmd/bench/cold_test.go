@@ -4,8 +4,9 @@ import (
 	"testing"
 )
 
-// maxSecretCalls is the greatest number of requests to watch a Secret: one watch that begins with the current state or, if
-// the API server does not support that, its rejection, a list and a watch.
+// maxSecretCalls is the greatest number of requests with which NMI starts to watch a Secret. Normally this is one
+// request: a watch that begins with the current state. If the API server rejects this watch, NMI then sends a list
+// request and an ordinary watch request: three in all.
 const maxSecretCalls = 3
 
 func TestFirstTokenOfAnIdentityNeedsOnlyTheNecessaryCalls(t *testing.T) {

@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// sumOf adds up the values of all lines of a metric, in the text form that Prometheus reads, that have all of the labels
-// (name="value").
+// sumOf returns the sum of the values of a metric over all lines that have each of the labels (name="value"). metrics
+// is in the text format of Prometheus.
 func sumOf(metrics, name string, labels ...string) (float64, error) {
 	var sum float64
 	for line := range strings.Lines(metrics) {

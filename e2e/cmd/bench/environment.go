@@ -20,8 +20,9 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// There are two simulated nodes on the cluster's bridge, each with a namespace that has the addresses of its pods. IMDS
-// and Entra ID are behind the first.
+// The network namespaces of two simulated nodes are connected to the cluster's bridge: the node of NMI, and the node of
+// the bare handler that NMI is compared with. Each node has a second namespace, which has the addresses of its pods.
+// Only the node of NMI is connected to the fake IMDS and Entra ID.
 const (
 	nmiSubnet, bareSubnet = 1, 2
 	bridge                = "podid-br0"
@@ -95,7 +96,8 @@ func (r *environment) build(ctx context.Context) (err error) {
 	return r.startIMDS(ctx)
 }
 
-// close ends what was started here. The namespaces are removed with the cluster.
+// close stops the processes that the environment started, and removes its folder. The cluster removes the namespaces
+// when it stops.
 func (r *environment) close() error {
 	r.children.stop()
 	if r.nmiLog != nil {
@@ -104,8 +106,8 @@ func (r *environment) close() error {
 	return os.RemoveAll(r.dir)
 }
 
-// wire connects the two namespaces of a node with each other and with the control plane. Like the cluster's own, they
-// have no route out.
+// wire connects the namespace of a node with the control plane and with the namespace of the node's pods. Like the
+// namespaces of the cluster, both have no route out.
 func (s *simulatedNode) wire(ctx context.Context) error {
 	node, pods := s.node, s.podsNetns
 	gateway := fmt.Sprintf("10.245.%d.1", s.subnet)
@@ -129,7 +131,7 @@ func (s *simulatedNode) wire(ctx context.Context) error {
 
 const podsOnANode = pods
 
-// wireIMDS makes the fake IMDS reachable from NMI's node by a route, as on Azure.
+// wireIMDS makes the fake IMDS reachable from NMI's node by a route, as on Azure, and also the fake Entra ID.
 func (r *environment) wireIMDS(ctx context.Context) error {
 	return ip(ctx,
 		[]string{"-n", r.imdsNetns, "addr", "add", "169.254.169.254/32", "dev", "lo"},
@@ -195,7 +197,7 @@ func (r *environment) startNMI(ctx context.Context) error {
 	cmd := inNetns(context.WithoutCancel(ctx), r.nmi.node, binary, "--node="+nodeName, "--kubeconfig="+r.cluster.Kubeconfig(), "--enable-profile",
 		"--authority-host=https://"+entraHost, "--ca-bundle="+filepath.Join(r.azureDir(), azure.CAFile))
 	cmd.Stderr = r.nmiLog
-	cmd.Env = append(os.Environ(), "GOMEMLIMIT=204MiB") // the chart's
+	cmd.Env = append(os.Environ(), "GOMEMLIMIT=204MiB") // as in the chart
 	if r.nmiProcess, err = r.children.start(cmd); err != nil {
 		return fmt.Errorf("starting NMI: %w", err)
 	}
@@ -213,10 +215,12 @@ func (r *environment) waitReady(ctx context.Context, netns, url string) error {
 	if r.nmiLog != nil {
 		why, _ = os.ReadFile(r.nmiLog.Name())
 	}
-	return fmt.Errorf("%s in %s is not ready after a minute\n%s", url, netns, why[max(0, len(why)-4000):])
+	return fmt.Errorf("NMI is not ready: %s in network namespace %s returned no success in 600 attempts; the end of NMI's log:\n%s",
+		url, netns, why[max(0, len(why)-4000):])
 }
 
-// startBare runs the bare handler, which returns exactly the body of NMI's response.
+// startBare starts the bare handler (see bare) with the body of a response of NMI, and returns when the bare handler
+// responds with exactly this body.
 func (r *environment) startBare(ctx context.Context) error {
 	answer, err := r.nmi.client(0).once(ctx)
 	if err != nil {
@@ -234,20 +238,26 @@ func (r *environment) startBare(ctx context.Context) error {
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	if _, err := r.children.start(cmd); err != nil {
-		return fmt.Errorf("starting the bare handler: %w", err)
+		return fmt.Errorf("starting the bare handler (bench bare, the HTTP server that NMI is compared with): %w", err)
 	}
 	client := r.bare.client(0)
+	var got []byte
 	for range 100 {
-		if got, err := client.once(ctx); err == nil && bytes.Equal(got, answer) {
+		if got, err = client.once(ctx); err == nil && bytes.Equal(got, answer) {
 			return nil
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	return fmt.Errorf("the bare handler does not respond: %s", stderr.String())
+	if err == nil {
+		err = fmt.Errorf("unexpected body %q", got)
+	}
+	return fmt.Errorf("the bare handler (bench bare, the HTTP server that NMI is compared with) did not return NMI's response body in 100 attempts: %w;"+
+		" its standard error:\n%s", err, stderr.String())
 }
 
-// burst sends a request from all pods at once. It returns how many token requests IMDS received, and the time until the
-// last response. It is an error if IMDS received a request or a connection from a pod directly.
+// burst resets the log and the counts of the fake Azure, and sends a request from each pod at once. It returns how many
+// token requests IMDS received, and the time until the last response. It returns an error if a request failed, or if a
+// pod connected to IMDS directly.
 func (r *environment) burst(ctx context.Context) (calls int, slowest time.Duration, err error) {
 	if err := r.azure.ResetLog(ctx); err != nil {
 		return 0, 0, err
@@ -271,7 +281,8 @@ func (r *environment) burst(ctx context.Context) (calls int, slowest time.Durati
 	slowest = time.Since(began)
 	stats, statsErr := r.azure.Stats(ctx)
 	if stats.IMDS.RequestsFromPods != 0 || stats.IMDS.ConnectionsFromPods != 0 {
-		err = errors.Join(err, errors.New("pods reached IMDS directly"))
+		err = errors.Join(err, fmt.Errorf("%d connections and %d requests of pods reached IMDS directly, not through NMI",
+			stats.IMDS.ConnectionsFromPods, stats.IMDS.RequestsFromPods))
 	}
 	return stats.IMDS.Token.Requests, slowest, errors.Join(err, statsErr)
 }
@@ -286,7 +297,7 @@ func (r *environment) profile(ctx context.Context, dir string, length time.Durat
 		}()
 		err := inNetns(ctx, r.nmi.node, "curl", "-sf", "-o", filepath.Join(dir, name), "http://127.0.0.1:6060/debug/pprof/"+path).Run()
 		if err := errors.Join(err, <-done); err != nil {
-			return fmt.Errorf("profiling NMI: %w", err)
+			return fmt.Errorf("profiling NMI (%s): %w", name, err)
 		}
 	}
 	return nil
@@ -297,7 +308,7 @@ func readAll(resp *http.Response) ([]byte, error) {
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
 	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("status %d: %s", resp.StatusCode, body)
+		err = fmt.Errorf("GET %s: status %d: %s", resp.Request.URL, resp.StatusCode, body)
 	}
 	return body, err
 }

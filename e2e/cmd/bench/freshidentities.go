@@ -45,8 +45,8 @@ type freshIdentity struct {
 
 func (n freshIdentity) name() string { return fmt.Sprintf("new-%d", n.pod) }
 
-// credentials are what fresh identities authenticate with. All use the same certificate, but NMI decrypts it separately
-// for each identity.
+// credentials are what fresh identities authenticate with. All identities of the source certificate have the same
+// certificate, but each has it in a Secret of its own, so NMI decrypts the PKCS #12 file separately for each identity.
 type credentials struct {
 	certificate, pkcs12 []byte
 	trust               azure.FederatedCredential
@@ -70,7 +70,8 @@ func (r *environment) newCredentials(ctx context.Context) (*credentials, error) 
 }
 
 // newCertificate creates a certificate and packs it into a PKCS #12 file with openssl, as users do, so that NMI needs
-// as many hash iterations to read the file as for a file of a user. It returns the certificate as PEM, and the file.
+// as many hash iterations to read the file as for a file of a user. It returns the certificate as PEM, and the contents
+// of the file.
 func (r *environment) newCertificate(ctx context.Context) (cert, packed []byte, err error) {
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -131,7 +132,8 @@ func (p *credentials) freshIdentity(source string, i int) freshIdentity {
 	return n
 }
 
-// create creates the identity in Azure and in the cluster, and binds its pod to it instead of the shared identity.
+// create creates the identity in the fake Azure, and its objects in the cluster. It changes the label of the identity's
+// pod, so that the pod uses this identity instead of the shared one.
 func (r *environment) create(ctx context.Context, k clients, n freshIdentity) error {
 	var err error
 	if n.source == managed {

@@ -1,12 +1,13 @@
-// Command bench measures NMI and MIC and prints the figures, and writes them to a file as one flat JSON object.
+// Command bench measures NMI and MIC. It prints the figures and writes them to a file as one flat JSON object.
 //
-// It runs NMI on a node of its own, a network namespace beside the test cluster: with the cluster's real API server,
-// a fake IMDS, 250 pods (Pod objects, and addresses in a second namespace that requests are sent from) and 5,000
-// identities with their bindings. For comparison it runs a bare net/http handler in equal namespaces, behind the same
-// rules, that returns the same bytes. One run measures NMI and the bare handler alternately, so that the ratio is valid
-// on a noisy host. The last measurement of NMI is the first token of identities of each source, with a fake Entra ID.
+// It runs NMI on a simulated node, a network namespace that is connected to the test cluster: with the cluster's real
+// API server, a fake IMDS, 250 pods (Pod objects, and their addresses in a second network namespace, from which bench
+// sends the requests) and, by default, 5,000 identities with their bindings. NMI is compared with the bare handler: a
+// net/http server that returns the same response body to each request, on a second simulated node with the same
+// iptables rules. Rounds of NMI and of the bare handler alternate, so that the ratio is valid on a noisy host. The last
+// measurement of NMI is the first token of identities of each source, with a fake Entra ID.
 //
-// The environment and the measurements of MIC are described at micEnvironment and measureMIC.
+// micEnvironment describes the environment of MIC, and measureMIC describes its measurements.
 package main
 
 import (
@@ -30,19 +31,19 @@ func main() {
 	}
 	var p plan
 	out := flag.String("o", "bench.json", "`file` for the figures")
-	seconds := flag.Float64("seconds", 3, "length of one round in `seconds`")
-	flag.IntVar(&p.rounds, "rounds", 7, "rounds for NMI and for the bare handler, each")
-	flag.IntVar(&p.identities, "identities", 5000, "AzureIdentities in the cluster")
-	flag.IntVar(&p.cold, "cold", 60, fmt.Sprintf("first tokens of each source, at most %d", maxCold))
+	seconds := flag.Float64("seconds", 3, "length of one round of NMI or of the bare handler (see -rounds), in `seconds`")
+	flag.IntVar(&p.rounds, "rounds", 7, "number of rounds of NMI, and of the bare handler (an HTTP server that NMI is compared with)")
+	flag.IntVar(&p.identities, "identities", 5000, "AzureIdentities in the cluster for NMI")
+	flag.IntVar(&p.cold, "cold", 60, fmt.Sprintf("number of identities of each source whose first token is measured, at most %d", maxCold))
 	flag.StringVar(&p.profiles, "profiles", "", "`folder` for profiles of NMI under load, and of MIC")
 	flag.StringVar(&p.only, "only", "", "measure only `nmi or mic`")
 	flag.IntVar(&p.mic.few, "few-pods", 2000, "pods in the small cluster for MIC")
-	flag.IntVar(&p.mic.many, "many-pods", 20000, "pods in the large cluster for MIC")
+	flag.IntVar(&p.mic.many, "many-pods", 20000, "pods in the large cluster for MIC; 0: measure only the small cluster")
 	flag.IntVar(&p.mic.fewReplaced, "few-replaced", 400, "pods that are replaced in the small cluster")
 	flag.IntVar(&p.mic.manyReplaced, "many-replaced", 2000, "pods that are replaced in the large cluster")
 	flag.Float64Var(&p.mic.rate, "rate", 25, "pods that are replaced per `second`")
-	flag.IntVar(&p.mic.burst, "burst", 1000, "pods that are replaced at once in the large cluster")
-	flag.StringVar(&p.mic.args, "mic-args", "", "`flags` for MIC, instead of its defaults")
+	flag.IntVar(&p.mic.burst, "burst", 1000, "pods that are replaced at once, in the last measurement of MIC")
+	flag.StringVar(&p.mic.args, "mic-args", "", "additional `flags` for MIC, separated by spaces")
 	flag.Parse()
 	p.round, p.mic.profiles = time.Duration(*seconds*float64(time.Second)), p.profiles
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -83,7 +84,7 @@ type plan struct {
 
 func run(ctx context.Context, p plan) (map[string]float64, error) {
 	if p.cold < 1 || p.cold > maxCold {
-		return nil, fmt.Errorf("-cold %d: there are pods for 1 to %d of each source", p.cold, maxCold)
+		return nil, fmt.Errorf("-cold=%d: valid: 1 to %d identities of each source, because each needs a pod of its own", p.cold, maxCold)
 	}
 	figures := map[string]float64{}
 	if p.only != "mic" {
@@ -105,7 +106,7 @@ func measureNMI(ctx context.Context, p plan, figures map[string]float64) error {
 		if err != nil {
 			return err
 		}
-		printLine("\n%d pods of one identity requested a token at once: %d call(s) to IMDS, the last answer after %s", pods, calls, slowest.Round(time.Millisecond))
+		printLine("\n%d pods requested a token of one identity at once: %d token request(s) to IMDS, last response after %s", pods, calls, slowest.Round(time.Millisecond))
 		figures["nmi.burst250.imds_calls"] = float64(calls)
 		if err := r.startBare(ctx); err != nil {
 			return err
@@ -127,7 +128,8 @@ func measureNMI(ctx context.Context, p plan, figures map[string]float64) error {
 	})
 }
 
-// withEnvironment starts a cluster, fills it, starts NMI beside it, calls do, and stops everything.
+// withEnvironment starts a cluster, creates the objects, starts NMI on its simulated node, calls do, and stops
+// everything.
 func withEnvironment(ctx context.Context, identities int, do func(*environment) error) (err error) {
 	c, err := cluster.Start(ctx, cluster.Options{WithoutAzure: true, Progress: func(line string) { printLine("   %s", line) }})
 	if err != nil {

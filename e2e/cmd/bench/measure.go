@@ -13,7 +13,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// workers is the number of concurrent connections, each from the address of another pod.
+// workers is the number of concurrent connections, each from the address of a different pod.
 const workers = 16
 
 const target = "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net"
@@ -46,7 +46,8 @@ type figures struct {
 	p50, p99  time.Duration
 }
 
-// measure sends requests from all workers for the length of a round. A request that fails is an error.
+// measure sends requests from all workers for the length of a round, and returns the results. If a request fails, its
+// worker stops, and measure returns the error.
 func (s *simulatedNode) measure(ctx context.Context, round time.Duration) (figures, error) {
 	var mu sync.Mutex
 	var all []time.Duration
@@ -86,20 +87,20 @@ func quantile(sorted []time.Duration, q float64) time.Duration {
 // compare measures NMI and the bare handler in turn. It records the medians of NMI's figures and of the ratios to the
 // bare handler, and the memory of NMI.
 func (r *environment) compare(ctx context.Context, figures map[string]float64, round time.Duration, rounds int) error {
-	printLine("\ncached token, %d connections kept alive, %d rounds of %s each\n", workers, rounds, round)
+	printLine("\ncached token of NMI, compared with the bare handler, an HTTP server that returns the same body: %d connections kept alive, %d rounds of %s each\n", workers, rounds, round)
 	printLine("%5s  %10s %8s %8s   %10s %8s %8s   %6s %6s", "round", "NMI req/s", "p50", "p99", "bare req/s", "p50", "p99", "req/s", "p99")
 	var rps, p99, nmiRPS, nmiP50, nmiP99 []float64
 	for i := range rounds + 1 {
 		nmi, err := r.nmi.measure(ctx, round)
 		if err != nil {
-			return fmt.Errorf("NMI: %w", err)
+			return fmt.Errorf("measuring NMI: %w", err)
 		}
 		bare, err := r.bare.measure(ctx, round)
 		if err != nil {
-			return fmt.Errorf("bare handler: %w", err)
+			return fmt.Errorf("measuring the bare handler, the HTTP server that NMI is compared with: %w", err)
 		}
 		if i == 0 {
-			continue // the first warms both up
+			continue // the first round is a warm-up and does not count
 		}
 		printLine("%5d  %10.0f %8s %8s   %10.0f %8s %8s   %6.2f %6.2f", i, nmi.perSecond, nmi.p50, nmi.p99, bare.perSecond, bare.p50, bare.p99,
 			nmi.perSecond/bare.perSecond, float64(nmi.p99)/float64(bare.p99))
@@ -121,9 +122,9 @@ func (r *environment) compare(ctx context.Context, figures map[string]float64, r
 	figures["nmi.cached.p99_ratio"] = median(p99)
 	figures["nmi.rss_mib"] = rss
 	figures["nmi.rss_peak_mib"] = peak
-	printLine("\nmedians: %.0f requests/s, p50 %.0f µs, p99 %.0f µs", median(nmiRPS), median(nmiP50), median(nmiP99))
-	printLine("against the bare handler: %.2f of its requests/s (goal: at least 0.7), p99 %.2f times its (goal: at most 1.5)", median(rps), median(p99))
-	printLine("RSS of NMI: %.1f MiB after the load, %.1f MiB at its peak (goal: under 40)", rss, peak)
+	printLine("\nmedians of NMI: %.0f requests/s, p50 %.0f µs, p99 %.0f µs", median(nmiRPS), median(nmiP50), median(nmiP99))
+	printLine("NMI compared with the bare handler: %.2f times the requests/s (goal: at least 0.7), %.2f times the p99 (goal: at most 1.5)", median(rps), median(p99))
+	printLine("RSS of NMI: %.1f MiB after the load, %.1f MiB at its peak (goal: under 40 MiB)", rss, peak)
 	return nil
 }
 

@@ -19,8 +19,8 @@ type micPlan struct {
 }
 
 const (
-	// aadPodIdentityTime is how long AAD Pod Identity took until aadPodIdentityPods on one scale set were Assigned, with ARM
-	// at 0 delay.
+	// aadPodIdentityTime is how long AAD Pod Identity took until aadPodIdentityPods pods on one scale set were
+	// Assigned, with ARM at 0 delay.
 	aadPodIdentityPods = 400
 	aadPodIdentityTime = 160 * time.Second
 )
@@ -28,7 +28,7 @@ const (
 // measureMIC measures MIC, in this order: the workload that AAD Pod Identity was measured with; the start of MIC in a
 // cluster with pods; a small cluster in operation; its growth to a large cluster; the large cluster in operation; pods
 // with new identities that are created at once; and pods that are replaced at once. If p.many is 0, the cluster stays
-// small.
+// small, and measureMIC leaves out the growth, the large cluster and the pods with new identities.
 func measureMIC(ctx context.Context, p micPlan, figures map[string]float64) (err error) {
 	printLine("\nMIC: %d nodes in %d scale sets, %d identities, ARM at 0 delay", scaleSets*nodesInSet, scaleSets, identities)
 	r, err := newMICEnvironment(ctx, strings.Fields(p.args))
@@ -62,7 +62,7 @@ type micMeasurement struct {
 	comparison comparison
 }
 
-// begin resets the counts before a phase.
+// begin resets the counts of ARM and the response times of the API server before a phase.
 func (m *micMeasurement) begin(ctx context.Context) error {
 	m.workload.answers()
 	_, err := m.armCalls(ctx)
@@ -92,14 +92,14 @@ func (m *micMeasurement) compare(ctx context.Context) error {
 		return err
 	}
 	took, calls, err := m.assigned(ctx, began, pods)
-	printLine("\n%d pods at once on one scale set, of %d identities: all Assigned after %.1f s (AAD Pod Identity: %.0f s); %d PATCHes, %d GETs",
+	printLine("\n%d pods created at once on one scale set, with %d identities: all Assigned after %.1f s (AAD Pod Identity: %.0f s); %d PATCHes, %d GETs",
 		aadPodIdentityPods, len(pairs), took.Seconds(), aadPodIdentityTime.Seconds(), calls.patches, calls.gets)
 	m.figures["mic.compare400_s"] = took.Seconds()
 	m.comparison.patches = max(m.comparison.patches, calls.patches)
 	return err
 }
 
-// install starts MIC in a cluster that has pods.
+// install stops MIC, creates pods, starts MIC, and measures the time until all of these pods are Assigned.
 func (m *micMeasurement) install(ctx context.Context) error {
 	m.stopMIC()
 	pairs := slices.DeleteFunc(firstPairs(), func(p pair) bool { return p.set == 0 })
@@ -112,7 +112,7 @@ func (m *micMeasurement) install(ctx context.Context) error {
 		return err
 	}
 	took, calls, err := m.assigned(ctx, began, pods)
-	printLine("MIC started where %d pods wait, on %d scale sets: all Assigned after %.1f s; at most %d PATCHes and %d GETs for one",
+	printLine("MIC started in a cluster where %d pods on %d scale sets wait: all Assigned after %.1f s; at most %d PATCHes and %d GETs for one scale set",
 		len(pods), scaleSets-1, took.Seconds(), calls.patches, calls.gets)
 	m.figures["mic.install_s"] = took.Seconds()
 	m.comparison.patches = max(m.comparison.patches, calls.patches)
@@ -143,7 +143,7 @@ func (m *micMeasurement) grow(ctx context.Context) error {
 	made := time.Since(began)
 	took, calls, err := m.assigned(ctx, began, pods)
 	perSecond := float64(len(pods)) / took.Seconds()
-	printLine("%*s%d more created in %.0f s: all Assigned after %.0f s, %.0f a second; at most %d PATCHes and %d GETs for one scale set", 7, "",
+	printLine("%*s%d more pods created in %.0f s: all Assigned after %.0f s, %.0f per second; at most %d PATCHes and %d GETs for one scale set", 7, "",
 		len(pods), made.Seconds(), took.Seconds(), perSecond, calls.patches, calls.gets)
 	m.figures["mic.fill_s"], m.figures["mic.fill.pods_per_s"] = took.Seconds(), perSecond
 	m.figures["mic.fill.patches_per_vmss"] = float64(calls.patches)
@@ -173,7 +173,7 @@ func (m *micMeasurement) addNewIdentities(ctx context.Context) error {
 		return err
 	}
 	took, calls, err := m.assigned(ctx, began, pods)
-	printLine("\n%d pods at once, of %d identities new to each scale set: all Assigned after %.1f s; at most %d PATCHes and %d GETs for one",
+	printLine("\n%d pods created at once, with %d identities that are new to each scale set: all Assigned after %.1f s; at most %d PATCHes and %d GETs for one scale set",
 		len(pods), block, took.Seconds(), calls.patches, calls.gets)
 	m.figures["mic.newcomers_s"] = took.Seconds()
 	m.comparison.patches = max(m.comparison.patches, calls.patches)
@@ -197,7 +197,7 @@ func (m *micMeasurement) replaceAtOnce(ctx context.Context) error {
 		return err
 	}
 	p50, p99, answers := quantile(waits, .5), quantile(waits, .99), m.workload.answers()
-	printLine("%d pods replaced at once, in %.1f s: Assigned after p50 %.2f s, p99 %.2f s, all after %.1f s; the API server's answer p50 %s, p99 %s", len(old),
+	printLine("%d pods replaced at once, in %.1f s: Assigned after p50 %.2f s, p99 %.2f s, all after %.1f s; response of the API server p50 %s, p99 %s", len(old),
 		made.Seconds(), p50.Seconds(), p99.Seconds(), last.Sub(began).Seconds(), quantile(answers, .5), quantile(answers, .99))
 	m.figures["mic.rush.p50_s"], m.figures["mic.rush.p99_s"], m.figures["mic.rush_s"] = p50.Seconds(), p99.Seconds(), last.Sub(began).Seconds()
 	return nil

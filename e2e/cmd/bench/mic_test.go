@@ -84,7 +84,7 @@ apiserver_request_total{code="201",dry_run="",group="",resource="pods",scope="re
 	}
 }
 
-// after is a point in time of the tests.
+// after returns a fixed time plus d.
 func after(d time.Duration) time.Time { return time.Unix(1e9, 0).Add(d) }
 
 func event(kind, name, pod, state string) (e watchEvent) {
@@ -138,7 +138,7 @@ func TestAtRateKeepsTheRateAndStopsAtTheFirstError(t *testing.T) {
 		t.Errorf("%.0f a second, %v", rate, err)
 	}
 	if took := time.Since(began); done.Load() != 20 || took < 95*time.Millisecond {
-		t.Errorf("%d things in %s", done.Load(), took)
+		t.Errorf("%d calls in %s, want 20 in at least 95ms", done.Load(), took)
 	}
 	broken := errors.New("broken")
 	_, err = atRate(t.Context(), 1000, 100, func(i int) error {

@@ -96,7 +96,7 @@ func (r *micEnvironment) build(ctx context.Context) (err error) {
 	return errors.Join(r.authorizeMIC(ctx), r.startAzure(ctx))
 }
 
-// close ends what was started here.
+// close stops the processes that the environment started, and removes its folder.
 func (r *micEnvironment) close() error {
 	r.children.stop()
 	var err error
@@ -109,8 +109,8 @@ func (r *micEnvironment) close() error {
 	return errors.Join(err, os.RemoveAll(r.dir))
 }
 
-// authorizeMIC gives MIC a ServiceAccount, as in a pod, so that the API server's limits for one user apply to it. It may do
-// anything; other tests check that the chart's rights are sufficient.
+// authorizeMIC creates a ServiceAccount and writes a kubeconfig with its token, so that the API server's limits for one
+// user apply to MIC as in a pod. The ServiceAccount has all rights; other tests check that the chart's rights suffice.
 func (r *micEnvironment) authorizeMIC(ctx context.Context) error {
 	if err := r.workload.makeNamespace(ctx, micNamespace); err != nil {
 		return err
@@ -188,7 +188,8 @@ func writeJSON(file string, v any) error {
 	return os.WriteFile(file, text, 0o600)
 }
 
-// startMIC runs MIC as the Deployment would, with its defaults.
+// startMIC runs MIC like the Deployment of the chart, and returns when MIC serves its metrics. Only the flags in
+// r.args, profiling, and the flags for this environment differ from the defaults.
 func (r *micEnvironment) startMIC(ctx context.Context) error {
 	args := append([]string{"--kubeconfig=" + r.file("mic.kubeconfig"), "--namespace=" + micNamespace, "--cloudconfig=" + r.file("azure.json"),
 		"--ca-bundle=" + filepath.Join(r.dir, "azure", azure.CAFile), "--leader-election-instance=bench", "--enable-profile"}, r.args...)
@@ -197,7 +198,7 @@ func (r *micEnvironment) startMIC(ctx context.Context) error {
 		return err
 	}
 	cmd.Stderr = r.log
-	cmd.Env = []string{"GOMEMLIMIT=838860KiB" /* the chart's */, "AZURE_ENVIRONMENT_FILEPATH=" + r.file("cloud.json")}
+	cmd.Env = []string{"GOMEMLIMIT=838860KiB" /* as in the chart */, "AZURE_ENVIRONMENT_FILEPATH=" + r.file("cloud.json")}
 	if r.mic, err = r.children.start(cmd); err != nil {
 		return fmt.Errorf("starting MIC: %w", err)
 	}
@@ -207,7 +208,7 @@ func (r *micEnvironment) startMIC(ctx context.Context) error {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	return r.withLog(fmt.Errorf("MIC is not ready after a minute: %w", err))
+	return r.withLog(fmt.Errorf("MIC did not serve its metrics in 600 attempts: %w", err))
 }
 
 // stopMIC ends MIC with SIGTERM, so that MIC releases its Lease.
@@ -219,7 +220,7 @@ func (r *micEnvironment) stopMIC() {
 // withLog adds the end of MIC's log to an error.
 func (r *micEnvironment) withLog(err error) error {
 	text, _ := os.ReadFile(r.log.Name())
-	return fmt.Errorf("%w; MIC said last:\n%s", err, text[max(0, len(text)-4000):])
+	return fmt.Errorf("%w; the end of MIC's log:\n%s", err, text[max(0, len(text)-4000):])
 }
 
 func (r *micEnvironment) get(ctx context.Context, url string) (string, error) {

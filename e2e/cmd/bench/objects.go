@@ -25,10 +25,10 @@ const (
 	nodeName  = "bench"
 	namespace = "bench"
 	pods      = 250
-	spread    = 50 // namespaces that the other identities are in
+	spread    = 50 // number of namespaces with identities that no pod uses
 )
 
-// shared is the identity that all pods are bound to.
+// shared is the identity that all pods use at first.
 var shared = azure.Identity{
 	ClientID:   "be9c4000-0000-4000-8000-000000000001",
 	ObjectID:   "be9c4001-0000-4000-8000-000000000001",

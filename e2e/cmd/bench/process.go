@@ -2,7 +2,9 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -23,8 +25,8 @@ type child struct {
 	err   error         // valid after ended is closed
 }
 
-// start runs a process until it is stopped. The kernel kills the process when the thread that started it ends. So start
-// locks the calling goroutine to its thread, which then ends only with that goroutine.
+// start starts a process. The kernel kills the process when the thread that called start ends. So start locks the
+// calling goroutine to its thread, which then ends only with that goroutine.
 func (c *children) start(cmd *exec.Cmd) (*child, error) {
 	runtime.LockOSThread()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -61,7 +63,7 @@ func (c *child) stop() {
 func (c *child) alive() error {
 	select {
 	case <-c.ended:
-		return fmt.Errorf("%s ended by itself: %v", c.Path, c.err)
+		return fmt.Errorf("%s ended by itself: %w", strings.Join(c.Args, " "), cmp.Or(c.err, errors.New("exit status 0")))
 	default:
 		return nil
 	}
@@ -115,7 +117,8 @@ func (c *child) cpu() (time.Duration, error) {
 // tick is the unit of times in /proc, the same on all machines that Go runs on.
 const tick = time.Second / 100
 
-// parseCPU reads fields 14 and 15, user and system time. The name before the last parenthesis may hold anything.
+// parseCPU returns the sum of fields 14 and 15, user and system time. It counts the fields from the last parenthesis,
+// because the name of the program in field 2 may contain spaces and parentheses.
 func parseCPU(stat []byte) (time.Duration, error) {
 	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
 	if len(fields) < 13 {
@@ -125,7 +128,7 @@ func parseCPU(stat []byte) (time.Duration, error) {
 	for _, field := range fields[11:13] {
 		ticks, err := strconv.ParseInt(string(field), 10, 64)
 		if err != nil {
-			return 0, fmt.Errorf("the processor time of the process is unreadable: %w", err)
+			return 0, fmt.Errorf("parsing the processor time in /proc/PID/stat: %w", err)
 		}
 		used += time.Duration(ticks) * tick
 	}

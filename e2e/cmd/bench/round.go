@@ -13,7 +13,7 @@ import (
 const (
 	// step is the time between two status reports of a kubelet for a pod.
 	step = 500 * time.Millisecond
-	// maxDuration is twice the time that the replacement of a pod takes.
+	// maxDuration is twice the sum of the pauses in the replacement of one pod.
 	maxDuration = 6 * step
 	// quiet is how long MIC is idle before its memory is measured.
 	quiet = 10 * time.Second
@@ -24,7 +24,7 @@ type round struct {
 	pods, replaced       int
 	rate                 float64       // a second
 	p50, p99             time.Duration // until Assigned
-	answerP50, answerP99 time.Duration // of the API server to the creation of a pod
+	answerP50, answerP99 time.Duration // response time of the API server to the creation of a pod
 	cpu                  time.Duration // of MIC, for one replaced pod
 	requests, writes     float64       // of MIC, for one replaced pod
 	rss, peak            float64       // of MIC, bytes
@@ -69,7 +69,7 @@ func (r *round) setWork(w work) {
 }
 
 func printRoundsHeader() {
-	printLine("\npods replaced at a steady rate; what one costs MIC until its successor is Assigned and its own assignment is gone\n")
+	printLine("\npods replaced at a steady rate; CPU, requests and writes: MIC's work for one replaced pod, until its assignment is deleted and the new pod is Assigned\n")
 	printLine("%6s %8s %6s   %17s   %17s   %6s %8s %6s   %6s", "", "", "", "Assigned after", "API server's", "", "", "", "")
 	printLine("%6s %8s %6s   %8s %8s   %8s %8s   %6s %8s %6s   %6s", "", "", "", "", "", "answer", "", "CPU", "", "", "RSS")
 	printLine("%6s %8s %6s   %8s %8s   %8s %8s   %6s %8s %6s   %6s", "pods", "replaced", "/s", "p50", "p99", "p50", "p99", "ms", "requests", "writes", "MiB")
@@ -90,7 +90,8 @@ func (r round) note(figures map[string]float64, prefix string) {
 	figures[prefix+"rss_mib"], figures[prefix+"rss_peak_mib"] = r.rss/(1<<20), r.peak/(1<<20)
 }
 
-// profileCPU takes a CPU profile in the background and sends the result to the channel.
+// profileCPU writes a CPU profile in the background, if profiles are enabled. It returns a channel that receives the
+// error of the profile, or nil.
 func (m *micMeasurement) profileCPU(ctx context.Context, name string, length time.Duration) <-chan error {
 	done := make(chan error, 1)
 	go func() { done <- m.profile(ctx, name, fmt.Sprintf("profile?seconds=%.0f", length.Seconds())) }()

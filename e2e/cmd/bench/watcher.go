@@ -44,7 +44,7 @@ type watchEvent struct {
 	} `json:"object"`
 }
 
-// state is status.status of an assignment. In an error event status is a string.
+// state is status.status of an assignment. In an event of type ERROR, status is a string, which UnmarshalJSON ignores.
 type state struct{ Status string }
 
 func (s *state) UnmarshalJSON(text []byte) error {
@@ -144,7 +144,8 @@ func (w *watcher) took(pods []string) (waits []time.Duration, last time.Time) {
 	return waits, last
 }
 
-// pending returns how many of the pods are not Assigned yet, and how many assignments exist.
+// pending returns how many of the pods have never been Assigned, and how many assignments exist. It returns an error if
+// the watch has ended.
 func (w *watcher) pending(pods []string) (waiting, live int, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -40,7 +40,7 @@ func firstPairs() (pairs []pair) {
 	return pairs
 }
 
-// latePairs are the pairs that are added last.
+// latePairs are the pairs that addNewIdentities adds last.
 func latePairs() (pairs []pair) {
 	for _, p := range firstPairs() {
 		pairs = append(pairs, pair{p.set, (p.identity + identities - block) % identities})
@@ -48,7 +48,7 @@ func latePairs() (pairs []pair) {
 	return pairs
 }
 
-// laterPairs are all other pairs.
+// laterPairs are the pairs that grow adds: all pairs except firstPairs and latePairs.
 func laterPairs() (pairs []pair) {
 	known := slices.Concat(firstPairs(), latePairs())
 	for i := range scaleSets * identities {
@@ -90,7 +90,8 @@ func identityOf(i int) azure.Identity {
 	}
 }
 
-// createNodesAndIdentities creates everything but the pods.
+// createNodesAndIdentities creates the namespaces of the applications, the identities with their bindings, and the
+// nodes.
 func (c *workload) createNodesAndIdentities(ctx context.Context) error {
 	for i := range applicationNamespaces {
 		if err := c.makeNamespace(ctx, namespaceOf(i)); err != nil {
@@ -126,7 +127,7 @@ func (c *workload) makeAccount(ctx context.Context, namespace, name string) erro
 	return err
 }
 
-// newPod describes a pod of an application that is scheduled to some node of a scale set.
+// newPod returns a Pod object, not created yet, of an application on a random node of the scale set.
 func (c *workload) newPod(p pair) *corev1.Pod {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -216,7 +217,8 @@ func (c *workload) choose(pairs []pair, n int) (old []string, now []pair) {
 }
 
 // replace does what a rolling update does to one pod: it creates the new pod, sets the status of a running pod, and
-// deletes the old pod. It waits for the time step before each request after the first, as long as a node would take.
+// deletes the old pod. After the creation of the new pod, it waits for the time step before each further request,
+// because a node takes time between these requests, too.
 func (c *workload) replace(ctx context.Context, old string, p pair, step time.Duration) error {
 	pod, err := c.add(ctx, p)
 	if err != nil {
@@ -226,8 +228,8 @@ func (c *workload) replace(ctx context.Context, old string, p pair, step time.Du
 	if err := c.run(ctx, pod); err != nil {
 		return err
 	}
-	// The first request is that of the controller. The kubelet then stops the containers and deletes the pod with grace
-	// period 0.
+	// The first of these DELETE requests is that of the controller. The second is that of the kubelet, which has
+	// stopped the containers and deletes the pod with grace period 0.
 	namespace, name, _ := strings.Cut(old, "/")
 	for _, grace := range []int64{30, 0} {
 		time.Sleep(step)
@@ -238,7 +240,7 @@ func (c *workload) replace(ctx context.Context, old string, p pair, step time.Du
 	return nil
 }
 
-// answers returns how long the API server took for each pod that was made since the last call, sorted.
+// answers returns how long the API server took to create each pod since the last call of answers, sorted.
 func (c *workload) answers() []time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -12,11 +12,11 @@ func armCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "arm",
 		Short: "Show and change the virtual machines and scale sets of the fake Resource Manager",
-		Long: `Shows the virtual machines and scale sets of the nodes as Azure Resource Manager has them, its requests, and when which
-identity was attached; attaches and detaches identities manually; makes requests fail.
+		Long: `Shows the virtual machines and scale sets of the nodes, the requests to Azure Resource Manager, and when each identity
+was attached or detached. Attaches and detaches identities manually. Makes requests fail.
 
-A machine is named by its resource ID or by a node that is on it, an identity by its client, object or resource ID. How
-long a PATCH takes and the like are switches: see "cluster azure set".`,
+MACHINE is the resource ID of a machine or the name of one of its nodes. IDENTITY is a client, object or resource ID.
+Settings such as the duration of a PATCH are switches: see "cluster azure set".`,
 	}
 	cmd.AddCommand(armMachinesCommand(), armLogCommand(), armChangesCommand(),
 		armManualCommand("attach", "Attach an identity to a machine, as a user in the portal would", (*azure.Client).AttachTo),
@@ -119,10 +119,10 @@ func armFaultCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "fault [MACHINE|/subscriptions/S]",
 		Short: "Make requests fail; without arguments, list the faults",
-		Long: `Sets the fault of requests for a machine, for a subscription or, without an argument, for all. It replaces a fault of the
-same resource and operation. The most specific fault applies.`,
+		Long: `Sets the fault of requests for a machine, for a subscription or, without an argument, for all machines. It replaces a
+fault of the same resource and operation. Of several faults that match a request, the most specific applies.`,
 		Example: `  cluster azure arm fault node1 --operation patch --status 429 --retry-after 30 --count 2
-  cluster azure arm fault node1 --drop --apply       the PATCH is applied, its response is lost
+  cluster azure arm fault node1 --operation patch --drop --apply    # each PATCH takes effect, but gets no response
   cluster azure arm fault --clear`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -145,18 +145,18 @@ same resource and operation. The most specific fault applies.`,
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&f.Operation, "operation", "", "only of this `KIND`: get, patch or poll")
-	flags.IntVar(&f.Count, "count", 0, "number of requests that fail (default: all until it is cleared)")
-	flags.DurationVar(&f.Latency, "latency", 0, "wait before anything else")
-	flags.IntVar(&f.Status, "status", 0, "answer with this HTTP status")
+	flags.StringVar(&f.Operation, "operation", "", "only requests of this `KIND`: get, patch or poll (default: all)")
+	flags.IntVar(&f.Count, "count", 0, "number of requests to which the fault applies (default: all, until the fault is cleared)")
+	flags.DurationVar(&f.Latency, "latency", 0, "wait for this time before the request is handled")
+	flags.IntVar(&f.Status, "status", 0, "respond with this HTTP status")
 	flags.StringVar(&f.Code, "code", "", "ARM's error `CODE`, with --status and --fails")
-	flags.StringVar(&f.Message, "message", "", "the error's text")
-	flags.IntVar(&f.RetryAfter, "retry-after", 0, "the answer's Retry-After in `SECONDS`")
-	flags.BoolVar(&f.Hang, "hang", false, "do not answer until the client leaves")
-	flags.BoolVar(&f.Drop, "drop", false, "cut the connection")
-	flags.BoolVar(&f.Fails, "fails", false, "accept a PATCH and let its operation fail")
-	flags.BoolVar(&f.Apply, "apply", false, "apply the request nevertheless")
-	flags.BoolVar(&remove, "clear", false, "clear the faults of the resource; without one all, also those of identities")
+	flags.StringVar(&f.Message, "message", "", "text of the error, with --status and --fails")
+	flags.IntVar(&f.RetryAfter, "retry-after", 0, "Retry-After header of the response in `SECONDS`, with --status")
+	flags.BoolVar(&f.Hang, "hang", false, "do not respond, and keep the connection open until the client disconnects")
+	flags.BoolVar(&f.Drop, "drop", false, "do not respond, and reset the connection")
+	flags.BoolVar(&f.Fails, "fails", false, "accept a PATCH, but let its operation fail")
+	flags.BoolVar(&f.Apply, "apply", false, "with --status, --hang or --drop: the request takes effect; with --fails: the identities change")
+	flags.BoolVar(&remove, "clear", false, "clear the faults of the machine or the subscription; without an argument, all faults, including those of identities")
 	return cmd
 }
 
@@ -165,7 +165,7 @@ func armIdentityFaultCommand() *cobra.Command {
 	var naming string
 	cmd := &cobra.Command{
 		Use:   "identity-fault RESOURCE-ID",
-		Short: "Make Resource Manager refuse to attach an identity; without flags, remove the fault",
+		Short: "Make Resource Manager refuse to attach an identity; without --denied and --missing, remove the fault",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			client, err := fakeAzure()
@@ -176,8 +176,8 @@ func armIdentityFaultCommand() *cobra.Command {
 			return client.SetIdentityFault(cmd.Context(), f)
 		},
 	}
-	cmd.Flags().BoolVar(&f.Denied, "denied", false, "callers may not assign it (LinkedAuthorizationFailed)")
-	cmd.Flags().BoolVar(&f.Missing, "missing", false, "as if it did not exist (FailedIdentityOperation)")
-	cmd.Flags().StringVar(&naming, "naming", "", "`HOW` the error names it: details, text or none (default: the switch arm.naming)")
+	cmd.Flags().BoolVar(&f.Denied, "denied", false, "no caller may assign the identity (LinkedAuthorizationFailed)")
+	cmd.Flags().BoolVar(&f.Missing, "missing", false, "refuse the identity as if it did not exist (FailedIdentityOperation)")
+	cmd.Flags().StringVar(&naming, "naming", "", "`HOW` the error names the identity: details, text or none (default: the switch arm.naming)")
 	return cmd
 }

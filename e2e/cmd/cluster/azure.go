@@ -89,7 +89,7 @@ func azureSetCommand() *cobra.Command {
 		Use:   "set [KEY=VALUE…]",
 		Short: "Set switches; without arguments, show them",
 		Long: `Sets switches of the fake Azure: all of them or, if one is invalid, none. Without arguments all
-switches and their values are shown. reset=all restores the defaults before the others are applied.`,
+switches and their values are shown. reset=all restores the defaults before the other switches are set.`,
 		Example: `  cluster azure set
   cluster azure set imds.latency=2s imds.throttle=5
   cluster azure set reset=all`,
@@ -101,7 +101,7 @@ switches and their values are shown. reset=all restores the defaults before the 
 					return fmt.Errorf("%q is not KEY=VALUE", arg)
 				}
 				if _, twice := changes[key]; twice {
-					return fmt.Errorf("%s is given twice", key)
+					return fmt.Errorf("the switch %s is given twice", key)
 				}
 				changes[key] = value
 			}
@@ -146,9 +146,9 @@ func azureIdentityCommand() *cobra.Command {
 	var unattached bool
 	cmd := &cobra.Command{
 		Use:   "identity",
-		Short: "Create a user-assigned identity and attach it to nodes; without flags, list them",
-		Long: `Creates a user-assigned identity, or replaces it, and attaches it to the nodes without Resource Manager. With
---unattached it is not attached, and can be attached later.`,
+		Short: "Create a user-assigned identity and attach it to nodes; without flags, list the identities",
+		Long: `Creates or replaces a user-assigned identity, and attaches it to all nodes, or to those of --node, without a request to
+Resource Manager. With --unattached, the identity is only created or replaced.`,
 		Example: `  cluster azure identity --client-id 11111111-0000-4000-8000-000000000001 --object-id 22222222-0000-4000-8000-000000000001 \
       --resource-id /subscriptions/` + cluster.SubscriptionID + `/resourceGroups/demo/providers/Microsoft.ManagedIdentity/userAssignedIdentities/demo`,
 		Args: cobra.NoArgs,
@@ -174,8 +174,8 @@ func azureIdentityCommand() *cobra.Command {
 	cmd.Flags().StringVar(&id.ObjectID, "object-id", "", "object ID (`GUID`)")
 	cmd.Flags().StringVar(&id.ResourceID, "resource-id", "", "resource `ID`")
 	cmd.Flags().StringVar(&id.TenantID, "tenant-id", "", "tenant (`GUID`; default: the home tenant)")
-	cmd.Flags().StringSliceVar(&nodes, "node", nil, "attach it to this `NODE` only; may be repeated")
-	cmd.Flags().BoolVar(&unattached, "unattached", false, "do not attach it")
+	cmd.Flags().StringSliceVar(&nodes, "node", nil, "attach the identity only to this `NODE` (default: all nodes); may be repeated")
+	cmd.Flags().BoolVar(&unattached, "unattached", false, "do not attach the identity")
 	cmd.MarkFlagsMutuallyExclusive("node", "unattached")
 	return cmd
 }
@@ -202,7 +202,7 @@ func azureAppCommand() *cobra.Command {
 	cmd.Flags().StringVar(&app.ClientID, "client-id", "", "client ID (`GUID`)")
 	cmd.Flags().StringVar(&app.ObjectID, "object-id", "", "object ID of its service principal (`GUID`)")
 	cmd.Flags().StringSliceVar(&app.Tenants, "tenant-id", nil, "tenant (`GUID`; default: the home tenant); may be repeated")
-	cmd.Flags().StringSliceVar(&secrets, "secret", nil, "client `SECRET` of it; may be repeated")
+	cmd.Flags().StringSliceVar(&secrets, "secret", nil, "client `SECRET` of the application; may be repeated")
 	return cmd
 }
 

@@ -30,7 +30,8 @@ func helmCommand() *cobra.Command {
 	}, func(c *cluster.Cluster, args []string) error { return c.ExecHelm(args) })
 }
 
-// passThrough passes all arguments to the other program, except a single --help.
+// passThrough makes the command call run with all arguments unparsed. Only a single --help or -h shows the help
+// instead.
 func passThrough(cmd *cobra.Command, run func(*cluster.Cluster, []string) error) *cobra.Command {
 	cmd.DisableFlagParsing = true
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -95,7 +96,8 @@ and sockets. Returns the program's exit status.`,
 	}
 }
 
-// targetAndProgram requires the "--": what follows it belongs to the program, including flags.
+// targetAndProgram returns the one argument before "--", and the arguments after it: the program and its arguments. The
+// "--" is required, so that flags of the program are not parsed as flags of this command.
 func targetAndProgram(cmd *cobra.Command, args []string) (target string, program []string, err error) {
 	if cmd.ArgsLenAtDash() != 1 || len(args) < 2 {
 		return "", nil, fmt.Errorf("usage: cluster %s", cmd.Use)
@@ -112,7 +114,7 @@ func superviseCommand() *cobra.Command {
 		RunE: func(*cobra.Command, []string) error {
 			owner, events := os.NewFile(3, "owner"), os.NewFile(4, "events")
 			if owner == nil || events == nil {
-				return errors.New("only the cluster itself starts a supervisor")
+				return errors.New("descriptors 3 and 4 are missing: only the program that starts a cluster runs this command")
 			}
 			return cluster.Supervise(owner, events)
 		},

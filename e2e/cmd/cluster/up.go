@@ -54,7 +54,7 @@ func upCommand() *cobra.Command {
 		Long: `Builds what is missing, starts the cluster and the fake Azure, loads the images and installs the chart with
 helm into the namespace podidentity-system. The cluster runs until "cluster down".
 
-If this is interrupted or fails, the cluster is removed.`,
+If the command fails or is interrupted, it removes the cluster.`,
 		Example: `  cluster up
   cluster up --helm --set=nmi.logLevel=debug
   cluster up --standard --vms --helm --set=mic.detachDelay=10s
@@ -66,8 +66,8 @@ If this is interrupted or fails, the cluster is removed.`,
 	}
 	cmd.Flags().BoolVar(&opts.standard, "standard", false, "install the chart in standard mode: MIC attaches identities to the virtual machines and scale sets of the nodes")
 	cmd.Flags().BoolVar(&opts.vms, "vms", false, "make each node a virtual machine (default: both are in one scale set)")
-	cmd.Flags().BoolVar(&opts.noChart, "no-chart", false, "do not build images and install the chart")
-	cmd.Flags().StringArrayVar(&opts.helm, "helm", nil, "one more `ARGUMENT` for helm, such as --set=KEY=VALUE; may be repeated")
+	cmd.Flags().BoolVar(&opts.noChart, "no-chart", false, "neither build the images nor install the chart")
+	cmd.Flags().StringArrayVar(&opts.helm, "helm", nil, "additional `ARGUMENT` for helm, such as --set=KEY=VALUE; may be repeated")
 	cmd.MarkFlagsMutuallyExclusive("standard", "no-chart")
 	cmd.Flags().StringVar(&opts.LogDir, "log-dir", "", "write the logs of all processes to this `FOLDER` (default: in the run folder, which is removed with the cluster)")
 	return cmd
@@ -111,7 +111,7 @@ func up(ctx context.Context, opts upOptions) (err error) {
 	if err := c.Detach(); err != nil {
 		return err
 	}
-	progress(fmt.Sprintf("up after %.1f s", time.Since(begin).Seconds()))
+	progress(fmt.Sprintf("the cluster is up after %.1f s", time.Since(begin).Seconds()))
 	fmt.Print(nextSteps)
 	if opts.standard {
 		fmt.Print(nextStepsInStandardMode)
@@ -143,7 +143,7 @@ cluster has left. Does nothing if there is nothing to do.`,
 			if err := cluster.Down(); err != nil {
 				return err
 			}
-			newProgress()(fmt.Sprintf("down after %.1f s", time.Since(begin).Seconds()))
+			newProgress()(fmt.Sprintf("the cluster is down after %.1f s", time.Since(begin).Seconds()))
 			return nil
 		},
 	}

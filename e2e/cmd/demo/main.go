@@ -101,7 +101,7 @@ type demo struct {
 
 func run(ctx context.Context) (err error) {
 	title("A cluster of two nodes, and a fake Azure")
-	say("etcd, API server, controllers, two kubelets with containerd, and an Azure that has Entra ID and the metadata\nservice, all in network namespaces of this host without a route out. The first time, Kubernetes is built from source.")
+	say("etcd, API server, controllers, two kubelets with containerd, and a fake Azure with Entra ID and the metadata\nservice, all in network namespaces of this host without a route out. The first time, Kubernetes is built from source.")
 	var images errgroup.Group
 	images.Go(func() error { return cluster.BuildProductImages(ctx, step, true) }) // while the cluster starts
 	c, err := cluster.Start(ctx, cluster.Options{Progress: step})
@@ -135,7 +135,7 @@ func run(ctx context.Context) (err error) {
 
 func (d *demo) rules() error {
 	title("The rules on a node")
-	say("Requests of pods to the metadata address are redirected to NMI (nat). A second rule drops packets that would be\nforwarded there nevertheless (filter FORWARD), and a third protects NMI's own address (filter INPUT).")
+	say("Requests of pods to the metadata address are redirected to NMI (nat). A second rule drops packets to the\nmetadata address that would be forwarded nevertheless (filter FORWARD), and a third protects NMI's own address (filter INPUT).")
 	return d.show("node1# iptables-save | grep -i podidentity", func() (string, error) {
 		out, err := d.InNode(d.ctx, "node1", "iptables-save")
 		return grep(out, "podidentity"), err
@@ -172,7 +172,7 @@ func (d *demo) curl(pod string) func() (string, error) {
 
 func (d *demo) token() error {
 	title("Pod web requests a token")
-	say("With an unmodified curl, at the address that every Azure SDK uses.")
+	say("It sends the request with an unmodified curl, to the address that every Azure SDK uses.")
 	return d.showToken("web", shop)
 }
 
@@ -184,19 +184,19 @@ func (d *demo) showToken(pod string, want azure.Identity) error {
 	}
 	var answer map[string]string
 	if err := json.Unmarshal([]byte(out), &answer); err != nil {
-		return fmt.Errorf("the answer is not JSON: %w\n%s", err, out)
+		return fmt.Errorf("the response to pod %s is not JSON: %w\n%s", pod, err, out)
 	}
 	token := answer["access_token"]
 	if token == "" {
-		return fmt.Errorf("the response has no token: %s", out)
+		return fmt.Errorf("the response to pod %s has no token: %s", pod, out)
 	}
 	fmt.Printf("  %s$ curl -s -H 'Metadata: true' '%s'\n%s\n", pod, ask, indent(strings.Replace(out, token, token[:24]+"…", 1)))
 	claims, err := d.Azure().Verify(token)
 	if err != nil {
-		return fmt.Errorf("the token does not verify: %w", err)
+		return fmt.Errorf("verifying the token of pod %s: %w", pod, err)
 	}
 	if claims.AppID != want.ClientID || claims.Audience != vault {
-		return fmt.Errorf("the token is for %s and %s", claims.AppID, claims.Audience)
+		return fmt.Errorf("the token of pod %s has client ID %s and audience %s, want %s and %s", pod, claims.AppID, claims.Audience, want.ClientID, vault)
 	}
 	say("The token is signed by the fake Entra ID and contains: appid %s, aud %s.", claims.AppID, claims.Audience)
 	return nil
@@ -204,13 +204,13 @@ func (d *demo) showToken(pod string, want azure.Identity) error {
 
 func (d *demo) refusal() error {
 	title("Pod stranger requests a token, too")
-	say("It has no binding. It gets the error that IMDS gives for an identity that does not exist, with the reason in addition.")
+	say("No binding applies to it, because it has no label. NMI responds with the error of IMDS for an identity that does not\nexist, and adds the reason.")
 	return d.show("stranger$ curl -s -H 'Metadata: true' '"+ask+"'", d.curl("stranger"), `"error":"invalid_request"`, `"error_description":"Identity not found"`, `"reason":"pod_not_labelled"`)
 }
 
 func (d *demo) federated() error {
 	title("Pod robot requests a token of a federated identity")
-	say("Its identity is an application that trusts the pod's ServiceAccount: it has no secret, and nothing is attached to the\nvirtual machine. NMI sends Entra ID a token of the ServiceAccount that the API server has bound to this pod.")
+	say("Its identity is an application that trusts the pod's ServiceAccount: the application has no secret, and is not attached\nto the virtual machine. NMI sends Entra ID a token of the ServiceAccount that the API server has bound to this pod.")
 	if err := d.Azure().AddApp(d.ctx, azure.App{ClientID: robot.ClientID, ObjectID: robot.ObjectID}); err != nil {
 		return err
 	}
@@ -255,9 +255,9 @@ func (d *demo) observability() error {
 	if err != nil {
 		return err
 	}
-	say("The metadata service received %d token request; %d connections to it came from pods.", stats.IMDS.Token.Requests, stats.IMDS.ConnectionsFromPods)
+	say("The metadata service received %d token request(s) and %d connections from pods.", stats.IMDS.Token.Requests, stats.IMDS.ConnectionsFromPods)
 	if stats.IMDS.Token.Requests != 1 || stats.IMDS.ConnectionsFromPods != 0 {
-		return errors.New("it should have received one token request, from NMI only")
+		return errors.New("the metadata service should have received exactly one token request, and no connection from a pod")
 	}
 	return nil
 }
@@ -266,7 +266,7 @@ func (d *demo) kubectl(args ...string) func() (string, error) {
 	return func() (string, error) { return d.Kubectl(d.ctx, args...) }
 }
 
-// eventually is show with retries, for output that appears a moment later.
+// eventually calls show until it succeeds, for at most a minute, because the output may appear a moment later.
 func (d *demo) eventually(command string, do func() (string, error), wants ...string) error {
 	deadline := time.Now().Add(time.Minute) // a busy host is slow
 	for {
@@ -286,7 +286,7 @@ func (d *demo) show(command string, do func() (string, error), wants ...string) 
 	}
 	for _, want := range wants {
 		if !strings.Contains(out, want) {
-			return fmt.Errorf("%s: the output lacks %s:\n%s", command, want, out)
+			return fmt.Errorf("%s: the output does not contain %s:\n%s", command, want, out)
 		}
 	}
 	fmt.Printf("  %s\n%s\n", command, indent(out))

@@ -14,7 +14,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// stock is a managed identity that is not attached.
+// stock is a managed identity that is not attached to a machine at first.
 var stock = azure.Identity{
 	ClientID:   "0d46a1b2-0000-4000-8000-00000000f00d",
 	ObjectID:   "77777777-0000-4000-8000-00000000f00d",
@@ -51,7 +51,7 @@ const (
 
 func (d *demo) standardMode() error {
 	title("Standard mode: MIC attaches identities to the virtual machines")
-	say("So far \"shop\" was attached manually: managed mode. In standard mode the same chart adds MIC. MIC makes Azure Resource\nManager (ARM) attach the identities that pods need, and detach them after the last pod: here %s later, by default two\nminutes, and not in the first 30 s of MIC. The pods of the first part are deleted.", detachDelay)
+	say("Until now, the identity \"shop\" was attached manually: this is managed mode. In standard mode, the chart also installs\nMIC. MIC makes Azure Resource Manager (ARM) attach the identities that pods need. MIC makes ARM detach an identity %s\n(by default, two minutes) after its last pod was deleted, but not in the first 30 s after the start of MIC. The pods of\nthe first part are deleted now.", detachDelay)
 	if _, err := d.Kubectl(d.ctx, "delete", "pod", "web", "stranger", "robot"); err != nil {
 		return err
 	}
@@ -63,7 +63,7 @@ func (d *demo) standardMode() error {
 
 func (d *demo) assignment() error {
 	title("A pod whose identity is not attached")
-	say("Azure has a managed identity \"stock\", not attached. Its pod is created, and requests a token at once.")
+	say("Azure has a managed identity \"stock\" that is not attached to a machine. A pod that uses it is created, and requests a\ntoken at once.")
 	if err := errors.Join(d.Azure().DefineIdentity(d.ctx, stock), d.Azure().Set(d.ctx, map[string]string{"arm.delay": armDelay.String()})); err != nil {
 		return err
 	}
@@ -108,7 +108,7 @@ func (d *demo) release() error {
 			break
 		}
 		if time.Now().After(deadline) {
-			return errors.New("the identity is still attached to the scale set")
+			return errors.New("the identity stock is still attached to the scale set a minute after mic plan showed that MIC detaches it")
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
@@ -124,7 +124,7 @@ func (d *demo) release() error {
 
 func (d *demo) armCalls() error {
 	title("The requests to ARM")
-	say("All requests of the fake ARM for the scale set of both nodes, and their results:")
+	say("The requests to the fake ARM (of consecutive polls only the last), and the identities that they attached and detached:")
 	log, err := d.Azure().ARMLog(d.ctx, 0)
 	if err != nil {
 		return err

@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -27,7 +28,7 @@ func customResources(root string) ([]byte, error) {
 		}
 		var crd apiextensions.CustomResourceDefinition
 		if err := yaml.UnmarshalStrict(text, &crd); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("parsing %s: %w", file, err)
 		}
 		addResource(d, crd)
 	}

@@ -54,7 +54,8 @@ func flagPage(d *document, addFlags func(*pflag.FlagSet)) ([]byte, error) {
 	return d.Bytes(), nil
 }
 
-// flagRows returns the table rows of the current flags and of the deprecated flags. It leaves out hidden flags.
+// flagRows returns the table rows of the current flags and of the deprecated flags. It leaves out a flag that is hidden
+// but not deprecated.
 func flagRows(flags *pflag.FlagSet) (current, deprecated [][]string) {
 	flags.VisitAll(func(f *pflag.Flag) {
 		if f.Deprecated != "" {
@@ -74,8 +75,8 @@ func flagRows(flags *pflag.FlagSet) (current, deprecated [][]string) {
 	return current, deprecated
 }
 
-// flagDefault returns the default of a flag as Markdown, or "" for a flag without a default. It describes a default
-// that is the host's name in words, because that name differs on each host.
+// flagDefault returns the default of a flag as Markdown, or "" for a flag without a default. For a default that is the
+// name of the host, it returns a description instead, because this name differs on each host.
 func flagDefault(f *pflag.Flag) string {
 	host, err := os.Hostname()
 	switch {

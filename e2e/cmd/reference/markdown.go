@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -37,7 +36,7 @@ func replaceGenerated(current []byte, source string, text []byte) ([]byte, error
 	before, rest, hasBegin := bytes.Cut(current, begin)
 	_, after, hasEnd := bytes.Cut(rest, []byte(generatedEnd))
 	if !hasBegin || !hasEnd {
-		return nil, errors.New("the lines that mark the generated part are missing")
+		return nil, fmt.Errorf("the page lacks a line that marks the generated part: first %q, later %q", generatedBegin(source), generatedEnd)
 	}
 	return slices.Concat(before, begin, text, []byte(generatedEnd), after), nil
 }
@@ -54,7 +53,8 @@ func (d *document) table(header []string, rows [][]string) {
 	}
 }
 
-// tableCell keeps text from ending its cell or its row.
+// tableCell returns the text in one line and with each | escaped, because a line break would end the row and | the
+// cell.
 func tableCell(text string) string {
 	return strings.ReplaceAll(strings.Join(strings.Fields(text), " "), "|", `\|`)
 }

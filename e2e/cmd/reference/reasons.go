@@ -36,7 +36,7 @@ func statuses(e identity.Explanation) string {
 	return strings.Join(all, " or ")
 }
 
-// reasonSections replaces the generated part of the page that says what to do about each reason.
+// reasonSections replaces the generated part of docs/troubleshooting.md: the cause and the remedy of each reason code.
 func reasonSections(_ string, current []byte) ([]byte, error) {
 	d := &document{}
 	for _, e := range identity.Explanations() {

@@ -62,7 +62,7 @@ func TestEachFieldOfACustomResourceIsListed(t *testing.T) {
 		}
 	}
 	if strings.Contains(string(text), "spec.azureIdentityRef.spec") {
-		t.Error("the copies in an AzureAssignedIdentity are opened")
+		t.Error("the page lists the fields of the copies of other objects in an AzureAssignedIdentity")
 	}
 }
 
@@ -190,7 +190,8 @@ func TestCheckFailsForAnOutdatedPageAndChangesNothing(t *testing.T) {
 	}
 }
 
-// copyOfSources is a folder with what the pages are made from.
+// copyOfSources returns a new root folder for run. It has a copy of the chart, and the pages of which only a part is
+// generated.
 func copyOfSources(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()

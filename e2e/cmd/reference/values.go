@@ -40,19 +40,19 @@ func readYAML(path string) (*yaml.Node, error) {
 	}
 	var document yaml.Node
 	if err := yaml.Unmarshal(text, &document); err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
+		return nil, fmt.Errorf("parsing %s: %w", path, err)
 	}
 	return document.Content[0], nil
 }
 
-// valueRows calls add for each value below the schema. A value without a description is an error: it would be a row
-// that says nothing.
+// valueRows calls add with the table row of each value below the schema. It returns an error for a value without a
+// description, because its row would say nothing.
 func valueRows(path string, schema, defaults *yaml.Node, add func([]string)) error {
 	return eachPair(get(schema, "properties"), func(name string, s *yaml.Node) error {
 		valuePath := strings.TrimPrefix(path+"."+name, ".")
 		description := get(s, "description")
 		if description == nil {
-			return fmt.Errorf("the value %s has no description", valuePath)
+			return fmt.Errorf("the value %s has no description in values.schema.json", valuePath)
 		}
 		value := get(defaults, name)
 		inner := withProperties(s)
@@ -88,7 +88,7 @@ func withProperties(schema *yaml.Node) *yaml.Node {
 	return nil
 }
 
-// defaultText is the default as it would be written in one line.
+// defaultText returns the default in one line as Markdown, or "" if value is nil.
 func defaultText(value *yaml.Node) (string, error) {
 	if value == nil {
 		return "", nil
@@ -111,7 +111,7 @@ func constraint(schema *yaml.Node) string {
 		var all []string
 		for _, one := range enum.Content {
 			if one.Tag == "!!bool" || one.Value == "true" || one.Value == "false" {
-				continue // true and false go without saying
+				continue // a reader knows that true and false are valid
 			}
 			all = append(all, code(one.Value))
 		}
