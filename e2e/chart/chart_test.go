@@ -16,7 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
-// flags are those of the nmi program.
+// flags are the flags of the nmi program that the chart may set.
 var flags = []string{
 	"allow-cross-namespace-secrets", "allow-network-plugin-kubenet", "assignment-wait", "audit-level", "authority-host",
 	"block-instance-metadata", "ca-bundle", "custom-user-agent", "enable-profile", "events", "force-namespaced",
@@ -166,7 +166,8 @@ func TestAuditLogCanBeDisabledWithAnyFormOfFalse(t *testing.T) {
 	}
 }
 
-// arguments returns flags and their values, and fails on a flag that is not among those the program has.
+// arguments returns the flags in args, with their values. It fails the test if one of them is not in flags, the flags
+// of the program, or is given twice.
 func arguments(t *testing.T, flags, args []string) map[string]string {
 	t.Helper()
 	parsed := map[string]string{}

@@ -24,7 +24,7 @@ const (
 	group = "aadpodidentity.k8s.io"
 )
 
-// helmBinary is the Helm of this module's go.mod.
+// helmBinary is the path of the helm program that this module's go.mod selects.
 var helmBinary string
 
 func TestMain(m *testing.M) {
@@ -68,7 +68,8 @@ type rendered struct {
 	roleBindings    []*rbacv1.RoleBinding
 	policies        []*admissionv1.ValidatingAdmissionPolicy
 	policyBindings  []*admissionv1.ValidatingAdmissionPolicyBinding
-	// Our own kinds as plain values: whether the API server accepts them is tested elsewhere.
+	// custom has the custom resources of this project as plain values. Package crds_test tests what the API server
+	// accepts.
 	custom []map[string]any
 }
 

@@ -10,7 +10,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// The tests of this file check how MIC authenticates to Azure, and what its container mounts and runs as for that.
+// The tests of this file check how MIC authenticates to Azure, and which files MIC's container mounts and as which user
+// it runs for that.
 
 const (
 	servicePrincipal = "adminsecret: {cloud: AzureChinaCloud, tenantID: t, clientID: c, clientSecret: 'hush hush', subscriptionID: '01'}"

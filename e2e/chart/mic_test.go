@@ -14,7 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
-// micFlags are those of the mic program.
+// micFlags are the flags of the mic program that the chart may set.
 var micFlags = []string{
 	"ca-bundle", "client-burst", "client-qps", "cloudconfig", "custom-user-agent", "detach-delay", "enable-profile",
 	"force-namespaced", "http-probe-port", "identity-assignment-reconcile-interval", "immutable-user-msis",
@@ -248,7 +248,7 @@ func TestOneOfSeveralReplicasOfMICMayBeEvicted(t *testing.T) {
 	}
 }
 
-// A ReplicaSet's name is the Deployment's, a hyphen and ten letters.
+// The name of a Deployment's ReplicaSet is the name of the Deployment, a hyphen and ten characters.
 func TestNamesFitIntoLabels(t *testing.T) {
 	deployment, _ := render(t, standard("fullnameOverride: "+strings.Repeat("n", 63))).mic(t)
 	if len(deployment.Name)+11 > 63 {

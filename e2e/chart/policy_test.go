@@ -100,7 +100,8 @@ func TestPolicyAllowsNMIOnlyTokensForFederatedIdentities(t *testing.T) {
 		"of a pod of any uid":   {func(s *authenticationv1.TokenRequestSpec) { s.BoundObjectRef.UID = "" }, []string{bound}},
 		"for an hour":           {func(s *authenticationv1.TokenRequestSpec) { s.ExpirationSeconds = new(int64(3600)) }, []string{expiry}},
 		"a second too long":     {func(s *authenticationv1.TokenRequestSpec) { s.ExpirationSeconds = new(int64(601)) }, []string{expiry}},
-		// The API server sets the default of one hour before it evaluates the policy, so the policy never sees this.
+		// The API server sets the default of one hour before it evaluates the policy, so the policy never gets a
+		// request without a time.
 		"for no given time": {func(s *authenticationv1.TokenRequestSpec) { s.ExpirationSeconds = nil }, []string{"no such overload"}},
 		"as kubectl does": {func(s *authenticationv1.TokenRequestSpec) {
 			*s = authenticationv1.TokenRequestSpec{

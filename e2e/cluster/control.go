@@ -19,7 +19,7 @@ type controlServer struct {
 	err     error         // valid after stopped is closed
 }
 
-// serveControl opens the control socket and serves it. POST /stop calls end.
+// serveControl opens the control socket and serves it. POST /stop calls end and responds when finish is called.
 func (s *supervisor) serveControl(end func()) (*controlServer, error) {
 	listener, err := net.Listen("unix", controlSocket)
 	if err != nil {
@@ -62,7 +62,8 @@ func (s *supervisor) serveControl(end func()) (*controlServer, error) {
 	return c, nil
 }
 
-// finish answers the requests that wait for the end of the cluster, and closes the socket.
+// finish sends err, the result of stopping the cluster, to the requests that wait for the end of the cluster, and
+// closes the socket.
 func (c *controlServer) finish(err error) {
 	c.err = err
 	close(c.stopped)

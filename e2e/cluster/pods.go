@@ -47,8 +47,8 @@ func (n NetworkNamespaces) PodPIDs(ctx context.Context, namespace, name string) 
 	return podProcesses(string(pod.UID))
 }
 
-// podProcesses finds processes by the pod's cgroup, whose name the kubelet derives from the UID. Nothing else on the host
-// shows which namespaces belong to a pod.
+// podProcesses returns the PIDs of a pod's processes, in order. It finds them by the pod's cgroup, whose name the
+// kubelet derives from the UID. Nothing else on the host shows which namespaces belong to a pod.
 func podProcesses(uid string) ([]int, error) {
 	if uid == "" {
 		return nil, errors.New("the pod has no UID")
@@ -73,11 +73,12 @@ func podProcesses(uid string) ([]int, error) {
 	return pids, nil
 }
 
-// PodNetns opens the network namespace of a running pod. The caller closes the file, which keeps the namespace.
+// PodNetns opens the network namespace of a running pod. The kernel keeps the namespace until the caller closes the
+// file.
 //
-// PodNetns refuses a pod without a reported address. Such a pod may already have a network, because its sandbox exists
-// some time before its container. On a busy host that time is longer than NMI waits for the pod of an unknown address
-// to appear in the API server, so NMI would refuse its requests.
+// PodNetns returns an error for a pod whose address the API server does not report yet. Such a pod may already have a
+// network, because its sandbox exists some time before its container. On a busy host the API server may report the
+// address later than NMI waits for it, and NMI would refuse the pod's requests.
 func (n NetworkNamespaces) PodNetns(ctx context.Context, namespace, name string) (*os.File, error) {
 	pod, err := n.pod(ctx, namespace, name)
 	if err != nil {
@@ -184,7 +185,8 @@ func (n NetworkNamespaces) InPod(ctx context.Context, namespace, name, program s
 	return out, nil
 }
 
-// netnsFileCommand passes the open namespace on to the command, which then owns it.
+// netnsFileCommand returns a command that runs a program of the host inside the network namespace that file refers to.
+// The caller must not use or close the file afterwards.
 func netnsFileCommand(ctx context.Context, file *os.File, program string, args ...string) (*exec.Cmd, error) {
 	program, err := findHostTool(program)
 	if err != nil {
@@ -192,7 +194,7 @@ func netnsFileCommand(ctx context.Context, file *os.File, program string, args .
 		return nil, err
 	}
 	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--net=/proc/self/fd/3", "--", program}, args...)...)
-	cmd.ExtraFiles = []*os.File{file} // descriptor 3; the garbage collector closes ours
+	cmd.ExtraFiles = []*os.File{file} // descriptor 3; the garbage collector closes it in this process
 	return cmd, nil
 }
 

@@ -92,7 +92,7 @@ func lockRun() (*os.File, error) {
 		}
 		if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 			dir.Close()
-			s, _ := readState() // nil if the holder has just started
+			s, _ := readState() // nil, or the state of an earlier cluster, if the holder has just started
 			return nil, errRunning(s)
 		}
 		// The previous holder may have removed the folder between Open and Flock.
@@ -105,8 +105,9 @@ func lockRun() (*os.File, error) {
 	}
 }
 
-// cleanUp removes everything of a stopping cluster, and whatever a killed one has left, also one that was still starting.
-// The caller holds the lock, so no other cluster runs. cleanUp is idempotent.
+// cleanUp removes what is left of a cluster that stops, or whose supervisor was killed while the cluster ran or
+// started. The caller holds the lock of lockRun, so no other cluster with this PODIDENTITY_CLUSTER runs. cleanUp is
+// idempotent.
 func cleanUp() error {
 	var errs []error
 	s, err := readState()

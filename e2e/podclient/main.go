@@ -1,8 +1,8 @@
-// Podclient is the program in the images of the test cluster: the process of a pod's sandbox, and a client that requests
-// a token as soon as it starts.
+// Podclient is the program in the images local/pause and local/e2e of the test cluster: the process of a pod's sandbox,
+// and a client that requests a token as soon as it starts.
 //
-// It protects the end-to-end tests against a client that hides failures: it sends one request, as early as a process can,
-// and never retries. So it reports what the first request of any application gets.
+// The client does not hide failures from the end-to-end tests. It sends one request, as early as a process can, and
+// never retries, so it reports what the first request of any application gets.
 package main
 
 import (
@@ -25,7 +25,7 @@ flags of token:
 `
 
 func main() {
-	// main starts within a millisecond of the exec. Work that a subcommand does not need must not delay the subcommand.
+	// main starts within a millisecond of the exec. No subcommand may be delayed by work that it does not need.
 	args := os.Args[1:]
 	if len(args) == 0 {
 		args = []string{"pause"}
