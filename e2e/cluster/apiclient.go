@@ -61,13 +61,13 @@ func nodeReady(node *corev1.Node, since time.Time) error {
 			return fmt.Errorf("node %s is not ready: %s", node.Name, c.Message)
 		}
 	}
-	return fmt.Errorf("node %s has not reported yet", node.Name)
+	return fmt.Errorf("the kubelet of node %s has not reported its state since %s", node.Name, since.Format(time.TimeOnly))
 }
 
 // awaitObject watches one object until check returns nil for it. If ctx or the watch ends before that, awaitObject
 // returns the last error of check, or an error that says that the API server has not returned the object.
 func (a *apiClient) awaitObject(ctx context.Context, resource, namespace, name string, kind runtime.Object, check func(runtime.Object) error) error {
-	last := fmt.Errorf("%s %s: not there", resource, name)
+	last := fmt.Errorf("the API server has not returned %s %q yet", resource, name)
 	source := cache.NewListWatchFromClient(a.CoreV1().RESTClient(), resource, namespace, fields.OneTermEqualSelector(metav1.ObjectNameField, name))
 	_, err := watchtools.UntilWithSync(ctx, source, kind, nil, func(event watch.Event) (bool, error) {
 		if event.Type != watch.Added && event.Type != watch.Modified {

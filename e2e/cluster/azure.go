@@ -107,7 +107,7 @@ func (c *Cluster) Issuer(ctx context.Context) (url string, keys json.RawMessage,
 	}
 	var configuration struct{ Issuer string }
 	if err := json.Unmarshal([]byte(document), &configuration); err != nil || configuration.Issuer == "" {
-		return "", nil, fmt.Errorf("the API server's OpenID configuration has no issuer (%v): %s", err, document)
+		return "", nil, fmt.Errorf("no issuer in the API server's OpenID configuration (JSON error: %v): %s", err, document)
 	}
 	jwks, err := c.Kubectl(ctx, "get", "--raw", "/openid/v1/jwks")
 	return configuration.Issuer, json.RawMessage(jwks), err

@@ -68,7 +68,7 @@ func createCgroups(name string) error {
 				err = os.WriteFile(filepath.Join(dir, file), value, 0o644)
 			}
 			if err != nil {
-				return fmt.Errorf("filling %s of cgroup %s: %w", file, dir, err)
+				return fmt.Errorf("copying %s of the root cgroup to cgroup %s: %w", file, dir, err)
 			}
 		}
 	}

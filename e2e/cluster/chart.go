@@ -106,7 +106,7 @@ func (c *Cluster) writeCloudFiles() error {
 				continue // a running MIC could read a half-written file
 			}
 			if err := os.WriteFile(at, text, 0o600); err != nil {
-				return fmt.Errorf("writing %s of %s: %w", file, n.Name, err)
+				return fmt.Errorf("writing %s of node %s: %w", file, n.Name, err)
 			}
 		}
 	}

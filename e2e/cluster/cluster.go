@@ -228,7 +228,7 @@ func (c *Cluster) readEvents(events io.Reader) error {
 			c.progress(fmt.Sprintf("%5.1f s  %s", time.Since(start).Seconds(), e.Step))
 		}
 	}
-	return fmt.Errorf("starting the cluster: its supervisor ended%s", logTail(filepath.Join(c.logDir, "supervisor.log")))
+	return fmt.Errorf("starting the cluster: the supervisor ended before the cluster was ready%s", logTail(filepath.Join(c.logDir, "supervisor.log")))
 }
 
 // stopSupervisor makes the supervisor stop the cluster, unless the owner has detached, and waits up to 30 s for the
@@ -239,7 +239,7 @@ func (c *Cluster) stopSupervisor() error {
 	case <-c.ended:
 		return nil
 	case <-time.After(30 * time.Second):
-		return fmt.Errorf("the cluster's supervisor (process %d) did not end within 30 s", c.supervisor.Process.Pid)
+		return fmt.Errorf("the cluster's supervisor (process %d) did not end within 30 s: remove the cluster with `%s`", c.supervisor.Process.Pid, downCommand)
 	}
 }
 
@@ -251,7 +251,7 @@ func Open() (*Cluster, error) {
 		return nil, err
 	}
 	if !s.Ready {
-		return nil, errors.New("the cluster is still starting")
+		return nil, fmt.Errorf("the cluster (supervisor process %d) is still starting: try again when it is ready", s.Supervisor.PID)
 	}
 	return newCluster(s.Binaries, s.LogDir, func(string) {}), nil
 }
@@ -308,7 +308,7 @@ func Down() error {
 	}
 	lock, err := lockRun()
 	if err != nil {
-		return err
+		return fmt.Errorf("removing the cluster (if another process starts or removes it now, try again): %w", err)
 	}
 	defer lock.Close()
 	return cleanUp()

@@ -48,7 +48,7 @@ func (s *supervisor) serveControl(end func()) (*controlServer, error) {
 		s.requests.Lock()
 		defer s.requests.Unlock()
 		if s.cp.apiserver.ended() == nil {
-			return errors.New("the API server is running")
+			return errors.New("cannot start the API server: it is running")
 		}
 		return s.cp.startAPIServer(r.Context())
 	})
@@ -97,5 +97,5 @@ func control(ctx context.Context, path string) error {
 		return nil
 	}
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
-	return errors.New(string(bytes.TrimSpace(text)))
+	return fmt.Errorf("POST %s to the cluster's supervisor: %s", path, bytes.TrimSpace(text))
 }

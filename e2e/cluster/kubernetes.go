@@ -40,12 +40,12 @@ func ensureKubernetes(ctx context.Context, progress func(string)) (string, error
 	for _, file := range []string{"go.mod", "main.go"} {
 		text, err := os.ReadFile(filepath.Join(module, file))
 		if err != nil {
-			return "", fmt.Errorf("reading which programs of Kubernetes to build: %w", err)
+			return "", fmt.Errorf("building Kubernetes: reading the source of its programs: %w", err)
 		}
 		source = append(source, string(text))
 	}
 	if !strings.Contains(source[0], "k8s.io/kubernetes "+kubernetesVersion+"\n") {
-		return "", fmt.Errorf("%s/go.mod does not require Kubernetes %s", module, kubernetesVersion)
+		return "", fmt.Errorf("%s/go.mod does not require k8s.io/kubernetes %s, the version in kubernetesVersion of package e2e/cluster", module, kubernetesVersion)
 	}
 	dir := filepath.Join(cache, "kubernetes-"+kubernetesVersion+"-"+keyOf(append(source, runtime.GOARCH)...))
 	return dir, buildOnce(dir, func(dest string) error {
@@ -105,7 +105,7 @@ func buildWithProgress(ctx context.Context, progress func(string), module, progr
 			case <-finished:
 				return
 			case <-ticker.C:
-				progress(fmt.Sprintf(countPrefix+"%d of at most %d packages compiled, %s", compiled.Load(), total, time.Since(start).Round(time.Second)))
+				progress(fmt.Sprintf(countPrefix+"%d of at most %d packages compiled after %s", compiled.Load(), total, time.Since(start).Round(time.Second)))
 			}
 		}
 	}()

@@ -303,7 +303,7 @@ func DialFrom(path string, local net.Addr) func(ctx context.Context, network, ad
 	return func(ctx context.Context, network, address string) (conn net.Conn, err error) {
 		if host, _, splitErr := net.SplitHostPort(address); splitErr != nil || !isAddress(host) {
 			// The resolver would look up a host name in other goroutines, outside of the namespace.
-			return nil, fmt.Errorf("connecting to %q inside %s: the address must be an IP address", address, path)
+			return nil, fmt.Errorf("connecting to %q inside network namespace %s: the address must be IP:PORT, without a host name", address, path)
 		}
 		err = insideNetns(path, func() error {
 			conn, err = (&net.Dialer{LocalAddr: local}).DialContext(ctx, network, address)

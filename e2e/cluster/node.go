@@ -104,7 +104,10 @@ func (n *node) boot(ctx context.Context) error {
 // started earlier waits longer and longer between its attempts to connect.
 func (n *node) startKubelet() error {
 	_, err := n.input.Write([]byte("kubelet\n"))
-	return errors.Join(err, n.input.Close())
+	if err := errors.Join(err, n.input.Close()); err != nil {
+		return fmt.Errorf("starting the kubelet by the init process of node %s: %w", n.Name, err)
+	}
+	return nil
 }
 
 func (n *node) awaitReady(ctx context.Context, api *apiClient) error {
@@ -120,7 +123,7 @@ func (n *node) awaitReady(ctx context.Context, api *apiClient) error {
 func importImages(ctx context.Context, bin Binaries, node string, archives []string) error {
 	for _, archive := range archives {
 		if _, err := runCtr(ctx, bin, node, "images", "import", archive); err != nil {
-			return fmt.Errorf("importing an image: %w", err)
+			return fmt.Errorf("importing image archive %s: %w", archive, err)
 		}
 	}
 	return nil

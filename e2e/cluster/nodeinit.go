@@ -158,7 +158,7 @@ func (plan *nodePlan) shieldKernelSettings(m *mounts) {
 
 func pivotInto(root string) error {
 	if err := unix.Chdir(root); err != nil {
-		return err
+		return fmt.Errorf("entering the new root file system %s: %w", root, err)
 	}
 	// Old and new root share one mount point; the old one is unmounted next.
 	if err := unix.PivotRoot(".", "."); err != nil {
@@ -184,7 +184,7 @@ func (plan *nodePlan) runDaemons() error {
 	names := map[int]string{containerd: "containerd"}
 	line, err := bufio.NewReader(os.Stdin).ReadString('\n')
 	if err != nil || line != "kubelet\n" {
-		return fmt.Errorf("node %s: its supervisor ended before the kubelet was started", plan.Name)
+		return fmt.Errorf("node %s: the cluster's supervisor did not send the line \"kubelet\", which starts the kubelet: read %q (error: %v)", plan.Name, line, err)
 	}
 	kubelet, err := plan.startDaemon("kubelet", plan.Kubelet)
 	if err != nil {

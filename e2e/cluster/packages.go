@@ -81,7 +81,8 @@ func ensureHostTools(ctx context.Context, progress func(string)) error {
 // findHostTool returns the path of a program of the host. It searches PATH and the sbin folders, because a PATH without
 // the sbin folders is common.
 func findHostTool(program string) (string, error) {
-	if path, err := exec.LookPath(program); err == nil {
+	path, err := exec.LookPath(program)
+	if err == nil {
 		return path, nil
 	}
 	for _, dir := range []string{"/usr/local/sbin", "/usr/sbin", "/sbin"} {
@@ -89,7 +90,7 @@ func findHostTool(program string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("%s: %w", program, exec.ErrNotFound)
+	return "", fmt.Errorf("no executable program %q on this host, also not in the sbin folders: %w", program, err)
 }
 
 // apt runs apt-get. A new host has no package lists, or old ones: after a failure apt updates them and retries once.
@@ -230,7 +231,7 @@ func lockFile(path string) (*os.File, error) {
 	}
 	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX); err != nil {
 		file.Close()
-		return nil, fmt.Errorf("waiting for another build: locking %s: %w", path, err)
+		return nil, fmt.Errorf("locking %s against simultaneous builds: %w", path, err)
 	}
 	return file, nil
 }

@@ -49,6 +49,9 @@ func checkInstance() error {
 	return nil
 }
 
+// downCommand is the command that removes the cluster, for messages.
+var downCommand = "PODIDENTITY_CLUSTER=" + instance + " bin/cluster down"
+
 // adminEnv is the environment with which kubectl and helm use this cluster only. The caches and settings of the user are
 // neither read nor changed.
 func adminEnv() []string {
@@ -95,7 +98,7 @@ func RepoDir() (string, error) {
 			}
 		}
 	}
-	return "", errors.New("the Pod Identity checkout was not found: run this inside of it (no go.mod of module " + rootModule + " in " + strings.Join(starts, " or ") + " or above)")
+	return "", errors.New("no checkout of Pod Identity found: no go.mod of module " + rootModule + " in " + strings.Join(starts, " or ") + " or a folder above; start this program in the checkout")
 }
 
 func e2eDir() (string, error) {

@@ -160,7 +160,7 @@ func (s spawner) start(name, log string, cmd *exec.Cmd) (*process, error) {
 		close(p.done)
 	}()
 	if err != nil {
-		return nil, fmt.Errorf("starting %s: %w", name, err)
+		return nil, fmt.Errorf("%s was started as process %d, but its start time cannot be read: %w", name, cmd.Process.Pid, err)
 	}
 	return p, nil
 }
@@ -186,7 +186,7 @@ func (p *process) stop() error {
 func (p *process) ended() error {
 	select {
 	case <-p.done:
-		return fmt.Errorf("%s ended by itself (%v)%s", p.name, p.err, logTail(p.log))
+		return fmt.Errorf("%s has ended (process %d, exit error: %v)%s", p.name, p.PID, p.err, logTail(p.log))
 	default:
 		return nil
 	}

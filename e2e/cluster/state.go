@@ -65,18 +65,18 @@ func (s *state) write() error {
 
 // ErrRunning is returned if another cluster with the same PODIDENTITY_CLUSTER runs: both would use the same names,
 // network namespaces and cgroups.
-var ErrRunning = errors.New("a cluster is already running on this host")
+var ErrRunning = fmt.Errorf("a cluster with PODIDENTITY_CLUSTER=%q is already running on this host", instance)
 
 func errRunning(s *state) error {
 	since := ""
 	if s != nil {
-		since = fmt.Sprintf(" since %s (supervisor %d)", s.Started.Format(time.TimeOnly), s.Supervisor.PID)
+		since = fmt.Sprintf(" since %s (supervisor process %d)", s.Started.Format(time.TimeOnly), s.Supervisor.PID)
 	}
-	return fmt.Errorf("%w%s; stop it with `bin/cluster down`", ErrRunning, since)
+	return fmt.Errorf("%w%s; remove it with `%s`, or start another cluster beside it with another PODIDENTITY_CLUSTER", ErrRunning, since, downCommand)
 }
 
 // ErrNotRunning is returned by functions that need a running cluster.
-var ErrNotRunning = errors.New("no cluster is running: start one with `bin/cluster up`")
+var ErrNotRunning = fmt.Errorf("no cluster with PODIDENTITY_CLUSTER=%q is running on this host: start one with `bin/cluster up`", instance)
 
 // lockRun locks the run folder, so that only one cluster with this PODIDENTITY_CLUSTER runs at a time. It returns
 // ErrRunning if another process holds the lock. The kernel releases the lock when the process that holds it ends for

@@ -82,7 +82,7 @@ func Supervise(owner, events *os.File) error {
 		for {
 			switch b, err := lines.ReadByte(); {
 			case err != nil:
-				log.Printf("the owner has ended (%v)", err)
+				log.Printf("the owner has ended or closed its pipe (%v): stopping the cluster", err)
 				end()
 				return
 			case b == detachByte:
@@ -126,7 +126,7 @@ func (s *supervisor) run(ctx context.Context, end func()) error {
 	}
 	began := time.Now()
 	stopErr := s.stop()
-	log.Printf("the cluster has stopped after %s (error: %v)", time.Since(began).Round(time.Millisecond), stopErr)
+	log.Printf("stopping the cluster took %s (error: %v)", time.Since(began).Round(time.Millisecond), stopErr)
 	if control != nil {
 		control.finish(stopErr)
 	}
@@ -289,7 +289,7 @@ func logTo(path string) error {
 	defer f.Close()
 	for _, fd := range []int{1, 2} {
 		if err := unix.Dup3(int(f.Fd()), fd, 0); err != nil {
-			return fmt.Errorf("opening the supervisor's log: %w", err)
+			return fmt.Errorf("redirecting the supervisor's output to %s: %w", path, err)
 		}
 	}
 	return nil

@@ -166,7 +166,7 @@ func load(t *testing.T, resources map[string]*resource, file string) (*resource,
 	}
 	resource := resources[head.Kind]
 	if resource == nil || head.APIVersion != group+"/v1" {
-		t.Fatalf("%s is a %s of %s, not of ours", file, head.Kind, head.APIVersion)
+		t.Fatalf("%s has kind %q and apiVersion %q, which no CRD of the chart defines", file, head.Kind, head.APIVersion)
 	}
 	object, unknown := resource.decode(t, data)
 	return resource, object, unknown

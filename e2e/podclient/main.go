@@ -20,7 +20,8 @@ const usage = `usage:
 flags of token:
   --resource URI      audience of the token (default https://management.azure.com/)
   --query K=V[&…]     further parameters, for example client_id=…
-  --url URL           the whole URL, instead of the above
+  --url URL           the whole URL, instead of --resource and --query
+  --timeout DURATION  time limit of the request (default 2m0s)
   --exit              exit after the request: 0 if it got a token, else 1
 `
 
@@ -63,7 +64,7 @@ func waitForSignal() {
 
 func sleep(args []string) {
 	if len(args) != 1 {
-		fail("sleep takes one duration")
+		fail("sleep requires one argument, DURATION")
 	}
 	d, err := time.ParseDuration(args[0])
 	if err != nil {

@@ -31,8 +31,8 @@ const usage = `usage: goclient managed|default|adal [FLAGS]
 flags:
   --resource URI       audience of the token (default https://vault.azure.net)
   --client-id, --object-id, --resource-id
-                       the identity; at most one
-  --chain              use a chain of this credential and one that always returns a token
+                       the identity; at most one (not for default; adal has no --object-id)
+  --chain              use a chain of the credential and one that always returns a token (not for adal)
 `
 
 // outcome is the line that the program prints. The JavaScript client prints the same fields.
@@ -132,7 +132,7 @@ func (next) GetToken(context.Context, policy.TokenRequestOptions) (azcore.Access
 func legacy(r request, rec *recorder) (azcore.AccessToken, error) {
 	ctx := context.Background()
 	if !adal.MSIAvailable(ctx, nil) {
-		return azcore.AccessToken{}, errors.New("adal.MSIAvailable says no")
+		return azcore.AccessToken{}, errors.New("adal.MSIAvailable reports that IMDS is not available")
 	}
 	token, err := adal.NewServicePrincipalTokenFromManagedIdentity(r.resource, &adal.ManagedIdentityOptions{ClientID: r.clientID, IdentityResourceID: r.resourceID})
 	if err != nil {
