@@ -16,7 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
-// flags are those of the nmi program.
+// flags are the flags of the nmi program that the chart may set.
 var flags = []string{
 	"allow-cross-namespace-secrets", "allow-network-plugin-kubenet", "assignment-wait", "audit-level", "authority-host",
 	"block-instance-metadata", "ca-bundle", "custom-user-agent", "enable-profile", "events", "force-namespaced",
@@ -68,7 +68,7 @@ func TestPodsRunOnEveryLinuxNodeInTheHostNetwork(t *testing.T) {
 		t.Errorf("image %s, %s", container.Image, container.ImagePullPolicy)
 	}
 	if len(container.Ports) != 0 {
-		t.Errorf("ports %v are reserved on the node", container.Ports)
+		t.Errorf("the container has ports %v, which are reserved on the node because of hostNetwork", container.Ports)
 	}
 	want := appsv1.DaemonSetUpdateStrategy{
 		Type: appsv1.RollingUpdateDaemonSetStrategyType,
@@ -81,7 +81,7 @@ func TestPodsRunOnEveryLinuxNodeInTheHostNetwork(t *testing.T) {
 		t.Errorf("update strategy (-want +got):\n%s", diff)
 	}
 	if labels := daemonSet.Spec.Template.Labels; !maps.Equal(labels, daemonSet.Spec.Selector.MatchLabels) {
-		t.Errorf("pods carry labels that change with the chart, and would restart for it: %v", labels)
+		t.Errorf("pod labels are %v, want those of the selector: a label that changes with the chart would restart the pods", labels)
 	}
 }
 
@@ -166,14 +166,15 @@ func TestAuditLogCanBeDisabledWithAnyFormOfFalse(t *testing.T) {
 	}
 }
 
-// arguments returns flags and their values, and fails on a flag that is not among those the program has.
+// arguments returns the flags in args, with their values. It fails the test if one of them is not in flags, the flags
+// of the program, or is given twice.
 func arguments(t *testing.T, flags, args []string) map[string]string {
 	t.Helper()
 	parsed := map[string]string{}
 	for _, arg := range args {
 		name, value, found := strings.Cut(strings.TrimPrefix(arg, "--"), "=")
 		if !found || !strings.HasPrefix(arg, "--") || !slices.Contains(flags, name) {
-			t.Errorf("the program has no flag like %s", arg)
+			t.Errorf("the argument %s is not --FLAG=VALUE with a flag of the program", arg)
 		}
 		if _, twice := parsed[name]; twice {
 			t.Errorf("--%s is given twice", name)
@@ -279,7 +280,7 @@ func TestCABundleIsMountedReadOnlyAndAChangeRestartsThePods(t *testing.T) {
 	}
 	other, _ := render(t, caBundle(certificate)).nmi(t)
 	if maps.Equal(daemonSet.Spec.Template.Annotations, other.Spec.Template.Annotations) {
-		t.Error("pods with another bundle are the same pods")
+		t.Error("a change of the CA bundle does not change the pods' annotations, so the pods do not restart")
 	}
 	without := render(t, "")
 	if daemonSet, _ := without.nmi(t); len(without.configMaps) != 0 || len(daemonSet.Spec.Template.Annotations) != 0 {
@@ -307,10 +308,10 @@ nmi:
 		t.Errorf("arguments (-want +got):\n%s", diff)
 	}
 	if len(container.VolumeMounts) != 1 || len(daemonSet.Spec.Template.Spec.Volumes) != 1 {
-		t.Errorf("mounted is more than the lock: %+v", container.VolumeMounts)
+		t.Errorf("want only the mount of the lock file: %+v", container.VolumeMounts)
 	}
 	if container.LivenessProbe != nil || container.ReadinessProbe != nil || container.StartupProbe != nil {
-		t.Error("there are probes, which nobody answers")
+		t.Error("the container has probes, but `nmi uninstall` does not serve them")
 	}
 	if got := daemonSet.Spec.UpdateStrategy.RollingUpdate.MaxUnavailable.String(); got != "100%" {
 		t.Errorf("maxUnavailable is %s", got)
@@ -429,7 +430,7 @@ func TestInvalidValuesAreRefusedWithAReason(t *testing.T) {
 func TestNoReleaseOwnsTheCRDs(t *testing.T) {
 	files, err := filepath.Glob(filepath.Join(chart, "crds", "*.yaml"))
 	if err != nil || len(files) != 4 {
-		t.Errorf("crds holds %v: %v", files, err)
+		t.Errorf("the folder crds contains %v (%v), want 4 files", files, err)
 	}
 	templates, err := filepath.Glob(filepath.Join(chart, "templates", "*"))
 	if err != nil || len(templates) == 0 {
@@ -441,7 +442,7 @@ func TestNoReleaseOwnsTheCRDs(t *testing.T) {
 			t.Fatal(err)
 		}
 		if strings.Contains(string(data), "kind: CustomResourceDefinition") {
-			t.Errorf("%s holds a definition", file)
+			t.Errorf("%s contains a CustomResourceDefinition", file)
 		}
 	}
 }

@@ -24,7 +24,7 @@ const (
 	group = "aadpodidentity.k8s.io"
 )
 
-// helmBinary is the Helm of this module's go.mod.
+// helmBinary is the path of the helm program that this module's go.mod selects.
 var helmBinary string
 
 func TestMain(m *testing.M) {
@@ -68,7 +68,8 @@ type rendered struct {
 	roleBindings    []*rbacv1.RoleBinding
 	policies        []*admissionv1.ValidatingAdmissionPolicy
 	policyBindings  []*admissionv1.ValidatingAdmissionPolicyBinding
-	// Our own kinds as plain values: whether the API server accepts them is tested elsewhere.
+	// custom has the custom resources of this project as plain values. Package crds_test tests what the API server
+	// accepts.
 	custom []map[string]any
 }
 
@@ -88,7 +89,7 @@ func refusal(t *testing.T, values string) string {
 	t.Helper()
 	_, stderr, err := helm(t, "template", "podidentity", chart, "--values", valuesFile(t, values))
 	if err == nil {
-		t.Fatalf("accepted:\n%s", values)
+		t.Fatalf("the chart accepts these values, want a refusal:\n%s", values)
 	}
 	return stderr
 }
@@ -102,7 +103,7 @@ func notesOf(t *testing.T, values string) string {
 	}
 	_, notes, found := strings.Cut(stdout, "\nNOTES:\n")
 	if !found {
-		t.Fatalf("no notes:\n%s", stdout)
+		t.Fatalf("the output of helm install has no notes:\n%s", stdout)
 	}
 	return notes
 }
@@ -171,7 +172,7 @@ func parse(t *testing.T, manifests string) rendered {
 		case *admissionv1.ValidatingAdmissionPolicyBinding:
 			result.policyBindings = append(result.policyBindings, object)
 		default:
-			t.Fatalf("the chart renders a %T, which nobody expects", object)
+			t.Fatalf("the chart renders a %T, which the tests do not know: add it to parse", object)
 		}
 	}
 	return result

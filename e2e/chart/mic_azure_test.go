@@ -10,7 +10,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// The tests of this file check how MIC authenticates to Azure, and what its container mounts and runs as for that.
+// The tests of this file check how MIC authenticates to Azure, and which files MIC's container mounts and as which user
+// it runs for that.
 
 const (
 	servicePrincipal = "adminsecret: {cloud: AzureChinaCloud, tenantID: t, clientID: c, clientSecret: 'hush hush', subscriptionID: '01'}"
@@ -92,10 +93,10 @@ func TestServicePrincipalIsASecretInMICsEnvironment(t *testing.T) {
 	}
 	other, _ := render(t, standard(strings.Replace(servicePrincipal, "hush hush", "hush", 1))).mic(t)
 	if maps.Equal(deployment.Spec.Template.Annotations, other.Spec.Template.Annotations) {
-		t.Error("pods with another client secret are the same pods")
+		t.Error("a change of the client secret does not change the pods' annotations, so the pods do not restart")
 	}
 	if notes := notesOf(t, standard(servicePrincipal)); strings.Contains(notes, "hush") {
-		t.Errorf("the notes tell the client secret:\n%s", notes)
+		t.Errorf("the notes contain the client secret:\n%s", notes)
 	}
 	if without := render(t, standard("")); len(without.secrets) != 0 {
 		t.Errorf("without values there are Secrets %+v", without.secrets)
@@ -177,7 +178,7 @@ func TestMICHasAnExceptionOnlyIfItUsesTheMetadataService(t *testing.T) {
 		}
 		daemonSet, _ := objects.nmi(t)
 		if _, excepted := daemonSet.Spec.Template.Labels["podidentity.io/mic"]; excepted {
-			t.Errorf("%q: others carry the label, too", values)
+			t.Errorf("%q: NMI's pods have the label that the exception matches", values)
 		}
 	}
 }
@@ -199,6 +200,6 @@ func TestMICsCABundleIsMountedAndAChangeRestartsThePods(t *testing.T) {
 	}
 	other, _ := render(t, bundle("# ours\n"+certificate)).mic(t)
 	if maps.Equal(deployment.Spec.Template.Annotations, other.Spec.Template.Annotations) {
-		t.Error("pods with another bundle are the same pods")
+		t.Error("a change of the CA bundle does not change the pods' annotations, so the pods do not restart")
 	}
 }

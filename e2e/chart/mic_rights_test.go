@@ -35,7 +35,7 @@ func TestMICMayReadItsInputAndWriteOnlyAssignments(t *testing.T) {
 		!slices.ContainsFunc(objects.bindings, func(b *rbacv1.ClusterRoleBinding) bool {
 			return b.RoleRef.Name == role.Name && slices.Equal(b.Subjects, micAccount)
 		}) {
-		t.Errorf("the pods run under %s, and the roles are bound thus: %+v", account, objects.bindings)
+		t.Errorf("want pods and a binding of %s with ServiceAccount podidentity-mic: pods have %s, bindings are %+v", role.Name, account, objects.bindings)
 	}
 }
 
@@ -64,7 +64,7 @@ func TestMICMayWriteItsLedgerAndItsLeaseInTheirNamespace(t *testing.T) {
 			if !slices.ContainsFunc(objects.roleBindings, func(b *rbacv1.RoleBinding) bool {
 				return b.Namespace == role.Namespace && b.RoleRef.Kind == "Role" && b.RoleRef.Name == role.Name && slices.Equal(b.Subjects, micAccount)
 			}) {
-				t.Errorf("%q: role %s/%s is bound thus: %+v", values, role.Namespace, role.Name, objects.roleBindings)
+				t.Errorf("%q: no binding of role %s/%s to MIC's ServiceAccount: %+v", values, role.Namespace, role.Name, objects.roleBindings)
 			}
 		}
 		if diff := cmp.Diff(want, got); diff != "" {
@@ -81,7 +81,7 @@ func TestNMIReadsAssignmentsInStandardModeOnly(t *testing.T) {
 	more := append(rules(""), assignments)
 	order := cmpopts.SortSlices(func(a, b rbacv1.PolicyRule) bool { return a.Resources[0] < b.Resources[0] })
 	if diff := cmp.Diff(more, rules(standard("")), order); diff != "" {
-		t.Errorf("rules of standard mode (-managed and assignments +got):\n%s", diff)
+		t.Errorf("rules of standard mode (-those of managed mode and for assignments +got):\n%s", diff)
 	}
 }
 
@@ -92,7 +92,7 @@ func TestWithoutRBACMICHasNoRolesAndCanUseAnotherServiceAccount(t *testing.T) {
 	}
 	deployment, _ := objects.mic(t)
 	if account := deployment.Spec.Template.Spec.ServiceAccountName; account != "robot" || len(objects.serviceAccounts) != 1 {
-		t.Errorf("the pods run under %s; accounts made are %v", account, objects.serviceAccounts)
+		t.Errorf("the pods have ServiceAccount %s, want robot; the chart creates %v, want only NMI's", account, objects.serviceAccounts)
 	}
 }
 

@@ -14,7 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
-// micFlags are those of the mic program.
+// micFlags are the flags of the mic program that the chart may set.
 var micFlags = []string{
 	"ca-bundle", "client-burst", "client-qps", "cloudconfig", "custom-user-agent", "detach-delay", "enable-profile",
 	"force-namespaced", "http-probe-port", "identity-assignment-reconcile-interval", "immutable-user-msis",
@@ -36,7 +36,7 @@ mic: {uninstall: true, caBundle: "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CE
 `)
 	if len(objects.deployments)+len(objects.budgets)+len(objects.secrets)+len(objects.configMaps)+len(objects.custom) != 0 ||
 		len(objects.serviceAccounts) != 1 || len(objects.clusterRoles) != 1 {
-		t.Errorf("there is more than NMI: %+v", objects)
+		t.Errorf("managed mode has objects that are not NMI's: %+v", objects)
 	}
 }
 
@@ -93,7 +93,7 @@ func TestTwoReplicasOfMICRunOnDifferentNodes(t *testing.T) {
 	wantLabels := maps.Clone(micLabels)
 	wantLabels["podidentity.io/mic"] = "podidentity-mic"
 	if labels := deployment.Spec.Template.Labels; !maps.Equal(labels, wantLabels) {
-		t.Errorf("pods carry labels that change with the chart, and would restart for it: %v", labels)
+		t.Errorf("pod labels are %v, want %v: a label that changes with the chart would restart the pods", labels, wantLabels)
 	}
 	if len(deployment.Spec.Template.Annotations) != 0 {
 		t.Errorf("annotations are %v", deployment.Spec.Template.Annotations)
@@ -248,7 +248,7 @@ func TestOneOfSeveralReplicasOfMICMayBeEvicted(t *testing.T) {
 	}
 }
 
-// A ReplicaSet's name is the Deployment's, a hyphen and ten letters.
+// The name of a Deployment's ReplicaSet is the name of the Deployment, a hyphen and ten characters.
 func TestNamesFitIntoLabels(t *testing.T) {
 	deployment, _ := render(t, standard("fullnameOverride: "+strings.Repeat("n", 63))).mic(t)
 	if len(deployment.Name)+11 > 63 {
@@ -271,26 +271,26 @@ func TestMICUninstallsWithNMIAndByItself(t *testing.T) {
 		}
 		arguments(t, micFlags, container.Args[2:])
 		if container.LivenessProbe != nil || container.ReadinessProbe == nil || container.ReadinessProbe.HTTPGet.Path != "/readyz" {
-			t.Errorf("%s: probes are %+v and %+v; it is ready when it is done, and alive all the time", values, container.LivenessProbe, container.ReadinessProbe)
+			t.Errorf("%s: liveness probe %+v, want none; readiness probe %+v, want /readyz, which succeeds when the uninstallation is done", values, container.LivenessProbe, container.ReadinessProbe)
 		}
 		update := deployment.Spec.Strategy.RollingUpdate
 		if update.MaxSurge.String() != "0" || update.MaxUnavailable.String() != "100%" {
-			t.Errorf("%s: beside it a MIC may go on, with %+v", values, update)
+			t.Errorf("%s: with the update strategy %+v, an old MIC can run beside the one that uninstalls", values, update)
 		}
 		if *deployment.Spec.ProgressDeadlineSeconds < 3600 {
-			t.Errorf("%s: Azure has only %d s", values, *deployment.Spec.ProgressDeadlineSeconds)
+			t.Errorf("%s: progressDeadlineSeconds is %d, want at least 3600, because Azure is slow", values, *deployment.Spec.ProgressDeadlineSeconds)
 		}
 		if !cmp.Equal(serving.Spec.Selector, deployment.Spec.Selector) {
-			t.Errorf("%s: the selector differs from that of the Deployment that works", values)
+			t.Errorf("%s: the selector differs from that of the Deployment that serves", values)
 		}
 		if len(objects.clusterRoles["podidentity-mic"].Rules) == 0 || len(objects.roles) != 1 || len(objects.custom) != 1 {
-			t.Errorf("%s: MIC lacks what it needs to remove things: %+v", values, objects)
+			t.Errorf("%s: a role, or the exception, that MIC needs to uninstall is missing: %+v", values, objects)
 		}
 	}
 	// NMI keeps running if only MIC is uninstalled.
 	_, container := render(t, standard("mic: {uninstall: true}")).nmi(t)
 	if container.Args[0] == "uninstall" {
-		t.Error("NMI is removed, too")
+		t.Error("NMI is uninstalled as well")
 	}
 }
 
@@ -316,7 +316,7 @@ func TestNotesExplainHowToWaitForMIC(t *testing.T) {
 			}
 		}
 		if want == nil && (strings.Contains(notes, "MIC a") || strings.Contains(notes, rollout)) {
-			t.Errorf("%q: the notes speak of MIC:\n%s", values, notes)
+			t.Errorf("%q: the notes mention MIC:\n%s", values, notes)
 		}
 		if strings.Contains(notes, "<no value>") || strings.Contains(notes, "\n\n\n") {
 			t.Errorf("%q: the notes have a gap:\n%s", values, notes)

@@ -57,7 +57,7 @@ func TestPolicyDeniesAndAppliesOnlyToTokensOfServiceAccounts(t *testing.T) {
 		},
 	}}}
 	if diff := cmp.Diff(want, policy.Spec.MatchConstraints); diff != "" {
-		t.Errorf("what it is asked about (-want +got):\n%s", diff)
+		t.Errorf("match constraints (-want +got):\n%s", diff)
 	}
 	if policy.Spec.FailurePolicy == nil || *policy.Spec.FailurePolicy != admissionv1.Fail {
 		t.Errorf("failure policy %v", policy.Spec.FailurePolicy)
@@ -100,7 +100,8 @@ func TestPolicyAllowsNMIOnlyTokensForFederatedIdentities(t *testing.T) {
 		"of a pod of any uid":   {func(s *authenticationv1.TokenRequestSpec) { s.BoundObjectRef.UID = "" }, []string{bound}},
 		"for an hour":           {func(s *authenticationv1.TokenRequestSpec) { s.ExpirationSeconds = new(int64(3600)) }, []string{expiry}},
 		"a second too long":     {func(s *authenticationv1.TokenRequestSpec) { s.ExpirationSeconds = new(int64(601)) }, []string{expiry}},
-		// The API server sets the default of one hour before it evaluates the policy, so the policy never sees this.
+		// The API server sets the default of one hour before it evaluates the policy, so the policy never gets a
+		// request without a time.
 		"for no given time": {func(s *authenticationv1.TokenRequestSpec) { s.ExpirationSeconds = nil }, []string{"no such overload"}},
 		"as kubectl does": {func(s *authenticationv1.TokenRequestSpec) {
 			*s = authenticationv1.TokenRequestSpec{
@@ -110,12 +111,12 @@ func TestPolicyAllowsNMIOnlyTokensForFederatedIdentities(t *testing.T) {
 	} {
 		got := askPolicy(t, policy, nmiAccount, test.change)
 		if len(got) != len(test.want) {
-			t.Errorf("%s: the result of the policy is %q, want %q", name, got, test.want)
+			t.Errorf("%s: the refusals of the policy are %q, want %q", name, got, test.want)
 			continue
 		}
 		for i := range got {
 			if !strings.Contains(got[i], test.want[i]) {
-				t.Errorf("%s: the result of the policy is %q, want %q", name, got[i], test.want[i])
+				t.Errorf("%s: refusal %d of the policy is %q, want %q", name, i, got[i], test.want[i])
 			}
 		}
 	}
@@ -140,7 +141,7 @@ func TestPolicyAppliesOnlyToNMIsServiceAccount(t *testing.T) {
 	} {
 		policy, _ := tokenPolicy(t, test.values)
 		if got := askPolicy(t, policy, test.username, anything); (len(got) > 0) != test.refused {
-			t.Errorf("%s: to %s the result of the policy is %q", test.values, test.username, got)
+			t.Errorf("%s: the refusals of the policy for %s are %q, want refused = %v", test.values, test.username, got, test.refused)
 		}
 	}
 }

@@ -92,15 +92,15 @@ func TestNMIMayReadPodsItsNodeAndItsCustomResources(t *testing.T) {
 	subject := rbacv1.Subject{Kind: "ServiceAccount", Name: "podidentity-nmi", Namespace: "kube-system"}
 	if len(objects.bindings) != 1 || objects.bindings[0].RoleRef.Name != "podidentity-nmi" ||
 		!slices.Equal(objects.bindings[0].Subjects, []rbacv1.Subject{subject}) {
-		t.Errorf("the role is bound thus: %+v", objects.bindings)
+		t.Errorf("want one ClusterRoleBinding, of podidentity-nmi to its ServiceAccount: %+v", objects.bindings)
 	}
 	if len(objects.roles) != 0 || len(objects.roleBindings) != 0 {
-		t.Errorf("there are further roles: %+v, bound thus: %+v", objects.roles, objects.roleBindings)
+		t.Errorf("want no Roles and RoleBindings: %+v, %+v", objects.roles, objects.roleBindings)
 	}
 	if len(objects.serviceAccounts) != 1 || objects.serviceAccounts[0].Name != subject.Name ||
 		objects.serviceAccounts[0].Namespace != subject.Namespace ||
 		daemonSet.Spec.Template.Spec.ServiceAccountName != subject.Name {
-		t.Errorf("the pods do not run under the account that the role is bound to")
+		t.Errorf("want one ServiceAccount, %s/%s, for the pods: %+v", subject.Namespace, subject.Name, objects.serviceAccounts)
 	}
 }
 

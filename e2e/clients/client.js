@@ -1,13 +1,13 @@
-// client.js requests one token with @azure/identity, as an application does that knows nothing of Pod Identity, and
-// prints the result as one JSON line in the format of goclient. NODE_PATH selects the version of the library.
+// client.js requests one token with @azure/identity, like an application that knows nothing of Pod Identity, and prints
+// the result as one JSON line in the format of goclient. NODE_PATH selects the version of the library.
 //
 //   node client.js managed|default [--resource URI] [--client-id ID | --object-id ID | --resource-id ID] [--chain]
 "use strict";
 
 const { ChainedTokenCredential, DefaultAzureCredential, ManagedIdentityCredential } = require("@azure/identity");
 
-// Node's diagnostics channels report requests and responses without a change to the library's pipeline. Each is written
-// to standard error, so that a test knows when the client waits for a response.
+// Node's diagnostics channels report requests and responses without a change to the library's pipeline. Both are
+// written to standard error, so that a test knows when the client waits for a response.
 const statuses = [];
 const { channel } = require("diagnostics_channel");
 channel("http.client.request.start").subscribe(() => console.error("request"));

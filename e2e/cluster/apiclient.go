@@ -42,15 +42,15 @@ func (a *apiClient) awaitServiceAccount(ctx context.Context) error {
 	return a.awaitObject(ctx, "serviceaccounts", metav1.NamespaceDefault, "default", &corev1.ServiceAccount{}, func(runtime.Object) error { return nil })
 }
 
-// awaitNode returns when the kubelet has reported that the node is ready, at or after the time since. An earlier report
-// does not count: the last report before a node is stopped stays in the API server for a while.
+// awaitNode returns when the kubelet has reported the node as ready. The report must be from the time `since` or later:
+// the last report before a node is stopped stays in the API server for a while.
 func (a *apiClient) awaitNode(ctx context.Context, name string, since time.Time) error {
 	return a.awaitObject(ctx, "nodes", metav1.NamespaceAll, name, &corev1.Node{}, func(object runtime.Object) error {
 		return nodeReady(object.(*corev1.Node), since)
 	})
 }
 
-// nodeReady returns nil if the node was reported ready at or after the time since.
+// nodeReady returns nil if the kubelet reported the node as ready at the time `since` or later.
 func nodeReady(node *corev1.Node, since time.Time) error {
 	for _, c := range node.Status.Conditions {
 		switch {
@@ -61,13 +61,13 @@ func nodeReady(node *corev1.Node, since time.Time) error {
 			return fmt.Errorf("node %s is not ready: %s", node.Name, c.Message)
 		}
 	}
-	return fmt.Errorf("node %s has not reported yet", node.Name)
+	return fmt.Errorf("the kubelet of node %s has not reported its state since %s", node.Name, since.Format(time.TimeOnly))
 }
 
-// awaitObject watches one object until check returns nil for it. If ctx or the watch ends before that, it returns the
-// last error of check.
+// awaitObject watches one object until check returns nil for it. If ctx or the watch ends before that, awaitObject
+// returns the last error of check, or an error that says that the API server has not returned the object.
 func (a *apiClient) awaitObject(ctx context.Context, resource, namespace, name string, kind runtime.Object, check func(runtime.Object) error) error {
-	last := fmt.Errorf("%s %s: not there", resource, name)
+	last := fmt.Errorf("the API server has not returned %s %q yet", resource, name)
 	source := cache.NewListWatchFromClient(a.CoreV1().RESTClient(), resource, namespace, fields.OneTermEqualSelector(metav1.ObjectNameField, name))
 	_, err := watchtools.UntilWithSync(ctx, source, kind, nil, func(event watch.Event) (bool, error) {
 		if event.Type != watch.Added && event.Type != watch.Modified {

@@ -37,8 +37,9 @@ func TwoVMs() map[string]string {
 	return ids
 }
 
-// azureConfigJSON is the configuration of the fake Azure: where it listens, inside its own namespace, and which source
-// addresses belong to which node. The real IMDS also recognizes a virtual machine by where its packets come from.
+// azureConfigJSON returns the configuration of the fake Azure: the addresses at which it listens, in the namespace
+// podid-azure, and the source addresses of each node. Like the real IMDS, the fake Azure recognizes a virtual machine
+// by the source address of its packets.
 func azureConfigJSON(providerIDs map[string]string) (json.RawMessage, error) {
 	cfg := azure.Config{
 		IMDSAddr:      net.JoinHostPort(imdsIP, "80"),
@@ -106,7 +107,7 @@ func (c *Cluster) Issuer(ctx context.Context) (url string, keys json.RawMessage,
 	}
 	var configuration struct{ Issuer string }
 	if err := json.Unmarshal([]byte(document), &configuration); err != nil || configuration.Issuer == "" {
-		return "", nil, fmt.Errorf("the API server's OpenID configuration has no issuer (%v): %s", err, document)
+		return "", nil, fmt.Errorf("no issuer in the API server's OpenID configuration (JSON error: %v): %s", err, document)
 	}
 	jwks, err := c.Kubectl(ctx, "get", "--raw", "/openid/v1/jwks")
 	return configuration.Issuer, json.RawMessage(jwks), err

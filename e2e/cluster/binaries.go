@@ -12,8 +12,8 @@ import (
 )
 
 // goCommand returns a command that runs the Go toolchain in a module. Programs are linked statically (CGO_ENABLED=0),
-// because images contain no libraries for them. The Makefile has the same setting: with another one each package would
-// be compiled again. For the same reason callers build with -trimpath.
+// because images contain no libraries for them. The Makefile has the same setting: with different settings, each
+// package would be compiled once for each of them. For the same reason callers build with -trimpath.
 func goCommand(ctx context.Context, module string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = module
@@ -60,7 +60,7 @@ func buildProgram(ctx context.Context, module, pkg, name string) (string, error)
 // Binaries are the programs of the cluster, all in the cache folder.
 type Binaries struct {
 	Debian     string // root of the unpacked Debian packages
-	Kubernetes string // folder, with helm in it
+	Kubernetes string // folder with the programs of Kubernetes and helm
 }
 
 // EnsureBinaries builds or downloads the programs that are missing. Debian packages are downloaded while Kubernetes

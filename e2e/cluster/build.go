@@ -91,8 +91,8 @@ func BuildNMIImage(ctx context.Context, progress func(string)) (Image, error) {
 	return imageSpec{name: nmiImage, program: program, target: "/nmi", rootfs: rootfs}.pack(cache)
 }
 
-// BuildMICImage builds the image of MIC: the static program, at the same path as in the product's Dockerfile. The public
-// CA certificates of that image are left out, because nothing here needs them.
+// BuildMICImage builds the image of MIC: the static program, at the same path as in the product's Dockerfile. The
+// public CA certificates of that image are left out, because no test needs them.
 func BuildMICImage(ctx context.Context) (Image, error) {
 	repo, err := RepoDir()
 	if err != nil {
@@ -109,8 +109,8 @@ func BuildMICImage(ctx context.Context) (Image, error) {
 	return imageSpec{name: micImage, program: program, target: "/usr/bin/mic"}.pack(cache)
 }
 
-// BuildProductImages builds the images that the chart needs: that of NMI and, for standard mode, that of MIC. To install
-// the chart takes less time after that.
+// BuildProductImages builds the images that the chart needs: that of NMI and, for standard mode, that of MIC. A later
+// InstallChart or InstallStandard finds the images in the cache and takes less time.
 func BuildProductImages(ctx context.Context, progress func(string), standard bool) error {
 	if _, err := BuildNMIImage(ctx, progress); err != nil || !standard {
 		return err

@@ -29,7 +29,7 @@ func cgroupMounts() ([]cgroupMount, error) {
 	}
 	var found []cgroupMount
 	for _, m := range mounts {
-		// A hierarchy may be mounted again below our own run folder for a moment, while a node starts.
+		// A hierarchy may be mounted a second time in another folder. Only the usual folder counts.
 		if strings.HasPrefix(m.Mountpoint, "/sys/fs/cgroup") {
 			found = append(found, cgroupMount{path: m.Mountpoint, v2: m.FSType == "cgroup2"})
 		}
@@ -52,7 +52,7 @@ func createCgroups(name string) error {
 			return fmt.Errorf("making cgroup %s: %w", dir, err)
 		}
 		if m.v2 {
-			// A child only has the controllers that its parent delegates.
+			// A cgroup has only the controllers that its parent delegates.
 			for _, d := range []string{m.path, dir} {
 				delegateControllers(d)
 			}
@@ -68,15 +68,16 @@ func createCgroups(name string) error {
 				err = os.WriteFile(filepath.Join(dir, file), value, 0o644)
 			}
 			if err != nil {
-				return fmt.Errorf("filling %s of cgroup %s: %w", file, dir, err)
+				return fmt.Errorf("copying %s of the root cgroup to cgroup %s: %w", file, dir, err)
 			}
 		}
 	}
 	return nil
 }
 
-// delegateControllers delegates each controller separately: one that is in use elsewhere must not prevent the others.
-// Errors are ignored, because the kubelet reports clearly which controller it lacks.
+// delegateControllers delegates all controllers of the cgroup dir to its child cgroups. It writes each controller
+// separately: a controller that is in use elsewhere must not prevent the delegation of the others. Errors are ignored,
+// because the kubelet reports clearly which controller is missing.
 func delegateControllers(dir string) {
 	controllers, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
 	if err != nil {

@@ -17,9 +17,9 @@ const (
 	chartRelease   = "podidentity"
 )
 
-// InstallChart installs the product's chart, or upgrades it, with the NMI image of this checkout, and waits until it
-// is ready. NMI may read all Secrets and request tokens of all ServiceAccounts, and trusts the fake Entra ID. args are
-// further arguments of `helm upgrade`.
+// InstallChart installs the product's chart, or upgrades it, with the NMI image of this checkout, and waits until it is
+// ready. NMI may read all Secrets and request tokens of all ServiceAccounts. It trusts the fake Entra ID if the cluster
+// has a fake Azure. args are further arguments of `helm upgrade`.
 func (c *Cluster) InstallChart(ctx context.Context, args ...string) error {
 	image, err := BuildNMIImage(ctx, c.progress)
 	if err != nil {
@@ -28,7 +28,7 @@ func (c *Cluster) InstallChart(ctx context.Context, args ...string) error {
 	return c.InstallChartWith(ctx, image, args...)
 }
 
-// InstallChartWith installs the chart with a given NMI image.
+// InstallChartWith is InstallChart with a given NMI image.
 func (c *Cluster) InstallChartWith(ctx context.Context, image Image, args ...string) error {
 	repo, err := RepoDir()
 	if err != nil {
@@ -56,18 +56,18 @@ func (c *Cluster) InstallChartWith(ctx context.Context, image Image, args ...str
 	return nil
 }
 
-// Files that virtual machines of AKS have in /etc/kubernetes. Here they are in the kubelet's folder, which a node keeps
-// when it restarts.
+// Files that virtual machines of AKS have in /etc/kubernetes. In this cluster they are in the kubelet's folder, which a
+// node keeps when it restarts.
 const (
 	cloudConfigFile = "azure.json"
 	customCloudFile = "akscustom.json"
 	kubeletDir      = "/var/lib/kubelet" // as the node sees it
 )
 
-// InstallStandard installs the chart, or upgrades it, in standard mode, with the images of this checkout, and waits until
-// it is ready. MIC authenticates as the system-assigned identity of its node, so its token requests go through NMI. It
-// finds the fake ARM by the configuration file of a custom cloud, because the cluster has no DNS server. args are further
-// arguments of `helm upgrade`.
+// InstallStandard installs the chart, or upgrades it, in standard mode, with the images of this checkout, and waits
+// until it is ready. MIC authenticates as the system-assigned identity of its node, so MIC's token requests go through
+// NMI. MIC reads the address of the fake ARM from the configuration file of a custom cloud, because the cluster has no
+// DNS server. args are further arguments of `helm upgrade`.
 func (c *Cluster) InstallStandard(ctx context.Context, args ...string) error {
 	image, err := BuildMICImage(ctx)
 	if err != nil {
@@ -106,7 +106,7 @@ func (c *Cluster) writeCloudFiles() error {
 				continue // a running MIC could read a half-written file
 			}
 			if err := os.WriteFile(at, text, 0o600); err != nil {
-				return fmt.Errorf("writing %s of %s: %w", file, n.Name, err)
+				return fmt.Errorf("writing %s of node %s: %w", file, n.Name, err)
 			}
 		}
 	}

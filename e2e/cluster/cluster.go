@@ -26,8 +26,8 @@ type Options struct {
 	Program string
 	// ProviderIDs are the nodes' spec.providerID, by node name. By default the nodes are instances of one scale set.
 	ProviderIDs map[string]string
-	// Wait is how long Start waits for another cluster on this host to end, such as the cluster of another package's
-	// tests.
+	// Wait is how long Start waits for another cluster with the same PODIDENTITY_CLUSTER to end, such as the cluster of
+	// another package's tests.
 	Wait time.Duration
 	// WithoutAzure leaves out the fake Azure.
 	WithoutAzure bool
@@ -54,8 +54,8 @@ func newCluster(bin Binaries, logDir string, progress func(string)) *Cluster {
 }
 
 // Start builds what is missing and starts a cluster. The cluster belongs to this process: it ends with Stop, or when
-// the process ends for any reason, unless Detach is called. Start returns ErrRunning if another cluster still runs
-// after opts.Wait.
+// the process ends for any reason, unless Detach is called. Start returns ErrRunning if another cluster with the same
+// PODIDENTITY_CLUSTER still runs after opts.Wait.
 func Start(ctx context.Context, opts Options) (*Cluster, error) {
 	progress := opts.Progress
 	if progress == nil {
@@ -87,7 +87,8 @@ func Start(ctx context.Context, opts Options) (*Cluster, error) {
 	return c, nil
 }
 
-// awaitOtherCluster returns nil once no other cluster runs. It returns ErrRunning if one still runs at the deadline.
+// awaitOtherCluster returns nil once no cluster with this PODIDENTITY_CLUSTER runs. It returns ErrRunning if one still
+// runs at the deadline.
 func awaitOtherCluster(ctx context.Context, deadline time.Time) error {
 	ticker := time.NewTicker(200 * time.Millisecond)
 	defer ticker.Stop()
@@ -171,8 +172,8 @@ func (c *Cluster) launch(ctx context.Context, cfg *superviseConfig) error {
 	defer eventsR.Close()
 	defer eventsW.Close()
 
-	// Not CommandContext, which would kill the supervisor: when ctx ends, the pipe is closed, and the supervisor stops
-	// and removes the cluster.
+	// CommandContext would kill the supervisor when ctx ends. Instead, the owner's pipe is closed (see below), and the
+	// supervisor stops and removes the cluster.
 	c.supervisor = exec.Command(cfg.Program, "supervise")
 	c.supervisor.ExtraFiles = []*os.File{ownerR, eventsW} // descriptors 3 and 4
 	c.supervisor.Dir = "/"
@@ -190,7 +191,8 @@ func (c *Cluster) launch(ctx context.Context, cfg *superviseConfig) error {
 	}()
 	eventsW.Close()
 
-	// Without this, a canceled owner would wait for the start to finish.
+	// If ctx ends during the start, the supervisor interrupts the start. Otherwise launch would wait until the start
+	// has finished.
 	stop := context.AfterFunc(ctx, func() { c.pipe.Close() })
 	defer stop()
 	line, err := json.Marshal(cfg)
@@ -226,7 +228,7 @@ func (c *Cluster) readEvents(events io.Reader) error {
 			c.progress(fmt.Sprintf("%5.1f s  %s", time.Since(start).Seconds(), e.Step))
 		}
 	}
-	return fmt.Errorf("starting the cluster: its supervisor ended%s", logTail(filepath.Join(c.logDir, "supervisor.log")))
+	return fmt.Errorf("starting the cluster: the supervisor ended before the cluster was ready%s", logTail(filepath.Join(c.logDir, "supervisor.log")))
 }
 
 // stopSupervisor makes the supervisor stop the cluster, unless the owner has detached, and waits up to 30 s for the
@@ -237,19 +239,19 @@ func (c *Cluster) stopSupervisor() error {
 	case <-c.ended:
 		return nil
 	case <-time.After(30 * time.Second):
-		return fmt.Errorf("the cluster's supervisor (process %d) did not end within 30 s", c.supervisor.Process.Pid)
+		return fmt.Errorf("the cluster's supervisor (process %d) did not end within 30 s: remove the cluster with `%s`", c.supervisor.Process.Pid, downCommand)
 	}
 }
 
-// Open returns the cluster that runs on this host, whichever process started it. It returns ErrNotRunning if there is
-// none, and another error while the cluster starts.
+// Open returns the running cluster with this PODIDENTITY_CLUSTER, whichever process started it. It returns
+// ErrNotRunning if there is none, and another error while the cluster starts.
 func Open() (*Cluster, error) {
 	s, err := running()
 	if err != nil {
 		return nil, err
 	}
 	if !s.Ready {
-		return nil, errors.New("the cluster is still starting")
+		return nil, fmt.Errorf("the cluster (supervisor process %d) is still starting: try again when it is ready", s.Supervisor.PID)
 	}
 	return newCluster(s.Binaries, s.LogDir, func(string) {}), nil
 }
@@ -282,8 +284,8 @@ func (c *Cluster) Stop() error {
 	return err
 }
 
-// Down stops the cluster that runs on this host, or removes what a killed one has left. It is no error if there is
-// nothing to do.
+// Down stops the cluster with this PODIDENTITY_CLUSTER, if it runs, and removes what is left of it, also after its
+// supervisor was killed. It returns nil if there is nothing to do.
 func Down() error {
 	if err := RequireRoot(); err != nil {
 		return err
@@ -306,7 +308,7 @@ func Down() error {
 	}
 	lock, err := lockRun()
 	if err != nil {
-		return err
+		return fmt.Errorf("removing the cluster (if another process starts or removes it now, try again): %w", err)
 	}
 	defer lock.Close()
 	return cleanUp()
@@ -330,8 +332,8 @@ func (c *Cluster) StopAPIServer(ctx context.Context) error { return control(ctx,
 // StartAPIServer starts a stopped API server and returns when it is ready. It fails if the API server is running.
 func (c *Cluster) StartAPIServer(ctx context.Context) error { return control(ctx, "/apiserver/start") }
 
-// RestartNode stops and starts a node like a reboot, and returns when the node is ready. The kubelet then restarts its
-// pods.
+// RestartNode stops and starts a node like a reboot, and returns when the node is ready. The kubelet restarts the
+// node's pods; they may not run yet when RestartNode returns.
 func (c *Cluster) RestartNode(ctx context.Context, name string) error {
 	return control(ctx, "/nodes/"+name+"/restart")
 }

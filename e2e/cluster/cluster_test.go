@@ -69,7 +69,7 @@ func TestClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
 	t.Run("programs run only in existing pods and nodes", func(t *testing.T) {
 		for pod, want := range map[string]string{"host": "hostNetwork", "absent": "not found"} {
 			if _, err := c.InPod(ctx, "default", pod, "true"); err == nil || !strings.Contains(err.Error(), want) {
-				t.Errorf("in pod %s: %v", pod, err)
+				t.Errorf("running a program in pod %s: error %v, want one with %q", pod, err, want)
 			}
 		}
 		if _, err := c.InNode(ctx, "node3", "true"); err == nil {
@@ -121,7 +121,7 @@ func checkAPIServerRestart(t *testing.T, ctx context.Context, c *Cluster) {
 		t.Fatal(err)
 	}
 	if _, err := c.Kubectl(ctx, "get", "nodes"); err == nil {
-		t.Error("the stopped API server answers")
+		t.Error("the API server responds after it was stopped")
 	}
 	if err := c.StartAPIServer(ctx); err != nil {
 		t.Fatal(err)
@@ -158,7 +158,7 @@ func checkSources(t *testing.T, ctx context.Context, c *Cluster) {
 			}
 		}
 		if err == nil && len(seen) < 3 {
-			err = fmt.Errorf("only %v", seen)
+			err = fmt.Errorf("nodes by source of the requests: %v, want 3", seen)
 		}
 		return err
 	}))
@@ -169,7 +169,7 @@ func checkSources(t *testing.T, ctx context.Context, c *Cluster) {
 		{podIP(t, ctx, c, "on-node1"), "node1"}, {podIP(t, ctx, c, "on-node2"), "node2"}, {nodeSpecs[0].IP, "node1"},
 	} {
 		if seen[want.source] != want.node {
-			t.Errorf("no request of %s from %s: %v", want.node, want.source, seen)
+			t.Errorf("no request from %s was recognized as one of %s; nodes by source: %v", want.source, want.node, seen)
 		}
 	}
 	logs := mustKubectl(t, ctx, c, "logs", "on-node1")
@@ -178,7 +178,7 @@ func checkSources(t *testing.T, ctx context.Context, c *Cluster) {
 		Error  string
 	}
 	if err := json.Unmarshal([]byte(logs), &outcome); err != nil || outcome.Status != 200 {
-		t.Errorf("the pod's log: %s (%v)", logs, err)
+		t.Errorf("the log of pod on-node1 is %s (%v), want a response with status 200", logs, err)
 	}
 }
 

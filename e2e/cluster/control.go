@@ -19,7 +19,7 @@ type controlServer struct {
 	err     error         // valid after stopped is closed
 }
 
-// serveControl opens the control socket and serves it. POST /stop calls end.
+// serveControl opens the control socket and serves it. POST /stop calls end and responds when finish is called.
 func (s *supervisor) serveControl(end func()) (*controlServer, error) {
 	listener, err := net.Listen("unix", controlSocket)
 	if err != nil {
@@ -48,7 +48,7 @@ func (s *supervisor) serveControl(end func()) (*controlServer, error) {
 		s.requests.Lock()
 		defer s.requests.Unlock()
 		if s.cp.apiserver.ended() == nil {
-			return errors.New("the API server is running")
+			return errors.New("cannot start the API server: it is running")
 		}
 		return s.cp.startAPIServer(r.Context())
 	})
@@ -62,7 +62,8 @@ func (s *supervisor) serveControl(end func()) (*controlServer, error) {
 	return c, nil
 }
 
-// finish answers the requests that wait for the end of the cluster, and closes the socket.
+// finish sends err, the result of stopping the cluster, to the requests that wait for the end of the cluster, and
+// closes the socket.
 func (c *controlServer) finish(err error) {
 	c.err = err
 	close(c.stopped)
@@ -96,5 +97,5 @@ func control(ctx context.Context, path string) error {
 		return nil
 	}
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
-	return errors.New(string(bytes.TrimSpace(text)))
+	return fmt.Errorf("POST %s to the cluster's supervisor: %s", path, bytes.TrimSpace(text))
 }

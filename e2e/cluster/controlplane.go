@@ -75,8 +75,9 @@ func (c *controlPlane) start(ctx context.Context, onAPI func()) error {
 	return waitFor(ctx, "the ServiceAccount of the namespace default", startLimit, []*process{c.manager, c.apiserver}, c.api.awaitServiceAccount)
 }
 
-// startEtcd runs etcd with its data in memory: to sync each write to a disk would take most of the start time, and the
-// data is discarded anyway. The tmpfs is in etcd's own mount namespace, so it disappears when etcd ends.
+// startEtcd starts etcd and returns when etcd is healthy. The data of etcd is in memory: to sync each write to a disk
+// would take most of the start time, and the data is discarded anyway. The tmpfs is in etcd's own mount namespace, so
+// it disappears when etcd ends.
 func (c *controlPlane) startEtcd(ctx context.Context) error {
 	dir := filepath.Join(c.dir, "etcd")
 	if err := os.MkdirAll(dir, 0o700); err != nil {

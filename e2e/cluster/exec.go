@@ -8,8 +8,8 @@ import (
 	"syscall"
 )
 
-// The functions of this file replace this program by another one (exec): they return only with an error. The other
-// program has the standard input and output and the exit status of this one.
+// The functions of this file replace the calling program by another program (exec), so they return only if that fails.
+// The other program keeps the standard input and output, and the process ends with the other program's exit status.
 
 // ExecInNode executes a program of the host inside a node's network namespace.
 func (n NetworkNamespaces) ExecInNode(node, program string, args []string) error {

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// initialNetnsInode is the inode number of the host's first network namespace. It is fixed since Linux 6.17; older
-// kernels assign a number at boot. The check relies on it where /proc/1/ns/net cannot be read.
+// initialNetnsInode is the inode number of the host's first network namespace. The number is fixed since Linux 6.17;
+// older kernels assign a number at boot. refuseHostNetns needs the constant where /proc/1/ns/net cannot be read.
 const initialNetnsInode = 0xEFFFFFF9
 
 // ownNetns is the inode number of the network namespace that the program was started in. If a user starts the program on the
@@ -29,7 +29,7 @@ func netnsInode(path string) uint64 {
 }
 
 // refuseHostNetns returns an error unless path is a network namespace that is certainly not the host's own. It compares
-// three inode numbers, because none of them identifies the host's namespace in every case.
+// the inode number of path with three numbers, because none of the three is the host's namespace in every case.
 func refuseHostNetns(path string) error {
 	inode := netnsInode(path)
 	if inode == 0 {

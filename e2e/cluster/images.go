@@ -22,7 +22,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
-// epoch is the time of everything in an image.
+// epoch is the timestamp of an image, its layer and all files in the layer.
 var epoch = time.Unix(0, 0).UTC()
 
 // Image is a container image in a file of the format that `docker save` writes. Pods use it by Ref with imagePullPolicy
@@ -46,7 +46,7 @@ type imageSpec struct {
 	args    []string
 }
 
-// pack writes the image into the cache unless an image with the same content is there.
+// pack writes the image into an archive in the cache unless the cache has an archive with the same content.
 func (s imageSpec) pack(cache string) (Image, error) {
 	dir := filepath.Join(cache, "images")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -127,7 +127,8 @@ func writeArchive(image Image, content v1.Image) error {
 	return os.Rename(file.Name(), image.Archive)
 }
 
-// removeOldArchives keeps the newest few archives of a name: each change of the product adds another one.
+// removeOldArchives removes all archives of an image name except the newest four: each change of the product adds an
+// archive.
 func removeOldArchives(dir, name string) error {
 	const keep = 4
 	archives, err := filepath.Glob(filepath.Join(dir, name+"-*.tar"))

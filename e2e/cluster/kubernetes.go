@@ -18,12 +18,14 @@ const kubernetesVersion = "v1.37.2"
 
 const countPrefix = "building Kubernetes: "
 
-// multiCall is the program that contains all others (see binaries/main.go). They are links to it.
+// multiCall is the file name of the program that contains all of kubernetesPrograms (see binaries/main.go). Each of
+// these names is a symbolic link to the file.
 const multiCall = "kubernetes"
 
 var kubernetesPrograms = []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl", "helm"}
 
-// ensureKubernetes returns the folder with the programs of Kubernetes and helm. It builds them the first time.
+// ensureKubernetes returns the folder with the programs of Kubernetes and helm. It builds them once for each content of
+// go.mod and main.go in the folder binaries.
 func ensureKubernetes(ctx context.Context, progress func(string)) (string, error) {
 	cache, err := cacheDir()
 	if err != nil {
@@ -38,12 +40,12 @@ func ensureKubernetes(ctx context.Context, progress func(string)) (string, error
 	for _, file := range []string{"go.mod", "main.go"} {
 		text, err := os.ReadFile(filepath.Join(module, file))
 		if err != nil {
-			return "", fmt.Errorf("reading which programs of Kubernetes to build: %w", err)
+			return "", fmt.Errorf("building Kubernetes: reading the source of its programs: %w", err)
 		}
 		source = append(source, string(text))
 	}
 	if !strings.Contains(source[0], "k8s.io/kubernetes "+kubernetesVersion+"\n") {
-		return "", fmt.Errorf("%s/go.mod does not require Kubernetes %s", module, kubernetesVersion)
+		return "", fmt.Errorf("%s/go.mod does not require k8s.io/kubernetes %s, the version in kubernetesVersion of package e2e/cluster", module, kubernetesVersion)
 	}
 	dir := filepath.Join(cache, "kubernetes-"+kubernetesVersion+"-"+keyOf(append(source, runtime.GOARCH)...))
 	return dir, buildOnce(dir, func(dest string) error {
@@ -103,7 +105,7 @@ func buildWithProgress(ctx context.Context, progress func(string), module, progr
 			case <-finished:
 				return
 			case <-ticker.C:
-				progress(fmt.Sprintf(countPrefix+"%d of at most %d packages compiled, %s", compiled.Load(), total, time.Since(start).Round(time.Second)))
+				progress(fmt.Sprintf(countPrefix+"%d of at most %d packages compiled after %s", compiled.Load(), total, time.Since(start).Round(time.Second)))
 			}
 		}
 	}()
@@ -116,7 +118,8 @@ func buildWithProgress(ctx context.Context, progress func(string), module, progr
 	return nil
 }
 
-// readBuildOutput counts package names and returns the other lines, which are errors.
+// readBuildOutput counts the lines that are package names. It returns the other lines, except empty ones and those
+// about downloads: they contain the errors of the build.
 func readBuildOutput(r io.Reader, compiled *atomic.Int64) string {
 	var rest strings.Builder
 	for lines := bufio.NewScanner(r); lines.Scan(); {

@@ -119,7 +119,7 @@ func checkNothingLeft(t *testing.T, ids map[string]processID) {
 		}
 	}
 	if len(ids) < 5 {
-		t.Errorf("only %d processes were recorded: %v", len(ids), ids)
+		t.Errorf("only %d processes were recorded, want at least 5: %v", len(ids), ids)
 	}
 	if _, err := os.Stat(runDir); err == nil {
 		t.Errorf("%s still exists", runDir)

@@ -27,7 +27,7 @@ func TestModulesSelectTheSameVersions(t *testing.T) {
 		for _, require := range module.Require {
 			path, version := require.Mod.Path, require.Mod.Version
 			if other, ok := selected[path]; ok && other != version {
-				t.Errorf("%s requires %s %s, another module %s: packages that use it are compiled twice; select one version with go get",
+				t.Errorf("%s requires %s %s, and another module requires %s: packages that use it are compiled twice; select one version with go get",
 					file, path, version, other)
 			}
 			selected[path] = version

@@ -55,12 +55,12 @@ func netnsPath(name string) string { return filepath.Join(netnsDir, name) }
 //	podid-nodeN  10.10.0.1N   pods in 10.244.N.0/24
 //	podid-azure  10.10.0.254  and 169.254.169.254 behind it
 //
-// As on Azure, every node routes the metadata address to podid-azure: a packet of a pod that nothing captures on the node
-// is forwarded, and arrives there with the pod's own source address.
+// Every node routes the metadata address to podid-azure. If no rule on the node captures a pod's packet, the node
+// forwards the packet, and it arrives in podid-azure with the pod's own source address, as on Azure.
 //
-// The API server listens on port 443 of podid-cp. That namespace also has the address of the Service kubernetes.default,
-// and nodes route the service range there. This replaces kube-proxy for the one Service that in-cluster clients need,
-// without NAT rules that could interfere with the rules under test.
+// The API server listens on port 443 of podid-cp. That namespace also has the address of the Service
+// kubernetes.default, and nodes route the service range there. This replaces kube-proxy for the one Service that
+// in-cluster clients need, without NAT rules that could interfere with the rules under test.
 func makeNetwork() error {
 	if err := prepareNetnsDir(); err != nil {
 		return err
@@ -137,8 +137,8 @@ func (n nodeSpec) routes() error {
 	return nil
 }
 
-// removeNetwork removes all namespaces of the cluster. The kernel removes the links of a namespace after its last process
-// has ended.
+// removeNetwork removes all network namespaces of the cluster. The kernel removes the links of a namespace after its
+// last process has ended.
 func removeNetwork() error {
 	paths, err := filepath.Glob(netnsPath(namePrefix + "*"))
 	if err != nil {
@@ -180,7 +180,8 @@ func prepareNetnsDir() error {
 	return nil
 }
 
-// insideNewNetns runs f in a new network namespace, which is deleted afterwards unless f keeps it.
+// insideNewNetns runs f in a new network namespace. The kernel deletes the namespace afterwards, unless f mounts it on
+// a file or opens it.
 func insideNewNetns(f func() error) error {
 	return onThrowawayThread(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
@@ -253,7 +254,8 @@ func (h *netnsHandle) close() {
 	h.ns.Close()
 }
 
-// connect connects another namespace to the bridge in h by a pair of links; the other namespace's end is eth0.
+// connect connects the namespace with the given name to the bridge in h by a pair of links. The link in that namespace
+// is eth0 and gets the address ip.
 func (h *netnsHandle) connect(name, ip string, bridge netlink.Link) error {
 	other, err := openNetns(name)
 	if err != nil {
@@ -301,7 +303,7 @@ func DialFrom(path string, local net.Addr) func(ctx context.Context, network, ad
 	return func(ctx context.Context, network, address string) (conn net.Conn, err error) {
 		if host, _, splitErr := net.SplitHostPort(address); splitErr != nil || !isAddress(host) {
 			// The resolver would look up a host name in other goroutines, outside of the namespace.
-			return nil, fmt.Errorf("connecting to %q inside %s: the address must be an IP address", address, path)
+			return nil, fmt.Errorf("connecting to %q inside network namespace %s: the address must be IP:PORT, without a host name", address, path)
 		}
 		err = insideNetns(path, func() error {
 			conn, err = (&net.Dialer{LocalAddr: local}).DialContext(ctx, network, address)

@@ -13,7 +13,8 @@ import (
 	"time"
 )
 
-// node is one node of the cluster, seen from the supervisor: the process that is PID 1 of its namespaces.
+// node is one node of the cluster as the supervisor sees it: a process, init, that is PID 1 in the node's PID
+// namespace.
 type node struct {
 	nodeSpec
 	bin        Binaries
@@ -25,9 +26,9 @@ type node struct {
 
 	onStart func(name string, p *process) error
 
-	began time.Time // when it was started
+	began time.Time // when the node was started
 	init  *process
-	input *os.File // init starts the kubelet when it reads a line from here
+	input *os.File // write end of init's standard input; the line "kubelet" makes init start the kubelet
 }
 
 func (n *node) dir() string { return filepath.Join(runDir, n.Name) }
@@ -55,7 +56,7 @@ type nodePlan struct {
 func (n *node) boot(ctx context.Context) error {
 	n.began = time.Now()
 	// As after a reboot there are no cgroups and /run is empty, and the folders of containerd, the kubelet and CNI in
-	// /var/lib are kept. In old cgroups the kubelet would look for containers for half a minute.
+	// /var/lib are kept. The kubelet would look for containers in old cgroups for half a minute.
 	if err := errors.Join(removeCgroups(n.netns()), createCgroups(n.netns())); err != nil {
 		return err
 	}
@@ -103,7 +104,10 @@ func (n *node) boot(ctx context.Context) error {
 // started earlier waits longer and longer between its attempts to connect.
 func (n *node) startKubelet() error {
 	_, err := n.input.Write([]byte("kubelet\n"))
-	return errors.Join(err, n.input.Close())
+	if err := errors.Join(err, n.input.Close()); err != nil {
+		return fmt.Errorf("starting the kubelet by the init process of node %s: %w", n.Name, err)
+	}
+	return nil
 }
 
 func (n *node) awaitReady(ctx context.Context, api *apiClient) error {
@@ -119,7 +123,7 @@ func (n *node) awaitReady(ctx context.Context, api *apiClient) error {
 func importImages(ctx context.Context, bin Binaries, node string, archives []string) error {
 	for _, archive := range archives {
 		if _, err := runCtr(ctx, bin, node, "images", "import", archive); err != nil {
-			return fmt.Errorf("importing an image: %w", err)
+			return fmt.Errorf("importing image archive %s: %w", archive, err)
 		}
 	}
 	return nil

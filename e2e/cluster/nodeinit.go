@@ -13,9 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// NodeInit is PID 1 of a node. It is called in the node's new network, mount, PID and host name namespaces, sets them up
-// like a computer, runs containerd and, after a line on standard input, the kubelet. It returns only with an error. When
-// it ends, the kernel kills everything on the node; nodes are stopped that way.
+// NodeInit is the function of a node's PID 1. It is called in the node's own network, mount, PID and host name
+// namespaces. It sets the host name and the node's root file system, and runs containerd and, after the line "kubelet"
+// on standard input, the kubelet. It returns only with an error. When PID 1 ends, the kernel kills all processes of the
+// node; the supervisor stops nodes that way.
 func NodeInit(planFile string) error {
 	if os.Getpid() != 1 {
 		return errors.New("node-init is only run by the cluster itself, as the first process of a node")
@@ -37,7 +38,7 @@ func NodeInit(planFile string) error {
 	return plan.runDaemons()
 }
 
-// mounts does a series of mounts and keeps the first error.
+// mounts performs a series of mounts. It keeps the first error and does nothing after it.
 type mounts struct {
 	root string
 	err  error
@@ -121,7 +122,8 @@ func (plan *nodePlan) setUp() error {
 	return pivotInto(merged)
 }
 
-// replaceDir makes dir contain one file only: CNI configuration of the host must not apply to the node.
+// replaceDir makes a copy of source, with the given name, the only file in dir: CNI configuration of the host must not
+// apply to the node.
 func replaceDir(dir, source, name string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return err
@@ -136,8 +138,9 @@ func replaceDir(dir, source, name string) error {
 	return os.WriteFile(filepath.Join(dir, name), data, 0o644)
 }
 
-// shieldKernelSettings hides kernel settings that a kubelet writes unless they have the value that it expects. They are
-// settings of the whole host, which a test must not change: instead of them, the node sees files with the expected values.
+// shieldKernelSettings hides the kernel settings that a kubelet changes if they do not have the expected values. They
+// are settings of the whole host, which a test must not change. In their place the node sees files with the expected
+// values.
 func (plan *nodePlan) shieldKernelSettings(m *mounts) {
 	for setting, value := range map[string]string{
 		"vm/overcommit_memory":      "1",
@@ -155,7 +158,7 @@ func (plan *nodePlan) shieldKernelSettings(m *mounts) {
 
 func pivotInto(root string) error {
 	if err := unix.Chdir(root); err != nil {
-		return err
+		return fmt.Errorf("entering the new root file system %s: %w", root, err)
 	}
 	// Old and new root share one mount point; the old one is unmounted next.
 	if err := unix.PivotRoot(".", "."); err != nil {
@@ -171,7 +174,8 @@ func pivotInto(root string) error {
 	return unix.Chdir("/")
 }
 
-// runDaemons runs containerd and the kubelet, and reaps orphaned processes, as PID 1 must.
+// runDaemons runs containerd and the kubelet, and reaps orphaned processes, as PID 1 must. It returns when one of the
+// two daemons has ended.
 func (plan *nodePlan) runDaemons() error {
 	containerd, err := plan.startDaemon("containerd", plan.Containerd)
 	if err != nil {
@@ -180,7 +184,7 @@ func (plan *nodePlan) runDaemons() error {
 	names := map[int]string{containerd: "containerd"}
 	line, err := bufio.NewReader(os.Stdin).ReadString('\n')
 	if err != nil || line != "kubelet\n" {
-		return fmt.Errorf("node %s: its supervisor ended before the kubelet was started", plan.Name)
+		return fmt.Errorf("node %s: the cluster's supervisor did not send the line \"kubelet\", which starts the kubelet: read %q (error: %v)", plan.Name, line, err)
 	}
 	kubelet, err := plan.startDaemon("kubelet", plan.Kubelet)
 	if err != nil {

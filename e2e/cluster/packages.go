@@ -28,7 +28,8 @@ var hostTools = []struct{ program, pkg string }{
 	{"iptables-save", "iptables"},
 }
 
-// ensurePackages returns the folder with the unpacked packages. The first time it downloads them.
+// ensurePackages returns the folder with the unpacked packages. It downloads them once for each Debian release,
+// architecture and list of packages.
 func ensurePackages(ctx context.Context, progress func(string)) (string, error) {
 	cache, err := cacheDir()
 	if err != nil {
@@ -77,9 +78,11 @@ func ensureHostTools(ctx context.Context, progress func(string)) error {
 	return apt(ctx, progress, "/", append([]string{"install", "-y", "--no-install-recommends"}, missing...)...)
 }
 
-// findHostTool also searches the folders of root's tools: a PATH without the sbin folders is common.
+// findHostTool returns the path of a program of the host. It searches PATH and the sbin folders, because a PATH without
+// the sbin folders is common.
 func findHostTool(program string) (string, error) {
-	if path, err := exec.LookPath(program); err == nil {
+	path, err := exec.LookPath(program)
+	if err == nil {
 		return path, nil
 	}
 	for _, dir := range []string{"/usr/local/sbin", "/usr/sbin", "/sbin"} {
@@ -87,7 +90,7 @@ func findHostTool(program string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("%s: %w", program, exec.ErrNotFound)
+	return "", fmt.Errorf("no executable program %q on this host, also not in the sbin folders: %w", program, err)
 }
 
 // apt runs apt-get. A new host has no package lists, or old ones: after a failure apt updates them and retries once.
@@ -113,8 +116,8 @@ func apt(ctx context.Context, progress func(string), dir string, args ...string)
 }
 
 // NodeModules installs the npm packages of e2e/folder/package-lock.json into the cache, once for each content of that
-// file and of package.json, and returns the value of NODE_PATH for them. npm checks the hash of each package, and runs
-// none of their scripts.
+// file and of package.json, and returns the value of NODE_PATH for them. npm checks the hash of each package, and does
+// not run the packages' scripts.
 func NodeModules(ctx context.Context, progress func(string), folder string) (string, error) {
 	if progress == nil {
 		progress = func(string) {}
@@ -151,7 +154,8 @@ func NodeModules(ctx context.Context, progress func(string), folder string) (str
 	})
 }
 
-// run runs a program that prints little and returns its standard output. An error contains what the program printed.
+// run runs a program that prints little and returns its standard output. An error contains the last lines that the
+// program printed.
 func run(cmd *exec.Cmd) (string, error) {
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -218,7 +222,8 @@ func buildOnce(dir string, build func(dest string) error) error {
 	return os.Rename(partial, dir)
 }
 
-// lockFile returns once no other program holds the lock. Closing the file releases it.
+// lockFile waits until no other program holds the lock on the file at path, and returns the locked file. Closing the
+// file releases the lock.
 func lockFile(path string) (*os.File, error) {
 	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {
@@ -226,7 +231,7 @@ func lockFile(path string) (*os.File, error) {
 	}
 	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX); err != nil {
 		file.Close()
-		return nil, fmt.Errorf("waiting for another build: locking %s: %w", path, err)
+		return nil, fmt.Errorf("locking %s against simultaneous builds: %w", path, err)
 	}
 	return file, nil
 }

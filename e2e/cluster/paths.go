@@ -13,8 +13,8 @@ import (
 var instance = os.Getenv("PODIDENTITY_CLUSTER")
 
 var (
-	// namePrefix begins the name of every network namespace, cgroup and link that is visible outside of the cluster.
-	// Leftovers are found by it, and nothing of another program is mistaken for the cluster's.
+	// namePrefix begins the names of the cluster's network namespaces and of its cgroups, as the host sees them, and of
+	// the links in podid-cp. cleanUp finds leftovers by this prefix, and removes nothing of another program.
 	namePrefix = "podid" + instance + "-"
 
 	// runDir contains all state of the running cluster, and is its lock (see lockRun). It is not in /run, which is
@@ -40,13 +40,17 @@ var (
 	adminConfig   = filepath.Join(pkiDir, "admin.kubeconfig")
 )
 
-// checkInstance refuses an instance that cannot be part of a link's name, which has at most 15 bytes.
+// checkInstance returns an error unless instance is empty or a number of at most three digits: it is part of the names
+// of links, which have at most 15 bytes.
 func checkInstance() error {
 	if len(instance) > 3 || strings.Trim(instance, "0123456789") != "" {
 		return fmt.Errorf("PODIDENTITY_CLUSTER is %q: it must be empty or a number below 1000", instance)
 	}
 	return nil
 }
+
+// downCommand is the command that removes the cluster, for messages.
+var downCommand = "PODIDENTITY_CLUSTER=" + instance + " bin/cluster down"
 
 // adminEnv is the environment with which kubectl and helm use this cluster only. The caches and settings of the user are
 // neither read nor changed.
@@ -94,7 +98,7 @@ func RepoDir() (string, error) {
 			}
 		}
 	}
-	return "", errors.New("the Pod Identity checkout was not found: run this inside of it (no go.mod of module " + rootModule + " in " + strings.Join(starts, " or ") + " or above)")
+	return "", errors.New("no checkout of Pod Identity found: no go.mod of module " + rootModule + " in " + strings.Join(starts, " or ") + " or a folder above; start this program in the checkout")
 }
 
 func e2eDir() (string, error) {

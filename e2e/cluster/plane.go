@@ -68,7 +68,7 @@ func loopbackNetns() (file *os.File, err error) {
 		}
 		address := &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP(controlPlaneIP), Mask: net.CIDRMask(32, 32)}}
 		if err := errors.Join(netlink.LinkSetUp(lo), netlink.AddrAdd(lo, address)); err != nil {
-			return fmt.Errorf("setting lo in a network namespace up: %w", err)
+			return fmt.Errorf("configuring lo with the address %s in a new network namespace: %w", controlPlaneIP, err)
 		}
 		file, err = os.Open("/proc/thread-self/ns/net")
 		return err

@@ -2,7 +2,6 @@ package cluster
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -44,14 +43,14 @@ func (n NetworkNamespaces) PodPIDs(ctx context.Context, namespace, name string) 
 	if err != nil {
 		return nil, err
 	}
-	return podProcesses(string(pod.UID))
+	return podProcesses(pod)
 }
 
-// podProcesses finds processes by the pod's cgroup, whose name the kubelet derives from the UID. Nothing else on the host
-// shows which namespaces belong to a pod.
-func podProcesses(uid string) ([]int, error) {
-	if uid == "" {
-		return nil, errors.New("the pod has no UID")
+// podProcesses returns the PIDs of a pod's processes, in order. It finds them by the pod's cgroup, whose name the
+// kubelet derives from the UID. Nothing else on the host shows which namespaces belong to a pod.
+func podProcesses(pod *corev1.Pod) ([]int, error) {
+	if pod.UID == "" {
+		return nil, fmt.Errorf("the processes of pod %s/%s cannot be found: the API server returned the pod without a UID", pod.Namespace, pod.Name)
 	}
 	files, err := filepath.Glob("/proc/[0-9]*/cgroup")
 	if err != nil {
@@ -60,7 +59,7 @@ func podProcesses(uid string) ([]int, error) {
 	var pids []int
 	for _, file := range files {
 		data, err := os.ReadFile(file)
-		if err != nil || !strings.Contains(string(data), "/"+namePrefix) || !strings.Contains(string(data), "/pod"+uid+"/") {
+		if err != nil || !strings.Contains(string(data), "/"+namePrefix) || !strings.Contains(string(data), "/pod"+string(pod.UID)+"/") {
 			continue // the process has ended, or is not of this pod
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
@@ -73,23 +72,25 @@ func podProcesses(uid string) ([]int, error) {
 	return pids, nil
 }
 
-// PodNetns opens the network namespace of a running pod. The caller closes the file, which keeps the namespace.
+// PodNetns opens the network namespace of a running pod. The kernel keeps the namespace until the caller closes the
+// file.
 //
-// PodNetns refuses a pod without a reported address. Such a pod may already have a network, because its sandbox exists
-// some time before its container. On a busy host that time is longer than NMI waits for the pod of an unknown address
-// to appear in the API server, so NMI would refuse its requests.
+// PodNetns returns an error for a pod whose address the API server does not report yet. Such a pod may already have a
+// network, because its sandbox exists some time before its container. On a busy host the API server may report the
+// address later than NMI waits for it, and NMI would refuse the pod's requests.
 func (n NetworkNamespaces) PodNetns(ctx context.Context, namespace, name string) (*os.File, error) {
 	pod, err := n.pod(ctx, namespace, name)
 	if err != nil {
 		return nil, err
 	}
 	if pod.Spec.HostNetwork {
-		return nil, fmt.Errorf("pod %s/%s is in its node's network (hostNetwork): use in-node with node %s", namespace, name, pod.Spec.NodeName)
+		return nil, fmt.Errorf("pod %s/%s has no network namespace of its own (hostNetwork): run the program in that of node %s (InNode, or `bin/cluster in-node`)",
+			namespace, name, pod.Spec.NodeName)
 	}
 	if pod.Status.PodIP == "" {
-		return nil, fmt.Errorf("pod %s/%s has no address yet (its phase is %s)", namespace, name, pod.Status.Phase)
+		return nil, fmt.Errorf("pod %s/%s has no address (its phase is %s), so its network may not be ready", namespace, name, pod.Status.Phase)
 	}
-	pids, err := podProcesses(string(pod.UID))
+	pids, err := podProcesses(pod)
 	if err != nil {
 		return nil, err
 	}
@@ -102,7 +103,7 @@ func (n NetworkNamespaces) PodNetns(ctx context.Context, namespace, name string)
 			return file, nil
 		}
 	}
-	return nil, fmt.Errorf("pod %s/%s has no running process (its phase is %s)", namespace, name, pod.Status.Phase)
+	return nil, fmt.Errorf("pod %s/%s has no process in a network namespace of its own (its phase is %s)", namespace, name, pod.Status.Phase)
 }
 
 // openPodNetns opens the network namespace of a process of a pod. It returns nil without an error if the process has
@@ -115,7 +116,7 @@ func openPodNetns(pid int, pod *corev1.Pod) (*os.File, error) {
 	}
 	// The open file pins the namespace. This check comes after the open: if the process had ended before the open, its
 	// PID could have belonged to another process by then.
-	still, err := podProcesses(string(pod.UID))
+	still, err := podProcesses(pod)
 	if err != nil || !slices.Contains(still, pid) {
 		file.Close()
 		return nil, err
@@ -184,7 +185,8 @@ func (n NetworkNamespaces) InPod(ctx context.Context, namespace, name, program s
 	return out, nil
 }
 
-// netnsFileCommand passes the open namespace on to the command, which then owns it.
+// netnsFileCommand returns a command that runs a program of the host inside the network namespace that file refers to.
+// The caller must not use or close the file afterwards.
 func netnsFileCommand(ctx context.Context, file *os.File, program string, args ...string) (*exec.Cmd, error) {
 	program, err := findHostTool(program)
 	if err != nil {
@@ -192,7 +194,7 @@ func netnsFileCommand(ctx context.Context, file *os.File, program string, args .
 		return nil, err
 	}
 	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--net=/proc/self/fd/3", "--", program}, args...)...)
-	cmd.ExtraFiles = []*os.File{file} // descriptor 3; the garbage collector closes ours
+	cmd.ExtraFiles = []*os.File{file} // descriptor 3; the garbage collector closes it in this process
 	return cmd, nil
 }
 

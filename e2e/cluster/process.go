@@ -46,8 +46,8 @@ func (p processID) alive() bool {
 	return p.PID > 1 && err == nil && start == p.Start && state != 'Z'
 }
 
-// open returns a descriptor that pins the process. It returns false if the process has ended, even if another process
-// has its PID by then.
+// open returns a pidfd of the process. A pidfd never refers to another process, even if the kernel reuses the PID. open
+// returns false if the process has ended, even if another process has its PID by then.
 func (p processID) open() (fd int, ok bool, err error) {
 	if p.PID <= 1 {
 		return -1, false, nil
@@ -66,7 +66,7 @@ func (p processID) open() (fd int, ok bool, err error) {
 }
 
 // kill sends SIGKILL to the process. It does nothing if the process has ended, even if another process has its PID by
-// then: the descriptor pins the process between the check and the signal.
+// then: the pidfd refers to the same process in the check and in the signal.
 func (p processID) kill() error {
 	fd, ok, err := p.open()
 	if err != nil {
@@ -82,8 +82,8 @@ func (p processID) kill() error {
 	return nil
 }
 
-// waitGone returns nil when the process has ended, and an error after the limit. The process need not be a child: the
-// descriptor of a process becomes readable when the process ends.
+// waitGone returns nil when the process has ended, and an error after the limit. The process need not be a child: a
+// pidfd becomes readable when its process ends.
 func (p processID) waitGone(limit time.Duration) error {
 	fd, ok, err := p.open()
 	if err != nil {
@@ -118,8 +118,8 @@ type process struct {
 	err  error
 }
 
-// spawner starts all children on one thread that lives as long as the program: the kernel sends the parent-death
-// signal when the thread that made the child ends, not when the program does.
+// spawner starts all children on one thread that lives as long as the program: the kernel sends the parent-death signal
+// when the thread that started the child ends, even if the program continues.
 type spawner chan func()
 
 func newSpawner() spawner {
@@ -160,12 +160,12 @@ func (s spawner) start(name, log string, cmd *exec.Cmd) (*process, error) {
 		close(p.done)
 	}()
 	if err != nil {
-		return nil, fmt.Errorf("starting %s: %w", name, err)
+		return nil, fmt.Errorf("%s was started as process %d, but its start time cannot be read: %w", name, cmd.Process.Pid, err)
 	}
 	return p, nil
 }
 
-// stop kills the process and waits for its end. No process of the cluster has data to save.
+// stop kills the process and waits up to 10 s for its end. No process of the cluster has data to save.
 func (p *process) stop() error {
 	if p == nil {
 		return nil
@@ -181,21 +181,22 @@ func (p *process) stop() error {
 	}
 }
 
-// ended returns nil while the process runs, and then an error that contains the last lines of its log.
+// ended returns nil while the process runs. After the end of the process it returns an error that contains the last
+// lines of the process's log.
 func (p *process) ended() error {
 	select {
 	case <-p.done:
-		return fmt.Errorf("%s ended by itself (%v)%s", p.name, p.err, logTail(p.log))
+		return fmt.Errorf("%s has ended (process %d, exit error: %v)%s", p.name, p.PID, p.err, logTail(p.log))
 	default:
 		return nil
 	}
 }
 
-// startLimit is how long one process may take to become ready. It is long, because a busy host is slow, and a process
-// that has ended ends the wait at once.
+// startLimit is how long one process may take to become ready. It is long, because a busy host is slow. It does not
+// delay the error of a process that ends: waitFor returns that error at once.
 const startLimit = 3 * time.Minute
 
-// errTooLate is the cause of a context whose wait took longer than its limit.
+// errTooLate is the cancellation cause of the context in waitFor when the limit is over.
 var errTooLate = errors.New("the limit is over")
 
 // waitFor calls wait, which returns when an event has happened. The string what names that event in errors. The context

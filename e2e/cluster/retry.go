@@ -19,7 +19,7 @@ func Retry(within time.Duration, check func() error) error {
 			return nil
 		}
 		if elapsed >= within {
-			return fmt.Errorf("still not true after %s: %w", within, err)
+			return fmt.Errorf("the condition is still not true after %s: %w", within, err)
 		}
 		time.Sleep(100 * time.Millisecond)
 		elapsed += min(time.Since(began), maxStep)

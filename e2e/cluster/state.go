@@ -65,18 +65,18 @@ func (s *state) write() error {
 
 // ErrRunning is returned if another cluster with the same PODIDENTITY_CLUSTER runs: both would use the same names,
 // network namespaces and cgroups.
-var ErrRunning = errors.New("a cluster is already running on this host")
+var ErrRunning = fmt.Errorf("a cluster with PODIDENTITY_CLUSTER=%q is already running on this host", instance)
 
 func errRunning(s *state) error {
 	since := ""
 	if s != nil {
-		since = fmt.Sprintf(" since %s (supervisor %d)", s.Started.Format(time.TimeOnly), s.Supervisor.PID)
+		since = fmt.Sprintf(" since %s (supervisor process %d)", s.Started.Format(time.TimeOnly), s.Supervisor.PID)
 	}
-	return fmt.Errorf("%w%s; stop it with `bin/cluster down`", ErrRunning, since)
+	return fmt.Errorf("%w%s; remove it with `%s`, or start another cluster beside it with another PODIDENTITY_CLUSTER", ErrRunning, since, downCommand)
 }
 
 // ErrNotRunning is returned by functions that need a running cluster.
-var ErrNotRunning = errors.New("no cluster is running: start one with `bin/cluster up`")
+var ErrNotRunning = fmt.Errorf("no cluster with PODIDENTITY_CLUSTER=%q is running on this host: start one with `bin/cluster up`", instance)
 
 // lockRun locks the run folder, so that only one cluster with this PODIDENTITY_CLUSTER runs at a time. It returns
 // ErrRunning if another process holds the lock. The kernel releases the lock when the process that holds it ends for
@@ -92,7 +92,7 @@ func lockRun() (*os.File, error) {
 		}
 		if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 			dir.Close()
-			s, _ := readState() // nil if the holder has just started
+			s, _ := readState() // nil, or the state of an earlier cluster, if the holder has just started
 			return nil, errRunning(s)
 		}
 		// The previous holder may have removed the folder between Open and Flock.
@@ -105,8 +105,9 @@ func lockRun() (*os.File, error) {
 	}
 }
 
-// cleanUp removes everything of a stopping cluster, and whatever a killed one has left, also one that was still starting.
-// The caller holds the lock, so no other cluster runs. cleanUp is idempotent.
+// cleanUp removes what is left of a cluster that stops, or whose supervisor was killed while the cluster ran or
+// started. The caller holds the lock of lockRun, so no other cluster with this PODIDENTITY_CLUSTER runs. cleanUp is
+// idempotent.
 func cleanUp() error {
 	var errs []error
 	s, err := readState()

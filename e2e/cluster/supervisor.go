@@ -44,9 +44,10 @@ const detachByte = 'D'
 // supervisor runs the cluster: every process of the cluster is a descendant of it, and the cluster ends with it.
 //
 // It is a separate program, because a process that is killed by SIGKILL cannot clean up after itself. Only the owner, a
-// test or `cluster up`, has the write end of a pipe. When the owner ends for any reason, the kernel closes the pipe, and
-// the supervisor stops the cluster. If the supervisor itself is killed, the kernel kills its children with their
-// parent-death signal; cgroups, namespaces and files remain until the next start or stop removes them.
+// test or `cluster up`, has the write end of a pipe. When the owner ends for any reason, the kernel closes the pipe,
+// and the supervisor stops the cluster, unless the owner has detached. If the supervisor itself is killed, the kernel
+// kills its children with their parent-death signal; cgroups, namespaces and files remain until the next start or stop
+// removes them.
 type supervisor struct {
 	cfg    superviseConfig
 	cp     *controlPlane
@@ -60,8 +61,9 @@ type supervisor struct {
 	state state
 }
 
-// Supervise runs a cluster until its owner, or a request on the control socket, ends it. owner and events are the pipes
-// from and to the program that started it.
+// Supervise runs a cluster until the owner ends or closes its pipe without having detached, a request on the control
+// socket stops the cluster, or SIGINT or SIGTERM arrives. owner is the pipe from the owner, and events is the pipe to
+// the owner.
 func Supervise(owner, events *os.File) error {
 	lines := bufio.NewReader(owner)
 	line, err := lines.ReadBytes('\n')
@@ -80,7 +82,7 @@ func Supervise(owner, events *os.File) error {
 		for {
 			switch b, err := lines.ReadByte(); {
 			case err != nil:
-				log.Printf("the owner has ended (%v)", err)
+				log.Printf("the owner has ended or closed its pipe (%v): stopping the cluster", err)
 				end()
 				return
 			case b == detachByte:
@@ -124,7 +126,7 @@ func (s *supervisor) run(ctx context.Context, end func()) error {
 	}
 	began := time.Now()
 	stopErr := s.stop()
-	log.Printf("the cluster has stopped after %s (error: %v)", time.Since(began).Round(time.Millisecond), stopErr)
+	log.Printf("stopping the cluster took %s (error: %v)", time.Since(began).Round(time.Millisecond), stopErr)
 	if control != nil {
 		control.finish(stopErr)
 	}
@@ -183,7 +185,7 @@ func (s *supervisor) start(ctx context.Context) error {
 	s.cp.api = api
 
 	apiReady := make(chan struct{})
-	// The first error cancels the context of the others.
+	// The first error cancels the context of all functions of the group.
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		s.step("starting etcd and the API server")
@@ -277,8 +279,8 @@ func (s *supervisor) record(name string, p *process) error {
 	return s.state.write()
 }
 
-// logTo redirects everything that the supervisor prints to a file, including a panic. The supervisor must not keep its
-// owner's outputs open: `go test` would wait until they are closed.
+// logTo redirects everything that the supervisor prints to a file, including a panic. The supervisor does not inherit
+// its owner's outputs (see launch), because `go test` would wait until the supervisor closes them.
 func logTo(path string) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
@@ -287,7 +289,7 @@ func logTo(path string) error {
 	defer f.Close()
 	for _, fd := range []int{1, 2} {
 		if err := unix.Dup3(int(f.Fd()), fd, 0); err != nil {
-			return fmt.Errorf("opening the supervisor's log: %w", err)
+			return fmt.Errorf("redirecting the supervisor's output to %s: %w", path, err)
 		}
 	}
 	return nil

@@ -35,8 +35,8 @@ func TestAPIServerAcceptsTheCRDs(t *testing.T) {
 	}
 }
 
-// Only the controller writes a status, and only that of assignments; on the other kinds a status subresource would
-// make stored manifests behave differently.
+// Only MIC writes a status, and only that of assignments. On the other kinds, a status subresource would change the
+// effect of existing manifests: the API server would ignore their status.
 func TestOnlyAssignmentsHaveAStatusSubresource(t *testing.T) {
 	for kind, resource := range loadResources(t) {
 		has := resource.crd.Spec.Subresources != nil && resource.crd.Spec.Subresources.Status != nil
@@ -166,7 +166,7 @@ func load(t *testing.T, resources map[string]*resource, file string) (*resource,
 	}
 	resource := resources[head.Kind]
 	if resource == nil || head.APIVersion != group+"/v1" {
-		t.Fatalf("%s is a %s of %s, not of ours", file, head.Kind, head.APIVersion)
+		t.Fatalf("%s has kind %q and apiVersion %q, which no CRD of the chart defines", file, head.Kind, head.APIVersion)
 	}
 	object, unknown := resource.decode(t, data)
 	return resource, object, unknown

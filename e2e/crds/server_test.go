@@ -1,7 +1,7 @@
-// Package crds_test checks what the API server would say to manifests of the four custom resources. It runs the API
+// Package crds_test checks which manifests of the four custom resources the API server accepts. It runs the API
 // server's own code (pruning, schema, validation rules, ratcheting) on the CRDs of the chart, without a server.
 //
-// The manifests are files, so that a test with a cluster can apply the same ones.
+// The manifests are files, so that a test with a cluster can apply the same manifests.
 package crds_test
 
 import (
@@ -36,7 +36,7 @@ const (
 
 var kinds = []string{"AzureAssignedIdentity", "AzureIdentity", "AzureIdentityBinding", "AzurePodIdentityException"}
 
-// strategy is what the API server consults about one kind of custom resource.
+// strategy has the API server's checks for the creation and the update of one kind of custom resource.
 type strategy interface {
 	rest.RESTCreateStrategy
 	rest.RESTUpdateStrategy
@@ -117,7 +117,8 @@ func newResource(t *testing.T, crd *apiextensions.CustomResourceDefinition) *res
 	}
 }
 
-// checkDefinition returns the errors of the API server for the CRD, including the cost of its rules.
+// checkDefinition returns the errors of the API server for the CRD, including those about the cost of its validation
+// rules.
 func (r *resource) checkDefinition(t *testing.T) field.ErrorList {
 	return validation.ValidateCustomResourceDefinition(t.Context(), r.crd)
 }

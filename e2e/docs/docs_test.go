@@ -46,10 +46,10 @@ func TestEachReasonHasItsAnchor(t *testing.T) {
 	pages := readPages(t)
 	for _, e := range identity.Explanations() {
 		if p := problem(pages, "README.md", e.Reason.URL()); p != "" {
-			t.Errorf("the address of %s, %s, %s", e.Reason, e.Reason.URL(), p)
+			t.Errorf("the address of reason code %s, %s, %s", e.Reason, e.Reason.URL(), p)
 		}
 		if !strings.HasSuffix(e.Reason.URL(), "docs/troubleshooting.md#"+string(e.Reason)) {
-			t.Errorf("the anchor of %s is not spelled like the code: %s", e.Reason, e.Reason.URL())
+			t.Errorf("the anchor in the address of %s is not the reason code: %s", e.Reason, e.Reason.URL())
 		}
 	}
 }

@@ -1,5 +1,6 @@
-// Package docs checks the documents of the repository: links and anchors, an anchor for each reason code, and the
-// length of the pages that are to stay short. It sends nothing: of an external address only the syntax is checked.
+// Package docs checks the documents of the repository: that links and anchors exist, that each reason code has an
+// anchor, that links lead from README.md to each document, and that the pages that must be short are short. It sends
+// nothing: of an external address it checks only the syntax.
 package docs
 
 import (
@@ -34,7 +35,7 @@ type markdownPage struct {
 	lines   int
 }
 
-// readPages reads all Markdown files of the repository, by path.
+// readPages reads the Markdown files of the repository, by path. It skips hidden folders, node_modules and bin.
 func readPages(t *testing.T) map[string]markdownPage {
 	t.Helper()
 	pages := map[string]markdownPage{}
@@ -120,7 +121,7 @@ func plainText(n ast.Node, source []byte) string {
 	return b.String()
 }
 
-// problem says what is wrong with a link, or "".
+// problem returns what is wrong with a link on the page with the path from, or "" if nothing is wrong.
 func problem(pages map[string]markdownPage, from, link string) string {
 	u, err := url.Parse(link)
 	if err != nil {

@@ -1,8 +1,8 @@
-// Podclient is the program in the images of the test cluster: the process of a pod's sandbox, and a client that requests
-// a token as soon as it starts.
+// Podclient is the program in the images local/pause and local/e2e of the test cluster: the process of a pod's sandbox,
+// and a client that requests a token as soon as it starts.
 //
-// It protects the end-to-end tests against a client that hides failures: it sends one request, as early as a process can,
-// and never retries. So it reports what the first request of any application gets.
+// The client does not hide failures from the end-to-end tests. It sends one request, as early as a process can, and
+// never retries, so it reports what the first request of any application gets.
 package main
 
 import (
@@ -20,12 +20,13 @@ const usage = `usage:
 flags of token:
   --resource URI      audience of the token (default https://management.azure.com/)
   --query K=V[&…]     further parameters, for example client_id=…
-  --url URL           the whole URL, instead of the above
+  --url URL           the whole URL, instead of --resource and --query
+  --timeout DURATION  time limit of the request (default 2m0s)
   --exit              exit after the request: 0 if it got a token, else 1
 `
 
 func main() {
-	// main starts within a millisecond of the exec. Work that a subcommand does not need must not delay the subcommand.
+	// main starts within a millisecond of the exec. No subcommand may be delayed by work that it does not need.
 	args := os.Args[1:]
 	if len(args) == 0 {
 		args = []string{"pause"}
@@ -63,7 +64,7 @@ func waitForSignal() {
 
 func sleep(args []string) {
 	if len(args) != 1 {
-		fail("sleep takes one duration")
+		fail("sleep requires one argument, DURATION")
 	}
 	d, err := time.ParseDuration(args[0])
 	if err != nil {

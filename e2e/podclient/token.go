@@ -22,7 +22,8 @@ type outcome struct {
 	DurationMS float64           `json:"duration_ms"`
 }
 
-// maxResponse is far more than any response of the token endpoint.
+// maxResponse is the largest number of bytes that ask reads of a response. Responses of the token endpoint are far
+// smaller.
 const maxResponse = 1 << 20
 
 func token(args []string) int {

@@ -31,8 +31,8 @@ const usage = `usage: goclient managed|default|adal [FLAGS]
 flags:
   --resource URI       audience of the token (default https://vault.azure.net)
   --client-id, --object-id, --resource-id
-                       the identity; at most one
-  --chain              use a chain of this credential and one that always returns a token
+                       the identity; at most one (not for default; adal has no --object-id)
+  --chain              use a chain of the credential and one that always returns a token (not for adal)
 `
 
 // outcome is the line that the program prints. The JavaScript client prints the same fields.
@@ -120,19 +120,19 @@ func ask(r request, credential azcore.TokenCredential) (azcore.AccessToken, erro
 	return credential.GetToken(context.Background(), policy.TokenRequestOptions{Scopes: []string{r.resource + "/.default"}})
 }
 
-// next is the second credential of the chain.
+// next is the second credential of the chain. It always returns a token.
 type next struct{}
 
 func (next) GetToken(context.Context, policy.TokenRequestOptions) (azcore.AccessToken, error) {
 	return azcore.AccessToken{Token: "of the next credential", ExpiresOn: time.Now().Add(time.Hour)}, nil
 }
 
-// legacy first checks with the library whether IMDS is available, like an application that supports several token
-// sources. The recorder does not record that check.
+// legacy gets a token with adal. It first asks adal whether IMDS is available, like an application that supports
+// several token sources. The recorder does not record the request of that check.
 func legacy(r request, rec *recorder) (azcore.AccessToken, error) {
 	ctx := context.Background()
 	if !adal.MSIAvailable(ctx, nil) {
-		return azcore.AccessToken{}, errors.New("adal.MSIAvailable says no")
+		return azcore.AccessToken{}, errors.New("adal.MSIAvailable reports that IMDS is not available")
 	}
 	token, err := adal.NewServicePrincipalTokenFromManagedIdentity(r.resource, &adal.ManagedIdentityOptions{ClientID: r.clientID, IdentityResourceID: r.resourceID})
 	if err != nil {
@@ -183,7 +183,8 @@ func (a *recorder) statuses() []int {
 	return append([]int{}, a.list...)
 }
 
-// kind is the name of the error's type without its package. Applications and chains decide by it what to do.
+// kind returns the name of the error's type without its package. Applications and credential chains decide by the type
+// what to do.
 func kind(err error) string {
 	name := fmt.Sprintf("%T", err)
 	return name[strings.LastIndex(name, ".")+1:]
