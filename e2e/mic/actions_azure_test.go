@@ -40,7 +40,7 @@ func sorted[V any](m map[string]V) iter.Seq2[string, V] {
 	}
 }
 
-// addMachine creates a machine with an identity attached that MIC must not touch.
+// addMachine creates a machine, unless it exists, and attaches an identity to it that MIC must not touch.
 func (s *sequence) addMachine(id string) {
 	if _, there := s.arm.Machine(id); there || id == "" {
 		return
@@ -142,7 +142,8 @@ func detachManually(s *sequence, r *rand.Rand) string {
 	return fmt.Sprintf("%s is detached from %s externally", lastSegment(id), lastSegment(m.ID))
 }
 
-// attachManually attaches an identity that MIC has not assigned or recorded so far.
+// attachManually attaches an identity to a machine, as somebody other than MIC. It chooses an identity that no
+// assignment and no ledger has named so far.
 func attachManually(s *sequence, r *rand.Rand) string {
 	m := s.anyMachine(r)
 	id := identityID(pick(r, "other", "u0", "u1", "u2", "u3"))

@@ -19,11 +19,13 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// These tests send the same random requests to the fake API server and to a real one and compare the responses, and run
-// MIC on the same random sequences of operations with both and compare the objects and what the fake ARM has.
+// This file compares the fake API server with a real one in two ways. It sends the same random requests to both servers
+// and compares the responses. It runs MIC with each server on the same random sequences of operations, and compares the
+// objects and the identities attached in the fake ARM.
 //
 // The real server runs without the controller-manager and without kubelets. So the fake's garbage collector, namespace
-// controller and kubelets are turned off, and a pod is deleted with grace period 0 where a kubelet would stop it.
+// controller and kubelets are turned off. A running pod that is deleted with a grace period stays in deletion with
+// both.
 
 const (
 	comparedSequences = 4
@@ -61,11 +63,12 @@ func TestTheFakeAPIServerBehavesLikeARealOne(t *testing.T) {
 // comparedRun runs MIC on a sequence of operations, with the fake API server or the real one.
 type comparedRun struct {
 	*simulation
-	client   apiClient
-	leader   *process
-	killed   atomic.Bool // the leader was killed at a write
-	log      []string
-	results  []string // of the operations
+	client  apiClient
+	leader  *process
+	killed  atomic.Bool // the leader was killed at a write
+	log     []string
+	results []string // of the operations
+	// waitDone waits for convergence before a step, and stores or compares the snapshot.
 	waitDone func(step int, snapshot func() []string)
 }
 
@@ -76,7 +79,7 @@ func newComparedRun(t *testing.T) *comparedRun {
 	return run
 }
 
-// runWithFake returns the objects at each convergence, and the results of the operations.
+// runWithFake runs the operations with the fake API server. It returns one snapshot for each convergence.
 func runWithFake(t *testing.T, operations []operation) (snapshots [][]string) {
 	synctest.Test(t, func(t *testing.T) {
 		run := newComparedRun(t)
@@ -99,8 +102,8 @@ func runWithFake(t *testing.T, operations []operation) (snapshots [][]string) {
 	return snapshots
 }
 
-// runWithReal runs the operations with the real API server, and checks that each convergence ends with the objects of the
-// fake one.
+// runWithReal runs the operations with the real API server, and checks that the snapshot of each convergence is the one
+// in want, from the run with the fake API server.
 func runWithReal(t *testing.T, server *realServer, operations []operation, want [][]string) {
 	synctest.Test(t, func(t *testing.T) {
 		run := newComparedRun(t)

@@ -15,9 +15,9 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// runWorkload makes MIC do everything that it does for pods: MIC takes over an assignment of AAD Pod Identity; two pods
-// share an identity, and a third pod has another one; an AzureIdentity is edited; all pods but one are deleted, so that
-// MIC detaches identities.
+// runWorkload starts MIC and gives it these tasks: MIC takes over an assignment of AAD Pod Identity; two pods share an
+// identity, and a third pod has another one; an AzureIdentity is edited; all pods but one are deleted, so that MIC
+// detaches identities.
 func (s *sequence) runWorkload() {
 	set := s.addScaleSet("Set-A", "n0", "n1")
 	s.attachForeignIdentity("kubelet", set)
@@ -47,16 +47,16 @@ func (s *sequence) runWorkload() {
 	s.wait(6 * time.Minute)
 }
 
-// attachForeignIdentity attaches an identity to a machine that no AzureIdentity references.
+// attachForeignIdentity creates a managed identity that no AzureIdentity references, and attaches it to a machine.
 func (sim *simulation) attachForeignIdentity(name, machine string) {
 	id := azure.FoldID(sim.addManagedIdentity(name))
 	sim.neverBound[id] = true
 	sim.attachExternally(machine, id)
 }
 
-// runWorkloadWithCrash runs the workload and kills the first controller at one of its writes (0: never), after the
-// write takes effect if applied, otherwise before. It returns the errors, the writes of the first controller and
-// whether it was killed.
+// runWorkloadWithCrash runs the workload with updates that take delay in ARM. It kills the first controller at one of
+// its writes (0: never), after the write takes effect if applied, otherwise before. It returns the errors, the writes
+// of the first controller and whether that controller was killed.
 func runWorkloadWithCrash(t *testing.T, delay time.Duration, write int, applied bool) (wrong, writes []string, killed bool) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSequence(t, 1)

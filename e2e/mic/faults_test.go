@@ -193,7 +193,8 @@ func TestANewLeaderWaitsForTheUpdateOfAKilledLeader(t *testing.T) {
 	})
 }
 
-// A paused leader does not know that it has lost the lease. Wherever it is paused, its pending update takes effect once.
+// A paused leader does not know that it has lost the lease. The test pauses the first leader before the creation of the
+// ledger, or before its update, until a second leader has worked for ten seconds. ARM must accept one update in total.
 func TestAPausedFormerLeaderRepeatsNoUpdate(t *testing.T) {
 	for _, at := range []string{"create configmaps mic", "PATCH"} {
 		for _, takes := range []time.Duration{0, time.Minute} {

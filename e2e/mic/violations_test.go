@@ -14,8 +14,8 @@ import (
 // maxIdentitiesPerPatch is how many identities Azure accepts in one update.
 const maxIdentitiesPerPatch = 150
 
-// violations lists what must not have happened at any time, from the histories of the API server and of ARM. maxWatchDelay
-// is how long it may take until the controller has received a change.
+// violations describes everything in the histories of the API server and of ARM that must never happen. maxWatchDelay
+// is the longest time until the controller receives a change.
 func (sim *simulation) violations(maxWatchDelay time.Duration) (found []string) {
 	v := &violationCheck{simulation: sim, requests: sim.arm.Log(0), transitions: assignedTransitions(sim.api), maxWatchDelay: maxWatchDelay}
 	for _, r := range v.requests {
@@ -162,8 +162,8 @@ func assignedTransitions(s *apiServer) (transitions []assignedTransition) {
 	return transitions
 }
 
-// assignedButNotAttached finds assignments that became Assigned while the identity was not attached. External detachments
-// are excluded: the controller learns of them only later.
+// assignedButNotAttached finds assignments that became Assigned while the identity was not attached. Deleted machines
+// and identities that were changed externally are excluded: the controller learns of such changes only later.
 func (v *violationCheck) assignedButNotAttached(changes []azure.ARMChange) (found []string) {
 	for _, p := range v.transitions {
 		resource := identityOfAssignment(p.assignment)

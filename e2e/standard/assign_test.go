@@ -238,7 +238,8 @@ func identitiesWithoutMachine(t *testing.T, l *testEnvironment) {
 	s.waitUntilReleased("")
 }
 
-// newApp registers an application in Entra ID, and creates a Secret with its client ID as the name.
+// newApp registers an application in the fake Entra ID, with the client secret and the certificate if they are given.
+// It creates a Secret that contains the credential and has the client ID as its name.
 func (s *testNamespace) newApp(secret string, certificate map[string][]byte) azure.Identity {
 	s.t.Helper()
 	n := s.serial.Add(1)

@@ -81,7 +81,8 @@ func (l *testEnvironment) inLedgers(t *testing.T, id azure.Identity) bool {
 	})
 }
 
-// requestsToARM checks all requests and changes of the tests before it.
+// requestsToARM checks all requests to ARM and all changes of machines since the start of the cluster, and that no
+// request of a pod reached IMDS.
 func requestsToARM(t *testing.T, l *testEnvironment) {
 	log, err := l.cloud.ARMLog(t.Context(), 0)
 	must(t, err)

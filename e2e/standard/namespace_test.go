@@ -184,7 +184,7 @@ func (s *testNamespace) clientIn(pod string) podClient {
 	return podClient{s, s.httpClient(s.t, s.name, pod)}
 }
 
-// fresh is the request parameter that makes NMI bypass its cache.
+// fresh is the request parameter that makes NMI bypass its cache, at most once in ten seconds for the same token.
 const fresh = "bypass_cache=true"
 
 // ask requests a token for Key Vault. The status is 0 if the connection failed.
@@ -204,7 +204,7 @@ func newAnswer(status int, header http.Header, body string, took time.Duration) 
 	return a
 }
 
-// mustBeOf checks the signature of the token in the answer, and that it is for the identity.
+// mustBeOf checks that the answer has a token of the identity, and that the signature of the token is valid.
 func (a answer) mustBeOf(t *testing.T, l *testEnvironment, id azure.Identity) {
 	t.Helper()
 	if err := a.isOf(l, id); err != nil {
@@ -233,7 +233,7 @@ func (a answer) mustBeRefused(t *testing.T, status int, reason string) {
 	}
 }
 
-// outcome is the line that podclient writes.
+// outcome is the JSON line that podclient writes to its log after a token request.
 type outcome struct {
 	Started    time.Time
 	Status     int

@@ -38,7 +38,7 @@ func refusedIdentities(t *testing.T, l *testEnvironment) {
 		p.checkRefusal(t, bad.name, bad.resource, bad.advice, of(bad.id))
 	}
 
-	// Both are repaired. A new identity that a pod starts to use meanwhile is not delayed.
+	// Both refused identities are repaired. Until then, a new identity that a pod starts to use is not delayed.
 	must(t, l.cloud.SetIdentityFault(t.Context(), azure.IdentityFault{Identity: denied.ResourceID}))
 	s.edit("misspelled", managed(misspelled))
 	repaired, late := time.Now(), l.newIdentity(t)
