@@ -92,7 +92,7 @@ func failARMRequests(s *sequence, r *rand.Rand) string {
 		f.Latency = randomDuration(r, time.Second, 40*time.Second)
 	}
 	requireNoError(s.t, s.arm.SetFault(f))
-	return fmt.Sprintf("fault for the next %d requests %q to %q: status %d, retry after %d, hang %t, drop %t, fails %t, latency %s, applied: %t",
+	return fmt.Sprintf("fault for the next %d requests of kind %q (empty: each) to %q (empty: each): status %d, retry after %d, hang %t, drop %t, fails %t, latency %s, applied: %t",
 		f.Count, f.Operation, lastSegment(f.Resource), f.Status, f.RetryAfter, f.Hang, f.Drop, f.Fails, f.Latency, f.Apply)
 }
 
@@ -183,7 +183,7 @@ func failAPIRequests(s *sequence, r *rand.Rand) string {
 		statuses = append(statuses, pick(r, 500, 503, 504, 429, 0))
 	}
 	s.api.failNextRequests(statuses...)
-	return fmt.Sprintf("the next requests to the API server fail with %v", statuses)
+	return fmt.Sprintf("the next requests to the API server fail with %v (0: the connection is lost)", statuses)
 }
 
 func makeAPIUnavailable(s *sequence, r *rand.Rand) string {

@@ -114,7 +114,7 @@ func runWithReal(t *testing.T, server *realServer, operations []operation, want 
 		go server.limitClock(ctx)
 		run.waitDone = func(step int, snapshot func() []string) {
 			if len(want) == 0 {
-				t.Fatal("the run with the fake API server ended early")
+				t.Fatal("the run with the fake API server has fewer snapshots than that with the real one")
 			}
 			diff := ""
 			for range 2 * convergenceTime / time.Second {
@@ -125,7 +125,7 @@ func runWithReal(t *testing.T, server *realServer, operations []operation, want 
 				}
 			}
 			if want = want[1:]; diff != "" {
-				t.Fatalf("before operation %d the objects differ (-real +fake):\n%s\noperations:\n%s", step, diff, strings.Join(run.log, "\n"))
+				t.Fatalf("before operation %d the snapshots differ (-real +fake):\n%s\noperations:\n%s", step, diff, strings.Join(run.log, "\n"))
 			}
 		}
 		run.run(operations)
@@ -168,7 +168,7 @@ func (run *comparedRun) run(operations []operation) {
 
 func (run *comparedRun) require(r apiResult, code int) {
 	if r.Code != code {
-		run.t.Fatalf("status %d %s, want %d", r.Code, r.Reason, code)
+		run.t.Fatalf("a request that creates an initial object got status %d %s; want %d", r.Code, r.Reason, code)
 	}
 }
 

@@ -90,10 +90,10 @@ func TestAControllerKilledAtAnyWriteConvergesToTheSameState(t *testing.T) {
 	for _, delay := range []time.Duration{0, 30 * time.Second} {
 		wrong, writes, _ := runWorkloadWithCrash(t, delay, 0, false)
 		if len(wrong) > 0 {
-			t.Fatalf("updates take %s: without a crash:\n%s", delay, strings.Join(wrong, "\n"))
+			t.Fatalf("errors without a crash, when an update takes %s:\n%s", delay, strings.Join(wrong, "\n"))
 		}
 		if n := len(slices.DeleteFunc(slices.Clone(writes), func(w string) bool { return !strings.HasPrefix(w, "PATCH") })); n < 3 {
-			t.Fatalf("only %d updates among the writes %q", n, writes)
+			t.Fatalf("the writes without a crash include %d updates of a machine; want at least 3: %q", n, writes)
 		}
 		for i, what := range writes {
 			for _, applied := range []bool{false, true} {
@@ -109,7 +109,7 @@ func TestAControllerKilledAtAnyWriteConvergesToTheSameState(t *testing.T) {
 						t.Error(strings.Join(wrong, "\n"))
 					}
 					if !killed {
-						t.Error("it was not killed: there were fewer writes than the first time")
+						t.Error("the first controller was not killed: it made fewer writes than in the run without a crash")
 					}
 				})
 			}

@@ -96,7 +96,7 @@ func TestAMachineThatIsBeingDeletedIsNotUpdated(t *testing.T) {
 		s.addPod("blue/p", "n0", "app")
 		time.Sleep(time.Hour)
 		if n := len(s.patchRequests("")); n > 0 {
-			t.Errorf("%d updates", n)
+			t.Errorf("MIC sent %d updates for a machine that is being deleted", n)
 		}
 		if found := s.assignmentsOf("blue/p"); len(found) != 1 || found[0].Status.Status != v1.AssignmentCreated || found[0].Status.Message == "" {
 			t.Errorf("assignments: %+v", found)

@@ -129,7 +129,7 @@ func TestAnExternallyAttachedIdentityIsNeverDetached(t *testing.T) {
 		s.waitUnassigned(3*time.Second, "blue/p")
 		time.Sleep(time.Hour)
 		if n := len(s.patchRequests("")); n > 0 {
-			t.Errorf("%d updates", n)
+			t.Errorf("MIC sent %d updates although the identity was attached externally", n)
 		}
 		s.expectStable(time.Minute)
 	})
@@ -273,7 +273,7 @@ func TestADeletedAssignmentIsRecreated(t *testing.T) {
 				s.consistently(10*time.Minute, "the identity stays attached", s.attached(s.set, app))
 				s.expectStable(10 * time.Minute)
 				if n := len(s.patchRequests("")); n != 1 {
-					t.Errorf("%d updates", n)
+					t.Errorf("MIC sent %d updates; want 1", n)
 				}
 			})
 		})

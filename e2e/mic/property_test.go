@@ -23,11 +23,11 @@ import (
 )
 
 var (
-	seedFlag      = flag.Uint64("seed", 0, "repeat the sequence with this seed")
-	stepsFlag     = flag.String("steps", "", "with -seed: run only these steps, such as 2,3,7")
-	traceFlag     = flag.Bool("trace", false, "with -seed: print what the controller sends and logs")
-	sequencesFlag = flag.Int("sequences", 0, "how many random sequences to run")
-	freshFlag     = flag.Bool("fresh", false, "run new random sequences instead of the same ones each time")
+	seedFlag      = flag.Uint64("seed", 0, "run the sequence with this seed, besides those that failed once")
+	stepsFlag     = flag.String("steps", "", "run only these steps of each sequence, such as 2,3,7")
+	traceFlag     = flag.Bool("trace", false, "print for a failed sequence also the controller's writes, its requests to ARM and its log")
+	sequencesFlag = flag.Int("sequences", 0, "how many random sequences to run; 0: the default, which is smaller with -race")
+	freshFlag     = flag.Bool("fresh", false, "start at a seed derived from the current time, so that each run has new sequences")
 )
 
 // setUp creates the initial state: the behavior of Azure, machines, nodes, some objects, possibly assignments of AAD Pod
@@ -201,7 +201,7 @@ func TestRandomSequencesDetachNothingInUseAndConverge(t *testing.T) {
 	if *seedFlag != 0 {
 		first, count = *seedFlag, 1
 	}
-	t.Logf("seeds start at %d; repeat one with -seed", first)
+	t.Logf("the seeds of the random sequences start at %d; -seed repeats one of them", first)
 	seeds := append(slices.Clone(formerFailures), make([]uint64, count)...)
 	for i := range count {
 		seeds[len(formerFailures)+i] = first + uint64(i)

@@ -44,7 +44,7 @@ func (s *scenario) eventually(timeout time.Duration, what string, holds func() b
 	s.t.Helper()
 	for end := time.Now().Add(timeout); !holds(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(end) {
-			s.t.Fatalf("%s: not within %s: %s; not converged: %q", formatTime(time.Now()), timeout, what, s.convergenceErrors())
+			s.t.Fatalf("%s: this did not happen within %s: %s; convergence errors: %q", formatTime(time.Now()), timeout, what, s.convergenceErrors())
 		}
 	}
 }
@@ -54,7 +54,7 @@ func (s *scenario) consistently(d time.Duration, what string, holds func() bool)
 	s.t.Helper()
 	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
 		if !holds() {
-			s.t.Fatalf("%s: does not hold: %s", formatTime(time.Now()), what)
+			s.t.Fatalf("%s: this condition does not hold: %s", formatTime(time.Now()), what)
 		}
 	}
 }
@@ -90,7 +90,7 @@ func (s *scenario) waitUnassigned(timeout time.Duration, pod string) {
 func (s *scenario) deletePod(key string) {
 	namespace, name := splitKey(key)
 	if !deleteObject[corev1.Pod](s.api, namespace, name, 0) {
-		s.t.Fatalf("no pod %s", key)
+		s.t.Fatalf("pod %s cannot be deleted: it does not exist", key)
 	}
 }
 
@@ -109,7 +109,7 @@ func (s *scenario) expectStable(d time.Duration) {
 	before := len(s.patchRequests(""))
 	time.Sleep(d)
 	if after := s.patchRequests(""); len(after) > before {
-		s.t.Errorf("unnecessary updates: %v", patchSummaries(after[before:]))
+		s.t.Errorf("MIC sent updates although it had converged: %v", patchSummaries(after[before:]))
 	}
 	for _, wrong := range s.convergenceErrors() {
 		s.t.Error(wrong)

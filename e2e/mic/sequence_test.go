@@ -186,7 +186,7 @@ func (s *sequence) converge() []string {
 		requireNoError(s.t, s.arm.SetProvisioningState(m.ID, ""))
 	}
 	s.startLeader()
-	s.logf("   all faults are removed")
+	s.logf("   all faults are removed, except refused identities")
 	var wrong []string
 	for range maxMinutesToConverge {
 		s.wait(time.Minute)
@@ -195,12 +195,12 @@ func (s *sequence) converge() []string {
 		}
 	}
 	if len(wrong) > 0 {
-		return append([]string{fmt.Sprintf("not converged %d minutes after the last fault:", maxMinutesToConverge)}, wrong...)
+		return append([]string{fmt.Sprintf("not converged %d minutes after all faults were removed:", maxMinutesToConverge)}, wrong...)
 	}
 	s.logf("   converged")
 	s.wait(4 * time.Minute)
 	if wrong = s.convergenceErrors(); len(wrong) > 0 {
-		return append([]string{"converged, but not any more some minutes later:"}, wrong...)
+		return append([]string{"converged, but no longer four minutes later:"}, wrong...)
 	}
 	return nil
 }

@@ -80,11 +80,11 @@ func (sim *simulation) close() {
 		select {
 		case <-p.done:
 		case <-time.After(10 * time.Minute):
-			sim.t.Errorf("%s: Run has not returned ten minutes after its context was cancelled", p.conn.name)
+			sim.t.Errorf("%s: Run of the controller has not returned ten minutes after the context was cancelled", p.conn.name)
 			<-p.done
 		}
 		if p.err != nil {
-			sim.t.Errorf("%s: %v", p.conn.name, p.err)
+			sim.t.Errorf("%s: Run of the controller failed: %v", p.conn.name, p.err)
 		}
 	}
 }

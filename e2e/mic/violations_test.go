@@ -23,10 +23,10 @@ func (sim *simulation) violations(maxWatchDelay time.Duration) (found []string) 
 			continue
 		}
 		if r.Overlap {
-			found = append(found, fmt.Sprintf("%s: PATCH of %s (+%v -%v) while another was in progress", formatTime(r.Time), lastSegment(r.Resource), lastSegments(r.Add), lastSegments(r.Remove)))
+			found = append(found, fmt.Sprintf("%s: PATCH of %s (+%v -%v) while another update of the machine was in progress", formatTime(r.Time), lastSegment(r.Resource), lastSegments(r.Add), lastSegments(r.Remove)))
 		}
 		if n := len(r.Add) + len(r.Remove); n > maxIdentitiesPerPatch {
-			found = append(found, fmt.Sprintf("%s: PATCH of %s with %d identities", formatTime(r.Time), lastSegment(r.Resource), n))
+			found = append(found, fmt.Sprintf("%s: PATCH of %s with %d identities; Azure accepts %d", formatTime(r.Time), lastSegment(r.Resource), n, maxIdentitiesPerPatch))
 		}
 	}
 	changes := sim.arm.Changes(0)
@@ -104,7 +104,7 @@ func (v *violationCheck) assignedDuringDetach(c azure.ARMChange, sent time.Time)
 			continue
 		}
 		if since := assignedSince(a, c.Time, v.transitions); since.After(sent) {
-			found = append(found, fmt.Sprintf("%s: %s detached from %s (sent %s) and Assigned at %s: %s", formatTime(c.Time), lastSegment(c.Identity), lastSegment(c.Resource), formatTime(sent), formatTime(since), describeAssignment(a)))
+			found = append(found, fmt.Sprintf("%s: %s detached from %s (sent %s), but an assignment of it became Assigned meanwhile, at %s: %s", formatTime(c.Time), lastSegment(c.Identity), lastSegment(c.Resource), formatTime(sent), formatTime(since), describeAssignment(a)))
 		}
 	}
 	return found

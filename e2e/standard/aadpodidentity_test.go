@@ -119,7 +119,7 @@ func (v *tokenPoller) waitForTokens(n int) {
 	from := count()
 	eventually(v.s.t, reactionTimeout, func() error {
 		if got := count() - from; got < n {
-			return fmt.Errorf("received %d of %d tokens", got, n)
+			return fmt.Errorf("the pod received %d of %d tokens", got, n)
 		}
 		return nil
 	})

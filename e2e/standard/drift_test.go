@@ -116,5 +116,5 @@ func requestsToARM(t *testing.T, l *testEnvironment) {
 	if stats.IMDS.RequestsFromPods != 0 || stats.IMDS.ConnectionsFromPods != 0 {
 		t.Errorf("%d requests and %d connections of pods reached IMDS", stats.IMDS.RequestsFromPods, stats.IMDS.ConnectionsFromPods)
 	}
-	t.Logf("ARM received %d requests, %d of them PATCHes", len(log), patches)
+	t.Logf("ARM received %d requests; %d of them are PATCH requests", len(log), patches)
 }

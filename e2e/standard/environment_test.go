@@ -213,7 +213,7 @@ func (l *testEnvironment) mustBeDetachedAfterDelay(t *testing.T, node string, id
 			return
 		}
 	}
-	t.Errorf("%s was in use until %s and was detached before the delay; its changes on the machine of %s: %+v", id.ResourceID, unused, node, changes)
+	t.Errorf("no pod uses %s since %s; want an update that detaches it and starts more than %s later; its changes on the machine of %s: %+v", id.ResourceID, unused, detachDelay, node, changes)
 }
 
 func (l *testEnvironment) waitUntilDeleted(t *testing.T, o client.Object) {
@@ -223,7 +223,7 @@ func (l *testEnvironment) waitUntilDeleted(t *testing.T, o client.Object) {
 		if apierrors.IsNotFound(err) {
 			return nil
 		}
-		return fmt.Errorf("%T %s/%s is still there (%v): %s", o, o.GetNamespace(), o.GetName(), err, asJSON(o))
+		return fmt.Errorf("%T %s/%s still exists or cannot be read (error: %v): %s", o, o.GetNamespace(), o.GetName(), err, asJSON(o))
 	})
 }
 
@@ -252,7 +252,7 @@ func (l *testEnvironment) leader(t *testing.T, before string) (pod, holder strin
 		holder = l.lease(t)
 		pod, _, _ = strings.Cut(holder, "_")
 		if pod == "" || holder == before {
-			return fmt.Errorf("the holder of the Lease is still %q", before)
+			return fmt.Errorf("the holder of the Lease is %q; want a holder other than %q", holder, before)
 		}
 		return nil
 	})
@@ -269,11 +269,11 @@ func (l *testEnvironment) scaleMIC(t *testing.T, replicas int) {
 	eventually(t, reactionTimeout, func() error {
 		pods, err := l.micPods(t.Context())
 		if err != nil || len(pods) != replicas {
-			return fmt.Errorf("MIC has %d pods (%v)", len(pods), err)
+			return fmt.Errorf("MIC has %d pods; want %d (error: %v)", len(pods), replicas, err)
 		}
 		for _, p := range pods {
 			if !isReady(&p) {
-				return fmt.Errorf("%s is not ready", p.Name)
+				return fmt.Errorf("pod %s of MIC is not ready", p.Name)
 			}
 		}
 		return nil

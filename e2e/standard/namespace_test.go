@@ -135,7 +135,7 @@ func (s *testNamespace) waitUntilAssigned(pod, identity string, id azure.Identit
 			return ref.Metadata.Name == identity && azure.FoldID(ref.Spec.ResourceID) == azure.FoldID(id.ResourceID)
 		})
 		if i < 0 || have[i].Status.Status != v1.AssignmentAssigned {
-			return fmt.Errorf("pod %s does not have %s assigned: %s", pod, identity, describe(have))
+			return fmt.Errorf("AzureIdentity %[2]s is not assigned to pod %[1]s, which has %[3]s", pod, identity, describe(have))
 		}
 		a = have[i]
 		return nil
@@ -148,7 +148,7 @@ func (s *testNamespace) waitUntilReleased(pod string) {
 	s.t.Helper()
 	eventually(s.t, updateTimeout, func() error {
 		if have := s.assignments(pod); len(have) > 0 {
-			return fmt.Errorf("pod %s still has %s", pod, describe(have))
+			return fmt.Errorf("namespace %s still has %s", s.name, describe(have))
 		}
 		return nil
 	})
@@ -214,7 +214,7 @@ func (a answer) mustBeOf(t *testing.T, l *testEnvironment, id azure.Identity) {
 
 func (a answer) isOf(l *testEnvironment, id azure.Identity) error {
 	if a.status != http.StatusOK {
-		return fmt.Errorf("status %d after %s: %s", a.status, a.took, a.raw)
+		return fmt.Errorf("a token request got status %d after %s: %s", a.status, a.took, a.raw)
 	}
 	claims, err := l.cloud.Verify(a.body["access_token"])
 	if err != nil {
@@ -251,7 +251,7 @@ func (s *testNamespace) outcome(pod string) (got outcome) {
 			return err
 		}
 		if err := json.Unmarshal([]byte(out), &got); err != nil {
-			return fmt.Errorf("the log of %s: %q: %w", pod, out, err)
+			return fmt.Errorf("the log of pod %s is not one line of JSON: %q: %w", pod, out, err)
 		}
 		return nil
 	})
