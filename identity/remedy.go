@@ -208,8 +208,8 @@ var explanations = []Explanation{
 	},
 	{
 		Reason: FederationUntrusted, Status: []int{http.StatusForbidden},
-		Cause:   "Entra ID finds no federated credential that matches the token of the pod's ServiceAccount. NMI retries for about twelve seconds before it refuses, because a new credential takes time to become known.",
-		Remedy:  "Create the federated credential with the issuer, subject and audience that the detail lists, letter by letter. Restart clients that gave up.",
+		Cause:   "Entra ID finds no federated credential that matches the token of the pod's ServiceAccount. Entra ID can take some minutes to recognize a new credential everywhere. NMI retries for about twelve seconds, then it refuses the request.",
+		Remedy:  "Create the federated credential with the issuer, subject and audience that the detail lists, letter by letter. After some minutes, restart clients that gave up.",
 		Command: "az identity federated-credential create -g GROUP --identity-name NAME --name CREDENTIAL --issuer ISSUER --subject system:serviceaccount:NAMESPACE:SERVICEACCOUNT --audiences api://AzureADTokenExchange",
 	},
 	{

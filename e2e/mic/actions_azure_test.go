@@ -40,7 +40,7 @@ func sorted[V any](m map[string]V) iter.Seq2[string, V] {
 	}
 }
 
-// addMachine creates a machine with an identity attached that MIC must not touch.
+// addMachine creates a machine, unless it exists, and attaches an identity to it that MIC must not touch.
 func (s *sequence) addMachine(id string) {
 	if _, there := s.arm.Machine(id); there || id == "" {
 		return
@@ -92,7 +92,7 @@ func failARMRequests(s *sequence, r *rand.Rand) string {
 		f.Latency = randomDuration(r, time.Second, 40*time.Second)
 	}
 	requireNoError(s.t, s.arm.SetFault(f))
-	return fmt.Sprintf("fault for the next %d requests %q to %q: status %d, retry after %d, hang %t, drop %t, fails %t, latency %s, applied: %t",
+	return fmt.Sprintf("fault for the next %d requests of kind %q (empty: each) to %q (empty: each): status %d, retry after %d, hang %t, drop %t, fails %t, latency %s, applied: %t",
 		f.Count, f.Operation, lastSegment(f.Resource), f.Status, f.RetryAfter, f.Hang, f.Drop, f.Fails, f.Latency, f.Apply)
 }
 
@@ -142,7 +142,8 @@ func detachManually(s *sequence, r *rand.Rand) string {
 	return fmt.Sprintf("%s is detached from %s externally", lastSegment(id), lastSegment(m.ID))
 }
 
-// attachManually attaches an identity that MIC has not assigned or recorded so far.
+// attachManually attaches an identity to a machine, as somebody other than MIC. It chooses an identity that no
+// assignment and no ledger has named so far.
 func attachManually(s *sequence, r *rand.Rand) string {
 	m := s.anyMachine(r)
 	id := identityID(pick(r, "other", "u0", "u1", "u2", "u3"))
@@ -182,7 +183,7 @@ func failAPIRequests(s *sequence, r *rand.Rand) string {
 		statuses = append(statuses, pick(r, 500, 503, 504, 429, 0))
 	}
 	s.api.failNextRequests(statuses...)
-	return fmt.Sprintf("the next requests to the API server fail with %v", statuses)
+	return fmt.Sprintf("the next requests to the API server fail with %v (0: the connection is lost)", statuses)
 }
 
 func makeAPIUnavailable(s *sequence, r *rand.Rand) string {

@@ -14,7 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// schedule runs work of a cluster component after d.
+// schedule runs work of a cluster component, such as the garbage collector, after d and with s.mu held.
 func (s *objectStore) schedule(d time.Duration, work func()) {
 	time.AfterFunc(d, func() {
 		s.mu.Lock()
@@ -53,14 +53,15 @@ func isRunning(pod *object) bool {
 	return node != "" && phase != "Succeeded" && phase != "Failed"
 }
 
-// finishPodDeletion removes a deleted pod, as the kubelet does when it has stopped the pod's containers.
+// finishPodDeletion removes a deleted pod without finalizers, as the kubelet does when it has stopped the pod's
+// containers.
 func (s *objectStore) finishPodDeletion(k *kind, key objectKey, uid types.UID) {
 	if old, ok := k.objects[key]; ok && old.GetUID() == uid {
 		s.commit(k, old, old.DeepCopy(), len(old.GetFinalizers()) == 0)
 	}
 }
 
-// collectDependents is the garbage collector's reaction to the deletion of an object.
+// collectDependents schedules the garbage collection of the objects that name a deleted object as an owner.
 func (s *objectStore) collectDependents(owner types.UID) {
 	for _, k := range s.kinds {
 		for key, o := range k.objects {
@@ -71,7 +72,8 @@ func (s *objectStore) collectDependents(owner types.UID) {
 	}
 }
 
-// collectGarbage deletes an object if none of its owners exists. Owners are looked up in the object's own namespace only.
+// collectGarbage deletes an object if none of its owners exists. Namespaced owners are looked up in the object's own
+// namespace only.
 func (s *objectStore) collectGarbage(k *kind, key objectKey, uid types.UID) {
 	o, ok := k.objects[key]
 	if !ok || o.GetUID() != uid || len(o.GetOwnerReferences()) == 0 {
@@ -90,7 +92,7 @@ func (s *objectStore) collectGarbage(k *kind, key objectKey, uid types.UID) {
 			return
 		}
 	}
-	_, _ = s.remove(k, key, metav1.DeleteOptions{}) // it exists: see above
+	_, _ = s.remove(k, key, metav1.DeleteOptions{}) // the only possible error is NotFound, and the object exists
 }
 
 // emptyNamespace deletes the content of a namespace that is being deleted, repeatedly until it is empty, and then the

@@ -16,7 +16,7 @@ type apiFaults struct {
 	unavailable bool  // connections are refused
 	failures    []int // HTTP status of the next requests; 0: the connection is lost after a while, without a response
 	noWatchList bool  // reject watches with sendInitialEvents, as old servers do
-	bookmarks   bool
+	bookmarks   bool  // send bookmarks to watches that allow them
 }
 
 var errConnectionRefused = errors.New("dial tcp 10.0.0.1:443: connect: connection refused")
@@ -24,7 +24,7 @@ var errConnectionRefused = errors.New("dial tcp 10.0.0.1:443: connect: connectio
 // connectionLostAfter is how long a client waits until HTTP/2 pings detect a dead connection.
 const connectionLostAfter = 45 * time.Second
 
-// injectedFault returns the error that the client gets instead of the server's response.
+// injectedFault returns the error that the client gets instead of the server's response; nil if there is no fault.
 func (s *apiServer) injectedFault(ctx context.Context, c *call) error {
 	s.mu.Lock()
 	away, status := s.faults.unavailable, -1

@@ -147,8 +147,8 @@ func listObjectsAt[T any](s *apiServer, version int64) []*T {
 	return found
 }
 
-// versionAt returns the version of the last change of any of these resources up to some time; without arguments, of all
-// resources.
+// versionAt returns the version of the last change, up to when, of any of these resources; without resources, of any
+// resource.
 func (s *objectStore) versionAt(when time.Time, resources ...string) (version int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

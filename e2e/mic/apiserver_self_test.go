@@ -40,7 +40,7 @@ func runWithClients(t *testing.T, test func(*testing.T, *apiServer, *kubernetes.
 	})
 }
 
-// newClients returns clients for the core resources and for ours.
+// newClients returns clients for the core resources and for those of this project.
 func newClients(transport http.RoundTripper, host string) (*kubernetes.Clientset, rest.Interface, error) {
 	scheme := runtime.NewScheme()
 	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})

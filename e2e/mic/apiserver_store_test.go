@@ -43,7 +43,8 @@ type change struct {
 	deleted bool // after is the object's last state
 }
 
-// commit stores the next state of an object and sends it to the watches. It is the only function that changes objects.
+// commit stores the next state of an object, or deletes the object if gone, and sends the change to the watches. It is
+// the only function that changes objects.
 func (s *objectStore) commit(k *kind, before *object, u *unstructured.Unstructured, gone bool) *object {
 	s.version++
 	u.SetGroupVersionKind(k.GroupVersionKind)
@@ -149,7 +150,8 @@ func (s *objectStore) update(k *kind, key objectKey, sub string, u *unstructured
 	return s.updateFrom(k, old, sub, u)
 }
 
-// updateFrom is what an update and a patch have in common.
+// updateFrom checks and stores the state u, which an update or a patch gives to an object; for the subresource status
+// only its status.
 func (s *objectStore) updateFrom(k *kind, old *object, sub string, u *unstructured.Unstructured) (*object, error) {
 	switch {
 	case u.GetResourceVersion() == "" && k.strict:
@@ -268,7 +270,7 @@ func (k *kind) applyPatch(patchType types.PatchType, old, body []byte) ([]byte, 
 		if p, err = jsonpatch.DecodePatch(body); err == nil {
 			patched, err = p.Apply(old)
 		}
-		if err != nil { // a failed test operation too, as in a real API server
+		if err != nil { // including a failed test operation, as in a real API server
 			return nil, apierrors.NewGenericServerResponse(http.StatusUnprocessableEntity, "patch", k.groupResource(), "", err.Error(), 0, true)
 		}
 	case types.StrategicMergePatchType:
@@ -328,7 +330,7 @@ func (s *objectStore) validate(k *kind, u *unstructured.Unstructured) error {
 	}
 	errs := validation.ValidateObjectMeta(&meta, k.namespaced, validation.NameIsDNSSubdomain, field.NewPath("metadata"))
 	for _, f := range meta.Finalizers {
-		if !k.strict && !strings.Contains(f, "/") { // custom resources may have names without a domain
+		if !k.strict && !strings.Contains(f, "/") { // finalizers of custom resources may lack a domain
 			errs = append(errs, field.Invalid(field.NewPath("metadata.finalizers"), f, "the name is not fully qualified"))
 		}
 	}

@@ -24,7 +24,8 @@ import (
 )
 
 // apiServer is a fake Kubernetes API server in memory. It includes the garbage collector, the namespace controller and
-// kubelets that stop deleted pods. It rejects the requests of a controller that a real API server rejects.
+// kubelets that stop deleted pods. It checks metadata, resource versions, preconditions and patches like a real API
+// server, but it does not check objects against the schemas of their definitions.
 type apiServer struct {
 	objectStore
 	faults apiFaults
@@ -47,7 +48,7 @@ type kind struct {
 	resource   string
 	namespaced bool
 	hasStatus  bool // status is a subresource
-	strict     bool // an update must have a resourceVersion, as for custom resources
+	strict     bool // the rules of custom resources apply; for example, an update must have a resourceVersion
 	goType     reflect.Type
 
 	objects   map[objectKey]*object
@@ -88,7 +89,7 @@ func (s *objectStore) add(gv schema.GroupVersion, resource string, example any, 
 	s.kinds[k.groupResource().String()] = &k
 }
 
-// kindOf returns the first kind that matches; nil if there is none.
+// kindOf returns a kind that matches; nil if there is none.
 func (s *objectStore) kindOf(match func(*kind) bool) *kind {
 	for _, k := range s.kinds {
 		if match(k) {
@@ -127,7 +128,7 @@ var verbs = map[string]string{
 	http.MethodGet: "get", http.MethodPost: "create", http.MethodPut: "update", http.MethodPatch: "patch", http.MethodDelete: "delete",
 }
 
-// parse parses a request and its path below /api/v1 or /apis/GROUP/VERSION.
+// parse parses a request and its path below /api/v1 or /apis/GROUP/VERSION. A call with another path has no kind.
 func (s *apiServer) parse(r *http.Request) (*call, error) {
 	c := &call{verb: verbs[r.Method], path: r.URL.Path, query: r.URL.Query(), header: r.Header}
 	if r.Body != nil {
@@ -167,7 +168,7 @@ func (s *apiServer) parse(r *http.Request) (*call, error) {
 	return c, nil
 }
 
-// handle is the apiHandler of the fake: the response to a call, or the fault that is injected instead.
+// handle is the apiHandler of the fake. It returns the response to a call, or the fault that is injected instead.
 func (s *apiServer) handle(ctx context.Context, _ *http.Request, c *call) (*http.Response, error) {
 	if err := s.injectedFault(ctx, c); err != nil {
 		return errorResponse(err)

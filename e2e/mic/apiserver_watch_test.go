@@ -78,8 +78,8 @@ func (s *apiServer) selectObjects(c *call) ([]*object, error) {
 	return found, nil
 }
 
-// watchStream is the response body of a watch. A goroutine that waits in Read is durably blocked, so that the fake clock
-// can advance.
+// watchStream is the response body of a watch. A goroutine that waits in Read is durably blocked in the sense of
+// testing/synctest, so that the fake clock can advance.
 type watchStream struct {
 	server    *apiServer
 	call      *call

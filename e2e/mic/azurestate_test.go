@@ -72,7 +72,7 @@ func (s *azureState) deleteMachine(id string) {
 	s.endForeignPeriods(azure.FoldID(id), func(string) bool { return true })
 }
 
-// wasForeign reports whether the changed identity was attached by somebody other than MIC at that time.
+// wasForeign reports whether somebody other than MIC had attached the identity of a change, at the time of the change.
 func (s *azureState) wasForeign(c azure.ARMChange) bool {
 	return slices.ContainsFunc(s.foreignPeriods, func(p foreignPeriod) bool {
 		return p.machine == c.Resource && p.identity == c.Identity && !c.Time.Before(p.from) && (p.until.IsZero() || c.Time.Before(p.until))

@@ -71,7 +71,7 @@ func (c apiClient) send(method, path, contentType string, body any) apiResult {
 
 func (r apiResult) String() string { return strings.TrimSpace(fmt.Sprintf("%d %s", r.Code, r.Reason)) }
 
-// absolutePath adds the API group of the resource.
+// absolutePath prepends the path of the resource's API group.
 func absolutePath(path string) string {
 	if strings.Contains(path, "azure") {
 		return "/apis/" + v1.GroupVersion.String() + "/" + path
@@ -140,7 +140,8 @@ var (
 	ledgerDetails = regexp.MustCompile(`"(started|token)":"[^"]*",?`)
 )
 
-// snapshot returns the normalized objects, what the fake ARM has and the results of the operations, one per line.
+// snapshot returns the normalized objects, the identities attached in the fake ARM and the results of the operations,
+// one per line.
 func (run *comparedRun) snapshot() []string {
 	lines := slices.Clone(run.results)
 	uids := map[string]any{}

@@ -31,7 +31,7 @@ type operation struct {
 
 func (o operation) String() string { return o.name }
 
-// operationKinds are the functions that choose an operation, by weight.
+// operationKinds are the functions that choose an operation, each with its frequency relative to the others.
 var operationKinds = []struct {
 	weight int
 	choose func(*rand.Rand) operation
@@ -194,7 +194,7 @@ func nodeOperation(r *rand.Rand) operation {
 	return requestOperation(http.MethodPost, "nodes", "", nodeObject(node))
 }
 
-// staleUpdateOperation updates an AzureIdentity from the version before the last.
+// staleUpdateOperation patches an AzureIdentity, and then updates it from the version before the patch.
 func staleUpdateOperation(r *rand.Rand) operation {
 	path, value := identityPath(r), fmt.Sprint(r.IntN(1000))
 	return operation{name: "two updates of one version of " + path, run: func(run *comparedRun) string {

@@ -13,7 +13,7 @@ import (
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
-// apiRequest is one request. In its body, values of metadata can be placeholders.
+// apiRequest is one request. In its body, values can be placeholders.
 type apiRequest struct {
 	method, path, contentType string
 	body                      any
@@ -28,7 +28,7 @@ func (r apiRequest) String() string {
 
 // Placeholders for values that differ from server to server.
 const (
-	currentVersion = "CURRENT VERSION" // resourceVersion of the object in the last response about it
+	currentVersion = "CURRENT VERSION" // resourceVersion of the object when it was last read
 	staleVersion   = "STALE VERSION"   // resourceVersion before the last change
 	currentUID     = "CURRENT UID"
 	otherUID       = "00000000-0000-4000-8000-00000000ffff"

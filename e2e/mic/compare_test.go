@@ -19,11 +19,13 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// These tests send the same random requests to the fake API server and to a real one and compare the responses, and run
-// MIC on the same random sequences of operations with both and compare the objects and what the fake ARM has.
+// This file compares the fake API server with a real one in two ways. It sends the same random requests to both servers
+// and compares the responses. It runs MIC with each server on the same random sequences of operations, and compares the
+// objects and the identities attached in the fake ARM.
 //
 // The real server runs without the controller-manager and without kubelets. So the fake's garbage collector, namespace
-// controller and kubelets are turned off, and a pod is deleted with grace period 0 where a kubelet would stop it.
+// controller and kubelets are turned off. A running pod that is deleted with a grace period stays in deletion with
+// both.
 
 const (
 	comparedSequences = 4
@@ -61,11 +63,12 @@ func TestTheFakeAPIServerBehavesLikeARealOne(t *testing.T) {
 // comparedRun runs MIC on a sequence of operations, with the fake API server or the real one.
 type comparedRun struct {
 	*simulation
-	client   apiClient
-	leader   *process
-	killed   atomic.Bool // the leader was killed at a write
-	log      []string
-	results  []string // of the operations
+	client  apiClient
+	leader  *process
+	killed  atomic.Bool // the leader was killed at a write
+	log     []string
+	results []string // of the operations
+	// waitDone waits for convergence before a step, and stores or compares the snapshot.
 	waitDone func(step int, snapshot func() []string)
 }
 
@@ -76,7 +79,7 @@ func newComparedRun(t *testing.T) *comparedRun {
 	return run
 }
 
-// runWithFake returns the objects at each convergence, and the results of the operations.
+// runWithFake runs the operations with the fake API server. It returns one snapshot for each convergence.
 func runWithFake(t *testing.T, operations []operation) (snapshots [][]string) {
 	synctest.Test(t, func(t *testing.T) {
 		run := newComparedRun(t)
@@ -99,8 +102,8 @@ func runWithFake(t *testing.T, operations []operation) (snapshots [][]string) {
 	return snapshots
 }
 
-// runWithReal runs the operations with the real API server, and checks that each convergence ends with the objects of the
-// fake one.
+// runWithReal runs the operations with the real API server, and checks that the snapshot of each convergence is the one
+// in want, from the run with the fake API server.
 func runWithReal(t *testing.T, server *realServer, operations []operation, want [][]string) {
 	synctest.Test(t, func(t *testing.T) {
 		run := newComparedRun(t)
@@ -111,7 +114,7 @@ func runWithReal(t *testing.T, server *realServer, operations []operation, want 
 		go server.limitClock(ctx)
 		run.waitDone = func(step int, snapshot func() []string) {
 			if len(want) == 0 {
-				t.Fatal("the run with the fake API server ended early")
+				t.Fatal("the run with the fake API server has fewer snapshots than that with the real one")
 			}
 			diff := ""
 			for range 2 * convergenceTime / time.Second {
@@ -122,7 +125,7 @@ func runWithReal(t *testing.T, server *realServer, operations []operation, want 
 				}
 			}
 			if want = want[1:]; diff != "" {
-				t.Fatalf("before operation %d the objects differ (-real +fake):\n%s\noperations:\n%s", step, diff, strings.Join(run.log, "\n"))
+				t.Fatalf("before operation %d the snapshots differ (-real +fake):\n%s\noperations:\n%s", step, diff, strings.Join(run.log, "\n"))
 			}
 		}
 		run.run(operations)
@@ -165,7 +168,7 @@ func (run *comparedRun) run(operations []operation) {
 
 func (run *comparedRun) require(r apiResult, code int) {
 	if r.Code != code {
-		run.t.Fatalf("status %d %s, want %d", r.Code, r.Reason, code)
+		run.t.Fatalf("a request that creates an initial object got status %d %s; want %d", r.Code, r.Reason, code)
 	}
 }
 

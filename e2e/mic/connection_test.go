@@ -25,7 +25,7 @@ type connection struct {
 	maxLatency time.Duration
 	seed       uint64
 
-	trace func(request, string) // called for each request that takes effect; may be nil
+	trace func(request, string) // called with the outcome of each request that reaches the server; may be nil
 
 	mu            sync.Mutex
 	requestCounts map[string]uint64
@@ -34,7 +34,7 @@ type connection struct {
 	after         func(request) error                   // called when the request has taken effect, before the response is sent
 }
 
-// request describes a request to a hook.
+// request describes an HTTP request for hooks and traces.
 type request struct {
 	ctx         context.Context
 	target      string // toAPI, toARM or toDiscovery
@@ -45,8 +45,9 @@ type request struct {
 const (
 	toAPI = "api"
 	toARM = "arm"
-	// toDiscovery is the API server too. These requests have no latency: controller-runtime sends them with a mutex
-	// locked, and the fake clock does not advance while a goroutine waits for a mutex.
+	// toDiscovery is for requests to the API server that name no resource, such as discovery. They have no latency:
+	// controller-runtime sends them with a mutex locked, and the fake clock does not advance while a goroutine waits
+	// for a mutex.
 	toDiscovery = "discovery"
 )
 
@@ -154,7 +155,8 @@ func outcomeText(r *http.Response, err error) string {
 	return r.Status
 }
 
-// errorResponse is the response of the API server to a rejected request, or the error of a broken connection.
+// errorResponse returns the response with which an API server rejects a request, if err is an API status, and otherwise
+// err itself, which stands for a broken connection.
 func errorResponse(err error) (*http.Response, error) {
 	var status apierrors.APIStatus
 	if errors.As(err, &status) {
@@ -202,7 +204,7 @@ func (c *closeNotifier) Close() error {
 // apiHandler handles one call to an API server. Its response can be a Status that reports an error.
 type apiHandler func(context.Context, *http.Request, *call) (*http.Response, error)
 
-// apiTransport is the transport to an API server. s parses the requests; handle may be that of another server.
+// apiTransport is the transport to an API server. s parses the requests; handle may be the handler of another server.
 func (l *connection) apiTransport(s *apiServer, handle apiHandler) http.RoundTripper {
 	return roundTripper(func(r *http.Request) (*http.Response, error) {
 		c, err := s.parse(r)

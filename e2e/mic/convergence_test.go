@@ -50,16 +50,16 @@ func (check convergenceCheck) assignmentErrors() (wrong []string) {
 				describeAssignment(a), a.Status.Status, a.Status.Message, a.DeletionTimestamp != nil, want, message))
 		}
 		if a.Namespace+"/"+a.Spec.Pod != c.pod || a.Labels[v1.NodeNameLabel] != v1.NodeNameLabelValue(c.node) || !slices.Contains(a.Finalizers, v1.AssignedIdentityFinalizer) {
-			wrong = append(wrong, fmt.Sprintf("%s: namespace %s, labels %v, finalizers %v", describeAssignment(a), a.Namespace, a.Labels, a.Finalizers))
+			wrong = append(wrong, fmt.Sprintf("%s has a wrong namespace (%s), node label (%v) or finalizer (%v)", describeAssignment(a), a.Namespace, a.Labels, a.Finalizers))
 		}
 		for _, i := range check.now.identities {
 			if i.Namespace+"/"+i.Name == c.identity && a.Spec.AzureIdentityRef.Spec.ClientID != i.Spec.ClientID {
-				wrong = append(wrong, fmt.Sprintf("%s has client ID %s, the AzureIdentity %s", describeAssignment(a), a.Spec.AzureIdentityRef.Spec.ClientID, i.Spec.ClientID))
+				wrong = append(wrong, fmt.Sprintf("%s has the client ID %s; its AzureIdentity has %s", describeAssignment(a), a.Spec.AzureIdentityRef.Spec.ClientID, i.Spec.ClientID))
 			}
 		}
 	}
 	for _, a := range remaining {
-		wrong = append(wrong, fmt.Sprintf("%s should not exist (%q, being deleted: %t)", describeAssignment(a), a.Status.Status, a.DeletionTimestamp != nil))
+		wrong = append(wrong, fmt.Sprintf("%s must not exist (status %q, being deleted: %t)", describeAssignment(a), a.Status.Status, a.DeletionTimestamp != nil))
 	}
 	return wrong
 }
@@ -96,7 +96,7 @@ func (check convergenceCheck) machineErrors(m azure.Machine) (wrong []string) {
 	}
 	for _, i := range m.Identities {
 		if !slices.Contains(needed, i) && !check.foreign[id][i] && !check.immutable[i] {
-			wrong = append(wrong, fmt.Sprintf("%s is still attached to %s", lastSegment(i), lastSegment(id)))
+			wrong = append(wrong, fmt.Sprintf("%s is still attached to %s, although no pod there needs it", lastSegment(i), lastSegment(id)))
 		}
 	}
 	return wrong
@@ -112,7 +112,7 @@ func (check convergenceCheck) ledgerErrors(o *corev1.ConfigMap) (wrong []string)
 		if !slices.ContainsFunc(check.now.expected, func(c expectedAssignment) bool {
 			return c.resource == id && c.machine != "" && strings.Contains(strings.ToLower(text), c.machine)
 		}) {
-			wrong = append(wrong, fmt.Sprintf("ConfigMap %s still records %s: %s", o.Name, lastSegment(id), text))
+			wrong = append(wrong, fmt.Sprintf("the ledger %s still records %s, which no pod on its machine needs: %s", o.Name, lastSegment(id), text))
 		}
 	}
 	return wrong

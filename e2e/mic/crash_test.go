@@ -15,9 +15,9 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// runWorkload makes MIC do everything that it does for pods: MIC takes over an assignment of AAD Pod Identity; two pods
-// share an identity, and a third pod has another one; an AzureIdentity is edited; all pods but one are deleted, so that
-// MIC detaches identities.
+// runWorkload starts MIC and gives it these tasks: MIC takes over an assignment of AAD Pod Identity; two pods share an
+// identity, and a third pod has another one; an AzureIdentity is edited; all pods but one are deleted, so that MIC
+// detaches identities.
 func (s *sequence) runWorkload() {
 	set := s.addScaleSet("Set-A", "n0", "n1")
 	s.attachForeignIdentity("kubelet", set)
@@ -47,16 +47,16 @@ func (s *sequence) runWorkload() {
 	s.wait(6 * time.Minute)
 }
 
-// attachForeignIdentity attaches an identity to a machine that no AzureIdentity references.
+// attachForeignIdentity creates a managed identity that no AzureIdentity references, and attaches it to a machine.
 func (sim *simulation) attachForeignIdentity(name, machine string) {
 	id := azure.FoldID(sim.addManagedIdentity(name))
 	sim.neverBound[id] = true
 	sim.attachExternally(machine, id)
 }
 
-// runWorkloadWithCrash runs the workload and kills the first controller at one of its writes (0: never), after the
-// write takes effect if applied, otherwise before. It returns the errors, the writes of the first controller and
-// whether it was killed.
+// runWorkloadWithCrash runs the workload with updates that take delay in ARM. It kills the first controller at one of
+// its writes (0: never), after the write takes effect if applied, otherwise before. It returns the errors, the writes
+// of the first controller and whether that controller was killed.
 func runWorkloadWithCrash(t *testing.T, delay time.Duration, write int, applied bool) (wrong, writes []string, killed bool) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSequence(t, 1)
@@ -90,10 +90,10 @@ func TestAControllerKilledAtAnyWriteConvergesToTheSameState(t *testing.T) {
 	for _, delay := range []time.Duration{0, 30 * time.Second} {
 		wrong, writes, _ := runWorkloadWithCrash(t, delay, 0, false)
 		if len(wrong) > 0 {
-			t.Fatalf("updates take %s: without a crash:\n%s", delay, strings.Join(wrong, "\n"))
+			t.Fatalf("errors without a crash, when an update takes %s:\n%s", delay, strings.Join(wrong, "\n"))
 		}
 		if n := len(slices.DeleteFunc(slices.Clone(writes), func(w string) bool { return !strings.HasPrefix(w, "PATCH") })); n < 3 {
-			t.Fatalf("only %d updates among the writes %q", n, writes)
+			t.Fatalf("the writes without a crash include %d updates of a machine; want at least 3: %q", n, writes)
 		}
 		for i, what := range writes {
 			for _, applied := range []bool{false, true} {
@@ -109,7 +109,7 @@ func TestAControllerKilledAtAnyWriteConvergesToTheSameState(t *testing.T) {
 						t.Error(strings.Join(wrong, "\n"))
 					}
 					if !killed {
-						t.Error("it was not killed: there were fewer writes than the first time")
+						t.Error("the first controller was not killed: it made fewer writes than in the run without a crash")
 					}
 				})
 			}

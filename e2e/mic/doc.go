@@ -1,8 +1,9 @@
 // Package mic tests MIC, the controller of standard mode, as a black box: with random sequences of actions and faults,
-// with a crash at every write, and with one named test for each guarantee. It runs the controller's own code over HTTP
-// against a fake API server and the fake ARM, without sockets and with a fake clock, so that minutes of waiting take no
-// time. One test compares the fake API server with a real one.
+// with a crash at each write of one workload, and with named tests of single guarantees. It runs the controller's own
+// code. The controller sends its HTTP requests to a fake API server and to the fake ARM in the same process, without
+// sockets and with a fake clock, so that minutes of waiting take no time. One test compares the fake API server with a
+// real one.
 //
 // What it protects against: an identity detached from a machine where a pod uses it, a change to an identity that MIC did
-// not attach, and anything lost or left behind, whatever fails and whenever.
+// not attach, and, after a fault, an assignment or an attached identity that is missing or left over.
 package mic

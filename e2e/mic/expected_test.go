@@ -91,8 +91,8 @@ func isUsable(i *v1.AzureIdentity) bool {
 	return i.Spec.Type != v1.UserAssignedMSI || strings.Contains(strings.ToLower(i.Spec.ResourceID), "/userassignedidentities/")
 }
 
-// machineOfProviderID returns the folded ID of the virtual machine or scale set of a provider ID, or "" if it is not one
-// of Azure.
+// machineOfProviderID returns the folded ID of the virtual machine or scale set of a provider ID, or "" if the
+// provider ID is not one of Azure.
 func machineOfProviderID(providerID string) string {
 	id, ok := strings.CutPrefix(strings.ToLower(providerID), "azure://")
 	if !ok {
@@ -134,7 +134,7 @@ func (c expectedAssignment) matches(a *v1.AzureAssignedIdentity) bool {
 	return (owner == "" || owner == c.uid) && a.Spec.NodeName == c.node && i.Spec.Type == c.identityType && identityOfAssignment(a) == c.resource
 }
 
-// allowsTokens reports whether NMI gives tokens to the pod of an assignment in its state.
+// allowsTokens reports whether an assignment is in a state in which NMI gives tokens to its pod.
 func allowsTokens(a *v1.AzureAssignedIdentity) bool {
 	return a.Status.Status == v1.AssignmentAssigned || a.Status.Status == v1.AssignmentLegacy && ownerPodUID(a) == ""
 }

@@ -96,7 +96,7 @@ func TestAMachineThatIsBeingDeletedIsNotUpdated(t *testing.T) {
 		s.addPod("blue/p", "n0", "app")
 		time.Sleep(time.Hour)
 		if n := len(s.patchRequests("")); n > 0 {
-			t.Errorf("%d updates", n)
+			t.Errorf("MIC sent %d updates for a machine that is being deleted", n)
 		}
 		if found := s.assignmentsOf("blue/p"); len(found) != 1 || found[0].Status.Status != v1.AssignmentCreated || found[0].Status.Message == "" {
 			t.Errorf("assignments: %+v", found)
@@ -193,7 +193,8 @@ func TestANewLeaderWaitsForTheUpdateOfAKilledLeader(t *testing.T) {
 	})
 }
 
-// A paused leader does not know that it has lost the lease. Wherever it is paused, its pending update takes effect once.
+// A paused leader does not know that it has lost the lease. The test pauses the first leader before the creation of the
+// ledger, or before its update, until a second leader has worked for ten seconds. ARM must accept one update in total.
 func TestAPausedFormerLeaderRepeatsNoUpdate(t *testing.T) {
 	for _, at := range []string{"create configmaps mic", "PATCH"} {
 		for _, takes := range []time.Duration{0, time.Minute} {

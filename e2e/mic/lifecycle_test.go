@@ -12,7 +12,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// detachTimeout is MIC's delay before it detaches an unused identity, and some time for MIC and Azure to act.
+// detachTimeout is MIC's delay before it detaches an unused identity, plus 15 s for MIC and Azure to act.
 const detachTimeout = 2*time.Minute + 15*time.Second
 
 func TestAnIdentityIsAttachedForTheFirstPodAndDetachedAfterTheLast(t *testing.T) {
@@ -129,7 +129,7 @@ func TestAnExternallyAttachedIdentityIsNeverDetached(t *testing.T) {
 		s.waitUnassigned(3*time.Second, "blue/p")
 		time.Sleep(time.Hour)
 		if n := len(s.patchRequests("")); n > 0 {
-			t.Errorf("%d updates", n)
+			t.Errorf("MIC sent %d updates although the identity was attached externally", n)
 		}
 		s.expectStable(time.Minute)
 	})
@@ -139,7 +139,7 @@ func TestAnIdentityAttachedExternallyJustBeforeMICsUpdateIsNeverDetached(t *test
 	runScenario(t, func(t *testing.T, s *scenario) {
 		app := s.addBoundIdentity("blue", "app")
 		p := s.start()
-		// The last moment: MIC has read the machine, and its update is on its way.
+		// The identity is attached externally after MIC has read the machine, and before MIC's update reaches ARM.
 		done := false
 		p.conn.hook(func(r request) error {
 			if r.target == toARM && r.isWrite && !done {
@@ -273,7 +273,7 @@ func TestADeletedAssignmentIsRecreated(t *testing.T) {
 				s.consistently(10*time.Minute, "the identity stays attached", s.attached(s.set, app))
 				s.expectStable(10 * time.Minute)
 				if n := len(s.patchRequests("")); n != 1 {
-					t.Errorf("%d updates", n)
+					t.Errorf("MIC sent %d updates; want 1", n)
 				}
 			})
 		})

@@ -11,10 +11,11 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// One of the handlers limits its rate by the time of its last call. The fake clock starts in the year 2000, so the
-	// time of a call outside a bubble is decades in the future, and the handler would sleep until then.
+	// One of these handlers sleeps until a millisecond after the previous call, or after the start of the program. Both
+	// times can be real times. Inside a synctest bubble the fake clock starts in the year 2000, so the handler would
+	// sleep for decades of the fake clock.
 	utilruntime.ErrorHandlers = nil //nolint:reassign // the variable is there to be set
-	klog.SetLogger(logr.Discard())  // thousands of lost connections
-	debug.SetGCPercent(400)         // sequences are short, and most of their garbage is freed with them
+	klog.SetLogger(logr.Discard())  // it would log thousands of lost connections
+	debug.SetGCPercent(400)         // a sequence is short, and most of its memory becomes garbage only when it ends
 	os.Exit(m.Run())
 }

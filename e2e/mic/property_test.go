@@ -23,11 +23,11 @@ import (
 )
 
 var (
-	seedFlag      = flag.Uint64("seed", 0, "repeat the sequence with this seed")
-	stepsFlag     = flag.String("steps", "", "with -seed: run only these steps, such as 2,3,7")
-	traceFlag     = flag.Bool("trace", false, "with -seed: print what the controller sends and logs")
-	sequencesFlag = flag.Int("sequences", 0, "how many random sequences to run")
-	freshFlag     = flag.Bool("fresh", false, "run new random sequences instead of the same ones each time")
+	seedFlag      = flag.Uint64("seed", 0, "run the sequence with this seed, besides those that failed once")
+	stepsFlag     = flag.String("steps", "", "run only these steps of each sequence, such as 2,3,7")
+	traceFlag     = flag.Bool("trace", false, "print for a failed sequence also the controller's writes, its requests to ARM and its log")
+	sequencesFlag = flag.Int("sequences", 0, "how many random sequences to run; 0: the default, which is smaller with -race")
+	freshFlag     = flag.Bool("fresh", false, "start at a seed derived from the current time, so that each run has new sequences")
 )
 
 // setUp creates the initial state: the behavior of Azure, machines, nodes, some objects, possibly assignments of AAD Pod
@@ -79,8 +79,8 @@ func (s *sequence) setUp() {
 	s.startLeader()
 }
 
-// addLegacyAssignments creates what AAD Pod Identity would have left behind: assignments in its own form, of existing pods
-// and of a deleted one.
+// addLegacyAssignments creates what AAD Pod Identity leaves behind: assignments in the form of AAD Pod Identity, for
+// existing pods and for a deleted one, and the identities that it attached for them.
 func (s *sequence) addLegacyAssignments(r *rand.Rand) {
 	now := s.objectsAt(time.Now())
 	for _, c := range append(slices.Clone(now.expected), expectedAssignment{pod: "red/gone", node: "n0", identity: "red/i0", machine: machineOfProviderID(nodeProviders["n0"]), resource: azure.FoldID(identityID("u1"))}) {
@@ -94,7 +94,8 @@ func (s *sequence) addLegacyAssignments(r *rand.Rand) {
 	}
 }
 
-// addLegacyAssignment creates an assignment as AAD Pod Identity did; false if one of that name exists.
+// addLegacyAssignment creates an assignment in the form of AAD Pod Identity. It returns false if an assignment of that
+// name exists.
 func (s *sequence) addLegacyAssignment(c expectedAssignment, state v1.AssignmentState) bool {
 	podNamespace, pod := splitKey(c.pod)
 	namespace, name := splitKey(c.identity)
@@ -162,7 +163,8 @@ func stepsOf(seed uint64) []int {
 	return steps
 }
 
-// minimizeSteps removes each step without which the sequence still fails.
+// minimizeSteps removes each step without which the sequence still fails. It returns the outcome of the shortest
+// failing sequence, which is empty if no step was removed, and the steps that remain.
 func minimizeSteps(t *testing.T, seed uint64, steps []int) (outcome, []int) {
 	var shortest outcome
 	for i := len(steps) - 1; i >= 0; i-- {
@@ -180,14 +182,15 @@ func minimizeSteps(t *testing.T, seed uint64, steps []int) (outcome, []int) {
 // formerFailures are seeds of sequences that failed once.
 var formerFailures = []uint64{
 	1795334226108038248, 1795334226108038490, // an assignment remained although its pod no longer needed it
-	1795334378719304021, 1795334588804852191, 1795334588804853193, // an update was taken for finished
+	1795334378719304021, 1795334588804852191, 1795334588804853193, // MIC took an update in progress for finished
 	1795335930879708681,                      // an assignment of AAD Pod Identity for another node
 	1795336505139002702,                      // an update was removed from the ledger because the machine could not be read after it
 	1795338935932751759, 1795338935932752895, // Azure lost track of an update
 }
 
 func TestRandomSequencesDetachNothingInUseAndConverge(t *testing.T) {
-	// The same sequences each time, so that the result depends only on the code. `make fuzz` runs new ones.
+	// Without -fresh the sequences are the same each time, so that the result depends only on the code. `make fuzz`
+	// runs new ones.
 	first, count := uint64(1), defaultSequences
 	if *freshFlag {
 		first = uint64(time.Now().UnixNano())
@@ -198,7 +201,7 @@ func TestRandomSequencesDetachNothingInUseAndConverge(t *testing.T) {
 	if *seedFlag != 0 {
 		first, count = *seedFlag, 1
 	}
-	t.Logf("seeds start at %d; repeat one with -seed", first)
+	t.Logf("the seeds of the random sequences start at %d; -seed repeats one of them", first)
 	seeds := append(slices.Clone(formerFailures), make([]uint64, count)...)
 	for i := range count {
 		seeds[len(formerFailures)+i] = first + uint64(i)

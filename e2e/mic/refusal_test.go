@@ -73,7 +73,7 @@ func (s *scenario) expectRareRetries(t *testing.T) {
 	}
 	events := listObjects[corev1.Event](s.api)
 	if len(events) > 6 {
-		t.Errorf("%d Events about it", len(events))
+		t.Errorf("%d Events after an hour; want at most 6", len(events))
 	}
 }
 
@@ -87,7 +87,7 @@ func (s *scenario) expectStableExcept(identity string) {
 	time.Sleep(30 * time.Minute)
 	for _, p := range s.patchRequests("")[before:] {
 		if len(p.Remove) > 0 || len(p.Add) != 1 || p.Add[0] != azure.FoldID(identity) {
-			s.t.Errorf("an unnecessary update: %v", patchSummaries([]azure.ARMRequest{p}))
+			s.t.Errorf("an update does more than retry the refused identity: %v", patchSummaries([]azure.ARMRequest{p}))
 		}
 	}
 }
@@ -138,7 +138,7 @@ func TestMoreIdentitiesThanAzureAcceptsInOneUpdateAreSplitIntoSeveral(t *testing
 		pods = append(pods, "blue/p")
 		s.waitAssigned(40*time.Second, pods...)
 		if n := len(s.patchRequests("")); n != 3 {
-			t.Errorf("%d updates: %v", n, len(patchSummaries(s.patchRequests(""))))
+			t.Errorf("MIC sent %d updates for 320 identities; want 3", n)
 		}
 		s.deletePod("blue/p")
 		s.waitUnassigned(detachTimeout+time.Minute, "blue/p")
@@ -165,7 +165,7 @@ func TestABurstOfPodsIsAtMostTwoUpdates(t *testing.T) {
 				}
 				s.waitAssigned(3*time.Minute, pods...)
 				if n := len(s.patchRequests("")); n > 2 {
-					t.Errorf("%d updates: %v", n, patchSummaries(s.patchRequests("")))
+					t.Errorf("MIC sent %d updates for a burst of pods; want at most 2: %v", n, patchSummaries(s.patchRequests("")))
 				}
 			})
 		})
@@ -188,7 +188,7 @@ func TestIdentityTypesThatAreNotAttachedAreAssignedWithoutAzure(t *testing.T) {
 		s.addPod("blue/q", "elsewhere", "app")
 		s.waitAssigned(2*time.Second, "blue/p", "blue/q")
 		if n := len(s.assignmentsOf("blue/p")); n != 3 {
-			t.Errorf("%d assignments", n)
+			t.Errorf("the pod has %d assignments; want 3", n)
 		}
 		s.deletePod("blue/p")
 		s.waitUnassigned(3*time.Second, "blue/p")
@@ -232,7 +232,7 @@ func TestAnInvalidAzureIdentityIsReportedAndSkipped(t *testing.T) {
 		s.addPod("blue/p", "n0", "app")
 		s.waitAssigned(2*time.Second, "blue/p")
 		if n := len(s.assignmentsOf("blue/p")); n != 1 {
-			t.Errorf("%d assignments", n)
+			t.Errorf("the pod has %d assignments; want 1", n)
 		}
 		for _, binding := range []string{"blue/odd-app", "blue/nothing-app"} {
 			s.eventually(5*time.Second, "an Event on "+binding, func() bool { return len(s.events("AzureIdentityBinding", binding)) == 1 })

@@ -13,8 +13,8 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// runScenario runs a test with a fake clock in a simulation with two namespaces and a scale set with two nodes. In the end
-// it checks for violations that the test itself does not check for.
+// runScenario runs a test with a fake clock in a simulation that has the namespaces blue and red, and a scale set with
+// the nodes n0 and n1. After the test it reports each of the simulation's violations.
 func runScenario(t *testing.T, test func(*testing.T, *scenario)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -39,22 +39,22 @@ type scenario struct {
 	set string // the scale set of n0 and n1
 }
 
-// eventually waits until a condition holds, and fails the test if it does not in time.
+// eventually waits until a condition holds, and fails the test if it does not hold within timeout.
 func (s *scenario) eventually(timeout time.Duration, what string, holds func() bool) {
 	s.t.Helper()
 	for end := time.Now().Add(timeout); !holds(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(end) {
-			s.t.Fatalf("%s: not within %s: %s; not converged: %q", formatTime(time.Now()), timeout, what, s.convergenceErrors())
+			s.t.Fatalf("%s: this did not happen within %s: %s; convergence errors: %q", formatTime(time.Now()), timeout, what, s.convergenceErrors())
 		}
 	}
 }
 
-// consistently fails the test if a condition does not hold at any time during d.
+// consistently checks a condition every 200 ms during d. It fails the test as soon as the condition does not hold.
 func (s *scenario) consistently(d time.Duration, what string, holds func() bool) {
 	s.t.Helper()
 	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
 		if !holds() {
-			s.t.Fatalf("%s: does not hold: %s", formatTime(time.Now()), what)
+			s.t.Fatalf("%s: this condition does not hold: %s", formatTime(time.Now()), what)
 		}
 	}
 }
@@ -90,7 +90,7 @@ func (s *scenario) waitUnassigned(timeout time.Duration, pod string) {
 func (s *scenario) deletePod(key string) {
 	namespace, name := splitKey(key)
 	if !deleteObject[corev1.Pod](s.api, namespace, name, 0) {
-		s.t.Fatalf("no pod %s", key)
+		s.t.Fatalf("pod %s cannot be deleted: it does not exist", key)
 	}
 }
 
@@ -101,14 +101,15 @@ func (s *scenario) attached(machine, identity string) func() bool {
 
 func not(holds func() bool) func() bool { return func() bool { return !holds() } }
 
-// expectStable checks that MIC has converged, and sends no update to Azure during d.
+// expectStable checks that MIC converges within three seconds, that it then sends no update to Azure during d, and that
+// it is still converged after d.
 func (s *scenario) expectStable(d time.Duration) {
 	s.t.Helper()
 	s.eventually(3*time.Second, "MIC has converged", func() bool { return len(s.convergenceErrors()) == 0 })
 	before := len(s.patchRequests(""))
 	time.Sleep(d)
 	if after := s.patchRequests(""); len(after) > before {
-		s.t.Errorf("unnecessary updates: %v", patchSummaries(after[before:]))
+		s.t.Errorf("MIC sent updates although it had converged: %v", patchSummaries(after[before:]))
 	}
 	for _, wrong := range s.convergenceErrors() {
 		s.t.Error(wrong)
@@ -122,7 +123,7 @@ func patchSummaries(patches []azure.ARMRequest) (texts []string) {
 	return texts
 }
 
-// acceptedPatches returns the updates that ARM accepted.
+// acceptedPatches returns the updates that ARM accepted for a machine; "" stands for all machines.
 func (s *scenario) acceptedPatches(machine string) []azure.ARMRequest {
 	return slices.DeleteFunc(s.patchRequests(machine), func(r azure.ARMRequest) bool { return !r.Accepted })
 }

@@ -15,8 +15,8 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// sequence is a random sequence of steps in a simulation. A step depends only on the seed, its number and the state of the
-// cluster and of Azure, so that leaving out a step does not change the others.
+// sequence is a random sequence of steps in a simulation. The seed and the number of a step determine its random
+// numbers, so that leaving out a step does not change those of the other steps.
 type sequence struct {
 	*simulation
 	mu      sync.Mutex // of log
@@ -25,7 +25,7 @@ type sequence struct {
 	crashes chan *process
 	leader  *process // nil while there is none
 
-	maxWatchDelay time.Duration // until the controller has received a change
+	maxWatchDelay time.Duration // upper limit of the time until the controller receives a change
 	restartDelay  time.Duration // from a crash to the start of the next controller
 }
 
@@ -35,7 +35,8 @@ type scheduled struct {
 	run func()
 }
 
-// action is one kind of step. run returns a description of what it did, or "" if it was not possible.
+// action is one kind of step. weight is its frequency relative to the other actions. run returns a description of what
+// it did, or "" if the action was not possible.
 type action struct {
 	weight int
 	run    func(*sequence, *rand.Rand) string
@@ -73,7 +74,8 @@ func (l logWriter) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// run runs the steps with these numbers.
+// run performs one random action for each step, after a random pause. The seed of the sequence and the number of the
+// step determine the random numbers for both.
 func (s *sequence) run(steps []int) {
 	total := 0
 	for _, e := range actions {
@@ -82,7 +84,8 @@ func (s *sequence) run(steps []int) {
 	for _, step := range steps {
 		r := rand.New(rand.NewPCG(s.seed, uint64(step)))
 		s.wait(randomPause(r))
-		// An action that is not possible in the current state is replaced by another one.
+		// An action that is not possible in the current state is replaced by another one. After ten attempts the step
+		// does nothing.
 		for range 10 {
 			n := r.IntN(total)
 			i := slices.IndexFunc(actions, func(e action) bool { n -= e.weight; return n < 0 })
@@ -114,7 +117,7 @@ func randomDuration(r *rand.Rand, from, to time.Duration) time.Duration {
 
 func pick[T any](r *rand.Rand, from ...T) T { return from[r.IntN(len(from))] }
 
-// schedule runs a function after d.
+// schedule makes wait run a function after d.
 func (s *sequence) schedule(d time.Duration, do func()) {
 	s.pending = append(s.pending, scheduled{time.Now().Add(d), do})
 	slices.SortStableFunc(s.pending, func(a, b scheduled) int { return a.at.Compare(b.at) })
@@ -143,7 +146,7 @@ func (s *sequence) wait(d time.Duration) {
 	}
 }
 
-// handleCrash disconnects a process that was killed and schedules the start of the next one.
+// handleCrash kills a process. If the process was the leader, handleCrash schedules the start of the next leader.
 func (s *sequence) handleCrash(p *process) {
 	p.kill()
 	if s.leader == p {
@@ -160,8 +163,9 @@ func (s *sequence) startLeader() {
 	}
 }
 
-// converge removes all faults, waits until MIC has converged, and then some more minutes. Identities that Azure refuses
-// stay refused. It returns the remaining differences from the desired state; nil if there are none.
+// converge removes all faults, except that Azure still refuses the identities in s.refused. It waits until MIC has
+// converged, and then four more minutes. It returns the remaining differences from the desired state; nil if there are
+// none.
 func (s *sequence) converge() []string {
 	for len(s.pending) > 0 {
 		next := s.pending[0]
@@ -182,7 +186,7 @@ func (s *sequence) converge() []string {
 		requireNoError(s.t, s.arm.SetProvisioningState(m.ID, ""))
 	}
 	s.startLeader()
-	s.logf("   all faults are removed")
+	s.logf("   all faults are removed, except refused identities")
 	var wrong []string
 	for range maxMinutesToConverge {
 		s.wait(time.Minute)
@@ -191,12 +195,12 @@ func (s *sequence) converge() []string {
 		}
 	}
 	if len(wrong) > 0 {
-		return append([]string{fmt.Sprintf("not converged %d minutes after the last fault:", maxMinutesToConverge)}, wrong...)
+		return append([]string{fmt.Sprintf("not converged %d minutes after all faults were removed:", maxMinutesToConverge)}, wrong...)
 	}
 	s.logf("   converged")
 	s.wait(4 * time.Minute)
 	if wrong = s.convergenceErrors(); len(wrong) > 0 {
-		return append([]string{"converged, but not any more some minutes later:"}, wrong...)
+		return append([]string{"converged, but no longer four minutes later:"}, wrong...)
 	}
 	return nil
 }

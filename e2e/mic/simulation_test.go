@@ -41,7 +41,7 @@ func identityID(name string) string {
 	return subscription + "/resourceGroups/Identities/providers/Microsoft.ManagedIdentity/userAssignedIdentities/" + name
 }
 
-// clientID derives a GUID from a name.
+// clientID derives a GUID from the first six characters of a name.
 func clientID(name string) string {
 	return fmt.Sprintf("00000000-0000-4000-8000-%012x", []byte(fmt.Sprintf("%-6.6s", name)))
 }
@@ -53,12 +53,12 @@ type simulation struct {
 	handle           apiHandler // of api, or of a real API server
 	cfg              mic.Config
 	log              *zap.Logger
-	newTrace         func(process string) func(request, string) // returns a connection's trace; nil: no trace
+	newTrace         func(process string) func(request, string) // returns connection.trace for a process; nil: no trace
 	onStart          func(*process)                             // called before the process does anything; may be nil
 	ownIdentities    []string                                   // client IDs of MIC's own identities
 	seed             uint64
 	processes        []*process
-	objectsByVersion map[int64]*objects // by version of the API server
+	objectsByVersion map[int64]*objects // cache of objectsAt, by version of the API server
 	azureState
 }
 
@@ -80,11 +80,11 @@ func (sim *simulation) close() {
 		select {
 		case <-p.done:
 		case <-time.After(10 * time.Minute):
-			sim.t.Errorf("%s: Run has not returned ten minutes after its context was cancelled", p.conn.name)
+			sim.t.Errorf("%s: Run of the controller has not returned ten minutes after the context was cancelled", p.conn.name)
 			<-p.done
 		}
 		if p.err != nil {
-			sim.t.Errorf("%s: %v", p.conn.name, p.err)
+			sim.t.Errorf("%s: Run of the controller failed: %v", p.conn.name, p.err)
 		}
 	}
 }
@@ -92,7 +92,7 @@ func (sim *simulation) close() {
 // process is a controller that is or was the leader.
 type process struct {
 	conn *connection
-	stop context.CancelFunc // as if it lost the lease
+	stop context.CancelFunc // makes the controller step down, as if it had lost the lease
 	done chan struct{}
 	err  error
 }
@@ -132,7 +132,8 @@ func (p *process) kill() {
 	p.stop()
 }
 
-// crashAt kills the process at its n-th write from now on, before the write takes effect or after.
+// crashAt disconnects the process at its n-th write from now on: after the write takes effect if applied, otherwise
+// before. Then it calls killed.
 func (p *process) crashAt(n int, applied bool, killed func()) {
 	var remaining atomic.Int64
 	remaining.Store(int64(n))
@@ -151,7 +152,7 @@ func (p *process) crashAt(n int, applied bool, killed func()) {
 	}
 }
 
-// stepDown ends the controller in order, as a leader that loses the lease does, and waits until it has ended.
+// stepDown ends the controller gracefully, as a leader that loses the lease does, and waits until it has ended.
 func (p *process) stepDown() {
 	p.stop()
 	<-p.done
@@ -182,7 +183,7 @@ type transporter func(*http.Request) (*http.Response, error)
 
 func (f transporter) Do(r *http.Request) (*http.Response, error) { return f(r) }
 
-// Functions that create objects with only the necessary fields.
+// The add functions below create objects with only the necessary fields.
 
 func requireNoError(t testing.TB, err error) {
 	t.Helper()
@@ -236,7 +237,8 @@ func (sim *simulation) addAzureIdentity(key, resourceID string) {
 	requireNoError(sim.t, err)
 }
 
-// addBinding binds an AzureIdentity (namespace/name) to the pods with a selector.
+// addBinding creates a binding of an AzureIdentity (key is namespace/name) for the pods whose label aadpodidbinding
+// equals selector.
 func (sim *simulation) addBinding(key, selector string) {
 	namespace, name, _ := strings.Cut(key, "/")
 	_, err := createObject(sim.api, &v1.AzureIdentityBinding{
@@ -246,7 +248,8 @@ func (sim *simulation) addBinding(key, selector string) {
 	requireNoError(sim.t, err)
 }
 
-// addBoundIdentity creates a managed identity, an AzureIdentity and a binding; the name of all is also the selector.
+// addBoundIdentity creates a managed identity and an AzureIdentity with this name, and a binding with the name as its
+// selector. It returns the resource ID of the managed identity.
 func (sim *simulation) addBoundIdentity(namespace, name string) string {
 	id := sim.addManagedIdentity(name)
 	sim.addAzureIdentity(namespace+"/"+name, id)
@@ -283,7 +286,7 @@ func (sim *simulation) assignmentsOf(pod string) (found []*v1.AzureAssignedIdent
 	return found
 }
 
-// patchRequests returns the updates that ARM received for one machine or ("") all.
+// patchRequests returns the updates that ARM received for a machine; "" stands for all machines.
 func (sim *simulation) patchRequests(machine string) (found []azure.ARMRequest) {
 	for _, r := range sim.arm.Log(0) {
 		if r.Operation == azure.OpPatch && (machine == "" || r.Resource == azure.FoldID(machine)) {

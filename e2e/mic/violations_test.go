@@ -14,8 +14,8 @@ import (
 // maxIdentitiesPerPatch is how many identities Azure accepts in one update.
 const maxIdentitiesPerPatch = 150
 
-// violations lists what must not have happened at any time, from the histories of the API server and of ARM. maxWatchDelay
-// is how long it may take until the controller has received a change.
+// violations describes everything in the histories of the API server and of ARM that must never happen. maxWatchDelay
+// is the longest time until the controller receives a change.
 func (sim *simulation) violations(maxWatchDelay time.Duration) (found []string) {
 	v := &violationCheck{simulation: sim, requests: sim.arm.Log(0), transitions: assignedTransitions(sim.api), maxWatchDelay: maxWatchDelay}
 	for _, r := range v.requests {
@@ -23,10 +23,10 @@ func (sim *simulation) violations(maxWatchDelay time.Duration) (found []string) 
 			continue
 		}
 		if r.Overlap {
-			found = append(found, fmt.Sprintf("%s: PATCH of %s (+%v -%v) while another was in progress", formatTime(r.Time), lastSegment(r.Resource), lastSegments(r.Add), lastSegments(r.Remove)))
+			found = append(found, fmt.Sprintf("%s: PATCH of %s (+%v -%v) while another update of the machine was in progress", formatTime(r.Time), lastSegment(r.Resource), lastSegments(r.Add), lastSegments(r.Remove)))
 		}
 		if n := len(r.Add) + len(r.Remove); n > maxIdentitiesPerPatch {
-			found = append(found, fmt.Sprintf("%s: PATCH of %s with %d identities", formatTime(r.Time), lastSegment(r.Resource), n))
+			found = append(found, fmt.Sprintf("%s: PATCH of %s with %d identities; Azure accepts %d", formatTime(r.Time), lastSegment(r.Resource), n, maxIdentitiesPerPatch))
 		}
 	}
 	changes := sim.arm.Changes(0)
@@ -104,7 +104,7 @@ func (v *violationCheck) assignedDuringDetach(c azure.ARMChange, sent time.Time)
 			continue
 		}
 		if since := assignedSince(a, c.Time, v.transitions); since.After(sent) {
-			found = append(found, fmt.Sprintf("%s: %s detached from %s (sent %s) and Assigned at %s: %s", formatTime(c.Time), lastSegment(c.Identity), lastSegment(c.Resource), formatTime(sent), formatTime(since), describeAssignment(a)))
+			found = append(found, fmt.Sprintf("%s: %s detached from %s (sent %s), but an assignment of it became Assigned meanwhile, at %s: %s", formatTime(c.Time), lastSegment(c.Identity), lastSegment(c.Resource), formatTime(sent), formatTime(since), describeAssignment(a)))
 		}
 	}
 	return found
@@ -162,8 +162,8 @@ func assignedTransitions(s *apiServer) (transitions []assignedTransition) {
 	return transitions
 }
 
-// assignedButNotAttached finds assignments that became Assigned while the identity was not attached. External detachments
-// are excluded: the controller learns of them only later.
+// assignedButNotAttached finds assignments that became Assigned while the identity was not attached. Deleted machines
+// and identities that were changed externally are excluded: the controller learns of such changes only later.
 func (v *violationCheck) assignedButNotAttached(changes []azure.ARMChange) (found []string) {
 	for _, p := range v.transitions {
 		resource := identityOfAssignment(p.assignment)

@@ -13,8 +13,8 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// takeOverFromAADPodIdentity migrates the assignments of AAD Pod Identity: one of a running pod, and one of a pod that
-// ended while no MIC ran.
+// takeOverFromAADPodIdentity checks that MIC takes over two assignments of AAD Pod Identity: one of a running pod, and
+// one of a pod that ended while no MIC ran.
 func takeOverFromAADPodIdentity(t *testing.T, l *testEnvironment) {
 	s, used, orphan := l.newNamespace(t), l.newIdentity(t), l.newIdentity(t)
 	l.scaleMIC(t, 0)
@@ -67,7 +67,8 @@ func (s *testNamespace) createAADPodIdentityAssignment(pod, identity string) *v1
 	return o
 }
 
-// tokenPoller requests tokens continuously. Every second request bypasses NMI's cache and reaches IMDS.
+// tokenPoller requests a token every 50 ms until end is called. Every other request asks NMI to bypass its cache, which
+// NMI does at most once in ten seconds.
 type tokenPoller struct {
 	podClient
 	stop chan struct{}
@@ -118,7 +119,7 @@ func (v *tokenPoller) waitForTokens(n int) {
 	from := count()
 	eventually(v.s.t, reactionTimeout, func() error {
 		if got := count() - from; got < n {
-			return fmt.Errorf("received %d of %d tokens", got, n)
+			return fmt.Errorf("the pod received %d of %d tokens", got, n)
 		}
 		return nil
 	})

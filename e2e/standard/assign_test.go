@@ -97,7 +97,7 @@ func fromFirstToLastPod(t *testing.T, l *testEnvironment) {
 	first.answer().mustBeOf(t, l, id)
 	updates := l.updates(t, id)
 	if len(updates) != 1 || !first.Started.Before(updates[0].End) {
-		t.Fatalf("the request that began at %s did not wait for one of the updates %+v", first.Started, updates)
+		t.Fatalf("want one update, and a request that began (at %s) before the end of that update; the updates: %+v", first.Started, updates)
 	}
 	t.Parallel()
 	t.Logf("the first request took %.1f s; its answer came %.1f s after ARM had attached the identity",
@@ -238,7 +238,8 @@ func identitiesWithoutMachine(t *testing.T, l *testEnvironment) {
 	s.waitUntilReleased("")
 }
 
-// newApp registers an application in Entra ID, and creates a Secret with its client ID as the name.
+// newApp registers an application in the fake Entra ID, with the client secret and the certificate if they are given.
+// It creates a Secret that contains the credential and has the client ID as its name.
 func (s *testNamespace) newApp(secret string, certificate map[string][]byte) azure.Identity {
 	s.t.Helper()
 	n := s.serial.Add(1)

@@ -126,7 +126,7 @@ func deletedBinding(t *testing.T, l *testEnvironment) {
 	})
 	p.ask().mustBeRefused(t, 400, "no_matching_binding")
 	if !l.attached(t, "node1", id) {
-		t.Error("the identity was detached before the detach delay")
+		t.Error("the identity was detached before the detach delay had passed")
 	}
 	l.mustBeDetachedAfterDelay(t, "node1", id, deleted)
 	s.waitUntilReleased("p")

@@ -1,6 +1,6 @@
 // Package standard has the end-to-end tests of standard mode: MIC and NMI, installed with their Helm chart on a real
-// Kubernetes cluster, first with both nodes in one scale set, then as two virtual machines.
+// Kubernetes cluster. They run first with both nodes in one scale set, then with each node as a virtual machine.
 //
-// It protects against a MIC and an NMI that work alone and not together: the fake Azure issues a token for an identity
-// on a node only while ARM has that identity attached to the node's machine.
+// They find faults that appear only when MIC and NMI work together: the fake Azure issues a token of a managed identity
+// on a node only while that identity is attached to the node's machine in the fake ARM.
 package standard

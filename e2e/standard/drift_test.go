@@ -81,7 +81,8 @@ func (l *testEnvironment) inLedgers(t *testing.T, id azure.Identity) bool {
 	})
 }
 
-// requestsToARM checks all requests and changes of the tests before it.
+// requestsToARM checks all requests to ARM and all changes of machines since the start of the cluster, and that no
+// request of a pod reached IMDS.
 func requestsToARM(t *testing.T, l *testEnvironment) {
 	log, err := l.cloud.ARMLog(t.Context(), 0)
 	must(t, err)
@@ -115,5 +116,5 @@ func requestsToARM(t *testing.T, l *testEnvironment) {
 	if stats.IMDS.RequestsFromPods != 0 || stats.IMDS.ConnectionsFromPods != 0 {
 		t.Errorf("%d requests and %d connections of pods reached IMDS", stats.IMDS.RequestsFromPods, stats.IMDS.ConnectionsFromPods)
 	}
-	t.Logf("ARM received %d requests, %d of them PATCHes", len(log), patches)
+	t.Logf("ARM received %d requests; %d of them are PATCH requests", len(log), patches)
 }

@@ -31,8 +31,8 @@ import (
 // Settings of MIC and the fake ARM that the tests depend on.
 const (
 	detachDelay = 5 * time.Second
-	// armDelay is the duration of an update in ARM. MIC starts the next update of a machine at the earliest ten seconds after
-	// the start of the last one.
+	// armDelay is the duration of an update in ARM. It is shorter than the ten seconds that MIC waits from the start of
+	// an update to the start of the machine's next update.
 	armDelay = 8 * time.Second
 	// updateTimeout is the limit for everything that needs an update of a machine. Another update may have started just
 	// before, and other tests change the same machine at the same time. updateTimeout and reactionTimeout are several
@@ -62,7 +62,8 @@ type testEnvironment struct {
 func twoVMs(o *cluster.Options) { o.ProviderIDs = cluster.TwoVMs() }
 
 // start starts a cluster, attaches to its machines two identities that MIC does not manage (like the kubelet's identity
-// on AKS), and installs the chart.
+// on AKS), and installs the chart. With change nil both nodes are in one scale set; otherwise change must make each
+// node a virtual machine.
 func start(t *testing.T, change func(*cluster.Options)) *testEnvironment {
 	t.Helper()
 	// The images are built before the cluster starts, because other test processes on this computer may wait until the
@@ -145,7 +146,7 @@ func (l *testEnvironment) newIdentity(t *testing.T) azure.Identity {
 	return id
 }
 
-// nodesOfOneMachine returns two nodes that are on the same machine, or the same node twice.
+// nodesOfOneMachine returns two nodes of one scale set, or the same node twice if each node is a virtual machine.
 func (l *testEnvironment) nodesOfOneMachine() (string, string) {
 	if l.vms {
 		return "node1", "node1"
@@ -170,7 +171,7 @@ func (l *testEnvironment) waitUntilDetached(t *testing.T, node string, id azure.
 	})
 }
 
-// changes are the changes of one identity on the machine of a node, in their order.
+// changes returns the attachments and detachments of an identity on the machine of a node, oldest first.
 func (l *testEnvironment) changes(t *testing.T, node string, id azure.Identity) []azure.ARMChange {
 	t.Helper()
 	all, err := l.cloud.ARMChanges(t.Context(), 0)
@@ -199,8 +200,9 @@ func (l *testEnvironment) updates(t *testing.T, id azure.Identity) []azure.ARMRe
 	return slices.DeleteFunc(l.patches(t, id), func(r azure.ARMRequest) bool { return !r.Accepted })
 }
 
-// mustBeDetachedAfterDelay waits until MIC has detached an identity, and checks that the update started later than
-// detachDelay after unused, the time since which no pod uses the identity.
+// mustBeDetachedAfterDelay waits until MIC has detached an identity from the machine of a node. unused is the time of
+// the change after which no pod uses the identity, such as the deletion of a pod. mustBeDetachedAfterDelay checks that
+// the update that detached the identity started more than detachDelay after that time.
 func (l *testEnvironment) mustBeDetachedAfterDelay(t *testing.T, node string, id azure.Identity, unused time.Time) {
 	t.Helper()
 	l.waitUntilDetached(t, node, id)
@@ -211,7 +213,7 @@ func (l *testEnvironment) mustBeDetachedAfterDelay(t *testing.T, node string, id
 			return
 		}
 	}
-	t.Errorf("%s was in use until %s and was detached before the delay; its changes on the machine of %s: %+v", id.ResourceID, unused, node, changes)
+	t.Errorf("no pod uses %s since %s; want an update that detaches it and starts more than %s later; its changes on the machine of %s: %+v", id.ResourceID, unused, detachDelay, node, changes)
 }
 
 func (l *testEnvironment) waitUntilDeleted(t *testing.T, o client.Object) {
@@ -221,7 +223,7 @@ func (l *testEnvironment) waitUntilDeleted(t *testing.T, o client.Object) {
 		if apierrors.IsNotFound(err) {
 			return nil
 		}
-		return fmt.Errorf("%T %s/%s is still there (%v): %s", o, o.GetNamespace(), o.GetName(), err, asJSON(o))
+		return fmt.Errorf("%T %s/%s still exists or cannot be read (error: %v): %s", o, o.GetNamespace(), o.GetName(), err, asJSON(o))
 	})
 }
 
@@ -250,7 +252,7 @@ func (l *testEnvironment) leader(t *testing.T, before string) (pod, holder strin
 		holder = l.lease(t)
 		pod, _, _ = strings.Cut(holder, "_")
 		if pod == "" || holder == before {
-			return fmt.Errorf("the holder of the Lease is still %q", before)
+			return fmt.Errorf("the holder of the Lease is %q; want a holder other than %q", holder, before)
 		}
 		return nil
 	})
@@ -267,11 +269,11 @@ func (l *testEnvironment) scaleMIC(t *testing.T, replicas int) {
 	eventually(t, reactionTimeout, func() error {
 		pods, err := l.micPods(t.Context())
 		if err != nil || len(pods) != replicas {
-			return fmt.Errorf("MIC has %d pods (%v)", len(pods), err)
+			return fmt.Errorf("MIC has %d pods; want %d (error: %v)", len(pods), replicas, err)
 		}
 		for _, p := range pods {
 			if !isReady(&p) {
-				return fmt.Errorf("%s is not ready", p.Name)
+				return fmt.Errorf("pod %s of MIC is not ready", p.Name)
 			}
 		}
 		return nil

@@ -32,7 +32,7 @@ func leaderChangesDuringUpdate(t *testing.T, l *testEnvironment) {
 				return nil
 			}
 		}
-		return fmt.Errorf("no update is in progress: %+v", l.patches(t, id))
+		return fmt.Errorf("no ledger records an update in progress; the PATCH requests so far: %+v", l.patches(t, id))
 	})
 	s.bind("later", "later", managed(later))
 	s.startPod("q", "later", "node1")
@@ -57,7 +57,7 @@ func leaderChangesDuringUpdate(t *testing.T, l *testEnvironment) {
 
 	patches := l.patches(t, id)
 	if len(patches) != 1 || l.attached(t, "node1", id) {
-		t.Fatalf("this update ended before both changes of the leader: %+v", patches)
+		t.Fatalf("want one update that is still in progress after two changes of the leader; the PATCH requests: %+v", patches)
 	}
 	p := s.clientIn("p")
 	var ended time.Time
@@ -88,10 +88,10 @@ func (l *testEnvironment) waitUntilEmpty(t *testing.T) {
 	eventually(t, updateTimeout, func() error {
 		var left v1.AzureAssignedIdentityList
 		if err := l.kube.List(t.Context(), &left); err != nil || len(left.Items) > 0 {
-			return fmt.Errorf("there still are %s (error: %v)", describe(left.Items), err)
+			return fmt.Errorf("want no assignment; got %s (error: %v)", describe(left.Items), err)
 		}
 		if ledgers := l.ledgers(t); len(ledgers) > 0 {
-			return fmt.Errorf("there still are ledgers: %s", asJSON(ledgers))
+			return fmt.Errorf("want no ledger; got %s", asJSON(ledgers))
 		}
 		return nil
 	})
@@ -166,7 +166,7 @@ func metricsOfMIC(t *testing.T, l *testEnvironment) {
 	leader, _ := l.leader(t, "")
 	status, _, body, err := get(t.Context(), l.httpClient(t, cluster.ChartNamespace, leader), "http://127.0.0.1:8888/metrics")
 	if err != nil || status != 200 {
-		t.Fatalf("the metrics: %d %v", status, err)
+		t.Fatalf("reading the metrics of MIC: status %d, error: %v", status, err)
 	}
 	kind := "vmss"
 	if l.vms {
@@ -181,12 +181,12 @@ func metricsOfMIC(t *testing.T, l *testEnvironment) {
 		`workqueue_adds_total{controller="pods",name="pods"`,
 	} {
 		if v, ok := sample(body, name); !ok || v <= 0 {
-			t.Errorf("%s is %v", name, v)
+			t.Errorf("%s is %v (found: %t); want a value above 0", name, v, ok)
 		}
 	}
 	for _, name := range []string{"podidentity_mic_identities_set_aside", `workqueue_depth{controller="machines",name="machines"`} {
 		if v, ok := sample(body, name); !ok || v != 0 {
-			t.Errorf("%s is %v, %v", name, v, ok)
+			t.Errorf("%s is %v (found: %t); want 0", name, v, ok)
 		}
 	}
 }

@@ -27,8 +27,9 @@ type testCase struct {
 	run  func(*testing.T, *testEnvironment)
 }
 
-// parallelTests use their own namespaces and identities. The first firstTests of them start alone, one after the other, and
-// call t.Parallel later: one needs a cluster without MIC, the other a pod that starts before Azure has attached its identity.
+// parallelTests use their own namespaces and identities. The first firstTests of them start alone, one after the other,
+// and call t.Parallel later. One of them first needs a cluster without MIC; the other needs a pod whose first request
+// begins before Azure has attached the pod's identity.
 var parallelTests = []testCase{
 	{"the assignments of AAD Pod Identity are taken over and no pod loses its token", takeOverFromAADPodIdentity},
 	{"the first request waits for the identity, which is detached after the last pod", fromFirstToLastPod},

@@ -135,7 +135,7 @@ func (s *testNamespace) waitUntilAssigned(pod, identity string, id azure.Identit
 			return ref.Metadata.Name == identity && azure.FoldID(ref.Spec.ResourceID) == azure.FoldID(id.ResourceID)
 		})
 		if i < 0 || have[i].Status.Status != v1.AssignmentAssigned {
-			return fmt.Errorf("pod %s does not have %s assigned: %s", pod, identity, describe(have))
+			return fmt.Errorf("AzureIdentity %[2]s is not assigned to pod %[1]s, which has %[3]s", pod, identity, describe(have))
 		}
 		a = have[i]
 		return nil
@@ -148,7 +148,7 @@ func (s *testNamespace) waitUntilReleased(pod string) {
 	s.t.Helper()
 	eventually(s.t, updateTimeout, func() error {
 		if have := s.assignments(pod); len(have) > 0 {
-			return fmt.Errorf("pod %s still has %s", pod, describe(have))
+			return fmt.Errorf("namespace %s still has %s", s.name, describe(have))
 		}
 		return nil
 	})
@@ -184,7 +184,7 @@ func (s *testNamespace) clientIn(pod string) podClient {
 	return podClient{s, s.httpClient(s.t, s.name, pod)}
 }
 
-// fresh is the request parameter that makes NMI bypass its cache.
+// fresh is the request parameter that makes NMI bypass its cache, at most once in ten seconds for the same token.
 const fresh = "bypass_cache=true"
 
 // ask requests a token for Key Vault. The status is 0 if the connection failed.
@@ -204,7 +204,7 @@ func newAnswer(status int, header http.Header, body string, took time.Duration) 
 	return a
 }
 
-// mustBeOf checks the signature of the token in the answer, and that it is for the identity.
+// mustBeOf checks that the answer has a token of the identity, and that the signature of the token is valid.
 func (a answer) mustBeOf(t *testing.T, l *testEnvironment, id azure.Identity) {
 	t.Helper()
 	if err := a.isOf(l, id); err != nil {
@@ -214,7 +214,7 @@ func (a answer) mustBeOf(t *testing.T, l *testEnvironment, id azure.Identity) {
 
 func (a answer) isOf(l *testEnvironment, id azure.Identity) error {
 	if a.status != http.StatusOK {
-		return fmt.Errorf("status %d after %s: %s", a.status, a.took, a.raw)
+		return fmt.Errorf("a token request got status %d after %s: %s", a.status, a.took, a.raw)
 	}
 	claims, err := l.cloud.Verify(a.body["access_token"])
 	if err != nil {
@@ -233,7 +233,7 @@ func (a answer) mustBeRefused(t *testing.T, status int, reason string) {
 	}
 }
 
-// outcome is the line that podclient writes.
+// outcome is the JSON line that podclient writes to its log after a token request.
 type outcome struct {
 	Started    time.Time
 	Status     int
@@ -251,7 +251,7 @@ func (s *testNamespace) outcome(pod string) (got outcome) {
 			return err
 		}
 		if err := json.Unmarshal([]byte(out), &got); err != nil {
-			return fmt.Errorf("the log of %s: %q: %w", pod, out, err)
+			return fmt.Errorf("the log of pod %s is not one line of JSON: %q: %w", pod, out, err)
 		}
 		return nil
 	})

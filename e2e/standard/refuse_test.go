@@ -38,7 +38,7 @@ func refusedIdentities(t *testing.T, l *testEnvironment) {
 		p.checkRefusal(t, bad.name, bad.resource, bad.advice, of(bad.id))
 	}
 
-	// Both are repaired. A new identity that a pod starts to use meanwhile is not delayed.
+	// Both refused identities are repaired. Until then, a new identity that a pod starts to use is not delayed.
 	must(t, l.cloud.SetIdentityFault(t.Context(), azure.IdentityFault{Identity: denied.ResourceID}))
 	s.edit("misspelled", managed(misspelled))
 	repaired, late := time.Now(), l.newIdentity(t)
@@ -80,10 +80,10 @@ func (p podClient) checkRefusal(t *testing.T, name, resource, advice, query stri
 	a := p.ask(query)
 	a.mustBeRefused(t, 503, "assignment_failed")
 	if !strings.Contains(a.raw, s.name+"/"+name) || !strings.Contains(a.raw, advice) || a.header.Get("Retry-After") != "5" {
-		t.Errorf("the pod receives %v %s", a.header, a.raw)
+		t.Errorf("the response does not name the AzureIdentity, the remedy %q or Retry-After 5: %v %s", advice, a.header, a.raw)
 	}
 	if a.took > 20*time.Second { // NMI waits 25 s for an assignment that MIC is still working on
-		t.Errorf("the answer took %s", a.took)
+		t.Errorf("NMI answered after %s; want an answer without a wait for the assignment", a.took)
 	}
 }
 
@@ -94,7 +94,7 @@ func (s *testNamespace) checkWaiting(pod, identity, resource, advice string) err
 		return a.Spec.AzureIdentityRef.Metadata.Name == identity && a.Status.Status == v1.AssignmentCreated &&
 			strings.Contains(a.Status.Message, advice) && containsFold(a.Status.Message, resource)
 	}) {
-		return fmt.Errorf("no assignment of %s has the message %q: %s", identity, advice, describe(have))
+		return fmt.Errorf("want an assignment of %s in state Created with the message %q; got %s", identity, advice, describe(have))
 	}
 	return nil
 }

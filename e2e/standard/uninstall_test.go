@@ -34,7 +34,7 @@ func uninstall(t *testing.T, l *testEnvironment) {
 	var left v1.AzureAssignedIdentityList
 	must(t, l.kube.List(t.Context(), &left))
 	if ledgers := l.ledgers(t); len(left.Items)+len(ledgers) > 0 {
-		t.Errorf("MIC did not remove %s and the ledgers %s", describe(left.Items), asJSON(ledgers))
+		t.Errorf("after nmi.uninstall=true these are left: %s and the ledgers %s", describe(left.Items), asJSON(ledgers))
 	}
 	var want []string
 	for _, id := range append(l.foreign, l.immutable) {
@@ -62,7 +62,7 @@ func uninstall(t *testing.T, l *testEnvironment) {
 	eventually(t, updateTimeout, func() error { // this includes the namespaces of all other tests
 		out, err := l.Kubectl(t.Context(), "get", "namespaces")
 		if err == nil && (strings.Contains(out, "Terminating") || strings.Contains(out, "test-")) {
-			err = fmt.Errorf("namespaces are left:\n%s", out)
+			err = fmt.Errorf("namespaces of the tests are left, or are being deleted:\n%s", out)
 		}
 		return err
 	})
