@@ -45,7 +45,8 @@ func Plan(ctx context.Context, cfg Config, log *zap.Logger, out io.Writer) error
 	return (&preview{c, out}).print(ctx, cfg.Namespace)
 }
 
-// preview prints what a Controller would do. The Controller loads everything; its queues fill, but nothing works on them.
+// preview prints what a Controller would do. The Controller loads all objects and ledgers. Its queues fill, but no
+// worker processes them.
 type preview struct {
 	*Controller
 	out io.Writer
@@ -110,8 +111,7 @@ func (p *preview) machine(ctx context.Context, m *machine) error {
 	return nil
 }
 
-// identities prints the attached identities, except those that are printed already: why each stays attached, or when it
-// is detached.
+// identities prints, for each attached identity that is not in printed, why it stays attached or when MIC detaches it.
 func (p *preview) identities(m *machine, state azure.State, printed []string) {
 	protected := p.machineReconciler.protected()
 	for _, id := range slices.Sorted(maps.Keys(state.Identities)) {

@@ -50,8 +50,8 @@ func (q *queue) run(ctx context.Context) {
 	}
 }
 
-// Reconcile implements reconcile.TypedReconciler. It logs the first failure of a key as a warning and further ones at level
-// debug: while the API server is not available each key fails again and again.
+// Reconcile implements reconcile.TypedReconciler. It logs the first of several consecutive failures of a key as a
+// warning and the others at level debug: while the API server is not available, each key fails again and again.
 func (q *queue) Reconcile(ctx context.Context, key string) (reconcile.Result, error) {
 	requeueAfter, err := q.reconcile(ctx, key)
 	if err == nil {

@@ -39,7 +39,7 @@ func loadEnvironment(path string) (Environment, error) {
 	return e, nil
 }
 
-// cloud returns the endpoints of ARM and Entra ID.
+// cloud returns the endpoints of ARM and Entra ID in the cloud that the configuration names.
 func (c Config) cloud() (cloud.Configuration, error) {
 	var found cloud.Configuration
 	switch strings.ToLower(c.Cloud) {

@@ -29,7 +29,7 @@ var (
 	longTimes  = []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 900}
 )
 
-// armOperations are the operations that an azure.Observer reports.
+// armOperations are the operations with which an azure.Observer is called.
 var armOperations = []string{"vm_get", "vm_update", "vm_poll", "vmss_get", "vmss_update", "vmss_poll"}
 
 // The metrics of MIC. Those that begin with aadpodidentity_ are the metrics of AAD Pod Identity. A cycle of AAD Pod
