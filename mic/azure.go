@@ -35,7 +35,7 @@ func waitUntilReplaced(ctx context.Context, file string) error {
 			continue // azure.Reloading reports a file that is missing or cannot be read
 		}
 		if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Nlink == 0 {
-			return fmt.Errorf("%s was replaced; this process ends so that a new container sees the new file", file)
+			return fmt.Errorf("%s was replaced or deleted on the node; MIC ends so that a new container sees the new file", file)
 		}
 	}
 }
@@ -54,7 +54,7 @@ func newMachines(cfg Config, log *zap.Logger, r prometheus.Registerer, configure
 	}
 	changed := func(_ azure.Config, err error) {
 		if err != nil {
-			log.Error("cannot call Azure until its configuration is corrected", zap.Error(err))
+			log.Error("the configuration for Azure is not usable; MIC keeps the last usable one, or cannot call Azure if there was none", zap.Error(err))
 			return
 		}
 		log.Info("read the configuration for Azure")

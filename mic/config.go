@@ -88,7 +88,7 @@ func (c Config) Validate() error {
 	}
 	for _, id := range c.Immutable {
 		if !guid.MatchString(id) {
-			bad("--immutable-user-msis: %q is not a client ID; give GUIDs with commas between them, as az identity show --query clientId prints them", id)
+			bad("--immutable-user-msis: %q is not a client ID; give client IDs, which are GUIDs (az identity show --query clientId prints them), with commas between them", id)
 		}
 	}
 	within("identity-assignment-reconcile-interval", c.ReconcileInterval, 10*time.Second, time.Hour)
@@ -99,7 +99,7 @@ func (c Config) Validate() error {
 	port("http-probe-port", c.ProbePort)
 	port("prometheus-port", c.PrometheusPort)
 	if c.ProbePort == c.PrometheusPort || c.Profile && (c.ProbePort == profilePort || c.PrometheusPort == profilePort) {
-		bad("--http-probe-port, --prometheus-port and the profiler's %d must differ", profilePort)
+		bad("--http-probe-port %d and --prometheus-port %d must differ from each other and, with --enable-profile, from %d, the port of the profiler", c.ProbePort, c.PrometheusPort, profilePort)
 	}
 	lead := c.LeaderElection
 	if lead.Instance == "" {

@@ -184,7 +184,7 @@ func (c *Controller) reconcileAll() {
 // untilSuccess calls do until it succeeds or ctx ends, and logs each failure. It is for the steps before the first
 // reconcile.
 func (c *Controller) untilSuccess(ctx context.Context, do func(context.Context) error) {
-	_ = retry.UntilSuccess(ctx, transientBackoff, do, func(err error) { c.log.Warn("cannot start yet; MIC retries", zap.Error(err)) })
+	_ = retry.UntilSuccess(ctx, transientBackoff, do, func(err error) { c.log.Warn("MIC cannot start to reconcile yet; it retries", zap.Error(err)) })
 }
 
 // checkDefinitions checks that the API server serves the custom resources and the status subresource of
@@ -221,7 +221,7 @@ func (c *Controller) load(ctx context.Context) {
 	for _, id := range ids {
 		r, err := azure.ParseID(id)
 		if err != nil {
-			c.log.Error("a ledger does not name a machine; delete its ConfigMap unless you can correct it", zap.String(telemetry.KeyMachine, id), zap.Error(err))
+			c.log.Error("a ledger does not name a machine, so MIC detaches nothing that this ledger contains; find its ConfigMap by the label podidentity.io/ledger, and correct its key machine or delete it", zap.String(telemetry.KeyMachine, id), zap.Error(err))
 			continue
 		}
 		c.usage.Add(r.Key(), r)

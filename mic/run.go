@@ -72,7 +72,7 @@ func runElected(ctx context.Context, cfg Config, log *zap.Logger, drain bool) er
 	defer cancel()
 	var drained atomic.Bool
 	lead := func(ctx context.Context) error {
-		log.Info("leading", zap.String("instance", cfg.LeaderElection.Instance))
+		log.Info("became the leader", zap.String("instance", cfg.LeaderElection.Instance))
 		go func() {
 			if c.waitUntilLoaded(ctx) && drain && c.waitUntilEmpty(ctx) {
 				drained.Store(true)
@@ -91,7 +91,7 @@ func runElected(ctx context.Context, cfg Config, log *zap.Logger, drain bool) er
 	}
 	err = m.Start(ctx)
 	if drain && !drained.Load() {
-		return errors.Join(errors.New("stopped before everything was removed; run it again"), err)
+		return errors.Join(errors.New("mic uninstall stopped before all assignments and ledgers were removed; run it again"), err)
 	}
 	return err
 }

@@ -54,7 +54,7 @@ func (u *updater) refresh(ctx context.Context, m *machine) error {
 		return err
 	}
 	if strings.EqualFold(state.ProvisioningState, "Deleting") {
-		return &azure.Error{Class: azure.NotFound, Message: "it is being deleted"}
+		return &azure.Error{Class: azure.NotFound, Operation: m.resource.Kind.String() + "_get", Message: "Azure is deleting the machine"}
 	}
 	m.observe(state, u.interval)
 	return nil
@@ -202,7 +202,7 @@ func (u *updater) handleSuccess(ctx context.Context, m *machine, state azure.Sta
 	missing := func(id string) bool { return !present(id) }
 	if m.updating() && (slices.ContainsFunc(update.Add, missing) || slices.ContainsFunc(update.Remove, present)) {
 		m.usage.MarkUnknown()
-		return fmt.Errorf("the update of %s is still in progress, though Azure does not know its operation any more", m.resource.ID())
+		return fmt.Errorf("the update of %s is not complete: Azure is still updating the machine, and some identities are not attached or detached yet; MIC reads the state of the machine again", m.resource.ID())
 	}
 	u.log.Info("updated the identities of a machine", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.Duration("took", time.Since(update.Started)))
 	return m.recordOutcome(ctx)

@@ -199,7 +199,7 @@ func (c *Client) subscription(r Resource) (*subscription, error) {
 	}
 	machines, err := newMachines(r.SubscriptionID, c.tokens, &c.arm)
 	if err != nil {
-		return nil, &Error{Class: Unconfigured, Operation: r.Kind.String(), Message: c.clean(err.Error(), maxMessage)}
+		return nil, &Error{Class: Unconfigured, Operation: r.Kind.String(), Message: c.clean("creating a client for subscription "+r.SubscriptionID+": "+err.Error(), maxMessage)}
 	}
 	s := &subscription{machines: machines}
 	c.subscriptions[key] = s
@@ -210,7 +210,7 @@ func (c *Client) subscription(r Resource) (*subscription, error) {
 // an *Error.
 func (c *Client) call(ctx context.Context, operation string, s *subscription, requested map[string]bool, send func(context.Context) error) error {
 	if wait := s.retryAfter.Remaining(); wait > 0 {
-		return &Error{Class: Throttled, Operation: operation, RetryAfter: wait, Message: "Azure throttles the subscription; waiting for Retry-After"}
+		return &Error{Class: Throttled, Operation: operation, RetryAfter: wait, Message: "Azure throttles the subscription; MIC sends it no request before Retry-After has passed"}
 	}
 	start := time.Now()
 	err := c.tokens.ready(ctx)

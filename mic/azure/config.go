@@ -182,7 +182,7 @@ func parse(text []byte, into any) error {
 		if mistyped.Field == "" {
 			return errors.New("is not a JSON object")
 		}
-		return fmt.Errorf("has a value that is not a %s in the field %q", mistyped.Type.Kind(), mistyped.Field)
+		return fmt.Errorf("has a value of the wrong type in the field %q, which must be a %s", mistyped.Field, mistyped.Type.Kind())
 	}
 	var flaw *json.SyntaxError
 	if errors.As(json.Unmarshal(text, new(any)), &flaw) && bytes.HasPrefix(bytes.TrimSpace(text), []byte("{")) {

@@ -92,7 +92,7 @@ func (o *Operation) waitForPoll(ctx context.Context, failed *Error) error {
 			return nil
 		}
 		if time.Until(o.deadline) < pause {
-			e := Error{Class: Unavailable, Message: fmt.Sprintf("the update has not ended within %s", o.client.maxPollTime), RetryAfter: pause}
+			e := Error{Class: Unavailable, Message: fmt.Sprintf("MIC stopped polling the update, whose end is not known: the next poll is due after the limit of %s", o.client.maxPollTime), RetryAfter: pause}
 			if throttled == pause {
 				e.Class = Throttled
 			}

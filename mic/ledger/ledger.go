@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -19,7 +20,7 @@ const label = "podidentity.io/ledger"
 
 // ErrOvertaken means that another process wrote the ledger since it was read: another MIC that acts as the leader, or
 // an operator. The caller must not act on what it read.
-var ErrOvertaken = errors.New("another MIC has written the ledger since this one read it")
+var ErrOvertaken = errors.New("another process has written the ledger since this MIC read it")
 
 // Ledger is the ledger of one machine, as it was read or written last.
 type Ledger struct {
@@ -67,7 +68,7 @@ func parse(o *corev1.ConfigMap) (Entries, error) {
 		err = json.Unmarshal([]byte(text), e.Update)
 	}
 	if err != nil || e.Machine == "" {
-		return Entries{}, fmt.Errorf("ConfigMap %s/%s, the ledger of machine %q, cannot be parsed (%w); correct its JSON, or delete it: MIC then never detaches what is attached to the machine now", o.Namespace, o.Name, e.Machine, err)
+		return Entries{}, fmt.Errorf("ConfigMap %s/%s, the ledger of machine %q, cannot be parsed (%w); correct it, or delete it: MIC then never detaches the identities that it has attached to the machine", o.Namespace, o.Name, e.Machine, cmp.Or(err, errors.New("the key machine is missing")))
 	}
 	return e, nil
 }
