@@ -100,13 +100,13 @@ var explanations = []Explanation{
 	// The pod.
 	{
 		Reason: PodUnknown, Status: []int{http.StatusServiceUnavailable},
-		Cause:   "No pod of the node that has not finished has the address that the connection came from, and none appeared within `nmi.podLookupTimeout`. Either the kubelet has not reported the pod's address yet, or the program runs outside a pod, or the network plugin changes the source address. For `/host/token`, no such pod has the requested name.",
+		Cause:   "The connection came from an address that no pod of the node has (finished pods do not count), and no such pod appeared within `nmi.podLookupTimeout`. Either the kubelet has not reported the pod's address yet, or the program runs outside a pod, or the network plugin changes the source address. For `/host/token`: no such pod has the requested name.",
 		Remedy:  "Let the client retry: the response has `Retry-After`. If it persists, compare the address in NMI's log line (`source`) with `status.podIPs` of the pod.",
 		Command: "kubectl get pods -A -o wide --field-selector spec.nodeName=NODE",
 	},
 	{
 		Reason: PodAmbiguous, Status: []int{http.StatusServiceUnavailable},
-		Cause:   "Several pods of the node that have not finished have the same address. NMI gives a token to none of them.",
+		Cause:   "Several pods of the node have the same address (finished pods do not count). NMI gives a token to none of them.",
 		Remedy:  "Let the client retry. If it persists, delete the pod that no longer uses the address, and check the network plugin's address management.",
 		Command: "kubectl get pods -A -o wide --field-selector spec.nodeName=NODE",
 	},

@@ -18,9 +18,9 @@ import (
 // replacedInterval is the interval between checks whether azure.json was replaced.
 const replacedInterval = 10 * time.Second
 
-// waitUntilReplaced returns an error once another file has replaced the file, and nil when ctx ends. If a single file
-// of the node is mounted into the container, the container keeps the old file, and only a new container sees the new
-// one.
+// waitUntilReplaced returns an error once the file has no hard link any more, and nil when ctx ends. This happens if a
+// single file of the node is mounted into the container and another file replaces it on the node: the container keeps
+// the old file, and only a new container sees the new one.
 func waitUntilReplaced(ctx context.Context, file string) error {
 	ticker := time.NewTicker(replacedInterval)
 	defer ticker.Stop()
@@ -32,17 +32,17 @@ func waitUntilReplaced(ctx context.Context, file string) error {
 		}
 		info, err := os.Stat(file)
 		if err != nil {
-			continue // the reader of the file reports that it is missing or cannot be read
+			continue // azure.Reloading reports a file that is missing or cannot be read
 		}
 		if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Nlink == 0 {
-			return fmt.Errorf("%s was replaced; this process ends so that a new container sees the new file", file)
+			return fmt.Errorf("%s was replaced or deleted on the node; MIC ends so that a new container sees the new file", file)
 		}
 	}
 }
 
-// newMachines returns the client of Azure Resource Manager. While its method Run runs, it reloads its configuration
-// when the configuration changes. The client calls configured after each valid configuration; for the first one before
-// newMachines returns.
+// newMachines returns the client of Azure Resource Manager. While its method Run runs, the client reloads its
+// configuration when the configuration changes. It calls configured each time that it has read a new valid
+// configuration; for the first one before newMachines returns.
 func newMachines(cfg Config, log *zap.Logger, r prometheus.Registerer, configured func()) (*azure.Reloading, error) {
 	roots, err := outbound.RootCAs(cfg.CABundle)
 	if err != nil {
@@ -54,7 +54,7 @@ func newMachines(cfg Config, log *zap.Logger, r prometheus.Registerer, configure
 	}
 	changed := func(_ azure.Config, err error) {
 		if err != nil {
-			log.Error("cannot call Azure until its configuration is corrected", zap.Error(err))
+			log.Error("the configuration for Azure is not usable; MIC keeps the last usable one, or cannot call Azure if there was none", zap.Error(err))
 			return
 		}
 		log.Info("read the configuration for Azure")

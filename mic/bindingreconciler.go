@@ -27,7 +27,7 @@ func (r *bindingReconciler) reconcile(_ context.Context, key string) (time.Durat
 	reason, text := "", ""
 	switch {
 	case b.Value.Selector == "":
-		reason, text = telemetry.ReasonInvalid, "spec.selector is empty, so the binding selects no pod; write the value of the label "+v1.BindingLabel
+		reason, text = telemetry.ReasonInvalid, "spec.selector is empty, so the binding selects no pod; set it to the value of the pods' label "+v1.BindingLabel
 	case i == nil:
 		reason, text = telemetry.ReasonMissing, fmt.Sprintf("AzureIdentity %s does not exist; create it in the binding's namespace, or correct spec.azureIdentity", name)
 	case i.Value.Problem() != "":

@@ -12,16 +12,16 @@ import (
 // Config is the configuration of MIC. DefaultConfig returns the defaults; cmd/mic/options defines the flags.
 type Config struct {
 	Kubeconfig string // empty: the service account of the pod
-	Namespace  string // of MIC itself, for its ledgers
+	Namespace  string // in which MIC runs and stores its ledgers
 
-	CloudConfig string   // azure.json; empty: environment only
+	CloudConfig string   // path of azure.json; empty: MIC reads only environment variables
 	CABundle    string   // file of CA certificates to trust for Azure, in addition to the system's
 	UserAgent   string   // start of the User-Agent of requests to Azure
 	Immutable   []string // client IDs of identities that are never detached
 
-	ForceNamespaced   bool          // match pods, bindings and identities of one namespace only
-	ReconcileInterval time.Duration // between checks of a machine
-	DetachDelay       time.Duration // from when no pod on the machine uses an identity any more to its detachment
+	ForceNamespaced   bool          // a binding applies only to pods of its own namespace
+	ReconcileInterval time.Duration // maximum time between checks of a machine
+	DetachDelay       time.Duration // minimum time that an identity stays attached after its last pod on the machine
 
 	QPS     float32 // requests per second to the API server
 	Burst   int
@@ -34,7 +34,7 @@ type Config struct {
 	LeaderElection LeaderElection
 }
 
-// LeaderElection says how several MICs elect the one that works.
+// LeaderElection configures how several MICs elect the one that reconciles.
 type LeaderElection struct {
 	Instance  string // this MIC's name in the lease
 	Namespace string // of the lease
@@ -42,8 +42,8 @@ type LeaderElection struct {
 	Duration  time.Duration
 }
 
-// DefaultConfig returns the defaults. A setting that means the same as in AAD Pod Identity has the same default, except the
-// rate of requests: with 5 per second, 2,000 pods would wait seven minutes for the first identity.
+// DefaultConfig returns the defaults. A setting that means the same as in AAD Pod Identity has the same default, except
+// QPS: with the 5 requests per second of AAD Pod Identity, 2,000 pods would wait seven minutes for the first identity.
 func DefaultConfig() Config {
 	return Config{
 		ReconcileInterval: 3 * time.Minute,
@@ -57,7 +57,7 @@ func DefaultConfig() Config {
 	}
 }
 
-// profilePort is the port of pprof, on loopback, if it is enabled.
+// profilePort is the port on loopback where MIC serves pprof if Config.Profile is set.
 const profilePort = 6060
 
 var guid = regexp.MustCompile(`^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$`)
@@ -88,7 +88,7 @@ func (c Config) Validate() error {
 	}
 	for _, id := range c.Immutable {
 		if !guid.MatchString(id) {
-			bad("--immutable-user-msis: %q is not a client ID; give GUIDs with commas between them, as az identity show --query clientId prints them", id)
+			bad("--immutable-user-msis: %q is not a client ID; give client IDs, which are GUIDs (az identity show --query clientId prints them), with commas between them", id)
 		}
 	}
 	within("identity-assignment-reconcile-interval", c.ReconcileInterval, 10*time.Second, time.Hour)
@@ -99,13 +99,14 @@ func (c Config) Validate() error {
 	port("http-probe-port", c.ProbePort)
 	port("prometheus-port", c.PrometheusPort)
 	if c.ProbePort == c.PrometheusPort || c.Profile && (c.ProbePort == profilePort || c.PrometheusPort == profilePort) {
-		bad("--http-probe-port, --prometheus-port and the profiler's %d must differ", profilePort)
+		bad("--http-probe-port %d and --prometheus-port %d must differ from each other and, with --enable-profile, from %d, the port of the profiler", c.ProbePort, c.PrometheusPort, profilePort)
 	}
 	lead := c.LeaderElection
 	if lead.Instance == "" {
 		bad("the name of this MIC in the lease is missing; give --leader-election-instance")
 	}
-	if c.Namespace != "" && len(validation.IsDNS1123Label(lead.Namespace)) > 0 { // if Namespace is missing, so is its default
+	// The default of lead.Namespace is c.Namespace. If both are missing, the problem above is enough.
+	if c.Namespace != "" && len(validation.IsDNS1123Label(lead.Namespace)) > 0 {
 		bad("--leader-election-namespace %q is not the name of a namespace; give one that MIC may write leases in", lead.Namespace)
 	}
 	if len(validation.IsDNS1123Subdomain(lead.Name)) > 0 {

@@ -32,13 +32,14 @@ type Machines interface {
 	Get(ctx context.Context, r azure.Resource) (azure.State, error)
 	Begin(ctx context.Context, r azure.Resource, basis azure.State, add, remove []string) (*azure.Operation, error)
 	Resume(ctx context.Context, r azure.Resource, token string) (*azure.Operation, error)
-	// OwnIdentities returns client IDs, or resource IDs, of identities that the cluster itself uses.
+	// OwnIdentities returns the client IDs or resource IDs of the identities that MIC must never detach because its
+	// configuration for Azure names them. They are those of MIC itself or of the nodes.
 	OwnIdentities() []string
 }
 
 // Deps are the dependencies of a Controller.
 type Deps struct {
-	Kube     *rest.Config // its rate limits are set from the Config
+	Kube     *rest.Config // New uses a copy with the rate limits of the Config
 	Machines Machines
 	Log      *zap.Logger
 	Registry prometheus.Registerer
@@ -63,8 +64,8 @@ type Controller struct {
 	pods, machines, bindings *queue
 }
 
-// machineWorkers is how many machines are reconciled concurrently. Azure may take a minute to update a machine, or may
-// not respond at all, and the other machines must not wait. A worker costs some kilobytes.
+// machineWorkers is how many machines are reconciled concurrently at most. Azure may take a minute to update a
+// machine, or may not respond at all, and the other machines must not wait. A worker costs some kilobytes.
 const machineWorkers = 256
 
 // New returns a Controller. Its method Run must be called at most once.
@@ -75,14 +76,16 @@ func New(cfg Config, deps Deps) (*Controller, error) { return newController(cfg,
 func newController(cfg Config, deps Deps, drain bool) (*Controller, error) {
 	c := &Controller{log: deps.Log, timer: &telemetry.AssignmentTimer{}, loaded: make(chan struct{})}
 	config := rest.CopyConfig(deps.Kube)
-	// One budget for all requests of MIC. docs/performance.md says how it was chosen.
+	// All requests of the Controller to the API server share one rate limit. docs/performance.md says how its default was
+	// chosen.
 	config.RateLimiter = flowcontrol.NewTokenBucketRateLimiter(cfg.QPS, cfg.Burst)
 	core, crds, err := newClients(config)
 	if err != nil {
 		return nil, err
 	}
 	c.crds = crds
-	// NMI reads the Secrets, and decides whether an identity may name one in another namespace.
+	// MIC does not check the namespaces of Secrets: NMI reads the Secrets, and decides whether an identity may name a
+	// Secret in another namespace.
 	rules := identity.Rules{Mode: identity.Standard, ForceNamespaced: cfg.ForceNamespaced, AllowCrossNamespaceSecrets: true}
 	if c.cluster, err = cluster.New(core, crds, cluster.Options{Rules: rules, Drain: drain}); err != nil {
 		return nil, err
@@ -181,11 +184,12 @@ func (c *Controller) reconcileAll() {
 // untilSuccess calls do until it succeeds or ctx ends, and logs each failure. It is for the steps before the first
 // reconcile.
 func (c *Controller) untilSuccess(ctx context.Context, do func(context.Context) error) {
-	_ = retry.UntilSuccess(ctx, transientBackoff, do, func(err error) { c.log.Warn("cannot start yet; MIC retries", zap.Error(err)) })
+	_ = retry.UntilSuccess(ctx, transientBackoff, do, func(err error) { c.log.Warn("MIC cannot start to reconcile yet; it retries", zap.Error(err)) })
 }
 
-// checkDefinitions checks that the cluster has the custom resources. In the CRDs of AAD Pod Identity AzureAssignedIdentity has no
-// status subresource, so no state could be written.
+// checkDefinitions checks that the API server serves the custom resources and the status subresource of
+// AzureAssignedIdentity. The CRDs of AAD Pod Identity do not have this subresource, and without it MIC cannot write the
+// state of an assignment.
 func (c *Controller) checkDefinitions(ctx context.Context) error {
 	var list metav1.APIResourceList
 	if err := c.crds.Get().AbsPath("/apis/" + v1.GroupVersion.String()).Do(ctx).Into(&list); err != nil && !apierrors.IsNotFound(err) {
@@ -217,7 +221,7 @@ func (c *Controller) load(ctx context.Context) {
 	for _, id := range ids {
 		r, err := azure.ParseID(id)
 		if err != nil {
-			c.log.Error("a ledger does not name a machine; delete its ConfigMap unless you can correct it", zap.String(telemetry.KeyMachine, id), zap.Error(err))
+			c.log.Error("a ledger does not name a machine, so MIC detaches nothing that this ledger contains; find its ConfigMap by the label podidentity.io/ledger, and correct its key machine or delete it", zap.String(telemetry.KeyMachine, id), zap.Error(err))
 			continue
 		}
 		c.usage.Add(r.Key(), r)

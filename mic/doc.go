@@ -9,20 +9,23 @@
 // which pod needs which identity on which machine. The work for an event depends on what the event affects, not on the
 // size of the cluster.
 //
-// One assignment goes through these steps: an event requeues a pod (package cluster), the reconcile of the pod computes its
-// desired assignments (package cluster) and its demands (package usage), which requeues the machine; the reconcile of the
-// machine plans and sends one update (updater, packages ledger and azure); the new state of the machine requeues the pods
-// that wait (package usage), and their reconcile writes the status (package cluster).
+// One assignment goes through these steps: an event requeues a pod (package cluster). The reconcile of the pod
+// computes its desired assignments (package cluster) and records its demands (package usage), which requeues the
+// machine. The reconcile of the machine plans and sends one update (updater, packages ledger and azure). The new
+// state of the machine requeues the pods that wait (package usage), and their reconciles write the status (package
+// cluster).
 //
 // What the package protects against:
 //
-//   - Detaching an identity that is in use. MIC detaches nothing before all objects have been loaded. It detaches only
-//     what no living pod on any node of the machine needs, after a delay, and checks the pods once more before the
-//     update.
+//   - Detaching an identity that is in use. MIC detaches nothing before all objects have been loaded. Except for an
+//     uninstall, it detaches only what no living pod on any node of the machine needs, after a delay, and checks the
+//     pods once more before the update.
 //   - Detaching an identity that somebody else attached. MIC detaches only what the ledger of the machine says that MIC
 //     attached. It writes the ledger before it sends an update. See package ledger.
-//   - One identity that Azure refuses blocks others. MIC sets it aside and retries it separately; see [usage.Refusal].
-//   - Two controllers update one machine. The ledger is written with its resourceVersion, so the second of two that
-//     both act as the leader is stopped before it reaches Azure. The ledger also contains the update in progress; the
-//     next leader waits for the end of this update instead of starting another.
+//   - Blocking all identities of a machine because Azure refuses one. MIC sets the refused identity aside and retries
+//     it after a delay; see [usage.Refusal].
+//   - Updates of one machine by two MICs that both act as the leader. Each write of a ledger requires the
+//     resourceVersion that MIC read, so the write of the second MIC fails before it sends an update. The ledger also
+//     contains the update in progress; the next leader waits for the end of this update, for at most maxUpdateTime,
+//     before it sends another.
 package mic

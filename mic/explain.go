@@ -11,15 +11,15 @@ import (
 // explain returns a text for operators: why Azure does not update a machine and, if MIC lacks a permission, which role
 // to grant.
 func explain(r azure.Resource, e *azure.Error) string {
-	what := fmt.Sprintf("Azure does not let MIC change the identities of %s %s: ", r.Kind, r.Name)
+	what := fmt.Sprintf("MIC cannot read or change the identities of %s %s: ", r.Kind, r.Name)
 	switch e.Class {
 	case azure.Denied:
 		role := "Virtual Machine Contributor"
-		return text.OneLine(fmt.Sprintf("%s%s. Grant MIC's identity the role %s on resource group %s of subscription %s", what, e.Message, role, r.ResourceGroup, r.SubscriptionID), maxText)
+		return text.OneLine(fmt.Sprintf("%sif a permission is missing, grant MIC's identity the role %s on resource group %s of subscription %s (%s)", what, role, r.ResourceGroup, r.SubscriptionID, e.Message), maxText)
 	case azure.NotFound:
-		return text.OneLine(fmt.Sprintf("%s %s is not in resource group %s of subscription %s: %s", r.Kind, r.Name, r.ResourceGroup, r.SubscriptionID, e.Message), maxText)
+		return text.OneLine(fmt.Sprintf("Azure does not find %s %s in resource group %s of subscription %s, or is deleting it; check that MIC's credential is for the tenant and the cloud of this subscription: %s", r.Kind, r.Name, r.ResourceGroup, r.SubscriptionID, e.Message), maxText)
 	case azure.Unavailable:
-		return text.OneLine(fmt.Sprintf("Azure does not respond to requests for %s %s; MIC retries: %s", r.Kind, r.Name, cmp.Or(e.Message, e.Error())), maxText)
+		return text.OneLine(fmt.Sprintf("MIC cannot read or change the identities of %s %s now and retries: %s", r.Kind, r.Name, cmp.Or(e.Message, e.Error())), maxText)
 	case azure.Unconfigured:
 		return text.OneLine("MIC cannot call Azure: "+cmp.Or(e.Message, e.Error()), maxText)
 	}
@@ -32,5 +32,5 @@ func explainRefused(r azure.Resource, id string, e *azure.Error) string {
 	if e.Code == "LinkedAuthorizationFailed" {
 		advice = "grant MIC's identity the role Managed Identity Operator on the managed identity"
 	}
-	return text.OneLine(fmt.Sprintf("Azure refuses to change %s on %s %s; %s (%s: %s)", id, r.Kind, r.Name, advice, e.Code, e.Message), maxText)
+	return text.OneLine(fmt.Sprintf("Azure refuses to attach or detach %s on %s %s; %s (%s: %s)", id, r.Kind, r.Name, advice, e.Code, e.Message), maxText)
 }

@@ -14,17 +14,17 @@ import (
 	"github.com/podidentity/podidentity/mic/usage"
 )
 
-// machine is what the reconciles of one VM or VMSS keep between them. Nothing else uses it, and one worker at a time
-// reconciles a machine, so it needs no lock.
+// machine is the state that the reconcile of one VM or VMSS keeps for the next reconcile. One worker at a time
+// reconciles a machine, and preview uses it without workers, so it needs no lock.
 type machine struct {
 	usage    *usage.Machine
 	resource azure.Resource
-	ledger   *ledger.Ledger // nil until it is read, and after another MIC wrote it
+	ledger   *ledger.Ledger // nil until it is read, and after another process wrote it
 	azure    azure.State    // as Azure reported it last
 	// refreshAt is when the state must be read from Azure again, at the latest.
 	refreshAt time.Time
-	updatedAt time.Time // when the last update began
-	failures  int       // consecutive
+	updatedAt time.Time // when a reconcile last began to send updates
+	failures  int       // consecutive failed reconciles
 }
 
 // loadLedger reads the ledger unless it is known.
@@ -41,8 +41,8 @@ func (m *machine) loadLedger(ctx context.Context, store typedcorev1.ConfigMapInt
 	return nil
 }
 
-// writeLedger writes next to the ledger, unless that would change nothing. If another MIC has written the ledger
-// meanwhile, it returns ledger.ErrOvertaken, and the next reconcile reads the ledger again.
+// writeLedger writes next to the ledger, unless that would change nothing. If another process has written the ledger
+// meanwhile, writeLedger returns ledger.ErrOvertaken, and the next reconcile reads the ledger again.
 func (m *machine) writeLedger(ctx context.Context, next ledger.Entries) error {
 	l := m.ledger
 	if l.Same(next) {

@@ -19,27 +19,31 @@ import (
 )
 
 const (
-	// pause is the minimum time from the updates of one reconcile to those of the next. An update takes Azure 10 to 60 s,
-	// so the pause rarely delays the next one. Because of the pause, a burst of pods that lasts some seconds takes two
-	// updates. Azure allows twelve updates of a machine in a row, and four a minute after that. With one update for each
-	// reconcile there are at most six a minute, so only several minutes of continuous updates reach that limit.
+	// pause is the minimum time from when one reconcile begins to send updates of a machine to when the next one does.
+	// An update takes Azure 10 to 60 s, so the pause rarely delays an update. Because of the pause, a burst of pods that
+	// lasts some seconds takes two updates. Azure allows twelve updates of a machine in a row, and four a minute after
+	// that. With one update for each reconcile there are at most six a minute, so only several minutes of continuous
+	// updates reach that limit. MIC also waits for at most this time between reads of a machine that Azure is updating.
 	pause = 10 * time.Second
-	// maxConflicts bounds how many times one reconcile plans an update. It plans again if somebody else changed the
-	// machine.
+	// maxConflicts is the maximum number of times that one reconcile plans updates and sends them. It plans again after an
+	// error of class Conflict.
 	maxConflicts = 4
-	// maxText bounds a text for an Event or a status: the API server accepts 1024 bytes in an Event.
+	// maxText is the maximum length in bytes of a text for an Event or a status: the API server accepts 1024 bytes in an
+	// Event.
 	maxText = 900
 )
 
-// transientBackoff is for failures that end without a change by an operator, conflictBackoff for conflicts, and
-// deniedBackoff for failures that somebody has to correct.
+// The delays after consecutive failures of a reconcile. transientBackoff is for class Unavailable and for failures
+// outside of Azure, most of them of the API server. conflictBackoff is for class Conflict. deniedBackoff is for
+// classes whose cause an operator has to correct.
 var (
 	transientBackoff = retry.Backoff{Initial: 2 * time.Second, Max: time.Minute}
 	conflictBackoff  = retry.Backoff{Initial: pause / 2, Max: time.Minute}
 	deniedBackoff    = retry.Backoff{Initial: 30 * time.Second, Max: 10 * time.Minute}
 )
 
-// machineReconciler attaches to each VM or VMSS what the pods on it need, and detaches what MIC attached and no pod needs.
+// machineReconciler attaches to each VM or VMSS what the pods on it need, and detaches what MIC attached and no pod
+// there needs.
 type machineReconciler struct {
 	interval    time.Duration // between checks of a machine
 	detachDelay time.Duration
@@ -54,7 +58,7 @@ type machineReconciler struct {
 	metrics *telemetry.Metrics
 
 	mu       sync.Mutex
-	machines map[string]*machine // by key; the map alone needs the lock
+	machines map[string]*machine // by key; mu guards the map, but not the machines in it
 }
 
 // machine returns the state of a machine, or nil if the Tracker does not know it.
@@ -110,13 +114,13 @@ func (r *machineReconciler) reconcile(ctx context.Context, key string) (time.Dur
 	return delay, nil
 }
 
-// handleError logs a failed reconcile and returns the delay until the next attempt. If somebody may have to correct the
-// cause, it also reports the cause to the pods that wait.
+// handleError returns the delay until the next attempt after a failed reconcile. It logs the error if it differs from
+// the last one. If somebody may have to correct the cause, handleError also reports the cause to the pods that wait.
 func (r *machineReconciler) handleError(m *machine, err error) time.Duration {
 	r.report.MachineResult(m.usage.Key, err)
 	var e *azure.Error
 	if !errors.As(err, &e) {
-		return transientBackoff.After(m.failures) // the API server
+		return transientBackoff.After(m.failures) // the error is not from Azure; most such errors are from the API server
 	}
 	switch e.Class {
 	case azure.Throttled:
@@ -136,8 +140,8 @@ func (r *machineReconciler) handleError(m *machine, err error) time.Duration {
 	return max(deniedBackoff.After(m.failures), e.RetryAfter)
 }
 
-// ensureIdentities reads a machine and sends the updates that the plan requires. After a conflict it plans again; it
-// plans at most maxConflicts times. It returns the delay until the next reconcile; 0 means the interval between checks.
+// ensureIdentities plans the updates of a machine and sends them. After a conflict it plans and sends again, at most
+// maxConflicts times in all. It returns the delay until the next reconcile; 0 means the interval between checks.
 func (r *machineReconciler) ensureIdentities(ctx context.Context, m *machine) (time.Duration, error) {
 	if err := m.loadLedger(ctx, r.ledgers); err != nil {
 		return 0, err
@@ -168,7 +172,7 @@ func (r *machineReconciler) ensureIdentities(ctx context.Context, m *machine) (t
 		if delay := max(pause-time.Since(m.updatedAt), m.usage.GatherDelay()); i == 0 && delay > 0 {
 			return delay, nil
 		}
-		// The update must start from the current state.
+		// The state may be old. The update must be planned from the current state.
 		if err := r.updater.refresh(ctx, m); err != nil {
 			return 0, err
 		}
@@ -182,7 +186,7 @@ func (r *machineReconciler) ensureIdentities(ctx context.Context, m *machine) (t
 			return time.Millisecond, nil // demands may have come during the update
 		}
 		if m.updating() || m.ledger.Update != nil || !m.usage.Known() {
-			break // an update is in progress or its result is not known; the next reconcile first reads its result
+			break // an update is in progress, or the state is not known: the next reconcile first reads the state
 		}
 	}
 	return 0, err
@@ -202,8 +206,8 @@ func (r *machineReconciler) plan(m *machine) usage.Plan {
 	return p
 }
 
-// protected returns a function that reports whether an identity must never be detached, no matter who attached it: the
-// identities of --immutable-user-msis, and those that the cluster itself uses.
+// protected returns a function that reports whether an identity must never be detached, no matter who attached it.
+// These are the identities of --immutable-user-msis and those that the configuration for Azure names.
 func (r *machineReconciler) protected() func(azure.Identity) bool {
 	list := slices.Concat(r.immutable, r.updater.arm.OwnIdentities())
 	return func(i azure.Identity) bool {

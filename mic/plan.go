@@ -45,7 +45,8 @@ func Plan(ctx context.Context, cfg Config, log *zap.Logger, out io.Writer) error
 	return (&preview{c, out}).print(ctx, cfg.Namespace)
 }
 
-// preview prints what a Controller would do. The Controller loads everything; its queues fill, but nothing works on them.
+// preview prints what a Controller would do. The Controller loads all objects and ledgers. Its queues fill, but no
+// worker processes them.
 type preview struct {
 	*Controller
 	out io.Writer
@@ -62,10 +63,10 @@ func (p *preview) print(ctx context.Context, namespace string) error {
 		return err
 	}
 	if !p.cluster.Run(ctx, &wait) {
-		return fmt.Errorf("the cluster's objects could not be loaded within %s; is the API server there, and may this account list pods, nodes, namespaces and %s?", planTimeout, v1.GroupName)
+		return fmt.Errorf("loading the objects of the cluster: %w (the limit is %s); check that the API server responds, and that this account may list and watch pods, nodes, namespaces and the resources of %s", ctx.Err(), planTimeout, v1.GroupName)
 	}
 	if p.load(ctx); ctx.Err() != nil {
-		return fmt.Errorf("what MIC has attached could not be read from namespace %s within %s", namespace, planTimeout)
+		return fmt.Errorf("listing the ledgers, ConfigMaps in namespace %s: %w (the limit is %s); check that this account may list ConfigMaps there", namespace, ctx.Err(), planTimeout)
 	}
 	for _, key := range p.usage.Keys() {
 		if err := p.machine(ctx, p.machineReconciler.machine(key)); err != nil {
@@ -88,7 +89,7 @@ func (p *preview) machine(ctx context.Context, m *machine) error {
 	}
 	update := cmp.Or(m.ledger.Update, new(ledger.Update))
 	if !update.Started.IsZero() {
-		fmt.Fprintf(p.out, "  an update is under way since %s; the plan is for the time after it\n", update.Started.Format(time.RFC3339))
+		fmt.Fprintf(p.out, "  an update is under way since %s; the plan below starts from its expected result\n", update.Started.Format(time.RFC3339))
 		state = update.Applied(state)
 	}
 	m.observe(state, p.machineReconciler.interval)
@@ -110,8 +111,7 @@ func (p *preview) machine(ctx context.Context, m *machine) error {
 	return nil
 }
 
-// identities prints the attached identities, except those that are printed already: why each stays attached, or when it
-// is detached.
+// identities prints, for each attached identity that is not in printed, why it stays attached or when MIC detaches it.
 func (p *preview) identities(m *machine, state azure.State, printed []string) {
 	protected := p.machineReconciler.protected()
 	for _, id := range slices.Sorted(maps.Keys(state.Identities)) {
@@ -124,7 +124,7 @@ func (p *preview) identities(m *machine, state azure.State, printed []string) {
 		case !inLedger:
 			fmt.Fprintf(p.out, "  keep   %s\n         MIC did not attach it\n", have.ID)
 		case protected(have):
-			fmt.Fprintf(p.out, "  keep   %s\n         it is never detached (--immutable-user-msis, or the cluster's own)\n", have.ID)
+			fmt.Fprintf(p.out, "  keep   %s\n         MIC never detaches it: --immutable-user-msis or the configuration for Azure names it\n", have.ID)
 		default:
 			fmt.Fprintf(p.out, "  detach %s\n         after %s (--detach-delay) without a pod that uses it\n", have.ID, p.machineReconciler.detachDelay)
 		}
@@ -167,7 +167,7 @@ func (p *preview) assignments() error {
 	for _, a := range p.cluster.Assignments() {
 		pod := p.cluster.Pod(a.Pod)
 		if !slices.ContainsFunc(p.cluster.Desired(pod).Assignments, func(want cluster.DesiredAssignment) bool { return pod.Namespace == a.Namespace && want.Name == a.Name }) {
-			fmt.Fprintf(p.out, "release AzureAssignedIdentity %s: nothing binds AzureIdentity %s to a living pod %s any more\n", a.Key(), a.Identity, a.Pod)
+			fmt.Fprintf(p.out, "release AzureAssignedIdentity %s: pod %s does not need it, because the pod is gone or has ended, AzureIdentity %s is not bound to it any more, or another object replaces this one\n", a.Key(), a.Pod, a.Identity)
 			release++
 		}
 	}

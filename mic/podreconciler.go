@@ -22,8 +22,9 @@ type podReconciler struct {
 	metrics *telemetry.Metrics
 }
 
-// reconcile creates and updates the desired assignments of a pod (namespace/name), and releases its other assignments.
-// It returns the delay until the next reconcile, or 0 if only an event or an error requires one.
+// reconcile creates and updates the desired assignments of a pod, and releases its other assignments. key is the
+// namespace/name of the pod. reconcile returns the delay until the next reconcile, or 0 if only an event or an error
+// requires one.
 func (r *podReconciler) reconcile(ctx context.Context, key string) (time.Duration, error) {
 	p := r.cluster.Pod(key)
 	d := r.cluster.Desired(p)
@@ -63,7 +64,7 @@ func (r *podReconciler) reconcile(ctx context.Context, key string) (time.Duratio
 		r.timer.Done(key, len(assigned) > 0, r.metrics.Assigned)
 	}
 	if r.cluster.HasUnobservedWrites(key) {
-		return cluster.WriteTTL, nil // own writes expire by then; the cache of the watch is then up to date
+		return cluster.WriteTTL, nil // by then the own writes have expired, and only what the watch delivered counts
 	}
 	return 0, nil
 }
@@ -83,8 +84,8 @@ func usageKey(d cluster.DesiredAssignment) usage.Key {
 	return usage.Key{Machine: d.MachineKey, Identity: d.ResourceID}
 }
 
-// serves reports whether a is an assignment of AAD Pod Identity that the pod still needs: with it NMI grants tokens to the
-// pod until the replacement of a is Assigned.
+// serves reports whether a is an assignment of AAD Pod Identity that the pod still needs: with it NMI grants tokens
+// to the pod until the replacement of a is Assigned.
 func (r *podReconciler) serves(p *cluster.Pod, d cluster.DesiredState, a *cluster.Assignment) bool {
 	usable := p != nil && a.Node == p.Node && a.Legacy() && !a.Deleting && (a.State == v1.AssignmentAssigned || a.State == v1.AssignmentLegacy)
 	return usable && slices.ContainsFunc(d.Assignments, func(want cluster.DesiredAssignment) bool {
@@ -94,7 +95,8 @@ func (r *podReconciler) serves(p *cluster.Pod, d cluster.DesiredState, a *cluste
 
 // ensureAssignment creates or updates one assignment; a is nil if there is none yet. It returns the resulting state of
 // the assignment, and the problem that prevents its identity from being attached, if any. The state is "" if there is
-// no usable assignment: it cannot be created now, was deleted, or is not in the cache yet.
+// no usable assignment, because it cannot be created now, was deleted, or is not in the cache yet, or if the assignment
+// has no state yet.
 func (r *podReconciler) ensureAssignment(ctx context.Context, p *cluster.Pod, want cluster.DesiredAssignment, a *cluster.Assignment) (v1.AssignmentState, string, error) {
 	var err error
 	switch {
@@ -120,7 +122,7 @@ func (r *podReconciler) ensureAssignment(ctx context.Context, p *cluster.Pod, wa
 		if status, message = r.usage.Status(p.Key(), usageKey(want)); status == usage.Missing || status == usage.Unknown && message != "" && a.State != v1.AssignmentAssigned {
 			state = v1.AssignmentCreated
 		} else if status == usage.Unknown {
-			return a.State, message, nil // the written state stays until Azure reports another one
+			return a.State, message, nil // the assignment keeps its state until the state of the machine is known
 		}
 	}
 	if a.State != state || a.Message != message {

@@ -46,12 +46,12 @@ func (q *queue) run(ctx context.Context) {
 		err = c.Start(ctx)
 	}
 	if err != nil {
-		q.log.Error("running the workers of a queue", zap.String("queue", q.name), zap.Error(err))
+		q.log.Error("the workers of a queue failed; MIC processes no further keys of this queue", zap.String("queue", q.name), zap.Error(err))
 	}
 }
 
-// Reconcile implements reconcile.TypedReconciler. It logs the first failure of a key as a warning and further ones at level
-// debug: while the API server is not available each key fails again and again.
+// Reconcile implements reconcile.TypedReconciler. It logs the first of several consecutive failures of a key as a
+// warning and the others at level debug: while the API server is not available, each key fails again and again.
 func (q *queue) Reconcile(ctx context.Context, key string) (reconcile.Result, error) {
 	requeueAfter, err := q.reconcile(ctx, key)
 	if err == nil {

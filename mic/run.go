@@ -26,21 +26,22 @@ import (
 // userAgent is the User-Agent of MIC for the API server.
 const userAgent = "podidentity-mic"
 
-// Run takes part in the leader election, and works while it is the leader, until ctx ends. It returns an error if it
-// loses its lease or if the file of the configuration for Azure is replaced; the process must then be started again.
+// Run takes part in the leader election, and reconciles while it is the leader, until ctx ends. It returns an error
+// if it cannot start, if it loses the lease, or if the container has an old azure.json (see waitUntilReplaced). The
+// process must then be started again.
 func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	return runElected(ctx, cfg, log, false)
 }
 
-// Uninstall becomes the leader, detaches what MIC attached, and removes all assignments and ledgers. It returns nil
-// when none is left, and an error if it ends before.
+// Uninstall becomes the leader, detaches what MIC attached, except identities that MIC never detaches, and removes all
+// assignments and ledgers. It returns nil when no assignment and no ledger is left, and an error if it ends before.
 func Uninstall(ctx context.Context, cfg Config, log *zap.Logger) error {
 	cfg.DetachDelay = 0
 	return runElected(ctx, cfg, log, true)
 }
 
-// runElected takes part in the leader election, and runs a Controller while it is the leader. drain is that of
-// newController.
+// runElected takes part in the leader election, and runs a Controller while this MIC is the leader. drain is passed to
+// newController. With drain, runElected ends when nothing is left to remove.
 func runElected(ctx context.Context, cfg Config, log *zap.Logger, drain bool) error {
 	if err := cfg.Validate(); err != nil {
 		return err
@@ -52,7 +53,7 @@ func runElected(ctx context.Context, cfg Config, log *zap.Logger, drain bool) er
 	}
 	var c *Controller
 	arm, err := newMachines(cfg, log, ctrlmetrics.Registry, func() {
-		if c != nil { // newMachines reports the first configuration before the Controller exists
+		if c != nil { // newMachines calls this function for the first configuration before the Controller exists
 			c.reconcileAll()
 		}
 	})
@@ -71,7 +72,7 @@ func runElected(ctx context.Context, cfg Config, log *zap.Logger, drain bool) er
 	defer cancel()
 	var drained atomic.Bool
 	lead := func(ctx context.Context) error {
-		log.Info("leading", zap.String("instance", cfg.LeaderElection.Instance))
+		log.Info("became the leader", zap.String("instance", cfg.LeaderElection.Instance))
 		go func() {
 			if c.waitUntilLoaded(ctx) && drain && c.waitUntilEmpty(ctx) {
 				drained.Store(true)
@@ -90,7 +91,7 @@ func runElected(ctx context.Context, cfg Config, log *zap.Logger, drain bool) er
 	}
 	err = m.Start(ctx)
 	if drain && !drained.Load() {
-		return errors.Join(errors.New("stopped before everything was removed; run it again"), err)
+		return errors.Join(errors.New("mic uninstall stopped before all assignments and ledgers were removed; run it again"), err)
 	}
 	return err
 }
@@ -133,8 +134,9 @@ func (c *Controller) waitUntilEmpty(ctx context.Context) bool {
 	}
 }
 
-// newManager returns a manager with leader election, metrics and probes. With drain it serves neither metrics nor
-// probes: the pod of an uninstall must become ready only when everything is removed.
+// newManager returns a manager with leader election, metrics and probes. With drain the manager serves neither metrics
+// nor probes: the pod of an uninstall must become ready only when everything is removed. Command mic then answers the
+// probes.
 func newManager(cfg Config, config *rest.Config, drain bool) (manager.Manager, error) {
 	lease := cfg.LeaderElection.Duration
 	// Two MICs may have the same name by mistake, so a UUID makes the identity in the lease unique.

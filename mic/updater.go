@@ -22,7 +22,7 @@ const (
 	// process is paused or the write is slow, another process may become the leader meanwhile, and assign to a pod what
 	// this process is about to detach.
 	maxSendDelay = 5 * time.Second
-	// maxUpdateTime is how long MIC waits for the result of an update that it sent. After that MIC takes the state of
+	// maxUpdateTime is how long after the start of an update MIC waits for its result. After that MIC takes the state of
 	// the machine as the result.
 	maxUpdateTime = 20 * time.Minute
 )
@@ -38,14 +38,15 @@ type updater struct {
 	log        *zap.Logger
 }
 
-// refresh asks Azure for the state of a machine and records it. If the machine does not exist and has no nodes, refresh
-// deletes its ledger.
+// refresh asks Azure for the state of a machine and records it. If the machine does not exist and has no nodes,
+// refresh deletes the ledger of the machine. If the machine does not exist but has nodes, or is being deleted,
+// refresh returns an error of class NotFound.
 func (u *updater) refresh(ctx context.Context, m *machine) error {
 	state, err := u.arm.Get(ctx, m.resource)
 	if isClass(err, azure.NotFound) {
 		m.observe(azure.State{}, u.interval)
 		if len(u.cluster.NodesOf(m.usage.Key)) > 0 {
-			return err // a machine with nodes exists: the credential may be for another account or another cloud
+			return err // its nodes show that it exists: MIC's credential may be for another account or another cloud
 		}
 		return m.writeLedger(ctx, ledger.Entries{Machine: m.resource.ID(), Attached: map[string]string{}})
 	}
@@ -53,14 +54,14 @@ func (u *updater) refresh(ctx context.Context, m *machine) error {
 		return err
 	}
 	if strings.EqualFold(state.ProvisioningState, "Deleting") {
-		return &azure.Error{Class: azure.NotFound, Message: "it is being deleted"}
+		return &azure.Error{Class: azure.NotFound, Operation: m.resource.Kind.String() + "_get", Message: "Azure is deleting the machine"}
 	}
 	m.observe(state, u.interval)
 	return nil
 }
 
-// apply updates a machine as planned. It attaches identities that Azure refused before in separate updates, after the
-// others.
+// apply updates a machine as planned. It attaches the identities that Azure refused before (p.Trial) after all
+// others, in updates that contain only such identities.
 func (u *updater) apply(ctx context.Context, m *machine, p usage.Plan) error {
 	m.updatedAt = time.Now()
 	m.usage.ResetGather()
@@ -82,7 +83,8 @@ func (u *updater) apply(ctx context.Context, m *machine, p usage.Plan) error {
 }
 
 // confirmUnused checks the pods of the machine again before anything is detached: if the Tracker were wrong, a pod
-// would lose its identity. It returns the identities that no pod uses, and requeues pods that use one of the others.
+// would lose its identity. It returns the identities of remove that no pod uses. For each of the others it requeues a
+// pod that uses the identity.
 func (u *updater) confirmUnused(m *machine, remove []string) []string {
 	if len(remove) == 0 {
 		return nil
@@ -105,9 +107,10 @@ func (u *updater) confirmUnused(m *machine, remove []string) []string {
 	})
 }
 
-// applyBisecting updates a machine. If Azure refuses some of the identities, it sets them aside and sends the others.
-// If Azure does not name the refused identities, it sends two smaller updates: additions and removals, or halves of
-// either.
+// applyBisecting updates a machine. If Azure refuses the update and names the refused identities, applyBisecting sets
+// these aside and sends the others. If Azure names none, applyBisecting splits the update in two: additions and
+// removals, or two halves if there are only additions or only removals. If the refused update has one identity,
+// applyBisecting sets it aside.
 func (u *updater) applyBisecting(ctx context.Context, m *machine, add, remove []string) error {
 	for len(add)+len(remove) > 0 {
 		err := u.patch(ctx, m, add, remove)
@@ -144,8 +147,8 @@ func (u *updater) applyBisecting(ctx context.Context, m *machine, add, remove []
 	return nil
 }
 
-// setAside records that Azure refused an identity. After a delay MIC tries to attach it in an update without the
-// others, or to detach it in an update with the others.
+// setAside records that Azure refused an identity. After a delay MIC retries: it attaches the identity in an update
+// that contains only identities set aside, or detaches it in the common update.
 func (u *updater) setAside(m *machine, id string, e *azure.Error) {
 	message := explainRefused(m.resource, id, e)
 	retryAfter, times := m.usage.SetAside(azure.Fold(id), message)
@@ -155,7 +158,7 @@ func (u *updater) setAside(m *machine, id string, e *azure.Error) {
 
 // patch does one update of a machine: it writes the ledger, sends the update to Azure, and handles the result.
 func (u *updater) patch(ctx context.Context, m *machine, add, remove []string) error {
-	remove = m.usage.StartDetaching(remove) // without those that a pod started to use
+	remove = m.usage.StartDetaching(remove) // omits the identities that a pod started to use
 	if len(add)+len(remove) == 0 {
 		return nil
 	}
@@ -189,8 +192,9 @@ func (u *updater) patch(ctx context.Context, m *machine, add, remove []string) e
 	return u.handleFailure(ctx, m, op, before, err)
 }
 
-// handleSuccess records a finished update. Azure reports "finished" also for an operation that it lost, which may still
-// run, so the state of the machine is compared first.
+// handleSuccess records a finished update. Operation.Wait also succeeds for an operation that Azure does not know any
+// more, whose update may still be in progress. So handleSuccess first compares the state of the machine with the
+// update.
 func (u *updater) handleSuccess(ctx context.Context, m *machine, state azure.State) error {
 	m.observe(state, u.interval)
 	update := m.ledger.Update
@@ -198,15 +202,16 @@ func (u *updater) handleSuccess(ctx context.Context, m *machine, state azure.Sta
 	missing := func(id string) bool { return !present(id) }
 	if m.updating() && (slices.ContainsFunc(update.Add, missing) || slices.ContainsFunc(update.Remove, present)) {
 		m.usage.MarkUnknown()
-		return fmt.Errorf("the update of %s is still in progress, though Azure does not know its operation any more", m.resource.ID())
+		return fmt.Errorf("the update of %s is not complete: Azure is still updating the machine, and some identities are not attached or detached yet; MIC reads the state of the machine again", m.resource.ID())
 	}
 	u.log.Info("updated the identities of a machine", zap.String(telemetry.KeyMachine, m.resource.ID()), zap.Duration("took", time.Since(update.Started)))
 	return m.recordOutcome(ctx)
 }
 
-// handleFailure records a failed update. If Azure refused the request, nothing was changed, and the ledger is written
-// as it was before. If an operation began and failed, the state of the machine is read and recorded. An update that may
-// still be in progress stays in the ledger, so that the next reconcile first waits for its end.
+// handleFailure records a failed update and returns err, or the error that prevented the record. If Azure refused the
+// request, Azure changed nothing, and handleFailure writes the ledger as it was before. If an operation began and
+// failed, handleFailure reads the state of the machine and records which identities it has. An update that may still
+// be in progress stays in the ledger, so that the next reconcile first waits for its end.
 func (u *updater) handleFailure(ctx context.Context, m *machine, op *azure.Operation, before ledger.Entries, err error) error {
 	if op != nil && op.Token() != "" || op == nil && mayHaveBegun(err) {
 		return err
@@ -227,7 +232,7 @@ func (u *updater) handleFailure(ctx context.Context, m *machine, op *azure.Opera
 		return err
 	}
 	if m.updating() {
-		m.usage.MarkUnknown() // Azure may still carry it out, whatever it reported
+		m.usage.MarkUnknown() // Azure may still carry out the update, although it reported a failure
 		return err
 	}
 	if failed := m.recordOutcome(ctx); failed != nil {
@@ -257,7 +262,7 @@ func (u *updater) resume(ctx context.Context, m *machine) (time.Duration, error)
 			_, err = op.Wait(ctx)
 		}
 		// If the operation has ended or its token is unusable, the state of the machine shows the result. After
-		// maxUpdateTime MIC reads the state, too.
+		// maxUpdateTime MIC reads the state even if the operation is still in progress.
 		inProgress := op == nil && !isClass(err, azure.Invalid) || op != nil && op.Token() != ""
 		if inProgress && (ctx.Err() != nil || time.Since(update.Started) < maxUpdateTime) {
 			return 0, err

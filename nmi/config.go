@@ -129,7 +129,7 @@ func (c Config) validatePorts() error {
 		}
 	}
 	if c.ProbePort == c.PrometheusPort || c.Profile && (c.ProbePort == server.ProfilePort || c.PrometheusPort == server.ProfilePort) {
-		problems = append(problems, fmt.Errorf("--http-probe-port %d and --prometheus-port %d must differ from each other and, with --enable-profile, from the port of pprof, %d", c.ProbePort, c.PrometheusPort, server.ProfilePort))
+		problems = append(problems, fmt.Errorf("--http-probe-port %d and --prometheus-port %d must differ from each other and, with --enable-profile, from the port of pprof, %d; choose other ports", c.ProbePort, c.PrometheusPort, server.ProfilePort))
 	}
 	return errors.Join(problems...)
 }

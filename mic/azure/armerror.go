@@ -16,12 +16,12 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// The error codes, folded, with which ARM refuses an update because of some of its identities: an identity does not
-// exist, or MIC may not assign it.
+// identityCodes are the error codes, in lower case, with which ARM refuses an update because of some of its identities:
+// an identity does not exist, or MIC may not assign it.
 var identityCodes = map[string]bool{"failedidentityoperation": true, "linkedauthorizationfailed": true}
 
-// operationCodes classifies the error codes, folded, of updates that failed while they were running: they have no HTTP
-// status that shows the class. classifyOperation handles all other codes.
+// operationCodes classifies the error codes, in lower case, of updates that failed while they were running: the HTTP
+// status of the poll response does not show the class. classifyOperation handles all other codes.
 var operationCodes = map[string]Class{
 	"authorizationfailed":              Denied,
 	"conflict":                         Conflict,
@@ -37,8 +37,9 @@ var operationCodes = map[string]Class{
 	"operationfailedduetoserverissues": Unavailable,
 }
 
-// failure converts the error of a call to ARM. requested are the identities of the update, folded. If it is nil, they are
-// unknown, and all identities in the response are reported. For a read it is empty.
+// failure converts the error of a call to ARM. requested are the identities of the update, folded. If requested is
+// nil, the identities of the update are unknown, and failure reports all identities in the response. For a read,
+// requested is empty.
 func (c cleaner) failure(operation string, requested map[string]bool, err error) *Error {
 	var own *Error
 	if errors.As(err, &own) {
@@ -55,7 +56,7 @@ func (c cleaner) failure(operation string, requested map[string]bool, err error)
 		return e
 	}
 	resp := responseErr.RawResponse
-	body, _ := runtime.Payload(resp) // the transporter has read all of it
+	body, _ := runtime.Payload(resp) // it does not fail: the transporter has already read the body
 	parsed := parseARMError(body)
 	e := &Error{
 		Operation:     operation,
@@ -111,8 +112,8 @@ func classify(status int, code, operationStatus string, named bool) Class {
 	return Invalid
 }
 
-// classifyOperation classifies an update that failed while it was running. code is folded. A failure without a known
-// code that was not canceled and names no identity of the update counts as a failure of Azure.
+// classifyOperation classifies an update that failed while it was running. code is in lower case. A failure without a
+// known code that was not canceled and names no identity of the update counts as a failure of Azure.
 func classifyOperation(code, status string, named bool) Class {
 	class, known := operationCodes[code]
 	switch {
@@ -128,8 +129,8 @@ func classifyOperation(code, status string, named bool) Class {
 	return Unavailable
 }
 
-// contextError returns the context error that err wraps, or nil. [Error.Err] keeps it, so that errors.Is finds it although the
-// message does not contain err.
+// contextError returns the context error that err wraps, or nil. [Error.Err] keeps the context error, so that errors.Is
+// finds it although [Error] does not wrap err.
 func contextError(err error) error {
 	for _, known := range []error{context.Canceled, context.DeadlineExceeded} {
 		if errors.Is(err, known) {

@@ -73,7 +73,7 @@ func replying(status int, body string, headers ...string) func(*http.Request) (*
 	return func(r *http.Request) (*http.Response, error) { return reply(r, status, body, headers...) }
 }
 
-// hung responds only when the context of the request ends.
+// hung sends no response, and returns an error when the context of the request ends.
 func hung(r *http.Request) (*http.Response, error) {
 	<-r.Context().Done()
 	return nil, r.Context().Err()
@@ -120,7 +120,7 @@ func armID(name string) string {
 	return "/subscriptions/Sub/resourcegroups/Ids/providers/Microsoft.ManagedIdentity/userAssignedIdentities/" + name
 }
 
-// having returns a state with the named identities.
+// having returns a state with the named user-assigned identities and, if system is true, a system-assigned one.
 func having(system bool, names ...string) State {
 	s := State{SystemAssigned: system, ETag: `"7"`, Identities: map[string]Identity{}}
 	for _, name := range names {

@@ -1,9 +1,10 @@
-// Package azure reads and updates the identities of virtual machines and scale sets through Azure Resource Manager (ARM).
-// A "machine" here is a virtual machine or a scale set.
+// Package azure reads and updates the identities of virtual machines and scale sets through Azure Resource Manager
+// (ARM). A "machine" here is a virtual machine or a scale set.
 //
 // It protects against:
 //   - removing an identity that MIC did not add: an update contains only what to add and what to remove, keeps the
-//     identity type that the remaining identities need, and applies only to the state it was planned from (ETag);
+//     identity type that the remaining identities need, and, if ARM returned an ETag, applies only to the state from
+//     which it was planned;
 //   - a throttled subscription, or a response that hangs, that delays the machines of other subscriptions;
 //   - MIC's token or client secret in a log, or sent to a host other than Azure's.
 //
@@ -75,7 +76,8 @@ type Client struct {
 	subscriptions map[string]*subscription // by folded ID; bounded by the subscriptions in the nodes' provider IDs
 }
 
-// subscription is the state of a subscription. ARM throttles each subscription, so each has its own gate.
+// subscription is the state of a subscription. ARM throttles each subscription separately, so each has its own
+// RetryAfterGate.
 type subscription struct {
 	retryAfter outbound.RetryAfterGate
 	machines   [2]machines // by Kind
@@ -136,7 +138,7 @@ func positive(d, otherwise time.Duration) time.Duration {
 	return otherwise
 }
 
-// shouldRetry reports whether the SDK retries within the call. It does not retry after a timeout: the next attempt would
+// shouldRetry reports whether the SDK retries within the call. It returns false after a timeout: the next attempt would
 // probably time out too, while callers wait.
 func shouldRetry(resp *http.Response, err error) bool {
 	if err != nil {
@@ -149,13 +151,15 @@ func shouldRetry(resp *http.Response, err error) bool {
 	return false
 }
 
-// once returns a context with which the SDK does not retry, for requests that must not be sent twice.
+// once returns a context with which the SDK does not retry. It is for updates, which must not be sent twice, and for
+// polls, which Wait repeats.
 func (c *Client) once(ctx context.Context) context.Context {
 	return policy.WithRetryOptions(ctx, policy.RetryOptions{MaxRetries: -1, TryTimeout: c.requestTimeout})
 }
 
-// acceptedAsOK changes the status of a 202 that says where to poll to 200. ARM's contract allows 202 for an update that
-// started, but the SDK accepts only 200. Without a header that says where to poll the SDK would take the update for done.
+// acceptedAsOK changes the status 202 of a response to an update to 200 if the response has a header with a URL to
+// poll. ARM's contract allows 202 for an update that started, but the SDK accepts only 200. Without such a header the
+// SDK would treat the update as done, so the status stays 202.
 type acceptedAsOK struct{}
 
 func (acceptedAsOK) Do(r *policy.Request) (*http.Response, error) {
@@ -182,7 +186,7 @@ func (c *Client) Get(ctx context.Context, r Resource) (State, error) {
 	return state, err
 }
 
-// noIdentities are the identities of a request that has none.
+// noIdentities are the requested identities of a read.
 var noIdentities = map[string]bool{}
 
 // subscription returns the state of the machine's subscription, and creates it if there is none.
@@ -195,7 +199,7 @@ func (c *Client) subscription(r Resource) (*subscription, error) {
 	}
 	machines, err := newMachines(r.SubscriptionID, c.tokens, &c.arm)
 	if err != nil {
-		return nil, &Error{Class: Unconfigured, Operation: r.Kind.String(), Message: c.clean(err.Error(), maxMessage)}
+		return nil, &Error{Class: Unconfigured, Operation: r.Kind.String(), Message: c.clean("creating a client for subscription "+r.SubscriptionID+": "+err.Error(), maxMessage)}
 	}
 	s := &subscription{machines: machines}
 	c.subscriptions[key] = s
@@ -206,7 +210,7 @@ func (c *Client) subscription(r Resource) (*subscription, error) {
 // an *Error.
 func (c *Client) call(ctx context.Context, operation string, s *subscription, requested map[string]bool, send func(context.Context) error) error {
 	if wait := s.retryAfter.Remaining(); wait > 0 {
-		return &Error{Class: Throttled, Operation: operation, RetryAfter: wait, Message: "Azure throttles the subscription; waiting for Retry-After"}
+		return &Error{Class: Throttled, Operation: operation, RetryAfter: wait, Message: "Azure throttles the subscription; MIC sends it no request before Retry-After has passed"}
 	}
 	start := time.Now()
 	err := c.tokens.ready(ctx)

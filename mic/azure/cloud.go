@@ -39,7 +39,7 @@ func loadEnvironment(path string) (Environment, error) {
 	return e, nil
 }
 
-// cloud returns the endpoints of ARM and Entra ID.
+// cloud returns the endpoints of ARM and Entra ID in the cloud that the configuration names.
 func (c Config) cloud() (cloud.Configuration, error) {
 	var found cloud.Configuration
 	switch strings.ToLower(c.Cloud) {
@@ -70,7 +70,7 @@ func (c Config) cloud() (cloud.Configuration, error) {
 func (e Environment) cloud() (cloud.Configuration, error) {
 	audience := cmp.Or(e.TokenAudience, e.ServiceManagementEndpoint)
 	if !isHTTPS(e.ResourceManagerEndpoint) || audience == "" {
-		return cloud.Configuration{}, fmt.Errorf("cloud AzureStackCloud requires resourceManagerEndpoint, an https URL, and tokenAudience; add them to the file that %s names", environmentFile)
+		return cloud.Configuration{}, fmt.Errorf("cloud AzureStackCloud requires resourceManagerEndpoint, an https URL, and tokenAudience; add or correct them in the file that %s names", environmentFile)
 	}
 	if e.ActiveDirectoryEndpoint != "" && !isHTTPS(e.ActiveDirectoryEndpoint) {
 		return cloud.Configuration{}, fmt.Errorf("activeDirectoryEndpoint %q is not an https URL; correct it in the file that %s names", text.OneLine(e.ActiveDirectoryEndpoint, maxMessage), environmentFile)

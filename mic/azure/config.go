@@ -32,7 +32,8 @@ func (Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }
 type Config struct {
 	Cloud    string `json:"cloud"`
 	TenantID string `json:"tenantId"`
-	// ClientID and ClientSecret are those of a service principal. AKS writes "msi" if there is none.
+	// ClientID and ClientSecret are those of a service principal. AKS writes "msi" if there is none. With workload
+	// identity ClientID is that of the workload identity.
 	ClientID       string `json:"aadClientId"`
 	ClientSecret   Secret `json:"aadClientSecret"`
 	ClientCertPath string `json:"aadClientCertPath"`
@@ -42,8 +43,9 @@ type Config struct {
 	VMType         string `json:"vmType"`
 
 	UseManagedIdentity bool `json:"useManagedIdentityExtension"`
-	// UserAssignedIdentityID is the client ID or resource ID of the managed identity that MIC uses. Empty means the
-	// system-assigned identity of the machine.
+	// UserAssignedIdentityID is the client ID or resource ID of the managed identity that MIC uses if UseManagedIdentity
+	// is set. Empty means the system-assigned identity of the machine. In azure.json of AKS it is the identity of the
+	// kubelet.
 	UserAssignedIdentityID string `json:"userAssignedIdentityID"`
 
 	UseWorkloadIdentity bool   `json:"useFederatedWorkloadIdentityExtension"`
@@ -62,7 +64,7 @@ type Config struct {
 const maxConfig = 1 << 20
 
 // LoadConfig reads azure.json and then the environment, whose variables take precedence. If path is empty it reads only
-// the environment. The error says what to do, and contains nothing of the file's content.
+// the environment. The error says what to do, and contains no value of the file.
 func LoadConfig(path string, getenv func(string) string) (Config, error) {
 	cfg := Config{from: "the environment"}
 	if path != "" {
@@ -129,8 +131,8 @@ func (c *Config) applyEnvironment(getenv func(string) string) error {
 	return nil
 }
 
-// OwnIdentities returns the client ID or resource ID of the managed identity that MIC itself uses. It must never be
-// detached.
+// OwnIdentities returns UserAssignedIdentityID, if any. MIC must never detach this identity, because MIC itself or the
+// kubelet uses it.
 func (c Config) OwnIdentities() []string {
 	if c.UserAssignedIdentityID == "" {
 		return nil
@@ -165,7 +167,8 @@ func readFile(path string) ([]byte, error) {
 }
 
 // parse reads JSON, or YAML, which AAD Pod Identity also accepted. Errors of parsers quote the input, which may be a
-// secret, so the error here contains only the position, or the field and its type.
+// secret, so the error here contains only the position, or the field and its type. The caller puts the name of the file
+// before the error.
 func parse(text []byte, into any) error {
 	text = bytes.TrimPrefix(text, []byte("\xef\xbb\xbf"))
 	if len(bytes.TrimSpace(text)) == 0 {
@@ -179,7 +182,7 @@ func parse(text []byte, into any) error {
 		if mistyped.Field == "" {
 			return errors.New("is not a JSON object")
 		}
-		return fmt.Errorf("has a value that is not a %s in the field %q", mistyped.Type.Kind(), mistyped.Field)
+		return fmt.Errorf("has a value of the wrong type in the field %q, which must be a %s", mistyped.Field, mistyped.Type.Kind())
 	}
 	var flaw *json.SyntaxError
 	if errors.As(json.Unmarshal(text, new(any)), &flaw) && bytes.HasPrefix(bytes.TrimSpace(text), []byte("{")) {

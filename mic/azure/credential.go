@@ -65,11 +65,11 @@ func (c Config) credential(where cloud.Configuration, direct, proxied policy.Tra
 func (own *ownCredential) managedIdentity(c Config, options policy.ClientOptions) error {
 	own.fromIMDS = true
 	own.subject = "the machine's system-assigned identity"
-	own.advice = "enable it on the machine MIC runs on, or set userAssignedIdentityID in " + c.source() + " to another identity"
+	own.advice = "enable it on the machine MIC runs on, or set userAssignedIdentityID (USER_ASSIGNED_MSI_CLIENT_ID) in " + c.source() + " to another identity"
 	o := &azidentity.ManagedIdentityCredentialOptions{ClientOptions: options}
 	if id := c.UserAssignedIdentityID; id != "" {
 		own.subject = "managed identity " + text.OneLine(id, maxMessage/2)
-		own.advice = "check that it is attached to the machine MIC runs on, and that userAssignedIdentityID in " + c.source() + " is its client ID"
+		own.advice = "check that it is attached to the machine MIC runs on, and that userAssignedIdentityID (USER_ASSIGNED_MSI_CLIENT_ID) in " + c.source() + " is its client ID or resource ID"
 		o.ID = azidentity.ClientID(id)
 		if strings.HasPrefix(id, "/") {
 			o.ID = azidentity.ResourceID(id)
@@ -88,7 +88,7 @@ func (own *ownCredential) servicePrincipal(c Config, options policy.ClientOption
 		return err
 	}
 	own.subject = fmt.Sprintf("service principal %s of tenant %s", text.OneLine(c.ClientID, maxID), text.OneLine(c.TenantID, maxID))
-	own.advice = "correct tenantId, aadClientId and aadClientSecret in " + c.source()
+	own.advice = "correct tenantId, aadClientId and aadClientSecret (TENANT_ID, CLIENT_ID, CLIENT_SECRET) in " + c.source()
 	credential, err := azidentity.NewClientSecretCredential(c.TenantID, c.ClientID, string(c.ClientSecret), &azidentity.ClientSecretCredentialOptions{
 		// The operator configured the authority, so it needs no instance discovery.
 		ClientOptions: options, DisableInstanceDiscovery: true,
@@ -141,7 +141,7 @@ func needsAuthority(where cloud.Configuration) error {
 type unreadableAssertionError struct{ err error }
 
 func (u unreadableAssertionError) Error() string {
-	return u.err.Error() + "; check that MIC's pod has the volume of the webhook"
+	return u.err.Error() + "; check that the webhook of workload identity added the volume with this file to MIC's pod"
 }
 
 // failure classifies a failure to get a token by the last response. It does not keep the SDK's errors, which quote

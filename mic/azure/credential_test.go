@@ -191,7 +191,7 @@ var tokenFailures = []struct {
 	contains string
 }{
 	{"a wrong secret", secretConfig, responding(401, `{"error":"invalid_client","error_description":"AADSTS7000215: Invalid client secret `+clientSecret+` provided.\r\nTrace ID: x","error_codes":[7000215]}`), Denied, "AADSTS7000215: Invalid client secret [...] provided."},
-	{"no such application", secretConfig, responding(400, `{"error":"unauthorized_client","error_description":"AADSTS700016"}`), Denied, "correct tenantId, aadClientId and aadClientSecret in the configuration"},
+	{"no such application", secretConfig, responding(400, `{"error":"unauthorized_client","error_description":"AADSTS700016"}`), Denied, "correct tenantId, aadClientId and aadClientSecret (TENANT_ID, CLIENT_ID, CLIENT_SECRET) in the configuration"},
 	{"a response that is not JSON", secretConfig, responding(403, `<html>`+clientSecret), Denied, "status 403"},
 	{"Entra ID is busy", secretConfig, responding(429, `{}`, "Retry-After: 30"), Unavailable, "retry after 30s"},
 	{"Entra ID is broken", secretConfig, responding(503, `{}`), Unavailable, "status 503"},

@@ -7,7 +7,8 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/resourcemanager/compute/armcompute/v7"
 )
 
-// Describe returns, in one line, the request that [Client.Begin] would send to ARM, or the error if the update is invalid.
+// Describe returns, in one line, the request that [Client.Begin] would send to ARM, or the error if the update is
+// invalid.
 func Describe(r Resource, basis State, add, remove []string) string {
 	p, err := newPatch(basis, add, remove)
 	if err != nil {

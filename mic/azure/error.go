@@ -14,15 +14,17 @@ import (
 type Class string
 
 const (
-	// NotFound: the machine does not exist.
+	// NotFound: the machine does not exist, or is being deleted.
 	NotFound Class = "not_found"
 	// Throttled: ARM throttles the subscription. A retry can succeed after RetryAfter.
 	Throttled Class = "throttled"
-	// Conflict: the machine is no longer in the state that the update was planned from. Read it and plan again.
+	// Conflict: another operation changes the machine, or has changed it since the update was planned. Read the machine
+	// and plan again.
 	Conflict Class = "conflict"
 	// BadIdentity: Azure refuses some of the identities, or MIC may not assign them. ARM applied nothing of the update.
 	BadIdentity Class = "bad_identity"
-	// Denied: MIC lacks a permission, or gets no token. A retry fails until someone changes the configuration.
+	// Denied: MIC lacks a permission, or its credential is refused or cannot be read. A retry fails until someone changes
+	// the configuration.
 	Denied Class = "denied"
 	// Unavailable: no response, a response that shows a failure of Azure such as a 5xx, or an update that failed for
 	// another reason than the classes above. A retry can succeed.
@@ -77,8 +79,8 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// NonRetriable keeps the Azure SDK from retrying. An *Error inside its pipeline is a failure to get a token, and the token
-// request has its own retries.
+// NonRetriable keeps the Azure SDK from retrying. An *Error inside its pipeline is a failure to get a token, and the
+// token request has its own retries.
 func (e *Error) NonRetriable() {}
 
 // Maximum sizes of texts from outside, in bytes. A message of ARM about a missing permission has about 600 bytes, with
@@ -89,7 +91,7 @@ const (
 	maxID      = 64
 )
 
-// jwt matches tokens.
+// jwt matches JSON Web Tokens, the format of the tokens of Entra ID.
 var jwt = regexp.MustCompile(`eyJ[\w-]+\.[\w-]+(\.[\w-]*)?`)
 
 // minSecret is the minimum length of a secret that clean removes from texts. Client secrets of Entra ID have 40

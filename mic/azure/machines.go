@@ -11,8 +11,8 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/resourcemanager/compute/armcompute/v7"
 )
 
-// machines is the client for one kind of machine in one subscription. The SDK has separate types for virtual machines and
-// scale sets; this file hides the difference.
+// machines is the client for one kind of machine in one subscription. The SDK has separate types for virtual machines
+// and scale sets; this file hides the difference.
 type machines interface {
 	get(ctx context.Context, r Resource) (State, error)
 	// update starts an update. With a token it resumes one that was started before, and sends nothing.

@@ -9,7 +9,8 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 )
 
-// initialPollInterval is the interval before the second poll. The interval doubles up to that of the Client.
+// initialPollInterval is the interval before the second poll if ARM sends no Retry-After. The interval then doubles
+// up to that of the Client.
 const initialPollInterval = time.Second
 
 // Operation is an update that was sent, or one that needs no request. It must be used by one goroutine at a time.
@@ -23,7 +24,7 @@ type Operation struct {
 
 	poller poller // nil: done
 	token  string
-	// state and failed are the outcome once it is done.
+	// state and failed are the outcome once the operation is done.
 	state  State
 	failed error
 }
@@ -42,8 +43,8 @@ func (o *Operation) Token() string { return o.token }
 
 // Wait polls until the update is done, at the interval that ARM requests, and returns the resulting state of the
 // machine. Wait continues after throttling and after polls that fail as Unavailable. If Token is not empty after an
-// error, the outcome is unknown, and Wait may be called again; after the maximum time it then polls at most once. Its
-// error is an *Error.
+// error, the outcome is unknown, and Wait may be called again; after Options.MaxPollTime it then polls at most once.
+// Its error is an *Error.
 //
 // ARM forgets updates after a while. If ARM no longer knows the update, Wait returns the state of the machine without
 // an error; the caller must compare it with what the update was to do.
@@ -77,8 +78,8 @@ func (o *Operation) Wait(ctx context.Context) (State, error) {
 	}
 }
 
-// waitForPoll waits until the next poll is due and the subscription is not throttled. failed is the error of the last
-// poll.
+// waitForPoll waits until the next poll is due and the subscription is not throttled. It returns an error if ctx
+// ends, or at once if the next poll is due after the deadline. failed is the error of the last poll, for the message.
 func (o *Operation) waitForPoll(ctx context.Context, failed *Error) error {
 	for {
 		throttled := o.s.retryAfter.Remaining()
@@ -91,7 +92,7 @@ func (o *Operation) waitForPoll(ctx context.Context, failed *Error) error {
 			return nil
 		}
 		if time.Until(o.deadline) < pause {
-			e := Error{Class: Unavailable, Message: fmt.Sprintf("the update has not ended within %s", o.client.maxPollTime), RetryAfter: pause}
+			e := Error{Class: Unavailable, Message: fmt.Sprintf("MIC stopped polling the update, whose end is not known: the next poll is due after the limit of %s", o.client.maxPollTime), RetryAfter: pause}
 			if throttled == pause {
 				e.Class = Throttled
 			}
@@ -115,8 +116,8 @@ func (o *Operation) unfinished(e Error) error {
 }
 
 // isFinal reports whether the error means that the update failed, not only a poll. ARM reports a failed update in a
-// response with a success status. The classes listed here are about the update, too; an Invalid may also mean that no
-// later poll can succeed.
+// response with a success status. An error of the classes in the switch also ends the update, whatever its status;
+// Invalid may also mean that no later poll can succeed.
 func (o *Operation) isFinal(e *Error) bool {
 	switch e.Class {
 	case NotFound, Conflict, BadIdentity, Invalid:

@@ -46,7 +46,8 @@ func begin(t *testing.T, c *Client, r Resource) *Operation {
 	return o
 }
 
-// polledUpdates are the responses to one update and its polls, with the seconds between the requests and the calls that are observed.
+// polledUpdates are the responses to one update and its polls, with the seconds between the requests and the calls
+// that are observed.
 var polledUpdates = []struct {
 	name      string
 	responses []func(*http.Request) (*http.Response, error)
@@ -255,10 +256,10 @@ func TestWaitTimesOut(t *testing.T) {
 	}{
 		{"with the caller's time", []func(*http.Request) (*http.Response, error){begun(vm), inProgress("Retry-After: 10")}, 25 * time.Second, 25 * time.Second, context.DeadlineExceeded, "stopped waiting", Unavailable},
 		{"with the caller's time, in a response that hangs", []func(*http.Request) (*http.Response, error){begun(vm), hung}, 12 * time.Second, 12 * time.Second, context.DeadlineExceeded, "stopped waiting", Unavailable},
-		{"with the time for all", []func(*http.Request) (*http.Response, error){begun(vm), inProgress("Retry-After: 50")}, time.Hour, 20 * time.Minute, nil, "has not ended within 20m0s", Unavailable},
-		{"at once if ARM wants more time than there is", []func(*http.Request) (*http.Response, error){begun(vm, "Retry-After: 3600")}, 2 * time.Hour, 0, nil, "has not ended within 20m0s", Unavailable},
+		{"with the time for all", []func(*http.Request) (*http.Response, error){begun(vm), inProgress("Retry-After: 50")}, time.Hour, 20 * time.Minute, nil, "after the limit of 20m0s", Unavailable},
+		{"at once if ARM wants more time than there is", []func(*http.Request) (*http.Response, error){begun(vm, "Retry-After: 3600")}, 2 * time.Hour, 0, nil, "after the limit of 20m0s", Unavailable},
 		{"at once if the subscription is throttled for longer", []func(*http.Request) (*http.Response, error){begun(vm), replying(429, "", "Retry-After: 3600")}, 2 * time.Hour, 0, nil, "retry after 1h0m0s", Throttled},
-		{"with the time for all, among failures", []func(*http.Request) (*http.Response, error){begun(vm), replying(503, "")}, time.Hour, 19*time.Minute + 57*time.Second, nil, "has not ended within 20m0s; the last response: Service Unavailable", Unavailable},
+		{"with the time for all, among failures", []func(*http.Request) (*http.Response, error){begun(vm), replying(503, "")}, time.Hour, 19*time.Minute + 57*time.Second, nil, "after the limit of 20m0s; the last response: Service Unavailable", Unavailable},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {

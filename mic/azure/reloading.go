@@ -8,13 +8,14 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// reloadInterval is how often the configuration is checked.
+// reloadInterval is the default of Reloading.CheckInterval.
 const reloadInterval = 10 * time.Second
 
 // Reloading is a Client that follows its configuration. Running operations keep the configuration they started with;
 // operations after a change use the new one. An invalid change is reported, and the previous Client stays in use.
 type Reloading struct {
-	// CheckInterval is how often the configuration is checked; 0 means 10 s. It must not be set after Run started.
+	// CheckInterval is the interval between checks of the configuration; 0 means 10 s. It must not be set after Run
+	// started.
 	CheckInterval time.Duration
 
 	path    string

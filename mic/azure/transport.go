@@ -28,7 +28,7 @@ const (
 )
 
 // httpClient returns the HTTP client for Azure. It uses HTTP/1.1, where each running request has its own connection: a
-// request that hangs delays no other. Without a proxy the client is for IMDS, which must never be reached through one.
+// request that hangs delays no other. For IMDS, which must never be reached through a proxy, proxy is nil.
 func httpClient(roots *x509.CertPool, proxy func(*http.Request) (*url.URL, error)) *http.Client {
 	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
 	return &http.Client{
@@ -50,9 +50,9 @@ func httpClient(roots *x509.CertPool, proxy func(*http.Request) (*url.URL, error
 type transporter struct {
 	next     policy.Transporter
 	maxBytes int64
-	// host is the only host that requests may go to, with its subdomains; empty means any. ARM's responses contain poll
-	// URLs, and resume tokens are stored where others may write. MIC's token for ARM must not be sent to another host
-	// because of either.
+	// host is the only host to which requests may go, with its subdomains, and only over https; empty means any host.
+	// Poll URLs come from ARM's responses, or from resume tokens, which are stored where others may write. MIC's token for
+	// ARM must not be sent to another host because of such a URL.
 	host string
 }
 

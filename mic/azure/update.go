@@ -32,11 +32,11 @@ func (p patch) ifMatch() *string {
 }
 
 // newPatch returns the patch that adds and removes identities. It skips additions that the machine has and removals
-// that it does not have, and spells a removal as ARM does. A patch whose requested is empty must not be sent. It
-// returns an error if an identity is to be both added and removed, or if there are too many.
+// that the machine does not have, and spells a removal as ARM does. A patch whose requested is empty must not be sent.
+// newPatch returns an error if an identity is to be both added and removed, or if there are more than MaxIdentities.
 //
-// The identity type describes the result. A type without "UserAssigned" removes all user-assigned identities, so newPatch
-// uses it only if all identities of basis are to be removed, and then the patch names none.
+// The identity type describes the result. A type without "UserAssigned" removes all user-assigned identities, so
+// newPatch uses it only if all identities of basis are to be removed, and then the patch names none.
 func newPatch(basis State, add, remove []string) (patch, error) {
 	p := patch{
 		identities: map[string]*armcompute.UserAssignedIdentitiesValue{},
@@ -83,13 +83,13 @@ func newPatch(basis State, add, remove []string) (patch, error) {
 	return p, nil
 }
 
-// Begin sends one update that adds and removes identities. basis is the state from which the caller planned the update. If
-// basis has an ETag and the machine has changed since then, the error is a Conflict. If there is nothing to change, Begin
-// sends nothing and returns an operation that is done. The caller must check that the machine may be updated, for example
-// that it is not Deleting.
+// Begin sends one update that adds and removes identities. basis is the state from which the caller planned the
+// update. If basis has an ETag and the machine has changed since then, the error is a Conflict. If there is nothing
+// to change, Begin sends nothing and returns an operation that is done. The caller must check that the machine may be
+// updated, for example that it is not Deleting.
 //
-// Begin sends the update once. After Unavailable it may have started nevertheless; only Get shows that. Its error is an
-// *Error.
+// Begin sends the update once. After an error of class Unavailable the update may have started nevertheless; only Get
+// shows this. The error of Begin is an *Error.
 func (c *Client) Begin(ctx context.Context, r Resource, basis State, add, remove []string) (*Operation, error) {
 	operation := r.Kind.String() + "_update"
 	p, err := newPatch(basis, add, remove)
@@ -120,8 +120,9 @@ func (c *Client) Begin(ctx context.Context, r Resource, basis State, add, remove
 	return o, nil
 }
 
-// Resume returns the operation of an update that another Client started, from the token of that operation. It sends no
-// request. An unusable token is Invalid; drop it and read the machine instead. Its error is an *Error.
+// Resume returns the operation of an update that was started before, from the token of that operation. It sends no
+// request. If the token is unusable, the error has class Invalid; the caller must then drop the token and read the
+// machine instead. The error of Resume is an *Error.
 func (c *Client) Resume(ctx context.Context, r Resource, token string) (*Operation, error) {
 	s, err := c.subscription(r)
 	if err != nil {
@@ -133,7 +134,7 @@ func (c *Client) Resume(ctx context.Context, r Resource, token string) (*Operati
 	resumed, err := s.machines[r.Kind].update(ctx, r, patch{}, token)
 	if err != nil || resumed.Done() {
 		// The error of the SDK quotes the token, which is secret, see Operation.Token.
-		return nil, &Error{Class: Invalid, Operation: r.Kind.String() + "_poll", Message: "the resume token does not belong to an update of this kind of machine"}
+		return nil, &Error{Class: Invalid, Operation: r.Kind.String() + "_poll", Message: "the resume token is not that of an update in progress of this kind of machine"}
 	}
 	// The identities of the update are unknown, so an error reports all identities that Azure names.
 	return c.operation(r, s, resumed, nil), nil

@@ -106,8 +106,8 @@ func (c *Cluster) recordWrite(o *v1.AzureAssignedIdentity) *Assignment {
 	return c.own.record(o, observed)
 }
 
-// NamespaceTerminating reports whether a namespace is being deleted or is not in the cache: it was deleted, or the watch has
-// not delivered it yet.
+// NamespaceTerminating reports whether a namespace is being deleted or is not in the cache: it was deleted, or the
+// watch has not delivered it yet.
 func (c *Cluster) NamespaceTerminating(name string) bool {
 	n, ok := kube.Get[*namespace](c.namespaces, name)
 	return !ok || n.terminating

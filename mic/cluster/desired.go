@@ -27,7 +27,7 @@ type DesiredAssignment struct {
 	Name       string
 	Identity   *AzureIdentity
 	Binding    *Binding
-	Digest     uint64
+	Digest     uint64 // of Identity and Binding, see digestOf
 	ResourceID string // folded resource ID; "" for an identity that needs no machine
 	Machine    azure.Resource
 	MachineKey string // "" if there is no machine
@@ -43,7 +43,7 @@ func (c *Cluster) Desired(p *Pod) DesiredState {
 	}
 	n := c.Node(p.Node)
 	if n == nil {
-		return d // the node was deleted and needs nothing, or is new: its event then requeues the pod
+		return d // the node was deleted, or the watch has not delivered it yet: its event then requeues the pod
 	}
 	facts, identities, bindings := c.facts(p)
 	subject := identity.Pod{Namespace: p.Namespace, Name: p.Name, Labels: map[string]string{v1.BindingLabel: p.Selector}}
@@ -65,8 +65,7 @@ func (c *Cluster) Desired(p *Pod) DesiredState {
 	return d
 }
 
-// facts returns what the decision needs to know about a pod, with the identities (by key) and bindings that it was read
-// from.
+// facts returns the input of the decision for a pod, and the identities (by key) and bindings from which facts read it.
 func (c *Cluster) facts(p *Pod) (identity.Facts, map[string]*AzureIdentity, []*Binding) {
 	var facts identity.Facts
 	identities := map[string]*AzureIdentity{}
@@ -85,8 +84,8 @@ func (c *Cluster) facts(p *Pod) (identity.Facts, map[string]*AzureIdentity, []*B
 
 // assignmentName names the assignment of an identity to a pod. The hash covers everything that distinguishes
 // assignments: the UID of the pod, so that a later pod of the same name has another assignment, the name of the
-// AzureIdentity, and its kind and resource ID in Azure. The part before the hash is for people; a name may have 253
-// bytes.
+// AzureIdentity, and its kind and resource ID in Azure. The part before the hash is for people. It is shortened,
+// because the API server accepts names of at most 253 bytes.
 func assignmentName(p *Pod, i *AzureIdentity) string {
 	const maxPart = 100
 	sum := sha256.Sum256([]byte(strings.Join([]string{p.UID, i.Namespace, i.Name, fmt.Sprint(int(i.Value.Kind)), i.ResourceID}, "\x00")))

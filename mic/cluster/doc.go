@@ -1,23 +1,26 @@
-// Package cluster holds what MIC needs to know of the Kubernetes cluster, computes which AzureAssignedIdentity objects a pod
-// desires, and writes them.
+// Package cluster holds what MIC needs to know of the Kubernetes cluster, computes which AzureAssignedIdentity
+// objects a pod should have, and writes these objects.
 //
-// The caches are informers of client-go with small objects of our own types. The cache of controller-runtime keeps objects
-// in their Kubernetes types: even a trimmed Pod takes ten times the memory, for every pod of the cluster that a binding could
-// select. Objects in the caches are shared and must not be changed.
+// The caches are informers of client-go with small objects of our own types. The cache of controller-runtime keeps
+// objects in their Kubernetes types: even a trimmed Pod takes ten times the memory, for every pod of the cluster that
+// a binding could select. Objects in the caches are shared and must not be changed.
 //
-// An own write is a write that this process sent to the API server. The reconcile of a pod must see its own last writes.
-// Otherwise it creates an assignment twice, or writes an old status. [Cluster.AssignmentsOf] therefore returns the object
-// from the response to an own write until the watch delivers it. Package k8s.io/apimachinery/pkg/util/resourceversion
-// compares the resourceVersions. The rest is our own code, for these reasons:
+// An own write is a write that this process sent to the API server. The reconcile of a pod must see its own last
+// writes. Otherwise it creates an assignment twice, or writes an old status. [Cluster.AssignmentsOf] therefore
+// returns the object from the response to an own write until the watch delivers it. Package
+// k8s.io/apimachinery/pkg/util/resourceversion compares the resourceVersions. These libraries could also return own
+// writes, but MIC does not use them:
 //
 //   - cache.MutationCache of client-go keeps a bounded number of writes and drops the oldest, so that in a burst of
 //     pods the guarantee is lost; with a bound above any burst, each lookup by index would go over all pending writes
 //     of the cluster. It does not know that an object is gone once its last finalizer is removed. It cannot tell
-//     whether the watch has yet to deliver writes of one pod, after which the pod must be reconciled again.
-//   - The client of controller-runtime with EnableReadYourWritesConsistency blocks a read until its cache has the write, and
-//     a list until its cache has all writes of that kind. A worker would wait for the watch, and every pod for the writes of
-//     all others; here a worker goes on with what it knows. It also needs the cache of controller-runtime.
+//     whether the watch has yet to deliver own writes for one pod. MIC must know this, to reconcile the pod once more.
+//   - The client of controller-runtime with EnableReadYourWritesConsistency blocks a read until its cache has the
+//     write, and a list until its cache has all writes of that kind. A worker would wait for the watch, and every pod
+//     for the writes of all other pods; here a worker continues with the responses to its writes. This client also
+//     needs the cache of controller-runtime.
 //
 // What the package protects against: acting on old state. If a watch is disconnected or has not caught up yet, the
-// cache may lack a new pod. [Cluster.Behind] reports this state, and MIC then detaches nothing.
+// cache may lack a new pod. [Cluster.Behind] reports this state, and MIC then detaches nothing, except for an
+// uninstall.
 package cluster

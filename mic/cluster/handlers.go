@@ -13,9 +13,9 @@ import (
 type Handlers struct {
 	Pod            func(key string)        // the pod must be reconciled
 	Binding        func(key string)        // the binding must be checked
-	PodScheduled   func(key string)        // the pod was scheduled now
-	IdentityEdited func(resourceID string) // Azure may accept now what it refused
-	WatchFailed    func()                  // client-go logs why
+	PodScheduled   func(key string)        // the pod is scheduled, which MIC did not know before
+	IdentityEdited func(resourceID string) // the AzureIdentity was edited; Azure may now accept what it refused
+	WatchFailed    func()                  // a watch failed; client-go logs why
 }
 
 // Handle registers handlers. They are called as soon as Run fills the caches.
@@ -44,8 +44,8 @@ func (c *Cluster) Handle(h Handlers) error {
 	return nil
 }
 
-// eventHandler maps each event to the pods and bindings that it affects. In its methods old is nil for an added object, and
-// current for a deleted one.
+// eventHandler maps each event to the pods and bindings that it affects. In its methods old is nil for an added
+// object, and current for a deleted one.
 type eventHandler struct {
 	cluster *Cluster
 	call    Handlers

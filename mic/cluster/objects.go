@@ -25,7 +25,7 @@ type Node struct {
 	kube.Meta
 	Machine    azure.Resource
 	MachineKey string // "" if the provider ID of the node does not name a machine of Azure
-	Problem    string // why there is no machine
+	Problem    string // why MachineKey is ""
 }
 
 // namespace is a namespace; MIC only needs to know whether it is terminating.
@@ -34,8 +34,8 @@ type namespace struct {
 	terminating bool
 }
 
-// AzureIdentity is an AzureIdentity. It keeps the full object, which is copied into assignments. There are far fewer
-// AzureIdentities than pods.
+// AzureIdentity is an AzureIdentity. It keeps the full object, which is copied into assignments. This takes little
+// memory, because there are far fewer AzureIdentities than pods.
 type AzureIdentity struct {
 	kube.Meta
 	Full       *v1.AzureIdentity
@@ -121,7 +121,7 @@ func trimNode(o *corev1.Node) *Node {
 	n := &Node{Meta: kube.MetaOf(o)}
 	machine, err := azure.ParseProviderID(o.Spec.ProviderID)
 	if err != nil {
-		n.Problem = fmt.Sprintf("spec.providerID of node %s: %v", o.Name, err)
+		n.Problem = fmt.Sprintf("spec.providerID of node %s does not name a machine of Azure, so MIC attaches nothing: %v", o.Name, err)
 		return n
 	}
 	n.Machine, n.MachineKey = machine, machine.Key()

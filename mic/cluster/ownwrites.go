@@ -11,16 +11,19 @@ import (
 )
 
 // WriteTTL is how long an own write takes precedence over the cache. An own write that the watch has not delivered by
-// then is a write of a deleted object: the watch delivered the deletion before the response to the write arrived.
+// then counts as a write of a deleted object, whose deletion the watch delivered before the response to the write
+// arrived.
 const WriteTTL = 30 * time.Second
 
 // ownWrites are the AzureAssignedIdentity objects as the API server returned them to writes of this process, until the
 // watch delivers the same version or a newer one. With them each reconcile of a pod sees its own last writes.
 type ownWrites struct {
-	mu       sync.Mutex
-	byPod    map[string][]*ownWrite
-	deleted  []deletedAssignment // recent deletions that the watch delivered, oldest first
-	released map[string]struct{} // UIDs of assignments whose last finalizer was removed and whose deletion the watch has not delivered
+	mu      sync.Mutex
+	byPod   map[string][]*ownWrite
+	deleted []deletedAssignment // recent deletions that the watch delivered, oldest first
+	// released has the UIDs of assignments whose last finalizer was removed and whose deletion the watch has not
+	// delivered yet.
+	released map[string]struct{}
 }
 
 // deletedAssignment is an assignment that the watch reported as deleted.
@@ -99,7 +102,7 @@ func (w *ownWrites) observe(a *Assignment, deleted bool) {
 	w.drop(a.Pod, a.Key(), version)
 }
 
-// recordDeleted remembers a deletion for a while: the response to an own write may arrive after it.
+// recordDeleted remembers a deletion for WriteTTL: the response to an own write may arrive after the deletion.
 func (w *ownWrites) recordDeleted(a *Assignment) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

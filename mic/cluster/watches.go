@@ -22,7 +22,8 @@ type watchState struct {
 	caughtUpAt   time.Time       // from this time on the connected watches do not count as behind
 }
 
-// Behind reports whether a watch may not have delivered an event yet.
+// Behind reports whether a watch is disconnected, or was connected so recently that it may still have to deliver events
+// that it missed.
 func (s *watchState) Behind() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -1,12 +1,13 @@
-// Package ledger records what MIC itself attached to one machine (a VM or VMSS), and the update in progress. A ledger is a
-// ConfigMap in MIC's own namespace: AzureAssignedIdentity objects are in namespaces of users, who may delete them, and
-// what MIC may detach must not depend on them.
+// Package ledger records what MIC itself attached to one machine (a VM or VMSS), and the update in progress. A ledger
+// is a ConfigMap in MIC's own namespace: AzureAssignedIdentity objects are in namespaces of users, who may delete
+// them, and what MIC may detach must not depend on these objects.
 //
 // What the package protects against:
 //
 //   - Detaching what somebody else attached: MIC detaches only identities that the ledger contains.
-//   - Leaving what MIC attached: MIC writes the ledger before it sends an update, so the ledger contains every identity that
-//     MIC may have attached.
-//   - Updates of one machine by two MICs that both act as the leader: each write of a ledger requires the resourceVersion
-//     that MIC read, or that no ledger exists yet. The write of the second MIC therefore fails before it sends an update.
+//   - Never detaching what MIC attached: MIC writes the ledger before it sends an update, so the ledger contains every
+//     identity that MIC may have attached.
+//   - Updates of one machine by two MICs that both act as the leader: each write of a ledger requires the
+//     resourceVersion that MIC read, or that no ledger exists yet. The write of the second MIC therefore fails before
+//     it sends an update.
 package ledger

@@ -11,8 +11,8 @@ import (
 // Entries is the content of a ledger.
 type Entries struct {
 	Machine  string            // its resource ID
-	Attached map[string]string // resource IDs as spelled, by folded ID
-	// Update is the update that was sent and whose end is not known yet, or nil.
+	Attached map[string]string // resource IDs of what MIC attached or may have attached, by folded ID
+	// Update is the update that MIC is about to send, or sent and whose end it does not know yet; otherwise nil.
 	Update *Update
 }
 
@@ -21,7 +21,7 @@ type Update struct {
 	Started time.Time `json:"started"`
 	Add     []string  `json:"add,omitempty"`
 	Remove  []string  `json:"remove,omitempty"`
-	// Token resumes waiting for the operation. It is empty until Azure has accepted the update.
+	// Token is the token for azure.Client.Resume. It is empty until Azure has accepted the update.
 	Token string `json:"token,omitempty"`
 }
 
@@ -44,7 +44,7 @@ func (e Entries) Same(other Entries) bool {
 // everything that MIC may have attached in this time.
 func (e Entries) Begin(now time.Time, add, remove []string) Entries {
 	next := e.Clone()
-	// Round removes the monotonic clock, which may stop while the host is suspended.
+	// Round removes the reading of the monotonic clock, which may stop while the host is suspended.
 	next.Update = &Update{Started: now.Round(0), Add: add, Remove: remove}
 	for _, id := range add {
 		next.Attached[azure.Fold(id)] = id
@@ -52,8 +52,8 @@ func (e Entries) Begin(now time.Time, add, remove []string) Entries {
 	return next
 }
 
-// End returns the entries after the end of the update. identities are the identities of the machine after the update, by
-// folded ID. End removes each identity of the update that the machine does not have.
+// End returns the entries after the end of the update. identities are the identities of the machine after the update,
+// by folded ID. End removes each identity of the update that the machine does not have.
 func (e Entries) End(identities map[string]azure.Identity) Entries {
 	next := e.Clone()
 	if u := next.Update; u != nil {

@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -17,9 +18,9 @@ import (
 // label marks the ConfigMaps that are ledgers.
 const label = "podidentity.io/ledger"
 
-// ErrOvertaken means that another process wrote the ledger since it was read: another MIC that acts as the leader. Nothing
-// may be done based on what was read.
-var ErrOvertaken = errors.New("another MIC has written the ledger since this one read it")
+// ErrOvertaken means that another process wrote the ledger since it was read: another MIC that acts as the leader, or
+// an operator. The caller must not act on what it read.
+var ErrOvertaken = errors.New("another process has written the ledger since this MIC read it")
 
 // Ledger is the ledger of one machine, as it was read or written last.
 type Ledger struct {
@@ -41,7 +42,8 @@ func nameOf(machine string) string {
 	return "mic-machine-" + hex.EncodeToString(sum[:10])
 }
 
-// Read reads the ledger of a machine, by its key and resource ID. Without a ConfigMap the ledger is empty.
+// Read reads the ledger of a machine. key and id are the key and the resource ID of the machine. If no ConfigMap
+// exists, the ledger is empty.
 func Read(ctx context.Context, store typedcorev1.ConfigMapInterface, key, id string) (*Ledger, error) {
 	l := &Ledger{store: store, name: nameOf(key), Entries: Entries{Machine: id, Attached: map[string]string{}}}
 	o, err := store.Get(ctx, l.name, metav1.GetOptions{})
@@ -56,8 +58,8 @@ func Read(ctx context.Context, store typedcorev1.ConfigMapInterface, key, id str
 	return l, err
 }
 
-// parse parses a ConfigMap. It returns an error if it cannot: with an empty ledger instead, identities would stay on
-// the machine permanently.
+// parse parses a ConfigMap. If it cannot, it returns an error instead of an empty ledger, with which MIC would never
+// detach the identities that it attached.
 func parse(o *corev1.ConfigMap) (Entries, error) {
 	e := Entries{Machine: o.Data[dataMachine], Attached: map[string]string{}}
 	err := json.Unmarshal([]byte(o.Data[dataAttached]), &e.Attached)
@@ -66,7 +68,7 @@ func parse(o *corev1.ConfigMap) (Entries, error) {
 		err = json.Unmarshal([]byte(text), e.Update)
 	}
 	if err != nil || e.Machine == "" {
-		return Entries{}, fmt.Errorf("ConfigMap %s/%s, the ledger of machine %q, cannot be parsed (%w); correct its JSON, or delete it: MIC then never detaches what is attached to the machine now", o.Namespace, o.Name, e.Machine, err)
+		return Entries{}, fmt.Errorf("ConfigMap %s/%s, the ledger of machine %q, cannot be parsed (%w); correct it, or delete it: MIC then never detaches the identities that it has attached to the machine", o.Namespace, o.Name, e.Machine, cmp.Or(err, errors.New("the key machine is missing")))
 	}
 	return e, nil
 }

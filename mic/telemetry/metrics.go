@@ -29,7 +29,7 @@ var (
 	longTimes  = []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 900}
 )
 
-// armOperations are the operations that an azure.Observer reports.
+// armOperations are the operations with which an azure.Observer is called.
 var armOperations = []string{"vm_get", "vm_update", "vm_poll", "vmss_get", "vmss_update", "vmss_poll"}
 
 // The metrics of MIC. Those that begin with aadpodidentity_ are the metrics of AAD Pod Identity. A cycle of AAD Pod
@@ -46,11 +46,11 @@ var (
 	deletions = metric.Definition{Name: "aadpodidentity_assigned_identity_deletion_count", Type: metric.Counter,
 		Help: "AzureAssignedIdentity objects deleted."}
 	updateTime = metric.Definition{Name: "aadpodidentity_assigned_identity_update_duration_seconds", Type: metric.Histogram, Buckets: shortTimes,
-		Help: "Time to update the copies in an AzureAssignedIdentity."}
+		Help: "Time to update the copies of an AzureIdentity and its binding in an AzureAssignedIdentity."}
 	updates = metric.Definition{Name: "aadpodidentity_assigned_identity_update_count", Type: metric.Counter,
-		Help: "AzureAssignedIdentity objects whose copies were updated."}
+		Help: "AzureAssignedIdentity objects whose copies of an AzureIdentity and its binding were updated."}
 	apiErrors = metric.Definition{Name: "aadpodidentity_kubernetes_api_operations_errors_count", Type: metric.Counter, Labels: []string{"operation_type"},
-		Help:   "Requests to the API server that failed.",
+		Help:   "Failed writes of AzureAssignedIdentity objects and failed watches.",
 		Values: map[string][]string{"operation_type": {string(Create), string(Delete), string(UpdateCopies), string(UpdateState), WatchOperation}}}
 	cloudTime = metric.Definition{Name: "aadpodidentity_cloud_provider_operations_duration_seconds", Type: metric.Histogram, Buckets: longTimes,
 		Labels: []string{"operation_type"}, Help: "Time of calls to Azure Resource Manager.",
@@ -71,7 +71,7 @@ var (
 	assignmentTime = metric.Definition{Name: "podidentity_mic_assignment_duration_seconds", Type: metric.Histogram, Buckets: longTimes,
 		Help: "Time from when MIC observed a scheduled pod until all of its identities were Assigned."}
 	setAside = metric.Definition{Name: "podidentity_mic_identities_set_aside", Type: metric.Gauge,
-		Help: "Identities that Azure refused, over all machines. MIC tries each by itself, with growing pauses."}
+		Help: "Identities that Azure refused to attach or detach, over all machines. MIC retries each after a growing delay."}
 )
 
 // MetricDefinitions returns all metrics of MIC.

@@ -26,7 +26,7 @@ const (
 // reportedMax bounds how many reports are remembered. A report that was forgotten may be repeated once.
 const reportedMax = 16384
 
-// Problem is a reason why a pod does not get an identity that is bound to it. Somebody has to correct it.
+// Problem is a reason why a pod does not get an identity that is bound to it. Somebody may have to correct it.
 type Problem struct {
 	Reason, Text string
 	Binding      *corev1.ObjectReference // nil if only the pod has the problem
@@ -56,7 +56,7 @@ func NewReporter(client typedcorev1.EventsGetter, log *zap.Logger) (*Reporter, e
 func (r *Reporter) Shutdown() { r.broadcaster.Shutdown() }
 
 // PodProblems reports the problems of a pod: for each new one an Event on the pod, a log line and, if the problem has a
-// binding, an Event on the binding.
+// binding on which it was not reported yet, an Event on the binding.
 func (r *Reporter) PodProblems(pod *corev1.ObjectReference, problems []Problem) {
 	texts := make([]string, len(problems))
 	for i, p := range problems {
@@ -81,8 +81,8 @@ func (r *Reporter) PodProblems(pod *corev1.ObjectReference, problems []Problem) 
 	}
 }
 
-// changed reports whether a text differs from the last one under its key. An empty text removes the last one; the
-// result is then false.
+// changed remembers a text under a key, and reports whether the text differs from the last one under that key. An empty
+// text only removes the last one; the result is then false.
 func (r *Reporter) changed(key, text string) bool {
 	if text == "" {
 		r.reported.Remove(key)
@@ -121,7 +121,8 @@ func (r *Reporter) BindingProblem(b *corev1.ObjectReference, reason, text string
 	r.bindingEvent(b, reason, text)
 }
 
-// MachineResult logs the result of the reconcile of a machine if it differs from the last one. A nil error is a success.
+// MachineResult logs the result of the reconcile of a machine if it differs from the last one. A nil error means
+// success.
 func (r *Reporter) MachineResult(machine string, err error) {
 	text := ""
 	if err != nil {

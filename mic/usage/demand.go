@@ -38,7 +38,7 @@ func (t *Tracker) addUser(pod string, d Demand) {
 	u.users[pod] = struct{}{}
 	if !u.unusedSince.IsZero() {
 		u.unusedSince = time.Time{}
-		t.requeueWaiters(u) // pods that wait to release an assignment: it need not wait for a detachment any more
+		t.requeueWaiters(u) // a pod may wait to delete its assignment until the identity is detached; it need not any more
 	}
 	if !m.known || !m.has(d.Identity) {
 		m.lastDemand = time.Now()
@@ -59,7 +59,7 @@ func (t *Tracker) removeUser(pod string, k Key) {
 	delete(u.waiters, pod)
 	if len(u.users) == 0 {
 		u.unusedSince = time.Now()
-		t.requeue.Machine(k.Machine, quietTime) // its plan says when the identity is detached, if at all
+		t.requeue.Machine(k.Machine, quietTime) // the plan of the machine says when MIC detaches the identity, if at all
 	}
 }
 
@@ -68,7 +68,7 @@ type Status int
 
 // The statuses of an identity on a machine.
 const (
-	Unknown Status = iota // the state of the machine was never read, or not since an update with an unknown result
+	Unknown Status = iota // the state of the machine was never read, or not since the last MarkUnknown
 	Missing               // not attached, or an update that detaches it is in progress
 	Attached
 )
@@ -99,8 +99,9 @@ func (t *Tracker) Status(pod string, k Key) (status Status, problem string) {
 	return Missing, problem
 }
 
-// AdoptLegacy records, once for each UID, that according to an assignment of AAD Pod Identity an identity was attached
-// to a machine for pods. The reconcile of the machine then adds the identity to the ledger, so that MIC can detach it.
+// AdoptLegacy records that according to an assignment of AAD Pod Identity an identity was attached to a machine for
+// pods. The reconcile of the machine then adds the identity to the ledger, so that MIC can detach it. uid is the UID
+// of the assignment; further calls with the same UID have no effect.
 func (t *Tracker) AdoptLegacy(k Key, r azure.Resource, uid string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -124,10 +125,10 @@ func (t *Tracker) MayRelease(pod string, k Key) bool {
 	defer t.mu.Unlock()
 	m := t.machines[k.Machine]
 	if m == nil {
-		return true // no pod needs anything on it, and the Tracker has all machines with a ledger
+		return true // no pod needs an identity on the machine, and it has no ledger: the Tracker has all machines with one
 	}
 	u := m.identities[k.Identity]
-	if u == nil || !u.fromLegacy { // an adopted identity is not in the ledger yet
+	if u == nil || !u.fromLegacy { // the ledger may not contain an identity of AAD Pod Identity yet
 		if m.inLedger != nil && !m.inLedger[k.Identity] || u != nil && len(u.users) > 0 {
 			return true
 		}

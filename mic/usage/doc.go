@@ -1,11 +1,11 @@
-// Package usage tracks which pod needs which identity on which machine (a VM or VMSS), and decides what must be attached and
-// detached.
+// Package usage tracks which pod needs which identity on which machine (a VM or VMSS), and plans what to attach and
+// detach.
 //
-// A [Tracker] has two sides. Reconciles of pods set demands and ask for the status of an identity. Reconciles of
-// machines record what Azure, the ledger and failures say, through a [Machine]. A demand for a missing identity
-// requeues the machine. A new status of an identity requeues the pods that wait for it. [Decide] is the decision
-// itself. It is pure.
+// Reconciles of pods set the demands of pods in a [Tracker] and ask it for the status of an identity. Reconciles of
+// machines record, through a [Machine], which identities Azure and the ledger contain, and failures. A demand for a
+// missing identity requeues the machine. A new status of an identity requeues the pods that wait for it. [Decide]
+// computes the plan for a machine. It is a pure function.
 //
-// What the package protects against: an identity is detached although a pod needs it, or although MIC did not attach it;
-// a pod waits for an event that never comes; and one identity that Azure refuses delays the others.
+// What the package protects against: an identity is detached although a pod needs it, or although MIC did not attach
+// it; a pod waits for an event that never comes; and one identity that Azure refuses delays the others.
 package usage

@@ -11,24 +11,25 @@ import (
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
-// Machine is one VM or VMSS. Its methods are for the reconcile of the machine; the lock of the Tracker guards its fields.
+// Machine is one VM or VMSS. Its methods are for the reconcile of the machine. The lock of the Tracker guards its
+// fields.
 type Machine struct {
 	Key      string         // immutable
 	Resource azure.Resource // immutable
 
 	tracker    *Tracker
 	identities map[string]*identityUse // by folded ID; kept as long as anything refers to the identity, see unneeded
-	known      bool                    // attached was read from Azure, and no update with an unknown result followed
+	known      bool                    // attached was read from Azure after the last MarkUnknown
 	attached   map[string]azure.Identity
 	inLedger   map[string]bool // folded IDs; nil until the ledger is loaded
-	problem    string          // why Azure updates nothing; for messages
+	problem    string          // why MIC cannot read or update the machine; for messages
 	retryAfter time.Time       // no reconcile before this time
 	// firstDemand and lastDemand are the times of the first and the last demand for a missing identity since the last
 	// update; zero if there is none.
 	firstDemand, lastDemand time.Time
 }
 
-// refusalBackoff is how long MIC does not try an identity that Azure refused.
+// refusalBackoff is how long MIC waits before it retries an identity that Azure refused.
 var refusalBackoff = retry.Backoff{Initial: 30 * time.Second, Max: 15 * time.Minute}
 
 // lock locks the Tracker and returns the function that unlocks it.
@@ -76,7 +77,7 @@ func (m *Machine) GatherDelay() time.Duration {
 	return min(time.Until(m.lastDemand.Add(quietTime)), time.Until(m.firstDemand.Add(maxGatherTime)))
 }
 
-// ResetGather records that an update begins, or that none is needed.
+// ResetGather ends the delay that GatherDelay returns: an update begins, or none is needed.
 func (m *Machine) ResetGather() {
 	defer m.lock()()
 	m.firstDemand, m.lastDemand = time.Time{}, time.Time{}
@@ -88,7 +89,8 @@ func (m *Machine) Known() bool {
 	return m.known
 }
 
-// MarkUnknown records that it is not known what is attached: the result of an update is not known.
+// MarkUnknown records that it is not known what is attached, until the next Observe: an update failed, was not sent,
+// or is still in progress.
 func (m *Machine) MarkUnknown() {
 	defer m.lock()()
 	m.known = false
@@ -147,7 +149,8 @@ func (m *Machine) SetLedger(attached map[string]string) {
 	}
 }
 
-// SetProblem records why Azure updates nothing for the machine, and requeues the pods that wait.
+// SetProblem records why MIC cannot read or update the machine, and requeues the pods that wait for a change of an
+// identity.
 func (m *Machine) SetProblem(problem string) {
 	defer m.lock()()
 	if m.problem == problem {
@@ -172,8 +175,8 @@ func (m *Machine) Adopted() map[string]string {
 	return found
 }
 
-// StartDetaching returns the identities of remove that no pod needs, and marks them as being detached. From then on
-// Status does not report them as attached.
+// StartDetaching returns the identities of remove that no pod needs, and marks them as being detached. Until the next
+// Observe, Status does not report them as attached.
 func (m *Machine) StartDetaching(remove []string) []string {
 	defer m.lock()()
 	return slices.DeleteFunc(slices.Clone(remove), func(id string) bool {
@@ -201,7 +204,8 @@ func (m *Machine) SetAside(identity, message string) (retryAfter time.Time, time
 	return r.RetryAfter, r.Times
 }
 
-// View copies what Decide needs to know of the pods. It forgets identities to which nothing refers any more.
+// View returns a View for Decide that contains only Identities; the caller adds the other fields. It forgets identities
+// to which nothing refers any more.
 func (m *Machine) View() View {
 	defer m.lock()()
 	v := View{Identities: map[string]IdentityView{}}

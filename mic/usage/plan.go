@@ -19,10 +19,10 @@ type View struct {
 	DetachDelay time.Duration
 }
 
-// IdentityView is an identity that pods need or needed.
+// IdentityView is an identity that pods need or needed, or that is in the ledger.
 type IdentityView struct {
 	ID          string
-	Users       int
+	Users       int       // the number of pods that need it
 	UnusedSince time.Time // zero if it is not known; Decide then takes Now
 	Refusal     *Refusal
 }
@@ -30,7 +30,7 @@ type IdentityView struct {
 // Plan is what to do with a machine.
 type Plan struct {
 	Add    []string // to attach, spelled as in the AzureIdentity
-	Trial  []string // to attach in separate updates, because Azure refused them before
+	Trial  []string // to attach in updates without those of Add, because Azure refused them before
 	Remove []string // to detach, spelled as in Azure
 	// Prune are entries to remove from the ledger, by folded ID: no pod needs them, and they are not attached or are
 	// protected.

@@ -46,14 +46,14 @@ type identityUse struct {
 	waiters     map[string]struct{} // pods to requeue when anything about it changes
 	unusedSince time.Time           // zero while a pod needs it, or if it is not set yet
 	detaching   bool                // an update that detaches it is in progress
-	fromLegacy  bool                // an assignment of AAD Pod Identity says that it was attached for pods
-	refusal     *Refusal            // by Azure
+	fromLegacy  bool                // see AdoptLegacy; false once the ledger contains the identity
+	refusal     *Refusal            // nil unless Azure refused it
 }
 
 // Refusal records that Azure refused to attach or detach an identity.
 type Refusal struct {
 	Message    string
-	Times      int
+	Times      int       // how many times in a row
 	RetryAfter time.Time // no attempt before this time
 }
 
@@ -66,7 +66,7 @@ func New(r Requeue) *Tracker {
 // identities of all pods that are created together.
 const quietTime, maxGatherTime = 250 * time.Millisecond, 2 * time.Second
 
-// at returns a machine and creates it if necessary. The lock is held.
+// at returns a machine and creates it if necessary. The caller holds the lock.
 func (t *Tracker) at(key string, r azure.Resource) *Machine {
 	m := t.machines[key]
 	if m == nil {
@@ -76,7 +76,7 @@ func (t *Tracker) at(key string, r azure.Resource) *Machine {
 	return m
 }
 
-// requeueWaiters requeues all pods that wait for a change of an identity. The lock is held.
+// requeueWaiters requeues all pods that wait for a change of an identity. The caller holds the lock.
 func (t *Tracker) requeueWaiters(u *identityUse) {
 	for pod := range u.waiters {
 		t.requeue.Pod(pod)
@@ -84,7 +84,7 @@ func (t *Tracker) requeueWaiters(u *identityUse) {
 	clear(u.waiters)
 }
 
-// Add makes the Tracker know a machine.
+// Add adds a machine unless the Tracker already has it.
 func (t *Tracker) Add(key string, r azure.Resource) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -105,7 +105,7 @@ func (t *Tracker) Keys() []string {
 	return slices.Sorted(maps.Keys(t.machines))
 }
 
-// SetAsideCount returns how many identities Azure refused, over all machines.
+// SetAsideCount returns how many identities are set aside because Azure refused them, over all machines.
 func (t *Tracker) SetAsideCount() (n int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -119,8 +119,8 @@ func (t *Tracker) SetAsideCount() (n int) {
 	return n
 }
 
-// RetryRefused ends the delays of an identity that Azure refused, and of its machines, so that MIC tries it again at
-// once: its AzureIdentity was edited.
+// RetryRefused makes MIC retry an identity that Azure refused at once: its AzureIdentity was edited. RetryRefused
+// ends the delays of the identity and of the machines where it was refused.
 func (t *Tracker) RetryRefused(identity string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
