@@ -11,7 +11,7 @@ var (
 	ErrForeignLink = errors.New("the listen link or address belongs to another program")
 	// ErrMissingBinary: the image does not have the iptables programs.
 	ErrMissingBinary = errors.New("iptables programs are missing")
-	// ErrMissingCapability: the process has no permission to change the node's network.
+	// ErrMissingCapability: the process lacks a capability that it needs to read or change the rules.
 	ErrMissingCapability = errors.New("a Linux capability is missing")
 	// ErrDrift: the rules or the link differ from the expected state.
 	ErrDrift = errors.New("the capture rules differ from the expected state")

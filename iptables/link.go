@@ -30,7 +30,7 @@ type linkState struct {
 	link    netlink.Link
 	up      bool
 	address bool
-	others  []netlink.Addr // Other IPv4 addresses of the link, such as that of an earlier configuration.
+	others  []netlink.Addr // Other IPv4 addresses of the link, such as the listen address of an earlier configuration.
 }
 
 func (l ownLink) inspect() (linkState, error) {
@@ -181,7 +181,7 @@ func (l ownLink) remove() error {
 	return nil
 }
 
-// retryInterrupted repeats a dump while the kernel reports that a change interrupted it.
+// retryInterrupted calls list, which makes a dump, until no change interrupts the dump, at most dumpAttempts times.
 func retryInterrupted[T any](list func() (T, error)) (result T, err error) {
 	for range dumpAttempts {
 		if result, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {

@@ -74,8 +74,8 @@ func foreignChain(table, chain string) error {
 		ErrForeignChain, chain, table, strings.TrimSpace(marker)+" ...")
 }
 
-// inForce returns the active generation, whose jump, exactly as we write it, is the first rule of the hook; -1 if there
-// is none.
+// inForce returns the active generation: the one whose jump is the first rule of the hook, exactly as we write it. It
+// returns -1 if there is none.
 func (st slotState) inForce() int {
 	for g := range generations {
 		if len(st.hookRules) > 0 && st.hookRules[0].is(st.jump(g)) {
@@ -89,8 +89,8 @@ func (st slotState) find(match func(generationState) bool) int {
 	return slices.IndexFunc(st.generations[:], match)
 }
 
-// differences returns nothing if the slot is in its expected state: one complete generation with a single jump at
-// position 1.
+// differences compares the slot with its expected state: one complete generation with a single jump, which is the first
+// rule of the hook, and no other generation.
 func (st slotState) differences() []difference {
 	var ds []difference
 	report := func(what, format string, args ...any) {
@@ -144,8 +144,8 @@ func (st slotState) compare(g int) string {
 
 // repairSlot brings one slot to its expected state. Between any two commands the slot blocks at least as much as
 // before: rules are added to a generation only while the hook does not jump to it, and a generation with a jump is
-// emptied only after the jump to a complete generation is the first rule of the hook. generationToBuild has the
-// exception.
+// emptied only after the jump to a complete generation is the first rule of the hook. generationToBuild describes
+// the exception.
 func repairSlot(ctx context.Context, t tables, st slotState) error {
 	var err error
 	if st, err = freeGeneration(ctx, t, st); err != nil {
@@ -154,7 +154,7 @@ func repairSlot(ctx context.Context, t tables, st slotState) error {
 	if g := st.inForce(); g >= 0 && st.generations[g].good && len(st.generations[g].jumps) == 1 {
 		return discard(ctx, t, st, 1-g)
 	}
-	// The shortest repair, if only the jump is missing.
+	// If only the jump is missing, inserting it is enough.
 	target := st.find(func(g generationState) bool { return g.good && len(g.jumps) == 0 })
 	if target < 0 {
 		target = st.generationToBuild()
@@ -203,10 +203,11 @@ func freeGeneration(ctx context.Context, t tables, st slotState) (slotState, err
 	return readSlot(t, st.slot)
 }
 
-// generationToBuild returns the generation to rebuild: one without a jump, if there is one. Both have jumps only if a
-// repair was interrupted and neither generation has the expected rules, as after an upgrade with another configuration.
-// Then the non-empty generation is kept, or of two non-empty ones the one that packets reach first. If someone changed
-// the two differently, the kept one may block less than both together until the other one is rebuilt.
+// generationToBuild returns the generation to rebuild: one without a jump, if there is one. Both still have jumps here
+// if a repair was interrupted and neither generation has the expected rules, for example after an upgrade with another
+// configuration. Then an empty generation is returned, or of two non-empty ones the one that packets reach second. If
+// someone changed the two generations differently, the remaining one may block less than both together until the
+// returned one is rebuilt.
 func (st slotState) generationToBuild() int {
 	if free := st.find(func(g generationState) bool { return len(g.jumps) == 0 }); free >= 0 {
 		return free

@@ -20,8 +20,8 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// Users who may write a Secret choose what is parsed here, in a process with rights over the node. Therefore these
-// constants bound its size. They allow every key that Entra ID accepts, and its chain.
+// Users who may write a Secret choose the data that is parsed here, in a process with rights over the node. Therefore
+// these constants bound the size of the data. They allow every key that Entra ID accepts, with its certificate chain.
 const (
 	maxCertificateData = 128 << 10
 	maxKeyDER          = 16 << 10

@@ -73,7 +73,7 @@ type client struct {
 	failedUntil   time.Time
 }
 
-// NewEntra returns the source.
+// NewEntra returns the source of tokens from Entra ID.
 func NewEntra(cfg EntraConfig) (*Entra, error) {
 	clients, err := lru.New[Principal, *client](entraClients)
 	if err != nil {
@@ -97,8 +97,7 @@ func NewEntra(cfg EntraConfig) (*Entra, error) {
 	}, nil
 }
 
-// Drop removes the credentials of the principals that which selects. It is called after an AzureIdentity or a Secret
-// changed or was deleted.
+// Drop removes the credential of each principal p if which(p) is true, see [Sources.Drop].
 func (e *Entra) Drop(which func(Principal) bool) {
 	for _, p := range e.clients.Keys() {
 		if which(p) {
@@ -134,9 +133,10 @@ func (e *Entra) client(p Principal) *client {
 	return c
 }
 
-// requestToken sends one token request, apart from the SDK's short retries. With a failure it also returns the error
-// codes in the response of Entra ID. The SDK serializes the requests of a credential and ignores ctx while one waits
-// for another. Therefore requestToken acquires lock before it calls the SDK, and stops waiting for lock when ctx ends.
+// requestToken sends one token request, which the SDK may retry a few times. assertion is empty unless the principal is
+// federated. With a failure requestToken also returns the error codes in the response of Entra ID. The SDK serializes
+// the requests of a credential, and ignores ctx while one request waits for another. Therefore requestToken acquires
+// c.lock before it calls the SDK, and stops waiting for c.lock when ctx ends.
 func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertion string) (Token, []int, *Error) {
 	select {
 	case c.lock <- struct{}{}:
@@ -154,10 +154,11 @@ func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertio
 	ctx = context.WithValue(ctx, responseKey{}, &x.response)
 	ctx = context.WithValue(ctx, entraRequestKey{}, x)
 	got, err := c.credential.GetToken(ctx, policy.TokenRequestOptions{
-		// Entra ID takes all before the last slash as the resource, so a resource that ends in a slash keeps it.
+		// Entra ID takes the part of the scope before the last slash as the resource. So a resource that ends in a
+		// slash keeps that slash.
 		Scopes: []string{call.Resource + "/.default"},
-		// With claims the SDK bypasses its own cache, which would return the old token to a renewal ahead of time.
-		// Entra ID receives no claims, see entraRequest.
+		// With claims the SDK bypasses its own cache. The cache would return the old token when NMI renews a token
+		// before it expires. Entra ID receives no claims, see entraRequest.Do.
 		Claims: "{}",
 	})
 	c.bytesReceived += len(x.response.body)
@@ -173,7 +174,9 @@ func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertio
 	return t, nil, nil
 }
 
-// ensureCredential makes sure that the client has a usable credential.
+// ensureCredential creates the credential of the client if there is none, its certificate has expired, or it has
+// received maxBytesReceived. After an invalid Secret it returns the same error for the time invalidFor. The caller
+// holds c.lock.
 func (e *Entra) ensureCredential(ctx context.Context, c *client, p Principal) *Error {
 	now := time.Now()
 	if c.credential != nil && c.bytesReceived < maxBytesReceived && (c.expires.IsZero() || now.Before(c.expires)) {
@@ -193,7 +196,8 @@ func (e *Entra) ensureCredential(ctx context.Context, c *client, p Principal) *E
 	return nil
 }
 
-// credential creates a credential. It also returns when the credential expires, if that is known.
+// credential creates a credential. It also returns when the certificate of the credential expires, or the zero time if
+// there is no certificate.
 func (e *Entra) credential(ctx context.Context, p Principal) (azcore.TokenCredential, time.Time, *Error) {
 	var none time.Time
 	if p.Source == Federated {
@@ -250,7 +254,7 @@ func (e *Entra) options(p Principal) policy.ClientOptions {
 		Transport:       transporter{e.transport},
 		PerCallPolicies: []policy.Policy{(*entraRequest)(nil)},
 		Telemetry:       policy.TelemetryOptions{ApplicationID: e.userAgent},
-		// Short, because callers wait. A 429 is not retried here, see client.retryAfter.
+		// The retries are short, because callers wait. A 429 is not retried here, see client.retryAfter.
 		Retry: policy.RetryOptions{
 			MaxRetries: 2, RetryDelay: 250 * time.Millisecond, MaxRetryDelay: time.Second,
 			StatusCodes: []int{http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout},
@@ -264,7 +268,7 @@ type entraRequestKey struct{}
 type entraRequest struct {
 	assertion  string   // Federated: the assertion sent to Entra ID
 	requestID  string   // client-request-id of the last request
-	posted     bool     // whether the last request was for a token, not for the tenant's endpoints
+	posted     bool     // whether the last request was for a token and not for the tenant's endpoints
 	sentSecret string   // the secret or assertion in the last request; errors must not contain it
 	response   response // to the last request
 }
@@ -278,8 +282,9 @@ func assertionOf(ctx context.Context) (string, error) {
 	return x.assertion, nil
 }
 
-// Do removes the claims from the form, which are there only to bypass the SDK's cache, and asks Entra ID to return the
-// request's ID. It is a policy of the SDK's pipeline; the entraRequest comes from the context.
+// Do removes the claims from the form: their only purpose is to bypass the SDK's cache. It also asks Entra ID to return
+// the request's ID, and records in the entraRequest what was sent. Do is a policy of the SDK's pipeline; it takes the
+// entraRequest from the context, not from its receiver.
 func (*entraRequest) Do(r *policy.Request) (*http.Response, error) {
 	x, _ := r.Raw().Context().Value(entraRequestKey{}).(*entraRequest)
 	if x == nil {
@@ -307,8 +312,9 @@ func (*entraRequest) Do(r *policy.Request) (*http.Response, error) {
 	return r.Next()
 }
 
-// failure classifies the failure by the last response, and returns the error codes in it. If there was a response, it
-// does not keep the error of the SDK, which quotes responses in full.
+// failure returns the *Error for a failed token request, which it classifies by the last response, and the error codes
+// in that response. If there was a response, the *Error does not contain the error of the SDK, because that quotes the
+// response in full.
 func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	a := &x.response
 	var own *Error
@@ -361,8 +367,9 @@ func (x *entraRequest) redact(s string) string {
 // maxID bounds a correlation ID, which is a GUID.
 const maxID = 64
 
-// truncateDescription truncates the description of an error of Entra ID. It keeps the correlation ID at the end of the
-// description, by which the request is found in the logs of Entra ID.
+// truncateDescription returns the description of an error of Entra ID as one line of at most 512 bytes. Operators
+// search the logs of Entra ID for the correlation ID, which is near the end of a description. If truncation removes it,
+// it is appended again.
 func truncateDescription(description, correlationID string) string {
 	const maxBytes = 512
 	whole := text.OneLine(description, len(description))

@@ -33,7 +33,7 @@ const (
 	pkcs12Timeout    = 5 * time.Second // wall clock time
 	pkcs12Memory     = 128 << 20       // beyond what the process has when it starts; half of it is for the heap
 	pkcs12Concurrent = 2
-	pkcs12Message    = 1 << 20 // bytes of the request, and of the response
+	pkcs12Message    = 1 << 20 // maximum bytes of the request, and of the response
 )
 
 type pkcs12Request struct {
@@ -81,7 +81,7 @@ func limitProcess() error {
 			return err
 		}
 	}
-	// Prevent core dumps and access to the memory, which contains the private key, as for the parent process.
+	// Like the parent process, prevent core dumps and access to the memory, which contains the private key.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return err
 	}
