@@ -47,7 +47,7 @@ func choose(nft, legacy dump) (Backend, string) {
 		return "", false
 	}
 	if b, ok := pick(nft.hasChain(isOurName), legacy.hasChain(isOurName)); ok {
-		return b, "it already has our chains"
+		return b, "it already has chains of NMI"
 	}
 	isHint := func(chain string) bool { return slices.Contains(kubeHints, chain) }
 	if b, ok := pick(nft.hasChain(isHint), legacy.hasChain(isHint)); ok {

@@ -36,5 +36,5 @@ func requireRaw(capabilities uint64) error {
 	if has(capabilities, unix.CAP_NET_RAW) {
 		return nil
 	}
-	return fmt.Errorf("%w: the legacy iptables back end requires CAP_NET_RAW; add NET_RAW to securityContext.capabilities.add of the container, or choose the nft back end if the node uses that", ErrMissingCapability)
+	return fmt.Errorf("%w: reading or changing legacy iptables rules requires CAP_NET_RAW; add NET_RAW to securityContext.capabilities.add of the container, or set --iptables-backend=nft if the other programs on the node use nft", ErrMissingCapability)
 }

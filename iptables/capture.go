@@ -166,7 +166,7 @@ func (c *Capture) Install(ctx context.Context) error {
 		return err
 	}
 	defer done()
-	if _, err := c.sync(ctx, "capture installed"); err != nil {
+	if _, err := c.sync(ctx, "installed a part of the capture"); err != nil {
 		return fmt.Errorf("installing capture of metadata traffic: %w", err)
 	}
 	c.deleteUncaptured(ctx)
@@ -177,7 +177,7 @@ func (c *Capture) Install(ctx context.Context) error {
 			continue
 		}
 		if err := c.purge(ctx, backend, c.uninstallOrder()...); err != nil {
-			c.log.Warn("cannot remove our rules from the other iptables back end", zap.Stringer("backend", backend), zap.Error(err))
+			c.log.Warn("cannot remove all rules of NMI from the iptables back end that is not in use; rules that remain there stay in force, and NMI tries again when it starts", zap.Stringer("backend", backend), zap.Error(err))
 		}
 	}
 	return nil
@@ -196,7 +196,7 @@ func (c *Capture) purge(ctx context.Context, backend Backend, order ...slot) err
 		case errors.Is(err, ErrForeignChain):
 			foreign = append(foreign, err)
 		case err != nil:
-			return fmt.Errorf("removing %s of table %s from the %s back end: %w", s.hook, s.table, backend, err)
+			return fmt.Errorf("removing NMI's rules for %s of table %s from the %s back end: %w", s.hook, s.table, backend, err)
 		}
 	}
 	return errors.Join(foreign...)
@@ -213,7 +213,7 @@ func (c *Capture) Sync(ctx context.Context) (repaired []string, err error) {
 		return nil, err
 	}
 	defer done()
-	repaired, err = c.sync(ctx, "capture repaired")
+	repaired, err = c.sync(ctx, "repaired a part of the capture")
 	if slices.ContainsFunc(repaired, allowedBypass) {
 		c.deleteUncaptured(ctx)
 	}
@@ -254,7 +254,7 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 		}
 		// If one slot fails, the others are still repaired: each of them protects against some traffic by itself.
 		if err := repairSlot(ctx, tables, state); err != nil {
-			failed = append(failed, fmt.Errorf("repairing %s of table %s: %w", state.hook, state.table, err))
+			failed = append(failed, fmt.Errorf("repairing NMI's rules for %s of table %s: %w", state.hook, state.table, err))
 			continue
 		}
 		for _, d := range differences {
@@ -277,10 +277,10 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 func (c *Capture) deleteUncaptured(ctx context.Context) {
 	n, err := c.flows.deleteUncaptured(ctx)
 	if err != nil {
-		c.log.Warn("cannot end connections of pods that bypass this NMI; they end by timeout", zap.Error(err))
+		c.log.Warn("cannot end connections of pods to the metadata service that are not redirected to this NMI; they end by timeout", zap.Error(err))
 	}
 	if n > 0 {
-		c.log.Info("ended connections of pods that bypassed this NMI", zap.Int("count", n))
+		c.log.Info("ended connections of pods to the metadata service that were not redirected to this NMI", zap.Int("count", n))
 	}
 }
 
@@ -363,7 +363,7 @@ func (c *Capture) Uninstall(ctx context.Context) error {
 	}
 	// Otherwise captured connections would be redirected to a removed address until their conntrack entries time out.
 	if _, err := c.flows.deleteCaptured(ctx); err != nil {
-		c.log.Warn("cannot end captured connections; they end by timeout", zap.Error(err))
+		c.log.Warn("cannot end connections of pods that were redirected to NMI; they end by timeout", zap.Error(err))
 	}
 	return errors.Join(foreign...)
 }

@@ -41,14 +41,14 @@ func acquireLock(ctx context.Context, log *zap.Logger, limit time.Duration) (rel
 			return func() { socket.Close() }, nil
 		}
 		if !errors.Is(err, unix.EADDRINUSE) {
-			log.Warn("cannot lock the rules against other processes; continuing without the lock", zap.Error(err))
+			log.Warn("cannot lock NMI's iptables rules against changes by another NMI process; continuing without the lock", zap.Error(err))
 			return func() {}, nil
 		}
 		select {
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		case <-timeout.C:
-			log.Warn("another process holds the lock of the rules for too long; continuing without the lock", zap.String("socket", lockName))
+			log.Warn("another process held the lock of NMI's iptables rules for the whole wait; continuing without the lock; to find the process, run `ss -xap` as root on the node and search for the socket", zap.String("socket", lockName), zap.Duration("waited", limit))
 			return func() {}, nil
 		case <-retry.C:
 		}

@@ -52,9 +52,9 @@ func inNamespaces(t *testing.T, body func(t *testing.T)) {
 	out, err := child.CombinedOutput()
 	switch {
 	case err != nil && len(out) == 0:
-		t.Fatalf("this test needs network namespaces of its own and cannot have them (run as root with CAP_SYS_ADMIN and CAP_NET_ADMIN): %v", err)
+		t.Fatalf("this test cannot create the network namespaces that it needs (run as root with CAP_SYS_ADMIN and CAP_NET_ADMIN): %v", err)
 	case err != nil:
-		t.Fatalf("in its own network namespace: %v\n%s", err, out)
+		t.Fatalf("the test failed in its own network namespace: %v\n%s", err, out)
 	case !bytes.Contains(out, []byte("--- PASS: "+t.Name()+" ")):
 		t.Fatalf("the test did not run in its own network namespace:\n%s", out)
 	default:

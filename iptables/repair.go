@@ -70,7 +70,7 @@ func isForeign(rules, jumps []listed) bool {
 }
 
 func foreignChain(table, chain string) error {
-	return fmt.Errorf("%w: chain %s of table %s holds rules without the comment %q; nothing was changed there: find out which program created it, then rename or delete it",
+	return fmt.Errorf("%w: chain %s of table %s has only rules without the comment %q; NMI did not change the chain: find out which program created it, then rename or delete it",
 		ErrForeignChain, chain, table, strings.TrimSpace(marker)+" ...")
 }
 
@@ -102,16 +102,16 @@ func (st slotState) differences() []difference {
 		report("jump", "%s jumps to %s %d times", st.hook, st.chain(current), len(st.generations[current].jumps))
 	case current < 0:
 		if current = st.find(func(g generationState) bool { return len(g.jumps) > 0 }); current >= 0 {
-			report("jump", "the jump from %s to %s is altered or not the first rule; the first is: %s", st.hook, st.chain(current), st.hookRules[0])
+			report("jump", "the jump from %s to %s is changed or is not the first rule; the first rule is: %s", st.hook, st.chain(current), st.hookRules[0])
 			break
 		}
-		report("jump", "%s has no jump to our chain", st.hook)
+		report("jump", "%s has no jump to %s or %s", st.hook, st.chain(0), st.chain(1))
 		if current = st.find(func(g generationState) bool { return g.good }); current < 0 {
 			current = st.find(func(g generationState) bool { return g.exists })
 		}
 	}
 	if current < 0 {
-		report("chain", "the chain does not exist")
+		report("chain", "neither chain %s nor chain %s exists", st.chain(0), st.chain(1))
 		return ds
 	}
 	if found := st.generations[current]; !found.good {
@@ -175,8 +175,8 @@ func repairSlot(ctx context.Context, t tables, st slotState) error {
 	if now.inForce() != target || !now.generations[target].good {
 		// The other generation stays in place, so the slot blocks at least as much as before. The next Sync reads the rules
 		// again and repairs them.
-		return fmt.Errorf("the jump to %s is no longer first, or the chain differs from what was just written: another program changes rules at the same time, or this iptables lists rules in an unknown form",
-			st.chain(target))
+		return fmt.Errorf("the jump to %s is no longer the first rule of %s, or the rules of the chain differ from those that NMI just wrote: another program changes rules at the same time, or the iptables program lists rules in a form that NMI does not know",
+			st.chain(target), st.hook)
 	}
 	return discard(ctx, t, now, 1-target)
 }

@@ -102,7 +102,7 @@ func (a *Assertions) Assertion(ctx context.Context, uid string, serviceAccount t
 	}
 	pod, ok := a.pods.PodByUID(uid)
 	if !ok {
-		return "", podStaleError(fmt.Sprintf("The pod with UID %s is no longer on this node", uid), nil)
+		return "", podStaleError(fmt.Sprintf("NMI knows no live pod with UID %s on this node: the pod was deleted or has finished, or the watch has not reported it yet", uid), nil)
 	}
 	if ServiceAccountOf(pod) != serviceAccount {
 		return "", podStaleError(fmt.Sprintf("Pod %s/%s does not run as ServiceAccount %s", pod.Namespace, pod.Name, serviceAccount), nil)
@@ -197,7 +197,7 @@ func assertionError(pod *corev1.Pod, err error) error {
 	switch {
 	case apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err):
 		return &token.Error{Class: token.Denied, Reason: identity.ServiceAccountForbidden, Err: err,
-			Detail: fmt.Sprintf("NMI has no permission to request tokens of ServiceAccount %s; add namespace %s to the value nmi.federatedNamespaces of the chart. The API server responded: %v", account, account.Namespace, err)}
+			Detail: fmt.Sprintf("The API server does not let NMI request tokens of ServiceAccount %s: %v; if NMI lacks the permission, add namespace %s to the value nmi.federatedNamespaces of the chart", account, err, account.Namespace)}
 	case kube.IsUnavailable(err):
 		return &token.Error{Class: token.Unavailable, Err: err,
 			Detail: fmt.Sprintf("NMI cannot get a token of ServiceAccount %s from the API server at the moment: %v", account, err)}

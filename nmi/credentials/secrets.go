@@ -249,7 +249,7 @@ func secretReadError(ref token.Ref, err error) error {
 		return secretMissingError(ref)
 	case apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err):
 		return &token.Error{Class: token.Denied, Reason: identity.SecretUnreadable, Err: err,
-			Detail: fmt.Sprintf("NMI has no permission to read Secret %s; add its namespace or the Secret to the value nmi.secretNamespaces of the chart", ref)}
+			Detail: fmt.Sprintf("The API server does not let NMI read Secret %s: %v; if NMI lacks the permission, add the namespace or the Secret to the value nmi.secretNamespaces of the chart", ref, err)}
 	}
 	return &token.Error{Class: token.Unavailable, Err: err,
 		Detail: fmt.Sprintf("NMI cannot read Secret %s at the moment: %v", ref, err)}

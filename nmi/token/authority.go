@@ -85,7 +85,7 @@ func (a *authorities) RoundTrip(r *http.Request) (*http.Response, error) {
 	return a.slots(strings.ToLower(r.URL.Host)).roundTrip(r, transport.RoundTrip)
 }
 
-var errNotHTTPS = &Error{Class: Denied, Detail: "the host that spec.adEndpoint or --authority-host names gives a token endpoint without https; NMI sends no credential there; correct the address"}
+var errNotHTTPS = &Error{Class: Denied, Detail: "the host that spec.adEndpoint or --authority-host names returned the address of a token endpoint without https; NMI sends no credential there; correct spec.adEndpoint or --authority-host"}
 
 func (a *authorities) slots(host string) semaphore {
 	if s, ok := a.hosts.Get(host); ok {
@@ -124,7 +124,7 @@ func isNodeAddress(ip netip.Addr) bool {
 type nodeAddressError netip.Addr
 
 func (n nodeAddressError) Error() string {
-	return netip.Addr(n).String() + " is an address of the node itself or of its link"
+	return netip.Addr(n).String() + " is an address of the node itself, a link-local or multicast address, or Azure's WireServer"
 }
 
 // NonRetriable keeps the Azure SDK from retrying.

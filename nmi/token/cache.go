@@ -152,7 +152,7 @@ type Request struct {
 
 // ErrPodThrottled is the error for a pod that causes too many fetches, has podKeys tokens in the cache, or uses too
 // many Secrets.
-var ErrPodThrottled = errors.New("this pod requests new tokens too often")
+var ErrPodThrottled = errors.New("this pod requests new tokens too often, or uses too many different tokens or Secrets")
 
 // Get returns the token. The caller must have authorized the request: the pod may have the token. The error is an *Error,
 // ErrPodThrottled, or the error of ctx, which bounds only this caller's wait.

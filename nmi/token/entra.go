@@ -145,7 +145,7 @@ func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertio
 		return Token{}, nil, &Error{Class: Unavailable, Err: fmt.Errorf("waiting for earlier requests of this identity: %w", ctx.Err())}
 	}
 	if wait := c.retryAfter.Remaining(); wait > 0 {
-		return Token{}, nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "Entra ID limits the rate of requests; see Retry-After", RetryAfter: wait}
+		return Token{}, nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "NMI did not send the request, because Entra ID responded to an earlier request for this identity with status 429", RetryAfter: wait}
 	}
 	if failed := e.ensureCredential(ctx, c, call.Principal); failed != nil {
 		return Token{}, nil, failed
@@ -225,7 +225,7 @@ func (e *Entra) credential(ctx context.Context, p Principal) (azcore.TokenCreden
 	}
 	pair, err := certificate(ctx, content.Data, e.pkcs12.open, time.Now())
 	if err != nil {
-		return nil, none, contentError(p.Secret, err)
+		return nil, none, contentError(p.Secret, fmt.Errorf("reading the certificate in Secret %s: %w", p.Secret, err))
 	}
 	expires := pair.chain[0].NotAfter
 	if key, ok := pair.key.(*ecdsa.PrivateKey); ok {
@@ -243,7 +243,7 @@ func (e *Entra) credential(ctx context.Context, p Principal) (azcore.TokenCreden
 
 func credentialOrError(c azcore.TokenCredential, expires time.Time, err error) (azcore.TokenCredential, time.Time, *Error) {
 	if err != nil {
-		return nil, expires, &Error{Class: Denied, Err: err}
+		return nil, expires, &Error{Class: Denied, Err: fmt.Errorf("creating a credential for Entra ID: %w", err)}
 	}
 	return c, expires, nil
 }
@@ -323,18 +323,18 @@ func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	case errors.As(a.err, &own):
 		return own, nil
 	case errors.As(a.err, &at):
-		return &Error{Class: Denied, Detail: fmt.Sprintf("%s: %v; NMI sends no credential there; correct spec.adEndpoint, or the address of its host name", p.Authority, at)}, nil
+		return &Error{Class: Denied, Detail: fmt.Sprintf("%s: %v; NMI does not connect to it; correct spec.adEndpoint or --authority-host, or the DNS record of the host", p.Authority, at)}, nil
 	case a.err != nil:
 		if x.sentSecret != "" && strings.Contains(a.err.Error(), x.sentSecret) {
-			return &Error{Class: Unavailable, Err: errors.New("the response is not HTTP")}, nil
+			return &Error{Class: Unavailable, Err: fmt.Errorf("the response of %s is not valid HTTP; the details contain the credential that NMI sent, so they are not shown", p.Authority)}, nil
 		}
 		return &Error{Class: Unavailable, Err: a.err}, nil
 	case a.status == 0:
 		return &Error{Class: Unavailable, Err: err}, nil
 	case a.status == http.StatusOK && x.posted:
-		return &Error{Class: Unavailable, Detail: "The response of " + p.Authority + " contains no usable token"}, nil
+		return &Error{Class: Unavailable, Detail: "The response of " + p.Authority + " contains no usable token; check that spec.adEndpoint, or --authority-host if the AzureIdentity has no adEndpoint, is the address of Entra ID"}, nil
 	case a.status == http.StatusOK:
-		return &Error{Class: Unavailable, Detail: "The response of " + p.Authority + " about tenant " + p.TenantID + " is not a valid response of Entra ID, which has an issuer and endpoints on the same host; correct spec.adEndpoint"}, nil
+		return &Error{Class: Unavailable, Detail: "The response of " + p.Authority + " about tenant " + p.TenantID + " is not a valid response of Entra ID: an endpoint or the issuer is missing, or the issuer belongs to another host; correct spec.adEndpoint, or --authority-host if the AzureIdentity has no adEndpoint"}, nil
 	}
 	var body struct {
 		Error         string `json:"error"`
@@ -352,7 +352,7 @@ func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	case a.status >= 500 || a.status == http.StatusRequestTimeout:
 		e.Class = Unavailable
 	case e.Code == "":
-		e.Detail = fmt.Sprintf("%s responded with status %d, but not in the format of Entra ID; correct spec.adEndpoint", p.Authority, a.status)
+		e.Detail = fmt.Sprintf("%s responded with status %d, but not in the format of Entra ID; correct spec.adEndpoint, or --authority-host if the AzureIdentity has no adEndpoint", p.Authority, a.status)
 	}
 	return e, body.Codes
 }

@@ -35,7 +35,7 @@ const federationRetryTime = 2 * time.Second
 func (e *Entra) fetchFederated(ctx context.Context, c *client, call Call) (Token, *Error) {
 	assertion, err := e.assertions.Assertion(ctx, call.Pod, call.ServiceAccount)
 	if err != nil {
-		return Token{}, contentError(call.ServiceAccount, err)
+		return Token{}, contentError(call.ServiceAccount, fmt.Errorf("getting a Kubernetes token of ServiceAccount %s: %w", call.ServiceAccount, err))
 	}
 	for _, pause := range federationRetryWaits {
 		t, codes, failed := e.requestToken(ctx, c, call, assertion)

@@ -156,7 +156,7 @@ func (t transporter) Do(r *http.Request) (*http.Response, error) {
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxResponse+1))
 	if err == nil && len(body) > maxResponse {
-		err = errors.New("the response is larger than any token")
+		err = errors.New("the response is larger than 64 KiB, so it is no token")
 	}
 	if seen != nil {
 		*seen = response{status: resp.StatusCode, header: resp.Header, body: body, err: err}

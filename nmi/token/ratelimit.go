@@ -41,7 +41,7 @@ func (g *imdsLimiter) RoundTrip(r *http.Request) (*http.Response, error) {
 
 func (g *imdsLimiter) roundTrip(r *http.Request) (*http.Response, error) {
 	if wait := g.retryAfter.Remaining(); wait > 0 {
-		return nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "IMDS limits the rate of requests; see Retry-After", RetryAfter: wait}
+		return nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "NMI did not send the request, because IMDS responded to an earlier request with status 429", RetryAfter: wait}
 	}
 	if err := g.limiter.Wait(r.Context()); err != nil {
 		return nil, err
