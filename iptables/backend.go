@@ -7,9 +7,9 @@ import (
 	"strings"
 )
 
-// Backend is one of the two iptables back ends of the kernel, or BackendAuto. The kernel evaluates both, so capture
-// works in either. Capture uses the one with the other rules of the node, because operators look there, and because an
-// order of rules exists only within one back end.
+// Backend is one of the two iptables back ends of the kernel, or BackendAuto. The kernel evaluates the rules of both,
+// so capture works in either. BackendAuto means the one with the other rules of the node: operators look for rules
+// there, and a rule can be placed before another rule only within the same back end.
 type Backend string
 
 const (
@@ -31,7 +31,7 @@ func ParseBackend(name string) (Backend, error) {
 	return "", fmt.Errorf("unknown iptables back end %q: use auto, nft or legacy", name)
 }
 
-// kubeHints are chains with which the kubelet and kube-proxy mark the back end they use.
+// kubeHints are chains that the kubelet or kube-proxy creates in the back end that it uses.
 var kubeHints = []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY", "KUBE-PROXY-CANARY", "KUBE-SERVICES", "KUBE-FORWARD", "KUBE-FIREWALL"}
 
 // choose returns the back end to use, by the content of both, and the reason. It is pure.
@@ -47,7 +47,7 @@ func choose(nft, legacy dump) (Backend, string) {
 		return "", false
 	}
 	if b, ok := pick(nft.hasChain(isOurName), legacy.hasChain(isOurName)); ok {
-		return b, "it already has our chains"
+		return b, "it already has chains of NMI"
 	}
 	isHint := func(chain string) bool { return slices.Contains(kubeHints, chain) }
 	if b, ok := pick(nft.hasChain(isHint), legacy.hasChain(isHint)); ok {

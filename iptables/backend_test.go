@@ -39,8 +39,8 @@ func TestTheBackendWithTheRulesOfTheNodeIsChosen(t *testing.T) {
 		want              Backend
 		reason            string
 	}{
-		{"ours in legacy, Kubernetes in nft", kube + rule, ours, BackendLegacy, "our chains"},
-		{"ours in nft, Kubernetes in legacy", ours, kube + rule, BackendNFT, "our chains"},
+		{"ours in legacy, Kubernetes in nft", kube + rule, ours, BackendLegacy, "chains of NMI"},
+		{"ours in nft, Kubernetes in legacy", ours, kube + rule, BackendNFT, "chains of NMI"},
 		{"ours in both, Kubernetes in legacy", ours, ours + kube, BackendLegacy, "Kubernetes"},
 		{"Kubernetes in legacy, more rules in nft", rule, kube, BackendLegacy, "Kubernetes"},
 		{"Kubernetes in nft", kube, rule, BackendNFT, "Kubernetes"},

@@ -6,7 +6,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// effectiveCapabilities returns the capabilities of the calling thread. In a container all threads have the same.
+// effectiveCapabilities returns the effective capabilities of the calling thread, one bit each. All threads of NMI have
+// the same capabilities, because NMI never changes them.
 func effectiveCapabilities() (uint64, error) {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
@@ -20,8 +21,8 @@ func has(capabilities uint64, capability int) bool {
 	return capabilities&(1<<uint(capability)) != 0
 }
 
-// requireAdmin is called before the first change, so that a node server without the capability stops with a message that
-// says what to do, and not in the middle of an installation.
+// requireAdmin returns an error that says what to do if CAP_NET_ADMIN is missing. New calls it, so that a node server
+// without the capability stops before the first change and not in the middle of an installation.
 func requireAdmin(capabilities uint64) error {
 	if has(capabilities, unix.CAP_NET_ADMIN) {
 		return nil
@@ -29,10 +30,11 @@ func requireAdmin(capabilities uint64) error {
 	return fmt.Errorf("%w: changing netfilter rules requires CAP_NET_ADMIN; add NET_ADMIN to securityContext.capabilities.add of the container and run it as root", ErrMissingCapability)
 }
 
-// requireRaw checks the capability for the legacy back end, whose rules are read and written through a raw socket.
+// requireRaw returns an error that says what to do if CAP_NET_RAW is missing. The legacy back end reads and writes
+// rules through a raw socket, which requires this capability.
 func requireRaw(capabilities uint64) error {
 	if has(capabilities, unix.CAP_NET_RAW) {
 		return nil
 	}
-	return fmt.Errorf("%w: the legacy iptables back end requires CAP_NET_RAW; add NET_RAW to securityContext.capabilities.add of the container, or choose the nft back end if the node uses that", ErrMissingCapability)
+	return fmt.Errorf("%w: reading or changing legacy iptables rules requires CAP_NET_RAW; add NET_RAW to securityContext.capabilities.add of the container, or set --iptables-backend=nft if the other programs on the node use nft", ErrMissingCapability)
 }

@@ -16,7 +16,7 @@ import (
 // Config says which traffic is captured and where it is redirected.
 type Config struct {
 	MetadataIP   netip.Addr     // The address that pods send requests to: 169.254.169.254.
-	MetadataPort uint16         // 80.
+	MetadataPort uint16         // The port that pods send requests to: 80.
 	Listen       netip.AddrPort // The node server's address, on the link that this package creates.
 	Backend      Backend        // Empty means auto.
 	Logger       *zap.Logger    // May be nil.
@@ -42,7 +42,8 @@ func (c Config) check() error {
 }
 
 // Capture owns our chains and our link on this node. Its methods may be called from any goroutine, and by several
-// processes in the same network namespace at once; a lock serializes them.
+// processes in the same network namespace at once. Locks serialize them; acquireLock says when a process continues
+// without the lock.
 type Capture struct {
 	slots    []slot
 	backend  Backend
@@ -56,7 +57,7 @@ type Capture struct {
 	lock func(context.Context, *zap.Logger, time.Duration) (done func(), err error)
 }
 
-// acquire acquires both locks for the calling method, which calls release when it ends.
+// acquire acquires c.mu and c.lock for the calling method, which calls release when it ends.
 func (c *Capture) acquire(ctx context.Context) (release func(), err error) {
 	c.mu.Lock()
 	if err := ctx.Err(); err != nil {
@@ -87,7 +88,8 @@ type flows interface {
 	deleteCaptured(context.Context) (int, error)
 }
 
-// detectTimeout is far above the time of a dump on a node with tens of thousands of rules.
+// detectTimeout bounds the detection of the back end. It is far above the time of a dump on a node with tens of
+// thousands of rules.
 const detectTimeout = 30 * time.Second
 
 // New checks the configuration, the capabilities of the process and the installed programs, and detects the back end. It
@@ -123,7 +125,7 @@ func New(cfg Config) (*Capture, error) {
 		}
 	}
 	if chosen != BackendLegacy && requireRaw(capabilities) != nil {
-		// Without this capability the legacy back end can be neither read nor changed. If an earlier process had the
+		// Without CAP_NET_RAW the legacy back end can be neither read nor changed. If an earlier process had the
 		// capability and wrote rules there, they stay.
 		delete(found, BackendLegacy)
 	}
@@ -155,16 +157,16 @@ func (c *Capture) EnsureLink(ctx context.Context) error {
 	return err
 }
 
-// Install installs the rules and ends connections that were opened before. Call it when the listener is up: from then
-// on traffic of pods is redirected to it. Idempotent. After an error the rules installed so far stay, and pods cannot
-// reach more than before; call Install again.
+// Install installs the rules and ends connections of pods to the metadata service that were opened before. Call it when
+// the listener is up: from then on traffic of pods is redirected to the listener. Idempotent. After an error the rules
+// installed so far stay, and pods cannot reach more than before; call Install again.
 func (c *Capture) Install(ctx context.Context) error {
 	done, err := c.acquire(ctx)
 	if err != nil {
 		return err
 	}
 	defer done()
-	if _, err := c.sync(ctx, "capture installed"); err != nil {
+	if _, err := c.sync(ctx, "installed a part of the capture"); err != nil {
 		return fmt.Errorf("installing capture of metadata traffic: %w", err)
 	}
 	c.deleteUncaptured(ctx)
@@ -175,7 +177,7 @@ func (c *Capture) Install(ctx context.Context) error {
 			continue
 		}
 		if err := c.purge(ctx, backend, c.uninstallOrder()...); err != nil {
-			c.log.Warn("cannot remove our rules from the other iptables back end", zap.Stringer("backend", backend), zap.Error(err))
+			c.log.Warn("cannot remove all rules of NMI from the iptables back end that is not in use; rules that remain there stay in force, and NMI tries again when it starts", zap.Stringer("backend", backend), zap.Error(err))
 		}
 	}
 	return nil
@@ -194,23 +196,24 @@ func (c *Capture) purge(ctx context.Context, backend Backend, order ...slot) err
 		case errors.Is(err, ErrForeignChain):
 			foreign = append(foreign, err)
 		case err != nil:
-			return fmt.Errorf("removing %s of table %s from the %s back end: %w", s.hook, s.table, backend, err)
+			return fmt.Errorf("removing NMI's rules for %s of table %s from the %s back end: %w", s.hook, s.table, backend, err)
 		}
 	}
 	return errors.Join(foreign...)
 }
 
 // Sync compares the rules and the link with the expected state and repairs the differences. A repair opens no gap:
-// between any two commands the rules block at least as much as before. Each string names one repaired part: "link", or the
-// name of a slot and the kind of the part, such as "nat jump". The slots are forward, input and nat. The kinds are chain,
-// jump and leftover. There are ten possible values.
+// between any two commands the rules block at least as much as before, with the exception that generationToBuild
+// describes. Each string of repaired names one repaired part: "link", or the name of a slot and the kind of the part,
+// such as "nat jump". The slots are forward, input and nat. The kinds are chain, jump and leftover. There are ten
+// possible values.
 func (c *Capture) Sync(ctx context.Context) (repaired []string, err error) {
 	done, err := c.acquire(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer done()
-	repaired, err = c.sync(ctx, "capture repaired")
+	repaired, err = c.sync(ctx, "repaired a part of the capture")
 	if slices.ContainsFunc(repaired, allowedBypass) {
 		c.deleteUncaptured(ctx)
 	}
@@ -251,7 +254,7 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 		}
 		// If one slot fails, the others are still repaired: each of them protects against some traffic by itself.
 		if err := repairSlot(ctx, tables, state); err != nil {
-			failed = append(failed, fmt.Errorf("repairing %s of table %s: %w", state.hook, state.table, err))
+			failed = append(failed, fmt.Errorf("repairing NMI's rules for %s of table %s: %w", state.hook, state.table, err))
 			continue
 		}
 		for _, d := range differences {
@@ -274,10 +277,10 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 func (c *Capture) deleteUncaptured(ctx context.Context) {
 	n, err := c.flows.deleteUncaptured(ctx)
 	if err != nil {
-		c.log.Warn("cannot end connections of pods that bypass this NMI; they end by timeout", zap.Error(err))
+		c.log.Warn("cannot end connections of pods to the metadata service that are not redirected to this NMI; they end by timeout", zap.Error(err))
 	}
 	if n > 0 {
-		c.log.Info("ended connections of pods that bypassed this NMI", zap.Int("count", n))
+		c.log.Info("ended connections of pods to the metadata service that were not redirected to this NMI", zap.Int("count", n))
 	}
 }
 
@@ -325,9 +328,10 @@ func (c *Capture) uninstallOrder() []slot {
 	return order
 }
 
-// Uninstall removes our rules from both back ends, and our link: from then on pods reach the metadata service itself.
-// Idempotent. It stops at the first failure, so that the drop stays if the redirection could not be removed. A foreign
-// chain or link with one of our names stays, and is reported after everything of ours has been removed.
+// Uninstall removes our rules from each back end that this process can change, and our link: from then on pods reach
+// the metadata service itself. Idempotent. It stops at the first failure, so that the drop stays if the redirection
+// could not be removed. A foreign chain or link with one of our names stays, and is reported after everything of ours
+// has been removed.
 func (c *Capture) Uninstall(ctx context.Context) error {
 	done, err := c.acquire(ctx)
 	if err != nil {
@@ -359,7 +363,7 @@ func (c *Capture) Uninstall(ctx context.Context) error {
 	}
 	// Otherwise captured connections would be redirected to a removed address until their conntrack entries time out.
 	if _, err := c.flows.deleteCaptured(ctx); err != nil {
-		c.log.Warn("cannot end captured connections; they end by timeout", zap.Error(err))
+		c.log.Warn("cannot end connections of pods that were redirected to NMI; they end by timeout", zap.Error(err))
 	}
 	return errors.Join(foreign...)
 }

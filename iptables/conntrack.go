@@ -43,7 +43,7 @@ func (c conntrack) deleteUncaptured(ctx context.Context) (int, error) {
 	})
 }
 
-// deleteCaptured deletes redirected connections.
+// deleteCaptured deletes connections to the metadata service that were redirected, to any listen address.
 func (c conntrack) deleteCaptured(ctx context.Context) (int, error) {
 	return deleteFlows(ctx, func(f flow) bool { return f.destination == c.metadata && f.server != c.metadata })
 }
@@ -62,7 +62,7 @@ func deleteFlows(ctx context.Context, match func(flow) bool) (deleted int, err e
 			break
 		}
 	}
-	// Also after an interrupted dump the entries found so far are deleted.
+	// If all dumps were interrupted, delete the entries that the last one contained, and return the error too.
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return 0, fmt.Errorf("reading tracked connections: %w", err)
 	}
@@ -90,7 +90,7 @@ func request(operation, flags int, payload []byte, each func([]byte) bool) error
 	return r.ExecuteIter(unix.NETLINK_NETFILTER, 0, each)
 }
 
-// attributeType masks the flags in the type of a netlink attribute.
+// attributeType is the mask that selects the type of a netlink attribute without its flags.
 const attributeType = 0x3fff
 
 // parseFlow parses one message of the kernel. ok is false if the connection is not TCP over IPv4. key identifies the

@@ -3,37 +3,38 @@
 //
 // # What it protects against
 //
-// The metadata service of the VM (169.254.169.254) responds to every client, so a pod that reaches it can get a token of
-// any identity attached to the VM. This package prevents that. From the first rule of Install until Uninstall, a
+// The metadata service of the VM (169.254.169.254) responds to every client, so a pod that reaches it can get a token
+// of any identity attached to the VM. This package prevents that. From the first rule of Install until Uninstall, a
 // packet that a pod sends to the metadata address is either redirected to the node server or dropped: while the node
-// server starts, runs, is upgraded, hangs or has crashed, and while the rules themselves are repaired.
+// server starts, runs, is upgraded, hangs or has crashed, and while Sync repairs the rules. If another program changes
+// the rules, this may be true again only after the next Sync.
 //
 // There are three hooks, each with a chain of its own that no other program should change:
 //
 //   - filter FORWARD drops what is forwarded to the metadata address, with any protocol and any port, and what is
-//     forwarded from it. Packets of pods are forwarded; packets of the node itself and of pods in its network are not, and
-//     are not affected. This rule is installed first and removed last, so it applies whatever happens to the redirection. It
-//     also drops what is forwarded to the listen address: if the link is deleted, no captured request is routed off
-//     the node.
+//     forwarded from it. Packets of pods are forwarded; packets of the node itself and of pods in its network are not,
+//     and are not affected. These rules are installed first and removed last, so they apply whatever happens to the
+//     redirection. They also drop what is forwarded to the listen address: if the link is deleted, no captured request
+//     is routed off the node.
 //   - filter INPUT drops what reaches the listen address and is neither redirected by our rule nor from the node
 //     itself: see below.
-//   - nat PREROUTING redirects TCP to the metadata address and port to the listen address. The source address stays that of
-//     the pod; the node server identifies the pod by it.
+//   - nat PREROUTING redirects TCP packets for the metadata address and port to the listen address and port. The source
+//     address stays that of the pod; the node server identifies the pod by the source address.
 //
-// The rules name no interface except lo, so they work with every network plugin. Captured packets still pass the other
-// rules of INPUT: a firewall of the node, or a network policy on the pod's egress, sees them with the listen address
-// as their destination and has to allow that. This package does not bypass it.
+// The rules name no interface except lo, so they do not depend on the interface names of the network plugin. Captured
+// packets still pass the other rules of INPUT: a firewall of the node, or a network policy on the pod's egress, sees
+// them with the listen address as their destination and has to allow that. This package does not bypass it.
 //
 // # Why a link of its own
 //
 // The node server listens on a link-local address of a link that exists only for it (LinkName). Redirecting to loopback
-// instead would require route_localnet. That setting exposes everything bound to 127.0.0.0/8 on the node, which programs
-// consider private, to anyone who can send packets to the node (the class of CVE-2020-8558). It must be set on interfaces
-// that are created and deleted with the pods, and its previous value must be restored. The link needs no sysctl and is
-// easy to remove, and the kernel never chooses its address as the source of other traffic.
+// instead would require the sysctl route_localnet. That setting exposes everything bound to 127.0.0.0/8 on the node,
+// which programs consider private, to anyone who can send packets to the node (the class of CVE-2020-8558). It must be
+// set on interfaces that are created and deleted with the pods, and its previous value must be restored. The link needs
+// no sysctl and is easy to remove, and the kernel never chooses its address as the source of other traffic.
 //
 // Linux accepts packets to the address of one link on every link. A neighbor could therefore route packets to the
-// listen address through the node, or a pod connect to it directly. The INPUT chain admits only connections that,
+// listen address through the node, or a pod could connect to it directly. The INPUT chain admits only connections that,
 // according to conntrack, were sent to the metadata address and redirected, and those from the node itself, such as
 // probes.
 //
@@ -52,5 +53,5 @@
 //
 // Each chain has two generations, A and B. A repair never changes the active chain. It fills the other one, inserts a
 // jump to it at position 1, checks the result, and only then removes the old jump and chain. After a crash at any point
-// the capture is still complete, and the next Sync removes leftovers.
+// the capture is at least as complete as before the repair, and the next Sync finishes the repair.
 package iptables

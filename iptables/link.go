@@ -30,7 +30,7 @@ type linkState struct {
 	link    netlink.Link
 	up      bool
 	address bool
-	others  []netlink.Addr // Other IPv4 addresses of the link, such as that of an earlier configuration.
+	others  []netlink.Addr // Other IPv4 addresses of the link, such as the listen address of an earlier configuration.
 }
 
 func (l ownLink) inspect() (linkState, error) {
@@ -69,7 +69,7 @@ func (l ownLink) inspect() (linkState, error) {
 // checkOwn returns an error if a link with our name cannot be ours.
 func checkOwn(link netlink.Link) error {
 	foreign := func(is string) error {
-		return fmt.Errorf("%w: link %s %s; nothing was changed: find out which program created it, then rename or delete it", ErrForeignLink, LinkName, is)
+		return fmt.Errorf("%w: link %s %s; NMI did not change the link: find out which program created it, then rename or delete it", ErrForeignLink, LinkName, is)
 	}
 	switch kind := link.Type(); kind {
 	case "dummy":
@@ -117,7 +117,7 @@ func (l ownLink) ensure() (changed bool, err error) {
 	}
 	for _, other := range state.others {
 		if err := netlink.AddrDel(state.link, &other); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			return changed, fmt.Errorf("removing the earlier address %v from link %s: %w", other.IPNet, LinkName, err)
+			return changed, fmt.Errorf("removing the unexpected address %v from link %s: %w", other.IPNet, LinkName, err)
 		}
 		changed = true
 	}
@@ -181,7 +181,7 @@ func (l ownLink) remove() error {
 	return nil
 }
 
-// retryInterrupted repeats a dump while the kernel reports that a change interrupted it.
+// retryInterrupted calls list, which makes a dump, until no change interrupts the dump, at most dumpAttempts times.
 func retryInterrupted[T any](list func() (T, error)) (result T, err error) {
 	for range dumpAttempts {
 		if result, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {

@@ -10,22 +10,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockName is the name of an abstract Unix socket. Like the rules, these names belong to the network namespace, so the
-// process that binds it holds the lock for the rules. The kernel releases the name whenever the process ends, and no
-// file or mount is needed.
+// lockName is the name of an abstract Unix socket. Each network namespace has its own rules and its own abstract names.
+// So the process that binds the name holds the lock for the rules of its namespace. The kernel releases the name
+// whenever the process ends, and no file or mount is needed.
 const lockName = "@podidentity-capture"
 
 const (
-	// lockTimeout is well above the longest repair. After it the caller continues without the lock: any process in the
-	// namespace can bind the name, and must not be able to prevent repairs.
+	// lockTimeout is well above the usual time of a repair. After lockTimeout the caller continues without the lock:
+	// any process in the namespace can bind the name, and must not be able to prevent repairs.
 	lockTimeout       = 10 * time.Second
 	lockRetryInterval = 20 * time.Millisecond
 )
 
-// acquireLock waits until no other process changes the rules of this network namespace. During an upgrade the old and the
-// new node server run at the same time: without the lock each could build its next generation in the chain that the
-// other has just activated. If the lock is not available within limit, or cannot be used, acquireLock logs this and
-// returns without the lock. The only error is that of ctx.
+// acquireLock waits until no other process holds the lock for the rules of this network namespace, and acquires the
+// lock. During an upgrade the old and the new node server run at the same time: without the lock each could build its
+// next generation in the chain that the other has just activated. If the lock is not available within limit, or the
+// socket cannot be bound for another reason, acquireLock logs this and returns without the lock. The only error is that
+// of ctx.
 func acquireLock(ctx context.Context, log *zap.Logger, limit time.Duration) (release func(), err error) {
 	timeout := time.NewTimer(limit)
 	defer timeout.Stop()
@@ -40,14 +41,14 @@ func acquireLock(ctx context.Context, log *zap.Logger, limit time.Duration) (rel
 			return func() { socket.Close() }, nil
 		}
 		if !errors.Is(err, unix.EADDRINUSE) {
-			log.Warn("cannot lock the rules against other processes; continuing without the lock", zap.Error(err))
+			log.Warn("cannot lock NMI's iptables rules against changes by another NMI process; continuing without the lock", zap.Error(err))
 			return func() {}, nil
 		}
 		select {
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		case <-timeout.C:
-			log.Warn("another process holds the lock of the rules for too long; continuing without the lock", zap.String("socket", lockName))
+			log.Warn("another process held the lock of NMI's iptables rules for the whole wait; continuing without the lock; to find the process, run `ss -xap` as root on the node and search for the socket", zap.String("socket", lockName), zap.Duration("waited", limit))
 			return func() {}, nil
 		case <-retry.C:
 		}

@@ -52,9 +52,9 @@ func inNamespaces(t *testing.T, body func(t *testing.T)) {
 	out, err := child.CombinedOutput()
 	switch {
 	case err != nil && len(out) == 0:
-		t.Fatalf("this test needs network namespaces of its own and cannot have them (run as root with CAP_SYS_ADMIN and CAP_NET_ADMIN): %v", err)
+		t.Fatalf("this test cannot create the network namespaces that it needs (run as root with CAP_SYS_ADMIN and CAP_NET_ADMIN): %v", err)
 	case err != nil:
-		t.Fatalf("in its own network namespace: %v\n%s", err, out)
+		t.Fatalf("the test failed in its own network namespace: %v\n%s", err, out)
 	case !bytes.Contains(out, []byte("--- PASS: "+t.Name()+" ")):
 		t.Fatalf("the test did not run in its own network namespace:\n%s", out)
 	default:
@@ -89,7 +89,7 @@ func namespaceInode(path string) (uint64, error) {
 }
 
 // The network of these tests: a pod behind the node, and beyond the node one segment with the fake Azure and a
-// neighbor outside the cluster. None of them has a route to the outside.
+// neighbor outside the cluster. None of them has a route to the network of the computer.
 //
 //	pod 10.77.1.2 -- 10.77.1.1 node 10.88.0.2 --+-- azure 10.88.0.1, 169.254.169.254
 //	                                            +-- outside 10.88.0.3

@@ -70,12 +70,12 @@ func isForeign(rules, jumps []listed) bool {
 }
 
 func foreignChain(table, chain string) error {
-	return fmt.Errorf("%w: chain %s of table %s holds rules without the comment %q; nothing was changed there: find out which program created it, then rename or delete it",
+	return fmt.Errorf("%w: chain %s of table %s has only rules without the comment %q; NMI did not change the chain: find out which program created it, then rename or delete it",
 		ErrForeignChain, chain, table, strings.TrimSpace(marker)+" ...")
 }
 
-// inForce returns the active generation, whose jump, exactly as we write it, is the first rule of the hook; -1 if there
-// is none.
+// inForce returns the active generation: the one whose jump is the first rule of the hook, exactly as we write it. It
+// returns -1 if there is none.
 func (st slotState) inForce() int {
 	for g := range generations {
 		if len(st.hookRules) > 0 && st.hookRules[0].is(st.jump(g)) {
@@ -89,8 +89,8 @@ func (st slotState) find(match func(generationState) bool) int {
 	return slices.IndexFunc(st.generations[:], match)
 }
 
-// differences returns nothing if the slot is in its expected state: one complete generation with a single jump at
-// position 1.
+// differences compares the slot with its expected state: one complete generation with a single jump, which is the first
+// rule of the hook, and no other generation.
 func (st slotState) differences() []difference {
 	var ds []difference
 	report := func(what, format string, args ...any) {
@@ -102,16 +102,16 @@ func (st slotState) differences() []difference {
 		report("jump", "%s jumps to %s %d times", st.hook, st.chain(current), len(st.generations[current].jumps))
 	case current < 0:
 		if current = st.find(func(g generationState) bool { return len(g.jumps) > 0 }); current >= 0 {
-			report("jump", "the jump from %s to %s is altered or not the first rule; the first is: %s", st.hook, st.chain(current), st.hookRules[0])
+			report("jump", "the jump from %s to %s is changed or is not the first rule; the first rule is: %s", st.hook, st.chain(current), st.hookRules[0])
 			break
 		}
-		report("jump", "%s has no jump to our chain", st.hook)
+		report("jump", "%s has no jump to %s or %s", st.hook, st.chain(0), st.chain(1))
 		if current = st.find(func(g generationState) bool { return g.good }); current < 0 {
 			current = st.find(func(g generationState) bool { return g.exists })
 		}
 	}
 	if current < 0 {
-		report("chain", "the chain does not exist")
+		report("chain", "neither chain %s nor chain %s exists", st.chain(0), st.chain(1))
 		return ds
 	}
 	if found := st.generations[current]; !found.good {
@@ -144,8 +144,8 @@ func (st slotState) compare(g int) string {
 
 // repairSlot brings one slot to its expected state. Between any two commands the slot blocks at least as much as
 // before: rules are added to a generation only while the hook does not jump to it, and a generation with a jump is
-// emptied only after the jump to a complete generation is the first rule of the hook. generationToBuild has the
-// exception.
+// emptied only after the jump to a complete generation is the first rule of the hook. generationToBuild describes
+// the exception.
 func repairSlot(ctx context.Context, t tables, st slotState) error {
 	var err error
 	if st, err = freeGeneration(ctx, t, st); err != nil {
@@ -154,7 +154,7 @@ func repairSlot(ctx context.Context, t tables, st slotState) error {
 	if g := st.inForce(); g >= 0 && st.generations[g].good && len(st.generations[g].jumps) == 1 {
 		return discard(ctx, t, st, 1-g)
 	}
-	// The shortest repair, if only the jump is missing.
+	// If only the jump is missing, inserting it is enough.
 	target := st.find(func(g generationState) bool { return g.good && len(g.jumps) == 0 })
 	if target < 0 {
 		target = st.generationToBuild()
@@ -175,8 +175,8 @@ func repairSlot(ctx context.Context, t tables, st slotState) error {
 	if now.inForce() != target || !now.generations[target].good {
 		// The other generation stays in place, so the slot blocks at least as much as before. The next Sync reads the rules
 		// again and repairs them.
-		return fmt.Errorf("the jump to %s is no longer first, or the chain differs from what was just written: another program changes rules at the same time, or this iptables lists rules in an unknown form",
-			st.chain(target))
+		return fmt.Errorf("the jump to %s is no longer the first rule of %s, or the rules of the chain differ from those that NMI just wrote: another program changes rules at the same time, or the iptables program lists rules in a form that NMI does not know",
+			st.chain(target), st.hook)
 	}
 	return discard(ctx, t, now, 1-target)
 }
@@ -203,10 +203,11 @@ func freeGeneration(ctx context.Context, t tables, st slotState) (slotState, err
 	return readSlot(t, st.slot)
 }
 
-// generationToBuild returns the generation to rebuild: one without a jump, if there is one. Both have jumps only if a
-// repair was interrupted and neither generation has the expected rules, as after an upgrade with another configuration.
-// Then the non-empty generation is kept, or of two non-empty ones the one that packets reach first. If someone changed
-// the two differently, the kept one may block less than both together until the other one is rebuilt.
+// generationToBuild returns the generation to rebuild: one without a jump, if there is one. Both still have jumps here
+// if a repair was interrupted and neither generation has the expected rules, for example after an upgrade with another
+// configuration. Then an empty generation is returned, or of two non-empty ones the one that packets reach second. If
+// someone changed the two generations differently, the remaining one may block less than both together until the
+// returned one is rebuilt.
 func (st slotState) generationToBuild() int {
 	if free := st.find(func(g generationState) bool { return len(g.jumps) == 0 }); free >= 0 {
 		return free

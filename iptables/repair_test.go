@@ -134,8 +134,8 @@ func otherRules(f *fakeTables) {
 	appendRule("filter", "INPUT", "-p tcp --dport 22 -j ACCEPT")(f)
 }
 
-// watch compares the outcomes for packets of a pod before and after each command, and fails the test if worst is true
-// for one of them.
+// watch compares the outcomes for packets of a pod before and after each command, and fails the test if worst returns
+// true for the outcomes of one of the packets.
 func watch(t *testing.T, f *fakeTables, worst func(was, is outcome) bool) {
 	t.Helper()
 	before := f.outcomes()
@@ -161,8 +161,9 @@ func faults(commands int) []fault {
 	return all
 }
 
-// runWithEveryFault prepares a state, calls run with one fault after the other, and then without a fault. check is
-// called on the result of the last run.
+// runWithEveryFault calls run on a prepared state without a fault. Then, for each fault and each time on a newly
+// prepared state, it calls run with the fault and again without it. After each run without a fault it calls check.
+// worst is the parameter of watch.
 func runWithEveryFault(t *testing.T, prepare func() *fakeTables, run func(*fakeTables) error, worst func(was, is outcome) bool, check func(*testing.T, *fakeTables)) {
 	t.Helper()
 	clean := prepare()

@@ -13,7 +13,7 @@ const marker = "podidentity: "
 
 const metadataProtocol = "tcp"
 
-// generations of a chain. One is active, the next one is built in the other.
+// generations are the suffixes of the two chains of a slot. One chain is active; a repair builds the other.
 var generations = [2]string{"A", "B"}
 
 // slot is a netfilter hook and our chain that the hook jumps to. The chain has two generations. Sync returns the name of a
@@ -143,7 +143,7 @@ func canonical(args []string) string {
 		flag := args[i]
 		part, i = append(part, flag), i+1
 		for first := true; i < len(args); first = false {
-			// The value of a comment may look like a flag; all others end where the next flag begins.
+			// The value of --comment may look like a flag; the values of other flags end where the next flag begins.
 			isValue := first && flag == "--comment"
 			if !isValue && (args[i] == "!" || strings.HasPrefix(args[i], "-")) {
 				break

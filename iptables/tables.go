@@ -13,15 +13,16 @@ import (
 	coreos "github.com/coreos/go-iptables/iptables"
 )
 
-// lockSeconds bounds how long one command waits for the lock of legacy iptables on the node.
+// lockSeconds bounds how long one command waits for the lock of legacy iptables on the node, /run/xtables.lock.
 const lockSeconds = 5
 
 // errNoChain is what tables.list returns for a chain that does not exist.
 var errNoChain = errors.New("no such chain")
 
 // tables are the operations of capture on one back end. Each method makes at most one change, which is atomic in the
-// kernel. Its commands (empty runs up to two) wait for the lock for at most lockSeconds each, so callers check their
-// context only between the methods. Callers must keep the rules safe if the process ends between two changes.
+// kernel. Its commands (empty runs up to two) wait for the lock of legacy iptables for at most lockSeconds each, so
+// callers check their context only between the methods. Callers must keep the rules safe if the process ends between
+// two changes.
 type tables interface {
 	// list returns the rules of a chain in order. errNoChain if there is none.
 	list(table, chain string) ([]listed, error)
@@ -161,8 +162,8 @@ func wrap(err error, doing, table, chain string) error {
 	return fmt.Errorf("%s %s of table %s: %w", doing, chain, table, err)
 }
 
-// legacyTables is the file that lists the legacy tables of this network namespace. It does not exist if the legacy back
-// end was never used.
+// legacyTables is the file that lists the legacy tables of this network namespace. It does not exist if the kernel has
+// not loaded the legacy back end.
 const legacyTables = "/proc/thread-self/net/ip_tables_names"
 
 // legacyInUse reports whether the legacy back end has tables. It does not run the legacy programs, which would create

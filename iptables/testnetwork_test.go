@@ -107,7 +107,8 @@ func (w *testNetwork) dump() string {
 	return dumpCounters.ReplaceAllString(dumpComment.ReplaceAllString(text, ""), "[0:0]")
 }
 
-// podPackets returns the number of packets that arrived at Azure from pods or others than the node.
+// podPackets returns the sum of the two counters of buildNetwork. It is greater than 0 if a packet arrived at Azure
+// from a pod, or for the metadata address from any sender except the node. A packet to which both apply counts twice.
 func (w *testNetwork) podPackets() (total int) {
 	w.t.Helper()
 	inNS(w.t, "azure", func() {

@@ -18,7 +18,7 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// exchangeAudience is the audience of the Kubernetes tokens that Entra ID exchanges for its own.
+// exchangeAudience is the audience of the Kubernetes tokens that Entra ID exchanges for its own tokens.
 const exchangeAudience = "api://AzureADTokenExchange"
 
 const (
@@ -45,12 +45,13 @@ type PodGetter interface {
 	PodByUID(uid string) (*corev1.Pod, bool)
 }
 
-// Assertions requests tokens of the ServiceAccounts of this node's pods, which Entra ID exchanges for its own.
+// Assertions requests and stores the assertions of this node's pods: tokens of their ServiceAccounts that Entra ID
+// exchanges for its own tokens.
 //
 // Each assertion is bound to its pod by name and UID. The API server issues no assertion for a pod that is gone or that
-// runs with another ServiceAccount. So an assertion also verifies the caller independently of NMI's cache. Every pod
-// needs an assertion of its own before it gets a token, even if the token is already in the cache because of another
-// pod.
+// runs with another ServiceAccount. So an assertion also verifies the caller independently of NMI's cache of pods.
+// Every pod needs an assertion of its own before it gets a token of a federated identity, even if the token cache
+// already contains that token because of another pod.
 type Assertions struct {
 	requester TokenRequester
 	pods      PodGetter
@@ -60,7 +61,7 @@ type Assertions struct {
 	verified map[string]struct{}   // UIDs of the pods for which the API server has issued an assertion and refused none since
 }
 
-// assertion is the assertion of one pod, or the failed request for it. Read its fields except account and done only
+// assertion is the assertion of one pod, or the running or failed request for it. Read token, expires and err only
 // after done is closed.
 type assertion struct {
 	account token.Ref
@@ -75,9 +76,9 @@ func NewAssertions(requester TokenRequester, pods PodGetter) *Assertions {
 	return &Assertions{requester: requester, pods: pods, byPod: map[string]*assertion{}, verified: map[string]struct{}{}}
 }
 
-// verify returns nil if the API server has issued an assertion for the pod. It requests one if none was issued. One is
-// enough: the cache of pods shows when the pod is gone, and an API server that is unavailable later has not refused
-// anything.
+// verify returns nil if the API server has issued an assertion for the pod and has refused none since. Otherwise it
+// calls get and returns its error. An assertion verifies the pod even after it has expired: the cache of pods shows
+// when the pod is gone, and an API server that is unavailable later has not refused anything.
 func (a *Assertions) verify(ctx context.Context, pod *corev1.Pod) error {
 	a.mu.Lock()
 	_, verified := a.verified[string(pod.UID)]
@@ -95,13 +96,13 @@ func (a *Assertions) Assertion(ctx context.Context, uid string, serviceAccount t
 	current := a.byPod[uid]
 	a.mu.Unlock()
 	if current != nil && current.account == serviceAccount && !current.expired() {
-		// The pod of this assertion may be missing in the cache: a list of the API server can contain a pod that the
-		// watch has not reported yet.
+		// Do not look up the pod: the cache of pods may not contain it yet. NMI can find a pod in a list from the API
+		// server before the watch reports the pod.
 		return current.wait(ctx)
 	}
 	pod, ok := a.pods.PodByUID(uid)
 	if !ok {
-		return "", podStaleError(fmt.Sprintf("The pod with UID %s is no longer on this node", uid), nil)
+		return "", podStaleError(fmt.Sprintf("NMI knows no live pod with UID %s on this node: the pod was deleted or has finished, or the watch has not reported it yet", uid), nil)
 	}
 	if ServiceAccountOf(pod) != serviceAccount {
 		return "", podStaleError(fmt.Sprintf("Pod %s/%s does not run as ServiceAccount %s", pod.Namespace, pod.Name, serviceAccount), nil)
@@ -109,7 +110,8 @@ func (a *Assertions) Assertion(ctx context.Context, uid string, serviceAccount t
 	return a.get(ctx, pod)
 }
 
-// get returns the assertion of the pod. Concurrent callers share one request.
+// get returns the stored assertion of the pod, or the stored error of the last request, and requests a new assertion if
+// there is neither or it has expired. Concurrent callers share one request.
 func (a *Assertions) get(ctx context.Context, pod *corev1.Pod) (string, error) {
 	uid := string(pod.UID)
 	a.mu.Lock()
@@ -117,7 +119,7 @@ func (a *Assertions) get(ctx context.Context, pod *corev1.Pod) (string, error) {
 	if current == nil || current.expired() {
 		current = &assertion{account: ServiceAccountOf(pod), done: make(chan struct{})}
 		a.byPod[uid] = current
-		go a.request(current, pod) //nolint:contextcheck // others wait for this assertion, too
+		go a.request(current, pod) //nolint:contextcheck // other callers wait for this assertion, too
 	}
 	a.mu.Unlock()
 	return current.wait(ctx)
@@ -142,7 +144,8 @@ func (s *assertion) expired() bool {
 	}
 }
 
-// request requests an assertion and records the result. No caller can cancel it for the others.
+// request requests an assertion and records the result. The request has a context of its own, so that a caller of get
+// that stops waiting does not cancel it for other callers.
 func (a *Assertions) request(pending *assertion, pod *corev1.Pod) {
 	defer close(pending.done)
 	ctx, cancel := context.WithTimeout(context.Background(), assertionTimeout)
@@ -169,7 +172,7 @@ func (a *Assertions) request(pending *assertion, pod *corev1.Pod) {
 	}
 }
 
-// podUIDs returns the UIDs of the pods that have an assertion.
+// podUIDs returns the UIDs of the pods for which an assertion was requested and that were not released.
 func (a *Assertions) podUIDs() []string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -194,7 +197,7 @@ func assertionError(pod *corev1.Pod, err error) error {
 	switch {
 	case apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err):
 		return &token.Error{Class: token.Denied, Reason: identity.ServiceAccountForbidden, Err: err,
-			Detail: fmt.Sprintf("NMI has no permission to request tokens of ServiceAccount %s; add namespace %s to the value nmi.federatedNamespaces of the chart. The API server responded: %v", account, account.Namespace, err)}
+			Detail: fmt.Sprintf("The API server does not let NMI request tokens of ServiceAccount %s: %v; if NMI lacks the permission, add namespace %s to the value nmi.federatedNamespaces of the chart", account, err, account.Namespace)}
 	case kube.IsUnavailable(err):
 		return &token.Error{Class: token.Unavailable, Err: err,
 			Detail: fmt.Sprintf("NMI cannot get a token of ServiceAccount %s from the API server at the moment: %v", account, err)}
@@ -202,8 +205,9 @@ func assertionError(pod *corev1.Pod, err error) error {
 	return podStaleError(fmt.Sprintf("The API server issues no ServiceAccount token for pod %s/%s: %v", pod.Namespace, pod.Name, err), err)
 }
 
-// podStaleError returns the error for a pod that, according to the cache or the API server, is gone or has another
-// ServiceAccount. Its class is Unavailable, because the cache may only be behind.
+// podStaleError returns the error for a pod that is gone or has another ServiceAccount according to NMI's cache of
+// pods, or for which the API server refuses an assertion. The class is Unavailable: NMI's cache may be outdated, and
+// then a retry succeeds.
 func podStaleError(detail string, err error) error {
 	return &token.Error{Class: token.Unavailable, Reason: identity.PodStale, Detail: detail, Err: err}
 }

@@ -43,7 +43,7 @@ func TestEachPodIsVerifiedOnce(t *testing.T) {
 			!slices.Equal(spec.Audiences, []string{"api://AzureADTokenExchange"}) || *spec.ExpirationSeconds != 600 {
 			t.Errorf("requested %+v", spec)
 		}
-		// A token near its expiry cannot be exchanged, but the pod has been verified.
+		// NMI does not use an assertion near its expiry any more, but the pod stays verified.
 		time.Sleep(assertionLifetime - minRemainingLifetime + time.Second)
 		if err := a.verify(t.Context(), p); err != nil || len(c.Requests) != 1 {
 			t.Errorf("%v, %d requests", err, len(c.Requests))

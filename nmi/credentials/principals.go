@@ -37,8 +37,9 @@ func New(ctx context.Context, cfg Config) *Principals {
 	}
 }
 
-// ForPod returns the principals of an identity for a pod that may use it: one, or one for each tenant. Its errors are
-// of the same kinds as those of [token.Cache.Get].
+// ForPod returns the principals of an identity for a pod. The caller must have decided that the pod may use the
+// identity. A service principal (types 1 and 2) has one principal for each of its tenants, other identities have one.
+// The error is a *token.Error, [token.ErrPodThrottled], the error of ctx, or an unexpected error of client-go.
 func (p *Principals) ForPod(ctx context.Context, pod *corev1.Pod, id identity.Identity) ([]token.Principal, error) {
 	principals := p.FromIdentity(id)
 	switch id.Kind {
@@ -70,7 +71,8 @@ func (p *Principals) FromIdentity(id identity.Identity) []token.Principal {
 	}
 	first := token.Principal{ClientID: strings.ToLower(id.ClientID), TenantID: strings.ToLower(id.TenantID), Authority: p.cfg.Authority}
 	if id.ADEndpoint != "" {
-		// The decision has validated it.
+		// For an invalid endpoint the authority is empty. No token has such a principal, because the decision refuses
+		// an identity with an invalid endpoint.
 		first.Authority, _ = identity.ParseAuthority(id.ADEndpoint)
 	}
 	switch id.Kind {
@@ -92,7 +94,7 @@ func (p *Principals) FromIdentity(id identity.Identity) []token.Principal {
 	return all
 }
 
-// Matches reports whether a principal is one of this identity, with any revision and any ServiceAccount.
+// Matches reports whether the principal belongs to the identity. It ignores the revision and the ServiceAccount.
 func (p *Principals) Matches(id identity.Identity, principal token.Principal) bool {
 	principal.Revision, principal.ServiceAccount = "", token.Ref{}
 	for _, candidate := range p.FromIdentity(id) {
@@ -109,7 +111,8 @@ func (p *Principals) Release(uid string) {
 	p.Assertions.release(uid)
 }
 
-// PodUIDs returns the UIDs of the pods that have an assertion or use a Secret. A UID may be in the result twice.
+// PodUIDs returns the UIDs of the pods for which Secrets are watched or an assertion was requested, and that were not
+// released. A UID may be in the result twice.
 func (p *Principals) PodUIDs() []string {
 	return append(p.Secrets.podUIDs(), p.Assertions.podUIDs()...)
 }

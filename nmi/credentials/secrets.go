@@ -26,8 +26,8 @@ import (
 // secretTimeout bounds how long a request waits until the watch of a Secret has synced.
 const secretTimeout = 5 * time.Second
 
-// maxSecretsPerPod bounds how many Secrets NMI watches for one pod. A pod can name as many as it has bound identities, and
-// each watch is a connection to the API server.
+// maxSecretsPerPod bounds how many Secrets NMI watches for one pod. Each identity that is bound to the pod can name
+// another Secret, and each watch is an open request to the API server.
 const maxSecretsPerPod = 64
 
 // SecretSource reads Secrets from the API server.
@@ -38,8 +38,9 @@ type SecretSource interface {
 
 // Secrets watches the Secrets of the identities in use, each by itself and only while a pod that uses it lives.
 //
-// It protects against tokens from a Secret that was changed or deleted, and makes permissions for all Secrets of a namespace
-// unnecessary. The content of a Secret is stored here and in the credentials made from it, and nowhere else.
+// It protects against tokens from a Secret that was changed or deleted, and makes permissions for all Secrets of a
+// namespace unnecessary. The content of a Secret is stored only in the informer of the Secret and in the credentials
+// that [token.Entra] makes from it.
 type Secrets struct {
 	ctx      context.Context // of the watches
 	source   SecretSource
@@ -81,8 +82,9 @@ func NewSecrets(ctx context.Context, source SecretSource, onChange func(token.Re
 	return &Secrets{ctx: ctx, source: source, onChange: onChange, watched: map[token.Ref]*watchedSecret{}, secretsOfPod: map[string]map[token.Ref]struct{}{}}
 }
 
-// Secret implements [token.Secrets]. The caller is the fetch of a token, which several pods may share, so Secret starts
-// no watch. Without a watch it reads the Secret from the API server.
+// Secret implements [token.Secrets]. It returns the content from the watch of the Secret. If there is no watch, it
+// reads the Secret from the API server and starts none: a watch belongs to pods, but the fetch of a token that calls
+// Secret may serve several pods.
 func (s *Secrets) Secret(ctx context.Context, ref token.Ref) (token.SecretContent, error) {
 	s.mu.Lock()
 	w := s.watched[ref]
@@ -97,7 +99,8 @@ func (s *Secrets) Secret(ctx context.Context, ref token.Ref) (token.SecretConten
 	return contentOf(secret), nil
 }
 
-// forPod returns the Secret for a pod that may use it, and watches it until the pod is released.
+// forPod returns the content of the Secret for a pod that may use it. It watches the Secret until this pod, and every
+// other pod that uses the Secret, is released.
 func (s *Secrets) forPod(ctx context.Context, ref token.Ref, uid string) (token.SecretContent, error) {
 	w, err := s.watch(ref, uid) //nolint:contextcheck // the watch outlives the request
 	if err != nil {
@@ -106,7 +109,9 @@ func (s *Secrets) forPod(ctx context.Context, ref token.Ref, uid string) (token.
 	return w.get(ctx, ref)
 }
 
-// watch returns the watch of the Secret, which it starts if necessary, and records that the pod uses it.
+// watch returns the watch of the Secret and records that the pod uses the Secret. It starts a watch if there is none or
+// the API server refused the last one. It returns token.ErrPodThrottled if the pod already uses maxSecretsPerPod
+// others.
 func (s *Secrets) watch(ref token.Ref, uid string) (*watchedSecret, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -244,7 +249,7 @@ func secretReadError(ref token.Ref, err error) error {
 		return secretMissingError(ref)
 	case apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err):
 		return &token.Error{Class: token.Denied, Reason: identity.SecretUnreadable, Err: err,
-			Detail: fmt.Sprintf("NMI has no permission to read Secret %s; add its namespace or the Secret to the value nmi.secretNamespaces of the chart", ref)}
+			Detail: fmt.Sprintf("The API server does not let NMI read Secret %s: %v; if NMI lacks the permission, add the namespace or the Secret to the value nmi.secretNamespaces of the chart", ref, err)}
 	}
 	return &token.Error{Class: token.Unavailable, Err: err,
 		Detail: fmt.Sprintf("NMI cannot read Secret %s at the moment: %v", ref, err)}

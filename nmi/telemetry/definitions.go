@@ -2,12 +2,13 @@ package telemetry
 
 import "github.com/podidentity/podidentity/internal/metric"
 
-// Most requests for a cached token take tenths of a millisecond. A request that waits for a pod or for Azure takes seconds.
+// durationBuckets begin at tenths of a millisecond, which most requests for a cached token take. A request can take
+// seconds if it waits until NMI finds the pod, for an assignment, or for Azure.
 var durationBuckets = []float64{.0002, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
 
-// The definitions of all metrics. Names that begin with aadpodidentity are those of AAD Pod Identity and keep their meaning,
-// except that no label holds what a client chooses: operation_type is one of a few routes instead of the path, and there is
-// no label for the resource.
+// The definitions of all metrics. Names that begin with aadpodidentity are those of AAD Pod Identity and keep their
+// meaning, except that no label holds what a client chooses: operation_type of a request is one of a few routes instead
+// of the path, and there is no label for the resource.
 var (
 	requestDuration = metric.Definition{Name: "aadpodidentity_nmi_operations_duration_seconds", Type: metric.Histogram, Buckets: durationBuckets,
 		Help:   "Time to respond to a request of a pod, by route and HTTP status.",

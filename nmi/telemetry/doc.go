@@ -1,6 +1,5 @@
-// Package telemetry has everything by which NMI reports what it does: metrics, the log with its audit records, and Events of
-// pods.
+// Package telemetry contains NMI's metrics, its loggers, and the Events that it writes for pods.
 //
-// It protects these from the pods that cause them. No token and no secret is written. No metric label holds what a client
-// chooses. The number of Events is limited, and an Event is repeated only after some minutes.
+// It protects the readers of this output against the pods that cause it. No token and no secret is written. No metric
+// label holds what a client chooses. The rate of Events is limited, and NMI repeats an Event only after some minutes.
 package telemetry

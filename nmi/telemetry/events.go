@@ -117,7 +117,7 @@ func (e *Events) Run(ctx context.Context) {
 		select {
 		case event := <-e.queue:
 			writing, cancel := context.WithTimeout(ctx, eventTimeout)
-			_ = e.write(writing, event) // it counts failures itself
+			_ = e.write(writing, event) // write counts its failures
 			cancel()
 		case <-ctx.Done():
 			return

@@ -1,6 +1,6 @@
 package telemetry
 
-// Keys of log lines. None of them holds a token or a secret.
+// Keys of log lines. NMI writes no token and no secret as their value.
 const (
 	KeyRequestID      = "request_id"
 	KeyRoute          = "route"

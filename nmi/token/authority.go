@@ -17,10 +17,11 @@ import (
 )
 
 const (
-	// authorityConcurrent is the number of concurrent requests to one authority. An authority that hangs delays only
-	// requests to itself.
+	// authorityConcurrent is the maximum number of concurrent requests to one authority. An authority that hangs delays
+	// only requests to itself.
 	authorityConcurrent = 8
-	// authorityHosts bounds the number of semaphores kept. An evicted authority starts with a new semaphore.
+	// authorityHosts bounds the number of semaphores that are kept, one for each host. An evicted host starts with a
+	// new semaphore.
 	authorityHosts = 256
 )
 
@@ -29,9 +30,10 @@ const (
 // the node can reach, it does not connect to the addresses for which forbidden returns true: loopback and link-local
 // addresses and Azure's WireServer, see isNodeAddress.
 type authorities struct {
+	// direct connects to the host of the request, unless the address is forbidden. proxied connects to the HTTP proxy.
 	direct, proxied http.RoundTripper
 	// proxy is read from the environment, as in other programs. The operator of NMI chooses the proxy, so the proxy
-	// itself may have an address of the node.
+	// itself may have any address.
 	proxy     func(*http.Request) (*url.URL, error)
 	forbidden func(netip.Addr) bool
 	hosts     *lru.Cache[string, semaphore]
@@ -83,7 +85,7 @@ func (a *authorities) RoundTrip(r *http.Request) (*http.Response, error) {
 	return a.slots(strings.ToLower(r.URL.Host)).roundTrip(r, transport.RoundTrip)
 }
 
-var errNotHTTPS = &Error{Class: Denied, Detail: "the host that spec.adEndpoint or --authority-host names gives a token endpoint without https; NMI sends no credential there; correct the address"}
+var errNotHTTPS = &Error{Class: Denied, Detail: "the host that spec.adEndpoint or --authority-host names returned the address of a token endpoint without https; NMI sends no credential there; correct spec.adEndpoint or --authority-host"}
 
 func (a *authorities) slots(host string) semaphore {
 	if s, ok := a.hosts.Get(host); ok {
@@ -96,7 +98,9 @@ func (a *authorities) slots(host string) semaphore {
 	return s
 }
 
-// checkAddress is called before each direct connection, with the address that the host name resolved to.
+// checkAddress returns an error if address is forbidden. The dialer of the transport direct calls it before each
+// connection, with the IP address and port that it is about to connect to. So a host name cannot resolve to a forbidden
+// address between a check and the connection.
 func (a *authorities) checkAddress(_ context.Context, _, address string, _ syscall.RawConn) error {
 	ap, err := netip.ParseAddrPort(address)
 	if err != nil {
@@ -120,7 +124,7 @@ func isNodeAddress(ip netip.Addr) bool {
 type nodeAddressError netip.Addr
 
 func (n nodeAddressError) Error() string {
-	return netip.Addr(n).String() + " is an address of the node itself or of its link"
+	return netip.Addr(n).String() + " is an address of the node itself, a link-local or multicast address, or Azure's WireServer"
 }
 
 // NonRetriable keeps the Azure SDK from retrying.

@@ -25,22 +25,25 @@ const (
 )
 
 const (
-	// fetchTimeout bounds one fetch, including its retries and the wait for rate limits, and so how long callers wait for
-	// it. The Azure SDK for Go waits 60 s for a response of IMDS, others 100 s.
+	// fetchTimeout bounds one fetch, including its retries and the wait for rate limits, and so how long callers wait
+	// for it. It is shorter than the timeouts of clients: the Azure SDK for Go waits 60 s for a response of IMDS, other
+	// SDKs 100 s.
 	fetchTimeout = 20 * time.Second
 
-	// Clients refresh a token when half of its lifetime is left. The cache renews it earlier, so that the client gets a
-	// newer token then: after a random fraction, between these two, of the lifetime that the token had when it was
-	// fetched.
+	// The cache renews a token after a random fraction of the lifetime that the token had when it was fetched. The
+	// fraction is between refreshFrom and refreshTo. Clients refresh a token when half of its lifetime is left, so they
+	// get the renewed token.
 	refreshFrom, refreshTo = 0.35, 0.475
-	// minRefresh prevents a loop of requests when IMDS keeps returning the same token shortly before it expires.
+	// minRefresh is the minimum time until a scheduled renewal. It prevents a loop of requests when IMDS keeps
+	// returning the same token shortly before the token expires.
 	minRefresh = 30 * time.Second
 
-	// How long a failure is served from the cache, so that not every retry of a caller causes a request to Azure.
+	// How long a failure is served from the cache, so that not every retry of a caller causes a request to Azure. For a
+	// throttled request it is Error.RetryAfter if that is longer.
 	unavailableTTL, deniedTTL, throttledTTL = 2 * time.Second, 5 * time.Second, 1 * time.Second
 
-	// bypassInterval is the time after the start of a fetch in which requests for the same key that bypass the cache
-	// (bypass_cache) still get the cached token.
+	// bypassInterval is the minimum time from the start of a fetch to a fetch that bypasses the cached token of the
+	// same key, see Request.Fresh and Request.Rejected. Within this time such requests get the cached token.
 	bypassInterval = 10 * time.Second
 
 	// recheckInterval is the minimum time from the start of a fetch to a recheck of a cached refusal for the same key,
@@ -52,14 +55,16 @@ const (
 	// The fetches per second that one pod may cause, and the burst. A pod that requests many different resources must
 	// not use up what IMDS allows for all pods of the node together.
 	podFetchRate, podFetchBurst = 2, 10
-	// podKeys bounds the tokens of one pod in the cache, so that a pod cannot evict the tokens of other pods.
+	// podKeys bounds the tokens of one pod in the cache, so that one pod cannot fill the cache and evict the tokens of
+	// other pods.
 	podKeys = 64
 )
 
 // refreshBackoff is the wait after a failed renewal.
 var refreshBackoff = retry.Backoff{Initial: 30 * time.Second, Max: 5 * time.Minute, Jitter: 0.25}
 
-// DefaultSize is the number of tokens a cache holds, about 3 KiB each: more than 250 pods with 8 audiences each need.
+// DefaultSize is the number of tokens that NMI's cache holds, about 3 KiB each. It is enough for 250 pods that use 8
+// resources each.
 const DefaultSize = 2048
 
 // Observer receives what the cache does, for metrics. Its methods must not block.
@@ -137,16 +142,17 @@ type Request struct {
 	Pod string
 	// Fresh requests a token that is not from the cache. The rate is limited, see bypassInterval.
 	Fresh bool
-	// Rejected is the hash of a token that the caller does not accept, see Token.SHA256. If that is the cached token,
-	// Rejected has the effect of Fresh. Each fetch with Rejected bypasses the caches of the source.
+	// Rejected is the hash of a token that the caller does not accept, see Token.SHA256. If the cached token has this
+	// hash, Rejected has the effect of Fresh. Each fetch with Rejected bypasses the caches of the source.
 	Rejected string
 	// Recheck requests a new fetch although a refusal is cached, because the refusal is probably outdated. The rate is
 	// limited, see recheckInterval.
 	Recheck bool
 }
 
-// ErrPodThrottled is the error for a pod that causes too many fetches.
-var ErrPodThrottled = errors.New("this pod requests new tokens too often")
+// ErrPodThrottled is the error for a pod that causes too many fetches, has podKeys tokens in the cache, or uses too
+// many Secrets.
+var ErrPodThrottled = errors.New("this pod requests new tokens too often, or uses too many different tokens or Secrets")
 
 // Get returns the token. The caller must have authorized the request: the pod may have the token. The error is an *Error,
 // ErrPodThrottled, or the error of ctx, which bounds only this caller's wait.
@@ -190,7 +196,7 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 			c.entries.Add(r.Key, e)
 		}
 		origin = Fetched
-		c.startFetch(Call{Key: r.Key, Pod: r.Pod, Fresh: r.Fresh || r.Rejected != ""}, e) //nolint:contextcheck // others wait for this token, too
+		c.startFetch(Call{Key: r.Key, Pod: r.Pod, Fresh: r.Fresh || r.Rejected != ""}, e) //nolint:contextcheck // other callers wait for this token, too
 	}
 	c.addUser(r, pod, e)
 	f := e.fetching
@@ -225,8 +231,8 @@ func (c *Cache) podState(pod string) *podState {
 	return h
 }
 
-// hasRoom reports whether the pod may use the key. If the pod has podKeys keys already, hasRoom first removes those
-// without a valid token. c.mu is held.
+// hasRoom reports whether the pod may use the key. If the pod has podKeys keys already, hasRoom first removes from the
+// cache those without a valid token and without a running fetch. c.mu is held.
 func (c *Cache) hasRoom(h *podState, key Key, now time.Time) bool {
 	if _, has := h.keys[key]; has || len(h.keys) < podKeys {
 		return true
@@ -271,7 +277,8 @@ func (c *Cache) release(pod string) {
 	}
 }
 
-// onEvicted is called when an entry is evicted because the cache is full, or is removed. c.mu is held.
+// onEvicted stops the renewal of an entry and removes its key from the pods that use it. It is called when the entry is
+// removed, or evicted because the cache is full. c.mu is held.
 func (c *Cache) onEvicted(key Key, e *entry) {
 	e.cancelRenewal()
 	for pod := range e.users {
@@ -319,8 +326,8 @@ func classOf(err error) Class {
 	}
 }
 
-// recordResult stores the result of a fetch. After a failure the previous token stays until it expires, and the callers
-// that wait for the fetch get the previous token. c.mu is held.
+// recordResult stores the result of a fetch. After a failure the previous token stays. If it has not expired, the
+// callers that wait for the fetch get it instead of the failure. c.mu is held.
 func (c *Cache) recordResult(key Key, e *entry, f *fetch) {
 	now := time.Now()
 	if f.err == nil {
@@ -378,7 +385,8 @@ func (c *Cache) scheduleRenewal(key Key, e *entry, now time.Time) {
 	e.renewal = time.AfterFunc(in, func() { c.renew(key, e) })
 }
 
-// renew is the function of the renewal timer.
+// renew starts a fetch that renews the token of an entry, if a pod that uses the token is still allowed to have it. The
+// renewal timer calls renew.
 func (c *Cache) renew(key Key, e *entry) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -410,8 +418,9 @@ func (c *Cache) removeUser(pod string, key Key, e *entry) {
 	}
 }
 
-// Drop removes all tokens of the principals that which selects. It is called after an AzureIdentity or a Secret changed
-// or was deleted. Callers that wait for a running fetch get its result, but the cache does not keep it.
+// Drop removes all tokens of each principal p if which(p) is true. It is called after an AzureIdentity or a Secret
+// changed or was deleted, and after NMI stopped watching a Secret. Callers that wait for a running fetch get its
+// result, but the cache does not keep it.
 func (c *Cache) Drop(which func(Principal) bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

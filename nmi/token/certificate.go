@@ -20,8 +20,8 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// Users who may write a Secret choose what is parsed here, in a process with rights over the node. Therefore these
-// constants bound its size. They allow every key that Entra ID accepts, and its chain.
+// Users who may write a Secret choose the data that is parsed here, in a process with rights over the node. Therefore
+// these constants bound the size of the data. They allow every key that Entra ID accepts, with its certificate chain.
 const (
 	maxCertificateData = 128 << 10
 	maxKeyDER          = 16 << 10
@@ -96,7 +96,7 @@ func readPEM(file []byte) (contents, error) {
 			return found, nil
 		}
 		if block.Type == "ENCRYPTED PRIVATE KEY" || block.Headers["DEK-Info"] != "" || strings.Contains(block.Headers["Proc-Type"], "ENCRYPTED") {
-			return found, flaw("has a PEM key with a password under the key \"certificate\", which is not supported; write the key without one, or a PKCS#12 file and its password under the key \"password\"")
+			return found, flaw("has a PEM private key with a password under the key \"certificate\", which NMI does not support; write there the private key without a password, or a PKCS#12 file, and the password of the file under the key \"password\"")
 		}
 		var err error
 		switch block.Type {

@@ -13,8 +13,9 @@ import (
 const clockSkew = 5 * time.Minute
 
 // describe returns the token with the fields from its claims. The signature is not verified: the token came from Azure
-// over a connection that this process opened, and clients get it unchanged. The claims only fill fields of the response
-// and find an object_id among the identities that the pod has anyway.
+// over a connection that this process opened, and clients get it unchanged. NMI uses the claims only to fill fields of
+// the response and of the audit log, and to find the identity with a requested object_id among the identities that are
+// bound to the pod anyway.
 func describe(accessToken string, expiresOn, now time.Time) Token {
 	t := Token{AccessToken: accessToken, ExpiresOn: expiresOn, NotBefore: now.Add(-clockSkew), Fetched: now}
 	parts := strings.Split(accessToken, ".")

@@ -73,7 +73,7 @@ type client struct {
 	failedUntil   time.Time
 }
 
-// NewEntra returns the source.
+// NewEntra returns the source of tokens from Entra ID.
 func NewEntra(cfg EntraConfig) (*Entra, error) {
 	clients, err := lru.New[Principal, *client](entraClients)
 	if err != nil {
@@ -97,8 +97,7 @@ func NewEntra(cfg EntraConfig) (*Entra, error) {
 	}, nil
 }
 
-// Drop removes the credentials of the principals that which selects. It is called after an AzureIdentity or a Secret
-// changed or was deleted.
+// Drop removes the credential of each principal p if which(p) is true, see [Sources.Drop].
 func (e *Entra) Drop(which func(Principal) bool) {
 	for _, p := range e.clients.Keys() {
 		if which(p) {
@@ -134,9 +133,10 @@ func (e *Entra) client(p Principal) *client {
 	return c
 }
 
-// requestToken sends one token request, apart from the SDK's short retries. With a failure it also returns the error
-// codes in the response of Entra ID. The SDK serializes the requests of a credential and ignores ctx while one waits
-// for another. Therefore requestToken acquires lock before it calls the SDK, and stops waiting for lock when ctx ends.
+// requestToken sends one token request, which the SDK may retry a few times. assertion is empty unless the principal is
+// federated. With a failure requestToken also returns the error codes in the response of Entra ID. The SDK serializes
+// the requests of a credential, and ignores ctx while one request waits for another. Therefore requestToken acquires
+// c.lock before it calls the SDK, and stops waiting for c.lock when ctx ends.
 func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertion string) (Token, []int, *Error) {
 	select {
 	case c.lock <- struct{}{}:
@@ -145,7 +145,7 @@ func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertio
 		return Token{}, nil, &Error{Class: Unavailable, Err: fmt.Errorf("waiting for earlier requests of this identity: %w", ctx.Err())}
 	}
 	if wait := c.retryAfter.Remaining(); wait > 0 {
-		return Token{}, nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "Entra ID limits the rate of requests; see Retry-After", RetryAfter: wait}
+		return Token{}, nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "NMI did not send the request, because Entra ID responded to an earlier request for this identity with status 429", RetryAfter: wait}
 	}
 	if failed := e.ensureCredential(ctx, c, call.Principal); failed != nil {
 		return Token{}, nil, failed
@@ -154,10 +154,11 @@ func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertio
 	ctx = context.WithValue(ctx, responseKey{}, &x.response)
 	ctx = context.WithValue(ctx, entraRequestKey{}, x)
 	got, err := c.credential.GetToken(ctx, policy.TokenRequestOptions{
-		// Entra ID takes all before the last slash as the resource, so a resource that ends in a slash keeps it.
+		// Entra ID takes the part of the scope before the last slash as the resource. So a resource that ends in a
+		// slash keeps that slash.
 		Scopes: []string{call.Resource + "/.default"},
-		// With claims the SDK bypasses its own cache, which would return the old token to a renewal ahead of time.
-		// Entra ID receives no claims, see entraRequest.
+		// With claims the SDK bypasses its own cache. The cache would return the old token when NMI renews a token
+		// before it expires. Entra ID receives no claims, see entraRequest.Do.
 		Claims: "{}",
 	})
 	c.bytesReceived += len(x.response.body)
@@ -173,7 +174,9 @@ func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertio
 	return t, nil, nil
 }
 
-// ensureCredential makes sure that the client has a usable credential.
+// ensureCredential creates the credential of the client if there is none, its certificate has expired, or it has
+// received maxBytesReceived. After an invalid Secret it returns the same error for the time invalidFor. The caller
+// holds c.lock.
 func (e *Entra) ensureCredential(ctx context.Context, c *client, p Principal) *Error {
 	now := time.Now()
 	if c.credential != nil && c.bytesReceived < maxBytesReceived && (c.expires.IsZero() || now.Before(c.expires)) {
@@ -193,7 +196,8 @@ func (e *Entra) ensureCredential(ctx context.Context, c *client, p Principal) *E
 	return nil
 }
 
-// credential creates a credential. It also returns when the credential expires, if that is known.
+// credential creates a credential. It also returns when the certificate of the credential expires, or the zero time if
+// there is no certificate.
 func (e *Entra) credential(ctx context.Context, p Principal) (azcore.TokenCredential, time.Time, *Error) {
 	var none time.Time
 	if p.Source == Federated {
@@ -221,7 +225,7 @@ func (e *Entra) credential(ctx context.Context, p Principal) (azcore.TokenCreden
 	}
 	pair, err := certificate(ctx, content.Data, e.pkcs12.open, time.Now())
 	if err != nil {
-		return nil, none, contentError(p.Secret, err)
+		return nil, none, contentError(p.Secret, fmt.Errorf("reading the certificate in Secret %s: %w", p.Secret, err))
 	}
 	expires := pair.chain[0].NotAfter
 	if key, ok := pair.key.(*ecdsa.PrivateKey); ok {
@@ -239,7 +243,7 @@ func (e *Entra) credential(ctx context.Context, p Principal) (azcore.TokenCreden
 
 func credentialOrError(c azcore.TokenCredential, expires time.Time, err error) (azcore.TokenCredential, time.Time, *Error) {
 	if err != nil {
-		return nil, expires, &Error{Class: Denied, Err: err}
+		return nil, expires, &Error{Class: Denied, Err: fmt.Errorf("creating a credential for Entra ID: %w", err)}
 	}
 	return c, expires, nil
 }
@@ -250,7 +254,7 @@ func (e *Entra) options(p Principal) policy.ClientOptions {
 		Transport:       transporter{e.transport},
 		PerCallPolicies: []policy.Policy{(*entraRequest)(nil)},
 		Telemetry:       policy.TelemetryOptions{ApplicationID: e.userAgent},
-		// Short, because callers wait. A 429 is not retried here, see client.retryAfter.
+		// The retries are short, because callers wait. A 429 is not retried here, see client.retryAfter.
 		Retry: policy.RetryOptions{
 			MaxRetries: 2, RetryDelay: 250 * time.Millisecond, MaxRetryDelay: time.Second,
 			StatusCodes: []int{http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout},
@@ -264,7 +268,7 @@ type entraRequestKey struct{}
 type entraRequest struct {
 	assertion  string   // Federated: the assertion sent to Entra ID
 	requestID  string   // client-request-id of the last request
-	posted     bool     // whether the last request was for a token, not for the tenant's endpoints
+	posted     bool     // whether the last request was for a token and not for the tenant's endpoints
 	sentSecret string   // the secret or assertion in the last request; errors must not contain it
 	response   response // to the last request
 }
@@ -278,8 +282,9 @@ func assertionOf(ctx context.Context) (string, error) {
 	return x.assertion, nil
 }
 
-// Do removes the claims from the form, which are there only to bypass the SDK's cache, and asks Entra ID to return the
-// request's ID. It is a policy of the SDK's pipeline; the entraRequest comes from the context.
+// Do removes the claims from the form: their only purpose is to bypass the SDK's cache. It also asks Entra ID to return
+// the request's ID, and records in the entraRequest what was sent. Do is a policy of the SDK's pipeline; it takes the
+// entraRequest from the context, not from its receiver.
 func (*entraRequest) Do(r *policy.Request) (*http.Response, error) {
 	x, _ := r.Raw().Context().Value(entraRequestKey{}).(*entraRequest)
 	if x == nil {
@@ -307,8 +312,9 @@ func (*entraRequest) Do(r *policy.Request) (*http.Response, error) {
 	return r.Next()
 }
 
-// failure classifies the failure by the last response, and returns the error codes in it. If there was a response, it
-// does not keep the error of the SDK, which quotes responses in full.
+// failure returns the *Error for a failed token request, which it classifies by the last response, and the error codes
+// in that response. If there was a response, the *Error does not contain the error of the SDK, because that quotes the
+// response in full.
 func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	a := &x.response
 	var own *Error
@@ -317,18 +323,18 @@ func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	case errors.As(a.err, &own):
 		return own, nil
 	case errors.As(a.err, &at):
-		return &Error{Class: Denied, Detail: fmt.Sprintf("%s: %v; NMI sends no credential there; correct spec.adEndpoint, or the address of its host name", p.Authority, at)}, nil
+		return &Error{Class: Denied, Detail: fmt.Sprintf("%s: %v; NMI does not connect to it; correct spec.adEndpoint or --authority-host, or the DNS record of the host", p.Authority, at)}, nil
 	case a.err != nil:
 		if x.sentSecret != "" && strings.Contains(a.err.Error(), x.sentSecret) {
-			return &Error{Class: Unavailable, Err: errors.New("the response is not HTTP")}, nil
+			return &Error{Class: Unavailable, Err: fmt.Errorf("the response of %s is not valid HTTP; the details contain the credential that NMI sent, so they are not shown", p.Authority)}, nil
 		}
 		return &Error{Class: Unavailable, Err: a.err}, nil
 	case a.status == 0:
 		return &Error{Class: Unavailable, Err: err}, nil
 	case a.status == http.StatusOK && x.posted:
-		return &Error{Class: Unavailable, Detail: "The response of " + p.Authority + " contains no usable token"}, nil
+		return &Error{Class: Unavailable, Detail: "The response of " + p.Authority + " contains no usable token; check that spec.adEndpoint, or --authority-host if the AzureIdentity has no adEndpoint, is the address of Entra ID"}, nil
 	case a.status == http.StatusOK:
-		return &Error{Class: Unavailable, Detail: "The response of " + p.Authority + " about tenant " + p.TenantID + " is not a valid response of Entra ID, which has an issuer and endpoints on the same host; correct spec.adEndpoint"}, nil
+		return &Error{Class: Unavailable, Detail: "The response of " + p.Authority + " about tenant " + p.TenantID + " is not a valid response of Entra ID: an endpoint or the issuer is missing, or the issuer belongs to another host; correct spec.adEndpoint, or --authority-host if the AzureIdentity has no adEndpoint"}, nil
 	}
 	var body struct {
 		Error         string `json:"error"`
@@ -346,7 +352,7 @@ func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	case a.status >= 500 || a.status == http.StatusRequestTimeout:
 		e.Class = Unavailable
 	case e.Code == "":
-		e.Detail = fmt.Sprintf("%s responded with status %d, but not in the format of Entra ID; correct spec.adEndpoint", p.Authority, a.status)
+		e.Detail = fmt.Sprintf("%s responded with status %d, but not in the format of Entra ID; correct spec.adEndpoint, or --authority-host if the AzureIdentity has no adEndpoint", p.Authority, a.status)
 	}
 	return e, body.Codes
 }
@@ -361,8 +367,9 @@ func (x *entraRequest) redact(s string) string {
 // maxID bounds a correlation ID, which is a GUID.
 const maxID = 64
 
-// truncateDescription truncates the description of an error of Entra ID. It keeps the correlation ID at the end of the
-// description, by which the request is found in the logs of Entra ID.
+// truncateDescription returns the description of an error of Entra ID as one line of at most 512 bytes. Operators
+// search the logs of Entra ID for the correlation ID, which is near the end of a description. If truncation removes it,
+// it is appended again.
 func truncateDescription(description, correlationID string) string {
 	const maxBytes = 512
 	whole := text.OneLine(description, len(description))

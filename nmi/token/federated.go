@@ -23,18 +23,19 @@ type Assertions interface {
 // takes minutes to propagate. Until then some requests succeed and others fail.
 var untrustedCodes = []int{70021, 70025, 700211, 700212, 700213, 7002137, 7002138}
 
-// federationRetryWaits are the waits before retries. Callers wait all this time, and the cache's timeout of a fetch
-// also has to cover the requests themselves.
+// federationRetryWaits are the waits before the retries while no federated credential matches. Callers wait all this
+// time. The sum must stay well below fetchTimeout, which also covers the requests themselves.
 var federationRetryWaits = [...]time.Duration{1 * time.Second, 2 * time.Second, 4 * time.Second, 5 * time.Second}
 
 // federationRetryTime is the time that waitForRetry reserves for the retry itself.
 const federationRetryTime = 2 * time.Second
 
-// fetchFederated requests a token with a Kubernetes token of the pod's ServiceAccount as assertion.
+// fetchFederated requests a token with a Kubernetes token of the pod's ServiceAccount as assertion. It retries while no
+// federated credential matches.
 func (e *Entra) fetchFederated(ctx context.Context, c *client, call Call) (Token, *Error) {
 	assertion, err := e.assertions.Assertion(ctx, call.Pod, call.ServiceAccount)
 	if err != nil {
-		return Token{}, contentError(call.ServiceAccount, err)
+		return Token{}, contentError(call.ServiceAccount, fmt.Errorf("getting a Kubernetes token of ServiceAccount %s: %w", call.ServiceAccount, err))
 	}
 	for _, pause := range federationRetryWaits {
 		t, codes, failed := e.requestToken(ctx, c, call, assertion)

@@ -79,7 +79,8 @@ func (m inMemory) RoundTrip(r *http.Request) (*http.Response, error) {
 	return w.Result(), nil
 }
 
-// federatedInBubble fetches once with a fake clock.
+// federatedInBubble fetches once with a fake clock, and calls check with the result. answer returns the handler of the
+// n-th token request, or nil for a response with a token. within is the timeout of the fetch.
 func federatedInBubble(t *testing.T, answer func(n int) http.HandlerFunc, within time.Duration, check func(s *entraID, got Token, err error, took time.Duration)) {
 	t.Helper()
 	k := &fakeCredentials{tokens: map[string]string{"pod-1@ns/app": kubernetesToken(t, "1")}}

@@ -37,7 +37,8 @@ type ManagedIdentities struct {
 	credentials *lru.Cache[Principal, azcore.TokenCredential]
 }
 
-// NewManagedIdentities returns the source. It connects to IMDS at addr, not at the address that azidentity uses.
+// NewManagedIdentities returns the source of tokens of managed identities. It connects to IMDS at addr, not at the
+// address that azidentity uses.
 func NewManagedIdentities(addr netip.AddrPort, userAgent string) (*ManagedIdentities, error) {
 	dialer := &net.Dialer{Timeout: 2 * time.Second}
 	credentials, err := lru.New[Principal, azcore.TokenCredential](managedCredentials)
@@ -74,8 +75,8 @@ func (m *ManagedIdentities) Fetch(ctx context.Context, call Call) (Token, error)
 	ctx = context.WithValue(ctx, imdsQueryKey{}, imdsQuery{call.Resource, call.Fresh})
 	got, err := credential.GetToken(ctx, policy.TokenRequestOptions{
 		Scopes: []string{call.Resource}, // see imdsQuery
-		// The SDK has a cache of its own for the whole process, from which a renewal ahead of time would get the old
-		// token. If there are claims, the SDK bypasses its cache. It does not send them to IMDS.
+		// With claims the SDK bypasses its own cache, which it has for the whole process. The cache would return the
+		// old token when NMI renews a token before it expires. The SDK does not send the claims to IMDS.
 		Claims: "{}",
 	})
 	if err != nil {
@@ -92,7 +93,7 @@ func (m *ManagedIdentities) credential(p Principal) (azcore.TokenCredential, err
 		Transport:       transporter{m.transport},
 		PerCallPolicies: []policy.Policy{imdsQuery{}},
 		Telemetry:       policy.TelemetryOptions{ApplicationID: m.userAgent},
-		// Short, because callers wait. If IMDS still fails, clients get an error that makes them retry.
+		// The retries are short, because callers wait. If IMDS still fails, clients get an error that makes them retry.
 		Retry: policy.RetryOptions{
 			MaxRetries: 2, RetryDelay: 250 * time.Millisecond, MaxRetryDelay: time.Second,
 			StatusCodes: []int{http.StatusNotFound, http.StatusGone, http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout},
@@ -114,7 +115,7 @@ func (m *ManagedIdentities) credential(p Principal) (azcore.TokenCredential, err
 	return c, nil
 }
 
-// imdsQuery has the parameters of a request to IMDS that the SDK does not set.
+// imdsQuery has the parameters of a request to IMDS that NMI sets itself, not the SDK.
 type imdsQuery struct {
 	resource string
 	fresh    bool
@@ -155,7 +156,7 @@ func (t transporter) Do(r *http.Request) (*http.Response, error) {
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxResponse+1))
 	if err == nil && len(body) > maxResponse {
-		err = errors.New("the response is larger than any token")
+		err = errors.New("the response is larger than 64 KiB, so it is no token")
 	}
 	if seen != nil {
 		*seen = response{status: resp.StatusCode, header: resp.Header, body: body, err: err}

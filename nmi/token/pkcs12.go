@@ -33,7 +33,7 @@ const (
 	pkcs12Timeout    = 5 * time.Second // wall clock time
 	pkcs12Memory     = 128 << 20       // beyond what the process has when it starts; half of it is for the heap
 	pkcs12Concurrent = 2
-	pkcs12Message    = 1 << 20 // bytes of the request, and of the response
+	pkcs12Message    = 1 << 20 // maximum bytes of the request, and of the response
 )
 
 type pkcs12Request struct {
@@ -81,7 +81,7 @@ func limitProcess() error {
 			return err
 		}
 	}
-	// Prevent core dumps and access to the memory, which contains the private key, as for the parent process.
+	// Like the parent process, prevent core dumps and access to the memory, which contains the private key.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return err
 	}
@@ -95,7 +95,7 @@ func limitProcess() error {
 func decodePKCS12(q pkcs12Request) (answer pkcs12Response) {
 	defer func() {
 		if recover() != nil {
-			answer = pkcs12Response{Problem: "the parser panics"}
+			answer = pkcs12Response{Problem: "the parser panicked"}
 		}
 	}()
 	key, own, others, err := pkcs12.DecodeChain(q.File, q.Password)
@@ -156,7 +156,7 @@ func (o *pkcs12Opener) open(ctx context.Context, file []byte, password string) (
 	case o.running <- struct{}{}:
 		defer func() { <-o.running }()
 	case <-ctx.Done():
-		return contents{}, fmt.Errorf("waiting to open a PKCS#12 file: %w", ctx.Err())
+		return contents{}, fmt.Errorf("waiting while other PKCS#12 files are opened: %w", ctx.Err())
 	}
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
@@ -176,7 +176,7 @@ func (o *pkcs12Opener) open(ctx context.Context, file []byte, password string) (
 	}
 	var answer pkcs12Response
 	if err := json.Unmarshal(stdout.Bytes(), &answer); err != nil {
-		return contents{}, fmt.Errorf("opening a PKCS#12 file: %w", err)
+		return contents{}, fmt.Errorf("reading the output of the child process that opens a PKCS#12 file: %w", err)
 	}
 	return answer.contents(password != "")
 }
@@ -184,12 +184,12 @@ func (o *pkcs12Opener) open(ctx context.Context, file []byte, password string) (
 // childError returns a flaw if the file used up the CPU time, otherwise the reason why the child failed.
 func childError(ctx context.Context, state *os.ProcessState, err error) error {
 	if state != nil && !state.Exited() && state.UserTime()+state.SystemTime() > pkcs12CPU-pkcs12CPU/4 {
-		return flaw(fmt.Sprintf("has a PKCS#12 file under the key \"certificate\" that takes more than %d s to open; export the file again with fewer iterations", pkcs12CPU/time.Second))
+		return flaw(fmt.Sprintf("has a PKCS#12 file under the key \"certificate\" that takes more than %d s of CPU time to open; export the file again with fewer iterations", pkcs12CPU/time.Second))
 	}
 	if ctx.Err() != nil {
 		err = ctx.Err()
 	}
-	return fmt.Errorf("opening a PKCS#12 file: %w", err)
+	return fmt.Errorf("opening a PKCS#12 file in a child process: %w", err)
 }
 
 // limitedBuffer is a buffer whose Write fails above the limit.

@@ -48,7 +48,7 @@ func encode(t testing.TB, encoder *pkcs12.Encoder, c testCertificate, password s
 	return file
 }
 
-// slow returns a PKCS#12 file that takes a day to open.
+// slow returns a PKCS#12 file with so many hash iterations that it takes far longer than pkcs12CPU to open.
 func slow(t testing.TB) []byte {
 	t.Helper()
 	var file struct {

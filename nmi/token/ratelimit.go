@@ -20,7 +20,9 @@ const (
 )
 
 // imdsLimiter is a transport that keeps the token requests of this process within the limits of IMDS. It counts each
-// attempt on the wire, including retries. After a 429 it sends nothing until Retry-After has passed.
+// attempt on the wire, including retries. After a 429 it refuses requests with an [Error] of class Throttled for the
+// time that the function retryAfter returns. A request that already waits for the rate limiter at that time is still
+// sent.
 type imdsLimiter struct {
 	next       http.RoundTripper
 	limiter    *rate.Limiter
@@ -39,7 +41,7 @@ func (g *imdsLimiter) RoundTrip(r *http.Request) (*http.Response, error) {
 
 func (g *imdsLimiter) roundTrip(r *http.Request) (*http.Response, error) {
 	if wait := g.retryAfter.Remaining(); wait > 0 {
-		return nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "IMDS limits the rate of requests; see Retry-After", RetryAfter: wait}
+		return nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "NMI did not send the request, because IMDS responded to an earlier request with status 429", RetryAfter: wait}
 	}
 	if err := g.limiter.Wait(r.Context()); err != nil {
 		return nil, err
@@ -54,8 +56,8 @@ func (g *imdsLimiter) roundTrip(r *http.Request) (*http.Response, error) {
 // semaphore bounds the number of concurrent requests.
 type semaphore chan struct{}
 
-// roundTrip waits for a place until the context of the request ends. A failed request, or closing the body of the
-// response, releases the place.
+// roundTrip waits for a place, at most until the context of the request ends, and then calls next. The place is
+// released when next fails or when the caller closes the body of the response.
 func (s semaphore) roundTrip(r *http.Request, next func(*http.Request) (*http.Response, error)) (*http.Response, error) {
 	select {
 	case s <- struct{}{}:
@@ -72,7 +74,7 @@ func (s semaphore) roundTrip(r *http.Request, next func(*http.Request) (*http.Re
 }
 
 // After a 429, requests stop for the time in Retry-After, but at least for minRetryAfter and at most for maxRetryAfter.
-// Without a Retry-After that is a number of seconds they stop for minRetryAfter.
+// If Retry-After is missing or is not a number of seconds, they stop for minRetryAfter.
 const minRetryAfter, maxRetryAfter = time.Second, time.Minute
 
 func retryAfter(h http.Header) time.Duration {

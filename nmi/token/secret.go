@@ -68,8 +68,8 @@ func clientSecret(data map[string][]byte) (string, error) {
 	return plainText(value, "client secret")
 }
 
-// plainText returns a value that a person typed. It removes line breaks at the end: files and pipes add them, and no
-// client secret or password ends with one.
+// plainText returns a client secret or a password as text, or a flaw in which what names the value. It removes line
+// breaks at the end: files and pipes add them, and no client secret or password ends with one.
 func plainText(value []byte, what flaw) (string, error) {
 	value = bytes.TrimRight(value, "\r\n")
 	switch {

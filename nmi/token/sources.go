@@ -22,8 +22,9 @@ func (s *Sources) Fetch(ctx context.Context, call Call) (Token, error) {
 	return Token{}, &Error{Class: Denied, Detail: fmt.Sprintf("there is no source %q", call.Source)}
 }
 
-// Drop removes the Entra ID credentials of the principals that which selects. It is called after an AzureIdentity or a
-// Secret changed or was deleted. A credential for IMDS depends only on its principal, so it stays.
+// Drop removes the Entra ID credential of each principal p if which(p) is true. It is called after an AzureIdentity or
+// a Secret changed or was deleted, and after NMI stopped watching a Secret. A credential for IMDS depends only on its
+// principal, so it stays.
 func (s *Sources) Drop(which func(Principal) bool) {
 	s.Entra.Drop(which)
 }

@@ -1,11 +1,11 @@
 // Package token gets tokens. It has the two token sources, IMDS and Entra ID, and the cache in front of them. Each kind
 // of credential that Entra ID accepts (secret, certificate, assertion) has a file of its own.
 //
-// It protects against two things: a token that reaches a pod it was not issued for, and a node that sends Azure so many
-// requests that all pods on it are throttled. The cache knows nothing of the rights of pods: callers first authorize
-// the request, then look the token up with a key that contains everything that decided which token it is. One fetch
-// serves all callers that wait for the same key; no caller can cancel it. The token requests of this process to the
-// Instance Metadata Service together stay below the limits of one VM.
+// It protects against two things: a token that reaches a pod that may not have it, and a node that sends Azure so many
+// requests that all pods on it are throttled. The cache does not authorize requests: callers first authorize the
+// request and then look up the token. The key of the lookup contains everything that decides which token a request
+// gets. One fetch serves all callers that wait for the same key; no caller can cancel it. All token requests of this
+// process to the Instance Metadata Service together stay within the limits of one VM.
 package token
 
 import (
@@ -23,7 +23,7 @@ import (
 type Source string
 
 const (
-	// Managed is a managed identity that is attached to the VM, through IMDS.
+	// Managed is a managed identity that is attached to the VM. Its tokens come from IMDS.
 	Managed Source = "managed_identity"
 	// Secret is a service principal that authenticates to Entra ID with a client secret.
 	Secret Source = "secret"
@@ -44,8 +44,8 @@ type Principal struct {
 	// The other sources: Authority is the address of Entra ID without a slash at the end, such as
 	// https://login.microsoftonline.com, and TenantID is the tenant.
 	Authority, TenantID string
-	// Secret and Certificate: the Kubernetes Secret, and which content of it. A changed Secret is another principal, so
-	// that tokens from the old content are not served any more.
+	// Secret and Certificate: the Kubernetes Secret and the revision of its content. A changed Secret is another
+	// principal, so that tokens from the old content are not served any more.
 	Secret   Ref
 	Revision string
 	// Federated: the ServiceAccount whose Kubernetes token is sent to Entra ID.
@@ -118,20 +118,21 @@ type Fetcher interface {
 type Class string
 
 const (
-	// Unavailable: a retry can succeed. There was no usable response, or its status was 5xx or 408, or 404 or 410 of
-	// IMDS.
+	// Unavailable: a retry can succeed. There was no usable response, the status was 5xx or 408 (of IMDS also 404 or
+	// 410), or NMI could not get the credential at that time.
 	Unavailable Class = "unavailable"
 	// Throttled: too many requests. A retry can succeed after RetryAfter.
 	Throttled Class = "throttled"
-	// Denied: the source refused the request. A retry fails until someone changes the configuration.
+	// Denied: the source refused the request, or NMI did not send it because the configuration is invalid. A retry
+	// usually fails until someone changes the configuration.
 	Denied Class = "refused"
 )
 
 // Error is a failed fetch.
 type Error struct {
 	Class Class
-	// Status, Code and Description of the response; zero if there was none. A request that NMI did not send because of
-	// an earlier 429 has status 429, too.
+	// Status, Code and Description of the error response; zero if there was none. A request that NMI did not send
+	// because of an earlier 429 has status 429, too.
 	Status            int
 	Code, Description string
 	// CorrelationID identifies the request in Entra ID's logs; may be empty.
@@ -140,7 +141,8 @@ type Error struct {
 	Reason identity.Reason
 	// Detail is a sentence for the operator: what is wrong and what to do; may be empty.
 	Detail string
-	// RetryAfter is the time to wait before the next request; 0 if the source did not specify it.
+	// RetryAfter is the time to wait before the next request; 0 if it is not specified. A source sets it in each error
+	// of class Throttled.
 	RetryAfter time.Duration
 	Err        error
 }
