@@ -76,7 +76,7 @@ func TestNMIsServiceAccountCanCreateNoOtherTokens(t *testing.T) {
 	independent(t)
 	s := newNamespace(t)
 	s.pod("p", "x", "node1")
-	pod := authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: "p", UID: s.getPod("p").UID}
+	pod := authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: "p", UID: getPod(t, s.name, "p").UID}
 	podWithoutUID, secret := pod, authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Secret", Name: "s"}
 	podWithoutUID.UID = "" // for any pod of this name
 	s.apply(s.secretYAML("s", map[string][]byte{}))
@@ -206,7 +206,7 @@ func TestTheAuditLogNamesPodTokenAndCorrelationID(t *testing.T) {
 	s.mustBeRefused(s.ask("none", vault), 400, "no_matching_binding")
 	refused := s.ask("p", "https://nothing.invalid")
 	s.mustBeRefused(refused, 400, "upstream_refused")
-	uid := string(s.getPod("p").UID)
+	uid := string(getPod(t, s.name, "p").UID)
 	claims, err := fakeAzure.Verify(first.token())
 	must(t, err)
 	otherClaims, err := fakeAzure.Verify(other.token())

@@ -95,11 +95,10 @@ func (s *testNamespace) label(pod, value string) {
 	must(s.t, kube.Patch(s.t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: s.name, Name: pod}}, patch))
 }
 
-// getPod returns a pod of the namespace.
-func (s *testNamespace) getPod(name string) *corev1.Pod {
-	s.t.Helper()
+func getPod(t *testing.T, namespace, name string) *corev1.Pod {
+	t.Helper()
 	var pod corev1.Pod
-	must(s.t, kube.Get(s.t.Context(), crclient.ObjectKey{Namespace: s.name, Name: name}, &pod))
+	must(t, kube.Get(t.Context(), crclient.ObjectKey{Namespace: namespace, Name: name}, &pod))
 	return &pod
 }
 

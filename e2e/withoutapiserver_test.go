@@ -38,7 +38,7 @@ func TestPodsWithEachTypeOfIdentityGetTokensWhileTheAPIServerIsDown(t *testing.T
 	}
 	must(t, testCluster.StartAPIServer(t.Context()))
 	// NMI does not wait for the watch of a Secret that no pod needs any more.
-	must(t, kube.Delete(t.Context(), s.getPod("secret"), crclient.GracePeriodSeconds(0)))
+	must(t, kube.Delete(t.Context(), getPod(t, s.name, "secret"), crclient.GracePeriodSeconds(0)))
 	eventually(t, 30*time.Second, func() error {
 		if status, body := get(t.Context(), unbound, askVault); status != 400 || !strings.Contains(body, "no_matching_binding") {
 			return fmt.Errorf("NMI does not refuse permanently yet: %d %s", status, body)
