@@ -232,7 +232,7 @@ func (u *updater) handleFailure(ctx context.Context, m *machine, op *azure.Opera
 		return err
 	}
 	if m.updating() {
-		m.usage.MarkUnknown() // Azure may still carry out the update, although it reported a failure
+		m.usage.MarkUnknown() // Azure may still perform the update, although it reported a failure
 		return err
 	}
 	if failed := m.recordOutcome(ctx); failed != nil {

@@ -53,7 +53,7 @@ func (i *issuer) verify(token string) (Claims, error) {
 	_, err := jwt.ParseWithClaims(token, &claims, func(*jwt.Token) (any, error) { return &i.key.PublicKey, nil },
 		jwt.WithValidMethods([]string{"RS256"}), jwt.WithExpirationRequired(), jwt.WithTimeFunc(i.now))
 	if err != nil {
-		return Claims{}, fmt.Errorf("verify a token: %w", err)
+		return Claims{}, fmt.Errorf("verifying a token: %w", err)
 	}
 	return claims, nil
 }

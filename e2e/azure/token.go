@@ -73,8 +73,8 @@ func (m minted) expires() time.Time { return m.claims.Expires.Time }
 func (m minted) lifetime() time.Duration { return m.expires().Sub(m.claims.IssuedAt.Time) }
 
 // mint issues a token for the identity. The aud claim is the audience, byte for
-// byte. proof is the appidacr claim.
-func (i *issuer) mint(id Identity, audience, proof string, lifetime time.Duration) (minted, error) {
+// byte. appIDACR is the claim of that name: how the client authenticated.
+func (i *issuer) mint(id Identity, audience, appIDACR string, lifetime time.Duration) (minted, error) {
 	now := i.now().Truncate(time.Second)
 	var uti [16]byte
 	_, _ = rand.Read(uti[:])
@@ -83,7 +83,7 @@ func (i *issuer) mint(id Identity, audience, proof string, lifetime time.Duratio
 		IssuedAt:  jwt.NewNumericDate(now),
 		NotBefore: jwt.NewNumericDate(now.Add(-5 * time.Minute)),
 		Expires:   jwt.NewNumericDate(now.Add(lifetime)),
-		AppID:     id.ClientID, AppIDACR: proof, IDType: "app",
+		AppID:     id.ClientID, AppIDACR: appIDACR, IDType: "app",
 		ObjectID: id.ObjectID, Subject: id.ObjectID, TenantID: id.TenantID,
 		TokenID: base64.RawURLEncoding.EncodeToString(uti[:]), Version: "1.0", ResourceID: id.ResourceID,
 	}}

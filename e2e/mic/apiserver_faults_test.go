@@ -62,7 +62,7 @@ func (s *apiServer) makeAvailable() {
 	s.faults.unavailable = false
 }
 
-// failNextRequests makes the next requests fail with these HTTP statuses.
+// failNextRequests makes the next requests fail with these HTTP statuses. For status 0, the connection is lost.
 func (s *apiServer) failNextRequests(statuses ...int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

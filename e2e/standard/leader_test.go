@@ -80,7 +80,7 @@ func leaderChangesDuringUpdate(t *testing.T, l *testEnvironment) {
 	}
 }
 
-// waitUntilEmpty waits until MIC has removed all assignments and ledger entries of the tests before.
+// waitUntilEmpty waits until MIC has removed all assignments and ledger entries of the earlier tests.
 func (l *testEnvironment) waitUntilEmpty(t *testing.T) {
 	t.Helper()
 	must(t, l.cloud.Set(t.Context(), map[string]string{"arm.delay": "0s"}))

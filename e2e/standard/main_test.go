@@ -27,9 +27,9 @@ type testCase struct {
 	run  func(*testing.T, *testEnvironment)
 }
 
-// parallelTests use their own namespaces and identities. The first firstTests of them start alone, one after the other,
-// and call t.Parallel later. One of them first needs a cluster without MIC; the other needs a pod whose first request
-// begins before Azure has attached the pod's identity.
+// Each of parallelTests uses its own namespace and identities. The two at the top (see firstTests) start alone, because
+// their beginnings must not overlap with other tests: takeOverFromAADPodIdentity begins in a cluster without MIC, and
+// fromFirstToLastPod needs a request that begins before Azure has attached the identity. After that they call t.Parallel.
 var parallelTests = []testCase{
 	{"the assignments of AAD Pod Identity are taken over and no pod loses its token", takeOverFromAADPodIdentity},
 	{"the first request waits for the identity, which is detached after the last pod", fromFirstToLastPod},

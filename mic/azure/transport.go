@@ -61,14 +61,14 @@ func (t transporter) Do(r *http.Request) (*http.Response, error) {
 		return nil, foreignHostError(to)
 	}
 	seen, _ := r.Context().Value(lastResponseKey{}).(*lastResponse)
-	resp, err := t.exchange(r)
+	resp, err := t.roundTrip(r)
 	if seen != nil {
 		seen.record(resp, err)
 	}
 	return resp, err
 }
 
-func (t transporter) exchange(r *http.Request) (*http.Response, error) {
+func (t transporter) roundTrip(r *http.Request) (*http.Response, error) {
 	sent, err := outbound.WithOwnBody(r)
 	if err != nil {
 		return nil, err

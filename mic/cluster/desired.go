@@ -84,7 +84,7 @@ func (c *Cluster) facts(p *Pod) (identity.Facts, map[string]*AzureIdentity, []*B
 
 // assignmentName names the assignment of an identity to a pod. The hash covers everything that distinguishes
 // assignments: the UID of the pod, so that a later pod of the same name has another assignment, the name of the
-// AzureIdentity, and its kind and resource ID in Azure. The part before the hash is for people. It is shortened,
+// AzureIdentity, and its kind and resource ID in Azure. The part before the hash is for people. It is truncated,
 // because the API server accepts names of at most 253 bytes.
 func assignmentName(p *Pod, i *AzureIdentity) string {
 	const maxPart = 100

@@ -6,8 +6,8 @@
 // a binding could select. Objects in the caches are shared and must not be changed.
 //
 // An own write is a write that this process sent to the API server. The reconcile of a pod must see its own last
-// writes. Otherwise it creates an assignment twice, or writes an old status. [Cluster.AssignmentsOf] therefore
-// returns the object from the response to an own write until the watch delivers it. Package
+// writes. Otherwise it sends the same create again, or writes an old status. [Cluster.AssignmentsOf] therefore
+// returns the object from the response to an own write until the watch delivers it, for at most WriteTTL. Package
 // k8s.io/apimachinery/pkg/util/resourceversion compares the resourceVersions. These libraries could also return own
 // writes, but MIC does not use them:
 //

@@ -121,7 +121,7 @@ type limitedConn struct {
 	release func()
 }
 
-// Close closes the connection. It may be called several times; only the first call frees the place within the limits.
+// Close closes the connection. It may be called several times; only the first call reduces the counts of open connections.
 func (c *limitedConn) Close() error {
 	defer c.release()
 	return c.Conn.Close()

@@ -52,7 +52,7 @@ func TestOneSourceCannotTakeAllConnections(t *testing.T) {
 	dial("127.0.0.3")
 	<-accepted
 	first.Close()
-	first.Close() // must free only one place
+	first.Close() // must reduce the counts only once
 	dial("127.0.0.2")
 	<-accepted
 	over = dial("127.0.0.2")

@@ -90,7 +90,7 @@ func TestFailuresOfEntraIDAreSorted(t *testing.T) {
 			io.WriteString(w, body)
 		}
 	}
-	said := func(aad int) string {
+	description := func(aad int) string {
 		return fmt.Sprintf("AADSTS%d: no. Trace ID: t Correlation ID: cid-1 Timestamp: now", aad)
 	}
 	cases := []struct {
@@ -100,11 +100,11 @@ func TestFailuresOfEntraIDAreSorted(t *testing.T) {
 		detail           string
 		calls            int
 	}{
-		{"wrong secret", nil, refuse(401, "invalid_client", 7000215, ""), Error{Class: Denied, Status: 401, Code: "invalid_client", Description: said(7000215), CorrelationID: "cid-1"}, "", 1},
-		{"wrong resource", nil, refuse(400, "invalid_resource", 500011, ""), Error{Class: Denied, Status: 400, Code: "invalid_resource", Description: said(500011), CorrelationID: "cid-1"}, "", 1},
-		{"no such tenant", refuse(400, "invalid_tenant", 90002, ""), nil, Error{Class: Denied, Status: 400, Code: "invalid_tenant", Description: said(90002), CorrelationID: "cid-1"}, "", 1},
-		{"throttled", nil, refuse(429, "too_many", 50196, ""), Error{Class: Throttled, Status: 429, Code: "too_many", Description: said(50196), CorrelationID: "cid-1", RetryAfter: 20 * time.Second}, "", 1},
-		{"throttled early", refuse(429, "too_many", 90055, ""), nil, Error{Class: Throttled, Status: 429, Code: "too_many", Description: said(90055), CorrelationID: "cid-1", RetryAfter: 20 * time.Second}, "", 1},
+		{"wrong secret", nil, refuse(401, "invalid_client", 7000215, ""), Error{Class: Denied, Status: 401, Code: "invalid_client", Description: description(7000215), CorrelationID: "cid-1"}, "", 1},
+		{"wrong resource", nil, refuse(400, "invalid_resource", 500011, ""), Error{Class: Denied, Status: 400, Code: "invalid_resource", Description: description(500011), CorrelationID: "cid-1"}, "", 1},
+		{"no such tenant", refuse(400, "invalid_tenant", 90002, ""), nil, Error{Class: Denied, Status: 400, Code: "invalid_tenant", Description: description(90002), CorrelationID: "cid-1"}, "", 1},
+		{"throttled", nil, refuse(429, "too_many", 50196, ""), Error{Class: Throttled, Status: 429, Code: "too_many", Description: description(50196), CorrelationID: "cid-1", RetryAfter: 20 * time.Second}, "", 1},
+		{"throttled early", refuse(429, "too_many", 90055, ""), nil, Error{Class: Throttled, Status: 429, Code: "too_many", Description: description(90055), CorrelationID: "cid-1", RetryAfter: 20 * time.Second}, "", 1},
 		{"not found", nil, text(404, "<html>"), Error{Class: Denied, Status: 404}, "not in the format of Entra ID", 1},
 		{"elsewhere", nil, func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "/elsewhere", http.StatusTemporaryRedirect)

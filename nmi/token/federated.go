@@ -15,8 +15,8 @@ import (
 
 // Assertions returns the Kubernetes tokens that are sent to Entra ID. Its error is an *Error, or the error of ctx.
 type Assertions interface {
-	// Assertion returns a token of the ServiceAccount that is bound to the pod with this UID.
-	Assertion(ctx context.Context, pod string, serviceAccount Ref) (string, error)
+	// Assertion returns a token of the ServiceAccount. The token is bound to the pod with the UID podUID.
+	Assertion(ctx context.Context, podUID string, serviceAccount Ref) (string, error)
 }
 
 // untrustedCodes are the error codes of Entra ID for "no federated credential matches". A new federated credential

@@ -56,8 +56,8 @@ func (g *imdsLimiter) roundTrip(r *http.Request) (*http.Response, error) {
 // semaphore bounds the number of concurrent requests.
 type semaphore chan struct{}
 
-// roundTrip waits for a place, at most until the context of the request ends, and then calls next. The place is
-// released when next fails or when the caller closes the body of the response.
+// roundTrip waits for a free slot, at most until the context of the request ends, and then calls next. The slot becomes
+// free when next fails or when the caller closes the body of the response.
 func (s semaphore) roundTrip(r *http.Request, next func(*http.Request) (*http.Response, error)) (*http.Response, error) {
 	select {
 	case s <- struct{}{}:

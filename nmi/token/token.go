@@ -161,6 +161,6 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// NonRetriable keeps the Azure SDK from retrying. An *Error inside the SDK's pipeline means that this process itself
-// did not send the request.
+// NonRetriable keeps the Azure SDK from retrying. Inside the SDK's pipeline an *Error comes only from a transport of NMI
+// that refused to send the request: because of an earlier 429, or because the address has no https.
 func (e *Error) NonRetriable() {}
