@@ -207,6 +207,9 @@ func (l *testEnvironment) mustBeDetachedAfterDelay(t *testing.T, node string, id
 	t.Helper()
 	l.waitUntilDetached(t, node, id)
 	changes := l.changes(t, node, id)
+	if len(changes) == 0 {
+		t.Fatalf("%s was never attached to the machine of %s", id.ResourceID, node)
+	}
 	last := changes[len(changes)-1]
 	for _, r := range l.updates(t, id) {
 		if r.OperationID == last.OperationID && r.Start.After(unused.Add(detachDelay)) {
