@@ -110,8 +110,8 @@ type AzureAssignedIdentityStatus struct {
 	// +optional
 	Metadata *metav1.ObjectMeta `json:"metadata,omitempty"`
 
-	// Status is Created, Assigned or Unassigned. It is empty until MIC sets it in a new object, and in objects that a
-	// version of AAD Pod Identity without states wrote.
+	// Status is Created, Assigned or Unassigned. It is empty in a new object until MIC sets it. It is also empty in an
+	// object that a version of AAD Pod Identity without states wrote.
 	// +optional
 	Status AssignmentState `json:"status,omitempty"`
 

@@ -30,7 +30,7 @@ func NodeInit(planFile string) error {
 	}
 	var plan nodePlan
 	if err := json.Unmarshal(data, &plan); err != nil {
-		return fmt.Errorf("reading %s: %w", planFile, err)
+		return fmt.Errorf("decoding %s: %w", planFile, err)
 	}
 	if err := plan.setUp(); err != nil {
 		return fmt.Errorf("setting up node %s: %w", plan.Name, err)

@@ -12,7 +12,7 @@ func IndexBy[T any](value func(T) string) cache.IndexFunc {
 	return func(o any) ([]string, error) {
 		t, ok := o.(T)
 		if !ok {
-			return nil, fmt.Errorf("indexing a %T as a %T", o, t)
+			return nil, fmt.Errorf("the index of objects of type %[2]T was given a %[1]T", o, t)
 		}
 		if v := value(t); v != "" {
 			return []string{v}, nil
