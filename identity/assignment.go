@@ -6,7 +6,7 @@ import "fmt"
 type State string
 
 const (
-	StateLegacy     State = "" // not set: by a version of AAD Pod Identity without states, or not yet; see Usable
+	StateLegacy     State = "" // not set, see Usable
 	StateCreated    State = "Created"
 	StateAssigned   State = "Assigned"
 	StateUnassigned State = "Unassigned"
@@ -29,18 +29,19 @@ type Assignment struct {
 	Message string
 }
 
-// Covers reports whether the assignment is for this pod and the current version of this identity. An assignment does
-// not cover a later pod of the same name, except if it has no owner and therefore no UID to compare. It does not cover
-// the identity after a change of its type or, for UserAssigned, of its resource ID.
+// Covers reports whether the assignment is for this pod and the current version of this identity. An assignment with an
+// owner does not cover a later pod of the same name. An assignment without an owner has no UID to compare, so it covers
+// each pod of its namespace and name. After a change of the identity's type or, for UserAssigned, of its resource ID,
+// the assignment no longer covers the identity.
 func (a Assignment) Covers(pod Pod, i *Identity) bool {
 	return a.PodName == pod.Name && a.PodNamespace == pod.Namespace && (a.PodUID == "" || a.PodUID == pod.UID) &&
 		a.IdentityName == i.Name && a.IdentityNamespace == i.Namespace && a.Kind == i.Kind &&
 		(i.Kind != UserAssigned || sameResource(a.ResourceID, i.ResourceID))
 }
 
-// Usable reports whether the pod may use the identity. An object without a state and without an owner is from a version
-// of AAD Pod Identity without states, where it meant that the identity is attached. An object without a state that a
-// pod owns is from MIC, which has not set the state yet.
+// Usable reports whether the pod may use the identity. StateLegacy has two meanings. Without an owner, the assignment
+// is from a version of AAD Pod Identity that had no states, and its existence means that the identity is attached. With
+// a pod as its owner, the assignment is from MIC, which has not set the state yet.
 func (a Assignment) Usable() bool {
 	return a.State == StateAssigned || a.State == StateLegacy && a.PodUID == ""
 }

@@ -1,13 +1,13 @@
 // Package identity decides which Azure identity, if any, a pod may use.
 //
-// NMI calls it for every token request, and MIC for every assignment. It consists of pure
-// functions over plain values: no I/O, no clock, no log. The same input has the same result everywhere, and the result has
-// a [Reason] that is spelled the same in the HTTP error, the log and the metrics.
+// NMI uses it for each token request that it can attribute to a pod, and MIC to find the identities that a pod needs.
+// It consists of pure functions over plain values: no I/O, no clock, no log. The same input has the same result
+// everywhere, and the result has a [Reason] that is spelled the same in the HTTP error, the log and the metrics.
 //
-// It protects against a pod that gets an identity that is not bound to it. It never guesses. It refuses a request in a
-// doubtful case, and names the objects: several identities are bound and the request names none of them, no bound
-// identity exists, or the identity is invalid. Text that the client chooses can only narrow the set of identities that
-// the cluster's objects allow.
+// It protects against a pod that gets an identity that is not bound to it. It never guesses. In a doubtful case it
+// refuses the request and names the objects involved. A case is doubtful if several different identities are bound and
+// the request names none of them, if no bound identity exists, or if the identity is invalid. Text that the client
+// chooses can only narrow the set of identities that the cluster's objects allow.
 //
 // The package also has the list of all reason codes of NMI, with the cause and the remedy of each for the documents.
 package identity
@@ -54,7 +54,7 @@ type Rules struct {
 	AllowCrossNamespaceSecrets bool
 }
 
-// Pod is the caller.
+// Pod is the pod that the decision is about.
 type Pod struct {
 	Namespace, Name string
 	// UID distinguishes the pod from earlier pods of the same name. Only assignments are compared with it.
@@ -169,8 +169,8 @@ type Decision struct {
 	Detail string
 }
 
-// Decide returns the decision about a request of the pod for the identity that want names. If want names none, the
-// decision is about the only identity that is bound to the pod.
+// Decide returns the decision about a request of the pod for the identity that want names. If want names none, only one
+// identity may be bound to the pod; objects with the same credential count as one.
 func Decide(rules Rules, pod Pod, want Selector, facts Facts) Decision {
 	if excepted(pod, facts.Exceptions) {
 		return Decision{Outcome: Granted, Reason: Excepted}

@@ -20,7 +20,8 @@ const (
 	AssignmentFailed   Reason = "assignment_failed"
 )
 
-// Reasons before the decision: the request itself, and the pod that sent it.
+// Reasons that do not come from the decision: the request itself, the pod that sent it, objects that NMI lacks or that
+// keep changing (NotReady), or a client that closed the connection.
 const (
 	HeaderMissing    Reason = "metadata_header_missing"
 	Forwarded        Reason = "forwarded_request"
@@ -38,7 +39,8 @@ const (
 )
 
 // Reasons after the decision: the credential, the source of the token, and the limit of one pod (PodThrottled).
-// Forwarding is for requests without a decision.
+// Forwarding, UpstreamThrottled and UpstreamUnavailable are also for requests that NMI forwards to IMDS without a
+// decision.
 const (
 	SecretMissing           Reason = "secret_missing"
 	SecretUnreadable        Reason = "secret_unreadable"

@@ -48,9 +48,9 @@ const minRetryAfter, maxRetryAfter = 1 * time.Second, 25 * time.Second
 // PendingRetryAfter is the Retry-After of the response to a request whose identity is not assigned yet.
 const PendingRetryAfter = 5 * time.Second
 
-// Refusal returns the response to a request that the decision did not grant. A refused request gets a permanent error,
-// like IMDS's own 400, so that a chain of credentials tries its next credential at once. A pending request gets an
-// error that makes the client retry.
+// Refusal returns the response to a request that the decision did not grant. A refused request gets an error that
+// clients do not retry, like IMDS's own 400, so that a chain of credentials tries its next credential at once. A
+// pending request gets an error that makes the client retry.
 func Refusal(d identity.Decision) *Error {
 	if d.Outcome == identity.Pending {
 		return Unavailable(d.Reason, d.Detail, PendingRetryAfter)
@@ -77,8 +77,8 @@ func Throttled(r identity.Reason, detail string, retryAfter time.Duration) *Erro
 	return &Error{Status: http.StatusTooManyRequests, Code: codeThrottled, Description: detail, Reason: r, RetryAfter: max(retryAfter, minRetryAfter)}
 }
 
-// Forbidden returns the permanent error for a request that NMI does not serve, or for whose identity it cannot request a
-// token.
+// Forbidden returns the response to a request that NMI does not serve, or for whose identity it cannot request a token.
+// Clients do not retry it.
 func Forbidden(r identity.Reason, detail string) *Error {
 	return &Error{Status: http.StatusForbidden, Code: codeForbidden, Description: detail, Reason: r}
 }
@@ -123,7 +123,7 @@ func writeJSON(w http.ResponseWriter, status int, body []byte) {
 	h["Content-Type"] = jsonType
 	h["Content-Length"] = []string{strconv.Itoa(len(body))}
 	w.WriteHeader(status)
-	// An error means that the client is gone, so nothing can be reported to it.
+	// An error means that the connection is broken, so nothing can be reported to the client.
 	_, _ = w.Write(body)
 }
 

@@ -16,7 +16,7 @@ const (
 	headerPodName      = "podname"
 )
 
-// maxName bounds the name of a namespace or a pod, as Kubernetes does.
+// maxName is the longest name of a pod that Kubernetes allows. Names of namespaces are shorter.
 const maxName = 253
 
 // ParseHostToken parses a request for /host/token, with which a program of the node requests a token on behalf of a

@@ -12,10 +12,10 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// Request is a parsed request. It contains only those texts of the client that its route needs.
+// Request is a parsed request. No other text of the client is logged or passed on to IMDS or Entra ID.
 type Request struct {
 	Route Route
-	// Field is the path after /metadata/instance, in the client's case: "" or "/compute/name".
+	// Field is the path after /metadata/instance, in the client's letter case: "" or "/compute/name".
 	Field string
 	// Resource is the audience the token is for, as the client wrote it.
 	Resource string

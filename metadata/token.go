@@ -1,17 +1,18 @@
 // Package metadata implements the protocol of the Azure Instance Metadata Service (IMDS): it parses a pod's request
-// strictly, and writes a token, an error or the response of IMDS in the form that client libraries expect. It also parses
-// requests to /host/token, with which programs of the node request tokens for a pod, as in AAD Pod Identity.
+// strictly, and writes a token, an error or the response of IMDS in the form that client libraries expect. It also
+// parses requests to /host/token, with which programs of the node request tokens for a pod, as in AAD Pod Identity.
 //
-// It protects against requests that NMI and IMDS or Entra ID interpret differently: NMI authorizes one meaning, and the other
-// service responds to another. A path is decoded once and compared with a short list. Repeated parameters are refused.
-// Requests to IMDS are built from parsed values, never from the client's text. Paths that return credentials of the VM are
-// not on the list. Forwarded requests and requests without the Metadata header are refused, because a proxy or a web page
-// that the pod fetches may have caused them.
+// It protects against requests that NMI and IMDS or Entra ID interpret differently: NMI would authorize one meaning,
+// and the other service would respond to another. A path is decoded once and compared with a short list. Repeated
+// parameters are refused. Requests to IMDS are built from parsed values, never from the client's text. Paths that
+// return credentials of the VM are not on the list. Forwarded requests are refused, and so, unless the configuration
+// allows them, are requests without the Metadata header: a proxy or a web page that the pod fetches may have caused
+// them.
 //
 // The protocol is taken from Microsoft's documentation of the service
 // (learn.microsoft.com/azure/virtual-machines/instance-metadata-service and
-// learn.microsoft.com/entra/identity/managed-identities-azure-resources/how-to-use-vm-token), from captured responses of
-// IMDS, and from the client libraries, which rely on more than is documented.
+// learn.microsoft.com/entra/identity/managed-identities-azure-resources/how-to-use-vm-token), from captured responses
+// of IMDS, and from the client libraries, which rely on more than is documented.
 package metadata
 
 import (

@@ -92,9 +92,9 @@ func unreachable(err error) *Error {
 	return Unavailable(identity.UpstreamUnavailable, detail, time.Second)
 }
 
-// Forward forwards the request to IMDS and writes the response of IMDS, or Unavailable if forwarding fails. If the
-// node has used up its budget, or the client disconnects while it waits for the budget, Forward returns an error and
-// writes nothing.
+// Forward forwards the request to IMDS. It writes the response of IMDS, or an Unavailable error if forwarding fails. It
+// returns an error, and writes nothing, if the node has used up its budget or the client disconnects while Forward
+// waits for the budget.
 func (u *Upstream) Forward(w http.ResponseWriter, r *http.Request, req Request) *Error {
 	waitCtx, cancel := context.WithTimeout(r.Context(), forwardWait)
 	defer cancel()

@@ -103,8 +103,8 @@ func (c *testNode) begin(source string) <-chan response {
 	return done
 }
 
-// beginWait sends a request and returns when the request waits. By then the request has checked the facts twice: before
-// and after it subscribed.
+// beginWait sends a request and returns when the request has checked the facts twice: before and after it subscribed.
+// From then on a change of the objects that it depends on wakes it.
 func (c *testNode) beginWait(source string) <-chan response {
 	r := c.begin(source)
 	<-c.checks
@@ -219,7 +219,7 @@ func TestAnAssignmentIsForOnePodOnly(t *testing.T) {
 	c.expect(c.begin("10.0.0.2"), 200, "token-of-"+nmitest.ClientX)
 }
 
-// waitAssigned returns when the agent has received an assignment.
+// waitAssigned returns when the agent has received a usable assignment of identity i to pod p.
 func (c *testNode) waitAssigned(p *corev1.Pod, i *v1.AzureIdentity) {
 	id := identity.FromAzureIdentity(i)
 	changed, stop := c.objects.Notifier().Subscribe(cluster.PodKey(p.Namespace, p.Name))

@@ -31,7 +31,7 @@ type Config struct {
 	SyncInterval     time.Duration // between two checks of the rules
 	ProbePort        int           // for probes, on loopback
 	PrometheusPort   int           // for metrics, on all addresses
-	PodLookupTimeout time.Duration // how long a request waits for the caches to sync, and then for its pod to be known
+	PodLookupTimeout time.Duration // how long a request waits for the caches to sync, and then once more for its pod
 	ShutdownTimeout  time.Duration // how long requests in flight have to end
 
 	BlockInstanceMetadata  bool
@@ -50,8 +50,8 @@ type Config struct {
 	Events                     bool // report refusals as Events of pods
 }
 
-// DefaultConfig returns the defaults. Most are those of AAD Pod Identity. The defaults of AAD Pod Identity differ for
-// OperationMode (standard), ProbePort (8080) and SyncInterval (60 s).
+// DefaultConfig returns the defaults. A setting that AAD Pod Identity has too keeps its default, except OperationMode
+// (there standard), ProbePort (there 8080) and SyncInterval (there 60 s).
 func DefaultConfig() Config {
 	return Config{
 		OperationMode:          ModeManaged,

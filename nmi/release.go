@@ -15,13 +15,13 @@ func (a *agent) releasePod(uid string) {
 	a.principals.Release(uid)
 }
 
-// releaseInterval is the time between two checks for deleted pods whose state was added again: a request that was in
-// flight when its pod was deleted can add the pod again.
+// releaseInterval is the time between two searches for state of pods that are gone: a request that is still in flight
+// when releasePod is called can add such state again.
 const releaseInterval = 5 * time.Minute
 
 // releaseDeletedPods releases the pods that have Secrets or assertions but are not live pods of this node, at each
-// releaseInterval until ctx ends. If it releases a pod that the watch has not reported yet, the next request of the pod
-// adds it again.
+// releaseInterval until ctx ends. It may release a pod that the watch has not reported yet; the next request of that
+// pod restores the state.
 func (a *agent) releaseDeletedPods(ctx context.Context) {
 	ticker := time.NewTicker(releaseInterval)
 	defer ticker.Stop()

@@ -20,8 +20,9 @@ import (
 var version = "dev"
 
 func main() {
-	// Most objects of MIC live long, so an early garbage collection costs little CPU and lowers the peak of the heap. The
-	// environment variable GOGC takes precedence.
+	// A value below the default of 100 lowers the peak of the heap, because Go collects garbage earlier. That costs
+	// little CPU time: most objects of MIC live long, so there is little garbage. The environment variable GOGC has
+	// precedence.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)
 	}
@@ -38,8 +39,8 @@ func main() {
 	}
 }
 
-// command returns the root command. All commands have all flags: "mic plan" with the arguments of a running MIC prints the
-// plan of that MIC.
+// command returns the root command. All commands have the flags of mic, so that "mic plan" with the arguments of a
+// running MIC prints the plan of that MIC.
 func command() *cobra.Command {
 	o := options.New()
 	run := &cobra.Command{

@@ -22,8 +22,9 @@ import (
 var version = "dev"
 
 func main() {
-	// NMI runs on every node, so a small heap matters more than CPU time. The heap is small, so collecting it earlier
-	// than by default costs little. The environment variable GOGC has precedence.
+	// NMI runs on every node, so its memory matters more than its CPU time. With a value below the default of 100, Go
+	// collects garbage earlier. That costs little CPU time, because the heap of NMI is small. The environment variable
+	// GOGC has precedence.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(60)
 	}

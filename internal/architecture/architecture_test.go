@@ -227,8 +227,8 @@ func receiverType(expr ast.Expr) string {
 	return "unknown"
 }
 
-// Go compiles a package again for each different version of a module that the package depends on. If the modules of
-// this repository require different versions of one module, Go compiles most dependencies twice.
+// If the modules of this repository require different versions of one module, Go compiles all packages that depend on
+// this module once for each version.
 func TestModulesRequireTheSameVersions(t *testing.T) {
 	required := map[string]string{} // module → version, of the modules read so far
 	for _, folder := range []string{".", "e2e"} {

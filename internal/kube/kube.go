@@ -29,8 +29,8 @@ func Config(kubeconfig, userAgent string) (*rest.Config, error) {
 }
 
 // Client returns a client for the resources of one group and version. path is /api or /apis. The client sends bodies as
-// contentType, and accepts contentType and JSON. The scheme needs to know only the types of that group: a client for all
-// of Kubernetes would take several times the memory.
+// contentType, and accepts contentType and JSON. The scheme needs to know only the types that the client sends and
+// receives: a client for all of Kubernetes would take several times the memory.
 func Client(config *rest.Config, scheme *runtime.Scheme, gv schema.GroupVersion, path, contentType string) (rest.Interface, error) {
 	c := rest.CopyConfig(config)
 	c.GroupVersion, c.APIPath = &gv, path

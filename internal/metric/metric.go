@@ -1,5 +1,5 @@
-// Package metric describes metrics as data. NMI and MIC each export one table of Definitions, make their collectors from
-// it, and the reference in docs/reference is generated from the same table, so that it cannot differ from the code.
+// Package metric describes metrics as data. NMI and MIC each have one table of Definitions and make their collectors
+// from it. The reference in docs/reference is generated from the same tables, so it cannot differ from the code.
 package metric
 
 import (

@@ -1,6 +1,6 @@
 // Package outbound contains what the HTTP clients of NMI and MIC for Azure have in common. It protects Azure against
-// requests that it asked not to send (Retry-After), and the clients against data races of the Azure SDK's retries and
-// against certificate bundles that hold no certificate.
+// requests before the time that its Retry-After names. It protects the clients against data races of the Azure SDK's
+// retries, and against certificate bundles that hold no certificate.
 package outbound
 
 import (
@@ -37,9 +37,9 @@ func (g *RetryAfterGate) Extend(d time.Duration) {
 	}
 }
 
-// WithOwnBody returns a copy of the request that has its own body, or the request itself if it has no body. If a response
-// arrives early, net/http may still read the body of the first attempt while the Azure SDK already rewinds it for the
-// next one.
+// WithOwnBody returns a copy of the request that has its own body, or the request itself if it has no body. Attempts
+// must not share a body: if a response arrives early, net/http may still read the body of one attempt while the Azure
+// SDK already rewinds it for the next.
 func WithOwnBody(r *http.Request) (*http.Request, error) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return r, nil

@@ -1,5 +1,5 @@
-// Package retry spaces attempts that failed: exponential backoff with jitter. It protects the API server and Azure
-// against many nodes or many objects that failed together and would otherwise retry together.
+// Package retry computes the waits between attempts: exponential backoff with jitter. It protects the API server and
+// Azure against many nodes or many objects that failed together and would otherwise retry together.
 //
 // In addition to wait.Backoff of apimachinery it computes the wait after a given number of failures: the reconcilers of
 // MIC and the token cache of NMI keep the number of failures with each object, not a wait.Backoff.

@@ -20,8 +20,8 @@ const byPod = "pod"
 // assignment is what the cache keeps of an AzureAssignedIdentity.
 type assignment struct {
 	identity.Assignment
-	// received is when the last event about the assignment arrived: shortly after MIC wrote this state, or when the
-	// watch started or started again.
+	// received is when NMI last received the assignment: after a change of the object, or because the watch started or
+	// started again.
 	received time.Time
 }
 
@@ -53,7 +53,8 @@ func (c *Cache) notifyOnChanges() error {
 	return nil
 }
 
-// notifyOnChange returns a handler that notifies of the key of each object that changed.
+// notifyOnChange returns a handler that notifies n of the key of each object that changed, and of its former key if the
+// change gave it another.
 func notifyOnChange[T any](n *Notifier, keyOf func(*T) Key) cache.ResourceEventHandler {
 	return kube.TypedHandler(func(old, current *T) {
 		if old != nil && current != nil && equalState(old, current) {
@@ -70,9 +71,9 @@ func notifyOnChange[T any](n *Notifier, keyOf func(*T) Key) cache.ResourceEventH
 	})
 }
 
-// equalState reports whether two states of an object are equal for NMI: when a watch starts again, all objects arrive
-// again. It returns false for an assignment that arrived again, because the time received differs; this only causes an
-// additional check.
+// equalState reports whether two states of an object are equal for NMI. Without it, all waiting requests would be
+// notified when a watch starts again, because all objects then arrive again. For an assignment that arrives again it
+// returns false, as the field received differs; that only causes an additional check.
 func equalState(old, current any) bool {
 	if i, ok := old.(*trimmed[identity.Identity]); ok {
 		return i.value.Equal(current.(*trimmed[identity.Identity]).value)
@@ -91,14 +92,14 @@ func podOfAssignment(o any) ([]string, error) {
 	return []string{a.value.PodNamespace + "/" + a.value.PodName}, nil
 }
 
-// assignmentsOf returns the assignments of pods with this namespace and name.
+// assignmentsOf returns the assignments of the pod, and those of other pods that have had its namespace and name.
 func (c *Cache) assignmentsOf(pod *corev1.Pod) ([]any, error) {
 	return c.assignments.GetIndexer().ByIndex(byPod, pod.Namespace+"/"+pod.Name)
 }
 
-// AssignedSince returns the time at which NMI received the assignment of the identity to the pod in its current state,
-// or the zero time if the identity is not assigned. After a watch started again, this is later than the first time that
-// NMI received it. If there are several such assignments, it returns the earliest of these times.
+// AssignedSince returns when NMI last received a usable assignment of the identity to the pod, or the zero time if
+// there is none. If there are several, it returns the earliest of their times. When a watch starts again, all
+// assignments are received again, so the time can be later than the assignment itself.
 func (c *Cache) AssignedSince(pod *corev1.Pod, id *identity.Identity) time.Time {
 	var since time.Time
 	found, _ := c.assignmentsOf(pod) // fails only if the index does not exist, and then Facts has failed before

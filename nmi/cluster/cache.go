@@ -20,7 +20,7 @@ type Config struct {
 	Node      string
 	Rules     identity.Rules
 	Callbacks Callbacks
-	Health    *health.Health // receives what is missing in the cluster
+	Health    *health.Health // receives whether the custom resource definitions and the caches are ready
 	Log       *zap.Logger
 }
 

@@ -23,8 +23,8 @@ import (
 )
 
 // checkTimeout bounds the check of the node and each check of the custom resource definitions. NMI installs the rules
-// even if the API server does not respond: a node that starts while the API server is unavailable must be protected
-// too.
+// after the check of the node, even if the API server does not respond: a node that starts while the API server is
+// unavailable must be protected soon, too.
 const checkTimeout = 5 * time.Second
 
 // Client sends requests to the API server. Its watches reconnect together, see reconnector.
@@ -35,9 +35,9 @@ type Client struct {
 	onFailure   func(operation string)
 }
 
-// NewClient returns a client for the node of this name. It calls onFailure with one of the operations of package
-// telemetry each time a request of that operation fails. It does not do so for probes, the checks of the node and of
-// the custom resource definitions, and a watch of a Secret that the API server refuses.
+// NewClient returns a client for the node of this name. The client calls onFailure each time a request fails, with one
+// of the operations of package telemetry (APIWatch and others). It does not report failures of probes, of the checks of
+// the node and of the custom resource definitions, and of a watch of a Secret that the API server refuses.
 func NewClient(config *rest.Config, node string, onFailure func(operation string)) (*Client, error) {
 	scheme := runtime.NewScheme()
 	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
@@ -71,7 +71,8 @@ func (c *Client) StaleWatch() string { return c.reconnector.staleWatch() }
 // StaleWatches returns the number of watches whose cache may be outdated, see StaleWatch.
 func (c *Client) StaleWatches() int { return c.reconnector.staleWatches() }
 
-// SecretListWatch returns a source for an informer of one Secret. The source reconnects, but does not count as a stale watch.
+// SecretListWatch returns a source for an informer of one Secret. The source reconnects, but does not count as a stale
+// watch: it may end while it is disconnected, and would then count as stale for ever.
 func (c *Client) SecretListWatch(namespace, name string) *cache.ListWatch {
 	return c.reconnector.wrap("", cache.NewListWatchFromClient(c.core, "secrets", namespace, fields.OneTermEqualSelector(metav1.ObjectNameField, name)))
 }
@@ -90,8 +91,8 @@ func (c *Client) RequestToken(ctx context.Context, namespace, serviceAccount str
 	return &response, c.countFailure(telemetry.APIRequestToken, err)
 }
 
-// WriteEvent creates an Event. If its count is greater than one, the Event may exist already; then WriteEvent updates
-// it, and creates it only if it does not exist.
+// WriteEvent writes an Event. If e.Count is greater than one, the Event probably exists: WriteEvent then updates its
+// count and time, and creates the Event only if it does not exist.
 func (c *Client) WriteEvent(ctx context.Context, e *corev1.Event) error {
 	events := func(r *rest.Request) *rest.Request { return r.Namespace(e.Namespace).Resource("events") }
 	if e.Count > 1 {
@@ -124,8 +125,8 @@ func (c *Client) listPods(ctx context.Context) ([]*corev1.Pod, error) {
 // onNode selects the pods of a node.
 func onNode(node string) fields.Selector { return fields.OneTermEqualSelector("spec.nodeName", node) }
 
-// CheckNode returns an error if the cluster has no node of this name: NMI would not find any pod. If the API server
-// does not answer the question, CheckNode logs a warning and returns nil.
+// CheckNode returns an error if the cluster has no node of the client's name, because NMI would not find any pod. If it
+// cannot read the node for another reason, it logs a warning and returns nil.
 func (c *Client) CheckNode(ctx context.Context, log *zap.Logger) error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()

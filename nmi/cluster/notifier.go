@@ -14,7 +14,7 @@ func BindingsKey(selector string) Key { return Key{"bindings", selector} }
 // ExceptionsKey is the key of the exceptions of a namespace.
 func ExceptionsKey(namespace string) Key { return Key{"exceptions", namespace} }
 
-// IdentitiesKey is the key of all identities together, because they rarely change.
+// IdentitiesKey is the key of all identities. One key for all is enough, because identities rarely change.
 func IdentitiesKey() Key { return Key{"identities", ""} }
 
 // Notifier wakes the subscribers of the keys that changed and no others: when all pods of a node start at once, there are

@@ -29,8 +29,8 @@ const liveListTimeout = 4 * time.Second
 // PodFinder finds the pod that has an address or a name.
 //
 // It protects against a token for the wrong pod: the address must belong to exactly one live pod that is not in the
-// host network. A request that arrives before the watch reports its address waits. A request also waits while several
-// pods in the cache have its address, until only one of them is left.
+// host network. While the cache has no such pod, or several, a request waits, at most for timeout: the watch may not
+// have reported yet that the pod has the address, or that an earlier pod with this address has finished.
 type PodFinder struct {
 	pods     cache.Indexer // with the PodIndexers
 	changed  *Broadcast
@@ -62,7 +62,8 @@ func (f *PodFinder) FindByAddress(ctx context.Context, ip netip.Addr) (*corev1.P
 	}
 	deadline := time.NewTimer(f.timeout)
 	defer deadline.Stop()
-	// The watch is nearly always at most a moment behind, so it gets half of the time before NMI lists the pods.
+	// The watch usually reports a pod within a moment. If it has not done so after half of the time, NMI lists the
+	// pods.
 	listLive := time.NewTimer(f.timeout / 2)
 	defer listLive.Stop()
 	var lists <-chan singleflight.Result

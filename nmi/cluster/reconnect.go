@@ -23,15 +23,18 @@ const (
 	probeTimeout                         = 3 * time.Second
 )
 
-// catchUpTime is how long a watch that continues after an outage still counts as stale. The API server sends the missed
-// events first, or an error event if it has discarded them.
+// catchUpTime is how long a watch still counts as stale after it has reconnected, see connectAfterCatchUp. The API
+// server sends the missed events first, or an error event if it has discarded them.
 const catchUpTime = time.Second
 
-// reconnector keeps the watches of this node running while the API server is unavailable.
+// reconnector reconnects the watches of this node together after the API server was unavailable, and records which of
+// them are stale: disconnected, or not caught up yet.
 //
-// By itself each watch would back off up to a minute and find the server long after it is available again. In the meantime
-// NMI would refuse a pod permanently because its new identity does not seem to exist. The reconnector sends one small probe
-// for all watches, and all continue as soon as it succeeds.
+// By itself each watch would back off for up to a minute, and so find the API server long after it is available again.
+// The reconnector sends one small probe for all watches. As soon as a probe succeeds, all watches reconnect.
+//
+// While a watch is stale, an object that NMI lacks may be one that the watch has not received yet. Package request
+// therefore responds with an error that clients retry instead of a refusal, which they do not retry.
 type reconnector struct {
 	probe     func(context.Context) error // returns nil if the API server is ready
 	onFailure func()                      // is called if the API server is unavailable for a list or a watch
@@ -62,9 +65,10 @@ func (r *reconnector) staleWatches() int {
 	return len(r.disconnected)
 }
 
-// wrap returns a ListWatch that waits while the API server is unavailable, instead of returning an error. A ListWatch
-// with a name counts as stale while it is disconnected. It must be in use until the process ends, because only a new
-// connection ends the stale state. If name is "", the ListWatch never counts as stale.
+// wrap returns a ListWatch that waits while the API server is unavailable, instead of returning an error. If name is
+// not "", the ListWatch counts as stale from the moment at which it finds the API server unavailable until it has
+// reconnected and caught up. Such a ListWatch must be in use until the process ends: without a new connection it would
+// count as stale for ever.
 func (r *reconnector) wrap(name string, lw *cache.ListWatch) *cache.ListWatch {
 	list, watch := lw.ListWithContextFunc, lw.WatchFuncWithContext
 	return &cache.ListWatch{
@@ -88,10 +92,10 @@ func (r *reconnector) wrap(name string, lw *cache.ListWatch) *cache.ListWatch {
 	}
 }
 
-// connectAfterCatchUp marks a watch as connected when it has had time to receive the events it missed. There are three
-// cases. If the watch continues where it stopped, it is connected after catchUpTime. If it starts with all objects, it
-// is connected catchUpTime after the bookmark that marks the last of them. If it fails because the events it missed are
-// no longer available, it stays disconnected.
+// connectAfterCatchUp marks a watch as connected when it has had time to receive the events that it missed. If the
+// watch continues where it stopped, that is catchUpTime from now. If it starts with all objects, that is catchUpTime
+// after the bookmark that follows the last of them. If an error event arrives before that, for example because the API
+// server has discarded the missed events, the watch stays disconnected.
 func (r *reconnector) connectAfterCatchUp(name string, o metav1.ListOptions, w apiwatch.Interface) apiwatch.Interface {
 	connect := func() { r.setDisconnected(name, false) }
 	var timer *time.Timer
@@ -111,7 +115,8 @@ func (r *reconnector) connectAfterCatchUp(name string, o metav1.ListOptions, w a
 }
 
 // observedWatch calls a function for each event of a watch and passes the event on. Stop ends its goroutine even if
-// nobody receives the event that it is passing on; the goroutine of apimachinery's filter would never end then.
+// nobody receives the event that it is passing on. In that case the goroutine of apimachinery's watch.Filter would
+// never end.
 type observedWatch struct {
 	apiwatch.Interface
 	events  chan apiwatch.Event

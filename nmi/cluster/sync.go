@@ -38,7 +38,7 @@ func (c *Cache) Run(ctx context.Context) {
 	}
 	close(c.synced)
 	c.cfg.Health.Set(health.Caches, nil)
-	// The initial lists need several times the memory of what the caches keep. Return it to the operating system.
+	// The initial lists need several times the memory of what the caches keep. Return the rest to the operating system.
 	debug.FreeOSMemory()
 	c.cfg.Log.Info("caches have synced")
 }
@@ -65,7 +65,7 @@ func (c *Cache) waitForCRDs(ctx context.Context) bool {
 }
 
 // WaitSynced waits until all caches have synced. Before that, an object that is not in a cache may exist. After the
-// timeout, or when ctx ends, it returns an error that says what is missing.
+// timeout, or when ctx ends, it returns an error that says what NMI lacks to be ready.
 func (c *Cache) WaitSynced(ctx context.Context, timeout time.Duration) error {
 	select {
 	case <-c.synced:

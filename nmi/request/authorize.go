@@ -32,13 +32,14 @@ func (p *Processor) authorize(ctx context.Context, pod *corev1.Pod, req metadata
 	}
 	if auth.decision.Outcome != identity.Granted {
 		if watch := p.Cluster.StaleWatch(); watch != "" {
-			// The missing object may be one that the watch has not received yet, and the client would not retry a refusal.
+			// The watch may not have received yet what the decision lacks, and the client would not retry a refusal.
 			return auth, metadata.Unavailable(identity.NotReady, fmt.Sprintf("NMI's watch of %s is disconnected from the API server, or has just reconnected; according to the last known state, %s", watch, auth.decision.Detail), defaultRetryAfter)
 		}
 		return auth, metadata.Refusal(auth.decision)
 	}
 	if auth.decision.Reason == identity.Excepted {
-		// An excepted pod gets tokens of the identities of the VM itself. The selector of the request names one of them.
+		// An excepted pod gets tokens of the identities of the VM itself. The selector of the request names one of
+		// them, or, if it is empty, means the VM's default identity.
 		selector := req.Selector
 		auth.keys = []token.Key{token.ManagedKey(selector.ClientID, selector.ObjectID, selector.ResourceID, req.Resource)}
 		return auth, nil
@@ -68,7 +69,8 @@ func (p *Processor) decide(ctx context.Context, pod *corev1.Pod, req metadata.Re
 	}
 	pending, failure := p.addObjectIDs(ctx, pod, req, facts)
 	decision = identity.Decide(p.Rules, subject, req.Selector, facts)
-	// The requested identity may be one whose token is not available. The client would not retry after "not found".
+	// The requested identity may be one whose token is not available. Then the response is not "not found", which the
+	// client would not retry.
 	switch {
 	case decision.Reason != identity.IdentityNotBound:
 	case pending != nil:
@@ -81,8 +83,8 @@ func (p *Processor) decide(ctx context.Context, pod *corev1.Pod, req metadata.Re
 
 // addObjectIDs adds object IDs to the identities in facts that are bound to the pod, until it finds the requested one.
 // It uses the object IDs of earlier tokens first, so that an identity without an available token does not block
-// requests for other identities. For an identity that is not assigned yet it requests no token, and returns the decision
-// about that identity as pending. failure is the error of an identity whose token is not available.
+// requests for other identities. For an identity that is not assigned yet it requests no token, and sets pending to the
+// decision about that identity. failure is the error of an identity whose token is not available.
 func (p *Processor) addObjectIDs(ctx context.Context, pod *corev1.Pod, req metadata.Request, facts identity.Facts) (pending *identity.Decision, failure error) {
 	subject := cluster.IdentityPod(pod)
 	bound, _ := identity.Bound(p.Rules, subject, facts)
@@ -100,7 +102,7 @@ func (p *Processor) addObjectIDs(ctx context.Context, pod *corev1.Pod, req metad
 		if id.ObjectID = objectID; strings.EqualFold(objectID, req.Selector.ObjectID) {
 			return nil, nil
 		}
-		known = append(known, id) // check it last: an application that was created again has a new object ID
+		known = append(known, id) // check it last: a principal that was created again has a new object ID
 	}
 	for _, id := range append(unknown, known...) {
 		if p.Rules.Mode == identity.Standard {

@@ -86,8 +86,8 @@ func (p *Processor) ForPodName(ctx context.Context, rec *Record, source netip.Ad
 	return p.forPod(ctx, rec, source, pod, req)
 }
 
-// maxRounds is the number of fetches during which the authorization of a request may change before the request gives
-// up.
+// maxRounds is how many fetches of a request may end without a usable result before NMI gives up. A result is not
+// usable if the authorization changed during the fetch, or if the fetch failed because of another pod.
 const maxRounds = 3
 
 // forPod authorizes the request and gets the tokens. A cached token is returned at once. A fetch takes time, in which a

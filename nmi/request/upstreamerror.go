@@ -52,8 +52,8 @@ func upstreamError(d identity.Decision, err error) *metadata.Error {
 	return response
 }
 
-// upstreamStatus returns 400, like IMDS, for a request that would fail with any credential, and 403 for a refused credential.
-// A 400 of IMDS itself stays 400.
+// upstreamStatus returns 400 for a 400 of IMDS, and for an unknown resource, with which any credential would fail.
+// Otherwise it returns 403, as for a refused credential.
 func upstreamStatus(d identity.Decision, e *token.Error) int {
 	fromIMDS := d.Identity == nil || d.Identity.Kind == identity.UserAssigned
 	if fromIMDS && e.Status == http.StatusBadRequest || isResourceError(e) {

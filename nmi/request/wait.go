@@ -19,8 +19,8 @@ import (
 )
 
 const (
-	// MaxAssignmentWait bounds the time that a request waits for an assignment. All client libraries keep a request
-	// open for at least as long.
+	// MaxAssignmentWait is the upper limit of WaitConfig.MaxWait. The known client libraries keep a request open for at
+	// least as long.
 	MaxAssignmentWait = time.Minute
 
 	// maxFailedWait is how long a request waits for an identity that MIC failed to attach. MIC retries only after a while,
@@ -33,8 +33,8 @@ const (
 	// maxBackoff.
 	initialBackoff, maxBackoff = time.Second, 5 * time.Second
 
-	// recheckInterval is the minimum time between two checks of a request that are caused by changes of objects that several
-	// pods share. It limits the load on the node when a client changes such objects continuously.
+	// recheckInterval is the minimum time from one check of a request to the next, if a change of objects that several
+	// pods share causes the next. It limits the load on the node when a client changes such objects continuously.
 	recheckInterval = 100 * time.Millisecond
 )
 
@@ -62,7 +62,7 @@ type requestWait struct {
 	source      netip.Addr
 
 	startedAt  time.Time // zero until the request waits
-	checkedAt  time.Time // when it last stopped waiting to check the objects
+	checkedAt  time.Time // when the request last stopped waiting
 	failedAt   time.Time // when the request saw that MIC failed to attach the identity; zero if MIC has not failed
 	authorized bool      // whether the last check granted the request
 	outcome    string
@@ -71,8 +71,8 @@ type requestWait struct {
 	backoff       time.Duration
 	retryUpstream bool // it is time to ask IMDS again
 
-	label       string // binding label of the pod when the request subscribed
-	own, shared <-chan struct{}
+	label       string          // binding label of the pod when the request subscribed
+	own, shared <-chan struct{} // notify of the pod and its assignments; of objects that several pods share
 	unsubscribe []func()
 }
 
@@ -92,7 +92,8 @@ func (w *requestWait) wait(ctx context.Context, auth authorization, refusal *met
 		w.outcome = WaitTimeout
 		return false
 	}
-	// If the decision is not pending, IMDS refused the token.
+	// The reason of refusal is that of a pending assignment. If the decision itself is not pending, the reason comes
+	// from notYetPropagated: IMDS refused the token.
 	w.retryUpstream = false
 	refusedByIMDS := auth.decision.Outcome != identity.Pending
 	if refusedByIMDS {
@@ -179,8 +180,8 @@ func (w *requestWait) timeLeft(now time.Time, reason identity.Reason) time.Durat
 	return min(left, w.failedAt.Add(maxFailedWait).Sub(now))
 }
 
-// timeUntilRetry returns how long the request must wait until it asks IMDS again. If the last such time has passed, it
-// sets the next one.
+// timeUntilRetry returns how long the request must wait until it asks IMDS again. If w.retryAt has passed, it sets the
+// next such time.
 func (w *requestWait) timeUntilRetry(now time.Time) time.Duration {
 	if !now.Before(w.retryAt) {
 		w.backoff = min(max(2*w.backoff, initialBackoff), maxBackoff)

@@ -19,9 +19,9 @@ import (
 // Listeners are the open ports of NMI. profile is nil unless profiling is enabled.
 type Listeners struct{ probes, metrics, profile, pods net.Listener }
 
-// Listen opens the ports. It opens the port for pods last, because only this port needs a change of the node: Listen
-// calls ensureLink, which creates the network link with the listen address. If Listen fails, it closes the ports that it
-// opened.
+// Listen opens the ports. It opens the port for pods last, because this is the only port for which it changes the node:
+// it calls ensureLink, which creates the network link with the listen address. If Listen fails, it closes the ports
+// that it opened.
 func Listen(ctx context.Context, cfg Config, ensureLink func(context.Context) error) (*Listeners, error) {
 	l := &Listeners{}
 	if err := l.open(ctx, cfg, ensureLink); err != nil {

@@ -12,7 +12,7 @@ import (
 	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
-// maxFieldBytes bounds text of a client in a log line. The encoder of the log escapes it.
+// maxFieldBytes bounds a text of a client or of Azure in a log line. The encoder of the log escapes it.
 const maxFieldBytes = 256
 
 // logRequest writes the line of a request. The line of a token request is an audit record if the audit level includes

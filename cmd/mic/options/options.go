@@ -18,8 +18,8 @@ import (
 	"github.com/podidentity/podidentity/mic"
 )
 
-// Options are the values of the flags. A flag with the meaning of a flag of AAD Pod Identity has the same name. A few
-// have a new name; for these AddFlags also defines the old name, as a deprecated flag.
+// Options are the values of the flags. Most flags that AAD Pod Identity has too keep its name. For the few that have a
+// new name, AddFlags also defines the old name, as a deprecated flag.
 type Options struct {
 	cfg       mic.Config
 	logLevel  string
@@ -32,7 +32,8 @@ func New() *Options {
 	o.cfg.Namespace = os.Getenv("MIC_POD_NAMESPACE")
 	o.cfg.Kubeconfig = os.Getenv("KUBECONFIG")
 	o.cfg.ForceNamespaced, _ = strconv.ParseBool(os.Getenv("FORCENAMESPACED"))
-	// In a pod the host name is the name of the pod. If the host name is unknown, Validate returns an error.
+	// By default the host name in a pod is the name of the pod. If it is unknown, and --leader-election-instance is not
+	// given, Validate returns an error.
 	o.cfg.LeaderElection.Instance, _ = os.Hostname()
 	return o
 }

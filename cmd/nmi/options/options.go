@@ -18,8 +18,8 @@ import (
 	"github.com/podidentity/podidentity/nmi"
 )
 
-// Options are the values of the flags. A flag with the meaning of a flag of AAD Pod Identity has the same name. A few
-// have a new name; for these AddFlags also defines the old name, as a deprecated flag.
+// Options are the values of the flags. Most flags that AAD Pod Identity has too keep its name. For the few that have a
+// new name, AddFlags also defines the old name, as a deprecated flag.
 type Options struct {
 	cfg        nmi.Config
 	logLevel   string
@@ -36,7 +36,7 @@ func New() *Options {
 	return o
 }
 
-// AddCaptureFlags adds the flags of the capture and of the log. They are all the flags that "nmi uninstall" needs.
+// AddCaptureFlags adds the flags that "nmi uninstall" shares with nmi: those of the iptables rules and of the main log.
 func (o *Options) AddCaptureFlags(f *pflag.FlagSet) {
 	c := &o.cfg
 	f.StringVar(&c.ListenAddress, "nmi-listen-address", c.ListenAddress, "link-local `address` that NMI listens on, on a network interface of its own, podidentity0")
@@ -83,7 +83,7 @@ func (o *Options) AddFlags(f *pflag.FlagSet) {
 	for old, now := range map[string]string{"forceNamespaced": "force-namespaced", "enableProfile": "enable-profile"} {
 		_ = f.MarkDeprecated(old, "use --"+now)
 	}
-	// Flags of AAD Pod Identity without an effect, so that its manifests still work.
+	// Flags of AAD Pod Identity that have no effect here. They are accepted, so that its manifests still work.
 	for _, gone := range []struct{ name, why string }{
 		{"MICNamespace", "it has no effect: NMI treats pods of MIC like other pods"},
 		{"ipt-update-interval-sec", "use --iptables-sync-interval"},
