@@ -8,8 +8,9 @@ import (
 )
 
 // Backend is one of the two iptables back ends of the kernel, or BackendAuto. The kernel evaluates the rules of both,
-// so capture works in either. BackendAuto means the one with the other rules of the node: operators look for rules
-// there, and a rule can be placed before another rule only within the same back end.
+// so capture works in either. BackendAuto selects one by the content of both, see choose. The back end with the rules
+// of other programs is preferable: operators look for rules there, and only there NMI can place its rules before those
+// of the other programs.
 type Backend string
 
 const (
@@ -78,7 +79,7 @@ func isOurName(chain string) bool {
 	return false
 }
 
-// backends are the back ends whose programs are installed.
+// backends are the back ends whose programs are installed. New removes legacy if the process cannot change it.
 type backends map[Backend]tables
 
 // openBackends finds the programs of both back ends. A missing back end is an error only if it is configured, or if

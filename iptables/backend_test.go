@@ -226,7 +226,8 @@ func TestWithoutAProgramNewSaysWhatToInstall(t *testing.T) {
 				t.Errorf("%v: got %v", backend, err)
 			}
 		}
-		// If an image has the programs of only one back end, New recognizes it by the output of --version, not by its name.
+		// An image may have only programs named iptables and iptables-save. New recognizes their back end by the output
+		// of --version.
 		for _, name := range []string{"iptables", "iptables-save"} {
 			script := "#!/bin/sh\n[ \"$1\" = --version ] && echo 'iptables v1.8.9 (legacy)'\nexit 0\n"
 			if err := os.WriteFile(filepath.Join(bin, name), []byte(script), 0o755); err != nil {

@@ -42,7 +42,7 @@ func (c Config) check() error {
 }
 
 // Capture owns our chains and our link on this node. Its methods may be called from any goroutine, and by several
-// processes in the same network namespace at once. Locks serialize them; acquireLock says when a process continues
+// processes in the same network namespace at once. Locks serialize the calls; acquireLock says when a process continues
 // without the lock.
 type Capture struct {
 	slots    []slot
@@ -92,8 +92,8 @@ type flows interface {
 // thousands of rules.
 const detectTimeout = 30 * time.Second
 
-// New checks the configuration, the capabilities of the process and the installed programs, and detects the back end. It
-// changes nothing on the node.
+// New checks the configuration, the capabilities of the process and the installed programs, and detects the back end.
+// It changes nothing on the node.
 func New(cfg Config) (*Capture, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
@@ -126,7 +126,7 @@ func New(cfg Config) (*Capture, error) {
 	}
 	if chosen != BackendLegacy && requireRaw(capabilities) != nil {
 		// Without CAP_NET_RAW the legacy back end can be neither read nor changed. If an earlier process had the
-		// capability and wrote rules there, they stay.
+		// capability and wrote rules there, those rules stay.
 		delete(found, BackendLegacy)
 	}
 	cfg.Logger.Info("chose the iptables back end", zap.Stringer("backend", chosen), zap.String("reason", reason))
@@ -183,7 +183,7 @@ func (c *Capture) Install(ctx context.Context) error {
 	return nil
 }
 
-// purge removes slots from one back end, in the given order. Idempotent. Foreign chains stay and are reported at the end.
+// purge removes slots from one back end, in the given order. Idempotent. Foreign chains stay and are reported last.
 func (c *Capture) purge(ctx context.Context, backend Backend, order ...slot) error {
 	tables := c.backends[backend]
 	d, err := tables.dump(ctx)
@@ -271,9 +271,9 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 }
 
 // deleteUncaptured ends connections of pods to the metadata address that are not redirected to the listen address, for
-// example because they were opened before the rules were there. Their clients notice at once. Security
-// does not depend on it: the drop in FORWARD applies to those connections too, and their clients would only wait for a
-// timeout. Therefore a failure is only logged.
+// example because they were opened before the rules were there. The next packet of such a connection is redirected to
+// the listener, and the kernel resets the connection. Security does not depend on this: even without it, the rules keep
+// the packets of pods from the metadata service, and the clients wait for a timeout. So a failure is only logged.
 func (c *Capture) deleteUncaptured(ctx context.Context) {
 	n, err := c.flows.deleteUncaptured(ctx)
 	if err != nil {

@@ -12,10 +12,10 @@
 // There are three hooks, each with a chain of its own that no other program should change:
 //
 //   - filter FORWARD drops what is forwarded to the metadata address, with any protocol and any port, and what is
-//     forwarded from it. Packets of pods are forwarded; packets of the node itself and of pods in its network are not,
-//     and are not affected. These rules are installed first and removed last, so they apply whatever happens to the
-//     redirection. They also drop what is forwarded to the listen address: if the link is deleted, no captured request
-//     is routed off the node.
+//     forwarded from it. Packets of pods are forwarded; packets of the node itself and of pods with hostNetwork
+//     are not, and are not affected. These rules are installed first and removed last, so they apply whatever happens
+//     to the redirection. They also drop what is forwarded to the listen address, so that no captured request is
+//     routed off the node if the link is deleted.
 //   - filter INPUT drops what reaches the listen address and is neither redirected by our rule nor from the node
 //     itself: see below.
 //   - nat PREROUTING redirects TCP packets for the metadata address and port to the listen address and port. The source
@@ -29,9 +29,10 @@
 //
 // The node server listens on a link-local address of a link that exists only for it (LinkName). Redirecting to loopback
 // instead would require the sysctl route_localnet. That setting exposes everything bound to 127.0.0.0/8 on the node,
-// which programs consider private, to anyone who can send packets to the node (the class of CVE-2020-8558). It must be
-// set on interfaces that are created and deleted with the pods, and its previous value must be restored. The link needs
-// no sysctl and is easy to remove, and the kernel never chooses its address as the source of other traffic.
+// which programs consider private, to anyone who can send packets to the node (the class of CVE-2020-8558). It would
+// have to be set on interfaces that are created and deleted with the pods, and its previous value would have to be
+// restored. The link needs no sysctl and is easy to remove, and the kernel never chooses its address as the source of
+// other traffic.
 //
 // Linux accepts packets to the address of one link on every link. A neighbor could therefore route packets to the
 // listen address through the node, or a pod could connect to it directly. The INPUT chain admits only connections that,
@@ -40,10 +41,10 @@
 //
 // # Limits
 //
-//   - A host on the node's network segment can address a frame with destination 169.254.169.254 to the node. It is captured
-//     like a frame of a pod. The node server sees the host's address. No pod of this node has that address, so the server
-//     refuses the request. If the host forges a pod's source address, the response goes to that pod, so no TCP handshake
-//     completes.
+//   - A host on the node's network segment can send the node a packet for 169.254.169.254. The packet is captured like
+//     one of a pod. The node server sees the host's address. No pod of this node has that address, so the server
+//     refuses the request. If the host forges a pod's source address, the response goes to that pod, so no TCP
+//     handshake completes.
 //   - A data path that lets packets of pods leave the node without passing netfilter (eBPF host routing, a bridge with
 //     net.bridge.bridge-nf-call-iptables off, a NIC assigned to the pod) cannot be controlled by iptables rules.
 //   - Processes in the network namespace of the node are not captured. Admission control decides who may run there.
@@ -53,5 +54,6 @@
 //
 // Each chain has two generations, A and B. A repair never changes the active chain. It fills the other one, inserts a
 // jump to it at position 1, checks the result, and only then removes the old jump and chain. After a crash at any point
-// the capture is at least as complete as before the repair, and the next Sync finishes the repair.
+// the capture is at least as complete as before the repair, and the next Sync finishes the repair. generationToBuild
+// describes the exception.
 package iptables

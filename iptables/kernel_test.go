@@ -243,7 +243,7 @@ func greetOnce() error {
 	return err
 }
 
-// current returns the chain with a prefix. After a repair only one generation exists, the active one.
+// current returns the active chain with a prefix. After a repair only one generation exists.
 func (w *testNetwork) current(prefix string) string {
 	w.t.Helper()
 	for _, generation := range generations {
@@ -255,7 +255,7 @@ func (w *testNetwork) current(prefix string) string {
 	return ""
 }
 
-// withCurrentChains replaces each word of a command that ends with a question mark by the active chain with that prefix.
+// withCurrentChains replaces each word of a command that ends with ? by the active chain with that prefix.
 func (w *testNetwork) withCurrentChains(command []string) []string {
 	w.t.Helper()
 	command = slices.Clone(command)
@@ -407,7 +407,7 @@ func TestUninstallRestoresTheNode(t *testing.T) {
 			t.Errorf("%d captured connections are still tracked", left)
 		}
 		w.wantGreeting("pod", "169.254.169.254:80", "azure "+podIP)
-		// And it can be installed again.
+		// The capture can be installed again.
 		w.nmi.listener.Close()
 		w.install()
 		w.wantGreeting("pod", "169.254.169.254:80", "nmi "+podIP)
@@ -436,7 +436,7 @@ func TestAForeignChainIsNotChanged(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		w.iptables("-N", "PODIDENTITY-FWD-B")
 		w.iptables("-A", "PODIDENTITY-FWD-B", "-s", "192.0.2.1", "-j", "ACCEPT")
-		w.iptables("-t", "nat", "-S") // Creates the table in the legacy back end, like listing our chains there.
+		w.iptables("-t", "nat", "-S") // Creates the legacy table, as Install does when it lists our chains.
 		before := w.dump()
 		for doing, err := range map[string]error{
 			"Install":   w.capture.Install(context.Background()),

@@ -154,7 +154,7 @@ func repairSlot(ctx context.Context, t tables, st slotState) error {
 	if g := st.inForce(); g >= 0 && st.generations[g].good && len(st.generations[g].jumps) == 1 {
 		return discard(ctx, t, st, 1-g)
 	}
-	// If only the jump is missing, inserting it is enough.
+	// A complete generation without a jump needs only the jump.
 	target := st.find(func(g generationState) bool { return g.good && len(g.jumps) == 0 })
 	if target < 0 {
 		target = st.generationToBuild()
@@ -173,8 +173,8 @@ func repairSlot(ctx context.Context, t tables, st slotState) error {
 		return err
 	}
 	if now.inForce() != target || !now.generations[target].good {
-		// The other generation stays in place, so the slot blocks at least as much as before. The next Sync reads the rules
-		// again and repairs them.
+		// The other generation stays in place, so the slot blocks at least as much as before. The next Sync reads the
+		// rules again and repairs them.
 		return fmt.Errorf("the jump to %s is no longer the first rule of %s, or the rules of the chain differ from those that NMI just wrote: another program changes rules at the same time, or the iptables program lists rules in a form that NMI does not know",
 			st.chain(target), st.hook)
 	}
@@ -203,11 +203,11 @@ func freeGeneration(ctx context.Context, t tables, st slotState) (slotState, err
 	return readSlot(t, st.slot)
 }
 
-// generationToBuild returns the generation to rebuild: one without a jump, if there is one. Both still have jumps here
-// if a repair was interrupted and neither generation has the expected rules, for example after an upgrade with another
-// configuration. Then an empty generation is returned, or of two non-empty ones the one that packets reach second. If
-// someone changed the two generations differently, the remaining one may block less than both together until the
-// returned one is rebuilt.
+// generationToBuild returns the generation to rebuild: one without a jump, if there is one. Both can have jumps here if
+// a repair was interrupted and neither generation has the expected rules, for example after an upgrade with another
+// configuration. Then generationToBuild returns an empty generation, or if neither is empty the one that packets reach
+// second. Until it is rebuilt, packets pass only through the other generation. If someone changed the two differently,
+// the other one alone may block less than both together.
 func (st slotState) generationToBuild() int {
 	if free := st.find(func(g generationState) bool { return len(g.jumps) == 0 }); free >= 0 {
 		return free
@@ -280,8 +280,8 @@ func discard(ctx context.Context, t tables, st slotState, g int) error {
 	if first == nil {
 		return nil
 	}
-	// The usual cause is a jump from a chain other than the hook. Finding it requires a complete dump, which is slow on a
-	// large node, so it is made only after a failure.
+	// The usual cause is a jump from a chain other than the hook. Finding it requires a complete dump, which is slow on
+	// a large node, so it is made only after a failure.
 	d, err := t.dump(ctx)
 	if err != nil {
 		return errors.Join(first, err)

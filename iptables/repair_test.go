@@ -152,7 +152,7 @@ func watch(t *testing.T, f *fakeTables, worst func(was, is outcome) bool) {
 
 func worse(was, is outcome) bool { return is < was }
 
-// faults returns all faults at all commands of a run, given the number of commands of a run without faults.
+// faults returns every kind of fault at each command. commands is the number of commands of a run without faults.
 func faults(commands int) []fault {
 	var all []fault
 	for at := range commands {

@@ -16,8 +16,8 @@ const metadataProtocol = "tcp"
 // generations are the suffixes of the two chains of a slot. One chain is active; a repair builds the other.
 var generations = [2]string{"A", "B"}
 
-// slot is a netfilter hook and our chain that the hook jumps to. The chain has two generations. Sync returns the name of a
-// slot in its result.
+// slot is a netfilter hook and our chain that the hook jumps to. The chain has two generations. Sync returns the name
+// of a slot in its result.
 type slot struct {
 	name   string
 	table  string
@@ -33,8 +33,8 @@ func (s slot) jump(generation int) []string {
 	return []string{"-m", "comment", "--comment", marker + s.why, "-j", s.chain(generation)}
 }
 
-// slots returns the three slots in the order of installation: the drop first, because it alone already protects the
-// metadata service, and the redirection last, when the address it redirects to is protected.
+// slots returns the three slots in the order of installation. The drop in FORWARD is first, because it alone already
+// protects the metadata service. The redirection is last, after the slot that protects the listen address.
 func slots(metadata, listen netip.AddrPort) []slot {
 	metadataNet, listenNet := metadata.Addr().String()+"/32", listen.Addr().String()+"/32"
 	metadataPort := strconv.Itoa(int(metadata.Port()))
@@ -127,9 +127,10 @@ func splitWords(line string) ([]string, bool) {
 	return words, !quoted && !escaped
 }
 
-// canonical returns a form that is equal for equal rules, independent of the back end and version that listed them.
-// Listings differ in the order of matches, in whether they name the module of a match, and in numbers for protocols.
-// Arguments that canonical does not know stay in the form and make the rule different.
+// canonical returns a form that is equal for rules with the same meaning, independent of the back end and version that
+// listed them. Listings differ in the order of matches, in whether they name the module of a match, in whether a
+// protocol is a number, and in whether an address has the mask /32. Arguments that canonical does not know stay in the
+// form and make the rule different.
 func canonical(args []string) string {
 	var parts []string
 	for i := 0; i < len(args); {

@@ -40,7 +40,7 @@ type tables interface {
 	dump(ctx context.Context) (dump, error)
 }
 
-// dump is the content of one back end: tables, their chains, their rules.
+// dump is the content of one back end: chains and rules by table.
 type dump struct {
 	chains map[string][]string
 	rules  map[string][]listed

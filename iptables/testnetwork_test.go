@@ -53,8 +53,8 @@ func (w *testNetwork) newCapture(listen netip.AddrPort) *Capture {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	// On a busy computer a repair can take longer than lockTimeout, after which the other Capture would continue without
-	// the lock.
+	// Some tests use two Captures at the same time. On a busy computer a repair by one can take longer than
+	// lockTimeout, and the other would then stop waiting for the lock and continue without it.
 	c.lock = func(ctx context.Context, log *zap.Logger, _ time.Duration) (func(), error) {
 		return acquireLock(ctx, log, 2*time.Minute)
 	}

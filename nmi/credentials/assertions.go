@@ -30,8 +30,8 @@ const (
 
 	assertionTimeout = 5 * time.Second
 
-	// refusalTTL is how long an error of the API server is cached, so that not every retry of a pod causes a request to
-	// the API server. It is also the time before a refused watch of a Secret may start again.
+	// refusalTTL is how long the error of a failed request for an assertion is cached, so that not every retry of a pod
+	// causes a request to the API server. It is also the time before a refused watch of a Secret may start again.
 	refusalTTL = 3 * time.Second
 )
 
@@ -58,7 +58,7 @@ type Assertions struct {
 
 	mu       sync.Mutex
 	byPod    map[string]*assertion // by UID of the pod
-	verified map[string]struct{}   // UIDs of the pods for which the API server has issued an assertion and refused none since
+	verified map[string]struct{}   // UIDs of the pods for which verify makes no request
 }
 
 // assertion is the assertion of one pod, or the running or failed request for it. Read token, expires and err only
@@ -71,14 +71,14 @@ type assertion struct {
 	err     error
 }
 
-// NewAssertions returns Assertions for the live pods that pods returns.
+// NewAssertions returns Assertions that request tokens from requester and look up pods in pods.
 func NewAssertions(requester TokenRequester, pods PodGetter) *Assertions {
 	return &Assertions{requester: requester, pods: pods, byPod: map[string]*assertion{}, verified: map[string]struct{}{}}
 }
 
 // verify returns nil if the API server has issued an assertion for the pod and has refused none since. Otherwise it
-// calls get and returns its error. An assertion verifies the pod even after it has expired: the cache of pods shows
-// when the pod is gone, and an API server that is unavailable later has not refused anything.
+// calls get and returns its error. A pod stays verified after its assertion expires, until release removes the pod. An
+// error of an unavailable API server is not a refusal.
 func (a *Assertions) verify(ctx context.Context, pod *corev1.Pod) error {
 	a.mu.Lock()
 	_, verified := a.verified[string(pod.UID)]
@@ -110,8 +110,8 @@ func (a *Assertions) Assertion(ctx context.Context, uid string, serviceAccount t
 	return a.get(ctx, pod)
 }
 
-// get returns the stored assertion of the pod, or the stored error of the last request, and requests a new assertion if
-// there is neither or it has expired. Concurrent callers share one request.
+// get returns the stored assertion of the pod, or the stored error of the last request for one. If nothing is stored or
+// it has expired, get requests a new assertion. Concurrent callers share one request.
 func (a *Assertions) get(ctx context.Context, pod *corev1.Pod) (string, error) {
 	uid := string(pod.UID)
 	a.mu.Lock()
@@ -205,9 +205,9 @@ func assertionError(pod *corev1.Pod, err error) error {
 	return podStaleError(fmt.Sprintf("The API server issues no ServiceAccount token for pod %s/%s: %v", pod.Namespace, pod.Name, err), err)
 }
 
-// podStaleError returns the error for a pod that is gone or has another ServiceAccount according to NMI's cache of
-// pods, or for which the API server refuses an assertion. The class is Unavailable: NMI's cache may be outdated, and
-// then a retry succeeds.
+// podStaleError returns the error for a pod that is not in NMI's cache of pods, that has another ServiceAccount there,
+// or for which the API server issues no assertion although NMI may request it. The class is Unavailable: NMI's cache
+// may be outdated, and then a retry succeeds.
 func podStaleError(detail string, err error) error {
 	return &token.Error{Class: token.Unavailable, Reason: identity.PodStale, Detail: detail, Err: err}
 }

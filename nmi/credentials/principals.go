@@ -16,7 +16,7 @@ type Config struct {
 	ByResourceID bool   // request tokens of managed identities by resource ID instead of client ID
 
 	Secrets        SecretSource
-	OnSecretChange func(ref token.Ref, revision string) // is called when a revision is no longer current or watched
+	OnSecretChange func(ref token.Ref, revision string) // for a revision that changed, was deleted or is no longer used
 	Tokens         TokenRequester
 	Pods           PodGetter
 }
@@ -60,8 +60,8 @@ func (p *Principals) ForPod(ctx context.Context, pod *corev1.Pod, id identity.Id
 	return principals, nil
 }
 
-// FromIdentity returns the principals as far as the AzureIdentity determines them: without the revision of the Secret and
-// without the ServiceAccount of a pod.
+// FromIdentity returns the principals as far as the AzureIdentity determines them: without the revision of the Secret
+// and without the ServiceAccount of a pod.
 func (p *Principals) FromIdentity(id identity.Identity) []token.Principal {
 	if id.Kind == identity.UserAssigned {
 		if p.cfg.ByResourceID {

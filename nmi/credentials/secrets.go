@@ -44,7 +44,7 @@ type SecretSource interface {
 type Secrets struct {
 	ctx      context.Context // of the watches
 	source   SecretSource
-	onChange func(ref token.Ref, revision string) // is called when a revision is no longer current or watched
+	onChange func(ref token.Ref, revision string) // for a revision that changed, was deleted or is no longer used
 
 	mu           sync.Mutex
 	watched      map[token.Ref]*watchedSecret
@@ -82,9 +82,9 @@ func NewSecrets(ctx context.Context, source SecretSource, onChange func(token.Re
 	return &Secrets{ctx: ctx, source: source, onChange: onChange, watched: map[token.Ref]*watchedSecret{}, secretsOfPod: map[string]map[token.Ref]struct{}{}}
 }
 
-// Secret implements [token.Secrets]. It returns the content from the watch of the Secret. If there is no watch, it
-// reads the Secret from the API server and starts none: a watch belongs to pods, but the fetch of a token that calls
-// Secret may serve several pods.
+// Secret implements [token.Secrets]. It returns the content from the watch of the Secret. If there is no watch, or
+// refusalTTL has passed since the API server refused it, Secret reads the Secret from the API server. It does not start
+// a watch: a watch is kept for pods, and Secret does not know the pods for which its caller fetches a token.
 func (s *Secrets) Secret(ctx context.Context, ref token.Ref) (token.SecretContent, error) {
 	s.mu.Lock()
 	w := s.watched[ref]
@@ -109,9 +109,9 @@ func (s *Secrets) forPod(ctx context.Context, ref token.Ref, uid string) (token.
 	return w.get(ctx, ref)
 }
 
-// watch returns the watch of the Secret and records that the pod uses the Secret. It starts a watch if there is none or
-// the API server refused the last one. It returns token.ErrPodThrottled if the pod already uses maxSecretsPerPod
-// others.
+// watch returns the watch of the Secret and records that the pod uses the Secret. It starts a watch if there is none,
+// or if refusalTTL has passed since the API server refused the last one. It returns token.ErrPodThrottled if the pod
+// already uses maxSecretsPerPod other Secrets.
 func (s *Secrets) watch(ref token.Ref, uid string) (*watchedSecret, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -170,8 +170,8 @@ func (s *Secrets) startWatch(ref token.Ref) (*watchedSecret, error) {
 	return w, nil
 }
 
-// stopRefused stops a watch that the API server refuses, so that a later request starts it again soon after an administrator
-// grants the permission. By itself the informer would back off for too long.
+// stopRefused stops a watch that the API server refuses. A token request after refusalTTL then starts a new watch, so
+// that a permission that an administrator grants takes effect soon. The informer itself would back off for too long.
 func (s *Secrets) stopRefused(w *watchedSecret, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -31,7 +31,8 @@ func New() *Health {
 	return &Health{missing: map[string]string{Listener: "not open yet", Rules: "not verified yet", CRDs: "not checked yet", Caches: "not synced yet"}}
 }
 
-// Set records with an error why something is missing, or with nil that it is present. what is one of the constants.
+// Set records that something is present if err is nil, and otherwise that it is missing because of err. The parameter
+// what is one of the constants above.
 func (h *Health) Set(what string, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -42,7 +43,8 @@ func (h *Health) Set(what string, err error) {
 	h.missing[what] = err.Error()
 }
 
-// Explain replaces the reason why something is missing. It has no effect if it is present.
+// Explain replaces the reason why something is missing. For something that is present it does nothing. The parameter
+// what is one of the constants above.
 func (h *Health) Explain(what string, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -58,7 +60,7 @@ func (h *Health) ShutDown() {
 	h.stopping = true
 }
 
-// Ready returns nil, or an error that says what is missing.
+// Ready returns nil if NMI is ready. Otherwise the error says what is missing, or that NMI is shutting down.
 func (h *Health) Ready() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()

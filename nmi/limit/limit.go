@@ -1,5 +1,5 @@
-// Package limit bounds how many connections and waiting requests NMI admits, in total and from one address. It protects the
-// pods of a node against one pod that uses up the connections of all.
+// Package limit bounds how many connections and waiting requests NMI admits, in total and from one address. It protects
+// the pods of a node against one pod that uses up the connections of all.
 package limit
 
 import (
@@ -35,8 +35,8 @@ func New(maxTotal, maxPerSource int) *Limiter {
 	return &Limiter{max: maxTotal, maxPerSource: maxPerSource, bySource: map[netip.Addr]int{}}
 }
 
-// Acquire reserves one connection or request for the source. It returns false if a limit is reached. Otherwise the caller
-// must call Release once.
+// Acquire reserves one connection or request for the source. It returns false if a limit is reached. Otherwise the
+// caller must call Release once.
 func (l *Limiter) Acquire(source netip.Addr) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()

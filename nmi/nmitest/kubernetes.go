@@ -21,8 +21,8 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// Kubernetes is a fake API server for package credentials. It has one Secret, ns/password, issues tokens of ServiceAccounts, and
-// is also the cache of pods.
+// Kubernetes is a fake API server for package credentials. It has one Secret, ns/password, issues tokens of
+// ServiceAccounts, and is also the cache of pods.
 type Kubernetes struct {
 	Secrets *cachetest.FakeControllerSource
 	Changed chan string // receives each revision that is no longer current

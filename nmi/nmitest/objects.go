@@ -1,5 +1,5 @@
-// Package nmitest has what the tests of several packages of NMI share: objects of a cluster, a fake API server and a fake source
-// of tokens. It imports none of the packages whose internal tests use it.
+// Package nmitest has what the tests of several packages of NMI share: objects of a cluster, a fake API server and a
+// fake source of tokens. It imports none of the packages whose internal tests use it.
 package nmitest
 
 import (
@@ -34,9 +34,9 @@ const (
 	TokenPath = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net"
 )
 
-// Pods returns the pods of a node: x (bound to identity x), both (bound to x and y), none (no binding), free (excepted), sp
-// (bound to a service principal), foreign (bound to one whose Secret is in another namespace), fed (bound to a federated
-// identity), and twin1 and twin2, which have the same address.
+// Pods returns the pods of a node: x (bound to identity x), both (bound to x and y), none (no binding), free
+// (excepted), sp (bound to a service principal), foreign (bound to a service principal whose Secret is in another
+// namespace), fed (bound to a federated identity), and twin1 and twin2, which have the same address.
 func Pods() []*corev1.Pod {
 	withLabel := func(p *corev1.Pod, label string) *corev1.Pod {
 		p.Labels = map[string]string{"aadpodidbinding": label}

@@ -2,8 +2,8 @@ package telemetry
 
 import "github.com/podidentity/podidentity/internal/metric"
 
-// durationBuckets begin at tenths of a millisecond, which most requests for a cached token take. A request can take
-// seconds if it waits until NMI finds the pod, for an assignment, or for Azure.
+// durationBuckets start at 0.2 ms, because most requests for a cached token take tenths of a millisecond. A request can
+// take seconds if NMI has to wait for the pod to be known, for an assignment, or for Azure.
 var durationBuckets = []float64{.0002, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
 
 // The definitions of all metrics. Names that begin with aadpodidentity are those of AAD Pod Identity and keep their

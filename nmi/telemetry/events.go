@@ -20,10 +20,11 @@ const (
 	// eventReason is the reason that `kubectl describe pod` shows.
 	eventReason = "TokenRefused"
 
-	// eventInterval is the minimum time between two Events for the same refusal of a pod. The Event contains the number of
-	// times that the refusal happened.
+	// eventInterval is the minimum time between two Events for the same refusal of a pod. The Event contains the number
+	// of times that the refusal happened.
 	eventInterval = 5 * time.Minute
-	// Limits of the Events that a node writes per second and at once, because the API server stores them for the whole cluster.
+	// The Events that a node may write per second, and the burst. They are limited because the API server stores the
+	// Events of the whole cluster.
 	eventRate, eventBurst = 1, 20
 	// maxRefusals bounds how many refusals NMI remembers to recognize repeated ones.
 	maxRefusals = 512

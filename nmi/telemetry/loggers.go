@@ -14,8 +14,8 @@ type Loggers struct {
 	Audit *zap.Logger
 }
 
-// NewLoggers returns loggers that write lines of JSON to w, or of plain text if asText is true. An auditLevel above all levels
-// in use disables the audit log. Call stop before the process ends: it writes the buffered lines.
+// NewLoggers returns loggers that write lines of JSON to w, or of plain text if asText is true. An auditLevel above all
+// levels in use disables the audit log. Call stop before the process ends: it writes the buffered lines.
 func NewLoggers(w zapcore.WriteSyncer, level, auditLevel zapcore.Level, asText bool) (logs Loggers, stop func()) {
 	buffered, stop := logging.Buffer(w)
 	return Loggers{
@@ -24,8 +24,8 @@ func NewLoggers(w zapcore.WriteSyncer, level, auditLevel zapcore.Level, asText b
 	}, stop
 }
 
-// CheckRequest returns the entry for the line of a request, or nil if the line is not logged. The line of a token request is
-// an audit record if the audit level includes it, and otherwise a line of the main log.
+// CheckRequest returns the entry for the line of a request, or nil if the line is not logged. The line of a token
+// request is an audit record if the audit level includes it, and otherwise a line of the main log.
 func (l Loggers) CheckRequest(tokenRequest, issued bool) *zapcore.CheckedEntry {
 	var entry *zapcore.CheckedEntry
 	switch {

@@ -17,23 +17,23 @@ import (
 )
 
 const (
-	// authorityConcurrent is the maximum number of concurrent requests to one authority. An authority that hangs delays
-	// only requests to itself.
+	// authorityConcurrent is the maximum number of concurrent requests to one authority. Each authority has its own
+	// limit, so an authority that hangs delays only requests to itself.
 	authorityConcurrent = 8
 	// authorityHosts bounds the number of semaphores that are kept, one for each host. An evicted host starts with a
 	// new semaphore.
 	authorityHosts = 256
 )
 
-// authorities is the transport to the token services that AzureIdentities name. Users who may create an AzureIdentity
-// choose the host, and this process runs in the node's network. To keep these users from reaching services that only
-// the node can reach, it does not connect to the addresses for which forbidden returns true: loopback and link-local
-// addresses and Azure's WireServer, see isNodeAddress.
+// authorities is the transport to Entra ID, or to the host that an AzureIdentity names instead. Users who may create an
+// AzureIdentity choose that host, and this process runs in the node's network. To keep these users from reaching
+// services that only the node can reach, the transport does not connect to the addresses for which forbidden returns
+// true. These are the addresses of isNodeAddress, such as loopback, link-local addresses and Azure's WireServer.
 type authorities struct {
 	// direct connects to the host of the request, unless the address is forbidden. proxied connects to the HTTP proxy.
 	direct, proxied http.RoundTripper
-	// proxy is read from the environment, as in other programs. The operator of NMI chooses the proxy, so the proxy
-	// itself may have any address.
+	// proxy returns the proxy for a request, from environment variables such as HTTPS_PROXY. The operator of NMI
+	// chooses the proxy, so the proxy itself may have any address.
 	proxy     func(*http.Request) (*url.URL, error)
 	forbidden func(netip.Addr) bool
 	hosts     *lru.Cache[string, semaphore]
@@ -66,7 +66,7 @@ func authorityTransport(roots *x509.CertPool, proxy func(*http.Request) (*url.UR
 	}
 }
 
-// RoundTrip implements http.RoundTripper. It waits for the semaphore of the host within the request's context.
+// RoundTrip implements http.RoundTripper. It waits for the semaphore of the host until the request's context ends.
 func (a *authorities) RoundTrip(r *http.Request) (*http.Response, error) {
 	if r.URL.Scheme != "https" {
 		return nil, errNotHTTPS
@@ -99,8 +99,8 @@ func (a *authorities) slots(host string) semaphore {
 }
 
 // checkAddress returns an error if address is forbidden. The dialer of the transport direct calls it before each
-// connection, with the IP address and port that it is about to connect to. So a host name cannot resolve to a forbidden
-// address between a check and the connection.
+// connection, with the IP address and port that it is about to connect to. An earlier check of the host name would not
+// be enough, because the name could resolve to another address at the connection.
 func (a *authorities) checkAddress(_ context.Context, _, address string, _ syscall.RawConn) error {
 	ap, err := netip.ParseAddrPort(address)
 	if err != nil {

@@ -41,8 +41,8 @@ func TestAddressesOfTheNodeAreRecognized(t *testing.T) {
 	}
 }
 
-// connectProxy starts a proxy that connects every CONNECT request to the server with the address to. It returns the URL
-// of the proxy, and the method and host of the last request.
+// connectProxy starts a proxy that connects every CONNECT request to one server. The parameter to is the address of
+// that server. connectProxy returns the URL of the proxy, and the method and host of the last request to it.
 func connectProxy(t *testing.T, to string) (*url.URL, *atomic.Value) {
 	asked := &atomic.Value{}
 	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -31,8 +31,8 @@ const (
 	fetchTimeout = 20 * time.Second
 
 	// The cache renews a token after a random fraction of the lifetime that the token had when it was fetched. The
-	// fraction is between refreshFrom and refreshTo. Clients refresh a token when half of its lifetime is left, so they
-	// get the renewed token.
+	// fraction is between refreshFrom and refreshTo. Azure SDKs refresh a token at the earliest when half of its
+	// lifetime has passed, so they get the renewed token.
 	refreshFrom, refreshTo = 0.35, 0.475
 	// minRefresh is the minimum time until a scheduled renewal. It prevents a loop of requests when IMDS keeps
 	// returning the same token shortly before the token expires.
@@ -63,7 +63,7 @@ const (
 // refreshBackoff is the wait after a failed renewal.
 var refreshBackoff = retry.Backoff{Initial: 30 * time.Second, Max: 5 * time.Minute, Jitter: 0.25}
 
-// DefaultSize is the number of tokens that NMI's cache holds, about 3 KiB each. It is enough for 250 pods that use 8
+// DefaultSize is the maximum number of tokens in NMI's cache, about 3 KiB each. It is enough for 250 pods that use 8
 // resources each.
 const DefaultSize = 2048
 
@@ -99,7 +99,7 @@ type entry struct {
 
 	fetching *fetch
 	asked    time.Time           // when the last fetch started
-	users    map[string]struct{} // UIDs of the running pods that requested the token
+	users    map[string]struct{} // UIDs of the pods that requested the token; Release and renew remove them
 	renewal  *time.Timer
 }
 
@@ -116,9 +116,9 @@ type podState struct {
 	keys    map[Key]struct{}
 }
 
-// NewCache returns a cache of size tokens in front of the fetcher. allowed reports whether the pod with a UID still
-// runs and may still have tokens of a principal, so that the cache renews them. It must neither block nor call the
-// cache.
+// NewCache returns a cache that holds up to size tokens and gets them from the fetcher. allowed reports whether the pod
+// with a UID still runs and may still have tokens of a principal; the cache renews a token only for such pods. allowed
+// must neither block nor call the cache.
 func NewCache(fetcher Fetcher, size int, allowed func(pod string, p Principal) bool, observe Observer) (*Cache, error) {
 	c := &Cache{fetcher: fetcher, allowed: allowed, observe: observe, rechecks: rate.NewLimiter(recheckRate, recheckRate), pods: map[string]*podState{}}
 	c.ctx, c.stop = context.WithCancel(context.Background())
@@ -138,12 +138,15 @@ func (c *Cache) Close() {
 // Request is the request of one caller.
 type Request struct {
 	Key Key
-	// Pod is the UID of the pod that the token is for. The cache renews the token until the pod is released.
+	// Pod is the UID of the pod that the token is for. The cache renews the token until the pod is released or may no
+	// longer have the token.
 	Pod string
-	// Fresh requests a token that is not from the cache. The rate is limited, see bypassInterval.
+	// Fresh requests a token that comes neither from this cache nor from a cache of the source. The rate is limited,
+	// see bypassInterval.
 	Fresh bool
 	// Rejected is the hash of a token that the caller does not accept, see Token.SHA256. If the cached token has this
-	// hash, Rejected has the effect of Fresh. Each fetch with Rejected bypasses the caches of the source.
+	// hash, Rejected has the effect of Fresh. A fetch that a request with Rejected starts bypasses the caches of the
+	// source, because they may have the rejected token.
 	Rejected string
 	// Recheck requests a new fetch although a refusal is cached, because the refusal is probably outdated. The rate is
 	// limited, see recheckInterval.
@@ -154,8 +157,8 @@ type Request struct {
 // many Secrets.
 var ErrPodThrottled = errors.New("this pod requests new tokens too often, or uses too many different tokens or Secrets")
 
-// Get returns the token. The caller must have authorized the request: the pod may have the token. The error is an *Error,
-// ErrPodThrottled, or the error of ctx, which bounds only this caller's wait.
+// Get returns the token. Before the call, the caller must check that the pod may have the token. The error is that of
+// the Fetcher (from [Sources] an *Error), ErrPodThrottled, or the error of ctx. ctx bounds only this wait.
 func (c *Cache) Get(ctx context.Context, r Request) (Token, Origin, error) {
 	t, origin, err := c.get(ctx, r)
 	c.observe.CacheResult(origin)
@@ -173,7 +176,7 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 			c.addUser(r, pod, e)
 			t := e.token
 			if e.renewal == nil && e.fetching == nil {
-				// The renewal stopped when the last pod that used the token was gone.
+				// The renewal stopped when no pod used the token any more.
 				c.scheduleRenewal(r.Key, e, now)
 			}
 			c.mu.Unlock()
@@ -295,7 +298,7 @@ func (e *entry) cancelRenewal() {
 	}
 }
 
-// startFetch starts a fetch whose context belongs to no caller. c.mu is held, and no other fetch of this key runs.
+// startFetch starts a fetch whose context belongs to no caller. c.mu is held, and no other fetch of this entry runs.
 func (c *Cache) startFetch(call Call, e *entry) {
 	e.cancelRenewal()
 	f := &fetch{done: make(chan struct{})}
@@ -326,8 +329,8 @@ func classOf(err error) Class {
 	}
 }
 
-// recordResult stores the result of a fetch. After a failure the previous token stays. If it has not expired, the
-// callers that wait for the fetch get it instead of the failure. c.mu is held.
+// recordResult stores the result of a fetch. After a failure the previous token stays. If the previous token has not
+// expired, the callers that wait for the fetch get it instead of the failure. c.mu is held.
 func (c *Cache) recordResult(key Key, e *entry, f *fetch) {
 	now := time.Now()
 	if f.err == nil {
@@ -365,10 +368,10 @@ func failureTTL(err error) time.Duration {
 	}
 }
 
-// scheduleRenewal sets the timer of the next renewal, if there is a token to renew and a pod that uses it. c.mu is held.
+// scheduleRenewal sets the timer of the next renewal, if there is a token and a pod that uses it. c.mu is held.
 func (c *Cache) scheduleRenewal(key Key, e *entry, now time.Time) {
 	e.cancelRenewal()
-	// The entry may have been evicted while its fetch ran.
+	// The entry may have been removed from the cache while its fetch ran.
 	current, ok := c.entries.Peek(key)
 	if !ok || current != e || len(e.users) == 0 || !now.Before(e.token.ExpiresOn) || c.ctx.Err() != nil {
 		return
@@ -407,7 +410,7 @@ func (c *Cache) renew(key Key, e *entry) {
 	}
 }
 
-// removeUser records that the pod no longer uses the key, and drops the state of a pod that uses none. c.mu is held.
+// removeUser records that the pod no longer uses the key, and drops the state of a pod that uses no key. c.mu is held.
 func (c *Cache) removeUser(pod string, key Key, e *entry) {
 	delete(e.users, pod)
 	if h := c.pods[pod]; h != nil {
@@ -419,8 +422,8 @@ func (c *Cache) removeUser(pod string, key Key, e *entry) {
 }
 
 // Drop removes all tokens of each principal p if which(p) is true. It is called after an AzureIdentity or a Secret
-// changed or was deleted, and after NMI stopped watching a Secret. Callers that wait for a running fetch get its
-// result, but the cache does not keep it.
+// changed or was deleted, and after the last pod that used a Secret was released. Callers that wait for a running fetch
+// get its result, but the cache does not keep it.
 func (c *Cache) Drop(which func(Principal) bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -21,7 +21,7 @@ import (
 )
 
 // Users who may write a Secret choose the data that is parsed here, in a process with rights over the node. Therefore
-// these constants bound the size of the data. They allow every key that Entra ID accepts, with its certificate chain.
+// these constants bound the data. They allow every key that Entra ID accepts, with its certificate chain.
 const (
 	maxCertificateData = 128 << 10
 	maxKeyDER          = 16 << 10
@@ -42,7 +42,7 @@ type contents struct {
 	certificates []*x509.Certificate
 }
 
-// unlocker opens a PKCS#12 file. Its error is a flaw if the file is invalid.
+// unlocker opens a PKCS#12 file. Its error is a flaw if the file is invalid or the password does not open it.
 type unlocker func(ctx context.Context, file []byte, password string) (contents, error)
 
 const writeCertificate = "write the certificate and its private key there, as PEM or PKCS#12"
@@ -206,7 +206,8 @@ func ecMethod(key *ecdsa.PrivateKey) jwt.SigningMethod {
 	return nil
 }
 
-// ecAssertion returns the assertion that MSAL would create if it supported EC keys: MSAL supports only RSA keys.
+// ecAssertion returns the client assertion that MSAL would create if it supported EC keys: a JWT signed with key. MSAL
+// supports only RSA keys.
 func ecAssertion(p Principal, pair keyPair, key *ecdsa.PrivateKey) (string, error) {
 	now := time.Now()
 	assertion := jwt.NewWithClaims(ecMethod(key), jwt.MapClaims{

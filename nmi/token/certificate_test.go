@@ -295,7 +295,8 @@ func unlockInProcess(_ context.Context, file []byte, password string) (contents,
 	return decodePKCS12(pkcs12Request{file, password}).contents(password != "")
 }
 
-// takesLong reports whether a file may be slow to open: it, or its base64 decoding, contains a large integer.
+// takesLong reports whether a file may be slow to open. It looks for an integer of more than 16 bits in the file and in
+// its base64 decoding, because such an integer can be the number of hash iterations.
 func takesLong(file []byte) bool {
 	decoded, _ := base64.StdEncoding.DecodeString(string(bytes.Join(bytes.Fields(file), nil)))
 	file = slices.Concat(file, decoded)

@@ -32,9 +32,9 @@ const (
 	// maxBytesReceived is how many bytes of responses a credential may receive before it is replaced. MSAL keeps every
 	// token in the memory of the credential, although NMI never reads it from there.
 	maxBytesReceived = 256 << 10
-	// invalidFor is the time in which NMI does not read and parse the invalid Secret of a principal again. A Secret with other
-	// content is another principal, so the result changes only when a certificate becomes valid. Without this time an
-	// attacker could make NMI parse the same Secret repeatedly.
+	// invalidFor is how long NMI keeps the error for the invalid Secret of a principal before it reads and parses the
+	// Secret again. Otherwise an attacker could make NMI parse the same Secret repeatedly. A corrected Secret is
+	// another principal, so NMI reads it at the first token request.
 	invalidFor = time.Minute
 )
 
@@ -174,9 +174,9 @@ func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertio
 	return t, nil, nil
 }
 
-// ensureCredential creates the credential of the client if there is none, its certificate has expired, or it has
-// received maxBytesReceived. After an invalid Secret it returns the same error for the time invalidFor. The caller
-// holds c.lock.
+// ensureCredential creates the credential of the client if there is none, its certificate has expired, or the
+// credential has received maxBytesReceived bytes. After an invalid Secret ensureCredential returns the same error for
+// the time invalidFor. The caller holds c.lock.
 func (e *Entra) ensureCredential(ctx context.Context, c *client, p Principal) *Error {
 	now := time.Now()
 	if c.credential != nil && c.bytesReceived < maxBytesReceived && (c.expires.IsZero() || now.Before(c.expires)) {
@@ -269,7 +269,7 @@ type entraRequest struct {
 	assertion  string   // Federated: the assertion sent to Entra ID
 	requestID  string   // client-request-id of the last request
 	posted     bool     // whether the last request was for a token and not for the tenant's endpoints
-	sentSecret string   // the secret or assertion in the last request; errors must not contain it
+	sentSecret string   // the secret or assertion in the last token request; errors must not contain it
 	response   response // to the last request
 }
 
@@ -312,8 +312,8 @@ func (*entraRequest) Do(r *policy.Request) (*http.Response, error) {
 	return r.Next()
 }
 
-// failure returns the *Error for a failed token request, which it classifies by the last response, and the error codes
-// in that response. If there was a response, the *Error does not contain the error of the SDK, because that quotes the
+// failure classifies a failed token request by its last response. It returns the *Error and the error codes in that
+// response. If there was a response, the *Error does not contain err: it is the error of the SDK and quotes the
 // response in full.
 func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	a := &x.response

@@ -30,8 +30,8 @@ var federationRetryWaits = [...]time.Duration{1 * time.Second, 2 * time.Second, 
 // federationRetryTime is the time that waitForRetry reserves for the retry itself.
 const federationRetryTime = 2 * time.Second
 
-// fetchFederated requests a token with a Kubernetes token of the pod's ServiceAccount as assertion. It retries while no
-// federated credential matches.
+// fetchFederated requests a token from Entra ID. The assertion in the request is a Kubernetes token of the pod's
+// ServiceAccount. fetchFederated retries while no federated credential matches the assertion.
 func (e *Entra) fetchFederated(ctx context.Context, c *client, call Call) (Token, *Error) {
 	assertion, err := e.assertions.Assertion(ctx, call.Pod, call.ServiceAccount)
 	if err != nil {

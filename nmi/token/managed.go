@@ -136,8 +136,9 @@ func (imdsQuery) Do(r *policy.Request) (*http.Response, error) {
 	return r.Next()
 }
 
-// transporter reads each response completely, up to a bound, and stores the last one for its fetch: not all errors of
-// the SDK contain the status, and their texts are not stable.
+// transporter reads each response completely, up to maxResponse, and stores it in the *response of the request's
+// context. The errors of the SDK are not enough to classify a failure: not all contain the status, and their texts are
+// not stable.
 type transporter struct{ client *http.Client }
 
 func (t transporter) Do(r *http.Request) (*http.Response, error) {

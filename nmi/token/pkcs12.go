@@ -21,9 +21,10 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// A PKCS#12 file itself specifies how many hash iterations it takes to open it, partly inside its encrypted part, so the
-// number cannot be checked beforehand. A file of some hundred bytes can keep a CPU busy for days. Therefore a child
-// process of the same program opens it, and the kernel kills that process when its CPU time is used up.
+// A PKCS#12 file itself specifies how many hash iterations it takes to open it, partly inside its encrypted part, so
+// the number cannot be checked beforehand. A file of some hundred bytes can keep a CPU busy for days. Therefore NMI
+// opens the file in a child process, which runs the same program. The kernel kills the child process when its CPU time
+// is used up.
 
 // ParseCommand is the argument with which this program starts itself to run [ParsePKCS12Main].
 const ParseCommand = "parse-pkcs12"
@@ -31,7 +32,7 @@ const ParseCommand = "parse-pkcs12"
 const (
 	pkcs12CPU        = 2 * time.Second // CPU time of the process; usual files take some milliseconds
 	pkcs12Timeout    = 5 * time.Second // wall clock time
-	pkcs12Memory     = 128 << 20       // beyond what the process has when it starts; half of it is for the heap
+	pkcs12Memory     = 128 << 20       // beyond what the process has when it starts; half of it is Go's soft limit
 	pkcs12Concurrent = 2
 	pkcs12Message    = 1 << 20 // maximum bytes of the request, and of the response
 )
@@ -81,7 +82,8 @@ func limitProcess() error {
 			return err
 		}
 	}
-	// Like the parent process, prevent core dumps and access to the memory, which contains the private key.
+	// As in the parent process, prevent core dumps and access by other processes to the memory, which contains the
+	// private key.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return err
 	}
@@ -167,7 +169,7 @@ func (o *pkcs12Opener) open(ctx context.Context, file []byte, password string) (
 	child.Stdin, child.Stdout = bytes.NewReader(question), stdout
 	child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	child.WaitDelay = time.Second
-	// The kernel sends Pdeathsig when the thread that started the child ends, so the thread is kept until the child ends.
+	// The kernel sends Pdeathsig when the thread that started the child ends, so the thread is kept until then.
 	runtime.LockOSThread()
 	err = child.Run()
 	runtime.UnlockOSThread()

@@ -13,8 +13,8 @@ import (
 	"software.sslmate.com/src/go-pkcs12"
 )
 
-// patientOpener waits longer than NMI does. The process that opens a file has the lowest priority, so on a busy computer it
-// can take longer than NMI's limit to open a valid file.
+// patientOpener waits longer than NMI does. The process that opens a file has the lowest priority, so on a busy
+// computer it can take longer than NMI's limit to open a valid file.
 func patientOpener() *pkcs12Opener {
 	o := newPKCS12Opener()
 	o.timeout = time.Minute
@@ -86,7 +86,7 @@ func TestOpeningAPKCS12FileEndsWithTheContext(t *testing.T) {
 	t.Parallel()
 	o := newPKCS12Opener()
 	file := slow(t)
-	for range pkcs12Concurrent + 1 { // the last one waits for the semaphore
+	for range pkcs12Concurrent + 1 { // one after the other; each must free its slot
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 		defer cancel()
 		if _, err := o.open(ctx, file, "password"); !errors.Is(err, context.DeadlineExceeded) {

@@ -10,7 +10,8 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// Secrets returns the current content of Kubernetes Secrets. Its error is an *Error.
+// Secrets returns the current content of Kubernetes Secrets. Its error is an *Error; any other error counts as one of
+// class Unavailable.
 type Secrets interface {
 	Secret(ctx context.Context, ref Ref) (SecretContent, error)
 }
@@ -32,8 +33,8 @@ const (
 // maxSecret bounds a client secret or a password. Entra ID generates client secrets of 40 characters.
 const maxSecret = 4 << 10
 
-// flaw says what is wrong with the content of a Secret: the rest of a sentence that begins with the Secret's name. It
-// never contains any part of the content.
+// flaw says what is wrong with the content of a Secret. It is the rest of a sentence that begins with the Secret's
+// name. It contains no value of the Secret, only properties such as the size of a key or the expiry of a certificate.
 type flaw string
 
 func (f flaw) Error() string { return string(f) }
@@ -50,9 +51,9 @@ func contentError(ref Ref, err error) *Error {
 	return &Error{Class: Unavailable, Err: err}
 }
 
-// clientSecret returns the client secret, which is under the key clientSecret. AAD Pod Identity accepted any key, so a
-// Secret with a single key may use any name for it. From several keys AAD Pod Identity took a random one; here they are
-// an error unless one of them is clientSecret.
+// clientSecret returns the client secret, which is the value of the key clientSecret. If the Secret has a single key,
+// that key may have any name, as in AAD Pod Identity. Several keys without clientSecret are an error, because a choice
+// would be random, as it was in AAD Pod Identity.
 func clientSecret(data map[string][]byte) (string, error) {
 	value, ok := data[secretKey]
 	switch {
@@ -68,8 +69,8 @@ func clientSecret(data map[string][]byte) (string, error) {
 	return plainText(value, "client secret")
 }
 
-// plainText returns a client secret or a password as text, or a flaw in which what names the value. It removes line
-// breaks at the end: files and pipes add them, and no client secret or password ends with one.
+// plainText returns value as text, or a flaw. The parameter what is the name of the value in the flaw: "client secret"
+// or "password". Line breaks at the end are removed: files and pipes add them, and they are not part of the value.
 func plainText(value []byte, what flaw) (string, error) {
 	value = bytes.TrimRight(value, "\r\n")
 	switch {

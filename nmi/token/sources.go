@@ -23,8 +23,8 @@ func (s *Sources) Fetch(ctx context.Context, call Call) (Token, error) {
 }
 
 // Drop removes the Entra ID credential of each principal p if which(p) is true. It is called after an AzureIdentity or
-// a Secret changed or was deleted, and after NMI stopped watching a Secret. A credential for IMDS depends only on its
-// principal, so it stays.
+// a Secret changed or was deleted, and after the last pod that used a Secret was released. A credential for IMDS
+// depends only on its principal, so it stays.
 func (s *Sources) Drop(which func(Principal) bool) {
 	s.Entra.Drop(which)
 }

@@ -83,7 +83,7 @@ type Token struct {
 	AccessToken string
 	ExpiresOn   time.Time
 	NotBefore   time.Time
-	// Fetched is when the token was received. Its remaining lifetime at that time was ExpiresOn minus Fetched.
+	// Fetched is when the token was received.
 	Fetched time.Time
 	// ClientID and ObjectID of the principal, from the token's claims; empty if the token is not a readable JWT.
 	ClientID, ObjectID string
@@ -102,8 +102,8 @@ func (t Token) SHA256() string {
 // Call has the parameters of one fetch.
 type Call struct {
 	Key
-	// Pod is the UID of a running pod that may have the token. A federated principal authenticates with a token bound to
-	// this pod.
+	// Pod is the UID of a running pod that may have the token. A federated principal authenticates with a token bound
+	// to this pod.
 	Pod string
 	// Fresh bypasses the caches of the source, if the source has an option for that.
 	Fresh bool
@@ -161,6 +161,6 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// NonRetriable keeps the Azure SDK from retrying. Inside the SDK's pipeline an *Error comes only from a transport of NMI
-// that refused to send the request: because of an earlier 429, or because the address has no https.
+// NonRetriable keeps the Azure SDK from retrying. Inside the SDK's pipeline an *Error comes only from a transport of
+// NMI that refused to send the request: because of an earlier 429, or because the address has no https.
 func (e *Error) NonRetriable() {}
