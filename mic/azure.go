@@ -18,9 +18,9 @@ import (
 // replacedInterval is the interval between checks whether azure.json was replaced.
 const replacedInterval = 10 * time.Second
 
-// waitUntilReplaced returns an error once the file has no hard link any more, and nil when ctx ends. This happens if a
-// single file of the node is mounted into the container and another file replaces it on the node: the container keeps
-// the old file, and only a new container sees the new one.
+// waitUntilReplaced returns an error once the file has no hard link any more, and nil when ctx ends. A file that is
+// mounted into the container as a single file loses its last hard link when it is replaced or deleted on the node. The
+// container keeps the old file, and only a new container sees the new one.
 func waitUntilReplaced(ctx context.Context, file string) error {
 	ticker := time.NewTicker(replacedInterval)
 	defer ticker.Stop()
@@ -40,9 +40,9 @@ func waitUntilReplaced(ctx context.Context, file string) error {
 	}
 }
 
-// newMachines returns the client of Azure Resource Manager. While its method Run runs, the client reloads its
-// configuration when the configuration changes. It calls configured each time that it has read a new valid
-// configuration; for the first one before newMachines returns.
+// newMachines returns the client of Azure Resource Manager. The client reads its configuration before newMachines
+// returns and, while its method Run runs, again after each change. If the configuration that it has read is valid, the
+// client calls configured.
 func newMachines(cfg Config, log *zap.Logger, r prometheus.Registerer, configured func()) (*azure.Reloading, error) {
 	roots, err := outbound.RootCAs(cfg.CABundle)
 	if err != nil {

@@ -43,7 +43,8 @@ type LeaderElection struct {
 }
 
 // DefaultConfig returns the defaults. A setting that means the same as in AAD Pod Identity has the same default, except
-// QPS: with the 5 requests per second of AAD Pod Identity, 2,000 pods would wait seven minutes for the first identity.
+// QPS: with the 5 requests per second of AAD Pod Identity, MIC would need 13 minutes for 2,000 pods, because each takes
+// two writes.
 func DefaultConfig() Config {
 	return Config{
 		ReconcileInterval: 3 * time.Minute,
@@ -105,7 +106,8 @@ func (c Config) Validate() error {
 	if lead.Instance == "" {
 		bad("the name of this MIC in the lease is missing; give --leader-election-instance")
 	}
-	// The default of lead.Namespace is c.Namespace. If both are missing, the problem above is enough.
+	// The default of --leader-election-namespace is the value of --namespace. If both are missing, the error about
+	// --namespace is enough.
 	if c.Namespace != "" && len(validation.IsDNS1123Label(lead.Namespace)) > 0 {
 		bad("--leader-election-namespace %q is not the name of a namespace; give one that MIC may write leases in", lead.Namespace)
 	}

@@ -32,8 +32,8 @@ type Machines interface {
 	Get(ctx context.Context, r azure.Resource) (azure.State, error)
 	Begin(ctx context.Context, r azure.Resource, basis azure.State, add, remove []string) (*azure.Operation, error)
 	Resume(ctx context.Context, r azure.Resource, token string) (*azure.Operation, error)
-	// OwnIdentities returns the client IDs or resource IDs of the identities that MIC must never detach because its
-	// configuration for Azure names them. They are those of MIC itself or of the nodes.
+	// OwnIdentities returns the client IDs or resource IDs of the identities that MIC's configuration for Azure names. MIC
+	// must never detach them, because MIC itself or the kubelet uses them.
 	OwnIdentities() []string
 }
 
@@ -171,7 +171,8 @@ func (c *Controller) shutDownQueues() {
 	}
 }
 
-// reconcileAll requeues all machines and removes their delays after failures: the configuration for Azure has changed.
+// reconcileAll requeues all machines and ends their delays after failures. It is called when the configuration for
+// Azure has changed, which may have removed the cause of the failures.
 func (c *Controller) reconcileAll() {
 	for _, key := range c.usage.Keys() {
 		if m := c.usage.Machine(key); m != nil {

@@ -5,9 +5,9 @@
 // A machine is a VM or VMSS whose identities MIC changes. There are three work queues of keys: pods, machines and
 // bindings. The reconcile of a pod derives from its bindings what the pod needs. Only this reconcile writes the
 // AzureAssignedIdentity objects of the pod. Only the reconcile of a machine updates that machine in Azure, one update
-// at a time; demands that come during an update are in the next one. Package usage connects the two: it keeps in memory
-// which pod needs which identity on which machine. The work for an event depends on what the event affects, not on the
-// size of the cluster.
+// at a time; demands that come during an update are in the next one. Package usage connects the reconciles of pods with
+// those of machines: it keeps in memory which pod needs which identity on which machine. The work for an event depends
+// on what the event affects, not on the size of the cluster.
 //
 // One assignment goes through these steps: an event requeues a pod (package cluster). The reconcile of the pod
 // computes its desired assignments (package cluster) and records its demands (package usage), which requeues the
@@ -24,8 +24,8 @@
 //     attached. It writes the ledger before it sends an update. See package ledger.
 //   - Blocking all identities of a machine because Azure refuses one. MIC sets the refused identity aside and retries
 //     it after a delay; see [usage.Refusal].
-//   - Updates of one machine by two MICs that both act as the leader. Each write of a ledger requires the
-//     resourceVersion that MIC read, so the write of the second MIC fails before it sends an update. The ledger also
-//     contains the update in progress; the next leader waits for the end of this update, for at most maxUpdateTime,
-//     before it sends another.
+//   - Updates of one machine by two MICs that both act as the leader. MIC writes the ledger before each update, and
+//     this write fails if another process has written the ledger since MIC read it. So only the first of the two MICs
+//     sends its update. The ledger also contains the update in progress. The next leader waits for the end of this
+//     update, for about maxUpdateTime at most, before it sends another.
 package mic

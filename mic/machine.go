@@ -19,7 +19,7 @@ import (
 type machine struct {
 	usage    *usage.Machine
 	resource azure.Resource
-	ledger   *ledger.Ledger // nil until it is read, and after another process wrote it
+	ledger   *ledger.Ledger // nil if it must be read: at first, and after a write failed with ErrOvertaken
 	azure    azure.State    // as Azure reported it last
 	// refreshAt is when the state must be read from Azure again, at the latest.
 	refreshAt time.Time
@@ -58,8 +58,8 @@ func (m *machine) writeLedger(ctx context.Context, next ledger.Entries) error {
 	return nil
 }
 
-// recordOutcome removes the finished update from the ledger and records its result there. The state of the machine must
-// have been observed after the end of the update.
+// recordOutcome removes the update from the ledger and records there which of its identities the machine has. The
+// caller must have observed the state of the machine after the end of the update, or after maxUpdateTime.
 func (m *machine) recordOutcome(ctx context.Context) error {
 	return m.writeLedger(ctx, m.ledger.End(m.azure.Identities))
 }
@@ -75,7 +75,7 @@ func (m *machine) observe(state azure.State, interval time.Duration) {
 // updating reports whether Azure is updating the machine, for MIC or for somebody else.
 func (m *machine) updating() bool { return strings.EqualFold(m.azure.ProvisioningState, "Updating") }
 
-// requeueAfter returns the delay until the next reconcile of the machine if no update is needed now.
+// requeueAfter returns the delay until the next reconcile of a machine that needs no update now.
 func (m *machine) requeueAfter(p usage.Plan) time.Duration {
 	next := m.refreshAt
 	if m.updating() {

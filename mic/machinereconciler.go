@@ -19,11 +19,13 @@ import (
 )
 
 const (
-	// pause is the minimum time from when one reconcile begins to send updates of a machine to when the next one does.
-	// An update takes Azure 10 to 60 s, so the pause rarely delays an update. Because of the pause, a burst of pods that
-	// lasts some seconds takes two updates. Azure allows twelve updates of a machine in a row, and four a minute after
-	// that. With one update for each reconcile there are at most six a minute, so only several minutes of continuous
-	// updates reach that limit. MIC also waits for at most this time between reads of a machine that Azure is updating.
+	// pause is the minimum time between two reconciles that update the same machine, counted from when each begins to send
+	// updates. An update takes Azure 10 to 60 s, so the pause rarely delays an update. If an update takes less, the pause
+	// makes sure that a burst of pods that lasts some seconds takes only two updates. Azure allows twelve updates of a
+	// machine in a row, and four a minute after that. With one update for each reconcile MIC sends at most six a minute,
+	// so Azure throttles MIC only after several minutes of continuous updates.
+	//
+	// pause is also the longest delay until MIC reads a machine again that Azure is updating.
 	pause = 10 * time.Second
 	// maxConflicts is the maximum number of times that one reconcile plans updates and sends them. It plans again after an
 	// error of class Conflict.
@@ -172,7 +174,7 @@ func (r *machineReconciler) ensureIdentities(ctx context.Context, m *machine) (t
 		if delay := max(pause-time.Since(m.updatedAt), m.usage.GatherDelay()); i == 0 && delay > 0 {
 			return delay, nil
 		}
-		// The state may be old. The update must be planned from the current state.
+		// The update must be planned from the current state.
 		if err := r.updater.refresh(ctx, m); err != nil {
 			return 0, err
 		}
@@ -192,7 +194,6 @@ func (r *machineReconciler) ensureIdentities(ctx context.Context, m *machine) (t
 	return 0, err
 }
 
-// plan decides what to do with a machine.
 func (r *machineReconciler) plan(m *machine) usage.Plan {
 	v := m.usage.View()
 	v.Attached = m.azure.Identities
@@ -200,14 +201,14 @@ func (r *machineReconciler) plan(m *machine) usage.Plan {
 	v.InLedger = m.ledger.Attached
 	p := usage.Decide(v)
 	if len(p.Remove) > 0 && !r.drain && r.cluster.Behind() {
-		// A pod that needs the identity may have been created, and its event may be late.
+		// The caches may lack a new pod that needs one of these identities.
 		p.Remove, p.Next = nil, v.Now.Add(cluster.CatchUpTime)
 	}
 	return p
 }
 
-// protected returns a function that reports whether an identity must never be detached, no matter who attached it.
-// These are the identities of --immutable-user-msis and those that the configuration for Azure names.
+// protected returns a function that reports whether an identity is protected: MIC must never detach it, no matter who
+// attached it. --immutable-user-msis and the configuration for Azure name the protected identities.
 func (r *machineReconciler) protected() func(azure.Identity) bool {
 	list := slices.Concat(r.immutable, r.updater.arm.OwnIdentities())
 	return func(i azure.Identity) bool {

@@ -51,7 +51,7 @@ func (r *podReconciler) reconcile(ctx context.Context, key string) (time.Duratio
 	}
 	for _, a := range have {
 		if !assigned[a.Identity] && r.serves(p, d, a) {
-			continue // it stays until its replacement is Assigned, so that the pod always has an identity
+			continue // it stays until MIC's own assignment is Assigned, so that the pod gets tokens without a gap
 		}
 		if err := r.release(ctx, a); err != nil {
 			return 0, err
@@ -84,8 +84,8 @@ func usageKey(d cluster.DesiredAssignment) usage.Key {
 	return usage.Key{Machine: d.MachineKey, Identity: d.ResourceID}
 }
 
-// serves reports whether a is an assignment of AAD Pod Identity that the pod still needs: with it NMI grants tokens
-// to the pod until the replacement of a is Assigned.
+// serves reports whether a is an assignment of AAD Pod Identity that the pod still needs: because of a, NMI grants
+// tokens to the pod until MIC's own assignment of the same identity is Assigned.
 func (r *podReconciler) serves(p *cluster.Pod, d cluster.DesiredState, a *cluster.Assignment) bool {
 	usable := p != nil && a.Node == p.Node && a.Legacy() && !a.Deleting && (a.State == v1.AssignmentAssigned || a.State == v1.AssignmentLegacy)
 	return usable && slices.ContainsFunc(d.Assignments, func(want cluster.DesiredAssignment) bool {
@@ -94,9 +94,9 @@ func (r *podReconciler) serves(p *cluster.Pod, d cluster.DesiredState, a *cluste
 }
 
 // ensureAssignment creates or updates one assignment; a is nil if there is none yet. It returns the resulting state of
-// the assignment, and the problem that prevents its identity from being attached, if any. The state is "" if there is
-// no usable assignment, because it cannot be created now, was deleted, or is not in the cache yet, or if the assignment
-// has no state yet.
+// the assignment, and the problem that prevents its identity from being attached, if any. The state is "" if the
+// assignment has no state yet, or if there is no usable assignment: it cannot be created now, it is being deleted or
+// was deleted, or it exists and is not in the cache yet.
 func (r *podReconciler) ensureAssignment(ctx context.Context, p *cluster.Pod, want cluster.DesiredAssignment, a *cluster.Assignment) (v1.AssignmentState, string, error) {
 	var err error
 	switch {
@@ -105,7 +105,7 @@ func (r *podReconciler) ensureAssignment(ctx context.Context, p *cluster.Pod, wa
 	case a == nil:
 		a, err = r.writer.Create(ctx, p, want)
 	case a.Deleting:
-		return "", "", r.release(ctx, a) // somebody deleted it; MIC creates it again once it is gone
+		return "", "", r.release(ctx, a) // it is being deleted; MIC creates it again once it is gone
 	case a.Digest != want.Digest:
 		a, err = r.writer.UpdateCopies(ctx, want, a)
 	}
@@ -131,9 +131,9 @@ func (r *podReconciler) ensureAssignment(ctx context.Context, p *cluster.Pod, wa
 	return state, message, err
 }
 
-// release deletes an assignment that its pod no longer needs. The last assignment of an identity that MIC attached
-// stays until the identity is detached, unless its node is gone or its namespace is being deleted. The Tracker requeues
-// the pod when the assignment may be deleted.
+// release deletes an assignment that its pod no longer needs or that is being deleted already. The last assignment of
+// an identity that MIC attached stays until the identity is detached, unless the node of the assignment is gone or its
+// namespace is being deleted. If the assignment stays, the Tracker requeues the pod when that may change.
 func (r *podReconciler) release(ctx context.Context, a *cluster.Assignment) error {
 	n := r.cluster.Node(a.Node)
 	if n == nil || a.ResourceID == "" || n.MachineKey == "" {

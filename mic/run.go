@@ -33,8 +33,9 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	return runElected(ctx, cfg, log, false)
 }
 
-// Uninstall becomes the leader, detaches what MIC attached, except identities that MIC never detaches, and removes all
-// assignments and ledgers. It returns nil when no assignment and no ledger is left, and an error if it ends before.
+// Uninstall becomes the leader, detaches what MIC attached, except protected identities (see machineReconciler), and
+// removes all assignments and ledgers. It returns nil when no assignment and no ledger is left, and an error if it ends
+// before.
 func Uninstall(ctx context.Context, cfg Config, log *zap.Logger) error {
 	cfg.DetachDelay = 0
 	return runElected(ctx, cfg, log, true)
@@ -135,8 +136,8 @@ func (c *Controller) waitUntilEmpty(ctx context.Context) bool {
 }
 
 // newManager returns a manager with leader election, metrics and probes. With drain the manager serves neither metrics
-// nor probes: the pod of an uninstall must become ready only when everything is removed. Command mic then answers the
-// probes.
+// nor probes: the pod of an uninstall must become ready only when everything is removed. From then on command mic
+// itself answers the probes, with the flag --wait-for-signal.
 func newManager(cfg Config, config *rest.Config, drain bool) (manager.Manager, error) {
 	lease := cfg.LeaderElection.Duration
 	// Two MICs may have the same name by mistake, so a UUID makes the identity in the lease unique.

@@ -22,14 +22,14 @@ const (
 	// process is paused or the write is slow, another process may become the leader meanwhile, and assign to a pod what
 	// this process is about to detach.
 	maxSendDelay = 5 * time.Second
-	// maxUpdateTime is how long after the start of an update MIC waits for its result. After that MIC takes the state of
-	// the machine as the result.
+	// maxUpdateTime is the age at which MIC gives up an update. After a last wait for its end, of at most
+	// azure.Options.MaxPollTime, MIC takes the state of the machine as the result.
 	maxUpdateTime = 20 * time.Minute
 )
 
 // updater calls Azure Resource Manager for the reconciles of machines. The order of the steps of an update protects the
-// machine: MIC first writes to the ledger everything that the update may leave attached, then sends the update, then
-// writes the token of the operation to the ledger, and when the end of the update is known, its result.
+// machine: MIC first writes to the ledger everything that the update may leave attached, then sends the update, and
+// then writes the token of the operation to the ledger. When MIC knows the end of the update, it writes the result.
 type updater struct {
 	arm        Machines
 	cluster    *cluster.Cluster
@@ -208,10 +208,11 @@ func (u *updater) handleSuccess(ctx context.Context, m *machine, state azure.Sta
 	return m.recordOutcome(ctx)
 }
 
-// handleFailure records a failed update and returns err, or the error that prevented the record. If Azure refused the
-// request, Azure changed nothing, and handleFailure writes the ledger as it was before. If an operation began and
-// failed, handleFailure reads the state of the machine and records which identities it has. An update that may still
-// be in progress stays in the ledger, so that the next reconcile first waits for its end.
+// handleFailure records a failed update. It returns err, or the error with which it failed to write the ledger or to
+// read the machine. If Azure refused the request, Azure changed nothing, and handleFailure writes the ledger as it was
+// before. If an operation began and failed, handleFailure reads the state of the machine and records which identities
+// it has. An update that may still be in progress stays in the ledger, so that the next reconcile first waits for its
+// end.
 func (u *updater) handleFailure(ctx context.Context, m *machine, op *azure.Operation, before ledger.Entries, err error) error {
 	if op != nil && op.Token() != "" || op == nil && mayHaveBegun(err) {
 		return err
@@ -248,7 +249,7 @@ func mayHaveBegun(err error) bool {
 }
 
 // resume waits for the end of the update in the ledger, if any: another process started it, or this process did not
-// learn its result. A delay above zero means that the update is still in progress.
+// learn its result. A delay above zero means that the update may still be in progress.
 func (u *updater) resume(ctx context.Context, m *machine) (time.Duration, error) {
 	update := m.ledger.Update
 	if update == nil {

@@ -112,8 +112,9 @@ func classify(status int, code, operationStatus string, named bool) Class {
 	return Invalid
 }
 
-// classifyOperation classifies an update that failed while it was running. code is in lower case. A failure without a
-// known code that was not canceled and names no identity of the update counts as a failure of Azure.
+// classifyOperation classifies an update that failed while it was running. code is in lower case. A failure with an
+// unknown code counts as a failure of Azure, unless the update was canceled or the response names one of its
+// identities.
 func classifyOperation(code, status string, named bool) Class {
 	class, known := operationCodes[code]
 	switch {
@@ -129,8 +130,8 @@ func classifyOperation(code, status string, named bool) Class {
 	return Unavailable
 }
 
-// contextError returns the context error that err wraps, or nil. [Error.Err] keeps the context error, so that errors.Is
-// finds it although [Error] does not wrap err.
+// contextError returns the context error that err wraps, or nil. [Error] does not wrap err, whose text may contain
+// secrets. It wraps only the context error, so that errors.Is finds it.
 func contextError(err error) error {
 	for _, known := range []error{context.Canceled, context.DeadlineExceeded} {
 		if errors.Is(err, known) {
@@ -142,13 +143,14 @@ func contextError(err error) error {
 
 // armError is the parsed body of an error response.
 type armError struct {
-	status        string // of a running update, such as "Failed"
+	status        string // of the update, in a poll response, such as "Failed"
 	code, message string
-	// exact are fields that consist only of the ID of an identity, folded; within are IDs found inside longer texts.
+	// exact are the folded IDs of identities from keys and values that consist only of an ID. within are folded IDs from
+	// longer texts.
 	exact, within []string
 }
 
-// maxDepth bounds the depth of a response that is searched. Azure's errors have nested details.
+// maxDepth bounds how deep the nested details of an error response are searched.
 const maxDepth = 16
 
 // parseARMError reads {"error":{"code","message","details":[...],"innererror","additionalInfo":[...]}}, and the same
@@ -217,8 +219,8 @@ func (a *armError) addIdentities(s string) {
 	}
 }
 
-// named returns the requested identities that the response names: those in fields of their own, or else those inside
-// texts. Texts come second because they may also name other resources.
+// named returns the requested identities, or all if requested is nil, that the response names. It returns those of
+// exact or, if there are none, those of within: longer texts may also name identities that are not refused.
 func (a *armError) named(requested map[string]bool) []string {
 	for _, found := range [][]string{a.exact, a.within} {
 		if requested != nil {

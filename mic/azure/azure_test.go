@@ -15,7 +15,7 @@ import (
 
 // fakeAzure responds to requests in place of Azure, and records them.
 type fakeAzure struct {
-	respond func(n int, r *http.Request) (*http.Response, error) // n counts from 1
+	respond func(n int, r *http.Request) (*http.Response, error) // n is the number of the request, from 1
 
 	mu   sync.Mutex
 	seen []seen
@@ -140,7 +140,7 @@ func describe(r Resource, provisioning, identityType string, names ...string) st
 		`"properties":{"provisioningState":"` + provisioning + `","timeCreated":"2026-01-01T00:00:00+00:00"}}`
 }
 
-// calls is an Observer.
+// calls is an Observer that records its calls.
 type calls struct {
 	mu       sync.Mutex
 	reported []string

@@ -5,7 +5,7 @@
 //   - removing an identity that MIC did not add: an update contains only what to add and what to remove, keeps the
 //     identity type that the remaining identities need, and, if ARM returned an ETag, applies only to the state from
 //     which it was planned;
-//   - a throttled subscription, or a response that hangs, that delays the machines of other subscriptions;
+//   - a response that hangs and delays other machines, or a throttled subscription that delays other subscriptions;
 //   - MIC's token or client secret in a log, or sent to a host other than Azure's.
 //
 // It does not decide which identities to attach, and does not retry updates: both are up to the caller.
@@ -50,8 +50,8 @@ type Options struct {
 	RequestTimeout time.Duration
 	// MaxPollTime bounds how long Wait polls an update; 0 means 20 minutes.
 	MaxPollTime time.Duration
-	// PollInterval is the interval between polls of an update if ARM sends no Retry-After; 0 means 5 s. ARM allows 15
-	// polls per minute for one machine.
+	// PollInterval is the longest interval between polls of an update if ARM sends no Retry-After; 0 means 5 s. ARM allows
+	// 15 polls per minute for one machine.
 	PollInterval time.Duration
 }
 
@@ -73,7 +73,7 @@ type Client struct {
 	pollInterval   time.Duration
 
 	mu            sync.Mutex
-	subscriptions map[string]*subscription // by folded ID; bounded by the subscriptions in the nodes' provider IDs
+	subscriptions map[string]*subscription // by folded ID; bounded by the subscriptions of nodes and ledgers
 }
 
 // subscription is the state of a subscription. ARM throttles each subscription separately, so each has its own
@@ -159,7 +159,8 @@ func (c *Client) once(ctx context.Context) context.Context {
 
 // acceptedAsOK changes the status 202 of a response to an update to 200 if the response has a header with a URL to
 // poll. ARM's contract allows 202 for an update that started, but the SDK accepts only 200. Without such a header the
-// SDK would treat the update as done, so the status stays 202.
+// SDK would treat a response with 200 as the end of the update, so the status stays 202, which the SDK returns as an
+// error.
 type acceptedAsOK struct{}
 
 func (acceptedAsOK) Do(r *policy.Request) (*http.Response, error) {
@@ -206,8 +207,8 @@ func (c *Client) subscription(r Resource) (*subscription, error) {
 	return s, nil
 }
 
-// call sends a request to ARM. While the subscription is throttled it sends nothing and returns Throttled. Its error is
-// an *Error.
+// call waits for a token and then calls send. While the subscription is throttled, call does not call send and returns
+// Throttled. Its error is an *Error. requested is for [cleaner.failure].
 func (c *Client) call(ctx context.Context, operation string, s *subscription, requested map[string]bool, send func(context.Context) error) error {
 	if wait := s.retryAfter.Remaining(); wait > 0 {
 		return &Error{Class: Throttled, Operation: operation, RetryAfter: wait, Message: "Azure throttles the subscription; MIC sends it no request before Retry-After has passed"}
@@ -235,7 +236,7 @@ func (c *Client) call(ctx context.Context, operation string, s *subscription, re
 	return nil
 }
 
-// failed classifies a failure. After a timeout its message says which timeout it was.
+// failed classifies a failure. If no response came because ctx ended or the request timed out, its message says which.
 func (c *Client) failed(ctx context.Context, operation string, requested map[string]bool, err error) *Error {
 	failed := c.failure(operation, requested, err)
 	var own *Error

@@ -51,7 +51,7 @@ type Config struct {
 	UseWorkloadIdentity bool   `json:"useFederatedWorkloadIdentityExtension"`
 	FederatedTokenFile  string `json:"aadFederatedTokenFile"`
 
-	// AuthorityHost overrides the cloud's address of Entra ID; see AZURE_AUTHORITY_HOST.
+	// AuthorityHost, from AZURE_AUTHORITY_HOST, overrides the cloud's address of Entra ID.
 	AuthorityHost string `json:"-"`
 	// Environment describes a custom cloud.
 	Environment Environment `json:"-"`
@@ -108,7 +108,8 @@ func (c *Config) applyEnvironment(getenv func(string) string) error {
 	set(&c.UserAssignedIdentityID, "USER_ASSIGNED_MSI_CLIENT_ID")
 	c.ClientID = withoutMSI(c.ClientID)
 	if secret := withoutMSI(get("CLIENT_SECRET")); secret != "" {
-		// An explicit secret takes precedence over the node's file, which describes the node, not MIC.
+		// CLIENT_SECRET is for MIC, and azure.json describes the node. So CLIENT_SECRET replaces the credentials of
+		// azure.json.
 		c.ClientSecret, c.UseManagedIdentity, c.UseWorkloadIdentity = Secret(secret), false, false
 	}
 	if use := get("USE_MSI"); use != "" {
@@ -166,9 +167,9 @@ func readFile(path string) ([]byte, error) {
 	return text, nil
 }
 
-// parse reads JSON, or YAML, which AAD Pod Identity also accepted. Errors of parsers quote the input, which may be a
-// secret, so the error here contains only the position, or the field and its type. The caller puts the name of the file
-// before the error.
+// parse reads JSON, or YAML, which AAD Pod Identity also accepted. Errors of parsers quote the input, which may contain
+// a secret, so the error here contains at most the line, or the field and its type. The caller puts the name of the
+// file before the error.
 func parse(text []byte, into any) error {
 	text = bytes.TrimPrefix(text, []byte("\xef\xbb\xbf"))
 	if len(bytes.TrimSpace(text)) == 0 {

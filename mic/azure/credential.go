@@ -90,7 +90,7 @@ func (own *ownCredential) servicePrincipal(c Config, options policy.ClientOption
 	own.subject = fmt.Sprintf("service principal %s of tenant %s", text.OneLine(c.ClientID, maxID), text.OneLine(c.TenantID, maxID))
 	own.advice = "correct tenantId, aadClientId and aadClientSecret (TENANT_ID, CLIENT_ID, CLIENT_SECRET) in " + c.source()
 	credential, err := azidentity.NewClientSecretCredential(c.TenantID, c.ClientID, string(c.ClientSecret), &azidentity.ClientSecretCredentialOptions{
-		// The operator configured the authority, so it needs no instance discovery.
+		// The authority is that of a known cloud, or the operator configured it. Instance discovery need not check it.
 		ClientOptions: options, DisableInstanceDiscovery: true,
 	})
 	own.TokenCredential = credential
@@ -137,14 +137,14 @@ func needsAuthority(where cloud.Configuration) error {
 	return nil
 }
 
-// unreadableAssertionError is the error of reading the file with the Kubernetes token.
+// unreadableAssertionError is the error of reading the file with the token of MIC's ServiceAccount.
 type unreadableAssertionError struct{ err error }
 
 func (u unreadableAssertionError) Error() string {
 	return u.err.Error() + "; check that the webhook of workload identity added the volume with this file to MIC's pod"
 }
 
-// failure classifies a failure to get a token by the last response. It does not keep the SDK's errors, which quote
+// failure classifies a failure to get a token by the last response, w. It does not keep the SDK's errors, which quote
 // responses in full.
 func (own *ownCredential) failure(w *lastResponse, err error) *Error {
 	var unreadable unreadableAssertionError
@@ -185,8 +185,8 @@ func (own *ownCredential) failure(w *lastResponse, err error) *Error {
 	return own.tokenError(Denied, message+"; "+own.advice)
 }
 
-// givenCredentialFailure classifies the failure of a credential from Options, whose requests do not pass through this
-// package.
+// givenCredentialFailure classifies a failure for which no response was recorded. This is usually that of a credential
+// from Options, whose requests do not pass through this package.
 func (own *ownCredential) givenCredentialFailure(err error) *Error {
 	var responseErr *azidentity.AuthenticationFailedError
 	if errors.As(err, &responseErr) && responseErr.RawResponse != nil {

@@ -348,7 +348,7 @@ func TestATokenIsRenewedBeforeItExpiresDespiteFailures(t *testing.T) {
 		call(10*time.Second, "token-1", 3)
 		broken = false
 		call(10*time.Second, "token-1", 4) // the call does not wait for the new token
-		call(31*time.Second, "token-4", 4) // the SDK asks for a new token every 30 s
+		call(31*time.Second, "token-4", 4) // the SDK takes over a new token at most every 30 s
 		broken = true
 		call(time.Hour, "", 5)
 		call(time.Second, "", 5)

@@ -28,7 +28,7 @@ func ParseID(id string) (Resource, error) {
 	if r, err := ParseProviderID("azure://" + id); err == nil {
 		return r, nil
 	}
-	// A provider ID names an instance of a scale set, never the scale set itself.
+	// A provider ID names an instance of a scale set, never the scale set itself, so ParseID appends an instance.
 	r, err := ParseProviderID("azure://" + id + "/virtualMachines/0")
 	if err != nil {
 		return Resource{}, fmt.Errorf("%q is not the ID of a virtual machine or scale set", id)

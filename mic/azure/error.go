@@ -21,10 +21,11 @@ const (
 	// Conflict: another operation changes the machine, or has changed it since the update was planned. Read the machine
 	// and plan again.
 	Conflict Class = "conflict"
-	// BadIdentity: Azure refuses some of the identities, or MIC may not assign them. ARM applied nothing of the update.
+	// BadIdentity: Azure refuses some of the identities, or MIC may not assign them. If ARM refused the request, it
+	// applied nothing of the update. An operation that began may have applied a part.
 	BadIdentity Class = "bad_identity"
-	// Denied: MIC lacks a permission, or its credential is refused or cannot be read. A retry fails until someone changes
-	// the configuration.
+	// Denied: MIC lacks a permission, or its credential is refused or cannot be read. A retry fails until somebody
+	// corrects this.
 	Denied Class = "denied"
 	// Unavailable: no response, a response that shows a failure of Azure such as a 5xx, or an update that failed for
 	// another reason than the classes above. A retry can succeed.

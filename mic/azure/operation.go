@@ -9,8 +9,8 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 )
 
-// initialPollInterval is the interval before the second poll if ARM sends no Retry-After. The interval then doubles
-// up to that of the Client.
+// initialPollInterval is the interval between the first and the second poll if ARM sends no Retry-After. The interval
+// then doubles with each poll, up to Client.pollInterval.
 const initialPollInterval = time.Second
 
 // Operation is an update that was sent, or one that needs no request. It must be used by one goroutine at a time.
@@ -43,8 +43,8 @@ func (o *Operation) Token() string { return o.token }
 
 // Wait polls until the update is done, at the interval that ARM requests, and returns the resulting state of the
 // machine. Wait continues after throttling and after polls that fail as Unavailable. If Token is not empty after an
-// error, the outcome is unknown, and Wait may be called again; after Options.MaxPollTime it then polls at most once.
-// Its error is an *Error.
+// error, the outcome is unknown, and Wait may be called again. Once Options.MaxPollTime has passed since Begin or
+// Resume, each call polls at most once. The error of Wait is an *Error.
 //
 // ARM forgets updates after a while. If ARM no longer knows the update, Wait returns the state of the machine without
 // an error; the caller must compare it with what the update was to do.
@@ -115,9 +115,9 @@ func (o *Operation) unfinished(e Error) error {
 	return &e
 }
 
-// isFinal reports whether the error means that the update failed, not only a poll. ARM reports a failed update in a
-// response with a success status. An error of the classes in the switch also ends the update, whatever its status;
-// Invalid may also mean that no later poll can succeed.
+// isFinal reports whether Wait must not poll again after the error: the update failed, or no later poll can succeed.
+// ARM reports a failed update in a poll response with a success status. The classes in the switch are final whatever
+// the status.
 func (o *Operation) isFinal(e *Error) bool {
 	switch e.Class {
 	case NotFound, Conflict, BadIdentity, Invalid:

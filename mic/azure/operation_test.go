@@ -46,8 +46,8 @@ func begin(t *testing.T, c *Client, r Resource) *Operation {
 	return o
 }
 
-// polledUpdates are the responses to one update and its polls, with the seconds between the requests and the calls
-// that are observed.
+// polledUpdates are the responses to one update and its polls. pauses are the seconds between the requests, and calls
+// are the calls of the Observer.
 var polledUpdates = []struct {
 	name      string
 	responses []func(*http.Request) (*http.Response, error)

@@ -36,8 +36,8 @@ type activeConfig struct {
 	err    error   // why client is nil
 }
 
-// NewReloading reads the configuration like [LoadConfig]. It calls changed with the result, and Run calls it once for
-// each change: with the configuration, or with the error that makes it unusable.
+// NewReloading reads the configuration like [LoadConfig] and calls changed with the result: the configuration, or the
+// error that makes the configuration unusable. After each change of the result, Run calls changed with the new result.
 func NewReloading(path string, getenv func(string) string, o Options, changed func(Config, error)) *Reloading {
 	r := &Reloading{path: path, getenv: getenv, options: o, changed: changed}
 	r.report(r.refresh())

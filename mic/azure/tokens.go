@@ -13,8 +13,8 @@ import (
 const (
 	// fetchTimeout bounds one fetch of a token.
 	fetchTimeout = 30 * time.Second
-	// refreshAhead is how long before its expiry a token is replaced at the latest; Entra ID may specify an earlier
-	// time. minValidity is how long a token must still be valid to be used.
+	// A token that expires within refreshAhead is replaced; Entra ID may specify an earlier time. A token that expires
+	// within minValidity is not used.
 	refreshAhead, minValidity = 5 * time.Minute, time.Minute
 	// failureTTL is how long a failure is cached for all callers, of which there may be hundreds. A longer Retry-After is
 	// respected up to maxFailureTTL.
@@ -33,7 +33,7 @@ type tokens struct {
 	token       azcore.AccessToken
 	fetch       *fetch    // the running fetch; nil if there is none
 	failed      *Error    // of the last fetch
-	failedUntil time.Time // until then failed is returned; zero if the last fetch succeeded
+	failedUntil time.Time // no fetch before this time; zero if the last fetch succeeded
 }
 
 type fetch struct {
@@ -41,8 +41,8 @@ type fetch struct {
 	failed *Error // valid once done
 }
 
-// ready waits until there is a usable token. If the token expires soon, ready starts to replace it but does not wait
-// for that.
+// ready waits until there is a usable token, or returns why there is none. If the token expires soon, ready starts to
+// replace it but does not wait for that.
 func (t *tokens) ready(ctx context.Context) error {
 	_, err := t.get(ctx)
 	return err

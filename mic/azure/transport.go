@@ -120,8 +120,9 @@ func (tooLargeError) NonRetriable() {}
 
 type lastResponseKey struct{}
 
-// lastResponse is the last response, or transport error, of a token request. Not all errors of the SDK contain the
-// status, and their texts quote responses in full. The attempts of a request are sequential, so it needs no lock.
+// lastResponse is the last response, or transport error, of a token request. Failures are classified by it and not by
+// the errors of the SDK, because these do not always contain the status, and quote responses in full. The attempts of a
+// request are sequential, so lastResponse needs no lock.
 type lastResponse struct {
 	status int
 	header http.Header
@@ -139,7 +140,7 @@ func (w *lastResponse) record(resp *http.Response, err error) {
 	resp.Body = io.NopCloser(bytes.NewReader(w.body))
 }
 
-// timedOut reports whether an error is the timeout of one request.
+// timedOut reports whether an error is a timeout.
 func timedOut(err error) bool {
 	var timeout interface{ Timeout() bool }
 	return errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout()

@@ -36,7 +36,7 @@ func (p patch) ifMatch() *string {
 // newPatch returns an error if an identity is to be both added and removed, or if there are more than MaxIdentities.
 //
 // The identity type describes the result. A type without "UserAssigned" removes all user-assigned identities, so
-// newPatch uses it only if all identities of basis are to be removed, and then the patch names none.
+// newPatch uses it only if no identity is left after the update, and then the patch names none.
 func newPatch(basis State, add, remove []string) (patch, error) {
 	p := patch{
 		identities: map[string]*armcompute.UserAssignedIdentitiesValue{},

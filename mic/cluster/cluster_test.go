@@ -34,7 +34,7 @@ const (
 // server is an API server with a response for each method and path. It records the requests.
 type server struct {
 	mu        sync.Mutex
-	responses map[string]any // a *metav1.Status fails with its code
+	responses map[string]any // by method and path; a *metav1.Status is an error
 	requests  []string
 	bodies    []string
 }
@@ -200,7 +200,7 @@ func TestAPodDesiresWhatItsBindingsAndItsNodeSay(t *testing.T) {
 	}
 }
 
-// calls records what the handlers are called with.
+// calls returns an eventHandler, and a function that returns the sorted calls of its Handlers since its last use.
 func calls(t *testing.T, c *Cluster) (*eventHandler, func() []string) {
 	t.Helper()
 	var got []string

@@ -65,7 +65,8 @@ func (c *Cluster) Desired(p *Pod) DesiredState {
 	return d
 }
 
-// facts returns the input of the decision for a pod, and the identities (by key) and bindings from which facts read it.
+// facts returns the input of identity.Bound for a pod, and the cached identities (by key) and bindings from which
+// the input is made.
 func (c *Cluster) facts(p *Pod) (identity.Facts, map[string]*AzureIdentity, []*Binding) {
 	var facts identity.Facts
 	identities := map[string]*AzureIdentity{}
@@ -83,8 +84,8 @@ func (c *Cluster) facts(p *Pod) (identity.Facts, map[string]*AzureIdentity, []*B
 }
 
 // assignmentName names the assignment of an identity to a pod. The hash covers everything that distinguishes
-// assignments: the UID of the pod, so that a later pod of the same name has another assignment, the name of the
-// AzureIdentity, and its kind and resource ID in Azure. The part before the hash is for people. It is truncated,
+// assignments: the UID of the pod, and the namespace, name, kind and resource ID of the AzureIdentity. Because of the
+// UID, a later pod of the same name has another assignment. The part before the hash is for people. It is truncated,
 // because the API server accepts names of at most 253 bytes.
 func assignmentName(p *Pod, i *AzureIdentity) string {
 	const maxPart = 100

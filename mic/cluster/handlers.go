@@ -44,8 +44,8 @@ func (c *Cluster) Handle(h Handlers) error {
 	return nil
 }
 
-// eventHandler maps each event to the pods and bindings that it affects. In its methods old is nil for an added
-// object, and current for a deleted one.
+// eventHandler maps each event to the pods and bindings that it affects. In its methods old is nil for an added object,
+// and current is nil for a deleted one.
 type eventHandler struct {
 	cluster *Cluster
 	call    Handlers

@@ -79,7 +79,7 @@ func (b *Binding) Reference() *corev1.ObjectReference {
 	}
 }
 
-// Legacy reports whether AAD Pod Identity wrote the assignment.
+// Legacy reports whether AAD Pod Identity wrote the assignment: only MIC makes the pod the owner.
 func (a *Assignment) Legacy() bool { return a.PodUID == "" }
 
 // digestOf returns a hash of those fields of an identity and a binding that NMI or MIC reads. The copies in an

@@ -10,9 +10,8 @@ import (
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
-// WriteTTL is how long an own write takes precedence over the cache. An own write that the watch has not delivered by
-// then counts as a write of a deleted object, whose deletion the watch delivered before the response to the write
-// arrived.
+// WriteTTL is how long an own write takes precedence over the cache at most. The watch may never deliver an own write,
+// for example if the object was deleted while the watch was disconnected.
 const WriteTTL = 30 * time.Second
 
 // ownWrites are the AzureAssignedIdentity objects as the API server returned them to writes of this process, until the
@@ -42,8 +41,9 @@ func newOwnWrites() ownWrites {
 	return ownWrites{byPod: map[string][]*ownWrite{}, released: map[string]struct{}{}}
 }
 
-// overlay returns the assignments of a pod: those that the watch delivered, with newer own writes added or in place of
-// older states for at most WriteTTL, and without those whose last finalizer this process removed.
+// overlay returns the assignments of a pod. observed are those that the watch delivered. An own write that has not
+// expired is added to observed, or replaces an older state there. Assignments whose last finalizer this process removed
+// are left out.
 func (w *ownWrites) overlay(pod string, observed []*Assignment) []*Assignment {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -65,7 +65,8 @@ func (w *ownWrites) overlay(pod string, observed []*Assignment) []*Assignment {
 	return observed
 }
 
-// recordReleased records that the last finalizer of an assignment that is being deleted was removed.
+// recordReleased records that the last finalizer of an assignment that is being deleted was removed, unless the watch
+// has delivered the deletion already.
 func (w *ownWrites) recordReleased(a *Assignment) {
 	w.drop(a.Pod, a.Key(), "")
 	w.mu.Lock()
@@ -76,7 +77,7 @@ func (w *ownWrites) recordReleased(a *Assignment) {
 }
 
 // record records the response to a write, unless the watch has delivered the same or a newer version or the deletion.
-// observed is the object that the watch delivered last, or nil. It returns the written assignment.
+// observed is the object that the watch delivered last, or nil. record returns the written assignment in any case.
 func (w *ownWrites) record(o *v1.AzureAssignedIdentity, observed *Assignment) *Assignment {
 	a := trimAssignment(o)
 	w.drop(a.Pod, a.Key(), "")

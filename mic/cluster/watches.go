@@ -11,8 +11,8 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// CatchUpTime is how long a watch that resumes counts as behind: the API server first sends the events that the watch
-// missed. relistTime is this time for a watch that starts with all objects, which takes longer.
+// CatchUpTime is how long a watch counts as behind after it was connected again: the API server first sends the events
+// that the watch missed. For a watch that starts with all objects this time is relistTime, because these take longer.
 const CatchUpTime, relistTime = 5 * time.Second, 30 * time.Second
 
 // watchState tracks whether all watches receive events. Its zero value is ready for use.
@@ -66,7 +66,7 @@ func (s *watchState) trackWatch(name string, lw *cache.ListWatch) {
 		case err != nil:
 			s.markDisconnected(name)
 		case o.SendInitialEvents != nil && *o.SendInitialEvents:
-			s.markDisconnected(name) // the previous watch may have ended without an error
+			s.markDisconnected(name) // not done yet if the previous watch ended without an error
 			s.markConnected(name, relistTime)
 		default:
 			s.markConnected(name, CatchUpTime)

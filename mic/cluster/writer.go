@@ -27,8 +27,8 @@ func NewWriter(client rest.Interface, c *Cluster, m *telemetry.Metrics) *Writer 
 	return &Writer{client, c, m}
 }
 
-// Create creates an assignment without a state, which counts as Created. Create returns nil without an error if the
-// assignment exists already, and the watch has not delivered it yet, or if its namespace is being deleted.
+// Create creates an assignment without a state, which counts as Created. Create returns nil without an error if an
+// object of that name exists already (the watch has yet to deliver it), or if the namespace is being deleted.
 func (w *Writer) Create(ctx context.Context, p *Pod, d DesiredAssignment) (*Assignment, error) {
 	o := &v1.AzureAssignedIdentity{
 		ObjectMeta: metav1.ObjectMeta{

@@ -12,7 +12,8 @@ import (
 type Entries struct {
 	Machine  string            // its resource ID
 	Attached map[string]string // resource IDs of what MIC attached or may have attached, by folded ID
-	// Update is the update that MIC is about to send, or sent and whose end it does not know yet; otherwise nil.
+	// Update is the update that MIC is about to send, or that it sent and whose end it does not know yet. It is nil if
+	// there is none.
 	Update *Update
 }
 
@@ -21,7 +22,7 @@ type Update struct {
 	Started time.Time `json:"started"`
 	Add     []string  `json:"add,omitempty"`
 	Remove  []string  `json:"remove,omitempty"`
-	// Token is the token for azure.Client.Resume. It is empty until Azure has accepted the update.
+	// Token is the token for azure.Client.Resume. If it is empty, Azure may have accepted the update all the same.
 	Token string `json:"token,omitempty"`
 }
 

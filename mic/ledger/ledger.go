@@ -58,8 +58,8 @@ func Read(ctx context.Context, store typedcorev1.ConfigMapInterface, key, id str
 	return l, err
 }
 
-// parse parses a ConfigMap. If it cannot, it returns an error instead of an empty ledger, with which MIC would never
-// detach the identities that it attached.
+// parse parses a ConfigMap. If it cannot, it returns an error and not an empty ledger: with an empty ledger MIC would
+// never detach the identities that it attached.
 func parse(o *corev1.ConfigMap) (Entries, error) {
 	e := Entries{Machine: o.Data[dataMachine], Attached: map[string]string{}}
 	err := json.Unmarshal([]byte(o.Data[dataAttached]), &e.Attached)
@@ -73,8 +73,9 @@ func parse(o *corev1.ConfigMap) (Entries, error) {
 	return e, nil
 }
 
-// Write saves the entries if the resourceVersion still matches; otherwise it returns ErrOvertaken. If e has no
-// identities and no update, Write deletes the ConfigMap; it is no error if the ConfigMap is already gone.
+// Write saves e in the ConfigMap. If another process has written the ledger since l read or wrote it, Write changes
+// nothing and returns ErrOvertaken. If e has no identities and no update, Write deletes the ConfigMap instead. It then
+// returns nil if there is nothing to delete: l had no ConfigMap, or the ConfigMap is already gone.
 func (l *Ledger) Write(ctx context.Context, e Entries) error {
 	if len(e.Attached) == 0 && e.Update == nil {
 		return l.remove(ctx, e)

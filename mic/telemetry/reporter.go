@@ -23,7 +23,7 @@ const (
 	ReasonFailed  = "AssignmentFailed"
 )
 
-// reportedMax bounds how many reports are remembered. A report that was forgotten may be repeated once.
+// reportedMax bounds how many reports are remembered. A report that was forgotten may be repeated.
 const reportedMax = 16384
 
 // Problem is a reason why a pod does not get an identity that is bound to it. Somebody may have to correct it.
@@ -55,8 +55,8 @@ func NewReporter(client typedcorev1.EventsGetter, log *zap.Logger) (*Reporter, e
 // Shutdown stops writing Events.
 func (r *Reporter) Shutdown() { r.broadcaster.Shutdown() }
 
-// PodProblems reports the problems of a pod: for each new one an Event on the pod, a log line and, if the problem has a
-// binding on which it was not reported yet, an Event on the binding.
+// PodProblems reports each new problem of a pod by an Event on the pod and a log line. If the problem has a binding,
+// PodProblems also writes an Event on the binding, unless the last one of this reason had the same text.
 func (r *Reporter) PodProblems(pod *corev1.ObjectReference, problems []Problem) {
 	texts := make([]string, len(problems))
 	for i, p := range problems {

@@ -7,8 +7,8 @@ import (
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
-// SetDemands replaces the demands of a pod. It requeues each machine on which a new demand may be for a missing
-// identity, or on which an identity has lost its last pod.
+// SetDemands replaces the demands of a pod. It requeues a machine if a new demand is for an identity that is not known
+// to be attached to it, and if an identity on it has lost its last pod.
 func (t *Tracker) SetDemands(pod string, demands []Demand) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -38,7 +38,7 @@ func (t *Tracker) addUser(pod string, d Demand) {
 	u.users[pod] = struct{}{}
 	if !u.unusedSince.IsZero() {
 		u.unusedSince = time.Time{}
-		t.requeueWaiters(u) // a pod may wait to delete its assignment until the identity is detached; it need not any more
+		t.requeueWaiters(u) // a pod may wait with the deletion of its assignment, which is not the last one any more
 	}
 	if !m.known || !m.has(d.Identity) {
 		m.lastDemand = time.Now()
@@ -68,7 +68,7 @@ type Status int
 
 // The statuses of an identity on a machine.
 const (
-	Unknown Status = iota // the state of the machine was never read, or not since the last MarkUnknown
+	Unknown Status = iota // the state of the machine is not known, or no pod has a demand for the identity
 	Missing               // not attached, or an update that detaches it is in progress
 	Attached
 )
@@ -99,9 +99,9 @@ func (t *Tracker) Status(pod string, k Key) (status Status, problem string) {
 	return Missing, problem
 }
 
-// AdoptLegacy records that according to an assignment of AAD Pod Identity an identity was attached to a machine for
-// pods. The reconcile of the machine then adds the identity to the ledger, so that MIC can detach it. uid is the UID
-// of the assignment; further calls with the same UID have no effect.
+// AdoptLegacy records that AAD Pod Identity assigned an identity on a machine, and so may have attached it there. The
+// reconcile of the machine then adds the identity to the ledger, so that MIC can detach it. uid is the UID of the
+// assignment; further calls with the same UID have no effect.
 func (t *Tracker) AdoptLegacy(k Key, r azure.Resource, uid string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -117,18 +117,18 @@ func (t *Tracker) AdoptLegacy(k Key, r azure.Resource, uid string) {
 	t.requeue.Machine(k.Machine, quietTime)
 }
 
-// MayRelease reports whether an assignment that its pod no longer needs may be deleted. The last assignment of an
-// identity that MIC attached, or may have attached, must stay until the identity is detached. If MayRelease returns
-// false, the Tracker requeues the pod when the result may have changed.
+// MayRelease reports whether the assignment of k to pod may be deleted, if the pod no longer needs it. The last
+// assignment of an identity that MIC attached, or may have attached, must stay until the identity is detached. If
+// MayRelease returns false, the Tracker requeues the pod when the result may have changed.
 func (t *Tracker) MayRelease(pod string, k Key) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	m := t.machines[k.Machine]
 	if m == nil {
-		return true // no pod needs an identity on the machine, and it has no ledger: the Tracker has all machines with one
+		return true // no pod needs an identity on the machine, and the Tracker knows no ledger of the machine
 	}
 	u := m.identities[k.Identity]
-	if u == nil || !u.fromLegacy { // the ledger may not contain an identity of AAD Pod Identity yet
+	if u == nil || !u.fromLegacy { // a legacy assignment stays until the ledger contains its identity
 		if m.inLedger != nil && !m.inLedger[k.Identity] || u != nil && len(u.users) > 0 {
 			return true
 		}

@@ -2,9 +2,9 @@
 // detach.
 //
 // Reconciles of pods set the demands of pods in a [Tracker] and ask it for the status of an identity. Reconciles of
-// machines record, through a [Machine], which identities Azure and the ledger contain, and failures. A demand for a
-// missing identity requeues the machine. A new status of an identity requeues the pods that wait for it. [Decide]
-// computes the plan for a machine. It is a pure function.
+// machines record, through a [Machine], which identities are attached, which are in the ledger, and what failed. A
+// demand for a missing identity requeues the machine. When the status of an identity changes, the Tracker requeues the
+// pods that wait for this. [Decide] computes the plan for a machine. It is a pure function.
 //
 // What the package protects against: an identity is detached although a pod needs it, or although MIC did not attach
 // it; a pod waits for an event that never comes; and one identity that Azure refuses delays the others.

@@ -11,8 +11,8 @@ import (
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
-// Machine is one VM or VMSS. Its methods are for the reconcile of the machine. The lock of the Tracker guards its
-// fields.
+// Machine is one VM or VMSS. Its methods are for the reconcile of the machine. The lock of the Tracker guards the
+// fields that are not exported.
 type Machine struct {
 	Key      string         // immutable
 	Resource azure.Resource // immutable
@@ -24,8 +24,8 @@ type Machine struct {
 	inLedger   map[string]bool // folded IDs; nil until the ledger is loaded
 	problem    string          // why MIC cannot read or update the machine; for messages
 	retryAfter time.Time       // no reconcile before this time
-	// firstDemand and lastDemand are the times of the first and the last demand for a missing identity since the last
-	// update; zero if there is none.
+	// firstDemand and lastDemand are the times of the first and the last demand since the last ResetGather for an identity
+	// that was not known to be attached; zero if there is none.
 	firstDemand, lastDemand time.Time
 }
 
@@ -65,19 +65,19 @@ func (m *Machine) SetRetryAfter(d time.Duration) {
 	m.retryAfter = time.Now().Add(d)
 }
 
-// RetryDelay returns how long the next reconcile must still wait. It is zero or less if it need not wait.
+// RetryDelay returns how long the next reconcile must still wait. Zero or less means that it need not wait.
 func (m *Machine) RetryDelay() time.Duration {
 	defer m.lock()()
 	return time.Until(m.retryAfter)
 }
 
-// GatherDelay returns how long an update must wait for further demands. It is zero or less if it need not wait.
+// GatherDelay returns how long an update must wait for further demands. Zero or less means that it need not wait.
 func (m *Machine) GatherDelay() time.Duration {
 	defer m.lock()()
 	return min(time.Until(m.lastDemand.Add(quietTime)), time.Until(m.firstDemand.Add(maxGatherTime)))
 }
 
-// ResetGather ends the delay that GatherDelay returns: an update begins, or none is needed.
+// ResetGather ends the delay that GatherDelay returns. It is called when updates begin, and when none is needed.
 func (m *Machine) ResetGather() {
 	defer m.lock()()
 	m.firstDemand, m.lastDemand = time.Time{}, time.Time{}
@@ -96,9 +96,9 @@ func (m *Machine) MarkUnknown() {
 	m.known = false
 }
 
-// Observe records what is attached, and requeues the pods that the change affects. While Azure updates the machine, an
-// identity that was not attached before may not be usable yet. Observe does not record such an identity as attached,
-// unless it is not known what was attached before.
+// Observe records what is attached, and requeues the pods that the change affects. updating says that Azure is updating
+// the machine: an identity that was not attached before may not be usable yet. Observe then does not record such an
+// identity as attached. If it is not known what was attached before, Observe records all of now.
 func (m *Machine) Observe(now map[string]azure.Identity, updating bool) {
 	defer m.lock()()
 	requeueAll := !m.known || m.problem != ""
@@ -118,7 +118,7 @@ func (m *Machine) Observe(now map[string]azure.Identity, updating bool) {
 			u.refusal = nil // Azure attached it after all; a refusal to detach an unused identity stays
 		}
 		if was && !is {
-			for pod := range u.users { // somebody else detached it, and the assignments of these pods say Assigned
+			for pod := range u.users { // the assignments of these pods may still say Assigned
 				m.tracker.requeue.Pod(pod)
 			}
 		}
@@ -162,8 +162,7 @@ func (m *Machine) SetProblem(problem string) {
 	}
 }
 
-// Adopted returns the identities that assignments of AAD Pod Identity name and that must be added to the ledger: IDs by
-// folded ID.
+// Adopted returns the identities that AdoptLegacy recorded and that are not in the ledger yet: IDs by folded ID.
 func (m *Machine) Adopted() map[string]string {
 	defer m.lock()()
 	found := map[string]string{}

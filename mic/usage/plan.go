@@ -12,7 +12,7 @@ import (
 type View struct {
 	Now        time.Time
 	Attached   map[string]azure.Identity
-	InLedger   map[string]string // what MIC attached
+	InLedger   map[string]string // resource IDs of what MIC attached or may have attached
 	Identities map[string]IdentityView
 	// Protected reports whether an identity is never detached, no matter who attached it.
 	Protected   func(azure.Identity) bool
@@ -23,13 +23,13 @@ type View struct {
 type IdentityView struct {
 	ID          string
 	Users       int       // the number of pods that need it
-	UnusedSince time.Time // zero if it is not known; Decide then takes Now
+	UnusedSince time.Time // used only if Users is 0; a zero time means Now
 	Refusal     *Refusal
 }
 
 // Plan is what to do with a machine.
 type Plan struct {
-	Add    []string // to attach, spelled as in the AzureIdentity
+	Add    []string // to attach, spelled as in IdentityView.ID
 	Trial  []string // to attach in updates without those of Add, because Azure refused them before
 	Remove []string // to detach, spelled as in Azure
 	// Prune are entries to remove from the ledger, by folded ID: no pod needs them, and they are not attached or are

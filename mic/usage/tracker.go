@@ -119,8 +119,8 @@ func (t *Tracker) SetAsideCount() (n int) {
 	return n
 }
 
-// RetryRefused makes MIC retry an identity that Azure refused at once: its AzureIdentity was edited. RetryRefused
-// ends the delays of the identity and of the machines where it was refused.
+// RetryRefused makes MIC retry an identity that Azure refused. It ends the delay of the identity, and the delays of the
+// machines on which Azure refused it. It is called when an AzureIdentity with this resource ID was edited.
 func (t *Tracker) RetryRefused(identity string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
