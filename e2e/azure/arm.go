@@ -15,13 +15,13 @@ import (
 // scale sets with their identities. It is a part of the fake Azure, and can run
 // alone as an http.Handler or as the transport of a client (Do, RoundTrip).
 //
-// It starts no goroutine: each access to the machines first finishes the
-// operations whose end has passed. IDs are not case-sensitive.
+// It starts no goroutine and no timer: an operation whose end has passed is finished
+// by the next access to the machines. IDs are not case-sensitive.
 type ARM struct {
 	*armState
 	*armFaults
 	limits    armLimits // guarded by armState.mu
-	responses int       // for CasingChanging; guarded by armState.mu
+	responses int       // number of responses with CasingChanging; guarded by armState.mu
 }
 
 // armState has the machines with their identities and operations, and the logs.
@@ -45,37 +45,39 @@ type ARMOptions struct {
 	Location string                             // of all machines; default westeurope
 	Now      func() time.Time                   // default time.Now
 	Verify   func(token string) (Claims, error) // nil: requests need no token
-	Tenant   string                             // of system-assigned identities and accepted tokens; default: any
+	Tenant   string                             // of system-assigned identities and of callers; empty: any caller
 	// LogCapacity is the maximum number of entries in each of the request log and
 	// the change log. Default 100,000.
 	LogCapacity int
 }
 
-// ARMSettings are the switches "arm.*". See DefaultARMSettings.
+// ARMSettings are the switches "arm.*". The zero value is not the default: see
+// DefaultARMSettings.
 type ARMSettings struct {
 	// Delay is the duration of the operation that a PATCH starts. With 0, a PATCH
 	// takes effect immediately and starts no operation, unless it is queued or its
 	// operation must fail.
 	Delay time.Duration
 	// RetryAfter is the value of the Retry-After header, in seconds, in the
-	// response to a PATCH that starts an operation and to a poll of a running
-	// operation. 0: no header.
+	// response to a PATCH that starts or queues an operation, and to a poll of an
+	// operation that has not ended. 0: no header.
 	RetryAfter int
-	Limits     bool // enforce Azure's throttle buckets
+	Limits     bool // enforce the throttling limits of the real ARM: see armLimits
 	// Early: during operations, responses to GET and PATCH have the identities
 	// after all operations instead of the current ones.
 	Early bool
 	Queue bool // queue a PATCH during an operation, instead of refusing it with 409
-	// LateErrors: a PATCH that adds a non-existing identity is accepted and its
-	// operation fails at the end, instead of an immediate 400.
+	// LateErrors: a PATCH with a non-existing identity is accepted, and its operation
+	// fails at the end. Without LateErrors, the PATCH is refused with 400.
 	LateErrors bool
 	Naming     Naming // how errors name denied and non-existing identities
-	// Dangling: a PATCH of the user-assigned identities that keeps a deleted
-	// identity attached fails like a PATCH that adds the deleted identity.
+	// Dangling: if a deleted identity is attached, each PATCH whose type includes
+	// UserAssigned and that does not remove the deleted identity fails, like a PATCH
+	// that adds the deleted identity.
 	Dangling    bool
 	Casing      Casing        // of the IDs of identities in responses
 	NoETags     bool          // send no ETag and ignore If-Match
-	Propagation time.Duration // time until IMDS knows a newly attached identity
+	Propagation time.Duration // time until the fake IMDS knows a newly attached identity
 }
 
 // DefaultARMSettings are the settings of a new ARM.
@@ -90,8 +92,9 @@ const (
 	// NamedInDetails: each identity is the target of an entry of error.details.
 	// The message is the same as with NamedInText.
 	NamedInDetails Naming = "details"
-	// NamedInText: only the message names identities. Azure was observed to do
-	// this. Of several non-existing identities, the message names the first.
+	// NamedInText: only the message names identities, as was observed with the real
+	// ARM. Of several non-existing identities, the message names one: the first by
+	// folded ID.
 	NamedInText Naming = "text"
 	Unnamed     Naming = "none"
 )
@@ -109,7 +112,7 @@ const (
 	CasingChanging       Casing = "changing" // each response with identities uses the next of the other casings
 )
 
-// casings has CasingChanging last, because identityOf selects one of the others.
+// casings has CasingChanging last: for it, identityOf uses the casings before it in turn.
 var casings = []Casing{CasingResourcegroups, CasingLower, CasingUpper, CasingAsSent, CasingChanging}
 
 // NewARM returns an ARM without machines and identities.
@@ -145,8 +148,8 @@ func (a *armState) Change(change func(*ARMSettings)) {
 	change(&a.settings)
 }
 
-// ServeHTTP handles a request. If there is no response, it resets the connection.
-// It panics with http.ErrAbortHandler if the connection cannot be hijacked.
+// ServeHTTP handles a request. If there is no response, it resets the connection or,
+// if the connection cannot be hijacked, panics with http.ErrAbortHandler.
 func (a *ARM) ServeHTTP(w http.ResponseWriter, r *http.Request) { writeResponse(w, a.serve(r)) }
 
 // Do handles a client's request without a network. It returns
@@ -197,8 +200,8 @@ func (a *armState) DefineIdentity(id Identity) error {
 	return nil
 }
 
-// DeleteIdentity deletes an identity. As in Azure, the machines still list the
-// identity, but IMDS issues no tokens for it. DeleteIdentity does nothing for an
+// DeleteIdentity deletes an identity. As in the real Azure, the machines still list
+// the identity, but IMDS issues no tokens for it. DeleteIdentity does nothing for an
 // unknown identity.
 func (a *armState) DeleteIdentity(resourceID string) {
 	a.mu.Lock()

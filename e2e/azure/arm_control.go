@@ -9,8 +9,9 @@ import (
 )
 
 // This file contains the control API of the fake ARM: the HTTP handlers, and the methods of the Client that call them.
-// A request names a machine by its ID or by the name of one of its nodes, and an identity by its client, object or
-// resource ID. There are two exceptions: AddMachine accepts only IDs, and SetIdentityFault only a resource ID.
+// Most requests name a machine by its ID or by the name of one of its nodes, and an identity by its client, object or
+// resource ID. AddMachine accepts only the IDs of machines and the resource IDs of identities. SetIdentityFault accepts
+// only a resource ID.
 
 type machineRequest struct {
 	Machine  string        `json:"machine"`
@@ -65,8 +66,8 @@ func (c ARMClient) Machines(ctx context.Context) ([]Machine, error) {
 	return out, c.call(ctx, "GET", "/arm/machines", nil, &out)
 }
 
-// Machine returns the machine with this ID or with a node of this name. It
-// returns an error if there is none.
+// Machine returns the machine whose ID is ref, or that has a node with the name ref.
+// It returns an error if there is none.
 func (c ARMClient) Machine(ctx context.Context, ref string) (Machine, error) {
 	machines, err := c.Machines(ctx)
 	if err != nil {
@@ -90,8 +91,8 @@ func (c ARMClient) RemoveMachine(ctx context.Context, ref string) error {
 	return c.call(ctx, "DELETE", "/arm/machines", machineRequest{Machine: ref}, nil)
 }
 
-// SetProvisioningState overrides the provisioning state of a machine, for
-// example with Deleting. "" removes the override. See ARM.SetProvisioningState.
+// SetProvisioningState sets the provisioning state of a machine, for example to
+// Deleting. See ARM.SetProvisioningState.
 func (c ARMClient) SetProvisioningState(ctx context.Context, ref, state string) error {
 	return c.call(ctx, "PUT", "/arm/state", machineRequest{Machine: ref, State: state}, nil)
 }
@@ -131,24 +132,25 @@ func (c ARMClient) ClearARMFaults(ctx context.Context, resource string) error {
 	return c.call(ctx, "DELETE", "/arm/faults", machineRequest{Machine: resource}, nil)
 }
 
-// ARMFaults returns the faults that are set, with their remaining counts.
+// ARMFaults returns the faults that SetARMFault has set, with their remaining counts.
 func (c ARMClient) ARMFaults(ctx context.Context) ([]ARMFault, error) {
 	var out []ARMFault
 	return out, c.call(ctx, "GET", "/arm/faults", nil, &out)
 }
 
-// SetIdentityFault sets the fault of an identity.
+// SetIdentityFault sets or clears the fault of an identity. See ARM.SetIdentityFault.
 func (c ARMClient) SetIdentityFault(ctx context.Context, f IdentityFault) error {
 	return c.call(ctx, "PUT", "/arm/identity-faults", f, nil)
 }
 
-// ARMLog returns the requests to ARM with a sequence number greater than since.
+// ARMLog returns the entries of the fake ARM's request log with a sequence number
+// greater than since.
 func (c ARMClient) ARMLog(ctx context.Context, since int) ([]ARMRequest, error) {
 	return readLines[ARMRequest](ctx, c.controlClient, "/arm/log", since)
 }
 
-// ARMChanges returns the entries of ARM's change log with a sequence number greater
-// than since.
+// ARMChanges returns the entries of the fake ARM's change log with a sequence number
+// greater than since.
 func (c ARMClient) ARMChanges(ctx context.Context, since int) ([]ARMChange, error) {
 	return readLines[ARMChange](ctx, c.controlClient, "/arm/changes", since)
 }

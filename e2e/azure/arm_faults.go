@@ -12,15 +12,14 @@ import (
 	"time"
 )
 
-// ARMFault changes the handling of matching requests. Of several faults that
-// match a request, the most specific applies. A fault of the machine is more
-// specific than one of its subscription, and that is more specific than one of all
-// resources. For the same resource, a fault of one operation is more specific than
-// a fault of each operation.
+// ARMFault changes how the fake ARM handles the requests that match Resource and
+// Operation. If several faults match a request, only the most specific applies: a fault
+// of the machine before one of its subscription, and that before one of all resources.
+// Of two faults of the same resource, the one with an Operation applies.
 type ARMFault struct {
 	Resource  string `json:"resource,omitempty"`  // ID of a machine, or /subscriptions/S; empty: all
 	Operation string `json:"operation,omitempty"` // OpGet, OpPatch or OpPoll; empty: each
-	Count     int    `json:"count,omitempty"`     // cleared after this number of matching requests; 0: never
+	Count     int    `json:"count,omitempty"`     // cleared after it applied to this number of requests; 0: never
 
 	Latency time.Duration `json:"latency_ns,omitempty"` // before ARM handles the request or the fault responds
 	// Status replaces the response. Code and Message have defaults; RetryAfter
@@ -39,7 +38,7 @@ type ARMFault struct {
 	Apply bool `json:"apply,omitempty"`
 }
 
-// IdentityFault changes how ARM treats an identity, until the fault is cleared.
+// IdentityFault changes how the fake ARM treats an identity, until the fault is cleared.
 type IdentityFault struct {
 	Identity string `json:"identity"`          // resource ID; the identity need not exist
 	Denied   bool   `json:"denied,omitempty"`  // no caller may assign it: 403 LinkedAuthorizationFailed
@@ -170,8 +169,8 @@ func (f IdentityFault) naming(settings ARMSettings) Naming {
 }
 
 // consumeFault returns a copy of the fault that applies to the request, or nil,
-// and stores it in x.fault. It decreases the fault's count and deletes the fault
-// when the count reaches 0.
+// and stores it in x.fault. If the fault has a count, consumeFault decreases it, and
+// deletes the fault when the count reaches 0.
 func (s *armFaults) consumeFault(x *armRequestContext) *ARMFault {
 	s.lock.Lock()
 	defer s.lock.Unlock()

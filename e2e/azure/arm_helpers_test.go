@@ -20,8 +20,8 @@ const (
 
 var green = userAssigned("green", 30)
 
-// testARM is an ARM with a scale set and a virtual machine, and a client that
-// needs no network.
+// testARM is a fake ARM with a scale set and a virtual machine. Its methods send
+// requests without a network.
 type testARM struct {
 	*ARM
 	t *testing.T
@@ -96,7 +96,7 @@ func (a *testARM) patchSet(kind string, changes ...string) answer {
 	return a.do("PATCH", setID+armV, patchOf(kind, changes...))
 }
 
-// get reads a machine through HTTP.
+// get reads a machine with a GET request.
 func (a *testARM) get(id string) armResource {
 	a.t.Helper()
 	return a.do("GET", id+armV, "").machine(a.t)
@@ -155,7 +155,7 @@ func (a *testARM) mustRefuse(got answer, status int, code string) armError {
 	return e
 }
 
-// operationStatus is the status of an operation.
+// operationStatus is the response to a poll of an operation.
 type operationStatus struct {
 	Status, Name string
 	Error        *armError

@@ -9,9 +9,9 @@ import (
 )
 
 // armLimits are the buckets of Azure's compute throttling by name: one for each
-// machine and policy, and one for each subscription and policy. There is only
-// one region. Each full minute after the first use of a bucket adds tokens to it.
-// A refused request takes no token.
+// machine and policy, and one for each subscription and policy. The fake ARM has only
+// one region, so there is no bucket for each region. Each full minute after the first
+// use of a bucket adds tokens to it. A throttled request takes no token.
 type armLimits map[string]*bucket
 
 type bucket struct {
@@ -27,7 +27,7 @@ type armPolicy struct {
 	rateAll, capacityAll int // of the subscription
 }
 
-// Azure's table has no row for polls of a scale set's operations. The fake uses
+// Azure's table has no row for polls of a scale set's operations. The fake ARM uses
 // the row for polls of a virtual machine's operations.
 var armPolicies = map[string]map[string]armPolicy{
 	KindVM: {
@@ -63,8 +63,8 @@ type throttling struct {
 // admit takes a token for the request from the buckets of its machine and its
 // subscription. It takes tokens also while limits are not enforced, so that the
 // buckets are right when a test enables the limits later. It returns the remaining
-// tokens for the response header, or the refusal. For an unknown machine it returns
-// neither. The caller holds the lock.
+// tokens for the response header, or the refusal. For an unknown machine it takes no
+// tokens and returns neither. The caller holds the lock.
 func (a *ARM) admit(x *armRequestContext) (remaining string, refused *throttling) {
 	if _, exists := a.machines[x.machine.key()]; !exists {
 		return "", nil

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// ARMRequest is one entry of ARM's request log.
+// ARMRequest is one entry of the fake ARM's request log.
 type ARMRequest struct {
 	Seq           int       `json:"seq"` // never reset
 	Time          time.Time `json:"time"`
@@ -28,16 +28,16 @@ type ARMRequest struct {
 
 	Status int    `json:"status"` // 0: no response
 	Code   string `json:"code,omitempty"`
-	Forced bool   `json:"forced,omitempty"` // the response is from a fault or a limit
-	// Accepted: ARM accepted the PATCH, even if its response was lost or its
+	Forced bool   `json:"forced,omitempty"` // a fault or a limit determined the response
+	// Accepted: ARM accepted the PATCH, even if a fault replaced its response or its
 	// operation fails. Start and End are those of its operation and may be in the
-	// future. If the PATCH took effect immediately, both are that time.
+	// future. If the PATCH took effect immediately, both are the time of the PATCH.
 	Accepted    bool      `json:"accepted,omitempty"`
 	OperationID string    `json:"operation_id,omitempty"`
 	Start       time.Time `json:"start,omitzero"`
 	End         time.Time `json:"end,omitzero"`
-	// Overlap: the PATCH arrived while ARM handled another PATCH of the same
-	// machine or ran an operation of this machine.
+	// Overlap: when the PATCH arrived, ARM was handling another PATCH of the same
+	// machine, or an operation of this machine had not ended.
 	Overlap bool `json:"overlap,omitempty"`
 }
 
@@ -73,7 +73,7 @@ type ARMCounts struct {
 	Overlaps  int `json:"overlaps"`
 }
 
-// ARMStats are the counts since the logs were reset.
+// ARMStats are the counts since NewARM or the last ResetLog.
 type ARMStats struct {
 	Resources      map[string]ARMCounts `json:"resources"` // by folded ID; "" are requests for no known machine
 	ByStatus       map[int]int          `json:"by_status"` // 0: no response

@@ -130,10 +130,11 @@ func (a *armState) change(id string, f func(*armMachine) error) error {
 	return f(m)
 }
 
-// SetProvisioningState sets the provisioning state. Succeeded, Failed and ""
-// (which means Succeeded) are the state while no operation runs, until the next
-// operation ends. Any other state overrides the provisioning state until
-// SetProvisioningState is called with one of these three.
+// SetProvisioningState sets the provisioning state of a machine. Succeeded and Failed
+// are its state while no operation runs, until the next operation ends and sets this
+// state itself. "" means Succeeded. Any other state, such as Deleting, also applies
+// during and after operations, until SetProvisioningState is called with Succeeded,
+// Failed or "".
 func (a *armState) SetProvisioningState(id, state string) error {
 	return a.change(id, func(m *armMachine) error {
 		m.setState(state)
@@ -153,8 +154,8 @@ func (m *armMachine) setState(state string) {
 	}
 }
 
-// SetDelay sets the delay of one machine, which overrides ARMSettings.Delay. A
-// negative delay removes the override.
+// SetDelay sets the delay for the operations of one machine, which overrides
+// ARMSettings.Delay. A negative delay removes the override.
 func (a *armState) SetDelay(id string, d time.Duration) error {
 	return a.change(id, func(m *armMachine) error {
 		m.delay = d
@@ -225,10 +226,10 @@ func (a *armState) Attached(machine, identity string) bool {
 	return ok
 }
 
-// provides reports whether IMDS on the machine issues tokens for the identity. The
-// identity must exist and be attached, its client ID must be that of the identity
-// that was attached, and the propagation time must have passed. machine is a folded
-// ID.
+// provides reports whether IMDS on the machine issues tokens for the identity id. The
+// identity must exist and be attached, and the propagation time must have passed. It
+// must be the one that was attached, not a new one with the same resource ID: the
+// client IDs must be equal. machine is a folded ID.
 func (a *armState) provides(machine string, id Identity) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -244,7 +245,7 @@ func (a *armState) provides(machine string, id Identity) bool {
 }
 
 // systemAssigned returns the machine's system-assigned identity, and whether the
-// machine exists.
+// machine exists. machine is a folded ID.
 func (a *armState) systemAssigned(machine string) (*Identity, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

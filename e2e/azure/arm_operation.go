@@ -25,17 +25,18 @@ func (s identitySet) clone() identitySet { return identitySet{s.system, maps.Clo
 
 // delta is the change that a PATCH makes to the identities. A nil *delta changes nothing.
 type delta struct {
-	// system is nil if the system-assigned identity is removed. Otherwise, a machine
-	// without a system-assigned identity gets this one.
+	// system is nil if the machine has no system-assigned identity after the PATCH.
+	// Otherwise, a machine without a system-assigned identity gets this one.
 	system *Identity
 	user   bool // whether the new type allows user-assigned identities
 	add    map[string]attachment
 	remove []string
 }
 
-// after returns the set after the change. An added identity that is already
-// attached keeps its attachment, unless another identity now has its resource ID. A
-// type without user-assigned identities removes all of them.
+// after returns the set after the change. If an added identity is already attached,
+// its attachment remains as it is, unless a new identity with another client ID has
+// replaced it under its resource ID. A type without UserAssigned removes all
+// user-assigned identities.
 func (s identitySet) after(d *delta) identitySet {
 	if d == nil {
 		return s
@@ -59,11 +60,11 @@ func (s identitySet) after(d *delta) identitySet {
 	return out
 }
 
-// armMachine is guarded by ARM's lock.
+// armMachine is guarded by armState.mu.
 type armMachine struct {
 	computeID
 	set        identitySet
-	delay      time.Duration   // negative: the setting applies
+	delay      time.Duration   // of its operations; negative: ARMSettings.Delay applies
 	forced     string          // provisioning state that overrides all others
 	idleState  string          // provisioning state while nothing runs
 	version    int             // increases with each change; is the ETag
@@ -71,15 +72,15 @@ type armMachine struct {
 	patching   int             // number of PATCH requests in progress
 }
 
-// armOperation is an operation that a PATCH started. The identities of the machine
-// change when the operation ends.
+// armOperation is an operation that a PATCH started or queued. If apply is true, the
+// identities of the machine change when the operation ends.
 type armOperation struct {
 	id         string
 	machine    *armMachine
 	delta      *delta
 	start, end time.Time
 	failure    *armError // nil: the operation succeeds
-	apply      bool      // the identities change, even if the operation fails
+	apply      bool      // the identities change; can be true although the operation fails
 	ended      bool
 }
 
@@ -151,7 +152,8 @@ func derivedGUID(text string) string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", sum[:4], sum[4:6], sum[6:8], sum[8:10], sum[10:16])
 }
 
-// replace sets the identities of the machine and logs the differences.
+// replace sets the identities of the machine and adds the differences to the change
+// log, each as a copy of change.
 func (m *armMachine) replace(set identitySet, change ARMChange, changes *changeLog) {
 	change.Resource = m.key()
 	log := func(identity string, attached bool) {
@@ -183,8 +185,9 @@ func (m *armMachine) projected() identitySet {
 	return set
 }
 
-// begin starts the operation of a PATCH, or queues it. An operation ends
-// immediately if it is not queued, has no delay and does not fail.
+// begin starts the operation of a PATCH, or queues it after other operations of the
+// machine. An operation ends immediately if it is not queued, has no delay and does
+// not fail.
 func (a *armState) begin(m *armMachine, p identityPatch, failure *armError, apply bool) *armOperation {
 	now := a.o.Now()
 	delay := m.delay
@@ -209,8 +212,8 @@ func (a *armState) begin(m *armMachine, p identityPatch, failure *armError, appl
 }
 
 // delta returns the change that the PATCH makes to m, or nil for a PATCH without an
-// identity part. It omits added identities that do not exist. It records at as the time
-// when the other added identities are attached.
+// identity part. It omits added identities that do not exist. at is the expected end of
+// the operation: the time when the added identities are attached.
 func (p identityPatch) delta(m *armMachine, identities map[string]Identity, at time.Time) *delta {
 	if !p.given {
 		return nil

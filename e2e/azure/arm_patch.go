@@ -95,9 +95,9 @@ func invalidParameter(target, message string) *armError {
 	return &armError{Status: http.StatusBadRequest, Code: "InvalidParameter", Target: target, Message: message}
 }
 
-// patch accepts a PATCH or refuses it. It first checks the body. Then it checks in
-// the order of Azure: Resource Manager checks the linked resources, and after that
-// the provider checks everything else.
+// patch accepts a PATCH or refuses it. After the body, it checks in the order of the
+// real Azure. There, Resource Manager first checks the linked resources, here in
+// linked. Then the compute provider checks everything else, here in state and missing.
 func (a *ARM) patch(x *armRequestContext, m *armMachine) response {
 	p := x.patch
 	if len(p.malformed) > 0 {
@@ -207,8 +207,8 @@ func (c patchCheck) state() *armError {
 }
 
 // leavesNothing reports whether the machine would have no user-assigned identity
-// after the PATCH. Added identities that do not exist count, because they cause
-// another error.
+// after the PATCH. It counts added identities that do not exist as attached, because
+// they cause another error.
 func (c patchCheck) leavesNothing() bool {
 	left, p := maps.Clone(c.m.projected().user), c.x.patch
 	for _, key := range p.remove {

@@ -201,8 +201,8 @@ func TestADeletedIdentityRemainsAttached(t *testing.T) {
 	}
 	a.mustRefuse(a.patchSet(both, "+"+red.ResourceID), 400, "FailedIdentityOperation")
 
-	// An identity is deleted and a new one has the same resource ID: the new one
-	// replaces the deleted one on the machine when a PATCH adds it.
+	// blue is deleted, and a new identity gets its resource ID. On the machine, the new
+	// identity replaces the deleted one only when a PATCH adds it.
 	a.DeleteIdentity(blue.ResourceID)
 	again := blue
 	again.ClientID = guid(77)

@@ -35,7 +35,7 @@ func (s ARMSettings) addRetryAfter(out response) {
 	}
 }
 
-// armResource is a machine in the responses to GET and PATCH.
+// armResource is the body of the responses to GET and PATCH: a machine.
 type armResource struct {
 	Name       string         `json:"name"`
 	ID         string         `json:"id"`
@@ -59,8 +59,8 @@ type armAssigned struct {
 	ClientID    string `json:"clientId"`
 }
 
-// describe returns the machine. Its identities are the current ones or, with the
-// setting Early, those after all its operations.
+// describe returns a response with the machine. Its identities are the current ones
+// or, with the setting Early, those after all its operations.
 func (a *ARM) describe(m *armMachine) response {
 	doc := armResource{
 		Name: m.name, ID: m.id, Type: "Microsoft.Compute/" + m.resourceType, Location: a.o.Location,
@@ -134,7 +134,7 @@ func (c Casing) apply(id string) string {
 
 const armTime = "2006-01-02T15:04:05.0000000+00:00"
 
-// poll returns the status of an operation.
+// poll returns a response with the status of an operation.
 func (a *ARM) poll(x *armRequestContext, o *armOperation) response {
 	doc := struct {
 		Start  string    `json:"startTime"`

@@ -23,8 +23,8 @@ func joined(words []string) string {
 	return strings.Join(words, " ")
 }
 
-// armClient uses the ARM of a running fake Azure with Azure's own libraries. Its
-// token also comes over TLS, from the fake Entra ID.
+// armClient sends requests to the fake ARM of a running fake Azure with Azure's own
+// libraries. It gets its token from the fake Entra ID.
 type armClient struct {
 	*fakeAzure
 	sets *armcompute.VirtualMachineScaleSetsClient
@@ -109,7 +109,8 @@ func TestTheAzureSDKPatchesAndPollsToTheEnd(t *testing.T) {
 	token, err := poller.ResumeToken()
 	s.must(err)
 	s.clock.advance(40 * time.Second)
-	// Another process continues to poll the operation.
+	// A new client continues to poll the operation with the resume token, as another
+	// process would.
 	resumed, err := s.armClient().begin(ctx, of, both, &armcompute.VirtualMachineScaleSetsClientBeginUpdateOptions{ResumeToken: token})
 	s.must(err)
 	for who, p := range map[string]*runtime.Poller[armcompute.VirtualMachineScaleSetsClientUpdateResponse]{"resumed": resumed, "first": poller} {

@@ -109,8 +109,8 @@ func apiVersionOf(query string) string {
 	return q["api-version"]
 }
 
-// recordResponse adds the request and its response to the log. It also finishes due
-// operations and decreases the number of PATCH requests in progress.
+// recordResponse adds the request and its response to the log. After a PATCH, it
+// decreases the number of PATCH requests in progress, which recordArrival increased.
 func (a *ARM) recordResponse(x *armRequestContext, status int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -122,7 +122,7 @@ func (a *ARM) recordResponse(x *armRequestContext, status int) {
 	a.records.finish(x.entry)
 }
 
-// handle returns ARM's own response or the response of a fault.
+// handle returns the fake ARM's own response or the response of a fault.
 func (a *ARM) handle(x *armRequestContext) response {
 	if err := a.authorize(x); err != nil {
 		out := x.refuse(err)
@@ -155,7 +155,7 @@ func (a *ARM) handle(x *armRequestContext) response {
 	return f.response(x)
 }
 
-// answer returns ARM's own response, without regard to faults that replace it.
+// answer returns the fake ARM's own response, without regard to faults that replace it.
 func (a *ARM) answer(x *armRequestContext) response {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// armSwitches are the switches for ARM's settings.
+// armSwitches are the switches for the settings of the fake ARM.
 var armSwitches = []switchKind[ARMSettings]{
 	durationSwitch("delay", 0, func(s *ARMSettings) *time.Duration { return &s.Delay }),
 	intSwitch("retry-after", "seconds, 0 to 3600 (0: no header)", 0, 3600, func(s *ARMSettings) *int { return &s.RetryAfter }),

@@ -10,12 +10,12 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// armAudiences are the audiences that ARM accepts in tokens, in addition to its
-// own host name. A trailing slash is ignored.
+// armAudiences are the audiences that the fake ARM accepts in tokens, in addition to
+// the base URL of the request. A trailing slash is ignored.
 var armAudiences = []string{"https://management.azure.com", "https://management.core.windows.net"}
 
 // authorize checks the caller's token and stores its claims in x. It returns nil if
-// the token is accepted or if ARM requires none.
+// the token is accepted or if the fake ARM requires none.
 func (a *ARM) authorize(x *armRequestContext) *armError {
 	if a.o.Verify == nil {
 		return nil

@@ -15,7 +15,7 @@ import (
 )
 
 // Client controls a fake Azure over its unix socket. It is safe for concurrent
-// use. Its methods about ARM are those of ARMClient.
+// use. The methods for the fake ARM are those of the embedded ARMClient.
 type Client struct {
 	ARMClient
 
@@ -23,7 +23,7 @@ type Client struct {
 	keys Keys // for Verify; fetched once
 }
 
-// ARMClient has the methods of a Client about ARM.
+// ARMClient has the methods of a Client for the fake ARM.
 type ARMClient struct{ *controlClient }
 
 // controlClient sends requests to the control API.
@@ -102,21 +102,24 @@ func (c *Client) AddApp(ctx context.Context, a App) error {
 }
 
 // AddFederated adds a federated credential to an application or a user-assigned
-// identity: tokens of another issuer authenticate it. It replaces the credential
-// with the same issuer and subject that an earlier call added.
+// identity, which can then authenticate with tokens of the credential's issuer. If an
+// earlier call added a credential with the same issuer and subject, AddFederated
+// replaces that one.
 func (c *Client) AddFederated(ctx context.Context, clientID string, f FederatedCredential) error {
 	return c.call(ctx, "PUT", "/federated", federatedRequest{clientID, f}, nil)
 }
 
-// Set sets switches: all of them or, if one is invalid, none. "reset": "all"
-// restores the defaults before the other switches are set.
+// Set sets the switches in changes: all of them or, if one is invalid, none. The entry
+// "reset": "all" restores the defaults of all switches before the others are set.
 func (c *Client) Set(ctx context.Context, changes map[string]string) error {
 	return c.call(ctx, "PATCH", "/switches", changes, nil)
 }
 
-// Switches returns all switches with their values. The value of a switch that counts
-// down, such as imds.throttle, is the number of requests to which it still applies.
-// throttle=-1 and status-count=0 mean all requests and do not change.
+// Switches returns all switches with their values. The switches throttle and
+// status-count count down: a positive value is the number of requests to which the
+// fault still applies. When status-count reaches 0, status also becomes 0 (off). With
+// throttle=-1, or with status-count=0 and a status, the fault applies to all requests
+// and nothing counts down.
 func (c *Client) Switches(ctx context.Context) (map[string]string, error) {
 	var out map[string]string
 	return out, c.call(ctx, "GET", "/switches", nil, &out)
@@ -147,9 +150,9 @@ func readLines[T any](ctx context.Context, c *controlClient, path string, since 
 	}
 }
 
-// ResetLog empties the log and the logs of ARM, and sets the counts to 0, except that
-// InFlight and MaxConcurrency still include the requests to IMDS and Entra ID in
-// progress. Sequence numbers continue.
+// ResetLog empties the log of IMDS and Entra ID and both logs of the fake ARM. It sets
+// the counts to 0, except that InFlight and MaxConcurrency still include the requests
+// to IMDS and Entra ID in progress. Sequence numbers continue.
 func (c *Client) ResetLog(ctx context.Context) error {
 	return c.call(ctx, "DELETE", "/log", nil, nil)
 }

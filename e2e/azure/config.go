@@ -25,16 +25,17 @@ type Config struct {
 	Nodes         []Node   `json:"nodes"`
 }
 
-// Node is one virtual machine. Sources are the source addresses of its requests:
-// a single address (/32, /128) is an address of the node itself, a larger prefix
-// is a range of pod addresses.
+// Node is one virtual machine. Sources are the addresses from which the node and its
+// pods send requests: a single address (/32, /128) is an address of the node itself,
+// a larger prefix is a range of pod addresses.
 type Node struct {
 	Name           string         `json:"name"`
 	Sources        []netip.Prefix `json:"sources"`
 	SystemAssigned *Identity      `json:"systemAssigned,omitempty"`
 	// ProviderID is the node's spec.providerID. It determines the subscription,
 	// resource group and scale set in the instance document, and the virtual
-	// machine or scale set in ARM. Optional.
+	// machine or scale set in the fake ARM. If it is empty, the node is instance 0
+	// of its own scale set.
 	ProviderID string `json:"providerID,omitempty"`
 }
 

@@ -20,7 +20,7 @@ type identityRequest struct {
 }
 
 type detachRequest struct {
-	ID    string   `json:"id"` // client, object or resource ID
+	ID    string   `json:"id"` // client, object or resource ID of an identity; client ID of an application
 	Nodes []string `json:"nodes,omitempty"`
 }
 
@@ -33,8 +33,8 @@ type controlError struct {
 	Error string `json:"error"`
 }
 
-// control is the API of the unix socket. It has no further access control: only
-// the user that runs the fake Azure can open the socket.
+// control is the API of the unix socket. It checks no credentials: the mode of the
+// socket lets only root and the user that runs the fake Azure open it.
 type control struct {
 	dir       *directory
 	arm       *ARM

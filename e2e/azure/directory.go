@@ -15,8 +15,8 @@ import (
 type App struct {
 	ClientID string `json:"clientID"`
 	ObjectID string `json:"objectID"`
-	// Tenants in which the application is registered, its home tenant first.
-	// Empty means only the home tenant of the fake Azure.
+	// Tenants in which the application is registered. Empty means only the home
+	// tenant of the fake Azure.
 	Tenants      []string              `json:"tenants,omitempty"`
 	Secrets      []AppSecret           `json:"secrets,omitempty"`
 	Certificates []string              `json:"certificates,omitempty"` // PEM
@@ -29,8 +29,8 @@ type AppSecret struct {
 	Expires time.Time `json:"expires,omitzero"`
 }
 
-// FederatedCredential trusts tokens of another issuer. It contains the issuer's
-// key set because the fake Azure cannot connect to the issuer.
+// FederatedCredential trusts tokens of another issuer. It contains the issuer's key
+// set, because the fake Entra ID, unlike the real one, cannot fetch it from the issuer.
 type FederatedCredential struct {
 	Issuer   string          `json:"issuer"`
 	Subject  string          `json:"subject"`
@@ -38,8 +38,8 @@ type FederatedCredential struct {
 	JWKS     json.RawMessage `json:"jwks"`
 }
 
-// AttachedIdentity is a user-assigned identity, the nodes it is attached to
-// directly, and the machines that it is attached to in ARM.
+// AttachedIdentity is a user-assigned identity, the nodes to which a Client attached
+// it directly, and the machines to which it is attached in the fake ARM.
 type AttachedIdentity struct {
 	Identity
 	Nodes    []string `json:"nodes"`
@@ -54,10 +54,11 @@ type caller struct {
 	fromPod bool
 }
 
-// directory has the identities, the applications, and where identities are
-// attached. IMDS and Entra ID read it, the control API writes it. Only ARM knows
-// what is attached to a machine: the directory calls ARM, and ARM never calls the
-// directory.
+// directory has the identities, the applications, and the nodes to which identities
+// are attached directly. The fake IMDS and the fake Entra ID read it, and the control
+// API writes it. Only the fake ARM knows which identities are attached to a machine.
+// The directory calls the fake ARM while it holds mu, so the fake ARM must never call
+// the directory: the two locks could deadlock.
 type directory struct {
 	topology
 	tenant string // read-only after construction
@@ -70,8 +71,8 @@ type directory struct {
 	federated  map[string][]FederatedCredential
 }
 
-// topology has the nodes and their machines. It does not change after its
-// construction.
+// topology has the nodes and their machines. It does not change after newDirectory
+// has created it.
 type topology struct {
 	nodes    []Node
 	machines map[string]string // node -> folded ID of its machine in ARM, if it has one
@@ -212,8 +213,8 @@ func (d *directory) removeIdentity(ref string) {
 	}
 }
 
-// findIdentity returns the folded resource ID of the identity with this client,
-// object or resource ID, and whether it exists. The caller holds the lock.
+// findIdentity returns the folded resource ID of the identity whose client, object or
+// resource ID is ref, and whether it exists. The caller holds the lock.
 func (d *directory) findIdentity(ref string) (string, bool) {
 	for key, id := range d.identities {
 		if strings.EqualFold(key, ref) || strings.EqualFold(id.ClientID, ref) || strings.EqualFold(id.ObjectID, ref) {
@@ -260,9 +261,10 @@ const (
 	errMultipleIdentities refusal = "Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request"
 )
 
-// resolve returns the identity for a request from the node. If the request has a
-// selector, this is the selected identity. Otherwise it is the system-assigned
-// identity or, if there is none, the only user-assigned one. The error is a refusal.
+// resolve returns the identity whose token IMDS issues for a request from the node. If
+// sel is set, this is the identity that sel selects, provided that the node has it.
+// Otherwise it is the node's system-assigned identity or, if the node has none, its
+// only user-assigned identity. The error is a refusal.
 func (d *directory) resolve(node string, sel selector) (Identity, error) {
 	n, ok := d.node(node)
 	if !ok {
@@ -285,10 +287,10 @@ func (d *directory) resolve(node string, sel selector) (Identity, error) {
 	return Identity{}, errIdentityNotFound
 }
 
-// systemAssigned returns the system-assigned identity of the node, or nil. If ARM has
-// the node's machine without a system-assigned identity, the result is nil. Otherwise
-// it is the configured identity of the node or, if none is configured, the identity
-// that the machine has in ARM.
+// systemAssigned returns the system-assigned identity of the node, or nil. If the
+// node's machine exists in the fake ARM without a system-assigned identity, the result
+// is nil. Otherwise it is the identity that the node's configuration has or, if it has
+// none, the identity of the machine in the fake ARM.
 func (d *directory) systemAssigned(n Node) *Identity {
 	own := n.SystemAssigned
 	if machine, ok := d.machines[n.Name]; ok {
@@ -314,7 +316,7 @@ func (d *directory) systemAssigned(n Node) *Identity {
 }
 
 // provides reports whether IMDS of the node issues tokens for the user-assigned
-// identity with this folded resource ID. The caller holds the lock.
+// identity whose folded resource ID is key. The caller holds the lock.
 func (d *directory) provides(node, key string) bool {
 	return d.attached[node][key] || d.arm.provides(d.machines[node], d.identities[key])
 }
@@ -339,8 +341,8 @@ func (d *directory) defaultIdentity(node string, system *Identity) (Identity, er
 	return *only, nil
 }
 
-// machineOf returns the folded ID of the machine of the node with this name. If
-// there is none, it returns ref, which may be the ID of a machine.
+// machineOf returns the folded ID of the machine of the node with the name ref. If no
+// node has this name and a machine, it returns ref, which may be the ID of a machine.
 func (t topology) machineOf(ref string) string {
 	if machine, ok := t.machines[ref]; ok {
 		return machine
@@ -348,8 +350,8 @@ func (t topology) machineOf(ref string) string {
 	return ref
 }
 
-// resourceOf returns the resource ID of the identity with this client, object or
-// resource ID. If there is none, it returns ref.
+// resourceOf returns the resource ID of the identity whose client, object or resource
+// ID is ref. If there is none, it returns ref.
 func (d *directory) resourceOf(ref string) string {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
@@ -359,7 +361,7 @@ func (d *directory) resourceOf(ref string) string {
 	return ref
 }
 
-// showMachines returns ARM's machines with the nodes on them.
+// showMachines returns the machines of the fake ARM, each with its nodes.
 func (d *directory) showMachines() []Machine {
 	out := d.arm.Machines()
 	for i := range out {

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// entra is the token service of Entra ID.
+// entra is the fake Entra ID: its token endpoints, discovery documents and keys.
 type entra struct {
 	dir    *directory
 	issuer *issuer
@@ -27,8 +27,8 @@ type entraError struct {
 
 func (e *entraError) Error() string { return fmt.Sprintf("AADSTS%d: %s", e.code, e.text) }
 
-// trace has the request ID and the correlation ID of a response. In Azure, they
-// identify the response in the logs of Entra ID.
+// trace has the request ID and the correlation ID of a response. The real Entra ID
+// has both in its logs.
 type trace struct{ request, correlation string }
 
 // newTrace uses the correlation ID of the client if it is a GUID, and otherwise
@@ -157,8 +157,8 @@ func (s *entra) route(x *requestContext) response {
 	return s.token(x, tenant, strings.EqualFold(rest, "oauth2/v2.0/token"))
 }
 
-// openID returns endpoints on the host of the request: clients refuse an issuer
-// on another host.
+// openID returns the OpenID configuration. The issuer and all endpoints have the host
+// of the request, because clients refuse an issuer on another host.
 func (s *entra) openID(x *requestContext, tenant string, v2 bool) response {
 	base, infix, issuer := "https://"+x.Host+"/"+tenant, "", ""
 	if v2 {
@@ -177,7 +177,8 @@ func (s *entra) openID(x *requestContext, tenant string, v2 bool) response {
 	})
 }
 
-// instanceDiscovery confirms the host of the request and no other.
+// instanceDiscovery returns the metadata of the host of the request, without any other
+// host as an alias.
 func (s *entra) instanceDiscovery(x *requestContext) response {
 	u, err := url.Parse(x.URL.Query().Get("authorization_endpoint"))
 	tenant := s.dir.tenant

@@ -18,9 +18,9 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// selfIssued reports whether the issuer of the assertion is the client itself. Such
-// an assertion is signed with a certificate of the client. Any other assertion is a
-// federated token.
+// selfIssued reports whether the issuer of the assertion is the client itself. The
+// client must sign such an assertion with the key of one of its certificates. Any
+// other assertion is a federated token.
 func selfIssued(claims jwt.RegisteredClaims, clientID string) bool {
 	return strings.EqualFold(claims.Issuer, clientID)
 }
@@ -68,11 +68,11 @@ func (s *entra) authenticateByCertificate(x *requestContext, p principal, tenant
 	return nil
 }
 
-// algorithmsFor are the signature algorithms for a certificate's key. Whether
-// Entra ID accepts elliptic curves is not documented, and public reports say
-// that it does not (its federation refuses ES256 with AADSTS5002738). A test
-// with an elliptic curve proves that the client follows the standard. It does
-// not prove that Entra ID accepts the assertion.
+// algorithmsFor returns the signature algorithms for a certificate's key. Whether the
+// real Entra ID accepts elliptic curves is not documented, and public reports say that
+// it does not (for federated tokens, it refuses ES256 with AADSTS5002738). A test with
+// an elliptic curve proves that the client follows the standard. It does not prove that
+// the real Entra ID accepts the assertion.
 func algorithmsFor(key any) []string {
 	switch key := key.(type) {
 	case *rsa.PublicKey:
@@ -120,23 +120,24 @@ func timeError(err error) bool {
 		errors.Is(err, jwt.ErrTokenRequiredClaimMissing)
 }
 
-// verify checks the signature and the times, with the clock skew of five minutes
-// that Entra ID allows.
+// verify checks the signature and the times of an assertion, with the clock skew of
+// five minutes that the real Entra ID allows.
 func (s *entra) verify(assertion string, key jwt.Keyfunc, algorithms ...string) error {
 	_, err := jwt.ParseWithClaims(assertion, &jwt.RegisteredClaims{}, key, jwt.WithValidMethods(algorithms),
 		jwt.WithTimeFunc(s.now), jwt.WithLeeway(5*time.Minute), jwt.WithExpirationRequired())
 	return err
 }
 
-// federatedAlgorithms are the signature algorithms for tokens of other issuers.
-// Tokens of a cluster whose API server signs them with an elliptic-curve key are
-// always refused.
+// federatedAlgorithms are the signature algorithms for tokens of other issuers. They
+// include none for elliptic curves: a token that an API server signs with such a key is
+// refused, as by the real Entra ID.
 var federatedAlgorithms = []string{"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}
 
 // authenticateByFederation selects the federated credentials of p by the assertion's
-// issuer, then its subject, then its audience, each compared exactly as written. The
-// error names the first of the three that leaves no credential. Then it checks the
-// algorithm, the signature and the times of the assertion.
+// issuer, then its subject, then its audience, each compared exactly as written. If no
+// credential is left after one of these steps, the error names that step. Otherwise,
+// authenticateByFederation checks the algorithm, the signature and the times of the
+// assertion, with the keys of the first credential that is left.
 func (s *entra) authenticateByFederation(p principal, token *jwt.Token, claims jwt.RegisteredClaims, assertion string) error {
 	if len(p.federated) == 0 {
 		return &entraError{401, "invalid_client", 70025, fmt.Sprintf(

@@ -61,7 +61,7 @@ func TestEachCurveHasItsSignatureAlgorithm(t *testing.T) {
 		if status, body := s.ask("/"+tenant+"/oauth2/v2.0/token", byAssertion(a.ClientID, good)); status != 200 {
 			t.Errorf("%s: %d %v", one.method.Name, status, body)
 		}
-		// The key of one certificate, the thumbprint of another.
+		// This assertion names another certificate than the one whose key signs it.
 		other := signers[(i+1)%len(signers)]
 		status, body := s.ask("/"+tenant+"/oauth2/v2.0/token", byAssertion(a.ClientID, signed(t, one.method, one.key, other.header, claims)))
 		if codes, _ := body["error_codes"].([]any); status != 401 || len(codes) != 1 || codes[0] != 700027.0 {
@@ -154,8 +154,8 @@ func TestLogAndCountsDistinguishCredentials(t *testing.T) {
 	}
 }
 
-// Clients compare the host of the issuer with the host of the authority, so each host name must work as if it were the
-// only one.
+// Clients compare the host of the issuer with the host of the authority, so the fake Entra ID must use the host of each
+// request in its responses.
 func TestUnmodifiedClientsGetTokensAtEachHost(t *testing.T) {
 	s := start(t, func(c *Config) { c.EntraHosts = []string{"login.a.test", "10.246.0.2", "login.b.test"} })
 	s.must(s.AddApp(t.Context(), app))

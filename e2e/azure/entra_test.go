@@ -59,7 +59,8 @@ func (s *fakeAzure) options() policy.ClientOptions {
 	}
 }
 
-// ask posts a form to the token endpoint and reads the response.
+// ask posts a form to a path of the fake Entra ID, and returns the status and the body
+// of the response.
 func (s *fakeAzure) ask(path string, form url.Values) (int, map[string]any) {
 	s.t.Helper()
 	resp, err := s.https().PostForm("https://"+s.at.Entra+path, form)

@@ -183,7 +183,7 @@ func (a answer) token(t *testing.T) tokenAnswer {
 	return out
 }
 
-// dialFrom connects to IMDS from one of the loopback addresses.
+// dialFrom connects to the fake IMDS from the address source.
 func (s *fakeAzure) dialFrom(source string) net.Conn {
 	s.t.Helper()
 	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}, Timeout: 10 * time.Second}
@@ -192,7 +192,8 @@ func (s *fakeAzure) dialFrom(source string) net.Conn {
 	return conn
 }
 
-// try sends a request exactly as written: no client library normalizes the path.
+// try sends target and headers exactly as written: no client library normalizes the
+// path.
 func (s *fakeAzure) try(source, method, target string, headers ...string) (answer, error) {
 	s.t.Helper()
 	conn := s.dialFrom(source)

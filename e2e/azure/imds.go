@@ -34,7 +34,7 @@ var imdsClasses = map[string]string{
 	pathAttested: "attested", pathEvents: "scheduledevents",
 }
 
-// imds is the Instance Metadata Service of every node.
+// imds is the fake IMDS. One serves all nodes.
 type imds struct {
 	dir     *directory
 	issuer  *issuer
@@ -209,8 +209,8 @@ var versionForm = regexp.MustCompile(`^\d{4}-\d{2}-\d{2}$`)
 
 const firstVersion = "2018-02-01" // the first with /metadata/identity
 
-// knownVersion reports whether v is a date that is not before firstVersion. The
-// comparison of dates in this form as text gives their order in time.
+// knownVersion reports whether v has the form of a date and is not before firstVersion.
+// In this form, dates sorted as text are in the order of time.
 func knownVersion(v string) bool { return versionForm.MatchString(v) && v >= firstVersion }
 
 func (m *imds) badVersion(x *requestContext) response {

@@ -68,7 +68,7 @@ func TestInvalidTokenRequestsHaveTheErrorsOfIMDS(t *testing.T) {
 	s.add(red, "a")
 	flat := func(code, text string) string { return `{"error":"` + code + `","error_description":"` + text + `"}` }
 	notFound := flat("invalid_request", "Identity not found")
-	if len(notFound) != 68 { // as captured from the real service
+	if len(notFound) != 68 { // the length that was captured from the real IMDS
 		t.Fatalf("the body has %d bytes", len(notFound))
 	}
 	ok := "Metadata: true"

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// tokenAnswer has the order of fields of IMDS and, like IMDS, strings instead of
-// numbers.
+// tokenAnswer has its fields in the order in which the real IMDS sends them and, like
+// the real IMDS, strings instead of numbers.
 type tokenAnswer struct {
 	AccessToken  string `json:"access_token"`
 	ClientID     string `json:"client_id"`
@@ -22,8 +22,8 @@ type tokenAnswer struct {
 	TokenType    string `json:"token_type"`
 }
 
-// parseQuery parses a query like IMDS: names are not case-sensitive, & is the only
-// separator, and a repeated name is an error. The names in the result are lower
+// parseQuery parses a query like the real IMDS: names are not case-sensitive, & is the
+// only separator, and a repeated name is an error. The names in the result are lower
 // case.
 func parseQuery(raw string) (map[string]string, error) {
 	q := map[string]string{}
@@ -99,11 +99,12 @@ func (m *imds) token(x *requestContext, q map[string]string) response {
 
 func seconds(d time.Duration) string { return strconv.FormatInt(int64(max(d, 0)/time.Second), 10) }
 
-// fetch returns a token, and whether it is from the cache of IMDS. The real IMDS also
-// caches a token for most of its lifetime. If bypass is true or the switch cache is
-// off, the token is new. fetch does not return a cached token in the last five minutes
-// of its lifetime or, if the lifetime is shorter than an hour, in the last twelfth of
-// it. It does not return one whose lifetime differs from the switch token-lifetime.
+// fetch returns a token, and whether it is from the cache. There is a cache because the
+// real IMDS caches a token for most of its lifetime. fetch issues a new token if bypass
+// is true, if the switch cache is off, or if the lifetime of the cached token differs
+// from the switch token-lifetime. It also replaces a cached token in the last five
+// minutes of its lifetime or, if the lifetime is shorter than an hour, in the last
+// twelfth of it.
 func (m *imds) fetch(x *requestContext, key cacheKey, bypass bool) (minted, bool, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -127,8 +128,9 @@ func (m *imds) fetch(x *requestContext, key cacheKey, bypass bool) (minted, bool
 	return t, false, nil
 }
 
-// knownResource reports whether the tenant has a service principal for the
-// resource: for any GUID or absolute URI, except under .invalid.
+// knownResource reports whether a tenant has a service principal for the resource. Each
+// tenant of the fake Azure has one for any GUID and any absolute URI, except for a URI
+// whose host is under .invalid.
 func knownResource(resource string) bool {
 	if isGUID(strings.TrimSuffix(resource, "/")) {
 		return true

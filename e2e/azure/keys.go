@@ -27,7 +27,7 @@ const (
 	tlsKeyFile     = "tls.key"
 	tlsCertFile    = "tls.crt"
 	// CAFile is the name of the CA certificate in the state directory. Clients of
-	// the fake Entra ID must trust it.
+	// the fake Entra ID and of the fake ARM must trust it.
 	CAFile = "ca.crt"
 )
 

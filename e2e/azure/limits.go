@@ -5,9 +5,8 @@ import (
 	"time"
 )
 
-// limiter enforces the limits of IMDS for each virtual machine: 20 token
-// requests a second and 5 concurrent ones, and 5 other requests a second. A
-// refused request does not count.
+// limiter enforces the limits that the real IMDS has for each virtual machine: 20
+// token requests a second and 5 concurrent ones, and 5 other requests a second.
 type limiter struct {
 	now   func() time.Time
 	mu    sync.Mutex
@@ -29,9 +28,10 @@ func newLimiter(now func() time.Time) *limiter {
 	return &limiter{now: now, nodes: map[string]*nodeLimits{}}
 }
 
-// admit counts a request, whether limits are enforced or not, so that the counts
-// are right when a test enables the limits later. ok is false if limits are enforced
-// and the request exceeds one. The caller must call release after the request.
+// admit refuses a request that exceeds a limit if enforce is true: ok is false, and the
+// request does not count. It counts all other requests, also those while enforce is
+// false, so that the counts are right when a test enables the limits later. The caller
+// must call release after the request.
 func (l *limiter) admit(node, class string, enforce bool) (release func(), ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

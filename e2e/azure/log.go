@@ -23,8 +23,9 @@ const (
 	CredentialFederated   = "federated"
 )
 
-// Entry is one entry of the request log. It is logged before the response is
-// written, so that a client that has received the response can read the entry.
+// Entry is one entry of the log of IMDS and Entra ID. A request is logged before its
+// response is written, so that a client that has received the response can read the
+// entry.
 type Entry struct {
 	Seq      int               `json:"seq"` // never reset, so that the parameter since of Client.Log stays valid
 	Time     time.Time         `json:"time"`
@@ -43,8 +44,8 @@ type Entry struct {
 	Resource string            `json:"resource,omitempty"`
 	TokenID  string            `json:"token_id,omitempty"` // the uti claim of the token in the response
 	Cached   bool              `json:"cached,omitempty"`   // the token is from the cache of IMDS
-	// Only for Entra ID: the response header Client-Request-Id, the kind of
-	// credential, and the subject of a federated token.
+	// CorrelationID (the response header Client-Request-Id), Credential and Subject
+	// (of a federated token) are only set for Entra ID.
 	CorrelationID string  `json:"correlation_id,omitempty"`
 	Credential    string  `json:"credential,omitempty"`
 	Subject       string  `json:"subject,omitempty"`
@@ -69,7 +70,7 @@ type ring[T any, P interface {
 	dropped  int
 }
 
-// requestLog belongs to the recorder.
+// requestLog is the log of IMDS and Entra ID. The recorder owns it.
 type requestLog = ring[Entry, *Entry]
 
 func (e *Entry) number(seq int) { e.Seq = seq }
@@ -86,7 +87,7 @@ func (l *ring[T, P]) add(e T) {
 	l.dropped++
 }
 
-// since returns the entries with a greater sequence number, oldest first.
+// since returns the entries with a sequence number greater than seq, oldest first.
 func (l *ring[T, P]) since(seq int) []T {
 	n := len(l.entries)
 	skip := min(max(0, n-(l.seq-seq)), n)
@@ -101,9 +102,9 @@ func (l *ring[T, P]) reset() {
 	l.entries, l.oldest, l.dropped = nil, 0, 0
 }
 
-// loggedHeaders are the request headers in the log: they show which client sent a
-// request and whether it is an attack. A header with an empty value is logged, too,
-// because IMDS refuses even an empty X-Forwarded-For.
+// loggedHeaders are the request headers in the log. User-Agent names the client. IMDS
+// refuses a request without Metadata and a request with X-Forwarded-For. A header with
+// an empty value is logged, too, because IMDS refuses even an empty X-Forwarded-For.
 var loggedHeaders = []string{"Metadata", "User-Agent", "X-Forwarded-For"}
 
 func headersOf(r *http.Request) map[string]string {

@@ -89,7 +89,7 @@ func TestTheMaximumPerSecondIsOfAnySecond(t *testing.T) {
 	for _, ms := range []int{0, 600, 700, 1500, 1599, 1601, 5000} {
 		m.begin(base.Add(time.Duration(ms) * time.Millisecond))
 	}
-	if m.MaxPerSecond != 4 { // 600, 700, 1500, 1599; and 700, 1500, 1599, 1601
+	if m.MaxPerSecond != 4 { // the arrivals at 600, 700, 1500 and 1599 ms
 		t.Errorf("measured %d", m.MaxPerSecond)
 	}
 	if m.MaxConcurrency != 7 {

@@ -20,9 +20,9 @@ import (
 // null byte.
 const maxSocketPath = 107
 
-// Run serves until the context ends, then returns nil. It opens all listeners
-// before it serves any request: if a listener cannot be opened, no request has been
-// served. If a server fails later, Run stops the others and returns the error.
+// Run serves until the context ends, then returns nil. If it cannot open one of the
+// listeners, it returns the error and serves no request. If a server fails later, Run
+// stops the others and returns the error.
 func Run(ctx context.Context, cfg Config) error {
 	return run(ctx, cfg, time.Now)
 }
@@ -44,7 +44,7 @@ func run(ctx context.Context, cfg Config, now func() time.Time) error {
 	return serve(ctx, ls, servers(ctx, cfg, st, ls, now))
 }
 
-// listeners are owned by run. Closing them twice is harmless.
+// listeners are owned by run. The servers close them, too: a second close has no effect.
 type listeners struct{ imds, entra, control net.Listener }
 
 func (l *listeners) close() {
@@ -104,8 +104,8 @@ func listenUnix(path string) (net.Listener, error) {
 	return l, nil
 }
 
-// servers creates and connects the parts. It returns the servers in the order of the
-// fields of listeners.
+// servers creates the parts of the fake Azure and connects them. It returns the HTTP
+// servers in the order of the fields of listeners.
 func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func() time.Time) []*http.Server {
 	iss := newIssuer(st.signing, now)
 	arm := NewARM(ARMOptions{Now: now, Verify: iss.verify, Tenant: cfg.Tenant})
@@ -135,8 +135,9 @@ func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func
 		{Handler: api.handler()},
 	}
 	for _, s := range out {
-		// Requests that hang end with the context. The server need not log invalid data:
-		// connState counts each connection to IMDS, Entra ID and ARM.
+		// Through this base context, requests that hang because of a fault end when ctx
+		// ends. The server's own log, of connections with invalid data, is discarded:
+		// connState counts these connections like all others to IMDS, Entra ID and ARM.
 		s.BaseContext = func(net.Listener) context.Context { return ctx }
 		s.ErrorLog = log.New(io.Discard, "", 0)
 		s.ReadHeaderTimeout = 30 * time.Second
@@ -145,8 +146,8 @@ func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func
 	return out
 }
 
-// behindTLS distinguishes requests to Entra ID and to ARM by their path: clients
-// may use any host name for ARM.
+// behindTLS distinguishes requests to the fake Entra ID and to the fake ARM by their
+// path, not by their host name: clients may use the same host name for both.
 func behindTLS(arm, entra http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if strings.EqualFold(segment(r.URL.Path, 0), "subscriptions") {

@@ -21,14 +21,14 @@ const (
 // own code for both.
 var services = []string{serviceIMDS, serviceEntra}
 
-// classToken is the class of token requests in both services.
+// classToken is the class of token requests, to IMDS and to Entra ID.
 const classToken = "token"
 
 const maxBodyBytes = 1 << 20
 
-// service is the common part of IMDS and Entra ID: it determines the caller of each
-// request, applies the faults and writes the log. Its function fields implement the
-// protocol.
+// service is the common part of the fake IMDS and the fake Entra ID: it determines the
+// caller of each request, applies the faults and writes the log. The two differ in the
+// function fields from classify on.
 type service struct {
 	name     string
 	dir      *directory
@@ -54,8 +54,8 @@ type requestContext struct {
 	trace  trace // Entra ID only
 }
 
-// response is a complete response. Status 0 means no response: the connection is
-// reset.
+// response is a complete response. Status 0 means no response: writeResponse resets
+// the connection.
 type response struct {
 	status      int
 	contentType string
@@ -104,9 +104,9 @@ func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	writeResponse(w, out)
 }
 
-// handle returns the response to a request, and adds the outcome to the log entry.
-// It reads the body first, because net/http detects only after the end of the body
-// that the client disconnects, and a request that hangs must end then.
+// handle returns the response to a request, and completes its log entry except for the
+// status and the duration. It reads the body first: only after the end of the body
+// does net/http detect that the client disconnects, which ends a request that hangs.
 func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Request) response {
 	var err error
 	x.body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, maxBodyBytes))
@@ -183,8 +183,8 @@ func writeResponse(w http.ResponseWriter, out response) {
 }
 
 // resetConnection resets the TCP connection, so that the client receives neither
-// a response nor a regular end. HTTP/2 connections cannot be hijacked: aborting
-// the handler resets the stream.
+// a response nor a regular end. An HTTP/2 connection cannot be hijacked: there,
+// resetConnection aborts the handler, which resets only the stream of the request.
 func resetConnection(w http.ResponseWriter) {
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {

@@ -11,7 +11,7 @@ type Load struct {
 	Requests       int `json:"requests"`
 	InFlight       int `json:"in_flight"`
 	MaxConcurrency int `json:"max_concurrency"`
-	MaxPerSecond   int `json:"max_per_second"` // maximum of arrivals within one second
+	MaxPerSecond   int `json:"max_per_second"` // maximum of arrivals within any one second
 }
 
 // Source has the counts of one source address.
@@ -22,7 +22,7 @@ type Source struct {
 	Requests    int    `json:"requests"`
 }
 
-// ServiceStats are the counts of one service since the log was reset.
+// ServiceStats are the counts of one service since its start or the last reset of the log.
 type ServiceStats struct {
 	All                 Load              `json:"all"`
 	Token               Load              `json:"token"`         // token requests
@@ -150,7 +150,7 @@ func (m *serviceMeters) source(c caller, change func(*Source)) {
 }
 
 // connection counts an accepted TCP connection. It also logs a connection to IMDS that
-// is not from the address of a node.
+// does not come from an address of a node itself.
 func (r *recorder) connection(service string, c caller) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

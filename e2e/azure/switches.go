@@ -148,7 +148,8 @@ func oneOfSwitch[T any, V ~string](name string, field func(*T) *V, words ...V) s
 	}
 }
 
-// switches has the faults of IMDS and of Entra ID, and changes ARM's settings.
+// switches has the faults of the fake IMDS and of the fake Entra ID, and sets the
+// settings of the fake ARM.
 type switches struct {
 	arm *ARM
 	mu  sync.Mutex
@@ -253,10 +254,10 @@ func (s *switches) all() map[string]string {
 	return out
 }
 
-// consume returns the switches that apply to one request, and decreases the count of
-// throttle or status if this switch sets the status of the response. If hang or drop
-// applies, no count decreases. Otherwise the field status of the result is 429 if
-// throttle applies, else the value of the switch status, or 0 if neither applies.
+// consume returns the switches that apply to one request. throttle applies only if
+// neither hang nor drop does, and status only if none of the three does. consume counts
+// the request for throttle or status if that switch applies and has a count. If throttle
+// applies, the result has the status 429.
 func (s *switches) consume(service string, isToken bool) faults {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -1,10 +1,11 @@
-// Command typecheck type checks packages of the root module for another architecture, with everything that they import.
+// Command typecheck type checks packages of the module in FOLDER for another architecture, with everything that they
+// import.
 //
 //	typecheck FOLDER ARCHITECTURE PACKAGE...
 //
-// It protects against code that builds on the developer's architecture alone: a file that a build constraint leaves out,
-// or a constant or field whose type differs. It compiles nothing, so it takes seconds where a build of all dependencies
-// takes minutes. It finds no fault of Go's own compiler and linker.
+// It protects against code that builds on the developer's architecture alone: on the other one, a build constraint may
+// leave out a file, or a constant or field may have another type. It compiles nothing, so it takes seconds where a
+// build of all dependencies takes minutes. It does not find errors that only the compiler or the linker reports.
 package main
 
 import (
