@@ -156,7 +156,8 @@ func TestValuesCanAddEnvironmentVariables(t *testing.T) {
 	}
 }
 
-// YAML reads off without quotes as false, which is not a level.
+// Without quotes, YAML reads the word off as the boolean false. NMI has no audit level of that name, so the chart must
+// set the level off.
 func TestAuditLogCanBeDisabledWithAnyFormOfFalse(t *testing.T) {
 	for _, off := range []string{"off", `"off"`, "false"} {
 		_, container := render(t, "nmi: {auditLevel: "+off+"}").nmi(t)

@@ -117,7 +117,8 @@ func valuesFile(t *testing.T, values string) string {
 	return file
 }
 
-// parse decodes strictly: a misspelled field in a template is an error here, not a field that the API server drops.
+// parse decodes the built-in kinds strictly: a misspelled field in a template is an error here, not a field that the
+// API server drops.
 func parse(t *testing.T, manifests string) rendered {
 	t.Helper()
 	scheme := runtime.NewScheme()

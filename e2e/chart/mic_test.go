@@ -248,7 +248,8 @@ func TestOneOfSeveralReplicasOfMICMayBeEvicted(t *testing.T) {
 	}
 }
 
-// The name of a Deployment's ReplicaSet is the name of the Deployment, a hyphen and ten characters.
+// The name of a Deployment's ReplicaSet is the name of the Deployment, a hyphen and at most ten characters. The value
+// of a label has at most 63 characters.
 func TestNamesFitIntoLabels(t *testing.T) {
 	deployment, _ := render(t, standard("fullnameOverride: "+strings.Repeat("n", 63))).mic(t)
 	if len(deployment.Name)+11 > 63 {

@@ -38,8 +38,8 @@ func TwoVMs() map[string]string {
 }
 
 // azureConfigJSON returns the configuration of the fake Azure: the addresses at which it listens, in the namespace
-// podid-azure, and the source addresses of each node. Like the real IMDS, the fake Azure recognizes a virtual machine
-// by the source address of its packets.
+// podid-azure, and for each node its source addresses. The fake IMDS finds the node of a request by the source address
+// of the packets.
 func azureConfigJSON(providerIDs map[string]string) (json.RawMessage, error) {
 	cfg := azure.Config{
 		IMDSAddr:      net.JoinHostPort(imdsIP, "80"),
@@ -65,7 +65,7 @@ func azureConfigJSON(providerIDs map[string]string) (json.RawMessage, error) {
 }
 
 // systemAssigned is the system-assigned identity of a node. A pod that gets a token for it has bypassed NMI, unless an
-// AzurePodIdentityException matches the pod, as it does for MIC in standard mode.
+// AzurePodIdentityException matches the pod. In standard mode, one matches the pods of MIC.
 func systemAssigned(index int) *azure.Identity {
 	return &azure.Identity{
 		ClientID: fmt.Sprintf("5e1f0000-0000-4000-8000-%012d", index+1),
@@ -99,7 +99,8 @@ func ServeAzure(ctx context.Context, file string) error {
 	return azure.Run(ctx, cfg)
 }
 
-// Issuer returns what Entra ID needs to trust the tokens of this cluster's ServiceAccounts: the issuer URL and its keys.
+// Issuer returns what Entra ID needs to trust the tokens of this cluster's ServiceAccounts: the issuer URL and the keys
+// of the issuer.
 func (c *Cluster) Issuer(ctx context.Context) (url string, keys json.RawMessage, err error) {
 	document, err := c.Kubectl(ctx, "get", "--raw", "/.well-known/openid-configuration")
 	if err != nil {

@@ -12,8 +12,8 @@ import (
 )
 
 // goCommand returns a command that runs the Go toolchain in a module. Programs are linked statically (CGO_ENABLED=0),
-// because images contain no libraries for them. The Makefile has the same setting: with different settings, each
-// package would be compiled once for each of them. For the same reason callers build with -trimpath.
+// because most images contain no libraries. The Makefile has the same setting, because Go compiles a package again for
+// each different setting. For the same reason callers build with -trimpath.
 func goCommand(ctx context.Context, module string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = module

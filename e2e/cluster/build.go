@@ -15,8 +15,8 @@ import (
 const (
 	// PauseImage is the image of pod sandboxes.
 	PauseImage = "local/pause:1"
-	// TestImage contains the program podclient (see its package comment): it idles by default, and `token` requests a token
-	// at once.
+	// TestImage contains the program podclient. Without arguments podclient only waits for a signal. With the argument
+	// token it requests a token at once.
 	TestImage = "local/e2e:1"
 
 	nmiImage    = "local/nmi"
@@ -66,8 +66,9 @@ func BuildClient(ctx context.Context) (program string, image Image, err error) {
 	return program, image, err
 }
 
-// BuildNMIImage builds the image of NMI as the product's Dockerfile does: the static program in the root file system
-// with iptables that deploy/image/rootfs.sh assembles. The tag identifies the content.
+// BuildNMIImage builds the image of NMI from the same parts as the product's Dockerfile: the static program, and the
+// root file system with iptables that deploy/image/rootfs.sh assembles. The program is at /nmi instead of /usr/bin/nmi.
+// The tag identifies the content.
 func BuildNMIImage(ctx context.Context, progress func(string)) (Image, error) {
 	if progress == nil {
 		progress = func(string) {}
@@ -141,7 +142,8 @@ func ensureRootfs(ctx context.Context, progress func(string), repo, cache string
 	})
 }
 
-// ImportImages loads images into all nodes. It skips an image that a node already has: the tag identifies the content.
+// ImportImages loads images into all nodes. It skips an image if the node has one with the same name and tag, so the
+// tag must be derived from the content.
 func (c *Cluster) ImportImages(ctx context.Context, images ...Image) error {
 	var group errgroup.Group
 	for _, n := range nodeSpecs {

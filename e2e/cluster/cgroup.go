@@ -20,8 +20,8 @@ type cgroupMount struct {
 	v2   bool
 }
 
-// cgroupMounts lists the host's cgroup hierarchies: with cgroup v2 only there is one; with cgroup v1 there is one for each
-// controller, and perhaps a v2 hierarchy without controllers.
+// cgroupMounts lists the host's cgroup hierarchies. A host that has only cgroup v2 has one hierarchy. A host with
+// cgroup v1 has several for its controllers, and perhaps a v2 hierarchy.
 func cgroupMounts() ([]cgroupMount, error) {
 	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
 	if err != nil {

@@ -18,8 +18,8 @@ const (
 )
 
 // InstallChart installs the product's chart, or upgrades it, with the NMI image of this checkout, and waits until it is
-// ready. NMI may read all Secrets and request tokens of all ServiceAccounts. It trusts the fake Entra ID if the cluster
-// has a fake Azure. args are further arguments of `helm upgrade`.
+// ready. NMI trusts the fake Entra ID if the cluster has a fake Azure. By default, NMI may read all Secrets and request
+// tokens of all ServiceAccounts; args, further arguments of `helm upgrade`, may change that.
 func (c *Cluster) InstallChart(ctx context.Context, args ...string) error {
 	image, err := BuildNMIImage(ctx, c.progress)
 	if err != nil {
@@ -65,9 +65,9 @@ const (
 )
 
 // InstallStandard installs the chart, or upgrades it, in standard mode, with the images of this checkout, and waits
-// until it is ready. MIC authenticates as the system-assigned identity of its node, so MIC's token requests go through
-// NMI. MIC reads the address of the fake ARM from the configuration file of a custom cloud, because the cluster has no
-// DNS server. args are further arguments of `helm upgrade`.
+// until it is ready. MIC requests tokens of the system-assigned identity of its node from IMDS. MIC's pods do not have
+// hostNetwork, so these requests go to NMI. MIC reads the address of the fake ARM from the configuration file of a
+// custom cloud, because the cluster has no DNS server. args are further arguments of `helm upgrade`.
 func (c *Cluster) InstallStandard(ctx context.Context, args ...string) error {
 	image, err := BuildMICImage(ctx)
 	if err != nil {
@@ -83,7 +83,8 @@ func (c *Cluster) InstallStandard(ctx context.Context, args ...string) error {
 		"--set-file", "mic.caBundle=" + c.EntraCA()}, args...)...)
 }
 
-// writeCloudFiles writes the configuration files of the custom cloud into each node. As on AKS, only root can read them.
+// writeCloudFiles writes the configuration files of the custom cloud into each node. As on AKS, only root can read
+// these files.
 func (c *Cluster) writeCloudFiles() error {
 	arm := "https://" + azureIP + "/"
 	for file, content := range map[string]any{

@@ -191,8 +191,8 @@ func (c *Cluster) launch(ctx context.Context, cfg *superviseConfig) error {
 	}()
 	eventsW.Close()
 
-	// If ctx ends during the start, the supervisor interrupts the start. Otherwise launch would wait until the start
-	// has finished.
+	// If ctx ends during the start, the closed pipe makes the supervisor interrupt the start. Without that, launch
+	// would wait until the start has finished.
 	stop := context.AfterFunc(ctx, func() { c.pipe.Close() })
 	defer stop()
 	line, err := json.Marshal(cfg)

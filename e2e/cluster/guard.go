@@ -13,8 +13,8 @@ import (
 // older kernels assign a number at boot. refuseHostNetns needs the constant where /proc/1/ns/net cannot be read.
 const initialNetnsInode = 0xEFFFFFF9
 
-// ownNetns is the inode number of the network namespace that the program was started in. If a user starts the program on the
-// host, it is the host's namespace.
+// ownNetns is the inode number of the network namespace that the program was started in. This namespace is the host's
+// if a user starts the program on the host.
 var ownNetns = netnsInode("/proc/self/ns/net")
 
 // ErrHostNetns is returned instead of entering the host's own network namespace.

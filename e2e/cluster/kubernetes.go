@@ -118,8 +118,8 @@ func buildWithProgress(ctx context.Context, progress func(string), module, progr
 	return nil
 }
 
-// readBuildOutput counts the lines that are package names. It returns the other lines, except empty ones and those
-// about downloads: they contain the errors of the build.
+// readBuildOutput counts the lines that are package names. It ignores empty lines and lines about downloads. It returns
+// all other lines, which contain the errors of the build.
 func readBuildOutput(r io.Reader, compiled *atomic.Int64) string {
 	var rest strings.Builder
 	for lines := bufio.NewScanner(r); lines.Scan(); {

@@ -141,8 +141,8 @@ func checkNothingLeft(t *testing.T, ids map[string]processID) {
 	checkNoPrograms(t)
 }
 
-// checkNoPrograms checks that no process runs a program of the cluster, recorded or not. Shims and containers are not
-// recorded.
+// checkNoPrograms checks that no process runs a program of the cluster. It also finds processes that the supervisor
+// does not record, such as shims and the containers of podclient.
 func checkNoPrograms(t *testing.T) {
 	t.Helper()
 	cache, err := cacheDir()

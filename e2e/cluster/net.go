@@ -191,8 +191,8 @@ func insideNewNetns(f func() error) error {
 	})
 }
 
-// AddNetns creates one more network namespace, for programs of a test or a benchmark. It adds the cluster's prefix to the
-// name, and returns the whole name. The namespace is removed with the cluster.
+// AddNetns creates one more network namespace, for programs of a test or a benchmark. It adds the cluster's prefix to
+// the name, and returns the whole name. The namespace is removed with the cluster.
 func (NetworkNamespaces) AddNetns(name string) (string, error) {
 	return namePrefix + name, createNetns(namePrefix + name)
 }

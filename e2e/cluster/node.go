@@ -55,8 +55,9 @@ type nodePlan struct {
 // accepts connections. It does not start the kubelet (see startKubelet).
 func (n *node) boot(ctx context.Context) error {
 	n.began = time.Now()
-	// As after a reboot there are no cgroups and /run is empty, and the folders of containerd, the kubelet and CNI in
-	// /var/lib are kept. The kubelet would look for containers in old cgroups for half a minute.
+	// A restarted node starts like a rebooted computer: without cgroups and with an empty /run, but with the old
+	// folders of containerd, the kubelet and CNI in /var/lib. If old cgroups existed, the kubelet would look for
+	// containers in them for half a minute.
 	if err := errors.Join(removeCgroups(n.netns()), createCgroups(n.netns())); err != nil {
 		return err
 	}

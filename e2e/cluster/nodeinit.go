@@ -100,7 +100,8 @@ func (plan *nodePlan) setUp() error {
 	for _, dir := range plan.KeepDirs {
 		m.bind(dir, dir)
 	}
-	// containerd mounts layers as overlays, which cannot be on an overlay: these folders are on the host's disk.
+	// These folders are on the host's disk. containerd mounts layers as overlays, which cannot be on an overlay. The
+	// kubelet and CNI keep their data when the node restarts. The supervisor uses the socket in run-containerd.
 	m.bind(filepath.Join(plan.Dir, "containerd"), "/var/lib/containerd")
 	m.bind(filepath.Join(plan.Dir, "kubelet"), "/var/lib/kubelet")
 	m.bind(filepath.Join(plan.Dir, "cni"), "/var/lib/cni")
@@ -174,8 +175,9 @@ func pivotInto(root string) error {
 	return unix.Chdir("/")
 }
 
-// runDaemons runs containerd and the kubelet, and reaps orphaned processes, as PID 1 must. It returns when one of the
-// two daemons has ended.
+// runDaemons runs containerd and, after the line "kubelet" on standard input, the kubelet. It reaps orphaned processes,
+// as PID 1 must. It returns an error when one of the two daemons has ended, or when standard input does not have that
+// line.
 func (plan *nodePlan) runDaemons() error {
 	containerd, err := plan.startDaemon("containerd", plan.Containerd)
 	if err != nil {

@@ -20,8 +20,8 @@ import (
 // containerd would start a service on the host.
 var debianPackages = []string{"etcd-server", "containerd", "runc", "containernetworking-plugins"}
 
-// hostTools are programs that are run from the host, and the packages to install if they are missing: the demo's client,
-// and the tools that show a node's rules.
+// hostTools are programs that are run from the host: the demo's client, and the tools that show a node's rules. pkg is
+// the Debian package to install if the program is missing.
 var hostTools = []struct{ program, pkg string }{
 	{"curl", "curl"},
 	{"ip", "iproute2"},

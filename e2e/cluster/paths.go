@@ -52,8 +52,8 @@ func checkInstance() error {
 // downCommand is the command that removes the cluster, for messages.
 var downCommand = "PODIDENTITY_CLUSTER=" + instance + " bin/cluster down"
 
-// adminEnv is the environment with which kubectl and helm use this cluster only. The caches and settings of the user are
-// neither read nor changed.
+// adminEnv is the environment with which kubectl and helm use this cluster only. They neither read nor change the
+// caches and settings of the user.
 func adminEnv() []string {
 	return []string{
 		"KUBECONFIG=" + adminConfig,

@@ -148,7 +148,8 @@ func writeKey(path string, key any) error {
 	return keyutil.WriteKey(path, data)
 }
 
-// writeServiceAccountKeys makes RSA keys, as real clusters have: Entra ID accepts no other signature of a federated token.
+// writeServiceAccountKeys makes RSA keys, as real clusters have: Entra ID accepts no other signature of a federated
+// token.
 func writeServiceAccountKeys(dir string) error {
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {

@@ -13,8 +13,8 @@ import (
 )
 
 // Plane is a control plane without nodes and controllers: etcd and an API server. It can run beside a cluster: its
-// network namespace has no name and only the loopback interface, and its files are in a folder of the caller. It ends with
-// the program that started it.
+// network namespace has no name and only the loopback interface, and its files are in a folder of the caller. It ends
+// with the program that started it.
 type Plane struct {
 	cp    *controlPlane
 	netns *os.File
@@ -85,7 +85,7 @@ func (p *Plane) Stop() error {
 // plane's network namespace.
 func (p *Plane) Kubeconfig() string { return filepath.Join(p.cp.pki, "admin.kubeconfig") }
 
-// DialContext connects from inside the plane's network; see [Cluster.DialContext].
+// DialContext connects from inside the plane's network namespace; see [Admin.DialContext].
 func (p *Plane) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	return DialFrom(p.cp.netns, nil)(ctx, network, address)
 }

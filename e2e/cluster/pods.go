@@ -47,7 +47,7 @@ func (n NetworkNamespaces) PodPIDs(ctx context.Context, namespace, name string) 
 }
 
 // podProcesses returns the PIDs of a pod's processes, in order. It finds them by the pod's cgroup, whose name the
-// kubelet derives from the UID. Nothing else on the host shows which namespaces belong to a pod.
+// kubelet derives from the pod's UID.
 func podProcesses(pod *corev1.Pod) ([]int, error) {
 	if pod.UID == "" {
 		return nil, fmt.Errorf("the processes of pod %s/%s cannot be found: the API server returned the pod without a UID", pod.Namespace, pod.Name)
@@ -114,8 +114,8 @@ func openPodNetns(pid int, pod *corev1.Pod) (*os.File, error) {
 	if err != nil {
 		return nil, nil //nolint:nilerr // see above
 	}
-	// The open file pins the namespace. This check comes after the open: if the process had ended before the open, its
-	// PID could have belonged to another process by then.
+	// Before the open, the process may have ended, and the kernel may have given its PID to another process. So this
+	// check comes after the open. The open file keeps the namespace from then on.
 	still, err := podProcesses(pod)
 	if err != nil || !slices.Contains(still, pid) {
 		file.Close()

@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// processID identifies a process permanently: the kernel reuses PIDs, but not with the same start time.
+// processID identifies a process until the host is rebooted: the kernel reuses PIDs, but not with the same start time.
 type processID struct {
 	PID   int    `json:"pid"`
 	Start uint64 `json:"start"` // clock ticks since boot, field 22 of /proc/PID/stat
@@ -200,8 +200,8 @@ const startLimit = 3 * time.Minute
 var errTooLate = errors.New("the limit is over")
 
 // waitFor calls wait, which returns when an event has happened. The string what names that event in errors. The context
-// of wait ends after the limit, and immediately when one of the processes in on has ended. The error then contains the
-// last lines of the processes' logs.
+// of wait ends after the limit, and immediately when one of the processes in on has ended. In the first case the error
+// contains the last lines of the logs of all these processes; in the second case, of the log of the ended process.
 func waitFor(ctx context.Context, what string, limit time.Duration, on []*process, wait func(context.Context) error) error {
 	ctx, end := context.WithCancelCause(ctx)
 	defer end(nil)

@@ -8,7 +8,8 @@ import (
 )
 
 // Scratch creates a folder for temporary files of this program and returns its path. The program must remove the folder
-// when it ends. Scratch first removes the folders that programs with the same name left when they were killed.
+// when it ends. A killed program leaves its folder: Scratch first removes the folders of earlier calls with the same
+// name whose programs have ended.
 //
 // name identifies the purpose. It must not contain a hyphen: Scratch("a") would take the b in a folder of
 // Scratch("a-b") for the PID of a program that has ended.

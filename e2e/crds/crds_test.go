@@ -95,8 +95,8 @@ func TestInvalidManifestsAreRefusedWithARemedy(t *testing.T) {
 	}
 }
 
-// Each refused manifest may be stored in a cluster that used AAD Pod Identity, except those with a wrong JSON type: the
-// schema of AAD Pod Identity refused them as well.
+// The objects of the refused manifests may be stored in a cluster that used AAD Pod Identity. Manifests with a wrong
+// JSON type are left out, because the schema of AAD Pod Identity refused those as well.
 func TestStoredInvalidObjectsAcceptNewLabelsAndFinalizers(t *testing.T) {
 	resources := loadResources(t)
 	for _, file := range manifests(t, "refused") {
@@ -172,7 +172,7 @@ func load(t *testing.T, resources map[string]*resource, file string) (*resource,
 	return resource, object, unknown
 }
 
-// wantedText returns the text that the error for a refused manifest must contain. The first line of the manifest has it.
+// wantedText returns the text that the error for a refused manifest must contain, from the first line of the manifest.
 func wantedText(t *testing.T, file string) string {
 	t.Helper()
 	data, err := os.ReadFile(file)

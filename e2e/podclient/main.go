@@ -45,8 +45,8 @@ func main() {
 	}
 }
 
-// waitForSignal waits for SIGINT or SIGTERM. Until then it reaps orphans: in a sandbox this process is PID 1 of a pod
-// whose containers share one PID namespace.
+// waitForSignal waits for SIGINT or SIGTERM. Until then it reaps orphans: if the containers of a pod share one PID
+// namespace, the process of the sandbox is PID 1 in it.
 func waitForSignal() {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGCHLD)

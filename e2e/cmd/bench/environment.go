@@ -255,9 +255,9 @@ func (r *environment) startBare(ctx context.Context) error {
 		" its standard error:\n%s", err, stderr.String())
 }
 
-// burst resets the log and the counts of the fake Azure, and sends a request from each pod at once. It returns how many
-// token requests IMDS received, and the time until the last response. It returns an error if a request failed, or if a
-// pod connected to IMDS directly.
+// burst resets the log and the counts of the fake Azure, and sends one request from each pod, all at once. It returns
+// how many token requests IMDS received, and the time until the last response. It returns an error if a request failed,
+// or if a pod connected to IMDS directly.
 func (r *environment) burst(ctx context.Context) (calls int, slowest time.Duration, err error) {
 	if err := r.azure.ResetLog(ctx); err != nil {
 		return 0, 0, err

@@ -38,7 +38,7 @@ type freshIdentity struct {
 	pod    int
 	source string
 	id     azure.Identity
-	app    azure.App         // in Entra ID, unless it is a managed identity
+	app    azure.App         // in Entra ID; empty for a managed identity
 	spec   map[string]any    // of its AzureIdentity
 	secret map[string][]byte // what its Secret holds; nil if it has none
 }

@@ -1,11 +1,14 @@
 // Command bench measures NMI and MIC. It prints the figures and writes them to a file as one flat JSON object.
 //
-// It runs NMI on a simulated node, a network namespace that is connected to the test cluster: with the cluster's real
-// API server, a fake IMDS, 250 pods (Pod objects, and their addresses in a second network namespace, from which bench
-// sends the requests) and, by default, 5,000 identities with their bindings. NMI is compared with the bare handler: a
-// net/http server that returns the same response body to each request, on a second simulated node with the same
-// iptables rules. Rounds of NMI and of the bare handler alternate, so that the ratio is valid on a noisy host. The last
-// measurement of NMI is the first token of identities of each source, with a fake Entra ID.
+// NMI runs on a simulated node, which is a network namespace that is connected to the test cluster. NMI uses the
+// cluster's real API server and a fake IMDS. The node has 250 pods. Each pod is a Pod object and an address in a second
+// network namespace; bench sends the pod's requests from this address. By default, the cluster has 5,000 identities
+// with their bindings.
+//
+// NMI is compared with the bare handler: a net/http server that returns the same response body to each request, on a
+// second simulated node with the same iptables rules. Rounds of NMI and of the bare handler alternate, so that the
+// ratio is valid on a noisy host. The last measurement of NMI is the first token of identities of each source, with a
+// fake Entra ID.
 //
 // micEnvironment describes the environment of MIC, and measureMIC describes its measurements.
 package main

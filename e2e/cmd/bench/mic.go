@@ -12,7 +12,7 @@ import (
 type micPlan struct {
 	few, many                 int     // pods
 	fewReplaced, manyReplaced int     // of those, how many are replaced
-	rate                      float64 // a second
+	rate                      float64 // replaced pods per second
 	burst                     int     // pods that are replaced as fast as possible
 	args                      string  // flags for MIC besides the required ones
 	profiles                  string  // a folder; "" for none
@@ -58,7 +58,7 @@ type micMeasurement struct {
 	micPlan
 	figures map[string]float64
 
-	pairs      []pair // in use
+	pairs      []pair // a pod that replaces another gets one of these
 	comparison comparison
 }
 

@@ -26,7 +26,7 @@ import (
 const (
 	micNamespace = "podidentity"
 	micAccount   = "mic"
-	// micMetrics and micProfiles are where MIC serves them by default.
+	// micMetrics and micProfiles are where MIC serves metrics and profiles by default.
 	micMetrics  = "http://127.0.0.1:8888/metrics"
 	micProfiles = "http://127.0.0.1:6060/debug/pprof/"
 )
@@ -36,9 +36,9 @@ var micSecret = azure.App{
 	ClientID: "be9c4006-0000-4000-8000-000000000001", ObjectID: "be9c4007-0000-4000-8000-000000000001", Secrets: []azure.AppSecret{{Value: "not a secret"}},
 }
 
-// micEnvironment is MIC with a real API server, a fake ARM and a fake Entra ID, all in one network namespace that has only
-// the loopback interface. There is no controller and no kubelet: nodes and pods are only objects, and the workload sets
-// the status that a kubelet would report.
+// micEnvironment is MIC with a real API server, a fake ARM and a fake Entra ID, all in one network namespace that has
+// only the loopback interface. There is no controller and no kubelet: nodes and pods are only objects, and the workload
+// sets the status that a kubelet would report.
 type micEnvironment struct {
 	plane    *cluster.Plane
 	dir      string
@@ -142,7 +142,8 @@ func (r *micEnvironment) authorizeMIC(ctx context.Context) error {
 
 func (r *micEnvironment) file(name string) string { return filepath.Join(r.dir, name) }
 
-// startAzure runs the fake Azure with all scale sets and identities, and writes the configuration of a custom cloud for MIC.
+// startAzure runs the fake Azure with all scale sets and identities, and writes the configuration of a custom cloud for
+// MIC.
 func (r *micEnvironment) startAzure(ctx context.Context) error {
 	config := azure.Config{
 		IMDSAddr: "127.0.0.1:8081", EntraAddr: "127.0.0.1:8443", ControlSocket: r.file("azure.sock"), StateDir: r.file("azure"), Tenant: cluster.TenantID,
@@ -236,7 +237,7 @@ func (r *micEnvironment) get(ctx context.Context, url string) (string, error) {
 	return string(body), err
 }
 
-// work is the processor time and the requests of MIC since it started, or between two points in time.
+// work is the processor time and the requests of MIC: the totals at one point in time, or the differences between two.
 type work struct {
 	cpu time.Duration
 	requests

@@ -111,7 +111,8 @@ func makePod(ctx context.Context, kube kubernetes.Interface, i int) error {
 	}
 	var made *corev1.Pod
 	var err error
-	// Until the ServiceAccount of a new namespace exists, a moment after the namespace, the API server refuses pods.
+	// The ServiceAccount default of a new namespace is created a moment after the namespace. Until then the API server
+	// refuses pods in this namespace.
 	for range 100 {
 		made, err = kube.CoreV1().Pods(namespace).Create(ctx, pod, metav1.CreateOptions{})
 		if err == nil || !apierrors.IsForbidden(err) {

@@ -22,7 +22,7 @@ const (
 // round is what was measured while some pods were replaced at a steady rate.
 type round struct {
 	pods, replaced       int
-	rate                 float64       // a second
+	rate                 float64       // replaced pods per second
 	p50, p99             time.Duration // until Assigned
 	answerP50, answerP99 time.Duration // response time of the API server to the creation of a pod
 	cpu                  time.Duration // of MIC, for one replaced pod

@@ -17,7 +17,7 @@ import (
 // watcher watches AzureAssignedIdentities like NMI, and records when the assignment of each pod is Assigned for the
 // first time.
 type watcher struct {
-	version string // resourceVersion of the last event; only the watch uses it
+	version string // resourceVersion of the last event; needs no mu, because only the goroutine of the watch uses it
 
 	mu       sync.Mutex
 	created  map[string]time.Time // by pod: when the API server acknowledged its creation

@@ -149,8 +149,8 @@ cluster has left. Does nothing if there is nothing to do.`,
 	}
 }
 
-// newProgress returns a function that prints steps to standard error. At a terminal it updates the count of a long build
-// in one line.
+// newProgress returns a function that prints steps to standard error. At a terminal it updates the count of a long
+// build in one line.
 func newProgress() func(string) {
 	_, err := unix.IoctlGetTermios(int(os.Stderr.Fd()), unix.TCGETS)
 	terminal := err == nil

@@ -25,8 +25,8 @@ type goPackage struct {
 	imports []string // packages of the module that it imports
 }
 
-// packageSections replaces the generated part of the architecture page: a diagram of the imports, and the first paragraph of
-// each package's comment.
+// packageSections replaces the generated part of the architecture page: a diagram of the imports, and the first
+// paragraph of each package's comment.
 func packageSections(root string, current []byte) ([]byte, error) {
 	packages, err := readPackages(root)
 	if err != nil {

@@ -45,8 +45,9 @@ func readYAML(path string) (*yaml.Node, error) {
 	return document.Content[0], nil
 }
 
-// valueRows calls add with the table row of each value below the schema. It returns an error for a value without a
-// description, because its row would say nothing.
+// valueRows calls add with the table row of each value below the schema. A value that contains others has a row of its
+// own only if values.yaml gives none of them. valueRows returns an error for a value without a description, because the
+// row would say nothing.
 func valueRows(path string, schema, defaults *yaml.Node, add func([]string)) error {
 	return eachPair(get(schema, "properties"), func(name string, s *yaml.Node) error {
 		valuePath := strings.TrimPrefix(path+"."+name, ".")
@@ -104,8 +105,8 @@ func defaultText(value *yaml.Node) (string, error) {
 	return code(string(text)), err
 }
 
-// constraint returns a sentence with the values that the schema allows, or "" if the schema has neither a list nor a
-// range of them.
+// constraint returns a sentence with the values that the schema allows. It returns "" for a boolean, and for a schema
+// that has neither a list of values nor both a minimum and a maximum.
 func constraint(schema *yaml.Node) string {
 	if enum := get(schema, "enum"); enum != nil {
 		var all []string
