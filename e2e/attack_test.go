@@ -10,9 +10,9 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// A pod without a binding tries each known way to get a token from a system of this kind. The fake IMDS is as
-// permissive as the real one: an attack that NMI passes on gets a token or ForbiddenMark, if it would succeed with the
-// real service.
+// A pod without a binding sends requests that are known to bypass filters in front of IMDS. The fake IMDS is as
+// permissive as the real one: if NMI forwarded an attack that succeeds with the real IMDS, the response would contain a
+// token or ForbiddenMark.
 func TestNoPathAndNoHeaderBypassesTheDecision(t *testing.T) {
 	s, id := newNamespace(t), newIdentity(t)
 	s.pod("attacker", "none", "node1")
@@ -93,7 +93,6 @@ func attackRequests(named string) []attackRequest {
 	}
 }
 
-// NMI parses each request of a connection: an allowed first request allows nothing for the second.
 func TestEachRequestOfAConnectionIsDecidedOnItsOwn(t *testing.T) {
 	independent(t)
 	s, id, others := newNamespace(t), newIdentity(t), newIdentity(t)
@@ -129,7 +128,7 @@ func TestOtherPortsAndProtocolsOfTheMetadataAddressAreBlocked(t *testing.T) {
 		// NMI's own address, which the rules do not redirect.
 		{"curl", "-s", "--max-time", "2", "-H", "Metadata: true", "http://169.254.25.79:2579/metadata/versions"},
 	} {
-		// A missing program fails, too, and would prove nothing.
+		// Without the program, the attempt also fails, but proves nothing.
 		if _, err := exec.LookPath(attempt[0]); err != nil {
 			t.Fatal(err)
 		}

@@ -51,8 +51,8 @@ func (s *testNamespace) podClient(pod string, newConnections bool) *http.Client 
 	return &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DialContext: withoutTimeWait(dial), DisableKeepAlives: newConnections}}
 }
 
-// startSampler starts two workers, one of which opens a connection for each request. They end after ten minutes at the
-// latest.
+// startSampler starts two workers, one of which opens a connection for each request. The workers end after ten minutes
+// at the latest.
 func (s *testNamespace) startSampler(pod string) *sampler {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
@@ -134,7 +134,8 @@ func (w *sampler) waitForSamples(n int, kind func(sample) bool) {
 	})
 }
 
-// change is a change of the objects, and the outcomes of requests before and after it.
+// change is a change of the objects. before and after report whether an outcome is one of the state before or after the
+// change.
 type change struct {
 	what          string
 	do            func() error // returns when the API server has acknowledged the change
@@ -146,7 +147,8 @@ type change struct {
 // pause share a few CPUs. It is far below each interval at which NMI would notice a change without its watches.
 const maxDelay = 5 * time.Second
 
-// applyUnderLoad makes the change while the samplers run, and checks the moment at which their outcomes change.
+// applyUnderLoad makes the change while the samplers run. It checks that each sampler gets outcomes of the new state
+// within maxDelay, then no more of the old state, and none of any other state.
 func applyUnderLoad(t *testing.T, samplers []*sampler, c change) {
 	t.Helper()
 	for _, w := range samplers {
@@ -160,8 +162,8 @@ func applyUnderLoad(t *testing.T, samplers []*sampler, c change) {
 	}
 	for _, w := range samplers {
 		samples := w.since(began)
-		// first: the end of the first sample of the new state. lastBegan, lastEnded: of the last samples of the old
-		// state.
+		// first is the earliest end of a sample of the new state. lastBegan and lastEnded are the latest start and the
+		// latest end of the samples of the old state.
 		var first, lastBegan, lastEnded time.Time
 		for _, one := range samples {
 			if c.after(one) && (first.IsZero() || one.ended.Before(first)) {
@@ -199,8 +201,8 @@ func applyUnderLoad(t *testing.T, samplers []*sampler, c change) {
 	}
 }
 
-// delay returns the time from the acknowledgement of a change to an event, as text. The event can be the earlier one,
-// because the change may take effect before its acknowledgement arrives.
+// delay returns the time between from, when a change was acknowledged, and to, as text. to is before from if the change
+// took effect before its acknowledgement arrived. to is zero if no sample had an outcome of the old state.
 func delay(from, to time.Time) string {
 	if !to.After(from) {
 		return "at once"
@@ -237,7 +239,7 @@ func TestAChangeTakesEffectImmediatelyAndForAllPodsUnderLoad(t *testing.T) {
 	s := newNamespace(t)
 	first, second := newApp(t, withSecret("old")), newApp(t, withSecret("new"))
 	objects := objectClient{s}
-	// These manifests create deleted objects again.
+	// With these manifests, the test creates objects again that it has deleted.
 	secret := s.secretYAML("app", map[string][]byte{"clientSecret": []byte("new")})
 	bound := s.boundYAML("app", "app", bySecretSpec(1, second, "app"))
 	again := func(yaml string) func() error { return func() error { return applyYAML(t.Context(), yaml) } }
@@ -253,7 +255,8 @@ func TestAChangeTakesEffectImmediatelyAndForAllPodsUnderLoad(t *testing.T) {
 		return func(one sample) bool { return one.status == status && one.reason == reason }
 	}
 
-	// Entra ID accepts the new secret before Kubernetes has it: cached tokens stay valid, other requests fail.
+	// Entra ID now accepts only the new secret, while the Secret in Kubernetes still has the old one: pods still get
+	// cached tokens, and requests for other tokens fail.
 	for _, w := range samplers {
 		w.waitForSamples(20, of(first))
 	}
@@ -272,7 +275,8 @@ func TestAChangeTakesEffectImmediatelyAndForAllPodsUnderLoad(t *testing.T) {
 	applyUnderLoad(t, samplers, change{"Secret rotated", objects.patch(secrets, "app", `{"data":{"clientSecret":"bmV3"}}`), ofOld,
 		func(one sample) bool { return of(first)(one) && !ofOld(one) }})
 	rotated := time.Now()
-	s.mustHaveTokenOf(s.ask("on1", elsewhere), first, elsewhere) // the cached refusal belonged to the old Secret
+	// NMI must not use the refusal that it cached for the old secret.
+	s.mustHaveTokenOf(s.ask("on1", elsewhere), first, elsewhere)
 
 	for _, c := range []change{
 		{"clientID changed", objects.patch(identities, "app", `{"spec":{"clientID":"`+second.ClientID+`"}}`), of(first), of(second)},
@@ -305,7 +309,7 @@ func checkNoOldToken(t *testing.T, samplers []*sampler, rotated time.Time, ofOld
 	}
 }
 
-// The objects that allow a request can change while it waits for its token.
+// While a request waits for its token, the objects that allow the request can change.
 func TestAChangeDuringAFetchAppliesToItsAnswer(t *testing.T) {
 	s := newNamespace(t)
 	first, second := newApp(t, withSecret("hush")), newApp(t, withSecret("hush"))
@@ -335,7 +339,8 @@ func TestAChangeDuringAFetchAppliesToItsAnswer(t *testing.T) {
 		}
 		answered := make(chan response, 1)
 		go func() {
-			status, body := get(context.Background(), client, fmt.Sprintf("%s/%d", askVault, i)) // another resource for each case
+			// Each case has another resource, so that no token is cached.
+			status, body := get(context.Background(), client, fmt.Sprintf("%s/%d", askVault, i))
 			answered <- response{status, body}
 		}()
 		eventually(t, 20*time.Second, func() error {

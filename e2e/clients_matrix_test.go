@@ -28,9 +28,10 @@ func TestUnmodifiedClientsBehaveAsWithTheRealIMDS(t *testing.T) {
 	l.runAll(append(l.immediateScenarios(who), l.delayedScenarios(who)...))
 }
 
-// testIdentities are the identities of the scenarios. Clients that select no identity run in a pod with one identity or
-// with none. The other clients run in a pod with two identities. They select one of the two, or an identity that is not
-// bound to the pod.
+// testIdentities are the identities of the scenarios. app is the federated identity, the only one of the pod in its
+// scenario. In all other scenarios, clients that select no identity run in a pod with one identity or with none.
+// Clients that select an identity run in a pod with two identities: they select one of the two, or an identity that is
+// not bound to the pod.
 type testIdentities struct{ alone, second, unbound, app azure.Identity }
 
 func (s testIdentities) bound(c client, resource string) tokenQuery {
@@ -103,7 +104,8 @@ func (l *clientRunner) delayedScenarios(who testIdentities) []scenario {
 		},
 	}, {
 		name: "federated credential comes late",
-		// A client can select a federated identity only by its client ID.
+		// Other selectors do not work here: a federated identity has no resource ID, and NMI learns its object ID only
+		// from a token, which Entra ID still refuses.
 		ask: func(c client) (tokenQuery, string, bool) {
 			return tokenQuery{"federated", who.app, vault, false, 40 * time.Second}, gotToken, c.names == "" || c.names == "client-id" || c.names == "env"
 		},

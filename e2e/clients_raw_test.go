@@ -17,8 +17,8 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// The tests in this file simulate clients that are not available here. Each test sends the requests of one client,
-// taken from the client's source, and checks the parts of the answer that the client uses.
+// Most tests in this file imitate a client that cannot run in the test environment. They send the requests that the
+// source of the client contains, and check the parts of the response that the client uses.
 
 // rawClient sends requests from a pod's network namespace. It follows no redirects, accepts no compression and opens a
 // connection for each request.

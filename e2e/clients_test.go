@@ -25,9 +25,9 @@ import (
 // type is part of the expected result.
 type client struct {
 	library    string
-	credential string // subcommand of its program
+	credential string // subcommand of the program in e2e/clients; curl has none
 	names      string // the flag that selects the identity; env: AZURE_CLIENT_ID selects it; "": the client selects none
-	probes     int    // reported requests without the Metadata header, before the first one with it
+	probes     int    // requests without the Metadata header that its log shows before the token request
 	refused    string // the result for status 400
 	chained    string // the result of a chain for status 400
 	throttled  string // the result if every answer is 429
@@ -39,7 +39,7 @@ const (
 	stillRetries      = "still retries"
 	notApplicable     = ""
 
-	// The two errors of azidentity: a chain ends with the first one, and tries the next credential after the second.
+	// The errors of azidentity. A chain tries the next credential only after a credentialUnavailableError.
 	stops       = "AuthenticationFailedError 400"
 	unassigned  = "credentialUnavailableError 400"
 	throttledGo = "AuthenticationFailedError 429"
@@ -77,15 +77,15 @@ type tokenQuery struct {
 	pod      string
 	identity azure.Identity // the expected identity; a client that selects an identity selects this one
 	resource string
-	chain    bool
+	chain    bool // use the credential in a chain, before one that always returns a token
 	timeout  time.Duration
 }
 
 // clientResult is the result of a client run.
 type clientResult struct {
-	outcome  string        // as in the table of clients
+	outcome  string        // as in the table of clients, or a problem such as "wrong token"
 	text     string        // of the error
-	took     time.Duration // as the program reports it, without its start; otherwise the whole run
+	took     time.Duration // without the start of the program, if the program reports it; otherwise the whole run
 	statuses []int
 }
 
@@ -200,7 +200,8 @@ func (l *clientRunner) run(c client, q tokenQuery, logs *clientLog) clientResult
 	return r
 }
 
-// clientOutput is the JSON line that a client writes to standard output.
+// clientOutput is the JSON line that a program in e2e/clients writes to standard output. For curl, read fills it from
+// the responses.
 type clientOutput struct {
 	OK          bool
 	Token       string
@@ -229,7 +230,8 @@ func (l *clientRunner) read(c client, out []byte, statuses []int) (clientOutput,
 	return s, nil
 }
 
-// evaluate returns the outcome as in the table of clients. It checks that a token is the expected one.
+// evaluate returns the outcome as in the table of clients. If the client got a token that is not the expected one, the
+// outcome is a problem such as "wrong token".
 func evaluate(got clientOutput, r clientResult, q tokenQuery) (outcome, text string) {
 	if !got.OK {
 		last := 0
@@ -255,7 +257,8 @@ func evaluate(got clientOutput, r clientResult, q tokenQuery) (outcome, text str
 	return gotToken, ""
 }
 
-// clientLog is what a client writes to standard error while it runs: a line for each request and for each response.
+// clientLog is what a client writes to standard error while it runs. It has a line for each request and for each
+// response.
 type clientLog struct {
 	client client
 	mu     sync.Mutex

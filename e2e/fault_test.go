@@ -133,8 +133,8 @@ func TestClientsAreToldToRetryWhenIMDSFails(t *testing.T) {
 	s.mustHaveTokenOf(s.ask("p", "https://moment.example"), id, "https://moment.example")
 }
 
-// setFaults resets all switches of the fake Azure and sets these. They apply until the next call or the end of the
-// test.
+// setFaults resets all switches of the fake Azure and then sets the given ones. They apply until the next call of
+// setFaults or the end of the test.
 func setFaults(t *testing.T, switches map[string]string) {
 	t.Helper()
 	all := map[string]string{"reset": "all"}

@@ -97,7 +97,7 @@ func TestAProcessOfTheNodeGetsTokensForThePodsOfTheNode(t *testing.T) {
 		"two names":         host.token("node1", query, ns, name, "podname: secret"),
 		"no resource":       host.token("node1", "", ns, name),
 		"forwarded":         host.token("node1", query, ns, name, "X-Forwarded-For: 10.10.0.11"),
-		"another namespace": host.token("node1", query, "podns: default", name), // NMI waits as long as a new pod may take to appear in its watch
+		"another namespace": host.token("node1", query, "podns: default", name), // slow: NMI waits as for a new pod
 		"another node":      <-elsewhere,
 	} {
 		if strings.Contains(got.raw, "eyJ") || got.status < 400 || got.reason() == "" {

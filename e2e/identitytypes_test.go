@@ -63,8 +63,8 @@ spec: {azureIdentity: %[2]s, selector: %[3]s}
 `, s.name, name, selector, spec)
 }
 
-// bySecretSpec returns the spec of an AzureIdentity for a service principal that refers to the Secret. Type (kind) 1 is
-// with a client secret, type 2 with a certificate. further are additional fields.
+// bySecretSpec returns the spec of an AzureIdentity for a service principal whose credential is in the Secret. kind is
+// the type: 1 for a client secret, 2 for a certificate. further are additional fields.
 func bySecretSpec(kind int, id azure.Identity, secret string, further ...string) string {
 	fields := append([]string{fmt.Sprintf("type: %d, clientID: %s, tenantID: %q, clientPassword: {name: %s}", kind, id.ClientID, id.TenantID, secret)}, further...)
 	return "{" + strings.Join(fields, ", ") + "}"
@@ -300,7 +300,7 @@ func TestAPodCanUseIdentitiesOfAllTypes(t *testing.T) {
 	s.waitForPods()
 	s.mustBeRefused(s.ask("by-client", vault), 400, "multiple_identities")
 	for _, id := range []azure.Identity{managed, bySecret, byCertificate, federated} {
-		// On node1, NMI has got no tokens of these identities before, from which it would know the object IDs.
+		// On node1, no pod selects these identities by client ID: NMI must fetch tokens itself to learn the object IDs.
 		s.mustHaveTokenOf(s.ask("by-object", vault, "object_id="+strings.ToUpper(id.ObjectID)), id, vault)
 		s.mustHaveTokenOf(s.ask("by-client", vault, "client_id="+strings.ToUpper(id.ClientID)), id, vault)
 	}

@@ -12,8 +12,8 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// marker is the beginning of every secret in the tests of invalid identities. It has 24 characters, so that the base64
-// form of a text that begins with it begins with the base64 form of marker.
+// marker is the beginning of every secret text in the tests of invalid identities. Its length is a multiple of three,
+// so that the base64 form of such a text begins with the base64 form of marker.
 const marker = "hush0hush1hush2hush3hush"
 
 // invalidIdentity is an AzureIdentity that cannot work, and the expected refusal.

@@ -28,7 +28,7 @@ import (
 // quarter of a second of CPU time.
 var (
 	kube      crclient.Client
-	clientset *kubernetes.Clientset // what crclient.Client does not have, such as logs
+	clientset *kubernetes.Clientset // for what crclient.Client cannot do, such as reading logs
 )
 
 // apiServerConfig returns the configuration of clients that act as this user; "": as the administrator.
@@ -124,7 +124,7 @@ func (s *testNamespace) waitForPods() {
 	})
 }
 
-// podOutput returns the log of a pod's container. The name of the container may be empty if the pod has only one.
+// podOutput returns the log of a pod's container. options.Container may be empty if the pod has only one container.
 func podOutput(ctx context.Context, namespace, pod string, options corev1.PodLogOptions) (string, error) {
 	text, err := clientset.CoreV1().Pods(namespace).GetLogs(pod, &options).DoRaw(ctx)
 	if err != nil {

@@ -20,7 +20,7 @@ type load struct {
 	lastError  string      // of a request without an answer
 	tokens     map[string]int
 	lastToken  time.Time
-	longestGap time.Duration // between two tokens
+	longestGap time.Duration // between two tokens, or from the start to the first token
 	cancel     context.CancelFunc
 	workers    sync.WaitGroup
 }

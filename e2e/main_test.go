@@ -124,7 +124,7 @@ const vault = "https://vault.azure.net"
 
 var serial atomic.Int32
 
-// independentTests are the tests that have called independent and have not ended.
+// independentTests counts the tests that have called independent and have not ended.
 var independentTests sync.WaitGroup
 
 // independent lets the test run at the same time as other independent tests, after all tests that call neither
@@ -138,8 +138,8 @@ func independent(t *testing.T) {
 
 var lastTest sync.Mutex
 
-// runLast lets the test wait until all other tests have ended. Such a test stops the API server, and for a minute after
-// that the cluster's own components may not start pods.
+// runLast makes the test wait until all tests have ended that do not call runLast. Tests that call runLast run one at a
+// time. They stop the API server, and for a minute after that the cluster's own components may not start pods.
 func runLast(t *testing.T) {
 	t.Parallel()
 	independentTests.Wait()
@@ -280,7 +280,7 @@ func (s *testNamespace) ask(pod, resource string, query ...string) answer {
 	return s.curl(pod, "-H", "Metadata: true", target)
 }
 
-// curl runs an unmodified curl in the pod's network namespace. The status is 0 if the connection failed.
+// curl runs an unmodified curl in the pod's network namespace. The status is 0 if there is no response.
 func (s *testNamespace) curl(pod string, args ...string) answer {
 	s.t.Helper()
 	cmd, err := testCluster.InPodCommand(s.t.Context(), s.name, pod, "curl", append([]string{"-s", "--max-time", "30", "--path-as-is", "-D", "/dev/stderr", "-w", "\n%{http_code}"}, args...)...)

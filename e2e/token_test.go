@@ -152,7 +152,6 @@ func TestARevokedIdentityIsRefusedWithinOneWatchEvent(t *testing.T) {
 	until("binding deleted", true)
 }
 
-// The AzureIdentity exists in Kubernetes, but the identity is not attached to the machine.
 func TestAnIdentityThatIsNotAttachedIsRefusedWithTheErrorOfIMDS(t *testing.T) {
 	independent(t)
 	s, id := newNamespace(t), newIdentity(t)

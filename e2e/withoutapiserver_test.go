@@ -37,7 +37,8 @@ func TestPodsWithEachTypeOfIdentityGetTokensWhileTheAPIServerIsDown(t *testing.T
 		}
 	}
 	must(t, testCluster.StartAPIServer(t.Context()))
-	// NMI does not wait for the watch of a Secret that no pod needs any more.
+	// While a watch is stale, NMI answers 503 instead of a refusal that clients do not retry. The watch of a Secret
+	// must not count as stale: no pod needs this Secret any more.
 	must(t, kube.Delete(t.Context(), getPod(t, s.name, "secret"), crclient.GracePeriodSeconds(0)))
 	eventually(t, 30*time.Second, func() error {
 		if status, body := get(t.Context(), unbound, askVault); status != 400 || !strings.Contains(body, "no_matching_binding") {
@@ -67,7 +68,8 @@ func TestKnownPodsGetTokensWhileTheAPIServerIsDown(t *testing.T) {
 	if tokens := l.statuses[200]; len(l.statuses) != 1 || tokens == 0 {
 		t.Errorf("some requests did not get a token: %s", l)
 	}
-	// NMI catches up within seconds. Until then it refuses with 503, because it may not know of the latest changes.
+	// NMI catches up within seconds. Until then, pods may get tokens of their old identities. If NMI refuses, the
+	// status must be 503, because NMI may not know of the latest changes.
 	other := newIdentity(t)
 	s.bind("other", "other", other)
 	s.label("p", "other")

@@ -40,7 +40,8 @@ func sorted[V any](m map[string]V) iter.Seq2[string, V] {
 	}
 }
 
-// addMachine creates a machine, unless it exists, and attaches an identity to it that MIC must not touch.
+// addMachine creates a machine with an identity that MIC must not touch. It does nothing if the machine exists, or if
+// id is "", the ID for a node that is not on Azure.
 func (s *sequence) addMachine(id string) {
 	if _, there := s.arm.Machine(id); there || id == "" {
 		return
@@ -142,8 +143,8 @@ func detachManually(s *sequence, r *rand.Rand) string {
 	return fmt.Sprintf("%s is detached from %s externally", lastSegment(id), lastSegment(m.ID))
 }
 
-// attachManually attaches an identity to a machine, as somebody other than MIC. It chooses an identity that no
-// assignment and no ledger has named so far.
+// attachManually attaches an identity to a machine, as somebody other than MIC. It does nothing if any assignment or
+// ledger has ever named the identity.
 func attachManually(s *sequence, r *rand.Rand) string {
 	m := s.anyMachine(r)
 	id := identityID(pick(r, "other", "u0", "u1", "u2", "u3"))

@@ -271,8 +271,8 @@ func editIdentity(s *sequence, r *rand.Rand) string {
 	return fmt.Sprintf("identity %s has %s now", key(i), text)
 }
 
-// deleteNode deletes a node, and its pods some time later. A node with assignments of AAD Pod Identity is kept: without
-// the node nobody can tell which machine they belong to.
+// deleteNode deletes a node, possibly also its machine, and some time later the pods of the node. It keeps a node with
+// assignments of AAD Pod Identity: only the node tells which machine these assignments belong to.
 func deleteNode(s *sequence, r *rand.Rand) string {
 	n := anyOf(s, r, func(*corev1.Node) bool { return true })
 	if n == nil || anyOf(s, r, func(a *v1.AzureAssignedIdentity) bool { return ownerPodUID(a) == "" && a.Spec.NodeName == n.Name }) != nil {
@@ -338,8 +338,8 @@ func (s *sequence) restoreNamespace(name string) {
 	}
 }
 
-// deleteAssignment deletes an assignment as a user would, possibly after removing its finalizer. What AAD Pod Identity
-// attached is recorded only in its assignments, so those keep their finalizer.
+// deleteAssignment deletes an assignment as a user would, possibly after removing its finalizer. Assignments of AAD Pod
+// Identity keep their finalizer, because nothing else records what AAD Pod Identity attached.
 func deleteAssignment(s *sequence, r *rand.Rand) string {
 	a := anyOf(s, r, func(*v1.AzureAssignedIdentity) bool { return true })
 	if a == nil {

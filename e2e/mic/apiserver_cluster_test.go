@@ -53,8 +53,8 @@ func isRunning(pod *object) bool {
 	return node != "" && phase != "Succeeded" && phase != "Failed"
 }
 
-// finishPodDeletion removes a deleted pod without finalizers, as the kubelet does when it has stopped the pod's
-// containers.
+// finishPodDeletion removes a pod that is being deleted, as the kubelet does when it has stopped the pod's containers.
+// A pod with finalizers remains.
 func (s *objectStore) finishPodDeletion(k *kind, key objectKey, uid types.UID) {
 	if old, ok := k.objects[key]; ok && old.GetUID() == uid {
 		s.commit(k, old, old.DeepCopy(), len(old.GetFinalizers()) == 0)

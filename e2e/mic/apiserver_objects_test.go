@@ -14,8 +14,8 @@ import (
 	utiljson "k8s.io/apimachinery/pkg/util/json"
 )
 
-// With the functions of this file, tests read and change objects directly, without HTTP, faults and subresources. These
-// changes stand for those of all clients of the API server other than MIC.
+// With the functions of this file, tests read and change objects directly, without HTTP, faults and subresources. The
+// changes stand for those that clients other than MIC make.
 
 func kindFor[T any](s *apiServer) *kind {
 	t := reflect.TypeFor[T]()
@@ -147,8 +147,8 @@ func listObjectsAt[T any](s *apiServer, version int64) []*T {
 	return found
 }
 
-// versionAt returns the version of the last change, up to when, of any of these resources; without resources, of any
-// resource.
+// versionAt returns the version of the last change that was not later than when. It considers only changes of the given
+// resources; if none are given, all changes.
 func (s *objectStore) versionAt(when time.Time, resources ...string) (version int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -164,7 +164,7 @@ func (s *objectStore) versionAt(when time.Time, resources ...string) (version in
 	return version
 }
 
-// changeTimes returns the times of changes of a kind after one time and up to another.
+// changeTimes returns the times of the changes of a kind that were later than after and not later than until.
 func changeTimes[T any](s *apiServer, after, until time.Time) (times []time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -132,7 +132,7 @@ func (s *objectStore) insert(k *kind, u *unstructured.Unstructured) (*object, er
 	return o, nil
 }
 
-// update replaces an object, or only its status for the subresource status.
+// update replaces an object. If sub is "status", it replaces only the object's status.
 func (s *objectStore) update(k *kind, key objectKey, sub string, u *unstructured.Unstructured) (*object, error) {
 	if u.GetNamespace() == "" {
 		u.SetNamespace(key.namespace)
@@ -150,8 +150,8 @@ func (s *objectStore) update(k *kind, key objectKey, sub string, u *unstructured
 	return s.updateFrom(k, old, sub, u)
 }
 
-// updateFrom checks and stores the state u, which an update or a patch gives to an object; for the subresource status
-// only its status.
+// updateFrom checks and stores u, the state of an object after an update or a patch. If sub is "status", it stores only
+// the status of u.
 func (s *objectStore) updateFrom(k *kind, old *object, sub string, u *unstructured.Unstructured) (*object, error) {
 	switch {
 	case u.GetResourceVersion() == "" && k.strict:
@@ -186,7 +186,8 @@ func setOrRemove(u *unstructured.Unstructured, key string, v any) {
 	}
 }
 
-// replace stores the next state of an object with its status. Fields that only the server sets keep their values.
+// replace stores u, including its status, as the next state of an object. It ignores what u has in the fields that only
+// the server sets.
 func (s *objectStore) replace(k *kind, old *object, u *unstructured.Unstructured) (*object, error) {
 	u.SetUID(old.GetUID())
 	u.SetCreationTimestamp(old.GetCreationTimestamp())
@@ -215,8 +216,8 @@ func (s *objectStore) replace(k *kind, old *object, u *unstructured.Unstructured
 	return s.commit(k, old, u, gone), nil
 }
 
-// sameContent reports whether two states of a custom resource differ only in metadata and in a status that is a
-// subresource. Other changes increment the generation.
+// sameContent reports whether two states of a custom resource differ at most in metadata and in a status that is a
+// subresource. All other changes increment the generation.
 func (k *kind) sameContent(u *unstructured.Unstructured, old *object) bool {
 	ignored := func(key string) bool { return key == "metadata" || key == "status" && k.hasStatus }
 	for key, value := range u.Object {
@@ -282,8 +283,8 @@ func (k *kind) applyPatch(patchType types.PatchType, old, body []byte) ([]byte, 
 	return patched, nil
 }
 
-// remove deletes an object, or sets its deletionTimestamp if finalizers, running containers or, for a namespace, its
-// content delay the deletion.
+// remove deletes an object. If the object has finalizers, is a pod whose containers must stop first, or is a namespace,
+// remove only sets its deletionTimestamp, and the object is deleted later.
 func (s *objectStore) remove(k *kind, key objectKey, options metav1.DeleteOptions) (*object, error) {
 	old, ok := k.objects[key]
 	if !ok {
@@ -322,7 +323,7 @@ func (s *objectStore) remove(k *kind, key objectKey, options metav1.DeleteOption
 	return o, nil
 }
 
-// validate checks the metadata of an object, and the copies in an assignment.
+// validate checks the metadata of an object, and in an assignment the copies of the AzureIdentity and the binding.
 func (s *objectStore) validate(k *kind, u *unstructured.Unstructured) error {
 	var meta metav1.ObjectMeta
 	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object["metadata"].(map[string]any), &meta); err != nil {

@@ -180,7 +180,7 @@ func (s *apiServer) handle(ctx context.Context, _ *http.Request, c *call) (*http
 	return response, nil
 }
 
-// serve handles one call. The client gets an error as a Status.
+// serve handles one call. Its caller sends an error to the client as a Status.
 func (s *apiServer) serve(ctx context.Context, c *call) (*http.Response, error) {
 	if c.kind == nil {
 		return s.discover(c)

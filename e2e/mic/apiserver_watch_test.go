@@ -147,7 +147,8 @@ func (s *apiServer) watch(ctx context.Context, c *call) (*http.Response, error) 
 	return r, nil
 }
 
-// register subscribes the stream to changes and closes it when the client's timeout expires. The server is locked.
+// register subscribes the stream to changes, unless the stream has already ended. It ends the stream after the timeout
+// that the client requests, and at the latest after maxWatchDuration. The server's mu is held.
 func (w *watchStream) register() {
 	if w.err != nil {
 		return
@@ -273,7 +274,8 @@ func (w *watchStream) Read(p []byte) (int, error) {
 	}
 }
 
-// next reads what is due. If nothing is, it returns how long to wait; 0 means until the next event.
+// next reads from the frames that are due. If none is, it returns the time until the next frame is due, or 0 if there
+// is no frame.
 func (w *watchStream) next(p []byte) (n int, wait time.Duration, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -176,7 +176,8 @@ func (run *comparedRun) snapshot() []string {
 	return lines
 }
 
-// ownedBy reports whether an owner reference has the UID of the pod that it names.
+// ownedBy reports whether an object has exactly one owner reference, and the reference has the UID of the pod that it
+// names. uids has the UIDs of the existing pods.
 func ownedBy(metadata map[string]any, uids map[string]any) bool {
 	owners, _ := metadata["ownerReferences"].([]any)
 	return len(owners) == 1 && owners[0].(map[string]any)["uid"] == uids[fmt.Sprint(metadata["namespace"], "/", owners[0].(map[string]any)["name"])]

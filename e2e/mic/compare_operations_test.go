@@ -18,8 +18,8 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// operation is one step of a compared sequence. All random choices are made before the two runs, so that both do the
-// same.
+// operation is one step of a compared sequence. All random choices are made before the sequence runs, so that it is the
+// same with the fake API server and with the real one.
 type operation struct {
 	name string
 	// afterConvergence makes the run wait until MIC has converged, and compare the objects, before the operation.
@@ -87,7 +87,7 @@ func podPath(r *rand.Rand) (namespace, name, path string) {
 
 func randomNode(r *rand.Rand) string { return pick(r, slices.Sorted(maps.Keys(nodeProviders))...) }
 
-// createPodOperation creates a pod and sets its phase as a kubelet does.
+// createPodOperation creates a pod. If the pod has a node, it also sets the phase, as a kubelet does.
 func createPodOperation(r *rand.Rand) operation {
 	namespace, name, path := podPath(r)
 	spec := map[string]any{"containers": []map[string]any{{"name": "main", "image": "registry.example.com/app:1"}}}
@@ -217,7 +217,7 @@ func assignmentOperation(r *rand.Rand) operation {
 		if len(items) == 0 {
 			return "none"
 		}
-		// The hash in a name depends on the UID of the pod, which differs between the runs, so the order ignores it.
+		// The order ignores the hash in a name: it depends on the UID of the pod, which differs between the runs.
 		slices.SortFunc(items, func(a, b any) int { return strings.Compare(sortKey(a), sortKey(b)) })
 		metadata := items[n%len(items)].(map[string]any)["metadata"].(map[string]any)
 		path := fmt.Sprintf("namespaces/%s/azureassignedidentities/%s", metadata["namespace"], metadata["name"])

@@ -42,8 +42,8 @@ const (
 type jsonObject = map[string]any
 
 // randomRequests returns requests about one AzureAssignedIdentity, one AzureIdentity, one ConfigMap and one pod, as MIC
-// and other clients send them, and variants that a server must reject. They have no unknown fields: a real server removes
-// those, the fake does not.
+// and other clients send them, and variants that a server must reject. The bodies have no unknown fields: a real server
+// removes unknown fields, the fake does not.
 func randomRequests(r *rand.Rand, n int) (requests []apiRequest) {
 	choose := []func(*rand.Rand) apiRequest{createRequest, createRequest, updateRequest, updateRequest, patchRequest, patchRequest, statusRequest, statusRequest, deleteRequest, podRequest, podRequest}
 	for range n {
@@ -78,7 +78,6 @@ func randomPath(r *rand.Rand) string {
 	return pick(r, assignmentPath, assignmentPath, identitiesPath, configMapPath)
 }
 
-// setMetadata changes the metadata of an object.
 func setMetadata(object jsonObject, key string, value any) jsonObject {
 	object["metadata"].(jsonObject)[key] = value
 	return object

@@ -24,8 +24,8 @@ import (
 // objects and the identities attached in the fake ARM.
 //
 // The real server runs without the controller-manager and without kubelets. So the fake's garbage collector, namespace
-// controller and kubelets are turned off. A running pod that is deleted with a grace period stays in deletion with
-// both.
+// controller and kubelets are turned off. With both servers, a running pod that is deleted with a grace period is never
+// removed.
 
 const (
 	comparedSequences = 4
@@ -102,8 +102,8 @@ func runWithFake(t *testing.T, operations []operation) (snapshots [][]string) {
 	return snapshots
 }
 
-// runWithReal runs the operations with the real API server, and checks that the snapshot of each convergence is the one
-// in want, from the run with the fake API server.
+// runWithReal runs the operations with the real API server. want has the snapshots of runWithFake. runWithReal checks
+// that its own snapshots are the same.
 func runWithReal(t *testing.T, server *realServer, operations []operation, want [][]string) {
 	synctest.Test(t, func(t *testing.T) {
 		run := newComparedRun(t)

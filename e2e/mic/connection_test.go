@@ -30,8 +30,8 @@ type connection struct {
 	mu            sync.Mutex
 	requestCounts map[string]uint64
 	watches       map[*http.Response]context.CancelFunc // open ones
-	before        func(request) error                   // called before the request takes effect; may block
-	after         func(request) error                   // called when the request has taken effect, before the response is sent
+	before        func(request) error                   // called before a request takes effect; may block
+	after         func(request) error                   // called after a request has taken effect, before its response
 }
 
 // request describes an HTTP request for hooks and traces.
@@ -155,8 +155,8 @@ func outcomeText(r *http.Response, err error) string {
 	return r.Status
 }
 
-// errorResponse returns the response with which an API server rejects a request, if err is an API status, and otherwise
-// err itself, which stands for a broken connection.
+// errorResponse returns the response of an API server that rejects a request with err, if err is an API status. Any
+// other err stands for a broken connection, and errorResponse returns err itself.
 func errorResponse(err error) (*http.Response, error) {
 	var status apierrors.APIStatus
 	if errors.As(err, &status) {

@@ -11,11 +11,11 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// One of these handlers sleeps until a millisecond after the previous call, or after the start of the program. Both
-	// times can be real times. Inside a synctest bubble the fake clock starts in the year 2000, so the handler would
-	// sleep for decades of the fake clock.
+	// One of these handlers sleeps until a millisecond after its previous call; for the first call, after the start of
+	// the program. That time can be one of the real clock. The fake clock of a synctest bubble starts in the year 2000,
+	// so inside a bubble the handler would sleep for decades of the fake clock.
 	utilruntime.ErrorHandlers = nil //nolint:reassign // the variable is there to be set
-	klog.SetLogger(logr.Discard())  // it would log thousands of lost connections
+	klog.SetLogger(logr.Discard())  // klog would log thousands of lost connections
 	debug.SetGCPercent(400)         // a sequence is short, and most of its memory becomes garbage only when it ends
 	os.Exit(m.Run())
 }

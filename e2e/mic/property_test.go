@@ -79,8 +79,8 @@ func (s *sequence) setUp() {
 	s.startLeader()
 }
 
-// addLegacyAssignments creates what AAD Pod Identity leaves behind: assignments in the form of AAD Pod Identity, for
-// existing pods and for a deleted one, and the identities that it attached for them.
+// addLegacyAssignments creates what AAD Pod Identity leaves behind. It creates assignments in the form of AAD Pod
+// Identity, for existing pods and for a deleted one. It attaches the managed identities of those that are not Created.
 func (s *sequence) addLegacyAssignments(r *rand.Rand) {
 	now := s.objectsAt(time.Now())
 	for _, c := range append(slices.Clone(now.expected), expectedAssignment{pod: "red/gone", node: "n0", identity: "red/i0", machine: machineOfProviderID(nodeProviders["n0"]), resource: azure.FoldID(identityID("u1"))}) {
@@ -163,8 +163,8 @@ func stepsOf(seed uint64) []int {
 	return steps
 }
 
-// minimizeSteps removes each step without which the sequence still fails. It returns the outcome of the shortest
-// failing sequence, which is empty if no step was removed, and the steps that remain.
+// minimizeSteps removes each step without which the sequence still fails. It returns the steps that remain, and the
+// outcome of the sequence with these steps. The outcome is empty if no step was removed.
 func minimizeSteps(t *testing.T, seed uint64, steps []int) (outcome, []int) {
 	var shortest outcome
 	for i := len(steps) - 1; i >= 0; i-- {

@@ -26,10 +26,11 @@ import (
 )
 
 // The fake clock of a synctest bubble advances only while all goroutines of the bubble are durably blocked. A goroutine
-// that waits for the network is not durably blocked. So goroutines outside of the bubble talk to the real API server,
-// and a request inside the bubble takes no time of the fake clock. A goroutine that reads a watch polls for received
-// data, at intervals of the fake clock. The fake clock is limited to clockSpeed times the speed of real time:
-// otherwise much fake time would pass before an event of the API server arrives.
+// that waits for the network is not durably blocked, so an open connection inside the bubble would stop the clock.
+// Therefore goroutines outside of the bubble talk to the real API server. A goroutine inside that waits for a response
+// still stops the clock, so a request takes no time of the fake clock. A goroutine that reads a watch must not stop the
+// clock, so it polls for received data at intervals of the fake clock. The fake clock is limited to clockSpeed times
+// the speed of real time: otherwise much fake time would pass before an event of the API server arrives.
 const (
 	pollInterval = 20 * time.Millisecond // of the fake clock
 	clockSpeed   = 40
@@ -131,7 +132,7 @@ func (s *realServer) limitClock(ctx context.Context) {
 type exchange struct {
 	request  chan *http.Request
 	response chan exchangeResult
-	aborted  chan struct{} // closed by the bubble
+	aborted  chan struct{} // closed inside the bubble
 	body     *realWatchBody
 }
 

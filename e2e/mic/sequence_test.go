@@ -74,8 +74,7 @@ func (l logWriter) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// run performs one random action for each step, after a random pause. The seed of the sequence and the number of the
-// step determine the random numbers for both.
+// run performs one random action for each step, after a random pause.
 func (s *sequence) run(steps []int) {
 	total := 0
 	for _, e := range actions {
@@ -117,7 +116,7 @@ func randomDuration(r *rand.Rand, from, to time.Duration) time.Duration {
 
 func pick[T any](r *rand.Rand, from ...T) T { return from[r.IntN(len(from))] }
 
-// schedule makes wait run a function after d.
+// schedule makes wait run a function after d. converge runs the remaining functions immediately.
 func (s *sequence) schedule(d time.Duration, do func()) {
 	s.pending = append(s.pending, scheduled{time.Now().Add(d), do})
 	slices.SortStableFunc(s.pending, func(a, b scheduled) int { return a.at.Compare(b.at) })
@@ -163,9 +162,9 @@ func (s *sequence) startLeader() {
 	}
 }
 
-// converge removes all faults, except that Azure still refuses the identities in s.refused. It waits until MIC has
-// converged, and then four more minutes. It returns the remaining differences from the desired state; nil if there are
-// none.
+// converge runs the scheduled functions and removes all faults, except that Azure still refuses the identities in
+// s.refused. It waits until MIC has converged, and then four more minutes. It returns the remaining differences from
+// the desired state; nil if there are none.
 func (s *sequence) converge() []string {
 	for len(s.pending) > 0 {
 		next := s.pending[0]

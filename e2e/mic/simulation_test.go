@@ -183,14 +183,14 @@ type transporter func(*http.Request) (*http.Response, error)
 
 func (f transporter) Do(r *http.Request) (*http.Response, error) { return f(r) }
 
-// The add functions below create objects with only the necessary fields.
-
 func requireNoError(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
 }
+
+// The functions below whose names begin with add create objects with only the necessary fields.
 
 func (sim *simulation) addNamespace(name string) {
 	_, err := createObject(sim.api, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NamespaceStatus{Phase: corev1.NamespaceActive}})

@@ -84,8 +84,8 @@ func (v *violationCheck) whyForbidden(c azure.ARMChange) string {
 	return ""
 }
 
-// detachedInUse finds pods that lost an identity in use. A pod used it if, when the update was sent, the pod had an
-// assignment that allowed tokens, and had been bound to the identity without a break for v.maxWatchDelay.
+// detachedInUse finds pods that lost an identity in use. The identity was in use if, when the update was sent, the pod
+// had an assignment that allowed tokens, and had been bound to the identity without a break for v.maxWatchDelay.
 func (v *violationCheck) detachedInUse(c azure.ARMChange, sent time.Time) (found []string) {
 	from := sent.Add(-v.maxWatchDelay)
 	times := append(slices.Concat(v.decisiveChangeTimes(from, sent)), from, sent)
@@ -162,8 +162,8 @@ func assignedTransitions(s *apiServer) (transitions []assignedTransition) {
 	return transitions
 }
 
-// assignedButNotAttached finds assignments that became Assigned while the identity was not attached. Deleted machines
-// and identities that were changed externally are excluded: the controller learns of such changes only later.
+// assignedButNotAttached finds assignments that became Assigned while the identity was not attached. It ignores deleted
+// machines, and identities that were attached or detached externally: the controller learns of such changes only later.
 func (v *violationCheck) assignedButNotAttached(changes []azure.ARMChange) (found []string) {
 	for _, p := range v.transitions {
 		resource := identityOfAssignment(p.assignment)

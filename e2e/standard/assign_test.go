@@ -39,8 +39,8 @@ type stateHistory struct {
 const gone = "gone"
 
 // recordStates records the states of the assignments until the test ends. It watches from the resourceVersion of a
-// list. A watch without a resourceVersion must first wait until the cache of the API server is up to date. With a
-// version of etcd that does not report progress, this wait can fail for many seconds.
+// list, because a watch without a resourceVersion must first wait until the cache of the API server is up to date. With
+// a version of etcd that does not report progress, this wait can fail for many seconds.
 func (s *testNamespace) recordStates() *stateHistory {
 	s.t.Helper()
 	var now v1.AzureAssignedIdentityList
@@ -238,8 +238,8 @@ func identitiesWithoutMachine(t *testing.T, l *testEnvironment) {
 	s.waitUntilReleased("")
 }
 
-// newApp registers an application in the fake Entra ID, with the client secret and the certificate if they are given.
-// It creates a Secret that contains the credential and has the client ID as its name.
+// newApp registers an application in the fake Entra ID, with the client secret or the certificate if one is given. It
+// creates a Secret with this credential, or with an empty one. The name of the Secret is the client ID.
 func (s *testNamespace) newApp(secret string, certificate map[string][]byte) azure.Identity {
 	s.t.Helper()
 	n := s.serial.Add(1)

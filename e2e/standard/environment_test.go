@@ -66,8 +66,8 @@ func twoVMs(o *cluster.Options) { o.ProviderIDs = cluster.TwoVMs() }
 // node a virtual machine.
 func start(t *testing.T, change func(*cluster.Options)) *testEnvironment {
 	t.Helper()
-	// The images are built before the cluster starts, because other test processes on this computer may wait until the
-	// cluster has stopped.
+	// Another test process on this computer may wait until this cluster has stopped. The images are built before the
+	// cluster starts, so that the other process waits for a shorter time.
 	_, errMIC := cluster.BuildMICImage(t.Context())
 	_, errNMI := cluster.BuildNMIImage(t.Context(), nil)
 	must(t, errors.Join(errMIC, errNMI))

@@ -112,9 +112,9 @@ func killMIC(t *testing.T, l *testEnvironment, pod string) {
 	t.Fatalf("none of the processes %v of pod %s is MIC", pids, pod)
 }
 
-// planChangesNothing runs `mic plan` in a pod of MIC, with the pod's arguments, and checks the output and that the plan
-// changed no object and no machine. At that time an update of node1's machine attaches one identity (id) for pod p, and
-// the next update will attach the other identity (later) for pod q.
+// planChangesNothing runs `mic plan` in a pod of MIC, with the pod's arguments. It checks the output, and that the plan
+// changed no object and no machine. When it is called, an update of node1's machine is in progress, which attaches the
+// identity id for pod p. The next update will attach the other identity (the parameter later) for pod q.
 func (s *testNamespace) planChangesNothing(id, later azure.Identity) {
 	s.t.Helper()
 	pods, err := s.micPods(s.t.Context())

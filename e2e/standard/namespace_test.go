@@ -37,7 +37,7 @@ func (l *testEnvironment) newNamespace(t *testing.T) *testNamespace {
 		}
 		_ = l.kube.Delete(context.Background(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: s.name}})
 	})
-	eventually(t, reactionTimeout, func() error { // without its ServiceAccount, the API server refuses pods
+	eventually(t, reactionTimeout, func() error { // the API server refuses pods until their ServiceAccount exists
 		return l.kube.Get(t.Context(), client.ObjectKey{Namespace: s.name, Name: "default"}, new(corev1.ServiceAccount))
 	})
 	return s
@@ -125,7 +125,8 @@ func (s *testNamespace) assignments(pod string) []v1.AzureAssignedIdentity {
 	return slices.DeleteFunc(all.Items, func(a v1.AzureAssignedIdentity) bool { return pod != "" && a.Spec.Pod != pod })
 }
 
-// waitUntilAssigned waits until an AzureIdentity with the resource ID of id is assigned to a pod, among others or alone.
+// waitUntilAssigned waits until the AzureIdentity named identity, with the resource ID of id, is assigned to a pod. The
+// pod may have other assignments.
 func (s *testNamespace) waitUntilAssigned(pod, identity string, id azure.Identity) (a v1.AzureAssignedIdentity) {
 	s.t.Helper()
 	eventually(s.t, updateTimeout, func() error {
@@ -187,7 +188,7 @@ func (s *testNamespace) clientIn(pod string) podClient {
 // fresh is the request parameter that makes NMI bypass its cache, at most once in ten seconds for the same token.
 const fresh = "bypass_cache=true"
 
-// ask requests a token for Key Vault. The status is 0 if the connection failed.
+// ask requests a token for Key Vault. The status is 0 if there is no response.
 func (a podClient) ask(query ...string) answer {
 	target := "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource=" + url.QueryEscape(vault)
 	began := time.Now()

@@ -38,7 +38,8 @@ func refusedIdentities(t *testing.T, l *testEnvironment) {
 		p.checkRefusal(t, bad.name, bad.resource, bad.advice, of(bad.id))
 	}
 
-	// Both refused identities are repaired. Until then, a new identity that a pod starts to use is not delayed.
+	// The test repairs both refused identities. Pod q must get a new identity without a wait for MIC's retries of these
+	// two.
 	must(t, l.cloud.SetIdentityFault(t.Context(), azure.IdentityFault{Identity: denied.ResourceID}))
 	s.edit("misspelled", managed(misspelled))
 	repaired, late := time.Now(), l.newIdentity(t)
