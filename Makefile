@@ -7,8 +7,10 @@ FUZZ    ?= 10m
 SEQUENCES ?= 100000
 
 # One set of build flags for programs, tests and tools, so that each package is compiled once and then found in Go's
-# build cache. The race detector needs cgo and a second set: see the target race.
-export GOFLAGS     := $(filter-out -trimpath,$(GOFLAGS)) -trimpath
+# build cache. The race detector needs cgo and a second set: see the target race. Without debug information (DWARF) the
+# compiler takes a seventh less CPU time. Stack traces do not need it; a debugger does: call go without make.
+GOFLAGS_SHARED     := -trimpath -gcflags=all=-dwarf=false
+export GOFLAGS     := $(filter-out $(GOFLAGS_SHARED),$(GOFLAGS)) $(GOFLAGS_SHARED)
 export CGO_ENABLED := 0
 
 .DEFAULT_GOAL := help

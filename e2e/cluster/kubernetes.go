@@ -86,7 +86,7 @@ func buildWithProgress(ctx context.Context, progress func(string), module, progr
 	}
 	total := strings.Count(deps, "\n")
 
-	cmd := goCommand(ctx, module, "build", "-v", "-trimpath", "-ldflags", kubernetesLdflags(), "-o", program, ".")
+	cmd := goCommand(ctx, module, "build", "-v", "-ldflags", kubernetesLdflags(), "-o", program, ".")
 	out, err := cmd.StderrPipe()
 	if err != nil {
 		return err
