@@ -28,10 +28,10 @@ func TestUnmodifiedClientsBehaveAsWithTheRealIMDS(t *testing.T) {
 	l.runAll(append(l.immediateScenarios(who), l.delayedScenarios(who)...))
 }
 
-// testIdentities are the identities of the scenarios. app is the federated identity, the only one of the pod in its
-// scenario. In all other scenarios, clients that select no identity run in a pod with one identity or with none.
-// Clients that select an identity run in a pod with two identities: they select one of the two, or an identity that is
-// not bound to the pod.
+// testIdentities are the identities of the scenarios. alone is the only identity of pod "alone", second is one of the two
+// of pod "two", and unbound is bound to no pod. Clients that select no identity run in pod "alone", or in pod "nothing",
+// which has none. Clients that select one run in pod "two" and select second or unbound. In the scenario of the federated
+// identity, app, all clients run in pod "federated", whose only identity it is.
 type testIdentities struct{ alone, second, unbound, app azure.Identity }
 
 func (s testIdentities) bound(c client, resource string) tokenQuery {

@@ -88,8 +88,9 @@ func namespaceInode(path string) (uint64, error) {
 	return stat.Ino, nil
 }
 
-// The network of these tests: a pod behind the node, and beyond the node one segment with the fake Azure and a
-// neighbor outside the cluster. None of them has a route to the network of the computer.
+// The network of these tests: a pod behind the node, and beyond the node one segment with a server at the
+// metadata address ("azure"), which echoes what it receives, and a neighbor outside the cluster. None of the namespaces
+// has a route to the network of the computer.
 //
 //	pod 10.77.1.2 -- 10.77.1.1 node 10.88.0.2 --+-- azure 10.88.0.1, 169.254.169.254
 //	                                            +-- outside 10.88.0.3

@@ -106,8 +106,8 @@ func (r *environment) close() error {
 	return os.RemoveAll(r.dir)
 }
 
-// wire connects the namespace of a node with the control plane and with the namespace of the node's pods. Like the
-// namespaces of the cluster, both have no route out.
+// wire connects the namespace of a node with the control plane and with the namespace of the node's pods. The pods'
+// default route leads to the node, and the node has no default route. So no packet leaves the host.
 func (s *simulatedNode) wire(ctx context.Context) error {
 	node, pods := s.node, s.podsNetns
 	gateway := fmt.Sprintf("10.245.%d.1", s.subnet)

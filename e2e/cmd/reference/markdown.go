@@ -29,14 +29,14 @@ func generatedBegin(source string) string {
 	return "<!-- Generated from " + source + " by `make generate`. Do not edit. -->\n"
 }
 
-// replaceGenerated replaces the text between the two lines that mark the generated part. It returns an error if one of
-// them is missing.
+// replaceGenerated replaces the text between the two lines that mark the generated part. It returns an error if the
+// page does not contain them in this order.
 func replaceGenerated(current []byte, source string, text []byte) ([]byte, error) {
 	begin := []byte(generatedBegin(source))
 	before, rest, hasBegin := bytes.Cut(current, begin)
 	_, after, hasEnd := bytes.Cut(rest, []byte(generatedEnd))
 	if !hasBegin || !hasEnd {
-		return nil, fmt.Errorf("the page lacks a line that marks the generated part: first %q, later %q", generatedBegin(source), generatedEnd)
+		return nil, fmt.Errorf("the page must contain the line %q and, below it, the line %q; the generated text goes between them", strings.TrimSpace(generatedBegin(source)), strings.TrimSpace(generatedEnd))
 	}
 	return slices.Concat(before, begin, text, []byte(generatedEnd), after), nil
 }
