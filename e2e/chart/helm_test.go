@@ -3,6 +3,8 @@ package chart_test
 
 import (
 	"bytes"
+	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +19,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"sigs.k8s.io/yaml"
+
+	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
 const (
@@ -24,17 +28,16 @@ const (
 	group = "aadpodidentity.k8s.io"
 )
 
-// helmBinary is the path of the helm program that this module's go.mod selects.
+// helmBinary is the path of the helm program that clusters use.
 var helmBinary string
 
 func TestMain(m *testing.M) {
-	path, err := exec.Command("go", "tool", "-n", "helm").CombinedOutput()
+	binaries, err := cluster.EnsureBinaries(context.Background(), func(line string) { fmt.Println("chart:", line) })
 	if err != nil {
-		os.Stderr.WriteString("go tool -n helm: " + err.Error() + "\n" + string(path))
+		fmt.Fprintln(os.Stderr, "chart:", err)
 		os.Exit(1)
 	}
-	lines := strings.Split(strings.TrimSpace(string(path)), "\n")
-	helmBinary = lines[len(lines)-1]
+	helmBinary = binaries.Helm()
 	os.Exit(m.Run())
 }
 

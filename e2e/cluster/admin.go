@@ -31,7 +31,7 @@ func (a Admin) KubectlCommand(ctx context.Context, args ...string) (*exec.Cmd, e
 
 // HelmCommand returns a command that runs helm as admin.
 func (a Admin) HelmCommand(ctx context.Context, args ...string) (*exec.Cmd, error) {
-	return a.command(ctx, a.bin.kube("helm"), args...)
+	return a.command(ctx, a.bin.Helm(), args...)
 }
 
 func (a Admin) command(ctx context.Context, program string, args ...string) (*exec.Cmd, error) {
@@ -71,7 +71,7 @@ func (a Admin) kubectl(ctx context.Context, stdin io.Reader, args ...string) (st
 func (a Admin) ExecKubectl(args []string) error { return execAdmin(a.bin.kube("kubectl"), args) }
 
 // ExecHelm replaces this program by helm as admin. It returns only with an error.
-func (a Admin) ExecHelm(args []string) error { return execAdmin(a.bin.kube("helm"), args) }
+func (a Admin) ExecHelm(args []string) error { return execAdmin(a.bin.Helm(), args) }
 
 func execAdmin(program string, args []string) error {
 	for _, entry := range adminEnv() {

@@ -90,6 +90,9 @@ func EnsureBinaries(ctx context.Context, progress func(string)) (Binaries, error
 	return b, err
 }
 
+// Helm is the path of helm, as the clusters use it.
+func (b Binaries) Helm() string { return b.kube("helm") }
+
 func (b Binaries) kube(program string) string    { return filepath.Join(b.Kubernetes, program) }
 func (b Binaries) debian(program string) string  { return filepath.Join(b.Debian, "usr/bin", program) }
 func (b Binaries) debianS(program string) string { return filepath.Join(b.Debian, "usr/sbin", program) }
