@@ -76,7 +76,7 @@ func startTestNode(t *testing.T, api *fakeAPI, configure func(*Config)) *testNod
 	return c
 }
 
-// Facts returns the facts of the agent and then sends to checks.
+// Facts reads the facts of the agent, and then sends to checks.
 func (c *testNode) Facts(pod *corev1.Pod) (identity.Facts, error) {
 	defer func() { c.checks <- struct{}{} }()
 	return c.objects.Facts(pod)
@@ -150,7 +150,7 @@ func TestAWaitingRequestIsNotifiedOfAnAssignmentAtOnce(t *testing.T) {
 	p, i := podIn("a", "p", "1", "10.0.0.1", "app"), azureIdentity("b", "x", nmitest.ClientX)
 	c := newTestNode(t, func(*Config) {}, p, i, binding("b", "x", "app"))
 	if got := c.api.watched(v1.AzureAssignedIdentities); !slices.Equal(got, []string{"nodename=node1"}) {
-		t.Errorf("assignments are watched by %q", got)
+		t.Errorf("the watches of assignments have the label selectors %q; want one for this node", got)
 	}
 	r := c.beginWait("10.0.0.1")
 	c.api.set(assignedTo(p, i, ""))
@@ -213,7 +213,7 @@ func TestAnAssignmentIsForOnePodOnly(t *testing.T) {
 	c.api.set(again)
 	c.expect(c.begin("10.0.0.3"), 503, "assignment_pending")
 
-	// An assignment of AAD Pod Identity has no UID.
+	// An assignment of AAD Pod Identity does not contain the UID of its pod. NMI accepts it all the same.
 	c.api.set(asAADPodIdentity(assignedTo(other, x, "")))
 	c.waitAssigned(other, x)
 	c.expect(c.begin("10.0.0.2"), 200, "token-of-"+nmitest.ClientX)
@@ -243,7 +243,7 @@ func TestManagedModeDoesNotWatchAssignments(t *testing.T) {
 	c := newTestNode(t, func(c *Config) { c.OperationMode = ModeManaged }, p, i, binding("a", "x", "app"), binding("b", "x", "app"))
 	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+nmitest.ClientX)
 	if asked := c.api.watched(v1.AzureAssignedIdentities); len(asked) != 0 || c.api.watchedResources() != 4 || c.requests.Wait != nil {
-		t.Errorf("assignments are watched: %q; %d resources in all", asked, c.api.watchedResources())
+		t.Errorf("in managed mode, assignments are watched with the label selectors %q, and %d resources in all", asked, c.api.watchedResources())
 	}
 	families, err := c.metrics.Registry.Gather()
 	if err != nil || len(families) == 0 {
@@ -251,7 +251,7 @@ func TestManagedModeDoesNotWatchAssignments(t *testing.T) {
 	}
 	for _, f := range families {
 		if f.GetName() == "podidentity_nmi_assignment_wait_seconds" {
-			t.Errorf("there is a metric %s", f.GetName())
+			t.Errorf("managed mode has the metric %s", f.GetName())
 		}
 	}
 }

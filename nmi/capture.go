@@ -17,12 +17,11 @@ func newCapture(cfg Config, log *zap.Logger) (*iptables.Capture, error) {
 	return iptables.New(c)
 }
 
-// repairRules checks the iptables rules and the network link of NMI at each SyncInterval, and repairs them, until ctx
-// ends.
+// repairRules checks and repairs the iptables rules and the network link of NMI every SyncInterval until ctx ends.
 func (a *agent) repairRules(ctx context.Context) {
 	ticker := time.NewTicker(a.cfg.SyncInterval)
 	defer ticker.Stop()
-	a.health.Set(health.Rules, nil) // they have just been installed
+	a.health.Set(health.Rules, nil) // run has just installed the rules
 	for {
 		select {
 		case <-ticker.C:
@@ -34,7 +33,7 @@ func (a *agent) repairRules(ctx context.Context) {
 			a.metrics.Repairs.WithLabelValues(what).Inc()
 		}
 		if len(repaired) > 0 {
-			a.logs.Main.Warn("repaired iptables rules or the network link of NMI, which another program had changed", zap.Strings(telemetry.KeyRepaired, repaired))
+			a.logs.Main.Warn("repaired iptables rules or the network link of NMI; another program had changed or deleted them, or an earlier repair was not completed", zap.Strings(telemetry.KeyRepaired, repaired))
 		}
 		if err != nil && ctx.Err() == nil {
 			a.metrics.SyncErrors.Inc()

@@ -50,8 +50,8 @@ type Config struct {
 	Events                     bool // report refusals as Events of pods
 }
 
-// DefaultConfig returns the defaults. A setting that AAD Pod Identity has too keeps its default, except OperationMode
-// (there standard), ProbePort (there 8080) and SyncInterval (there 60 s).
+// DefaultConfig returns the defaults. Settings that AAD Pod Identity also has keep the defaults that they have there,
+// except OperationMode (there standard), ProbePort (there 8080) and SyncInterval (there 60 s).
 func DefaultConfig() Config {
 	return Config{
 		OperationMode:          ModeManaged,
@@ -171,9 +171,10 @@ func (c Config) maxAssignmentWait() time.Duration {
 	return 0
 }
 
-// checkKubenet returns an error if the file KubeletConfig says that the node uses kubenet, or exists but cannot be read,
-// unless AllowKubenet is set. With kubenet a pod with NET_RAW can take the address of another pod by ARP, and NMI
-// identifies pods by their address.
+// checkKubenet returns an error if the file KubeletConfig says that the node uses kubenet, or if the file exists but
+// cannot be read. It checks nothing if AllowKubenet is set or KubeletConfig is empty. With kubenet a pod with NET_RAW
+// can take the address of another pod by ARP, and would then get the tokens of that pod, because NMI identifies pods by
+// their address.
 func (c Config) checkKubenet() error {
 	if c.AllowKubenet || c.KubeletConfig == "" {
 		return nil

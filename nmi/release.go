@@ -8,20 +8,20 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// releasePod drops what NMI keeps for a pod that was deleted or has finished: its assertion, and unless other pods use
-// them, the renewal of its tokens and the watches of its Secrets.
+// releasePod drops the state of a pod that was deleted or has finished. It drops the assertion of the pod. It also
+// stops the renewal of the pod's tokens and the watches of its Secrets, unless other pods use them.
 func (a *agent) releasePod(uid string) {
 	a.tokens.Release(uid)
 	a.principals.Release(uid)
 }
 
-// releaseInterval is the time between two searches for state of pods that are gone: a request that is still in flight
-// when releasePod is called can add such state again.
+// releaseInterval is the time between two searches for state of pods that are gone. Such state exists if a request was
+// still in flight when releasePod was called, and added state of its pod afterwards.
 const releaseInterval = 5 * time.Minute
 
-// releaseDeletedPods releases the pods that have Secrets or assertions but are not live pods of this node, at each
-// releaseInterval until ctx ends. It may release a pod that the watch has not reported yet; the next request of that
-// pod restores the state.
+// releaseDeletedPods releases each pod for which NMI watches Secrets or requested an assertion, if the cache has no
+// live pod with its UID. It does so every releaseInterval until ctx ends. It may also release a live pod that the watch
+// has not reported yet; the next request of that pod restores the state.
 func (a *agent) releaseDeletedPods(ctx context.Context) {
 	ticker := time.NewTicker(releaseInterval)
 	defer ticker.Stop()
@@ -39,7 +39,8 @@ func (a *agent) releaseDeletedPods(ctx context.Context) {
 	}
 }
 
-// dropIdentity drops the tokens and credentials of an AzureIdentity that was changed or deleted.
+// dropIdentity drops the tokens and credentials of an AzureIdentity that was changed or deleted. old is its previous
+// state.
 func (a *agent) dropIdentity(old identity.Identity) {
 	a.dropPrincipals(func(p token.Principal) bool { return a.principals.Matches(old, p) })
 }

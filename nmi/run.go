@@ -118,7 +118,7 @@ func (a *agent) run(ctx, watching context.Context) error {
 	case <-ctx.Done():
 	}
 	a.health.ShutDown()
-	a.logs.Main.Info("stopping; the rules stay in place, so that no pod outside the host network reaches the real token endpoint")
+	a.logs.Main.Info("stopping NMI; its iptables rules stay in place, so that no pod outside the host network reaches the real token endpoint")
 	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.ShutdownTimeout)
 	defer cancel()
 	err = pods.Shutdown(ending)

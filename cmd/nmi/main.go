@@ -22,9 +22,9 @@ import (
 var version = "dev"
 
 func main() {
-	// NMI runs on every node, so its memory matters more than its CPU time. With a value below the default of 100, Go
-	// collects garbage earlier. That costs little CPU time, because the heap of NMI is small. The environment variable
-	// GOGC has precedence.
+	// NMI runs on every node, so its memory matters more than its CPU time. A percentage below the default of 100 makes
+	// Go collect garbage earlier. That costs little CPU time, because the heap of NMI is small. The environment
+	// variable GOGC has precedence.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(60)
 	}
@@ -57,7 +57,7 @@ reaches the real token endpoint; "nmi uninstall" removes the rules.`,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.WithLoggers(func(logs telemetry.Loggers) error {
-				logs.Main.Info("starting", zap.String("version", version))
+				logs.Main.Info("starting NMI", zap.String("version", version))
 				return nmi.Run(cmd.Context(), o.Config(version), logs)
 			})
 		},
@@ -81,7 +81,7 @@ From then on pods reach IMDS directly. The command can be repeated at any time.`
 				if err := nmi.Uninstall(cmd.Context(), o.Config(version), logs.Main); err != nil {
 					return err
 				}
-				logs.Main.Info("uninstalled")
+				logs.Main.Info("this node has no iptables rules and no network link of NMI any more; pods reach IMDS directly, and through it every identity that is attached to the VM")
 				if wait {
 					<-cmd.Context().Done()
 				}

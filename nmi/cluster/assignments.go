@@ -53,8 +53,8 @@ func (c *Cache) notifyOnChanges() error {
 	return nil
 }
 
-// notifyOnChange returns a handler that notifies n of the key of each object that changed, and of its former key if the
-// change gave it another.
+// notifyOnChange returns a handler that notifies n of the key of each object that changed. If the change also changed
+// the key, the handler notifies n of the former key, too.
 func notifyOnChange[T any](n *Notifier, keyOf func(*T) Key) cache.ResourceEventHandler {
 	return kube.TypedHandler(func(old, current *T) {
 		if old != nil && current != nil && equalState(old, current) {

@@ -30,14 +30,15 @@ type Callbacks struct {
 	IdentityChanged func(old identity.Identity) // the AzureIdentity changed or was deleted; old is its previous state
 }
 
-// Cache has the informers of NMI. Objects in its caches are shared: callers must not change them.
+// Cache has the informers of NMI, except those of Secrets. Objects in its caches are shared: callers must not change
+// them.
 type Cache struct {
 	*Client
 	cfg                                    Config
 	seed                                   maphash.Seed // see bindingBucket
 	pods, identities, bindings, exceptions cache.SharedIndexInformer
 	assignments                            cache.SharedIndexInformer // nil in managed mode
-	podChanged                             Broadcast                 // is sent to after each event of a pod
+	podChanged                             Broadcast                 // Send is called after each event of a pod
 	notifier                               Notifier                  // is used in standard mode only
 	synced                                 chan struct{}             // is closed when all caches have synced
 }

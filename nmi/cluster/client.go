@@ -23,8 +23,8 @@ import (
 )
 
 // checkTimeout bounds the check of the node and each check of the custom resource definitions. NMI installs the rules
-// after the check of the node, even if the API server does not respond: a node that starts while the API server is
-// unavailable must be protected soon, too.
+// only after the check of the node. So this check must end soon even if the API server does not respond: on a node that
+// has just started, pods reach IMDS directly until the rules are installed.
 const checkTimeout = 5 * time.Second
 
 // Client sends requests to the API server. Its watches reconnect together, see reconnector.
@@ -36,8 +36,8 @@ type Client struct {
 }
 
 // NewClient returns a client for the node of this name. The client calls onFailure each time a request fails, with one
-// of the operations of package telemetry (APIWatch and others). It does not report failures of probes, of the checks of
-// the node and of the custom resource definitions, and of a watch of a Secret that the API server refuses.
+// of the operations of package telemetry (APIWatch and others). It does not call onFailure for a failed probe, for a
+// failed check of the node or of the custom resource definitions, or if the API server refuses to watch a Secret.
 func NewClient(config *rest.Config, node string, onFailure func(operation string)) (*Client, error) {
 	scheme := runtime.NewScheme()
 	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)

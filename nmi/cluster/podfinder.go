@@ -68,7 +68,7 @@ func (f *PodFinder) FindByAddress(ctx context.Context, ip netip.Addr) (*corev1.P
 	defer listLive.Stop()
 	var lists <-chan singleflight.Result
 	for {
-		changed := f.changed.Next() // before the lookup, so that no change between the two is missed
+		changed := f.changed.Next() // before the lookup, so that a change during or after the lookup is not missed
 		if pod, err = f.cached(address); err == nil {
 			return pod, nil
 		}

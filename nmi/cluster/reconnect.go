@@ -114,9 +114,9 @@ func (r *reconnector) connectAfterCatchUp(name string, o metav1.ListOptions, w a
 	})
 }
 
-// observedWatch calls a function for each event of a watch and passes the event on. Stop ends its goroutine even if
-// nobody receives the event that it is passing on. In that case the goroutine of apimachinery's watch.Filter would
-// never end.
+// observedWatch calls a function for each event of a watch and passes the event on. Its goroutine ends after Stop, even
+// if nobody receives the event that the goroutine is passing on. The goroutine of apimachinery's watch.Filter would
+// then never end.
 type observedWatch struct {
 	apiwatch.Interface
 	events  chan apiwatch.Event

@@ -63,7 +63,7 @@ func TestAfterAnOutageOneProbeReconnectsAllWatchesWithinSeconds(t *testing.T) {
 			}
 		}
 		if r.staleWatch() == "" {
-			t.Error("the missed events cannot have arrived yet")
+			t.Error("no watch is reported as stale, but the missed events cannot have arrived yet")
 		}
 		time.Sleep(catchUpTime + time.Millisecond)
 		synctest.Wait()

@@ -40,7 +40,7 @@ func (c *Cache) Run(ctx context.Context) {
 	c.cfg.Health.Set(health.Caches, nil)
 	// The initial lists need several times the memory of what the caches keep. Return the rest to the operating system.
 	debug.FreeOSMemory()
-	c.cfg.Log.Info("caches have synced")
+	c.cfg.Log.Info("loaded the cluster's objects from the API server; from now on NMI decides about token requests")
 }
 
 // waitForCRDs waits until the cluster has the custom resources of NMI. It returns false if ctx ends first.

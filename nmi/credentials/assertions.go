@@ -49,9 +49,9 @@ type PodGetter interface {
 // exchanges for its own tokens.
 //
 // Each assertion is bound to its pod by name and UID. The API server issues no assertion for a pod that is gone or that
-// runs with another ServiceAccount. So an assertion also verifies the caller independently of NMI's cache of pods.
-// Every pod needs an assertion of its own before it gets a token of a federated identity, even if the token cache
-// already contains that token because of another pod.
+// runs with another ServiceAccount. So an assertion also proves that the pod exists and which ServiceAccount it has,
+// independently of NMI's cache of pods. Every pod needs an assertion of its own before it gets a token of a federated
+// identity, even if the token cache already contains that token because of another pod.
 type Assertions struct {
 	requester TokenRequester
 	pods      PodGetter
@@ -76,9 +76,9 @@ func NewAssertions(requester TokenRequester, pods PodGetter) *Assertions {
 	return &Assertions{requester: requester, pods: pods, byPod: map[string]*assertion{}, verified: map[string]struct{}{}}
 }
 
-// verify returns nil if the API server has issued an assertion for the pod and has refused none since. Otherwise it
-// calls get and returns its error. A pod stays verified after its assertion expires, until release removes the pod. An
-// error of an unavailable API server is not a refusal.
+// verify returns nil if the API server has issued an assertion for the pod and has refused none since. Otherwise verify
+// calls get and returns the error of get. A pod stays verified after its assertion expires, until release removes the
+// pod. An error of an unavailable API server is not a refusal.
 func (a *Assertions) verify(ctx context.Context, pod *corev1.Pod) error {
 	a.mu.Lock()
 	_, verified := a.verified[string(pod.UID)]

@@ -15,8 +15,9 @@ type Config struct {
 	Authority    string // the Entra ID endpoint for identities that name none
 	ByResourceID bool   // request tokens of managed identities by resource ID instead of client ID
 
-	Secrets        SecretSource
-	OnSecretChange func(ref token.Ref, revision string) // for a revision that changed, was deleted or is no longer used
+	Secrets SecretSource
+	// OnSecretChange is called with a revision that was replaced or deleted, or is no longer watched.
+	OnSecretChange func(ref token.Ref, revision string)
 	Tokens         TokenRequester
 	Pods           PodGetter
 }

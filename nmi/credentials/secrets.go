@@ -44,7 +44,7 @@ type SecretSource interface {
 type Secrets struct {
 	ctx      context.Context // of the watches
 	source   SecretSource
-	onChange func(ref token.Ref, revision string) // for a revision that changed, was deleted or is no longer used
+	onChange func(ref token.Ref, revision string) // see Config.OnSecretChange
 
 	mu           sync.Mutex
 	watched      map[token.Ref]*watchedSecret

@@ -28,7 +28,7 @@ const (
 
 // New returns a Health for which everything is missing.
 func New() *Health {
-	return &Health{missing: map[string]string{Listener: "not open yet", Rules: "not verified yet", CRDs: "not checked yet", Caches: "not synced yet"}}
+	return &Health{missing: map[string]string{Listener: "not open yet", Rules: "not installed yet", CRDs: "not checked yet", Caches: "not synced yet"}}
 }
 
 // Set records that something is present if err is nil, and otherwise that it is missing because of err. The parameter

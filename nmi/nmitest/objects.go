@@ -67,7 +67,7 @@ func Facts() identity.Facts {
 	}
 }
 
-// CopyOf returns the facts with a copy of the identities, because a request adds object IDs to them.
+// CopyOf returns the facts with a copy of the identities, because a request writes object IDs into the identities.
 func CopyOf(f identity.Facts) identity.Facts {
 	f.Identities = append([]identity.Identity(nil), f.Identities...)
 	return f

@@ -32,7 +32,8 @@ func (p *Processor) authorize(ctx context.Context, pod *corev1.Pod, req metadata
 	}
 	if auth.decision.Outcome != identity.Granted {
 		if watch := p.Cluster.StaleWatch(); watch != "" {
-			// The watch may not have received yet what the decision lacks, and the client would not retry a refusal.
+			// The watch may not have received yet an object that changes the decision. Clients do not retry a refusal,
+			// so they get an error that they retry.
 			return auth, metadata.Unavailable(identity.NotReady, fmt.Sprintf("NMI's watch of %s is disconnected from the API server, or has just reconnected; according to the last known state, %s", watch, auth.decision.Detail), defaultRetryAfter)
 		}
 		return auth, metadata.Refusal(auth.decision)
@@ -69,8 +70,8 @@ func (p *Processor) decide(ctx context.Context, pod *corev1.Pod, req metadata.Re
 	}
 	pending, failure := p.addObjectIDs(ctx, pod, req, facts)
 	decision = identity.Decide(p.Rules, subject, req.Selector, facts)
-	// The requested identity may be one whose token is not available. Then the response is not "not found", which the
-	// client would not retry.
+	// If an identity has no token yet, its object ID is unknown, and it may be the requested identity. The response
+	// then says why there is no token. "Not found" would be wrong, because clients do not retry it.
 	switch {
 	case decision.Reason != identity.IdentityNotBound:
 	case pending != nil:
@@ -81,10 +82,10 @@ func (p *Processor) decide(ctx context.Context, pod *corev1.Pod, req metadata.Re
 	return decision, nil
 }
 
-// addObjectIDs adds object IDs to the identities in facts that are bound to the pod, until it finds the requested one.
-// It uses the object IDs of earlier tokens first, so that an identity without an available token does not block
-// requests for other identities. For an identity that is not assigned yet it requests no token, and sets pending to the
-// decision about that identity. failure is the error of an identity whose token is not available.
+// addObjectIDs adds object IDs to the identities in facts that are bound to the pod, until it finds the requested
+// object ID. It uses the object IDs of earlier tokens first, so that an identity without an available token does not
+// block requests for other identities. It requests no token of an identity that is not assigned yet; pending is the
+// decision about the last such identity. failure is the error of the last identity whose token is not available.
 func (p *Processor) addObjectIDs(ctx context.Context, pod *corev1.Pod, req metadata.Request, facts identity.Facts) (pending *identity.Decision, failure error) {
 	subject := cluster.IdentityPod(pod)
 	bound, _ := identity.Bound(p.Rules, subject, facts)
@@ -102,7 +103,7 @@ func (p *Processor) addObjectIDs(ctx context.Context, pod *corev1.Pod, req metad
 		if id.ObjectID = objectID; strings.EqualFold(objectID, req.Selector.ObjectID) {
 			return nil, nil
 		}
-		known = append(known, id) // check it last: a principal that was created again has a new object ID
+		known = append(known, id) // fetch it last: if the principal was created again, it has another object ID
 	}
 	for _, id := range append(unknown, known...) {
 		if p.Rules.Mode == identity.Standard {
@@ -138,7 +139,7 @@ func (p *Processor) fetchObjectID(ctx context.Context, pod *corev1.Pod, id ident
 func (p *Processor) MayRenew(pod *corev1.Pod, principal token.Principal) bool {
 	facts, err := p.Cluster.Facts(pod)
 	if err != nil {
-		return true // nothing shows that it may not
+		return true // nothing shows that the pod may not have the tokens
 	}
 	subject := cluster.IdentityPod(pod)
 	bound, refusal := identity.Bound(p.Rules, subject, facts)

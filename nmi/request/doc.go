@@ -5,7 +5,8 @@
 // It protects against a token that the pod may not have. The decision comes before the cache. After a fetch or a wait
 // the decision is made again, because a binding or a Secret may have changed during that time.
 //
-// It also protects against a refusal only because NMI lacks an object: clients do not retry a refusal. Before the
-// caches have synced, it makes no decision, and the response is an error that makes the client retry. While a watch is
-// stale, a decision other than "granted" becomes such an error. The watches of Secrets never count as stale.
+// It also prevents a refusal whose only cause is that NMI has not received an object yet, because clients do not retry
+// a refusal. Before the caches have synced, it makes no decision, and the response is an error that makes the client
+// retry. While a watch is stale, a decision other than "granted" becomes such an error. The watches of Secrets never
+// count as stale.
 package request

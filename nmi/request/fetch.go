@@ -18,7 +18,7 @@ func (p *Processor) fetchTokens(ctx context.Context, rec *Record, auth authoriza
 		rec.Origin = origin
 		fetched = fetched || origin == token.Fetched || origin == token.Shared
 		if err != nil {
-			rec.TokenID, rec.CorrelationID = "", "" // they may describe a token that is discarded
+			rec.TokenID, rec.CorrelationID = "", "" // they may be those of the token of an earlier key
 			var e *token.Error
 			if errors.As(err, &e) {
 				rec.CorrelationID = e.CorrelationID

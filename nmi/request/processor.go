@@ -19,7 +19,7 @@ import (
 
 // Cluster is what a token request reads of the cluster.
 type Cluster interface {
-	// WaitSynced returns nil when all caches have synced, or an error after the timeout.
+	// WaitSynced returns nil when all caches have synced, or an error after the timeout or when ctx ends.
 	WaitSynced(ctx context.Context, timeout time.Duration) error
 	// Facts returns the objects that the decision about a pod needs.
 	Facts(pod *corev1.Pod) (identity.Facts, error)

@@ -63,7 +63,8 @@ func TestClientsUnderstandTheResponseToAFailedFetch(t *testing.T) {
 					t.Errorf("%s is %q, want %q", k, body[k], v)
 				}
 			}
-			// Clients do not retry after "not found", and the requested identity may be the one whose token was not available.
+			// The requested identity may be one whose token is not available. So the response must be that failure, and
+			// not "not found", which clients do not retry.
 			if objStatus, body := b.ask("10.0.0.2", nmitest.TokenPath+"&object_id=object-of-"+nmitest.ClientX); objStatus != c.status {
 				t.Errorf("by object id: %d %v", objStatus, body)
 			}

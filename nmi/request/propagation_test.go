@@ -73,7 +73,7 @@ func TestAnIdentityThatIMDSNeverKnowsIsRefusedAfterAMinute(t *testing.T) {
 		}
 		s.mustHaveOutcomes(map[string]int{WaitTimeout: 1})
 		time.Sleep(10 * time.Second)
-		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 25*time.Second) // until propagationTime
+		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 25*time.Second) // until propagationTime ends
 		s.expect(s.begin("10.0.0.1", ""), 400, identity.UpstreamRefused, 0)
 	})
 	inStandardMode(t, func(t *testing.T, s *standardBench) {

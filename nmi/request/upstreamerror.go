@@ -52,8 +52,8 @@ func upstreamError(d identity.Decision, err error) *metadata.Error {
 	return response
 }
 
-// upstreamStatus returns 400 for a 400 of IMDS, and for an unknown resource, with which any credential would fail.
-// Otherwise it returns 403, as for a refused credential.
+// upstreamStatus returns 400 if IMDS responded with 400. It also returns 400 if Azure does not know the resource,
+// because then the request is wrong and not the credential: any credential would fail. Otherwise it returns 403.
 func upstreamStatus(d identity.Decision, e *token.Error) int {
 	fromIMDS := d.Identity == nil || d.Identity.Kind == identity.UserAssigned
 	if fromIMDS && e.Status == http.StatusBadRequest || isResourceError(e) {

@@ -42,7 +42,7 @@ const (
 const (
 	WaitAssigned = "assigned" // the pod may use the identity
 	WaitTimeout  = "timeout"  // the pod could not use the identity in time, or NMI stopped
-	WaitRefused  = "refused"  // the objects changed and now the request is refused
+	WaitRefused  = "refused"  // the request failed for another reason, for example because its binding was deleted
 	WaitGone     = "gone"     // the client closed the connection
 )
 
@@ -62,7 +62,7 @@ type requestWait struct {
 	source      netip.Addr
 
 	startedAt  time.Time // zero until the request waits
-	checkedAt  time.Time // when the request last stopped waiting
+	checkedAt  time.Time // when the request last stopped waiting, to be checked again
 	failedAt   time.Time // when the request saw that MIC failed to attach the identity; zero if MIC has not failed
 	authorized bool      // whether the last check granted the request
 	outcome    string
@@ -71,8 +71,10 @@ type requestWait struct {
 	backoff       time.Duration
 	retryUpstream bool // it is time to ask IMDS again
 
-	label       string          // binding label of the pod when the request subscribed
-	own, shared <-chan struct{} // notify of the pod and its assignments; of objects that several pods share
+	label string // binding label of the pod when the request subscribed
+	// own notifies of changes of the pod and its assignments. shared notifies of changes of objects that several pods
+	// share.
+	own, shared <-chan struct{}
 	unsubscribe []func()
 }
 
@@ -84,7 +86,7 @@ func (w *requestWait) wait(ctx context.Context, auth authorization, refusal *met
 		return false
 	}
 	if w.subscribe(auth.pod) {
-		return true // check again: a change before the subscription sent no notification to it
+		return true // check again: a change after the last check and before the subscription sent no notification
 	}
 	now := time.Now()
 	left := w.timeLeft(now, refusal.Reason)
@@ -92,8 +94,8 @@ func (w *requestWait) wait(ctx context.Context, auth authorization, refusal *met
 		w.outcome = WaitTimeout
 		return false
 	}
-	// The reason of refusal is that of a pending assignment. If the decision itself is not pending, the reason comes
-	// from notYetPropagated: IMDS refused the token.
+	// Here refusal.Reason is AssignmentPending or AssignmentFailed. If the decision is not pending, notYetPropagated
+	// set the reason: IMDS refused the token.
 	w.retryUpstream = false
 	refusedByIMDS := auth.decision.Outcome != identity.Pending
 	if refusedByIMDS {
@@ -134,7 +136,7 @@ func (w *requestWait) block(ctx context.Context, now time.Time, timeout time.Dur
 	}
 }
 
-// start reports whether the request may wait. The first call counts it as a waiting request.
+// start reports whether the request may wait. The first call that returns true counts the request as waiting.
 func (w *requestWait) start() bool {
 	if !w.startedAt.IsZero() {
 		return true
@@ -216,5 +218,5 @@ func (p *Processor) notYetPropagated(pod *corev1.Pod, id *identity.Identity, err
 		return err
 	}
 	return &token.Error{Class: token.Unavailable, Reason: identity.AssignmentPending, RetryAfter: metadata.PendingRetryAfter, Err: err,
-		Detail: fmt.Sprintf("AzureIdentity %s was assigned to the machine of pod %s/%s a moment ago, and IMDS does not issue tokens for it yet: %s", id.Key(), pod.Namespace, pod.Name, upstreamMessage(e))}
+		Detail: fmt.Sprintf("AzureIdentity %s is assigned to the machine of pod %s/%s, but IMDS does not issue tokens for it (%s); NMI received the assignment less than a minute ago, so IMDS may not know the identity yet; retry", id.Key(), pod.Namespace, pod.Name, upstreamMessage(e))}
 }

@@ -288,11 +288,11 @@ func TestACachedTokenIsNotReturnedAfterTheAssignmentEnds(t *testing.T) {
 			s.assign("x", "x", identity.StateAssigned, "")
 			s.expect(s.begin("10.0.0.1", ""), 200, "", 0)
 			if !s.processor.MayRenew(s.podOf("10.0.0.1"), x) || s.processor.MayRenew(s.podOf("10.0.0.1"), y) {
-				t.Error("only its own token may be renewed")
+				t.Error("MayRenew returns false for the pod's own identity, or true for another")
 			}
 			s.assign("x", "x", state, "")
 			if s.processor.MayRenew(s.podOf("10.0.0.1"), x) {
-				t.Errorf("%s, and its token may be renewed", state)
+				t.Errorf("the assignment is %s, but the token may be renewed", state)
 			}
 			s.expect(s.begin("10.0.0.1", ""), 503, identity.AssignmentPending, 25*time.Second)
 		}
@@ -332,7 +332,7 @@ func TestNoRequestWaitsWhileAWatchIsDisconnected(t *testing.T) {
 	})
 }
 
-// The other half of the connections is for requests that need not wait.
+// Half of limit.MaxConnectionsPerSource stays free for requests that need not wait.
 func TestAtMostHalfOfTheRequestsOfASourceWait(t *testing.T) {
 	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		var waiting []<-chan response

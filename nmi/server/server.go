@@ -22,7 +22,7 @@ type Config struct {
 
 	IMDS                  netip.AddrPort
 	HeaderOptional        bool   // accept requests without a Metadata header
-	TenantID              string // response of /metadata/identity/info; if empty, the request is passed through to IMDS
+	TenantID              string // for /metadata/identity/info; if empty, NMI forwards the request to IMDS
 	BlockInstanceMetadata bool   // refuse /metadata/instance
 
 	MaxAssignmentWait time.Duration // how long a request may wait for an assignment

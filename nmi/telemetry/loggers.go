@@ -10,7 +10,8 @@ import (
 // Loggers write to one destination, each with its own level.
 type Loggers struct {
 	Main *zap.Logger
-	// Audit has one record for each token that was issued (level info) or refused (level warn).
+	// Audit has one record for each token request: of level info if the tokens were issued, and otherwise of level
+	// warn.
 	Audit *zap.Logger
 }
 

@@ -31,7 +31,8 @@ type Metrics struct {
 	upstreamDuration *prometheus.HistogramVec
 }
 
-// NewMetrics returns a registry with the metrics that exist in both modes, and those of the Go runtime and the process.
+// NewMetrics returns Metrics whose registry has the metrics of the Go runtime, of the process and of NMI, except those
+// that AddCacheSize, AddStaleWatches and AddAssignmentWaits add.
 func NewMetrics() *Metrics {
 	m := &Metrics{
 		Registry:           prometheus.NewRegistry(),
@@ -75,7 +76,7 @@ func (m *Metrics) AddAssignmentWaits() func(outcome string, duration time.Durati
 	}
 }
 
-// ObserveRequest observes a request of a pod.
+// ObserveRequest observes a request of a pod, or of a program of the node.
 func (m *Metrics) ObserveRequest(route metadata.Route, status int, duration time.Duration) {
 	m.requestDuration.WithLabelValues(string(route), strconv.Itoa(status)).Observe(duration.Seconds())
 }

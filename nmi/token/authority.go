@@ -120,12 +120,12 @@ func isNodeAddress(ip netip.Addr) bool {
 	return ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsUnspecified() || ip.IsMulticast() || ip == wireServer
 }
 
-// nodeAddressError is the error of a connection to an address for which isNodeAddress returns true.
+// nodeAddressError says that NMI does not connect to an address, because isNodeAddress returns true for it.
 type nodeAddressError netip.Addr
 
 func (n nodeAddressError) Error() string {
 	return netip.Addr(n).String() + " is an address of the node itself, a link-local or multicast address, or Azure's WireServer"
 }
 
-// NonRetriable keeps the Azure SDK from retrying.
+// NonRetriable keeps the Azure SDK from retrying: NMI would refuse the address again.
 func (nodeAddressError) NonRetriable() {}

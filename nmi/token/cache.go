@@ -235,7 +235,7 @@ func (c *Cache) podState(pod string) *podState {
 }
 
 // hasRoom reports whether the pod may use the key. If the pod has podKeys keys already, hasRoom first removes from the
-// cache those without a valid token and without a running fetch. c.mu is held.
+// cache those keys of the pod that have neither a valid token nor a running fetch. c.mu is held.
 func (c *Cache) hasRoom(h *podState, key Key, now time.Time) bool {
 	if _, has := h.keys[key]; has || len(h.keys) < podKeys {
 		return true
@@ -348,8 +348,8 @@ func (c *Cache) recordResult(key Key, e *entry, f *fetch) {
 	c.scheduleRenewal(key, e, now)
 }
 
-// concernsOnePod reports whether the failure is about the pod of the call. A fetch for another pod can succeed, so the
-// failure is not cached.
+// concernsOnePod reports whether the failure is about the pod of the call. Such a failure is not cached, because a
+// fetch of the same key for another pod can succeed.
 func concernsOnePod(err error) bool {
 	var e *Error
 	return errors.As(err, &e) && e.Reason == identity.PodStale

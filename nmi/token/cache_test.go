@@ -105,7 +105,7 @@ func TestConcurrentRequestsOf250PodsCauseOneFetch(t *testing.T) {
 			t.Errorf("%d fetches", s.count())
 		}
 		if _, origin := mustGet(t, c, Request{Key: key("a"), Pod: "pod0"}); origin != Hit {
-			t.Errorf("afterwards it is a %s", origin)
+			t.Errorf("a request after the fetch has origin %s, not hit", origin)
 		}
 	})
 }
@@ -123,7 +123,7 @@ func TestKeysThatDifferInAnyPartShareNothing(t *testing.T) {
 			}
 		}
 		if ManagedKey("ABC", "", "", "r") != ManagedKey("abc", "", "", "r") {
-			t.Error("IDs compare without case")
+			t.Error("IDs that differ only in case have different keys")
 		}
 	})
 }
@@ -145,10 +145,10 @@ func TestACanceledCallerDoesNotCancelTheFetchForOthers(t *testing.T) {
 		synctest.Wait()
 		cancel()
 		if err := <-first; !errors.Is(err, context.Canceled) {
-			t.Errorf("the first got %v", err)
+			t.Errorf("the canceled caller got %v", err)
 		}
 		if got := <-second; got != "a#1" {
-			t.Errorf("the second got %q", got)
+			t.Errorf("the other caller got %q", got)
 		}
 	})
 }
@@ -247,7 +247,7 @@ func TestATokenIsServedUntilItExpiresWhileTheSourceFails(t *testing.T) {
 		time.Sleep(2 * time.Minute)
 		var e *Error
 		if _, _, err := c.Get(t.Context(), Request{Key: key("a"), Pod: "p"}); !errors.As(err, &e) || e.Class != Unavailable {
-			t.Errorf("an expired token is not served, but the failure is; got %v", err)
+			t.Errorf("after the token has expired, the caller must get the failure; got %v", err)
 		}
 		s.set(func(s *source) { s.fails = nil })
 		time.Sleep(10 * time.Minute)
@@ -309,12 +309,12 @@ func TestAFreshTokenIsFetchedAtALimitedRate(t *testing.T) {
 		}
 		time.Sleep(bypassInterval)
 		if again, _ := mustGet(t, c, Request{Key: key("a"), Pod: "p", Fresh: true}); again == token {
-			t.Error("bypass was not honored")
+			t.Error("a request with Fresh got the cached token")
 		}
 		time.Sleep(bypassInterval)
 		s.set(func(s *source) { s.fails = &Error{Class: Unavailable} })
 		if _, _, err := c.Get(t.Context(), Request{Key: key("a"), Pod: "p", Fresh: true}); err != nil {
-			t.Errorf("a fresh token could not be had, but there is a good one; got %v", err)
+			t.Errorf("the fetch of a fresh token failed, so the caller must get the valid token in the cache; got %v", err)
 		}
 	})
 }

@@ -96,7 +96,7 @@ func readPEM(file []byte) (contents, error) {
 			return found, nil
 		}
 		if block.Type == "ENCRYPTED PRIVATE KEY" || block.Headers["DEK-Info"] != "" || strings.Contains(block.Headers["Proc-Type"], "ENCRYPTED") {
-			return found, flaw("has a PEM private key with a password under the key \"certificate\", which NMI does not support; write there the private key without a password, or a PKCS#12 file, and the password of the file under the key \"password\"")
+			return found, flaw("has a PEM private key with a password under the key \"certificate\"; NMI does not support this; write the private key there without a password, or write a PKCS#12 file there and the password of that file under the key \"password\"")
 		}
 		var err error
 		switch block.Type {
@@ -161,7 +161,7 @@ func (c contents) pair(now time.Time) (keyPair, error) {
 		}
 	case *ecdsa.PrivateKey:
 		if ecMethod(k) == nil {
-			return keyPair{}, flaw("has an EC key on a curve that Entra ID does not support under the key \"certificate\"; use P-256, P-384 or P-521, or RSA")
+			return keyPair{}, flaw("has under the key \"certificate\" an EC key on a curve that Entra ID does not support; use P-256, P-384 or P-521, or RSA")
 		}
 	default:
 		return keyPair{}, errUnusableKey
@@ -192,7 +192,7 @@ func (c contents) pair(now time.Time) (keyPair, error) {
 	return keyPair{key: key, chain: slices.Insert(others, 0, own)}, nil
 }
 
-const errUnusableKey = flaw("has a private key of a kind that Entra ID does not support under the key \"certificate\"; use RSA, or EC on P-256, P-384 or P-521")
+const errUnusableKey = flaw("has under the key \"certificate\" a private key of a kind that Entra ID does not support; use RSA, or EC on P-256, P-384 or P-521")
 
 func ecMethod(key *ecdsa.PrivateKey) jwt.SigningMethod {
 	switch key.Curve {

@@ -169,7 +169,8 @@ func (o *pkcs12Opener) open(ctx context.Context, file []byte, password string) (
 	child.Stdin, child.Stdout = bytes.NewReader(question), stdout
 	child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	child.WaitDelay = time.Second
-	// The kernel sends Pdeathsig when the thread that started the child ends, so the thread is kept until then.
+	// The kernel sends Pdeathsig when the thread that started the child ends. So that thread must not end before the
+	// child.
 	runtime.LockOSThread()
 	err = child.Run()
 	runtime.UnlockOSThread()

@@ -162,5 +162,7 @@ func (e *Error) Error() string {
 func (e *Error) Unwrap() error { return e.Err }
 
 // NonRetriable keeps the Azure SDK from retrying. Inside the SDK's pipeline an *Error comes only from a transport of
-// NMI that refused to send the request: because of an earlier 429, or because the address has no https.
+// NMI that refused to send the request, because of an earlier 429 or because the address has no https. An immediate
+// retry would not help: after a 429 the transport refuses requests for the time RetryAfter, and an address without
+// https has to be corrected.
 func (e *Error) NonRetriable() {}

@@ -18,8 +18,8 @@ import (
 	"github.com/podidentity/podidentity/nmi"
 )
 
-// Options are the values of the flags. Most flags that AAD Pod Identity has too keep its name. For the few that have a
-// new name, AddFlags also defines the old name, as a deprecated flag.
+// Options are the values of the flags. Most flags that AAD Pod Identity also has keep the name that they have there.
+// For the few that have a new name, AddFlags also defines the old name, as a deprecated flag.
 type Options struct {
 	cfg        nmi.Config
 	logLevel   string
