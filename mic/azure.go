@@ -40,9 +40,9 @@ func waitUntilReplaced(ctx context.Context, file string) error {
 	}
 }
 
-// newMachines returns the client of Azure Resource Manager. The client reads its configuration before newMachines
-// returns and, while its method Run runs, again after each change. If the configuration that it has read is valid, the
-// client calls configured.
+// newMachines returns the client of Azure Resource Manager. newMachines reads the configuration for Azure once, and the
+// client's method Run reads each later change. After the first read and after each change, configured is called if the
+// configuration is valid.
 func newMachines(cfg Config, log *zap.Logger, r prometheus.Registerer, configured func()) (*azure.Reloading, error) {
 	roots, err := outbound.RootCAs(cfg.CABundle)
 	if err != nil {

@@ -20,8 +20,8 @@ type Config struct {
 	Immutable   []string // client IDs of identities that are never detached
 
 	ForceNamespaced   bool          // a binding applies only to pods of its own namespace
-	ReconcileInterval time.Duration // maximum time between checks of a machine
-	DetachDelay       time.Duration // minimum time that an identity stays attached after its last pod on the machine
+	ReconcileInterval time.Duration // time between checks of a machine; longer after failures
+	DetachDelay       time.Duration // minimum time that an identity stays attached to a machine whose pods do not need it
 
 	QPS     float32 // requests per second to the API server
 	Burst   int
@@ -43,8 +43,8 @@ type LeaderElection struct {
 }
 
 // DefaultConfig returns the defaults. A setting that means the same as in AAD Pod Identity has the same default, except
-// QPS: with the 5 requests per second of AAD Pod Identity, MIC would need 13 minutes for 2,000 pods, because each takes
-// two writes.
+// QPS: with the 5 requests per second of AAD Pod Identity, MIC would need 13 minutes for 2,000 pods, because each pod
+// takes two writes.
 func DefaultConfig() Config {
 	return Config{
 		ReconcileInterval: 3 * time.Minute,

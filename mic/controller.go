@@ -71,8 +71,7 @@ const machineWorkers = 256
 // New returns a Controller. Its method Run must be called at most once.
 func New(cfg Config, deps Deps) (*Controller, error) { return newController(cfg, deps, false) }
 
-// newController returns a Controller. With drain the Controller detaches all that MIC attached, and removes all
-// assignments and ledgers; see Uninstall.
+// newController returns a Controller. With drain the Controller detaches and removes what Uninstall says.
 func newController(cfg Config, deps Deps, drain bool) (*Controller, error) {
 	c := &Controller{log: deps.Log, timer: &telemetry.AssignmentTimer{}, loaded: make(chan struct{})}
 	config := rest.CopyConfig(deps.Kube)
@@ -222,7 +221,7 @@ func (c *Controller) load(ctx context.Context) {
 	for _, id := range ids {
 		r, err := azure.ParseID(id)
 		if err != nil {
-			c.log.Error("a ledger does not name a machine, so MIC detaches nothing that this ledger contains; find its ConfigMap by the label podidentity.io/ledger, and correct its key machine or delete it", zap.String(telemetry.KeyMachine, id), zap.Error(err))
+			c.log.Error("a ledger does not name a machine, so MIC may never detach the identities in this ledger; find its ConfigMap by the label podidentity.io/ledger, correct its key machine, and restart MIC; if you delete the ConfigMap instead, MIC no longer knows that it attached these identities, and does not detach them", zap.String(telemetry.KeyMachine, id), zap.Error(err))
 			continue
 		}
 		c.usage.Add(r.Key(), r)

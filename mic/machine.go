@@ -58,7 +58,7 @@ func (m *machine) writeLedger(ctx context.Context, next ledger.Entries) error {
 	return nil
 }
 
-// recordOutcome removes the update from the ledger and records there which of its identities the machine has. The
+// recordOutcome removes from the ledger the update, and each identity of the update that the machine does not have. The
 // caller must have observed the state of the machine after the end of the update, or after maxUpdateTime.
 func (m *machine) recordOutcome(ctx context.Context) error {
 	return m.writeLedger(ctx, m.ledger.End(m.azure.Identities))

@@ -19,16 +19,16 @@ import (
 )
 
 const (
-	// pause is the minimum time between two reconciles that update the same machine, counted from when each begins to send
-	// updates. An update takes Azure 10 to 60 s, so the pause rarely delays an update. If an update takes less, the pause
-	// makes sure that a burst of pods that lasts some seconds takes only two updates. Azure allows twelve updates of a
-	// machine in a row, and four a minute after that. With one update for each reconcile MIC sends at most six a minute,
-	// so Azure throttles MIC only after several minutes of continuous updates.
+	// pause is the minimum time between two reconciles that update the same machine, counted from when each begins to
+	// send updates. An update takes Azure 10 to 60 s, so the pause rarely delays the next update. After a shorter
+	// update, the pause makes sure that a burst of pods that lasts some seconds takes only two updates. Azure allows
+	// twelve updates of a machine in a row, and four a minute after that. With one update for each reconcile MIC sends
+	// at most six a minute, so Azure throttles MIC only after several minutes of continuous updates.
 	//
 	// pause is also the longest delay until MIC reads a machine again that Azure is updating.
 	pause = 10 * time.Second
-	// maxConflicts is the maximum number of times that one reconcile plans updates and sends them. It plans again after an
-	// error of class Conflict.
+	// maxConflicts is the maximum number of times that one reconcile plans updates and sends them. The reconcile plans
+	// again after an error of class Conflict.
 	maxConflicts = 4
 	// maxText is the maximum length in bytes of a text for an Event or a status: the API server accepts 1024 bytes in an
 	// Event.
@@ -36,8 +36,8 @@ const (
 )
 
 // The delays after consecutive failures of a reconcile. transientBackoff is for class Unavailable and for failures
-// outside of Azure, most of them of the API server. conflictBackoff is for class Conflict. deniedBackoff is for
-// classes whose cause an operator has to correct.
+// outside of Azure, most of them of the API server. conflictBackoff is for class Conflict. deniedBackoff is for the
+// classes for which handleError has no case, such as Denied: most of their causes an operator has to correct.
 var (
 	transientBackoff = retry.Backoff{Initial: 2 * time.Second, Max: time.Minute}
 	conflictBackoff  = retry.Backoff{Initial: pause / 2, Max: time.Minute}

@@ -84,8 +84,9 @@ func usageKey(d cluster.DesiredAssignment) usage.Key {
 	return usage.Key{Machine: d.MachineKey, Identity: d.ResourceID}
 }
 
-// serves reports whether a is an assignment of AAD Pod Identity that the pod still needs: because of a, NMI grants
-// tokens to the pod until MIC's own assignment of the same identity is Assigned.
+// serves reports whether the pod still needs a, an assignment of AAD Pod Identity: because of a, NMI grants tokens to
+// the pod until MIC's own assignment of the same identity is Assigned. If the identity is known not to be attached, the
+// pod does not need a.
 func (r *podReconciler) serves(p *cluster.Pod, d cluster.DesiredState, a *cluster.Assignment) bool {
 	usable := p != nil && a.Node == p.Node && a.Legacy() && !a.Deleting && (a.State == v1.AssignmentAssigned || a.State == v1.AssignmentLegacy)
 	return usable && slices.ContainsFunc(d.Assignments, func(want cluster.DesiredAssignment) bool {
@@ -132,8 +133,9 @@ func (r *podReconciler) ensureAssignment(ctx context.Context, p *cluster.Pod, wa
 }
 
 // release deletes an assignment that its pod no longer needs or that is being deleted already. The last assignment of
-// an identity that MIC attached stays until the identity is detached, unless the node of the assignment is gone or its
-// namespace is being deleted. If the assignment stays, the Tracker requeues the pod when that may change.
+// an identity that MIC attached, or may have attached, stays until the identity is detached, unless the node of the
+// assignment is gone or the namespace of the assignment is being deleted. If the assignment stays, the Tracker requeues
+// the pod when that may change.
 func (r *podReconciler) release(ctx context.Context, a *cluster.Assignment) error {
 	n := r.cluster.Node(a.Node)
 	if n == nil || a.ResourceID == "" || n.MachineKey == "" {

@@ -46,7 +46,7 @@ func (q *queue) run(ctx context.Context) {
 		err = c.Start(ctx)
 	}
 	if err != nil {
-		q.log.Error("the workers of a queue failed; MIC processes no further keys of this queue", zap.String("queue", q.name), zap.Error(err))
+		q.log.Error("the workers of a queue failed; MIC processes no further keys of this queue; restart MIC", zap.String("queue", q.name), zap.Error(err))
 	}
 }
 

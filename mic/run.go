@@ -33,9 +33,9 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	return runElected(ctx, cfg, log, false)
 }
 
-// Uninstall becomes the leader, detaches what MIC attached, except protected identities (see machineReconciler), and
-// removes all assignments and ledgers. It returns nil when no assignment and no ledger is left, and an error if it ends
-// before.
+// Uninstall becomes the leader, detaches what MIC attached, except protected identities (see
+// machineReconciler.protected), and removes all assignments and ledgers. It returns nil when no assignment and no
+// ledger is left, and an error if it ends before.
 func Uninstall(ctx context.Context, cfg Config, log *zap.Logger) error {
 	cfg.DetachDelay = 0
 	return runElected(ctx, cfg, log, true)

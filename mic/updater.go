@@ -83,8 +83,8 @@ func (u *updater) apply(ctx context.Context, m *machine, p usage.Plan) error {
 }
 
 // confirmUnused checks the pods of the machine again before anything is detached: if the Tracker were wrong, a pod
-// would lose its identity. It returns the identities of remove that no pod uses. For each of the others it requeues a
-// pod that uses the identity.
+// would lose its identity. It returns the identities of remove that no pod uses. For each other identity of remove it
+// requeues a pod that uses the identity.
 func (u *updater) confirmUnused(m *machine, remove []string) []string {
 	if len(remove) == 0 {
 		return nil
@@ -107,10 +107,10 @@ func (u *updater) confirmUnused(m *machine, remove []string) []string {
 	})
 }
 
-// applyBisecting updates a machine. If Azure refuses the update and names the refused identities, applyBisecting sets
-// these aside and sends the others. If Azure names none, applyBisecting splits the update in two: additions and
-// removals, or two halves if there are only additions or only removals. If the refused update has one identity,
-// applyBisecting sets it aside.
+// applyBisecting updates a machine. If Azure refuses the update because of some of its identities and names them,
+// applyBisecting sets these identities aside and sends the others. If Azure names none and the update has one identity,
+// applyBisecting sets this identity aside. If Azure names none of several identities, applyBisecting splits the update
+// in two: additions and removals, or two halves if there are only additions or only removals.
 func (u *updater) applyBisecting(ctx context.Context, m *machine, add, remove []string) error {
 	for len(add)+len(remove) > 0 {
 		err := u.patch(ctx, m, add, remove)
@@ -147,8 +147,9 @@ func (u *updater) applyBisecting(ctx context.Context, m *machine, add, remove []
 	return nil
 }
 
-// setAside records that Azure refused an identity. After a delay MIC retries: it attaches the identity in an update
-// that contains only identities set aside, or detaches it in the common update.
+// setAside records that Azure refused to attach or detach an identity. MIC retries after a delay. If the identity must
+// be attached, MIC uses a separate update, which contains only identities that are set aside. If the identity must be
+// detached, MIC does so in the regular update of the machine, together with the other changes.
 func (u *updater) setAside(m *machine, id string, e *azure.Error) {
 	message := explainRefused(m.resource, id, e)
 	retryAfter, times := m.usage.SetAside(azure.Fold(id), message)
@@ -211,8 +212,8 @@ func (u *updater) handleSuccess(ctx context.Context, m *machine, state azure.Sta
 // handleFailure records a failed update. It returns err, or the error with which it failed to write the ledger or to
 // read the machine. If Azure refused the request, Azure changed nothing, and handleFailure writes the ledger as it was
 // before. If an operation began and failed, handleFailure reads the state of the machine and records which identities
-// it has. An update that may still be in progress stays in the ledger, so that the next reconcile first waits for its
-// end.
+// of the update the machine has. An update that may still be in progress stays in the ledger, so that the next
+// reconcile first waits for its end.
 func (u *updater) handleFailure(ctx context.Context, m *machine, op *azure.Operation, before ledger.Entries, err error) error {
 	if op != nil && op.Token() != "" || op == nil && mayHaveBegun(err) {
 		return err

@@ -20,9 +20,9 @@ import (
 var version = "dev"
 
 func main() {
-	// A value below the default of 100 lowers the peak of the heap, because Go collects garbage earlier. That costs
-	// little CPU time: most objects of MIC live long, so there is little garbage. The environment variable GOGC has
-	// precedence.
+	// With a GC percentage below the default of 100 Go collects garbage earlier, which lowers the peak of the heap.
+	// That costs little CPU time: most objects of MIC live long, so there is little garbage. The environment variable
+	// GOGC has precedence.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)
 	}
@@ -55,7 +55,7 @@ there needs them any more. What MIC attached stays attached when MIC stops, and 
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.WithLogger(func(log *zap.Logger) error {
-				log.Info("starting", zap.String("version", version))
+				log.Info("MIC is starting", zap.String("version", version))
 				return mic.Run(cmd.Context(), o.Config(version), log)
 			})
 		},
@@ -92,7 +92,7 @@ and the ledgers. No MIC may run at the same time. The command can be repeated at
 				if err := mic.Uninstall(cmd.Context(), o.Config(version), log); err != nil {
 					return err
 				}
-				log.Info("uninstalled")
+				log.Info("mic uninstall is complete: no AzureAssignedIdentity object and no ledger of MIC is left")
 				if !wait {
 					return nil
 				}

@@ -56,11 +56,11 @@ func TestWaitForSignalIsReadyUntilItIsCancelled(t *testing.T) {
 	}
 	response.Body.Close()
 	if response.StatusCode != http.StatusOK {
-		t.Errorf("readyz is %s", response.Status)
+		t.Errorf("/readyz responds %s", response.Status)
 	}
 	taken := waitForSignal(ctx, port)
-	if taken == nil || !strings.Contains(taken.Error(), "everything is removed") {
-		t.Errorf("on a port that is taken: %v", taken)
+	if taken == nil || !strings.Contains(taken.Error(), "mic uninstall is complete") {
+		t.Errorf("waitForSignal on a port that is in use: %v", taken)
 	}
 	end()
 	if err := <-ended; err != nil {

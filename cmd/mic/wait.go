@@ -14,7 +14,7 @@ import (
 func waitForSignal(ctx context.Context, port int) error {
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", fmt.Sprintf(":%d", port))
 	if err != nil {
-		return fmt.Errorf("everything is removed, but listening for readiness probes on the port of --http-probe-port failed: %w", err)
+		return fmt.Errorf("mic uninstall is complete, but MIC cannot listen for readiness probes; give a free port with --http-probe-port: %w", err)
 	}
 	return serveReadiness(ctx, listener)
 }

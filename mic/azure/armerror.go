@@ -84,7 +84,7 @@ func (c cleaner) failure(operation string, requested map[string]bool, err error)
 }
 
 // classify returns the class for a status and code. A response with an unknown code that names an identity of the
-// request is a BadIdentity, unless its status means throttling, a conflict, an invalid token or a failure of Azure.
+// request is a BadIdentity, unless the status alone means Throttled, Conflict, Unavailable or an invalid token.
 func classify(status int, code, operationStatus string, named bool) Class {
 	code = strings.ToLower(code)
 	switch {
@@ -113,8 +113,8 @@ func classify(status int, code, operationStatus string, named bool) Class {
 }
 
 // classifyOperation classifies an update that failed while it was running. code is in lower case. A failure with an
-// unknown code counts as a failure of Azure, unless the update was canceled or the response names one of its
-// identities.
+// unknown code counts as a failure of Azure, unless the update was canceled or the response names an identity of the
+// update.
 func classifyOperation(code, status string, named bool) Class {
 	class, known := operationCodes[code]
 	switch {

@@ -115,7 +115,7 @@ func TestARefusedUpdateIsClassified(t *testing.T) {
 				t.Error(diff)
 			}
 			if len(arm.requests()) != 1 {
-				t.Errorf("sent %d times", len(arm.requests()))
+				t.Errorf("the update was sent %d times, want once", len(arm.requests()))
 			}
 			if line := got.Error(); strings.ContainsAny(line, "\n\t") || strings.Contains(line, bearer) {
 				t.Errorf("the message is %q", line)
@@ -145,7 +145,7 @@ func TestAnErrorIsOneLineOfBoundedLength(t *testing.T) {
 		t.Errorf("%d identities are reported of 150", len(failed.Identities))
 	}
 	if len(err.Error()) > 1500 {
-		t.Errorf("%d bytes", len(err.Error()))
+		t.Errorf("the text of the error has %d bytes", len(err.Error()))
 	}
 }
 
@@ -164,7 +164,7 @@ func TestAnErrorContainsAllThatIsKnown(t *testing.T) {
 			t.Errorf("got %q, want %q", got, c.want)
 		}
 		if !errors.Is(&c.in, c.in.Err) && c.in.Err != nil {
-			t.Errorf("%v is not found within", c.in.Err)
+			t.Errorf("errors.Is does not find %v in the Error", c.in.Err)
 		}
 	}
 }
@@ -187,11 +187,11 @@ func FuzzARMError(f *testing.F) {
 		}
 		for _, named := range parsed.named(nil) {
 			if named != strings.ToLower(named) || strings.Count(named, "/") != 8 {
-				t.Errorf("%q is no ID", named)
+				t.Errorf("%q is not the ID of an identity in lower case", named)
 			}
 		}
 		if class := classify(status, parsed.code, parsed.status, false); class == "" {
-			t.Error("it has no class")
+			t.Error("classify returned no class")
 		}
 		e := &Error{Message: cleaner{}.clean(parsed.message, maxMessage), Code: cleaner{}.clean(parsed.code, maxCode)}
 		if line := e.Error(); len(line) > 2000 || strings.Contains(line, "\n") {

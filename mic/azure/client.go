@@ -211,7 +211,7 @@ func (c *Client) subscription(r Resource) (*subscription, error) {
 // Throttled. Its error is an *Error. requested is for [cleaner.failure].
 func (c *Client) call(ctx context.Context, operation string, s *subscription, requested map[string]bool, send func(context.Context) error) error {
 	if wait := s.retryAfter.Remaining(); wait > 0 {
-		return &Error{Class: Throttled, Operation: operation, RetryAfter: wait, Message: "Azure throttles the subscription; MIC sends it no request before Retry-After has passed"}
+		return &Error{Class: Throttled, Operation: operation, RetryAfter: wait, Message: "Azure throttles the subscription of this machine; MIC sends no request about this subscription until the time of Retry-After has passed"}
 	}
 	start := time.Now()
 	err := c.tokens.ready(ctx)
@@ -236,7 +236,8 @@ func (c *Client) call(ctx context.Context, operation string, s *subscription, re
 	return nil
 }
 
-// failed classifies a failure. If no response came because ctx ended or the request timed out, its message says which.
+// failed classifies a failure. If no response came because ctx ended or the request timed out, the message of the Error
+// says which of the two happened.
 func (c *Client) failed(ctx context.Context, operation string, requested map[string]bool, err error) *Error {
 	failed := c.failure(operation, requested, err)
 	var own *Error

@@ -177,7 +177,7 @@ func TestAHangingMachineDoesNotDelayOthers(t *testing.T) {
 		for range 10 {
 			wg.Go(func() {
 				if _, err := c.Get(t.Context(), vmss); err == nil {
-					t.Error("there was a response")
+					t.Error("Get of a hanging machine returned no error")
 				}
 			})
 		}
@@ -188,7 +188,7 @@ func TestAHangingMachineDoesNotDelayOthers(t *testing.T) {
 		}
 		wg.Wait()
 		if took := time.Since(start); took != 30*time.Second {
-			t.Errorf("gave up after %s", took)
+			t.Errorf("Get of a hanging machine ended after %s, want 30s", took)
 		}
 	})
 }
@@ -306,7 +306,7 @@ func TestAResponseBeforeTheRequestIsReadDoesNotRace(t *testing.T) {
 	}
 	for range 5 {
 		if _, err := c.Begin(t.Context(), vm, State{}, names, nil); err == nil {
-			t.Error("it was taken")
+			t.Error("Begin returned no error for a response with status 503")
 		}
 	}
 }

@@ -139,7 +139,7 @@ func TestAConfigurationThatCannotBeReadSaysWhichFileAndWhatToDo(t *testing.T) {
 			}
 			_, err := LoadConfig(path, env(c.env...))
 			if err == nil {
-				t.Fatal("it was read")
+				t.Fatal("LoadConfig returned no error")
 			}
 			contains := c.contains
 			if len(c.env) == 0 && !strings.Contains(c.content, "STACK") {
@@ -156,7 +156,7 @@ func TestAConfigurationThatCannotBeReadSaysWhichFileAndWhatToDo(t *testing.T) {
 		})
 	}
 	if _, err := LoadConfig(dir, env()); err == nil || !strings.Contains(err.Error(), dir) {
-		t.Errorf("a folder: %v", err)
+		t.Errorf("a folder instead of a file: %v", err)
 	}
 	if _, err := LoadConfig(dir+"/none", env()); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("got %v", err)

@@ -90,7 +90,7 @@ func (own *ownCredential) servicePrincipal(c Config, options policy.ClientOption
 	own.subject = fmt.Sprintf("service principal %s of tenant %s", text.OneLine(c.ClientID, maxID), text.OneLine(c.TenantID, maxID))
 	own.advice = "correct tenantId, aadClientId and aadClientSecret (TENANT_ID, CLIENT_ID, CLIENT_SECRET) in " + c.source()
 	credential, err := azidentity.NewClientSecretCredential(c.TenantID, c.ClientID, string(c.ClientSecret), &azidentity.ClientSecretCredentialOptions{
-		// The authority is that of a known cloud, or the operator configured it. Instance discovery need not check it.
+		// Instance discovery need not check the authority: it is that of a known cloud, or the operator configured it.
 		ClientOptions: options, DisableInstanceDiscovery: true,
 	})
 	own.TokenCredential = credential
@@ -106,7 +106,7 @@ func (own *ownCredential) workloadIdentity(c Config, options policy.ClientOption
 	}
 	own.subject = fmt.Sprintf("workload identity %s of tenant %s", text.OneLine(c.ClientID, maxID), text.OneLine(c.TenantID, maxID))
 	own.advice = "check that it has a federated credential for MIC's ServiceAccount"
-	// The kubelet rotates the token in the file, so the file is read each time.
+	// The kubelet rotates the token in the file, so each token request reads the file.
 	assertion := func(ctx context.Context) (string, error) {
 		text, err := readFile(c.FederatedTokenFile)
 		if seen, _ := ctx.Value(lastResponseKey{}).(*lastResponse); seen != nil && err != nil {
@@ -132,7 +132,7 @@ func (own *ownCredential) creationError(err error) error {
 
 func needsAuthority(where cloud.Configuration) error {
 	if where.ActiveDirectoryAuthorityHost == "" {
-		return fmt.Errorf("a client secret or workload identity needs the address of Entra ID, which this cloud does not have; add activeDirectoryEndpoint to the file that %s names, or use a managed identity", environmentFile)
+		return fmt.Errorf("MIC needs the address of Entra ID to sign in with a client secret or as a workload identity, but the file that %s names contains no activeDirectoryEndpoint; add it, or use a managed identity", environmentFile)
 	}
 	return nil
 }
@@ -144,8 +144,8 @@ func (u unreadableAssertionError) Error() string {
 	return u.err.Error() + "; check that the webhook of workload identity added the volume with this file to MIC's pod"
 }
 
-// failure classifies a failure to get a token by the last response, w. It does not keep the SDK's errors, which quote
-// responses in full.
+// failure classifies a failure to get a token by w, the last response. If w has a response, failure does not use the
+// error of the SDK, which may quote the response in full.
 func (own *ownCredential) failure(w *lastResponse, err error) *Error {
 	var unreadable unreadableAssertionError
 	switch {
@@ -185,8 +185,8 @@ func (own *ownCredential) failure(w *lastResponse, err error) *Error {
 	return own.tokenError(Denied, message+"; "+own.advice)
 }
 
-// givenCredentialFailure classifies a failure for which no response was recorded. This is usually that of a credential
-// from Options, whose requests do not pass through this package.
+// givenCredentialFailure classifies a failure for which no response was recorded. Usually it is a failure of
+// Options.Credential, whose requests do not pass through this package.
 func (own *ownCredential) givenCredentialFailure(err error) *Error {
 	var responseErr *azidentity.AuthenticationFailedError
 	if errors.As(err, &responseErr) && responseErr.RawResponse != nil {

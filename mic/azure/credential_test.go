@@ -105,7 +105,7 @@ func TestMICAuthenticatesAsConfigured(t *testing.T) {
 				t.Fatal(err)
 			}
 			if len(azure.requests()) != 0 {
-				t.Error("it requests a token before one is needed")
+				t.Error("New requests a token before one is needed")
 			}
 			if _, err := client.Get(t.Context(), vm); err != nil {
 				t.Fatal(err)
@@ -166,7 +166,7 @@ func TestAConfigurationWithoutACredentialSaysWhatToDo(t *testing.T) {
 		})
 	}
 	if _, err := New(Config{}, Options{Credential: credential(hasToken)}); err != nil {
-		t.Errorf("with a credential that is given: %v", err)
+		t.Errorf("with Options.Credential: %v", err)
 	}
 }
 

@@ -40,8 +40,8 @@ const (
 type Error struct {
 	Class     Class
 	Operation string // such as "vmss_update"
-	// Status and Code of the response; zero if there was none. If a running update failed, Status is that of the poll
-	// response that reports it: 200.
+	// Status and Code are those of the response; zero if there was none. If a running update failed, Status is that of
+	// the poll response that reports the failure, usually 200.
 	Status int
 	Code   string
 	// Message is the error message of Azure, or a message of this package.
@@ -49,7 +49,7 @@ type Error struct {
 	CorrelationID string // identifies the call in Azure's logs; may be empty
 	// Identities are the refused identities, folded. Empty if Azure named none.
 	Identities []string
-	// RetryAfter is the time to wait before the next request; 0 if ARM did not specify it.
+	// RetryAfter is the time to wait before the next request. 0 means unknown; with class Throttled it is never 0.
 	RetryAfter time.Duration
 	Err        error
 }
@@ -80,8 +80,8 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// NonRetriable keeps the Azure SDK from retrying. An *Error inside its pipeline is a failure to get a token, and the
-// token request has its own retries.
+// NonRetriable keeps the Azure SDK from retrying. An *Error inside the pipeline of the SDK is a failure to get a token,
+// and the token request has its own retries.
 func (e *Error) NonRetriable() {}
 
 // Maximum sizes of texts from outside, in bytes. A message of ARM about a missing permission has about 600 bytes, with

@@ -166,7 +166,7 @@ func TestAnotherClientResumesAnUpdate(t *testing.T) {
 			arm := replies(inProgress(), succeeded, replying(200, describe(r, "Succeeded", "SystemAssigned, UserAssigned", "a")))
 			next, err := newClient(t, arm).Resume(t.Context(), r, token)
 			if err != nil || next.Token() != token || len(arm.requests()) != 0 {
-				t.Fatalf("taken up with %d requests, token %q: %v", len(arm.requests()), next.Token(), err)
+				t.Fatalf("resumed with %d requests, token %q: %v", len(arm.requests()), next.Token(), err)
 			}
 			state, err := next.Wait(t.Context())
 			if err != nil || !state.SystemAssigned || len(state.Identities) != 1 || next.Token() != "" {
@@ -281,7 +281,7 @@ func TestWaitTimesOut(t *testing.T) {
 					t.Errorf("took %s, want %s", took, c.after)
 				}
 				if o.Token() != token || token == "" {
-					t.Error("it cannot be resumed")
+					t.Error("the operation no longer has its resume token")
 				}
 			})
 		})

@@ -14,7 +14,7 @@ import (
 // MaxIdentities is the maximum number of identities in one update, additions and removals together.
 const MaxIdentities = 150
 
-// patch is the content of an update. ARM merges it: identities that it does not name stay.
+// patch is the content of an update. ARM merges a patch into the machine: identities that the patch does not name stay.
 type patch struct {
 	identityType armcompute.ResourceIdentityType
 	// identities are added with a value and removed with nil.

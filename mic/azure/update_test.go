@@ -97,7 +97,7 @@ func TestAnInvalidUpdateIsNotSent(t *testing.T) {
 	}
 	arm := replies(replying(200, describe(vm, "Succeeded", "None")))
 	if _, err := newClient(t, arm).Begin(t.Context(), vm, having(false, names[1:]...), many[1:], mapped(names[1:], id)); err != nil || len(arm.requests()) != 1 {
-		t.Errorf("as many as ARM takes: %v", err)
+		t.Errorf("an update with MaxIdentities identities: %v", err)
 	}
 }
 

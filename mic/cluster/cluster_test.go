@@ -190,7 +190,7 @@ func TestAPodDesiresWhatItsBindingsAndItsNodeSay(t *testing.T) {
 			}
 			c.options.Drain = true
 			if d := c.Desired(c.Pod("ns/web")); len(d.Assignments) > 0 {
-				t.Errorf("when everything is removed: %+v", d)
+				t.Errorf("with Drain the pod desires %+v", d)
 			}
 		})
 	}
@@ -329,7 +329,7 @@ func TestAWrittenStatusIsReturnedBeforeTheWatchDeliversIt(t *testing.T) {
 	}
 	missing := trimAssignment(assignmentObject("b", "1", ""))
 	if err := w.SetState(t.Context(), missing, v1.AssignmentAssigned, "text"); err != nil {
-		t.Errorf("of a deleted assignment: %v", err)
+		t.Errorf("writing the state of a deleted assignment: %v", err)
 	}
 }
 
@@ -360,7 +360,7 @@ func TestADeletedAssignmentLosesItsFinalizerAndIsNotReturnedAgain(t *testing.T) 
 		c, w := newTestCluster(t, s)
 		fill(t, c, object)
 		if err := w.Delete(t.Context(), c.AssignmentsOf("ns/web")[0], false); (err != nil) != fails {
-			t.Errorf("fails %t: %v", fails, err)
+			t.Errorf("deleting an assignment: want an error: %t, got %v", fails, err)
 		}
 	}
 }
@@ -391,7 +391,7 @@ func TestLookupsReturnWhatTheCachesHave(t *testing.T) {
 func TestAWatchIsBehindUntilItHasCaughtUp(t *testing.T) {
 	var s watchState
 	if s.Behind() {
-		t.Error("before any watch")
+		t.Error("behind before any watch")
 	}
 	s.markDisconnected("pods")
 	s.markConnected("nodes", time.Hour) // was not disconnected

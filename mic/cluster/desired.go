@@ -43,7 +43,7 @@ func (c *Cluster) Desired(p *Pod) DesiredState {
 	}
 	n := c.Node(p.Node)
 	if n == nil {
-		return d // the node was deleted, or the watch has not delivered it yet: its event then requeues the pod
+		return d // the node was deleted, or the event that adds it has yet to come and then requeues the pod
 	}
 	facts, identities, bindings := c.facts(p)
 	subject := identity.Pod{Namespace: p.Namespace, Name: p.Name, Labels: map[string]string{v1.BindingLabel: p.Selector}}

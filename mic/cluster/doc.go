@@ -6,10 +6,10 @@
 // a binding could select. Objects in the caches are shared and must not be changed.
 //
 // An own write is a write that this process sent to the API server. The reconcile of a pod must see its own last
-// writes. Otherwise it sends the same create again, or writes an old status. [Cluster.AssignmentsOf] therefore
-// returns the object from the response to an own write until the watch delivers it, for at most WriteTTL. Package
-// k8s.io/apimachinery/pkg/util/resourceversion compares the resourceVersions. These libraries could also return own
-// writes, but MIC does not use them:
+// writes. Otherwise it sends the same create again, or writes an old status. [Cluster.AssignmentsOf] therefore returns
+// the object from the response to an own write until the watch delivers it, for at most WriteTTL. Package
+// k8s.io/apimachinery/pkg/util/resourceversion compares the resourceVersions. client-go and controller-runtime could
+// also return own writes, but MIC uses neither for this:
 //
 //   - cache.MutationCache of client-go keeps a bounded number of writes and drops the oldest, so that in a burst of
 //     pods the guarantee is lost; with a bound above any burst, each lookup by index would go over all pending writes

@@ -14,8 +14,8 @@ import (
 // for example if the object was deleted while the watch was disconnected.
 const WriteTTL = 30 * time.Second
 
-// ownWrites are the AzureAssignedIdentity objects as the API server returned them to writes of this process, until the
-// watch delivers the same version or a newer one. With them each reconcile of a pod sees its own last writes.
+// ownWrites has the AzureAssignedIdentity objects from the responses to writes of this process. It keeps each object
+// until the watch delivers the same version or a newer one, so that each reconcile of a pod sees its own last writes.
 type ownWrites struct {
 	mu      sync.Mutex
 	byPod   map[string][]*ownWrite
@@ -31,7 +31,7 @@ type deletedAssignment struct {
 	at                   time.Time
 }
 
-// ownWrite is an assignment as the API server returned it to a write.
+// ownWrite is an assignment from the response to a write.
 type ownWrite struct {
 	*Assignment
 	expires time.Time

@@ -66,7 +66,7 @@ func (s *watchState) trackWatch(name string, lw *cache.ListWatch) {
 		case err != nil:
 			s.markDisconnected(name)
 		case o.SendInitialEvents != nil && *o.SendInitialEvents:
-			s.markDisconnected(name) // not done yet if the previous watch ended without an error
+			s.markDisconnected(name) // the watch is not marked yet if the previous one ended without an error
 			s.markConnected(name, relistTime)
 		default:
 			s.markConnected(name, CatchUpTime)

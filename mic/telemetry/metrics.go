@@ -21,7 +21,8 @@ const (
 	UpdateState  Operation = "update_azure_assigned_identity_status"
 )
 
-// WatchOperation is the operation of a failed watch in the metric of failed requests.
+// WatchOperation is the value of the label operation_type with which the metric of failed requests counts failed
+// watches.
 const WatchOperation = "watch"
 
 var (

@@ -215,6 +215,6 @@ func TestEachMetricIsDefinedAndCounts(t *testing.T) {
 		t.Errorf("not defined: %v", want)
 	}
 	if _, err := NewMetrics(r, nil); err == nil {
-		t.Error("registered twice")
+		t.Error("NewMetrics registered the metrics twice without an error")
 	}
 }

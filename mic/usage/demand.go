@@ -7,8 +7,8 @@ import (
 	"github.com/podidentity/podidentity/mic/azure"
 )
 
-// SetDemands replaces the demands of a pod. It requeues a machine if a new demand is for an identity that is not known
-// to be attached to it, and if an identity on it has lost its last pod.
+// SetDemands replaces the demands of a pod. It requeues a machine in two cases: a new demand is for an identity that is
+// not known to be attached to the machine, or an identity on the machine has lost its last pod.
 func (t *Tracker) SetDemands(pod string, demands []Demand) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -38,7 +38,8 @@ func (t *Tracker) addUser(pod string, d Demand) {
 	u.users[pod] = struct{}{}
 	if !u.unusedSince.IsZero() {
 		u.unusedSince = time.Time{}
-		t.requeueWaiters(u) // a pod may wait with the deletion of its assignment, which is not the last one any more
+		// Another pod may wait because its assignment was the last one of the identity; see MayRelease.
+		t.requeueWaiters(u)
 	}
 	if !m.known || !m.has(d.Identity) {
 		m.lastDemand = time.Now()

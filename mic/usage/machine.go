@@ -24,8 +24,8 @@ type Machine struct {
 	inLedger   map[string]bool // folded IDs; nil until the ledger is loaded
 	problem    string          // why MIC cannot read or update the machine; for messages
 	retryAfter time.Time       // no reconcile before this time
-	// firstDemand and lastDemand are the times of the first and the last demand since the last ResetGather for an identity
-	// that was not known to be attached; zero if there is none.
+	// firstDemand and lastDemand are the times of the first and the last demand for an identity that was not known to
+	// be attached. Only demands since the last ResetGather count; zero if there is none.
 	firstDemand, lastDemand time.Time
 }
 
@@ -96,9 +96,9 @@ func (m *Machine) MarkUnknown() {
 	m.known = false
 }
 
-// Observe records what is attached, and requeues the pods that the change affects. updating says that Azure is updating
-// the machine: an identity that was not attached before may not be usable yet. Observe then does not record such an
-// identity as attached. If it is not known what was attached before, Observe records all of now.
+// Observe records now, the attached identities by folded ID, and requeues the pods that the change affects. updating
+// says that Azure is updating the machine. An identity that was not attached before may then not be usable yet, so
+// Observe does not record it as attached. If it is not known what was attached before, Observe records all identities.
 func (m *Machine) Observe(now map[string]azure.Identity, updating bool) {
 	defer m.lock()()
 	requeueAll := !m.known || m.problem != ""

@@ -85,7 +85,7 @@ func TestTheLastAssignmentOfAnIdentityStaysUntilMICHasDetachedIt(t *testing.T) {
 		t.Errorf("the detachment requeued %v", got)
 	}
 	if !tr.MayRelease("ns/b", w.Key) || !tr.Absent(w.Key) {
-		t.Error("it was detached, and its assignment may not be released")
+		t.Error("the identity was detached, and its assignment may not be released")
 	}
 }
 
@@ -95,11 +95,11 @@ func TestAnIdentityThatMICDidNotAttachDoesNotDelayTheRelease(t *testing.T) {
 	tr.SetDemands("ns/a", []Demand{w})
 	tr.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}}, false)
 	if tr.SetDemands("ns/a", nil); tr.MayRelease("ns/a", w.Key) {
-		t.Error("it may be released before the ledger is read")
+		t.Error("the assignment may be released before the ledger is read")
 	}
 	tr.Machine(vmss.Key()).SetLedger(nil)
 	if !tr.MayRelease("ns/a", w.Key) {
-		t.Error("it may not be released")
+		t.Error("the assignment may not be released, although MIC did not attach its identity")
 	}
 }
 
@@ -163,6 +163,6 @@ func TestARefusedIdentityIsRetriedWithGrowingDelaysAndReportedToItsPods(t *testi
 	}
 	tr.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}}, false)
 	if tr.SetAsideCount() != 0 {
-		t.Error("it is attached, and still set aside")
+		t.Error("the identity is attached, and still set aside")
 	}
 }

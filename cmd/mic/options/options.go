@@ -18,8 +18,8 @@ import (
 	"github.com/podidentity/podidentity/mic"
 )
 
-// Options are the values of the flags. Most flags that AAD Pod Identity has too keep its name. For the few that have a
-// new name, AddFlags also defines the old name, as a deprecated flag.
+// Options are the values of the flags. Most flags that AAD Pod Identity also has keep their names. For the few that
+// have a new name, AddFlags also defines the old name, as a deprecated flag.
 type Options struct {
 	cfg       mic.Config
 	logLevel  string
@@ -32,8 +32,8 @@ func New() *Options {
 	o.cfg.Namespace = os.Getenv("MIC_POD_NAMESPACE")
 	o.cfg.Kubeconfig = os.Getenv("KUBECONFIG")
 	o.cfg.ForceNamespaced, _ = strconv.ParseBool(os.Getenv("FORCENAMESPACED"))
-	// By default the host name in a pod is the name of the pod. If it is unknown, and --leader-election-instance is not
-	// given, Validate returns an error.
+	// By default the host name in a pod is the name of the pod. If the host name is unknown, and
+	// --leader-election-instance is not given, mic.Config.Validate returns an error.
 	o.cfg.LeaderElection.Instance, _ = os.Hostname()
 	return o
 }
@@ -66,7 +66,8 @@ func (o *Options) AddFlags(f *pflag.FlagSet) {
 	o.addDeprecated(f)
 }
 
-// addDeprecated adds the flags of AAD Pod Identity that have another name here, or none, so that its manifests still work.
+// addDeprecated adds the flags of AAD Pod Identity that have another name in MIC, or that MIC does not need. Manifests
+// of AAD Pod Identity therefore still work.
 func (o *Options) addDeprecated(f *pflag.FlagSet) {
 	c := &o.cfg
 	f.BoolVar(&c.ForceNamespaced, "forceNamespaced", c.ForceNamespaced, "")
