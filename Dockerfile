@@ -5,9 +5,9 @@
 #
 # The builder compiles and fetches packages on its own architecture, so nothing is emulated.
 #
-# The versions of base images stand here, and here alone. Both must be of one Debian release. Those of Go modules and of
-# tools written in Go stand in go.mod, e2e/go.mod and tools/go.mod, and those of the client libraries for Node.js in
-# e2e/clients/*/package.json.
+# The versions of base images stand here, and here alone. Both images must be of one Debian release. The versions of Go
+# modules and of tools written in Go stand in go.mod, e2e/go.mod and tools/go.mod, and the versions of the client
+# libraries for Node.js in e2e/clients/*/package.json.
 ARG GO_IMAGE=golang:1.26-bookworm
 ARG DEBIAN_IMAGE=debian:bookworm-slim
 
@@ -29,7 +29,7 @@ ARG VERSION=dev
 RUN CGO_ENABLED=0 GOOS=linux GOARCH=$TARGETARCH \
     go build -trimpath -ldflags "-s -w -X main.version=$VERSION" -o /out/mic ./cmd/mic
 
-# iptables needs shared libraries and extensions. The script lists them with the reasons.
+# iptables needs shared libraries and extensions. deploy/image/rootfs.sh lists them with the reasons.
 FROM --platform=$BUILDPLATFORM $DEBIAN_IMAGE AS rootfs
 ARG TARGETARCH
 COPY deploy/image/rootfs.sh /usr/local/bin/rootfs.sh
@@ -52,6 +52,7 @@ FROM scratch AS nmi
 COPY --from=rootfs /rootfs /
 COPY --from=build-nmi /out/nmi /usr/bin/nmi
 ENV PATH=/usr/sbin:/usr/bin
-# Only root can use capabilities. The DaemonSet says which ones NMI keeps.
+# NMI needs capabilities, and in Kubernetes only a container that runs as root gets those that its securityContext adds.
+# The DaemonSet says which capabilities NMI keeps.
 USER 0:0
 ENTRYPOINT ["/usr/bin/nmi"]

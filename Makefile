@@ -106,9 +106,9 @@ e2e-managed: bin/cluster # NMI without MIC
 e2e-standard: bin/cluster # NMI and MIC
 	$(GOTEST) e2e -timeout 40m ./standard
 
-# The steps with a cluster run one after the other: on two cores two clusters at the same time take longer, because the load
-# tests of one delay the pods of the other. The steps without a cluster run beside them. `make -j2` runs both groups: a
-# background job of the shell would continue after an interrupt.
+# The steps with a cluster run one after the other: on two cores two clusters at the same time take longer, because the
+# load tests of one delay the pods of the other. The steps without a cluster run beside them. `make -j2` runs both
+# groups: a background job of the shell would continue after an interrupt.
 WITH_CLUSTER := e2e-standard e2e-managed e2e-cluster
 WITHOUT_CLUSTER := lint verify-generated arm64 values chart race random
 steps = (for step in $(1); do sh .ci/step.sh $$step $(MAKE) --no-print-directory $$step || exit 1; done)

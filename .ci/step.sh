@@ -1,7 +1,7 @@
 #!/bin/sh
 # step.sh NAME COMMAND...  runs one step of `make test`: prints NAME before each line of its output and records its time
 # step.sh --start          forgets the steps of the previous run
-# step.sh --table          prints the recorded steps, then the last lines of a failed one
+# step.sh --table          prints the recorded steps, then the last lines of the output of each step that did not pass
 #
 # The records are in $STEP_RECORDS (default bin/steps), one file for each step: start, seconds, CPU seconds, result,
 # name. The CPU seconds include all programs that the step started and waited for.

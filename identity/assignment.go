@@ -6,7 +6,7 @@ import "fmt"
 type State string
 
 const (
-	StateLegacy     State = "" // not set, see Usable
+	StateLegacy     State = "" // the object has no state; see Usable
 	StateCreated    State = "Created"
 	StateAssigned   State = "Assigned"
 	StateUnassigned State = "Unassigned"
@@ -46,8 +46,8 @@ func (a Assignment) Usable() bool {
 	return a.State == StateAssigned || a.State == StateLegacy && a.PodUID == ""
 }
 
-// Assigned returns nil if one of the assignments allows the pod to use the identity. Otherwise it returns a decision with
-// the outcome Pending.
+// Assigned returns nil if one of the assignments allows the pod to use the identity. Otherwise it returns a decision
+// with the outcome Pending.
 func Assigned(pod Pod, i *Identity, assignments []Assignment) *Decision {
 	created, message := false, ""
 	for _, a := range assignments {

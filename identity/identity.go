@@ -5,9 +5,9 @@
 // everywhere, and the result has a [Reason] that is spelled the same in the HTTP error, the log and the metrics.
 //
 // It protects against a pod that gets an identity that is not bound to it. It never guesses. In a doubtful case it
-// refuses the request and names the objects involved. A case is doubtful if several different identities are bound and
-// the request names none of them, if no bound identity exists, or if the identity is invalid. Text that the client
-// chooses can only narrow the set of identities that the cluster's objects allow.
+// refuses the request and names the objects involved. For example, a case is doubtful if several different identities
+// are bound and the request names none of them, if no bound identity exists, or if the identity is invalid. Text that
+// the client chooses can only narrow the set of identities that the cluster's objects allow.
 //
 // The package also has the list of all reason codes of NMI, with the cause and the remedy of each for the documents.
 package identity
@@ -207,7 +207,7 @@ func Usable(rules Rules, i Identity) *Decision {
 	return nil
 }
 
-// IsExcepted reports whether an exception among the facts exempts the pod.
+// IsExcepted reports whether an exception among the facts matches the pod.
 func IsExcepted(pod Pod, facts Facts) bool { return excepted(pod, facts.Exceptions) }
 
 func refuse(r Reason, format string, args ...any) Decision {
@@ -286,7 +286,7 @@ func where(rules Rules, pod Pod) string {
 }
 
 // choose returns the identity of bound that want names, or the only one if want names none; otherwise it returns the
-// refusal. It accepts several objects only if they have the same credential.
+// refusal. If several objects match, they count as one identity only if all have the same credential.
 func choose(pod Pod, want Selector, bound []Identity) (*Identity, *Decision) {
 	candidates := bound
 	if !want.IsZero() {

@@ -1,7 +1,7 @@
 package identity
 
-// Reason is the reason code of a result. It is spelled the same in the error response, in the log, in the metrics and in
-// explanations. The set is closed, so a reason can be a metric label.
+// Reason is the reason code of a result. It is spelled the same in the error response, in the log, in the metrics and
+// in explanations. The set is closed, so a reason can be a metric label.
 type Reason string
 
 // Reasons of the decision.

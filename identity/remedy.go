@@ -16,9 +16,9 @@ type Explanation struct {
 	Command string
 }
 
-// Explanations has one entry for each reason. Reasons that are not errors are first. The errors follow in groups, in
-// the order in which NMI processes a request: the request itself, the pod that sent it, the decision, the credential,
-// the source of the token. The documentation is generated from the list.
+// Explanations returns one entry for each reason. Reasons that are not errors are first. The errors follow in groups,
+// in the order in which NMI processes a request: the request itself, the pod that sent it, the decision, the
+// credential, the source of the token. The documentation is generated from the entries.
 func Explanations() []Explanation { return slices.Clone(explanations) }
 
 // URL is the address of the reason's section in the documentation.

@@ -57,8 +57,8 @@ func (i Identity) entraProblem() string {
 	return ""
 }
 
-// isTenant reports whether s is a GUID or a domain name: letters, digits, dots and hyphens. "common", "organizations" and
-// "consumers" are no tenants and have no service principals.
+// isTenant reports whether s is a GUID or a domain name: letters, digits, dots and hyphens. "common", "organizations"
+// and "consumers" are no tenants and have no service principals.
 func isTenant(s string) bool {
 	if s == "" || len(s) > 253 || strings.EqualFold(s, "common") || strings.EqualFold(s, "organizations") || strings.EqualFold(s, "consumers") {
 		return false

@@ -130,7 +130,7 @@ func TestDetectionOnAFreshNodeChoosesNFTAndCreatesNoLegacyTables(t *testing.T) {
 			}
 		}
 		if names := legacyTableNames(t); names != "" {
-			t.Errorf("legacy tables came into being: %s", names)
+			t.Errorf("NMI created legacy tables: %s", names)
 		}
 	})
 }
@@ -188,7 +188,7 @@ func TestUninstallCleansBothBackends(t *testing.T) {
 		if err := nft.Install(context.Background()); err != nil {
 			t.Fatal(err)
 		}
-		// The state after an interrupted change of the back end.
+		// Now both back ends have rules of NMI, as after an interrupted change of the back end.
 		legacy, err := New(testConfig(BackendLegacy))
 		if err != nil {
 			t.Fatal(err)
@@ -288,7 +288,7 @@ func TestWithoutACapabilityNewSaysWhatToAddAndChangesNothing(t *testing.T) {
 		run(t, "iptables-legacy", "-t", "mangle", "-N", "KUBE-KUBELET-CANARY")
 		withoutCapability(t, unix.CAP_NET_RAW, func() {
 			if _, err := New(testConfig(BackendAuto)); !errors.Is(err, ErrMissingCapability) {
-				t.Errorf("legacy tables cannot be read, yet: %v", err)
+				t.Errorf("legacy tables exist and cannot be read without NET_RAW, but New returned %v", err)
 			}
 			if _, err := New(testConfig(BackendNFT)); err != nil {
 				t.Errorf("with nft configured: %v", err)

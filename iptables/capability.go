@@ -21,8 +21,8 @@ func has(capabilities uint64, capability int) bool {
 	return capabilities&(1<<uint(capability)) != 0
 }
 
-// requireAdmin returns an error that says what to do if CAP_NET_ADMIN is missing. New calls it, so that a node server
-// without the capability stops before the first change and not in the middle of an installation.
+// requireAdmin returns an error if CAP_NET_ADMIN is missing. The error says what to do. New calls requireAdmin, so that
+// NMI without the capability stops before the first change and not in the middle of an installation.
 func requireAdmin(capabilities uint64) error {
 	if has(capabilities, unix.CAP_NET_ADMIN) {
 		return nil
@@ -30,8 +30,8 @@ func requireAdmin(capabilities uint64) error {
 	return fmt.Errorf("%w: changing netfilter rules requires CAP_NET_ADMIN; add NET_ADMIN to securityContext.capabilities.add of the container and run it as root", ErrMissingCapability)
 }
 
-// requireRaw returns an error that says what to do if CAP_NET_RAW is missing. The legacy back end reads and writes
-// rules through a raw socket, which requires this capability.
+// requireRaw returns an error if CAP_NET_RAW is missing. The error says what to do. The legacy back end reads and
+// writes rules through a raw socket, which requires this capability.
 func requireRaw(capabilities uint64) error {
 	if has(capabilities, unix.CAP_NET_RAW) {
 		return nil

@@ -17,7 +17,7 @@ import (
 type Config struct {
 	MetadataIP   netip.Addr     // The address that pods send requests to: 169.254.169.254.
 	MetadataPort uint16         // The port that pods send requests to: 80.
-	Listen       netip.AddrPort // The node server's address, on the link that this package creates.
+	Listen       netip.AddrPort // The address and port of NMI, on the link that this package creates.
 	Backend      Backend        // Empty means auto.
 	Logger       *zap.Logger    // May be nil.
 }
@@ -52,7 +52,7 @@ type Capture struct {
 	flows    flows
 	log      *zap.Logger
 
-	// mu is held by the running method. lock is the lock between processes; nil means none.
+	// mu is held by the running method. lock acquires the lock between processes; tests may leave it nil.
 	mu   sync.Mutex
 	lock func(context.Context, *zap.Logger, time.Duration) (done func(), err error)
 }
@@ -146,7 +146,8 @@ func New(cfg Config) (*Capture, error) {
 // Backend returns the back end in use, never auto.
 func (c *Capture) Backend() Backend { return c.backend }
 
-// EnsureLink creates the link with the listen address. Call it before Install. Idempotent.
+// EnsureLink creates the link with the listen address, so that NMI can listen there before Install redirects requests
+// to the address. Idempotent.
 func (c *Capture) EnsureLink(ctx context.Context) error {
 	done, err := c.acquire(ctx)
 	if err != nil {
@@ -157,9 +158,10 @@ func (c *Capture) EnsureLink(ctx context.Context) error {
 	return err
 }
 
-// Install installs the rules and ends connections of pods to the metadata service that were opened before. Call it when
-// the listener is up: from then on traffic of pods is redirected to the listener. Idempotent. After an error the rules
-// installed so far stay, and pods cannot reach more than before; call Install again.
+// Install installs the rules, ends the connections of pods to the metadata service that bypass this NMI, and removes
+// NMI's rules from the back end that is not in use. Call it when the listener is up: Install redirects traffic of pods
+// to the listener. Idempotent. After an error the rules installed so far stay, and pods cannot reach more than before;
+// call Install again.
 func (c *Capture) Install(ctx context.Context) error {
 	done, err := c.acquire(ctx)
 	if err != nil {
@@ -183,7 +185,8 @@ func (c *Capture) Install(ctx context.Context) error {
 	return nil
 }
 
-// purge removes slots from one back end, in the given order. Idempotent. Foreign chains stay and are reported last.
+// purge removes slots from one back end, in the given order. Idempotent. Foreign chains stay; purge returns the errors
+// about them only after it has processed all slots.
 func (c *Capture) purge(ctx context.Context, backend Backend, order ...slot) error {
 	tables := c.backends[backend]
 	d, err := tables.dump(ctx)
@@ -220,8 +223,8 @@ func (c *Capture) Sync(ctx context.Context) (repaired []string, err error) {
 	return repaired, err
 }
 
-// allowedBypass reports whether pods may have opened connections that bypass capture before this repair. It is also
-// true for parts without that effect, such as "nat leftover".
+// allowedBypass reports whether pods may have opened connections that bypass the capture before Sync repaired the part.
+// It also returns true for parts whose damage cannot have had that effect, such as "nat leftover".
 func allowedBypass(repaired string) bool {
 	return strings.HasPrefix(repaired, "forward ") || strings.HasPrefix(repaired, "nat ")
 }
@@ -240,7 +243,7 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 		}
 		states = append(states, state)
 	}
-	// Check for foreign chains before the first change, so that a foreign chain leaves everything unchanged.
+	// Look for foreign chains in all slots before the first change: if there is one, sync changes nothing.
 	for _, state := range states {
 		if err := state.foreign(); err != nil {
 			return nil, err
@@ -271,21 +274,22 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 }
 
 // deleteUncaptured ends connections of pods to the metadata address that are not redirected to the listen address, for
-// example because they were opened before the rules were there. The next packet of such a connection is redirected to
-// the listener, and the kernel resets the connection. Security does not depend on this: even without it, the rules keep
-// the packets of pods from the metadata service, and the clients wait for a timeout. So a failure is only logged.
+// example because they were opened before the rules were there. It deletes their conntrack entries. The next packet of
+// such a connection is then redirected to the listener, and the kernel resets the connection. Security does not depend
+// on this: even without it, the rules keep the packets of pods from the metadata service itself, and the clients wait
+// for a timeout. So a failure is only logged.
 func (c *Capture) deleteUncaptured(ctx context.Context) {
 	n, err := c.flows.deleteUncaptured(ctx)
 	if err != nil {
-		c.log.Warn("cannot end connections of pods to the metadata service that are not redirected to this NMI; they end by timeout", zap.Error(err))
+		c.log.Warn("NMI could not end all connections of pods to the metadata service that bypass this NMI; the rules drop packets to the metadata service itself, so connections to it end by timeout; connections that other rules redirected, such as those of an earlier NMI, can continue until their clients close them", zap.Error(err))
 	}
 	if n > 0 {
-		c.log.Info("ended connections of pods to the metadata service that were not redirected to this NMI", zap.Int("count", n))
+		c.log.Info("ended connections of pods to the metadata service that bypassed this NMI", zap.Int("count", n))
 	}
 }
 
 // Verify compares rules and link with the expected state and changes nothing. It returns nil if there is no difference,
-// an error that is ErrDrift and lists the differences, or the error that prevented the comparison.
+// an error that wraps ErrDrift and lists the differences, or the error that prevented the comparison.
 func (c *Capture) Verify(ctx context.Context) error {
 	done, err := c.acquire(ctx)
 	if err != nil {
@@ -328,10 +332,10 @@ func (c *Capture) uninstallOrder() []slot {
 	return order
 }
 
-// Uninstall removes our rules from each back end that this process can change, and our link: from then on pods reach
-// the metadata service itself. Idempotent. It stops at the first failure, so that the drop stays if the redirection
-// could not be removed. A foreign chain or link with one of our names stays, and is reported after everything of ours
-// has been removed.
+// Uninstall removes our rules from each back end that this process can change, and our link. Pods then reach the
+// metadata service itself, unless rules of NMI stay in a back end that this process cannot change. Idempotent. It stops
+// at the first failure, so that the drop stays if the redirection could not be removed. A foreign chain or link with
+// one of our names stays, and is reported after everything of ours has been removed.
 func (c *Capture) Uninstall(ctx context.Context) error {
 	done, err := c.acquire(ctx)
 	if err != nil {
@@ -361,9 +365,10 @@ func (c *Capture) Uninstall(ctx context.Context) error {
 	case err != nil:
 		return fmt.Errorf("uninstalling capture of metadata traffic: %w", err)
 	}
-	// Otherwise captured connections would be redirected to a removed address until their conntrack entries time out.
+	// The conntrack entries of captured connections are deleted too: with them the kernel would continue to redirect
+	// these connections to the removed address, until the entries expire.
 	if _, err := c.flows.deleteCaptured(ctx); err != nil {
-		c.log.Warn("cannot end connections of pods that were redirected to NMI; they end by timeout", zap.Error(err))
+		c.log.Warn("NMI removed its rules, but could not end all connections of pods that these rules had redirected to NMI; such connections end by timeout", zap.Error(err))
 	}
 	return errors.Join(foreign...)
 }

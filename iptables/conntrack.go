@@ -20,14 +20,15 @@ type conntrack struct {
 	listen   netip.AddrPort
 }
 
-// flow is one tracked TCP connection: its source, its original destination, and the server that replies. The latter two
-// differ if the connection was redirected.
+// flow is one tracked TCP connection: its source, its original destination, and the server that replies. Destination
+// and server differ if the connection was redirected.
 type flow struct {
 	source, destination, server netip.AddrPort
 }
 
-// deleteUncaptured deletes connections of pods that were not captured, or that were redirected to an earlier listen
-// address. Connections of the node itself stay.
+// deleteUncaptured deletes connections to the metadata service that are not redirected to the current listen address:
+// they were not captured, or they were redirected to an earlier listen address or by another program. Connections of
+// the node itself stay.
 func (c conntrack) deleteUncaptured(ctx context.Context) (int, error) {
 	addresses, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
@@ -43,7 +44,7 @@ func (c conntrack) deleteUncaptured(ctx context.Context) (int, error) {
 	})
 }
 
-// deleteCaptured deletes connections to the metadata service that were redirected, to any listen address.
+// deleteCaptured deletes connections to the metadata service that were redirected, to any address.
 func (c conntrack) deleteCaptured(ctx context.Context) (int, error) {
 	return deleteFlows(ctx, func(f flow) bool { return f.destination == c.metadata && f.server != c.metadata })
 }

@@ -4,26 +4,26 @@
 // # What it protects against
 //
 // The metadata service of the VM (169.254.169.254) responds to every client, so a pod that reaches it can get a token
-// of any identity attached to the VM. This package prevents that. From the first rule of Install until Uninstall, a
-// packet that a pod sends to the metadata address is either redirected to the node server or dropped: while the node
-// server starts, runs, is upgraded, hangs or has crashed, and while Sync repairs the rules. If another program changes
-// the rules, this may be true again only after the next Sync.
+// of any identity attached to the VM. This package prevents that. From the first jump that Install inserts until
+// Uninstall, a packet that a pod sends to the metadata address is either redirected to the node server or dropped:
+// while the node server starts, runs, is upgraded, hangs or has crashed, and while Sync repairs the rules. If another
+// program removes or bypasses the rules, packets may reach the metadata service until the next Sync.
 //
-// There are three hooks, each with a chain of its own that no other program should change:
+// There are three hooks, each with chains of its own that no other program should change:
 //
 //   - filter FORWARD drops what is forwarded to the metadata address, with any protocol and any port, and what is
-//     forwarded from it. Packets of pods are forwarded; packets of the node itself and of pods with hostNetwork
-//     are not, and are not affected. These rules are installed first and removed last, so they apply whatever happens
-//     to the redirection. They also drop what is forwarded to the listen address, so that no captured request is
-//     routed off the node if the link is deleted.
-//   - filter INPUT drops what reaches the listen address and is neither redirected by our rule nor from the node
-//     itself: see below.
+//     forwarded from it. Packets of pods are forwarded. Packets of the node itself and of pods with hostNetwork are not
+//     forwarded, so these rules do not affect them. These rules are installed first and removed last, so they apply
+//     whatever happens to the redirection. They also drop what is forwarded to the listen address, so that no captured
+//     request is routed off the node if the link is deleted.
+//   - filter INPUT drops packets to the listen address, except packets of redirected connections and packets of the
+//     node itself. The next section says why.
 //   - nat PREROUTING redirects TCP packets for the metadata address and port to the listen address and port. The source
 //     address stays that of the pod; the node server identifies the pod by the source address.
 //
 // The rules name no interface except lo, so they do not depend on the interface names of the network plugin. Captured
 // packets still pass the other rules of INPUT: a firewall of the node, or a network policy on the pod's egress, sees
-// them with the listen address as their destination and has to allow that. This package does not bypass it.
+// them with the listen address as their destination and has to allow that. This package does not bypass such rules.
 //
 // # Why a link of its own
 //
@@ -52,8 +52,8 @@
 //
 // # How rules change without a gap
 //
-// Each chain has two generations, A and B. A repair never changes the active chain. It fills the other one, inserts a
-// jump to it at position 1, checks the result, and only then removes the old jump and chain. After a crash at any point
-// the capture is at least as complete as before the repair, and the next Sync finishes the repair. generationToBuild
-// describes the exception.
+// Each hook has two chains of NMI, the generations A and B. The hook jumps to the active one. A repair never changes
+// the active chain. It fills the other chain, inserts a jump to it at position 1, checks the result, and only then
+// removes the old jump and chain. After a crash at any point the capture is at least as complete as before the repair,
+// and the next Sync finishes the repair. generationToBuild describes the exception.
 package iptables

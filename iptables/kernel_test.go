@@ -82,7 +82,7 @@ func TestOnlyCapturedConnectionsReachTheListener(t *testing.T) {
 		if accepted, _ := w.nmi.counts(); accepted != 0 {
 			t.Errorf("the listener accepted %d connections", accepted)
 		}
-		// A neighbor that uses the node as metadata service is seen with its own address.
+		// A neighbor that sends the node a request for the metadata service is captured too, with its own address.
 		w.wantGreeting("outside", "169.254.169.254:80", "nmi "+outsideIP)
 	})
 }
@@ -149,7 +149,7 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 		w.install()
 		before := w.podPackets()
 		load := startConnecting(t)
-		// Each change causes another path through the repair; none lets packets bypass capture by itself.
+		// Each command makes the repair take another path. No command by itself lets packets bypass the capture.
 		tamper := [][]string{
 			{"-t", "nat", "-I", "PREROUTING", "1", "-s", "192.0.2.1", "-j", "RETURN"},
 			{"-I", "FORWARD", "1", "-s", "192.0.2.1", "-j", "RETURN"},
@@ -158,7 +158,7 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 			{"-A", "PODIDENTITY-FWD-?", "-s", "192.0.2.1", "-j", "RETURN"},
 			{"-I", "PODIDENTITY-IN-?", "1", "-s", "192.0.2.1", "-j", "RETURN"},
 		}
-		// Two node servers, as during an upgrade, find the same damage at the same time.
+		// Two Captures find the same damage at the same time, like the old and the new NMI during an upgrade.
 		second := w.newCapture(testListen)
 		deadline := time.Now().Add(3 * time.Second)
 		repairs := 0
@@ -176,7 +176,7 @@ func TestRepairsUnderLoadLoseNoConnectionAndLeakNoPacket(t *testing.T) {
 			repaired := w.sync()
 			both.Wait()
 			if len(repaired)+len(others) != 1 {
-				t.Errorf("after %v Sync repaired %v, and another one %v", command, repaired, others)
+				t.Errorf("after %v the Sync of one Capture repaired %v, and that of the other %v; want one repair in total", command, repaired, others)
 			}
 		}
 		load.stop()
@@ -449,7 +449,7 @@ func TestAForeignChainIsNotChanged(t *testing.T) {
 		if got := w.dump(); got != before {
 			t.Errorf("rules are now\n%s\nwere\n%s", got, before)
 		}
-		// An empty chain with our name is our leftover.
+		// An empty chain with our name counts as a leftover of NMI.
 		w.iptables("-F", "PODIDENTITY-FWD-B")
 		w.install()
 	})

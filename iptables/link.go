@@ -55,7 +55,7 @@ func (l ownLink) inspect() (linkState, error) {
 		ones, _ := a.Mask.Size()
 		switch onOurs := state.link != nil && a.LinkIndex == state.link.Attrs().Index; {
 		case !onOurs && ip == l.address:
-			return state, fmt.Errorf("%w: %v is an address of another link (index %d); configure another listen address", ErrForeignLink, ip, a.LinkIndex)
+			return state, fmt.Errorf("%w: %v is an address of another link (index %d); set --nmi-listen-address to another address, or remove this address from that link", ErrForeignLink, ip, a.LinkIndex)
 		case !onOurs:
 		case ip == l.address && ones == 32:
 			state.address = true
@@ -69,7 +69,7 @@ func (l ownLink) inspect() (linkState, error) {
 // checkOwn returns an error if a link with our name cannot be ours.
 func checkOwn(link netlink.Link) error {
 	foreign := func(is string) error {
-		return fmt.Errorf("%w: link %s %s; NMI did not change the link: find out which program created it, then rename or delete it", ErrForeignLink, LinkName, is)
+		return fmt.Errorf("%w: link %s %s; NMI did not change the link: find out which program created the link, then rename or delete the link", ErrForeignLink, LinkName, is)
 	}
 	switch kind := link.Type(); kind {
 	case "dummy":
@@ -104,7 +104,7 @@ func (l ownLink) ensure() (changed bool, err error) {
 			return changed, err
 		}
 		if state.link == nil {
-			return changed, fmt.Errorf("link %s was deleted while it was being set up", LinkName)
+			return changed, fmt.Errorf("another program deleted link %s while NMI set it up", LinkName)
 		}
 	}
 	if !state.address {

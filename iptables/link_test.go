@@ -25,7 +25,7 @@ func TestADeletedLinkIsRepairedWithoutRestartingTheListener(t *testing.T) {
 				t.Errorf("%s: Sync repaired %v", damage, repaired)
 			}
 			w.verify()
-			// The listener was bound before, and was not restarted.
+			// The listener was bound before the damage, and was not restarted.
 			w.wantGreeting("pod", "169.254.169.254:80", "nmi "+podIP)
 		}
 	})

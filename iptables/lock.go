@@ -17,16 +17,16 @@ const lockName = "@podidentity-capture"
 
 const (
 	// lockTimeout is well above the usual time of a repair. After lockTimeout the caller continues without the lock:
-	// any process in the namespace can bind the name, and must not be able to prevent repairs.
+	// any process in the namespace can bind the name, and no such process must be able to prevent repairs.
 	lockTimeout       = 10 * time.Second
 	lockRetryInterval = 20 * time.Millisecond
 )
 
 // acquireLock waits until no other process holds the lock for the rules of this network namespace, and acquires the
-// lock. During an upgrade the old and the new node server run at the same time: without the lock each could build its
-// next generation in the chain that the other has just activated. If the lock is not available within limit, or the
-// socket cannot be bound for another reason, acquireLock logs this and returns without the lock. The only error is that
-// of ctx.
+// lock. During an upgrade the old and the new NMI run at the same time: without the lock each could build its next
+// generation in the chain that the other has just activated. If the lock is not available within limit, or the socket
+// cannot be bound for another reason, acquireLock logs this and returns without the lock. The only error that it
+// returns is that of ctx.
 func acquireLock(ctx context.Context, log *zap.Logger, limit time.Duration) (release func(), err error) {
 	timeout := time.NewTimer(limit)
 	defer timeout.Stop()

@@ -18,7 +18,7 @@ func TestOneProcessAtATimeHoldsTheLock(t *testing.T) {
 		short, cancel := context.WithTimeout(context.Background(), 5*lockRetryInterval)
 		defer cancel()
 		if _, err := acquireLock(short, zap.NewNop(), longTimeout); !errors.Is(err, context.DeadlineExceeded) {
-			t.Fatalf("a second process acquired the lock: %v", err)
+			t.Fatalf("a second acquireLock did not wait for the lock until its context ended: %v", err)
 		}
 		second := make(chan func())
 		go func() {
@@ -33,7 +33,7 @@ func TestOneProcessAtATimeHoldsTheLock(t *testing.T) {
 		case done := <-second:
 			done()
 		case <-time.After(longTimeout):
-			t.Fatal("the lock was never released")
+			t.Fatal("the lock was released, but the acquireLock that waited for it did not return")
 		}
 	})
 }
@@ -71,7 +71,7 @@ func TestRulesAreRepairedAlthoughAnotherProcessKeepsTheLock(t *testing.T) {
 		}
 		other()
 		if waited := time.Since(start); waited < shortTimeout {
-			t.Errorf("went on after %v", waited)
+			t.Errorf("acquireLock continued without the lock after %v, before its limit", waited)
 		}
 	})
 }

@@ -18,7 +18,8 @@ import (
 )
 
 // Tests against a real kernel change rules and links, so they run in a child process with its own network namespace.
-// parentNamespace is the environment variable with the parent's namespace; it also marks the process as the child.
+// parentNamespace is the environment variable with the inode of the parent's network namespace; it also marks the
+// process as the child.
 const parentNamespace = "PODIDENTITY_TEST_PARENT_NETNS"
 
 // initialNamespace is the inode that the kernel gives the first network namespace, since 6.17.
@@ -137,14 +138,14 @@ ip route add 169.254.169.254/32 via 10.88.0.1
 echo 1 > /proc/sys/net/ipv4/ip_forward
 `
 	run(t, "sh", "-e", "-c", script)
-	// Counts packets of pods that arrive at Azure, and packets to the metadata address that are not from the node.
+	// Count packets of pods that arrive at Azure, and packets to the metadata address that are not from the node.
 	inNS(t, "azure", func() {
 		run(t, "iptables-nft", "-t", "raw", "-A", "PREROUTING", "-s", "10.77.1.0/24")
 		run(t, "iptables-nft", "-t", "raw", "-A", "PREROUTING", "-d", "169.254.169.254/32", "!", "-s", nodeIP)
 	})
 }
 
-// inNS runs do on a thread in one of the other namespaces. Sockets opened there stay there.
+// inNS runs do on a thread in the named namespace: pod, azure or outside. Sockets opened there stay there.
 func inNS(t *testing.T, name string, do func()) {
 	t.Helper()
 	failed := make(chan error)

@@ -53,9 +53,9 @@ func readSlot(t tables, s slot) (slotState, error) {
 	return state, nil
 }
 
-// foreign returns an error if a chain with one of our names has rules, none of them is ours, and no jump to the chain
-// is ours. An empty chain is not foreign: a crash of this program can leave one. A chain with rules of ours and other
-// rules is ours, and was changed by someone.
+// foreign returns ErrForeignChain if one of the slot's chains has rules, none of them has NMI's comment, and no jump
+// from the hook to the chain has NMI's comment. An empty chain is not foreign: a crash of NMI can leave one. A chain
+// that has rules of NMI and other rules is a chain of NMI that another program changed.
 func (st slotState) foreign() error {
 	for g, found := range st.generations {
 		if isForeign(found.rules, found.jumps) {
@@ -70,7 +70,7 @@ func isForeign(rules, jumps []listed) bool {
 }
 
 func foreignChain(table, chain string) error {
-	return fmt.Errorf("%w: chain %s of table %s has only rules without the comment %q; NMI did not change the chain: find out which program created it, then rename or delete it",
+	return fmt.Errorf("%w: no rule of chain %s of table %s has a comment of NMI (%q); NMI did not change the chain: find out which program created the chain, then rename or delete the chain",
 		ErrForeignChain, chain, table, strings.TrimSpace(marker)+" ...")
 }
 
@@ -175,15 +175,16 @@ func repairSlot(ctx context.Context, t tables, st slotState) error {
 	if now.inForce() != target || !now.generations[target].good {
 		// The other generation stays in place, so the slot blocks at least as much as before. The next Sync reads the
 		// rules again and repairs them.
-		return fmt.Errorf("the jump to %s is no longer the first rule of %s, or the rules of the chain differ from those that NMI just wrote: another program changes rules at the same time, or the iptables program lists rules in a form that NMI does not know",
+		return fmt.Errorf("the jump to %s is no longer the first rule of %s, or the rules of the NMI chain differ from those that NMI just wrote: another program changes rules at the same time, or the iptables program lists rules in a form that NMI does not know",
 			st.chain(target), st.hook)
 	}
 	return discard(ctx, t, now, 1-target)
 }
 
 // freeGeneration removes one generation if both have jumps and one of them is complete. That is the state after an
-// interrupted repair. If someone changed rules after that, the jump to the complete generation may be behind other
-// rules, so a jump to it is inserted at position 1 before the other generation is removed.
+// interrupted repair. Another program may since have inserted rules before the jump to the complete generation. So,
+// unless that jump is the first rule, freeGeneration inserts a jump to the complete generation at position 1 before it
+// removes the other generation.
 func freeGeneration(ctx context.Context, t tables, st slotState) (slotState, error) {
 	if len(st.generations[0].jumps) == 0 || len(st.generations[1].jumps) == 0 {
 		return st, nil
@@ -206,8 +207,9 @@ func freeGeneration(ctx context.Context, t tables, st slotState) (slotState, err
 // generationToBuild returns the generation to rebuild: one without a jump, if there is one. Both can have jumps here if
 // a repair was interrupted and neither generation has the expected rules, for example after an upgrade with another
 // configuration. Then generationToBuild returns an empty generation, or if neither is empty the one that packets reach
-// second. Until it is rebuilt, packets pass only through the other generation. If someone changed the two differently,
-// the other one alone may block less than both together.
+// second. Until that generation is rebuilt, packets pass only through the other one. If another program changed the two
+// differently, the other one alone may block less than both together. This is the exception to the rule that a repair
+// opens no gap.
 func (st slotState) generationToBuild() int {
 	if free := st.find(func(g generationState) bool { return len(g.jumps) == 0 }); free >= 0 {
 		return free
@@ -246,10 +248,10 @@ func build(ctx context.Context, t tables, st slotState, g int) error {
 	return nil
 }
 
-// retire empties a generation and then removes the jumps to it. The order matters: a crash in between may leave an
-// empty chain, but must not leave one with rules and without a jump. If someone had replaced the rules, that chain
-// could not be distinguished from a foreign one. Jumps are deleted by their text, never by their number, which may have
-// become that of a foreign rule.
+// retire empties a generation and then removes the jumps to it. The order matters. A crash between the two steps leaves
+// an empty chain, which counts as a chain of NMI. In the reverse order a crash could leave a chain with rules and
+// without a jump: if another program had replaced the rules, NMI would take the chain for a foreign one. Jumps are
+// deleted by their text, never by their number, because the number may since have become that of a foreign rule.
 func retire(ctx context.Context, t tables, st slotState, g int) error {
 	if !st.generations[g].exists {
 		return nil
@@ -280,8 +282,8 @@ func discard(ctx context.Context, t tables, st slotState, g int) error {
 	if first == nil {
 		return nil
 	}
-	// The usual cause is a jump from a chain other than the hook. Finding it requires a complete dump, which is slow on
-	// a large node, so it is made only after a failure.
+	// The usual cause of the failure is a jump from a chain other than the hook. Finding that jump requires a complete
+	// dump, which is slow on a node with many rules, so the dump is made only after a failure.
 	d, err := t.dump(ctx)
 	if err != nil {
 		return errors.Join(first, err)

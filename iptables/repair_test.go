@@ -45,7 +45,7 @@ func move(table, chain string, from, to int) change {
 	}
 }
 
-// halfBuilt leaves an incomplete generation, like a crash.
+// halfBuilt leaves an incomplete generation, like a crash during a repair.
 func halfBuilt(table, chain string, rules ...string) change {
 	return func(f *fakeTables) {
 		f.chains[table][chain] = nil
@@ -450,7 +450,7 @@ func TestABackendChangeMovesTheRulesWithoutAGap(t *testing.T) {
 	otherRules(f)
 	for _, side := range []*fakeTables{old, f} {
 		side.after = func(command string) {
-			// Both back ends see each packet; it is leaked only if neither stops it.
+			// Both back ends see each packet. It is leaked only if neither back end stops it.
 			if old.outcomes()["udp 53"] == leaked && f.outcomes()["udp 53"] == leaked {
 				t.Errorf("a packet is leaked after %q", command)
 			}

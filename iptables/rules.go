@@ -13,11 +13,11 @@ const marker = "podidentity: "
 
 const metadataProtocol = "tcp"
 
-// generations are the suffixes of the two chains of a slot. One chain is active; a repair builds the other.
+// generations are the suffixes of the names of a slot's two chains. One chain is active; a repair builds the other.
 var generations = [2]string{"A", "B"}
 
-// slot is a netfilter hook and our chain that the hook jumps to. The chain has two generations. Sync returns the name
-// of a slot in its result.
+// slot is a netfilter hook with NMI's two chains for it, the generations. The hook jumps to the active generation. Sync
+// returns the names of slots in its result.
 type slot struct {
 	name   string
 	table  string
@@ -62,7 +62,8 @@ func slots(metadata, listen netip.AddrPort) []slot {
 			why: "only captured connections reach the node server",
 			rules: [][]string{
 				rule("the node itself may ask", "-j RETURN", "-d", listenNet, "-i", "lo"),
-				// The tuple of the connection is matched, not the packet, so that ICMP errors about it pass as well.
+				// The tuple of the connection is matched, not the packet, so that ICMP errors about the connection pass
+				// as well.
 				rule("captured from a pod", "-j RETURN", "-d", listenNet,
 					"-m", "conntrack", "--ctstate", "DNAT", "--ctproto", metadataProtocol,
 					"--ctorigdst", metadata.Addr().String(), "--ctorigdstport", metadataPort),

@@ -8,7 +8,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// Operators see the text of our rules and write their own rules around them, so a change of the text affects them.
+// Operators see the text of our rules and write their own rules around them, so a change of the text affects operators.
 func TestTheRulesHaveThisText(t *testing.T) {
 	want := map[string]string{
 		"filter FORWARD PODIDENTITY-FWD-": `jump: -m comment --comment 'podidentity: pods never reach the metadata service itself' -j PODIDENTITY-FWD-A
@@ -119,11 +119,12 @@ func TestTheTextOfACommentIsNotParsedAsAFlag(t *testing.T) {
 		t.Errorf("got %q", rule.args)
 	}
 	if a, b := canonical([]string{"--comment", "!", "-j", "A"}), canonical([]string{"!", "--comment", "-j", "A"}); a == b {
-		t.Error("a comment and a negation are the same")
+		t.Error("canonical does not distinguish the comment \"!\" from a negation")
 	}
 }
 
-// FuzzSplitWords: listings come from the kernel, but comments in them from anyone with rights to write rules.
+// The kernel prints the listings, but a comment in a rule can contain any text that a program with the right to write
+// rules chose.
 func FuzzSplitWords(f *testing.F) {
 	for _, seed := range []string{`-A X -j Y`, `-A X -m comment --comment "a \"b\" \\ \'c\'" -j Y`, `"`, `\`, `! ! -A`, ``} {
 		f.Add(seed)

@@ -20,11 +20,11 @@ const lockSeconds = 5
 var errNoChain = errors.New("no such chain")
 
 // tables are the operations of capture on one back end. Each method makes at most one change, which is atomic in the
-// kernel. Its commands (empty runs up to two) wait for the lock of legacy iptables for at most lockSeconds each, so
-// callers check their context only between the methods. Callers must keep the rules safe if the process ends between
+// kernel. Each command (empty runs up to two) waits at most lockSeconds for the lock of legacy iptables, so it suffices
+// that callers check their context between the methods. Callers must keep the rules safe if the process ends between
 // two changes.
 type tables interface {
-	// list returns the rules of a chain in order. errNoChain if there is none.
+	// list returns the rules of a chain in order, or errNoChain if the chain does not exist.
 	list(table, chain string) ([]listed, error)
 	// empty removes the rules of a chain, and creates the chain if it does not exist. Idempotent.
 	empty(table, chain string) error
@@ -32,9 +32,9 @@ type tables interface {
 	add(table, chain string, rule []string) error
 	// insertFirst inserts a rule at position 1. Not idempotent.
 	insertFirst(table, chain string, rule []string) error
-	// remove deletes the first rule that equals rule. An error if there is none.
+	// remove deletes the first rule that equals rule. It returns an error if there is no such rule.
 	remove(table, chain string, rule []string) error
-	// drop deletes an empty chain without references. An error if there is none.
+	// drop deletes a chain. It returns an error if the chain does not exist, has rules, or is the target of a rule.
 	drop(table, chain string) error
 	// dump returns all tables, without creating any.
 	dump(ctx context.Context) (dump, error)

@@ -23,7 +23,7 @@ const (
 	longTimeout  = 30 * time.Second
 )
 
-// testNetwork is the network with its servers, in the namespace of the node.
+// testNetwork is the network that buildNetwork builds, with its servers. Tests run in the namespace of the node.
 type testNetwork struct {
 	t       *testing.T
 	backend Backend
@@ -53,15 +53,15 @@ func (w *testNetwork) newCapture(listen netip.AddrPort) *Capture {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	// Some tests use two Captures at the same time. On a busy computer a repair by one can take longer than
-	// lockTimeout, and the other would then stop waiting for the lock and continue without it.
+	// Some tests use two Captures at the same time. On a busy computer a repair can take longer than lockTimeout. A
+	// Capture that waited that long would continue without the lock and disturb the repair, so this lock waits longer.
 	c.lock = func(ctx context.Context, log *zap.Logger, _ time.Duration) (func(), error) {
 		return acquireLock(ctx, log, 2*time.Minute)
 	}
 	return c
 }
 
-// install does the same as the node server: link, listener, rules.
+// install does what NMI does at its start: link, listener, rules.
 func (w *testNetwork) install() {
 	w.t.Helper()
 	if err := w.capture.EnsureLink(context.Background()); err != nil {

@@ -65,14 +65,14 @@ func Refusal(d identity.Decision) *Error {
 	return e
 }
 
-// Unavailable returns the response to a request that fails temporarily. Its header Retry-After is retryAfter, within the
-// limits of Error.Write.
+// Unavailable returns the response to a request that fails temporarily. Its header Retry-After is retryAfter, within
+// the limits that Error.Write sets.
 func Unavailable(r identity.Reason, detail string, retryAfter time.Duration) *Error {
 	return &Error{Status: http.StatusServiceUnavailable, Code: codeUnavailable, Description: detail, Reason: r, RetryAfter: max(retryAfter, minRetryAfter)}
 }
 
-// Throttled returns the response to a request that NMI, IMDS or Entra ID does not serve because of too many requests. Its
-// header Retry-After is retryAfter, within the limits of Error.Write.
+// Throttled returns the response to a request that NMI, IMDS or Entra ID does not serve because of too many requests.
+// Its header Retry-After is retryAfter, within the limits that Error.Write sets.
 func Throttled(r identity.Reason, detail string, retryAfter time.Duration) *Error {
 	return &Error{Status: http.StatusTooManyRequests, Code: codeThrottled, Description: detail, Reason: r, RetryAfter: max(retryAfter, minRetryAfter)}
 }

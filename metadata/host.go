@@ -16,13 +16,14 @@ const (
 	headerPodName      = "podname"
 )
 
-// maxName is the longest name of a pod that Kubernetes allows. Names of namespaces are shorter.
+// maxName is the greatest length, in bytes, of the name of a pod that Kubernetes allows. Names of namespaces are
+// shorter.
 const maxName = 253
 
 // ParseHostToken parses a request for /host/token, with which a program of the node requests a token on behalf of a
 // pod: the Azure provider of the Secrets Store CSI driver and the Key Vault FlexVolume do that before the pod runs. The
 // protocol is that of AAD Pod Identity, not of IMDS: headers name the pod, and neither a Metadata header nor an
-// api-version is required. The server must make sure that the caller may act for pods.
+// api-version is required. ParseHostToken does not check that the client may request tokens for pods; the server must.
 func ParseHostToken(r *http.Request) (Request, *Error) {
 	req := Request{Route: RouteUnknown}
 	rawPath, rawQuery := split(r)

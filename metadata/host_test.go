@@ -31,7 +31,7 @@ func FuzzParseHostToken(f *testing.F) {
 			return
 		}
 		if req.Route != RouteHostToken || req.Resource == "" || req.PodNamespace == "" || req.PodName == "" || !printable(req.PodNamespace+req.PodName+req.Resource) {
-			t.Errorf("understood as %+v", req)
+			t.Errorf("parsed as %+v, want one pod and one resource in printable text", req)
 		}
 	})
 }

@@ -103,8 +103,8 @@ func malformed(problem string) *Error {
 	return &Error{Status: http.StatusBadRequest, Code: codeInvalid, Description: problem, Reason: identity.RequestMalformed}
 }
 
-// split returns path and query as the client sent them, not decoded. The request line may contain a whole URL, as clients
-// send it to a proxy; its scheme and host are ignored.
+// split returns path and query as the client sent them, not decoded. The request line may contain a whole URL, as
+// clients send it to a proxy; its scheme and host are ignored.
 func split(r *http.Request) (path, query string) {
 	raw := r.RequestURI
 	if len(raw) > 7 && strings.EqualFold(raw[:7], "http://") {

@@ -13,7 +13,8 @@ import (
 
 const tokenPath = "/metadata/identity/oauth2/token"
 
-// request parses the text of a request like the HTTP server; it returns nil for a request that the server refuses itself.
+// request parses the text of a request like the HTTP server; it returns nil for a request that the server refuses
+// itself.
 func request(t testing.TB, target string, headers ...string) *http.Request {
 	t.Helper()
 	text := target
@@ -180,17 +181,17 @@ func FuzzPath(f *testing.F) {
 			return
 		}
 		if strings.ContainsAny(path, "\\\x00\r\n") || strings.Contains(path, "//") || strings.HasSuffix(path, "/") {
-			t.Fatalf("%q became %q, which is not normal", raw, path)
+			t.Fatalf("%q is normalized to %q, which is not in normal form", raw, path)
 		}
 		for segment := range strings.SplitSeq(path, "/") {
 			if segment == "." || segment == ".." {
-				t.Fatalf("%q became %q, which has dot segments", raw, path)
+				t.Fatalf("%q is normalized to %q, which has dot segments", raw, path)
 			}
 		}
 		if path != "" && !strings.Contains(path, "%") {
 			again, err := normalize(path)
 			if err != nil || again != path {
-				t.Fatalf("%q became %q, and that %q, %v", raw, path, again, err)
+				t.Fatalf("%q is normalized to %q, and that to %q, %v", raw, path, again, err)
 			}
 		}
 		// classify returns RouteToken for the token path in any letter case, and for no other path.
@@ -232,19 +233,19 @@ func FuzzParseRequest(f *testing.F) {
 		}
 		for _, s := range []string{req.Resource, req.Selector.ClientID, req.Selector.ObjectID, req.Selector.ResourceID, req.Rejected} {
 			if !printable(s) {
-				t.Fatalf("%q came through", s)
+				t.Fatalf("the parsed request contains %q, which is not printable", s)
 			}
 		}
 		switch req.Route {
 		case RouteToken:
 			if req.Resource == "" || req.APIVersion < oldestVersion {
-				t.Fatalf("a token for %+v", req)
+				t.Fatalf("a token request without a resource, or with an old api-version, is served: %+v", req)
 			}
 		case RouteInstance, RouteVersions, RouteLoadBalancer, RouteInfo:
 			u := req.upstreamURL()
 			back, err := url.ParseRequestURI(u.RequestURI())
 			if err != nil || strings.HasPrefix(strings.ToLower(back.Path), "/metadata/identity") != (req.Route == RouteInfo) || strings.Contains(u.RequestURI(), "..") {
-				t.Fatalf("%+v goes to %s", req, u)
+				t.Fatalf("%+v is forwarded to %s", req, u)
 			}
 		default:
 			t.Fatalf("served: %+v", req)

@@ -107,11 +107,11 @@ func TestTheRequestToIMDSIsBuiltFromParsedValues(t *testing.T) {
 		t.Errorf("got %v %d %q %v", err, w.Code, w.Body, w.Header())
 	}
 	if got, want := seen.RequestURI, "/metadata/instance/compute/vmScaleSetName?api-version=2021-02-01&format=text"; got != want {
-		t.Errorf("the real service was asked for %s, not %s", got, want)
+		t.Errorf("IMDS received a request for %s, want %s", got, want)
 	}
 	for name := range seen.Header {
 		if name != "Metadata" && name != "User-Agent" {
-			t.Errorf("header %s reached the real service", name)
+			t.Errorf("IMDS received the header %s", name)
 		}
 	}
 }
@@ -123,7 +123,7 @@ func TestAnEndlessResponseIsLimited(t *testing.T) {
 		}
 	}, "/metadata/instance?api-version=2021-02-01")
 	if w.Body.Len() > maxForwardBytes {
-		t.Errorf("%d bytes were passed on", w.Body.Len())
+		t.Errorf("%d bytes of an endless response were forwarded, more than maxForwardBytes", w.Body.Len())
 	}
 }
 
@@ -154,6 +154,6 @@ func TestTheNodesBudgetIsSharedAndBounded(t *testing.T) {
 	}
 	// One request at once, then one every 200 ms.
 	if maxServed := 1 + int((forwardWait+time.Since(start))*forwardRate/time.Second); served < 5 || served > maxServed {
-		t.Errorf("%d of %d were served, at most %d may", served, requests, maxServed)
+		t.Errorf("%d of %d requests were served, want at least 5 and at most %d", served, requests, maxServed)
 	}
 }

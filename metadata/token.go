@@ -3,11 +3,11 @@
 // parses requests to /host/token, with which programs of the node request tokens for a pod, as in AAD Pod Identity.
 //
 // It protects against requests that NMI and IMDS or Entra ID interpret differently: NMI would authorize one meaning,
-// and the other service would respond to another. A path is decoded once and compared with a short list. Repeated
+// and IMDS or Entra ID would respond to the other. A path is decoded once and compared with a short list. Repeated
 // parameters are refused. Requests to IMDS are built from parsed values, never from the client's text. Paths that
-// return credentials of the VM are not on the list. Forwarded requests are refused, and so, unless the configuration
-// allows them, are requests without the Metadata header: a proxy or a web page that the pod fetches may have caused
-// them.
+// return credentials of the VM are not on the list. Requests with an X-Forwarded-For header are refused: a proxy in the
+// pod may have sent them for somebody else. Requests without the Metadata header are refused too, unless the
+// configuration allows them: the pod may have fetched a URL that an attacker chose.
 //
 // The protocol is taken from Microsoft's documentation of the service
 // (learn.microsoft.com/azure/virtual-machines/instance-metadata-service and

@@ -20,8 +20,8 @@ import (
 
 const instancePath = "/metadata/instance"
 
-// IMDS allows a VM 5 requests per second for everything except tokens. All pods of the node share this budget; a request
-// waits for it at most forwardWait. A response of IMDS has about 10 KiB, far less than maxForwardBytes.
+// IMDS allows a VM 5 requests per second for everything except tokens. All pods of the node share this budget. A
+// request waits for its turn at most forwardWait. A response of IMDS has about 10 KiB, far less than maxForwardBytes.
 const (
 	forwardRate     = 5
 	forwardWait     = 2 * time.Second
@@ -93,8 +93,8 @@ func unreachable(err error) *Error {
 }
 
 // Forward forwards the request to IMDS. It writes the response of IMDS, or an Unavailable error if forwarding fails. It
-// returns an error, and writes nothing, if the node has used up its budget or the client disconnects while Forward
-// waits for the budget.
+// returns an error, and writes nothing, if the request gets no turn within forwardWait or the client disconnects before
+// that.
 func (u *Upstream) Forward(w http.ResponseWriter, r *http.Request, req Request) *Error {
 	waitCtx, cancel := context.WithTimeout(r.Context(), forwardWait)
 	defer cancel()

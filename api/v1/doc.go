@@ -9,10 +9,10 @@
 //   - The API server refuses an invalid object with a message that says what to write instead. The validation rules apply
 //     to the spec of objects that users write. They do not apply to the copies inside AzureAssignedIdentity: a copy
 //     repeats what is already stored, and refusing it would only prevent MIC from assigning the identity.
-//   - An invalid object that was stored before the rules existed stays readable, its labels and finalizers can be changed, and
-//     it can be deleted. The API server does not evaluate rules on spec again while spec is unchanged (validation
-//     ratcheting). Ratcheting does not cover the rules on the whole object, so these refer to the old object
-//     explicitly.
+//   - An invalid object that was stored before the rules existed stays readable, its labels and finalizers can be
+//     changed, and it can be deleted. The API server does not evaluate rules on spec again while spec is unchanged
+//     (validation ratcheting). Ratcheting does not cover the rules on the whole object, so these refer to the old
+//     object explicitly.
 //   - Every field that MIC or NMI reads has a JSON type in the schema, in the copies too: a single object that does not
 //     decode would make a client's whole list fail.
 //

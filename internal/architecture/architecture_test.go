@@ -101,7 +101,7 @@ func TestNoPackageImportsItsParent(t *testing.T) {
 // mic/azure and mic imports nmi, no package is in a cycle, and still neither program can be understood without the
 // other.
 func TestTopLevelFoldersImportEachOtherInOneDirection(t *testing.T) {
-	imports := map[string]map[string]string{} // folder → folder → a file that imports it
+	imports := map[string]map[string]string{} // importing folder → imported folder → one of the importing files
 	for _, f := range parseAll(t) {
 		from := topFolder(f.pkg())
 		for _, imported := range f.imports() {
@@ -227,10 +227,10 @@ func receiverType(expr ast.Expr) string {
 	return "unknown"
 }
 
-// If the modules of this repository require different versions of one module, Go compiles all packages that depend on
-// this module once for each version.
+// If the root module and the module e2e require different versions of one module, Go compiles all packages that depend
+// on this module once for each version. The module tools is not compared.
 func TestModulesRequireTheSameVersions(t *testing.T) {
-	required := map[string]string{} // module → version, of the modules read so far
+	required := map[string]string{} // module → version, from the go.mod files read so far
 	for _, folder := range []string{".", "e2e"} {
 		text, err := os.ReadFile(filepath.Join("..", "..", folder, "go.mod"))
 		if err != nil {

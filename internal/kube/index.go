@@ -6,8 +6,8 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// IndexBy returns an index function for objects of type T. value returns the index value of an object, or "" if the object
-// is not in the index.
+// IndexBy returns an index function for objects of type T. value returns the index value of an object, or "" if the
+// object is not in the index.
 func IndexBy[T any](value func(T) string) cache.IndexFunc {
 	return func(o any) ([]string, error) {
 		t, ok := o.(T)

@@ -39,9 +39,9 @@ func (d Definition) help() string {
 	return d.Help
 }
 
-// check panics if the program creates a collector of another type than that of the definition, or with labels although
-// the definition has none, or the reverse. Each process creates its collectors when it starts, so a mistake shows at
-// once.
+// check panics if the program creates a collector of another type than that of the definition, with labels although the
+// definition has none, or without labels although the definition has some. Each process creates its collectors when it
+// starts, so a mistake shows at once.
 func (d Definition) check(t Type, labels bool) {
 	if d.Type != t || labels != (len(d.Labels) > 0) {
 		panic(fmt.Sprintf("metric %s is defined as a %s with labels %v, but the program creates a %s (with labels: %t)", d.Name, d.Type, d.Labels, t, labels))

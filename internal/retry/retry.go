@@ -30,7 +30,7 @@ func (b Backoff) After(failures int) time.Duration {
 	steps := b.Steps()
 	d := steps.Step()
 	for n := 1; n < failures; n++ {
-		atMax := steps.Steps == 0 // further failures do not change the wait
+		atMax := steps.Steps == 0 // more failures change only the jitter of the wait
 		if d = steps.Step(); atMax {
 			break
 		}
@@ -54,8 +54,8 @@ func (b Backoff) Steps() *wait.Backoff {
 // Jitter returns d with up to DefaultJitter of it added at random.
 func Jitter(d time.Duration) time.Duration { return wait.Jitter(d, DefaultJitter) }
 
-// UntilSuccess calls try until try returns nil or ctx ends. After each failed attempt it calls onFailure with the error,
-// then waits as b says. It returns nil after success, otherwise the error of ctx.
+// UntilSuccess calls try until try returns nil or ctx ends. After each failed attempt it calls onFailure with the
+// error, then waits as b says. It returns nil after success, otherwise the error of ctx.
 func UntilSuccess(ctx context.Context, b Backoff, try func(context.Context) error, onFailure func(error)) error {
 	for steps := b.Steps(); ctx.Err() == nil; {
 		err := try(ctx)

@@ -54,7 +54,8 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: mic
 {{- end }}
 
-{{/* Only MIC's pods have this label: a pod with it, in the namespace of the release, is excepted from NMI. */}}
+{{/* The label of MIC's pods that the exception in mic-exception.yaml matches. Give it to no other pod: with the exception,
+NMI issues tokens of the VM's own identities to each pod in the namespace of the release that has the label. */}}
 {{- define "podidentity.mic.exceptionLabel" -}}
 podidentity.io/mic: {{ include "podidentity.mic.name" . }}
 {{- end }}
@@ -71,7 +72,7 @@ podidentity.io/mic: {{ include "podidentity.mic.name" . }}
 {{- default .Release.Namespace .Values.mic.leaderElection.namespace }}
 {{- end }}
 
-{{/* Whether MIC removes what it did: if its own value says so, and whenever NMI is removed. */}}
+{{/* Whether MIC detaches what it attached. It does so too whenever NMI is removed. */}}
 {{- define "podidentity.mic.uninstall" -}}
 {{- if or .Values.nmi.uninstall .Values.mic.uninstall }}true{{ end }}
 {{- end }}
@@ -90,7 +91,7 @@ podidentity.io/mic: {{ include "podidentity.mic.name" . }}
 {{- else if not .Values.mic.workloadIdentity.enabled }}true{{ end }}
 {{- end }}
 
-{{/* The arguments of MIC that a plan depends on. */}}
+{{/* The arguments of `mic plan`: those of MIC that its result depends on. */}}
 {{- define "podidentity.mic.planArguments" -}}
 {{- $arguments := list }}
 {{- with include "podidentity.mic.cloudConfig" . }}
@@ -118,8 +119,9 @@ podidentity.io/mic: {{ include "podidentity.mic.name" . }}
 {{- end }}
 {{- end }}
 
-{{/* The entries of nmi.secretNamespaces or nmi.federatedNamespaces (value) as JSON, in one form for both although their
-names are under different keys (key). An empty namespace means the whole cluster, no names mean all of them. */}}
+{{/* The entries of nmi.secretNamespaces or nmi.federatedNamespaces as JSON: a list of objects with namespace and names.
+The argument value is secretNamespaces or federatedNamespaces. The argument key is the key of the names in an entry. An
+empty namespace means the whole cluster, and an empty list of names means all names. */}}
 {{- define "podidentity.scopes" -}}
 {{- $list := get .nmi .value | default list }}
 {{- $scopes := list }}
@@ -236,7 +238,7 @@ subjects:
 {{- if contains "PRIVATE KEY" (default "" .Values.nmi.caBundle) }}
 {{- fail "nmi.caBundle holds a private key; set it to certificates only, because they become a ConfigMap" }}
 {{- end }}
-{{- /* None of this may prevent the removal of NMI. */}}
+{{- /* A failure of these checks must not prevent the removal of NMI. */}}
 {{- if not .Values.nmi.uninstall }}
 {{- $secrets := include "podidentity.nmi.secretScopes" . | fromJsonArray }}
 {{- $tokens := include "podidentity.nmi.tokenScopes" . | fromJsonArray }}
