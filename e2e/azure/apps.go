@@ -20,7 +20,7 @@ type principal struct {
 }
 
 // addApp creates or replaces the application. To rotate a secret or certificate,
-// a test calls addApp again. Credentials from addFederated remain.
+// a test calls addApp again. Credentials that addFederated added remain.
 func (d *directory) addApp(a App) error {
 	if err := validateIDs(Identity{ClientID: a.ClientID, ObjectID: a.ObjectID}); err != nil {
 		return err
@@ -68,8 +68,8 @@ func (d *directory) removeApp(clientID string) {
 }
 
 // addFederated adds a federated credential to an application or a user-assigned
-// identity. It replaces the credential with the same issuer and subject that an
-// earlier call added.
+// identity. If an earlier call added a credential with the same issuer and subject,
+// addFederated replaces that one.
 func (d *directory) addFederated(clientID string, f FederatedCredential) error {
 	if err := validateFederated(f); err != nil {
 		return err
@@ -113,11 +113,11 @@ func validateFederated(f FederatedCredential) error {
 func parseCertificate(text string) (*x509.Certificate, error) {
 	block, _ := pem.Decode([]byte(text))
 	if block == nil || block.Type != "CERTIFICATE" {
-		return nil, errors.New("a certificate of the application is not PEM")
+		return nil, errors.New("a certificate of the application is not PEM of the type CERTIFICATE")
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
-		return nil, fmt.Errorf("parse a certificate of the application: %w", err)
+		return nil, fmt.Errorf("parsing a certificate of the application: %w", err)
 	}
 	return cert, nil
 }

@@ -16,12 +16,12 @@ import (
 // alone as an http.Handler or as the transport of a client (Do, RoundTrip).
 //
 // It starts no goroutine and no timer: an operation whose end has passed is finished
-// by the next access to the machines. IDs are not case-sensitive.
+// by the next access to the machines. Resource IDs are not case-sensitive.
 type ARM struct {
 	*armState
 	*armFaults
 	limits    armLimits // guarded by armState.mu
-	responses int       // number of responses with CasingChanging; guarded by armState.mu
+	responses int       // number of responses for which CasingChanging chose a casing; guarded by armState.mu
 }
 
 // armState has the machines with their identities and operations, and the logs.
@@ -42,10 +42,14 @@ type armState struct {
 
 // ARMOptions configure an ARM. The zero value has the defaults.
 type ARMOptions struct {
-	Location string                             // of all machines; default westeurope
-	Now      func() time.Time                   // default time.Now
-	Verify   func(token string) (Claims, error) // nil: requests need no token
-	Tenant   string                             // of system-assigned identities and of callers; empty: any caller
+	Location string           // of all machines; default westeurope
+	Now      func() time.Time // default time.Now
+	// Verify checks a caller's token and returns its claims. If Verify is nil, requests
+	// need no token.
+	Verify func(token string) (Claims, error)
+	// Tenant is the tenant of system-assigned identities without a TenantID.
+	// Tokens of callers must be of this tenant, too, unless Tenant is empty.
+	Tenant string
 	// LogCapacity is the maximum number of entries in each of the request log and
 	// the change log. Default 100,000.
 	LogCapacity int
@@ -63,17 +67,17 @@ type ARMSettings struct {
 	// operation that has not ended. 0: no header.
 	RetryAfter int
 	Limits     bool // enforce the throttling limits of the real ARM: see armLimits
-	// Early: during operations, responses to GET and PATCH have the identities
-	// after all operations instead of the current ones.
+	// Early: responses to GET and PATCH have the identities that the machine will have
+	// after all its operations, instead of the current ones.
 	Early bool
 	Queue bool // queue a PATCH during an operation, instead of refusing it with 409
 	// LateErrors: a PATCH with a non-existing identity is accepted, and its operation
 	// fails at the end. Without LateErrors, the PATCH is refused with 400.
 	LateErrors bool
 	Naming     Naming // how errors name denied and non-existing identities
-	// Dangling: if a deleted identity is attached, each PATCH whose type includes
-	// UserAssigned and that does not remove the deleted identity fails, like a PATCH
-	// that adds the deleted identity.
+	// Dangling: while a deleted identity is attached to a machine, a PATCH of the machine
+	// fails as if it added the deleted identity. This does not apply to a PATCH that
+	// removes the deleted identity, or whose type does not include UserAssigned.
 	Dangling    bool
 	Casing      Casing        // of the IDs of identities in responses
 	NoETags     bool          // send no ETag and ignore If-Match
@@ -109,7 +113,9 @@ const (
 	CasingResourcegroups Casing = "resourcegroups" // as sent, but with the segment "resourcegroups" in lower case
 	CasingLower          Casing = "lower"
 	CasingUpper          Casing = "upper"
-	CasingChanging       Casing = "changing" // each response with identities uses the next of the other casings
+	// CasingChanging: each response with user-assigned identities uses the next of the
+	// other casings.
+	CasingChanging Casing = "changing"
 )
 
 // casings has CasingChanging last: for it, identityOf uses the casings before it in turn.

@@ -55,7 +55,7 @@ func (c *control) handleARM(mux *http.ServeMux) {
 }
 
 // DefineIdentity creates or replaces a user-assigned identity without changing
-// where it is attached. RemoveIdentity deletes it.
+// where it is attached. Client.RemoveIdentity deletes it.
 func (c ARMClient) DefineIdentity(ctx context.Context, id Identity) error {
 	return c.call(ctx, "PUT", "/identities/define", id, nil)
 }
@@ -78,7 +78,7 @@ func (c ARMClient) Machine(ctx context.Context, ref string) (Machine, error) {
 			return m, nil
 		}
 	}
-	return Machine{}, fmt.Errorf("fake Azure: no machine %q", ref)
+	return Machine{}, fmt.Errorf("fake Azure: no machine has the ID %q or a node of this name", ref)
 }
 
 // AddMachine adds a machine or replaces it. See ARM.AddMachine.
@@ -97,8 +97,8 @@ func (c ARMClient) SetProvisioningState(ctx context.Context, ref, state string) 
 	return c.call(ctx, "PUT", "/arm/state", machineRequest{Machine: ref, State: state}, nil)
 }
 
-// SetDelay sets the delay of one machine, which overrides the switch arm.delay. A
-// negative delay removes the override.
+// SetDelay sets the delay for the operations of one machine. For these operations, it
+// overrides the switch arm.delay. A negative delay removes the override.
 func (c ARMClient) SetDelay(ctx context.Context, ref string, d time.Duration) error {
 	return c.call(ctx, "PUT", "/arm/delay", machineRequest{Machine: ref, Delay: d}, nil)
 }

@@ -41,7 +41,7 @@ func TestIMDSProvidesAnIdentityWhereItIsAttachedToTheMachine(t *testing.T) {
 			case got.status == 200:
 				nodes = append(nodes, node)
 			case !strings.Contains(got.body, "Identity not found"):
-				t.Errorf("node %s: %s", node, got.body)
+				t.Errorf("node %s: got %s, want a token or Identity not found", node, got.body)
 			}
 		}
 		return joined(nodes)
@@ -66,18 +66,19 @@ func TestIMDSProvidesAnIdentityWhereItIsAttachedToTheMachine(t *testing.T) {
 	list, err := s.Identities(ctx)
 	s.must(err)
 	if len(list) != 1 || joined(list[0].Nodes) != "a d" || len(list[0].Machines) != 1 || list[0].Machines[0] != vmID {
-		t.Errorf("identities: %+v", list)
+		t.Errorf("got identities %+v, want red on the nodes a and d and on the machine of b", list)
 	}
 	s.must(s.RemoveIdentity(ctx, red.ClientID))
 	must("", "deleted")
 	if m := s.machine("b"); len(m.Identities) != 1 {
-		t.Errorf("the machine no longer lists the deleted: %+v", m)
+		t.Errorf("the machine of b does not list the deleted identity: %+v", m)
 	}
 	again := red
 	again.ClientID = guid(500)
 	s.must(s.DefineIdentity(ctx, again))
 	if got := s.get(nodeB, tokenQuery+"&client_id="+again.ClientID); got.status != 400 {
-		t.Errorf("another identity of that name: %d", got.status)
+		t.Errorf("token request for a new identity with the resource ID of the deleted one: got status %d, want 400",
+			got.status)
 	}
 }
 
@@ -88,15 +89,15 @@ func TestTheDefaultIdentityIncludesThoseOfTheMachine(t *testing.T) {
 	s.must(s.DefineIdentity(ctx, blue))
 	s.must(s.AttachTo(ctx, "a", red.ResourceID))
 	if got := s.get(nodeC, tokenQuery).token(t).ClientID; got != red.ClientID {
-		t.Errorf("the only one: %s", got)
+		t.Errorf("with one identity attached: got a token of %s, want red", got)
 	}
 	s.add(blue, "c")
 	if got := s.get(nodeC, tokenQuery); got.body != `{"error":"invalid_request","error_description":"`+string(errMultipleIdentities)+`"}` {
-		t.Errorf("two: %s", got.body)
+		t.Errorf("with two identities attached: got %s", got.body)
 	}
 	s.add(red, "a")
 	if got := s.get(nodeA, tokenQuery).token(t).ClientID; got != red.ClientID {
-		t.Errorf("the same one in both ways: %s", got)
+		t.Errorf("with red attached to the node and to its machine: got a token of %s, want red", got)
 	}
 }
 
@@ -107,13 +108,13 @@ func TestIMDSLearnsOfAnAttachedIdentityAfterADelay(t *testing.T) {
 	s.must(s.DefineIdentity(ctx, red))
 	s.must(s.AttachTo(ctx, "b", red.ResourceID))
 	if got := s.get(nodeB, tokenQuery); !strings.Contains(got.body, "Identity not found") {
-		t.Errorf("at once: %s", got.body)
+		t.Errorf("before the propagation time has passed: got %s, want Identity not found", got.body)
 	}
 	s.clock.advance(20 * time.Second)
 	s.get(nodeB, tokenQuery).token(t)
 	s.must(s.DetachFrom(ctx, "b", red.ResourceID))
 	if got := s.get(nodeB, tokenQuery); got.status != 400 {
-		t.Errorf("detached: %s", got.body)
+		t.Errorf("after detaching: got %s, want status 400", got.body)
 	}
 }
 
@@ -121,24 +122,25 @@ func TestIMDSDoesNotProvideARemovedSystemAssignedIdentity(t *testing.T) {
 	s := start(t, onMachines, func(c *Config) { c.Nodes[1].SystemAssigned, c.Nodes[3].SystemAssigned = &system, &system })
 	for _, source := range []string{nodeA, nodeC, nodeD} {
 		if got := s.get(source, tokenQuery).token(t).ClientID; got != system.ClientID {
-			t.Errorf("%s: %s", source, got)
+			t.Errorf("from address %s: got a token of %s, want the system-assigned identity", source, got)
 		}
 	}
 	if got := s.get(nodeB, tokenQuery); got.status != 400 {
-		t.Errorf("b: %s", got.body)
+		t.Errorf("node b, which has no identity: got %s, want status 400", got.body)
 	}
 	if m := s.machine("a"); m.SystemAssigned == nil || m.SystemAssigned.ClientID != system.ClientID || joined(m.Nodes) != "a c" {
-		t.Errorf("machine: %+v", m)
+		t.Errorf("machine of a: %+v, want the system-assigned identity and the nodes a and c", m)
 	}
 	c := s.armClient()
 	c.mustPatch(setID, "None")
 	for _, source := range []string{nodeA, nodeC} {
 		if got := s.get(source, tokenQuery); got.status != 400 {
-			t.Errorf("%s, after it was taken: %s", source, got.body)
+			t.Errorf("from address %s, after the system-assigned identity was removed: got %s, want status 400",
+				source, got.body)
 		}
 	}
 	c.mustPatch(vmID, "SystemAssigned")
 	if got := s.get(nodeB, tokenQuery).token(t).ClientID; got != s.machine("b").SystemAssigned.ClientID {
-		t.Errorf("b, after it was given: %s", got)
+		t.Errorf("node b, after its machine got a system-assigned identity: got a token of %s, want that identity", got)
 	}
 }

@@ -13,13 +13,13 @@ import (
 )
 
 // ARMFault changes how the fake ARM handles the requests that match Resource and
-// Operation. If several faults match a request, only the most specific applies: a fault
-// of the machine before one of its subscription, and that before one of all resources.
-// Of two faults of the same resource, the one with an Operation applies.
+// Operation. If several faults match a request, only one applies: a fault of the machine
+// if there is one, otherwise a fault of its subscription, otherwise a fault of all
+// resources. Of two faults of the same resource, the one with an Operation applies.
 type ARMFault struct {
 	Resource  string `json:"resource,omitempty"`  // ID of a machine, or /subscriptions/S; empty: all
 	Operation string `json:"operation,omitempty"` // OpGet, OpPatch or OpPoll; empty: each
-	Count     int    `json:"count,omitempty"`     // cleared after it applied to this number of requests; 0: never
+	Count     int    `json:"count,omitempty"`     // the fault is cleared after it applied so many times; 0: never
 
 	Latency time.Duration `json:"latency_ns,omitempty"` // before ARM handles the request or the fault responds
 	// Status replaces the response. Code and Message have defaults; RetryAfter
@@ -30,7 +30,8 @@ type ARMFault struct {
 	RetryAfter int    `json:"retry_after,omitempty"`
 	Hang       bool   `json:"hang,omitempty"` // no response; the request ends when the client disconnects
 	Drop       bool   `json:"drop,omitempty"` // no response, the connection is reset
-	// Fails: the operation of an accepted PATCH fails with Code and Message.
+	// Fails: the operation of an accepted PATCH fails with Code and Message. A fault with
+	// Fails matches no other requests than PATCH.
 	Fails bool `json:"fails,omitempty"`
 	// Apply: with Status, Hang or Drop, the request takes effect although the fault
 	// replaces its response. With Fails, the identities change although the
@@ -42,8 +43,8 @@ type ARMFault struct {
 type IdentityFault struct {
 	Identity string `json:"identity"`          // resource ID; the identity need not exist
 	Denied   bool   `json:"denied,omitempty"`  // no caller may assign it: 403 LinkedAuthorizationFailed
-	Missing  bool   `json:"missing,omitempty"` // as if it did not exist
-	Naming   Naming `json:"naming,omitempty"`  // empty: as in the settings
+	Missing  bool   `json:"missing,omitempty"` // ARM acts as if the identity did not exist
+	Naming   Naming `json:"naming,omitempty"`  // empty: ARMSettings.Naming
 }
 
 type faultKey struct{ resource, operation string }
@@ -113,7 +114,7 @@ func (s *armFaults) ClearFaults(resource string) {
 	maps.DeleteFunc(s.ofRequests, func(k faultKey, _ *ARMFault) bool { return k.resource == FoldID(resource) })
 }
 
-// Faults returns the faults of requests that are set, sorted by resource and operation.
+// Faults returns the faults that SetFault has set, sorted by resource and operation.
 func (s *armFaults) Faults() []ARMFault {
 	s.lock.Lock()
 	defer s.lock.Unlock()

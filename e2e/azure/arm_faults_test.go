@@ -14,26 +14,29 @@ func TestA429FaultEndsAfterItsCountAndAppliesOnlyToItsResource(t *testing.T) {
 		a := newTestARM(t)
 		a.must(a.SetFault(ARMFault{Resource: resource, Status: 429, RetryAfter: 30, Count: 2}))
 		if got := a.do("GET", vmID+armV, ""); (got.status == 429) != (resource != setID) {
-			t.Errorf("%q: another machine got %d", resource, got.status)
+			t.Errorf("fault of resource %q: GET of another machine got status %d; want 429, or 200 if only the set has faults",
+				resource, got.status)
 		}
 		for a.Stats().ByStatus[429] < 2 {
 			got := a.patchSet(both, "+"+blue.ResourceID)
 			a.mustRefuse(got, 429, "TooManyRequests")
 			if e := a.lastRequest(); got.header.Get("Retry-After") != "30" || !e.Forced || e.Accepted {
-				t.Errorf("%q: %v, logged as %+v", resource, got.header, e)
+				t.Errorf("fault of resource %q: headers %v, want Retry-After 30; logged as %+v, want forced, not accepted",
+					resource, got.header, e)
 			}
 		}
 		if got := a.patchSet(both, "+"+blue.ResourceID); got.status != 200 || len(a.Faults()) != 0 {
-			t.Errorf("%q: afterwards %d %s, faults %v", resource, got.status, got.body, a.Faults())
+			t.Errorf("fault of resource %q: PATCH after its count got %d %s, faults %v; want 200 and no faults",
+				resource, got.status, got.body, a.Faults())
 		}
 		if a.Stats().Resources[FoldID(setID)].Throttled == 0 {
-			t.Errorf("%q: counted %+v", resource, a.Stats())
+			t.Errorf("fault of resource %q: no throttled request of the scale set is counted: %+v", resource, a.Stats())
 		}
 	}
 	a := newTestARM(t)
 	a.must(a.SetFault(ARMFault{Resource: "/subscriptions/other", Status: 429}))
 	if got := a.get(setID); got.names() != "red" {
-		t.Errorf("a fault of another subscription: %v", got)
+		t.Errorf("with a fault of another subscription: got %v, want the identity red", got)
 	}
 }
 
@@ -43,18 +46,18 @@ func TestTheMostSpecificFaultApplies(t *testing.T) {
 		f.Status = 500 + i
 		a.must(a.SetFault(f))
 		if got := a.do("GET", setID+armV, ""); got.status != 500+i {
-			t.Errorf("%+v: got %d", f, got.status)
+			t.Errorf("after setting the fault %+v: GET got status %d, want the fault's status", f, got.status)
 		}
 	}
 	if got := a.patchSet("None"); got.status != 503 {
-		t.Errorf("PATCH got %d", got.status)
+		t.Errorf("PATCH got status %d, want 503 from the fault of the machine", got.status)
 	}
 	if got := a.do("GET", vmID+armV, ""); got.status != 502 {
-		t.Errorf("the other machine got %d", got.status)
+		t.Errorf("GET of the other machine got status %d, want 502 from the fault of the subscription", got.status)
 	}
 	a.ClearFaults(setID)
 	if got := a.do("GET", setID+armV, ""); got.status != 502 || len(a.Faults()) != 3 {
-		t.Errorf("once cleared: %d, %+v", got.status, a.Faults())
+		t.Errorf("after ClearFaults: GET got status %d, want 502; faults %+v, want 3", got.status, a.Faults())
 	}
 	a.ClearFaults("")
 	a.get(setID)
@@ -78,7 +81,7 @@ func TestAResponseCanBeLostBeforeOrAfterThePatchIsApplied(t *testing.T) {
 			switch {
 			case f.Drop:
 				if _, err := a.try(t.Context(), "PATCH", setID+armV, body); !errors.Is(err, io.ErrUnexpectedEOF) {
-					t.Errorf("%s: %v", name, err)
+					t.Errorf("%s: got error %v, want io.ErrUnexpectedEOF", name, err)
 				}
 			case f.Hang:
 				a.mustTimeOut(time.Minute, "PATCH", setID+armV, body)
@@ -97,7 +100,7 @@ func TestAResponseCanBeLostBeforeOrAfterThePatchIsApplied(t *testing.T) {
 				t.Errorf("%s: logged as %+v", name, e)
 			}
 			if got := a.get(setID); got.names() != want {
-				t.Errorf("%s: %s", name, got.names())
+				t.Errorf("%s: afterwards the machine has the identities %s", name, got.names())
 			}
 		}
 	})
@@ -109,14 +112,14 @@ func TestLatencyEndsWhenTheClientDisconnects(t *testing.T) {
 		a.must(a.SetFault(ARMFault{Operation: OpPatch, Latency: 40 * time.Second}))
 		start := time.Now()
 		if got := a.patchSet(both, "+"+blue.ResourceID).machine(t); got.names() != "blue red" || time.Since(start) != 40*time.Second {
-			t.Errorf("%s after %s", got.names(), time.Since(start))
+			t.Errorf("got identities %s after %s, want blue red after 40s", got.names(), time.Since(start))
 		}
 		a.mustTimeOut(30*time.Second, "PATCH", setID+armV, patchOf(both, "+"+green.ResourceID))
 		if e := a.lastRequest(); e.Status != 0 || e.Accepted || e.Answered.Sub(e.Time) != 30*time.Second {
-			t.Errorf("logged as %+v", e)
+			t.Errorf("logged as %+v, want no response and a time of 30s", e)
 		}
 		if got := a.get(setID); got.names() != "blue red" {
-			t.Errorf("after the client left: %s", got.names())
+			t.Errorf("after the client disconnected: identities %s, want blue red", got.names())
 		}
 	})
 }
@@ -131,11 +134,11 @@ func TestConcurrentPatchesOverlap(t *testing.T) {
 		a.do("PATCH", vmID+armV, patchOf("None"))
 		a.patchSet(both, "+"+green.ResourceID)
 		if <-first != 200 {
-			t.Error("the first failed")
+			t.Error("the first PATCH did not get status 200")
 		}
 		for _, e := range a.Log(0) {
 			if e.Overlap != (len(e.Add) == 1 && e.Add[0] == FoldID(green.ResourceID)) {
-				t.Errorf("overlap %t of %+v", e.Overlap, e)
+				t.Errorf("overlap is %t, want true only for the PATCH that adds green: %+v", e.Overlap, e)
 			}
 		}
 	})
@@ -153,7 +156,7 @@ func TestInvalidFaultsAreRefused(t *testing.T) {
 		"fails is valid for operation patch": {Operation: OpGet, Fails: true},
 	} {
 		if err := a.SetFault(f); err == nil || !strings.Contains(err.Error(), says) {
-			t.Errorf("%+v: %v", f, err)
+			t.Errorf("SetFault(%+v): got error %v", f, err)
 		}
 	}
 	for says, f := range map[string]IdentityFault{
@@ -161,7 +164,7 @@ func TestInvalidFaultsAreRefused(t *testing.T) {
 		"valid: details":      {Identity: red.ResourceID, Denied: true, Naming: "loud"},
 	} {
 		if err := a.SetIdentityFault(f); err == nil || !strings.Contains(err.Error(), says) {
-			t.Errorf("%+v: %v", f, err)
+			t.Errorf("SetIdentityFault(%+v): got error %v", f, err)
 		}
 	}
 	if err := a.AddMachine(Machine{ID: setID + "/virtualMachines/0"}); err == nil {

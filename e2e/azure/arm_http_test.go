@@ -41,7 +41,7 @@ func TestInvalidRequestsAreRefusedInTheFormatOfARM(t *testing.T) {
 	a.mustRefuse(a.do("PATCH", setID+armV, strings.Repeat(" ", maxBodyBytes+1)), 413, "RequestContentTooLarge")
 	for _, target := range []string{strings.ToUpper(setID) + "?API-Version=2018-06-01", strings.ToLower(vmID) + "/?api-version=2026-04-01-preview"} {
 		if got := a.do("GET", target, ""); got.status != 200 {
-			t.Errorf("%s: %d %s", target, got.status, got.body)
+			t.Errorf("GET %s: got %d %s, want 200", target, got.status, got.body)
 		}
 	}
 	began := newTestARM(t, delayed(time.Hour))
@@ -56,7 +56,7 @@ func TestADroppedConnectionIsResetOnANetwork(t *testing.T) {
 	defer server.Close()
 	a.must(a.SetFault(ARMFault{Operation: OpGet, Count: 1, Drop: true}))
 	if resp, err := http.Get(server.URL + setID + armV); err == nil {
-		t.Errorf("answered %s", resp.Status)
+		t.Errorf("got a response with status %s, want a connection reset", resp.Status)
 	}
 	a.Change(delayed(time.Minute))
 	r, err := http.NewRequest("PATCH", server.URL+setID+armV, strings.NewReader(patchOf("None")))
@@ -65,7 +65,8 @@ func TestADroppedConnectionIsResetOnANetwork(t *testing.T) {
 	a.must(err)
 	defer resp.Body.Close()
 	if link := resp.Header.Get("Azure-AsyncOperation"); !strings.HasPrefix(link, server.URL+"/subscriptions/Sub/") || !strings.HasSuffix(link, armV) {
-		t.Errorf("Azure-AsyncOperation: %q", link)
+		t.Errorf("the header Azure-AsyncOperation is %q; want a URL of the test server that ends in the API version",
+			link)
 	}
 }
 
@@ -74,7 +75,7 @@ func TestARMAcceptsOnlyTokensForARM(t *testing.T) {
 	claims, verifies := good, error(nil)
 	a := &testARM{NewARM(ARMOptions{Tenant: tenant, Verify: func(token string) (Claims, error) {
 		if token != "t" {
-			t.Errorf("token %q", token)
+			t.Errorf("Verify got the token %q, want t", token)
 		}
 		return claims, verifies
 	}}), t}
@@ -100,7 +101,7 @@ func TestARMAcceptsOnlyTokensForARM(t *testing.T) {
 	got := get(bearer)
 	a.mustRefuse(got, 401, "InvalidAuthenticationTokenAudience")
 	if !strings.Contains(got.header.Get("WWW-Authenticate"), `error="invalid_token"`) {
-		t.Errorf("headers: %v", got.header)
+		t.Errorf("headers %v; want invalid_token in WWW-Authenticate", got.header)
 	}
 	claims = good
 	claims.TenantID = guid(5)
@@ -122,15 +123,16 @@ func TestARMsLogsAreBounded(t *testing.T) {
 		}
 		log, changes, stats := a.Log(0), a.Changes(0), a.Stats()
 		if len(log) != 3 || log[2].Seq != 6 || len(changes) != 3 || changes[0].Seq != 4 || stats.LogDropped != 3 || stats.ChangesDropped != 3 {
-			t.Errorf("%d requests, %d changes, %+v", len(log), len(changes), stats)
+			t.Errorf("got %d requests and %d changes, want the newest 3 of each and 3 dropped of each: %+v",
+				len(log), len(changes), stats)
 		}
 		if s := stats.Resources[FoldID(vmID)]; s.Patch != 6 || s.Accepted != 6 || stats.ByStatus[200] != 6 {
-			t.Errorf("counted %+v", stats)
+			t.Errorf("counted %+v, want 6 accepted PATCH requests", stats)
 		}
 		a.ResetLog()
 		a.get(vmID)
 		if log := a.Log(6); len(log) != 1 || log[0].Seq != 7 || len(a.Changes(0)) != 0 || a.Stats().Resources[FoldID(vmID)].Patch != 0 {
-			t.Errorf("after the reset: %+v, %+v", log, a.Stats())
+			t.Errorf("after the reset and a GET: log %+v, want one entry; counts %+v, want no PATCH", log, a.Stats())
 		}
 	})
 }

@@ -9,9 +9,9 @@ import (
 )
 
 // armLimits are the buckets of Azure's compute throttling by name: one for each
-// machine and policy, and one for each subscription and policy. The fake ARM has only
-// one region, so there is no bucket for each region. Each full minute after the first
-// use of a bucket adds tokens to it. A throttled request takes no token.
+// machine and policy, and one for each subscription and policy. Azure has one of the
+// latter for each region, but the fake ARM has only one region. Each full minute after
+// the first use of a bucket adds tokens to it. A throttled request takes no token.
 type armLimits map[string]*bucket
 
 type bucket struct {

@@ -29,10 +29,11 @@ func TestUpdatesOfAMachineAreThrottledAsDocumented(t *testing.T) {
 			if got < c.requests {
 				e := a.mustRefuse(last, 429, "OperationNotAllowed")
 				if last.header.Get("Retry-After") != "60" || len(e.Details) != 1 || e.Details[0].Target != "UpdateVMScaleSet" {
-					t.Errorf("refused with %v %+v", last.header, e)
+					t.Errorf("refused with headers %v and error %+v, want Retry-After 60 and details about UpdateVMScaleSet",
+						last.header, e)
 				}
 				if r := a.lastRequest(); !r.Forced || r.Accepted {
-					t.Errorf("logged as %+v", r)
+					t.Errorf("the throttled PATCH is logged as %+v, want forced and not accepted", r)
 				}
 			}
 			time.Sleep(time.Minute)
@@ -40,10 +41,11 @@ func TestUpdatesOfAMachineAreThrottledAsDocumented(t *testing.T) {
 		time.Sleep(20 * time.Second)
 		patches(12)
 		if _, last := patches(1); last.header.Get("Retry-After") != "40" {
-			t.Errorf("20 s into the minute: %v", last.header)
+			t.Errorf("20 s into the minute: headers %v, want Retry-After 40", last.header)
 		}
 		if got := a.do("PATCH", vmID+armV, patchOf("None")); got.status != 200 || got.header.Get("X-Ms-Ratelimit-Remaining-Resource") == "" {
-			t.Errorf("another machine: %d %v", got.status, got.header)
+			t.Errorf("PATCH of another machine: status %d, headers %v; want 200 with X-Ms-Ratelimit-Remaining-Resource",
+				got.status, got.header)
 		}
 	})
 }
@@ -56,13 +58,13 @@ func TestReadsAndPollsHaveSeparateBuckets(t *testing.T) {
 		for target, most := range map[string]int{setID + armV: 36, vmID + armV: 36, poll: 45} {
 			for i := range most + 1 {
 				if got := a.do("GET", target, ""); (got.status == 200) != (i < most) {
-					t.Errorf("request %d to %s: %d", i, target, got.status)
+					t.Errorf("request %d (counted from 0) to %s: got status %d", i, target, got.status)
 				}
 			}
 		}
 		a.Change(func(s *ARMSettings) { s.Limits = false })
 		if got := a.do("GET", poll, ""); got.status != 200 {
-			t.Errorf("with the limits off: %d", got.status)
+			t.Errorf("with the limits off: got status %d, want 200", got.status)
 		}
 	})
 }
@@ -78,18 +80,18 @@ func TestASubscriptionHasABucket(t *testing.T) {
 				if got := a.do("PATCH", id+armV, patchOf("None")); got.status == 429 {
 					throttled++
 					if e := got.armError(t); !strings.Contains(e.Message, "for this subscription") {
-						t.Fatalf("%+v", e)
+						t.Fatalf("the error does not name the subscription: %+v", e)
 					}
 				}
 			}
 		}
 		if throttled != 126*12-1500 {
-			t.Errorf("%d throttled", throttled)
+			t.Errorf("%d requests throttled, want 12", throttled)
 		}
 		other := strings.Replace(vmID, "Sub", "Other", 1)
 		a.must(a.AddMachine(Machine{ID: other}))
 		if got := a.do("PATCH", other+armV, patchOf("None")); got.status != 200 {
-			t.Errorf("another subscription: %d", got.status)
+			t.Errorf("PATCH in another subscription: got status %d, want 200", got.status)
 		}
 	})
 }

@@ -57,7 +57,7 @@ type ARMChange struct {
 
 func (c *ARMChange) number(seq int) { c.Seq = seq }
 
-// SystemIdentity is the system-assigned identity in the change log.
+// SystemIdentity stands for the system-assigned identity in ARMChange.Identity.
 const SystemIdentity = "system"
 
 type changeLog = ring[ARMChange, *ARMChange]
@@ -75,13 +75,13 @@ type ARMCounts struct {
 
 // ARMStats are the counts since NewARM or the last ResetLog.
 type ARMStats struct {
-	Resources      map[string]ARMCounts `json:"resources"` // by folded ID; "" are requests for no known machine
+	Resources      map[string]ARMCounts `json:"resources"` // by folded machine ID; "": requests for no known machine
 	ByStatus       map[int]int          `json:"by_status"` // 0: no response
 	LogDropped     int                  `json:"log_dropped"`
 	ChangesDropped int                  `json:"changes_dropped"`
 }
 
-// armRecords are both logs and the counts. ARM's lock guards them.
+// armRecords are the request log, the change log and the counts. armState.mu guards them.
 type armRecords struct {
 	requests ring[ARMRequest, *ARMRequest]
 	changes  changeLog

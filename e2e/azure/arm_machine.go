@@ -130,11 +130,11 @@ func (a *armState) change(id string, f func(*armMachine) error) error {
 	return f(m)
 }
 
-// SetProvisioningState sets the provisioning state of a machine. Succeeded and Failed
-// are its state while no operation runs, until the next operation ends and sets this
-// state itself. "" means Succeeded. Any other state, such as Deleting, also applies
-// during and after operations, until SetProvisioningState is called with Succeeded,
-// Failed or "".
+// SetProvisioningState sets the provisioning state of a machine. "" means Succeeded.
+// Succeeded and Failed apply only while no operation runs, and the next operation
+// replaces them by its own result when it ends. Any other state, such as Deleting,
+// applies during and after operations, until SetProvisioningState is called with
+// Succeeded, Failed or "".
 func (a *armState) SetProvisioningState(id, state string) error {
 	return a.change(id, func(m *armMachine) error {
 		m.setState(state)
@@ -154,8 +154,8 @@ func (m *armMachine) setState(state string) {
 	}
 }
 
-// SetDelay sets the delay for the operations of one machine, which overrides
-// ARMSettings.Delay. A negative delay removes the override.
+// SetDelay sets the delay for the operations of one machine. For these operations, it
+// overrides ARMSettings.Delay. A negative delay removes the override.
 func (a *armState) SetDelay(id string, d time.Duration) error {
 	return a.change(id, func(m *armMachine) error {
 		m.delay = d
@@ -163,8 +163,9 @@ func (a *armState) SetDelay(id string, d time.Duration) error {
 	})
 }
 
-// EndOperations ends the operations of a machine now, whatever their delay. The
-// entries of their PATCH requests in the log keep the end that was expected.
+// EndOperations ends the operations of a machine now, whatever their delay. In the
+// request log, ARMRequest.End remains the end that was expected when ARM accepted the
+// PATCH.
 func (a *ARM) EndOperations(id string) error {
 	return a.change(id, func(m *armMachine) error {
 		now := a.o.Now()
@@ -227,9 +228,9 @@ func (a *armState) Attached(machine, identity string) bool {
 }
 
 // provides reports whether IMDS on the machine issues tokens for the identity id. The
-// identity must exist and be attached, and the propagation time must have passed. It
-// must be the one that was attached, not a new one with the same resource ID: the
-// client IDs must be equal. machine is a folded ID.
+// identity must exist and be attached, and the propagation time must have passed. The
+// attached identity must have the client ID of id: otherwise it was deleted, and id is a
+// new identity with the same resource ID. machine is a folded ID.
 func (a *armState) provides(machine string, id Identity) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -33,10 +33,10 @@ type delta struct {
 	remove []string
 }
 
-// after returns the set after the change. If an added identity is already attached,
-// its attachment remains as it is, unless a new identity with another client ID has
-// replaced it under its resource ID. A type without UserAssigned removes all
-// user-assigned identities.
+// after returns s with the change d applied. If d adds an identity that s already has,
+// the attachment in s remains. But if the identity that d adds has the same resource ID
+// and another client ID, it is a new identity and replaces the attachment. If d.user is
+// false, the result has no user-assigned identities.
 func (s identitySet) after(d *delta) identitySet {
 	if d == nil {
 		return s
@@ -72,15 +72,14 @@ type armMachine struct {
 	patching   int             // number of PATCH requests in progress
 }
 
-// armOperation is an operation that a PATCH started or queued. If apply is true, the
-// identities of the machine change when the operation ends.
+// armOperation is an operation that a PATCH started or queued.
 type armOperation struct {
 	id         string
 	machine    *armMachine
 	delta      *delta
 	start, end time.Time
 	failure    *armError // nil: the operation succeeds
-	apply      bool      // the identities change; can be true although the operation fails
+	apply      bool      // change the identities at the end; can be true although the operation fails
 	ended      bool
 }
 
@@ -117,7 +116,7 @@ func (a *armState) finishDueOperations() {
 	}
 }
 
-// finish ends the running operation of the machine.
+// finish ends the running operation of the machine. The caller holds the lock.
 func (a *armState) finish(m *armMachine) {
 	o := m.operations[0]
 	if m.operations = m.operations[1:]; len(m.operations) == 0 {
@@ -152,8 +151,9 @@ func derivedGUID(text string) string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", sum[:4], sum[4:6], sum[6:8], sum[8:10], sum[10:16])
 }
 
-// replace sets the identities of the machine and adds the differences to the change
-// log, each as a copy of change.
+// replace sets the identities of the machine. For each resource ID that this attaches or
+// detaches, it adds a copy of change to the change log, with Resource, Identity and
+// Attached filled in. The system-assigned identity is logged as SystemIdentity.
 func (m *armMachine) replace(set identitySet, change ARMChange, changes *changeLog) {
 	change.Resource = m.key()
 	log := func(identity string, attached bool) {

@@ -19,25 +19,27 @@ func TestAnOperationChangesTheMachineAtItsEnd(t *testing.T) {
 		start := time.Now()
 		began := a.patchSet(both, "+"+blue.ResourceID, "-"+red.ResourceID)
 		if got := began.machine(t); got.state() != "Updating" || got.names() != "red" || began.header.Get("Retry-After") != "10" {
-			t.Errorf("began: %s, %s, %v", got.state(), got.names(), began.header)
+			t.Errorf("after the PATCH: state %s, identities %s, headers %v; want Updating, red, Retry-After 10",
+				got.state(), got.names(), began.header)
 		}
 		time.Sleep(59 * time.Second)
 		if s := a.poll(began); s.Status != "InProgress" || s.again != "10" || s.Error != nil {
-			t.Errorf("after 59 s: %+v", s)
+			t.Errorf("poll after 59 s: %+v, want InProgress with Retry-After 10", s)
 		}
 		if m, _ := a.Machine(setID); m.Operation == "" || !m.OperationEnd.Equal(start.Add(time.Minute)) || !a.Attached(setID, red.ResourceID) {
-			t.Errorf("after 59 s: %+v", m)
+			t.Errorf("machine after 59 s: %+v, want the operation with its end, and red still attached", m)
 		}
 		a.Change(func(s *ARMSettings) { s.Early = true })
 		if got := a.get(setID); got.state() != "Updating" || got.names() != "blue" {
-			t.Errorf("early: %s, %s", got.state(), got.names())
+			t.Errorf("with the setting Early: state %s, identities %s; want Updating, blue", got.state(), got.names())
 		}
 		time.Sleep(5 * time.Second)
 		if s := a.poll(began); s.Status != "Succeeded" || s.again != "" || s.Error != nil {
-			t.Errorf("after 64 s: %+v", s)
+			t.Errorf("poll after 64 s: %+v, want Succeeded without Retry-After", s)
 		}
 		if got := a.get(setID); got.state() != "Succeeded" || got.names() != "blue" || got.ETag == began.machine(t).ETag {
-			t.Errorf("after 64 s: %s, %s, ETag %s", got.state(), got.names(), got.ETag)
+			t.Errorf("machine after 64 s: state %s, identities %s, ETag %s; want Succeeded, blue, a new ETag",
+				got.state(), got.names(), got.ETag)
 		}
 		for i, c := range a.Changes(0) {
 			if !c.Time.Equal(start.Add(time.Minute)) || c.Attached != (c.Identity == FoldID(blue.ResourceID)) || c.Resource != FoldID(setID) || c.OperationID == "" || i > 1 {
@@ -46,7 +48,7 @@ func TestAnOperationChangesTheMachineAtItsEnd(t *testing.T) {
 		}
 		first := a.Log(0)[0]
 		if !first.Start.Equal(start) || !first.End.Equal(start.Add(time.Minute)) || first.OperationID == "" || !first.Accepted || first.Overlap {
-			t.Errorf("logged as %+v", first)
+			t.Errorf("the PATCH is logged as %+v", first)
 		}
 	})
 }
@@ -58,10 +60,10 @@ func TestASecondPatchIsRefusedOrQueued(t *testing.T) {
 		a.patchSet(both, "+"+blue.ResourceID)
 		a.mustRefuse(a.patchSet(both, "+"+green.ResourceID), 409, "Conflict")
 		if e := a.lastRequest(); !e.Overlap || e.Accepted {
-			t.Errorf("logged as %+v", e)
+			t.Errorf("the refused PATCH is logged as %+v, want an overlap and not accepted", e)
 		}
 		if got := a.do("PATCH", vmID+armV, patchOf("UserAssigned", "+"+green.ResourceID)); got.status != 200 {
-			t.Errorf("of another machine: %d %s", got.status, got.body)
+			t.Errorf("PATCH of another machine: got %d %s, want 200", got.status, got.body)
 		}
 		a.Change(func(s *ARMSettings) { s.Queue = true })
 		queued := a.patchSet(both, "+"+green.ResourceID, "-"+blue.ResourceID)
@@ -70,12 +72,12 @@ func TestASecondPatchIsRefusedOrQueued(t *testing.T) {
 		}
 		time.Sleep(41 * time.Second)
 		if got := a.get(setID); got.names() != "blue red" || got.state() != "Updating" || a.poll(queued).Status != "InProgress" {
-			t.Errorf("after 41 s: %s, %s", got.names(), got.state())
+			t.Errorf("after 41 s: identities %s, state %s; want blue red, Updating", got.names(), got.state())
 		}
 		a.mustRefuse(a.patchSet(both, "-"+red.ResourceID, "-"+green.ResourceID), 400, "MissingIdentityIds")
 		time.Sleep(40 * time.Second)
 		if got := a.get(setID); got.names() != "green red" || got.state() != "Succeeded" || a.poll(queued).Status != "Succeeded" {
-			t.Errorf("after 81 s: %s, %s", got.names(), got.state())
+			t.Errorf("after 81 s: identities %s, state %s; want green red, Succeeded", got.names(), got.state())
 		}
 		if s := a.Stats().Resources[FoldID(setID)]; s.Patch != 4 || s.Accepted != 2 || s.Overlaps != 3 || s.Poll != 2 || s.Get != 2 {
 			t.Errorf("counted %+v", s)
@@ -88,14 +90,15 @@ func TestAMachineCanHaveItsOwnDelay(t *testing.T) {
 		a := newTestARM(t, delayed(60*time.Second))
 		a.must(a.SetDelay(strings.ToUpper(setID), 0))
 		if got := a.patchSet(both, "+"+blue.ResourceID); got.header.Get("Azure-AsyncOperation") != "" || got.machine(t).names() != "blue red" || got.machine(t).state() != "Succeeded" {
-			t.Errorf("at once: %v %s", got.header, got.body)
+			t.Errorf("PATCH without a delay: headers %v, body %s; want no operation, and blue attached",
+				got.header, got.body)
 		}
 		a.must(a.SetDelay(setID, -1))
 		if got := a.patchSet(both, "-"+blue.ResourceID); got.machine(t).state() != "Updating" {
-			t.Errorf("as all: %s", got.body)
+			t.Errorf("PATCH after the machine's own delay was removed: body %s, want the state Updating", got.body)
 		}
 		if err := a.SetDelay(vmID+"2", 0); err == nil || !strings.Contains(err.Error(), "no machine") {
-			t.Errorf("an unknown machine: %v", err)
+			t.Errorf("SetDelay of an unknown machine: got error %v", err)
 		}
 	})
 }
@@ -105,14 +108,15 @@ func TestOperationsEndBeforeTheirDelay(t *testing.T) {
 		a := newTestARM(t, delayed(time.Hour))
 		began := a.patchSet(both, "+"+blue.ResourceID)
 		if s := a.poll(began); s.Status != "InProgress" {
-			t.Errorf("before: %+v", s)
+			t.Errorf("poll before EndOperations: %+v, want InProgress", s)
 		}
 		a.must(a.EndOperations(setID))
 		if s, got := a.poll(began), a.get(setID); s.Status != "Succeeded" || got.names() != "blue red" || got.state() != "Succeeded" {
-			t.Errorf("after: %+v, %s, %s", s, got.names(), got.state())
+			t.Errorf("after EndOperations: poll %+v, identities %s, state %s; want Succeeded, blue red, Succeeded",
+				s, got.names(), got.state())
 		}
 		if err := a.EndOperations(vmID + "2"); err == nil || !strings.Contains(err.Error(), "no machine") {
-			t.Errorf("an unknown machine: %v", err)
+			t.Errorf("EndOperations of an unknown machine: got error %v", err)
 		}
 	})
 }
@@ -129,16 +133,17 @@ func TestAnOperationFailsByAFault(t *testing.T) {
 			began := a.patchSet(both, "+"+blue.ResourceID)
 			time.Sleep(20 * time.Second)
 			if s := a.poll(began); s.Status != "Failed" || s.Error == nil || s.Error.Code != "AllocationFailed" || s.Error.Message != "No room." {
-				t.Errorf("status: %+v", s)
+				t.Errorf("poll: %+v, want Failed with AllocationFailed", s)
 			}
 			if got := a.get(setID); got.state() != "Failed" || got.names() != c.names {
-				t.Errorf("apply %t: %s, %s", c.apply, got.state(), got.names())
+				t.Errorf("fault with apply %t: state %s, want Failed; identities %s", c.apply, got.state(), got.names())
 			}
 		}
 		a.patchSet(both, "+"+green.ResourceID)
 		time.Sleep(20 * time.Second)
 		if got := a.get(setID); got.state() != "Succeeded" || got.names() != "blue green red" {
-			t.Errorf("the next: %s, %s", got.state(), got.names())
+			t.Errorf("after the next PATCH: state %s, identities %s; want Succeeded, blue green red",
+				got.state(), got.names())
 		}
 	})
 }
@@ -149,16 +154,16 @@ func TestADeletingMachineRefusesPatches(t *testing.T) {
 		began := a.patchSet(both, "+"+blue.ResourceID)
 		a.must(a.SetProvisioningState(setID, "Deleting"))
 		if got := a.get(setID); got.state() != "Deleting" {
-			t.Errorf("state %s", got.state())
+			t.Errorf("state %s, want Deleting", got.state())
 		}
 		a.mustRefuse(a.patchSet(both, "+"+green.ResourceID), 409, "OperationNotAllowed")
 		a.RemoveMachine(setID)
 		if e := a.mustRefuse(a.do("GET", setID+armV, ""), 404, "ResourceNotFound"); !strings.Contains(e.Message, "virtualMachineScaleSets/set' under resource group 'Nodes'") {
-			t.Errorf("%+v", e)
+			t.Errorf("the error does not name the machine: %+v", e)
 		}
 		a.mustRefuse(a.patchSet(both, "+"+green.ResourceID), 404, "ResourceNotFound")
 		if s := a.poll(began); s.Status != "Failed" || s.Error.Code != "ResourceNotFound" {
-			t.Errorf("its operation: %+v", s)
+			t.Errorf("operation of the removed machine: %+v, want Failed with ResourceNotFound", s)
 		}
 		for _, state := range []string{"Updating", "Creating"} {
 			a.must(a.SetProvisioningState(vmID, state))
@@ -166,7 +171,7 @@ func TestADeletingMachineRefusesPatches(t *testing.T) {
 		}
 		a.must(a.SetProvisioningState(vmID, ""))
 		if got := a.do("PATCH", vmID+armV, patchOf("None")); got.status != 200 {
-			t.Errorf("back to normal: %d %s", got.status, got.body)
+			t.Errorf("after the provisioning state was reset: PATCH got %d %s, want 200", got.status, got.body)
 		}
 	})
 }
@@ -179,18 +184,19 @@ func TestAManualChangeTakesEffectDuringAnOperation(t *testing.T) {
 		a.must(a.Detach(setID, strings.ToUpper(red.ResourceID)))
 		a.must(a.Detach(setID, red.ResourceID))
 		if got := a.get(setID); got.names() != "green" {
-			t.Errorf("at once: %s", got.names())
+			t.Errorf("during the operation: identities %s, want green", got.names())
 		}
 		time.Sleep(20 * time.Second)
 		if got := a.get(setID); got.names() != "blue green" {
-			t.Errorf("after the operation: %s", got.names())
+			t.Errorf("after the operation: identities %s, want blue green", got.names())
 		}
 		changes := a.Changes(0)
 		if len(changes) != 3 || !changes[0].ByHand || !changes[0].Attached || !changes[1].ByHand || changes[1].Attached || changes[2].ByHand {
-			t.Errorf("changes: %+v", changes)
+			t.Errorf("got changes %+v, want one attached and one detached by hand, then one by the operation",
+				changes)
 		}
 		if err := a.Attach(setID, userAssigned("ghost", 40).ResourceID); err == nil {
-			t.Error("a missing identity was attached")
+			t.Error("Attach accepted an identity that does not exist")
 		}
 	})
 }
@@ -211,7 +217,7 @@ func TestOperationsEndInTheOrderOfTheirEnds(t *testing.T) {
 			got = append(got, c.Resource)
 		}
 		if !slices.Equal(got, want) {
-			t.Errorf("order: %v", got)
+			t.Errorf("changes of the machines %v, want them in the order in which the operations end", got)
 		}
 	})
 }
@@ -228,7 +234,7 @@ func TestConcurrentPatchesAreAllApplied(t *testing.T) {
 	for _, id := range all {
 		wg.Go(func() {
 			if got := a.patchSet(both, "+"+id); got.status != 200 {
-				t.Errorf("%d %s", got.status, got.body)
+				t.Errorf("PATCH got %d %s, want 200", got.status, got.body)
 			}
 			a.get(setID)
 			a.Machines()
@@ -236,6 +242,7 @@ func TestConcurrentPatchesAreAllApplied(t *testing.T) {
 	}
 	wg.Wait()
 	if m, _ := a.Machine(setID); len(m.Identities) != 41 || len(a.Changes(0)) != 40 || len(a.Log(0)) != 80 {
-		t.Errorf("%d attached, %d changes, %d requests", len(m.Identities), len(a.Changes(0)), len(a.Log(0)))
+		t.Errorf("%d identities attached, %d changes, %d requests; want 41, 40 and 80",
+			len(m.Identities), len(a.Changes(0)), len(a.Log(0)))
 	}
 }

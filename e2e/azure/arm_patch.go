@@ -19,8 +19,8 @@ type identityPatch struct {
 	failure      *armError
 }
 
-// parsePatch parses as much as it can for the log, even of a body that ARM must
-// refuse. For such a body, it sets malformed or failure.
+// parsePatch parses the body of a PATCH. For an invalid body, it sets malformed or
+// failure, and also returns what it can parse, for the log.
 func parsePatch(body []byte) identityPatch {
 	p := identityPatch{add: map[string]string{}}
 	var doc struct {
@@ -95,9 +95,10 @@ func invalidParameter(target, message string) *armError {
 	return &armError{Status: http.StatusBadRequest, Code: "InvalidParameter", Target: target, Message: message}
 }
 
-// patch accepts a PATCH or refuses it. After the body, it checks in the order of the
-// real Azure. There, Resource Manager first checks the linked resources, here in
-// linked. Then the compute provider checks everything else, here in state and missing.
+// patch accepts a PATCH or refuses it. It checks the body, then everything else in the
+// order of the real Azure: Resource Manager checks the linked resources (here
+// patchCheck.linked), then the compute provider checks the rest (here patchCheck.state
+// and patchCheck.missing).
 func (a *ARM) patch(x *armRequestContext, m *armMachine) response {
 	p := x.patch
 	if len(p.malformed) > 0 {
@@ -141,7 +142,7 @@ type patchCheck struct {
 	m      *armMachine
 }
 
-// linked checks whether the caller may assign the identities.
+// linked checks whether the caller may assign the identities that the PATCH adds.
 func (c patchCheck) linked() *armError {
 	x, m := c.x, c.m
 	var named []string
@@ -208,7 +209,7 @@ func (c patchCheck) state() *armError {
 
 // leavesNothing reports whether the machine would have no user-assigned identity
 // after the PATCH. It counts added identities that do not exist as attached, because
-// they cause another error.
+// missing returns the error for them.
 func (c patchCheck) leavesNothing() bool {
 	left, p := maps.Clone(c.m.projected().user), c.x.patch
 	for _, key := range p.remove {
@@ -255,7 +256,7 @@ func (c patchCheck) missing() *armError {
 }
 
 // missingError returns an error in Azure's format: the compute provider's message
-// contains the error of the identity provider. That error names only one identity.
+// contains the error of the identity provider, which names at most one identity.
 func missingError(m *armMachine, inText, inDetails []string) *armError {
 	because := "Bad request."
 	if len(inText) > 0 {

@@ -66,7 +66,7 @@ func TestAnInvalidPatchIsRefusedAndChangesNothing(t *testing.T) {
 			t.Errorf("%s: logged as %+v", name, e)
 		}
 		if after := a.get(setID); after.kind() != before.kind() || after.names() != before.names() || after.ETag != before.ETag {
-			t.Errorf("%s: %+v became %+v", name, before, after)
+			t.Errorf("%s: the refused PATCH changed the machine from %+v to %+v", name, before, after)
 		}
 	}
 }
@@ -76,7 +76,8 @@ func TestTheResponseHasTheIDsInTheConfiguredCasing(t *testing.T) {
 	got := a.get(setID)
 	const id = "/subscriptions/s/resourcegroups/Group/providers/Microsoft.ManagedIdentity/userAssignedIdentities/red"
 	if one := got.Identity.UserAssignedIdentities[id]; one.ClientID != red.ClientID || one.PrincipalID != red.ObjectID {
-		t.Errorf("identities: %+v", got.Identity.UserAssignedIdentities)
+		t.Errorf("got identities %+v, want red under its ID with resourcegroups in lower case",
+			got.Identity.UserAssignedIdentities)
 	}
 	if got.Identity.PrincipalID != guid(91) || got.Identity.TenantID != tenant || got.ID != setID || got.Name != "set" ||
 		got.Type != "Microsoft.Compute/virtualMachineScaleSets" || got.Location != "westeurope" {
@@ -90,7 +91,7 @@ func TestTheResponseHasTheIDsInTheConfiguredCasing(t *testing.T) {
 	} {
 		a.Change(func(s *ARMSettings) { s.Casing = casing })
 		if got := a.get(setID).Identity.UserAssignedIdentities; len(got) != 1 || got[want].ClientID == "" {
-			t.Errorf("%s: %v", casing, got)
+			t.Errorf("casing %s: got identities %v", casing, got)
 		}
 	}
 	a.Change(func(s *ARMSettings) { s.Casing = CasingChanging })
@@ -101,7 +102,7 @@ func TestTheResponseHasTheIDsInTheConfiguredCasing(t *testing.T) {
 		}
 	}
 	if len(seen) != 4 {
-		t.Errorf("changing: %v", seen)
+		t.Errorf("four responses with the casing \"changing\" have the IDs %v, want four different ones", seen)
 	}
 }
 
@@ -109,7 +110,8 @@ func TestTheTypeAddsAndRemovesTheSystemAssignedIdentity(t *testing.T) {
 	a := newTestARM(t)
 	got := a.do("PATCH", vmID+armV, patchOf("SystemAssigned")).machine(t)
 	if got.kind() != "SystemAssigned" || !isGUID(got.Identity.PrincipalID) {
-		t.Errorf("given: %+v", got.Identity)
+		t.Errorf("after a PATCH with the type SystemAssigned: identity %+v, want that type and a principal ID",
+			got.Identity)
 	}
 	a.do("PATCH", vmID+armV, patchOf("UserAssigned", "+"+red.ResourceID))
 	var changes []string
@@ -117,7 +119,7 @@ func TestTheTypeAddsAndRemovesTheSystemAssignedIdentity(t *testing.T) {
 		changes = append(changes, c.Identity)
 	}
 	if strings.Join(changes, " ") != SystemIdentity+" "+SystemIdentity+" "+FoldID(red.ResourceID) {
-		t.Errorf("changes: %v", changes)
+		t.Errorf("changes of the identities %v, want system twice, then red", changes)
 	}
 }
 
@@ -146,17 +148,20 @@ func TestTheErrorForAMissingIdentityNamesItAsConfigured(t *testing.T) {
 		a.Change(func(s *ARMSettings) { s.LateErrors = true })
 		began := a.do("PATCH", setID+armV, body)
 		if began.status != 200 {
-			t.Fatalf("%s, late: %d %s", naming, began.status, began.body)
+			t.Fatalf("naming %s, late errors: PATCH got %d %s, want 200", naming, began.status, began.body)
 		}
 		status := a.poll(began)
 		if status.Status != "Failed" || status.Error == nil || status.Error.Code != e.Code || status.Error.Message != e.Message || len(status.Error.Details) != len(e.Details) {
-			t.Errorf("%s, late: %+v", naming, status)
+			t.Errorf("naming %s, late errors: the operation ended as %+v, want Failed with the error of the refusal",
+				naming, status)
 		}
 		if got := a.get(setID); got.names() != "red" || got.state() != "Failed" {
-			t.Errorf("%s, after the failure: %s, %s", naming, got.names(), got.state())
+			t.Errorf("naming %s, after the failed operation: identities %s, state %s; want red, Failed",
+				naming, got.names(), got.state())
 		}
 		if got := a.patchSet(both, "+"+blue.ResourceID).machine(t); got.names() != "blue red" || got.state() != "Succeeded" {
-			t.Errorf("%s, without the missing: %s, %s", naming, got.names(), got.state())
+			t.Errorf("naming %s, after a PATCH without the missing ones: identities %s, state %s; want blue red, Succeeded",
+				naming, got.names(), got.state())
 		}
 	}
 }
@@ -170,21 +175,22 @@ func TestADeniedIdentityIsRefusedUntilTheFaultIsCleared(t *testing.T) {
 		a.must(a.SetIdentityFault(IdentityFault{Identity: strings.ToUpper(blue.ResourceID), Denied: true, Naming: c.naming}))
 		e := a.mustRefuse(a.patchSet(both, "+"+blue.ResourceID, "+"+green.ResourceID), 403, "LinkedAuthorizationFailed")
 		if strings.Count(e.Message, blue.ResourceID) != c.named || len(e.Details) != c.size || strings.Contains(e.Message, green.ResourceID) {
-			t.Errorf("%s: %+v", c.naming, e)
+			t.Errorf("naming %s: got error %+v, want it to name blue as configured, and never green", c.naming, e)
 		}
 	}
 	if got := a.patchSet(both, "-"+blue.ResourceID, "+"+green.ResourceID).machine(t); got.names() != "green red" {
-		t.Errorf("removing it needs no permission: %s", got.names())
+		t.Errorf("after removing the denied identity, which needs no permission: identities %s, want green red",
+			got.names())
 	}
 	a.must(a.SetIdentityFault(IdentityFault{Identity: blue.ResourceID}))
 	if got := a.patchSet(both, "+"+blue.ResourceID).machine(t); got.names() != "blue green red" {
-		t.Errorf("once allowed: %s", got.names())
+		t.Errorf("after the fault was cleared: identities %s, want blue green red", got.names())
 	}
 	a.must(a.SetIdentityFault(IdentityFault{Identity: blue.ResourceID, Missing: true}))
 	a.mustRefuse(a.patchSet(both, "+"+blue.ResourceID), 400, "FailedIdentityOperation")
 	a.ClearFaults("")
 	if got := a.patchSet(both, "+"+blue.ResourceID); got.status != 200 {
-		t.Errorf("after clearing all faults: %s", got.body)
+		t.Errorf("after clearing all faults: PATCH got %s, want status 200", got.body)
 	}
 }
 
@@ -192,12 +198,12 @@ func TestADeletedIdentityRemainsAttached(t *testing.T) {
 	a := newTestARM(t)
 	a.DeleteIdentity(strings.ToUpper(red.ResourceID))
 	if got := a.patchSet(both, "+"+blue.ResourceID).machine(t); got.names() != "blue red" {
-		t.Errorf("beside the deleted: %s", got.names())
+		t.Errorf("after adding blue to the deleted identity red: identities %s, want blue red", got.names())
 	}
 	a.Change(func(s *ARMSettings) { s.Dangling = true })
 	a.mustRefuse(a.patchSet(both, "+"+green.ResourceID), 400, "FailedIdentityOperation")
 	if got := a.patchSet(both, "+"+green.ResourceID, "-"+red.ResourceID).machine(t); got.names() != "blue green" {
-		t.Errorf("without the deleted: %s", got.names())
+		t.Errorf("after removing the deleted identity red: identities %s, want blue green", got.names())
 	}
 	a.mustRefuse(a.patchSet(both, "+"+red.ResourceID), 400, "FailedIdentityOperation")
 
@@ -211,10 +217,10 @@ func TestADeletedIdentityRemainsAttached(t *testing.T) {
 		return r.Identity.UserAssignedIdentities[CasingResourcegroups.apply(blue.ResourceID)].ClientID
 	}
 	if got := client(a.get(setID)); got != blue.ClientID {
-		t.Errorf("before it is added again: %s", got)
+		t.Errorf("before a PATCH adds the new identity: client ID %s, want that of the deleted identity", got)
 	}
 	if got := client(a.patchSet(both, "+"+blue.ResourceID).machine(t)); got != again.ClientID {
-		t.Errorf("after it is added again: %s", got)
+		t.Errorf("after a PATCH added the new identity: client ID %s, want that of the new identity", got)
 	}
 }
 
@@ -228,20 +234,21 @@ func TestAnOutdatedETagIsRefused(t *testing.T) {
 	}
 	second := a.do("PATCH", setID+armV, patch, "If-Match: "+tag)
 	if got := second.machine(t).ETag; second.header.Get("ETag") != got || got == tag || a.get(setID).ETag != got {
-		t.Errorf("after the PATCH: %s, in the body %s", second.header, got)
+		t.Errorf("after the PATCH: headers %s, ETag in the body %s; want the same new ETag in both", second.header, got)
 	}
 	a.mustRefuse(a.do("PATCH", setID+armV, patch, "If-Match: "+tag), 412, "PreconditionFailed")
 	if e := a.lastRequest(); e.IfMatch != tag || e.Status != 412 {
-		t.Errorf("logged as %+v", e)
+		t.Errorf("the PATCH with an outdated ETag is logged as %+v", e)
 	}
 	if got := a.do("PATCH", setID+armV, patch, "If-Match: *"); got.status != 200 {
-		t.Errorf("any: %d %s", got.status, got.body)
+		t.Errorf("PATCH with If-Match *: got %d %s, want 200", got.status, got.body)
 	}
 	before := a.get(setID).ETag
 	a.must(a.Detach(setID, red.ResourceID))
 	a.mustRefuse(a.do("PATCH", setID+armV, patch, "If-Match: "+before), 412, "PreconditionFailed")
 	a.Change(func(s *ARMSettings) { s.NoETags = true })
 	if got := a.do("PATCH", setID+armV, patch, "If-Match: "+tag); got.status != 200 || got.header.Get("ETag") != "" || got.machine(t).ETag != "" {
-		t.Errorf("without ETags: %d %v %s", got.status, got.header, got.body)
+		t.Errorf("with the setting NoETags: got status %d, headers %v, body %s; want 200 and no ETag",
+			got.status, got.header, got.body)
 	}
 }

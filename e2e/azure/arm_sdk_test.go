@@ -97,14 +97,14 @@ func TestTheAzureSDKPatchesAndPollsToTheEnd(t *testing.T) {
 	before, err := c.sets.Get(ctx, of.resourceGroup, of.name, nil)
 	s.must(err)
 	if len(before.Identity.UserAssignedIdentities) != 1 || *before.Identity.Type != armcompute.ResourceIdentityTypeSystemAssignedUserAssigned || before.Etag == nil {
-		t.Fatalf("read: %+v", before)
+		t.Fatalf("read the scale set %+v, want one user-assigned identity, both types, and an ETag", before)
 	}
 
 	s.set("arm.delay=40s", "arm.retry-after=1")
 	poller, err := c.begin(ctx, of, both, &armcompute.VirtualMachineScaleSetsClientBeginUpdateOptions{IfMatch: before.Etag}, "+"+blue.ResourceID, "-"+red.ResourceID)
 	s.must(err)
 	if _, err := poller.Poll(ctx); err != nil || poller.Done() {
-		t.Fatalf("done at once: %v", err)
+		t.Fatalf("the first poll failed, or the operation had already ended: error %v", err)
 	}
 	token, err := poller.ResumeToken()
 	s.must(err)
@@ -121,7 +121,8 @@ func TestTheAzureSDKPatchesAndPollsToTheEnd(t *testing.T) {
 			names = append(names, id)
 		}
 		if len(names) != 1 || FoldID(names[0]) != FoldID(blue.ResourceID) || *after.Properties.ProvisioningState != "Succeeded" || *after.Etag == *before.Etag {
-			t.Errorf("%s: %v, %s, ETag %s", who, names, *after.Properties.ProvisioningState, *after.Etag)
+			t.Errorf("%s poller: identities %v, state %s, ETag %s; want blue, Succeeded, a new ETag",
+				who, names, *after.Properties.ProvisioningState, *after.Etag)
 		}
 	}
 	if got := s.get(nodeC, tokenQuery+"&client_id="+blue.ClientID); got.status != 200 {
@@ -175,14 +176,14 @@ func TestTheAzureSDKReadsARMsErrors(t *testing.T) {
 	_, err = c.vms.Get(ctx, vm.resourceGroup, vm.name, nil)
 	mustBeError(t, err, 429, "TooManyRequests")
 	if faults, err := s.ARMFaults(ctx); err != nil || len(faults) != 1 || faults[0].Resource != FoldID(vmID) {
-		t.Errorf("faults: %+v, %v", faults, err)
+		t.Errorf("got faults %+v, error %v; want one fault of the virtual machine", faults, err)
 	}
 	s.must(s.ClearARMFaults(ctx, "b"))
 	s.must(s.SetProvisioningState(ctx, "b", "Deleting"))
 	got, err := c.vms.Get(ctx, vm.resourceGroup, vm.name, nil)
 	s.must(err)
 	if *got.Properties.ProvisioningState != "Deleting" {
-		t.Errorf("state %s", *got.Properties.ProvisioningState)
+		t.Errorf("state %s, want Deleting", *got.Properties.ProvisioningState)
 	}
 	s.must(s.RemoveMachine(ctx, "b"))
 	_, err = c.vms.Get(ctx, vm.resourceGroup, vm.name, nil)
@@ -196,7 +197,7 @@ func TestTheAzureSDKReadsARMsErrors(t *testing.T) {
 	mustBeError(t, err, 403, "LinkedAuthorizationFailed")
 	s.must(s.ResetLog(ctx))
 	if log, err := s.ARMLog(ctx, 0); err != nil || len(log) != 0 || len(s.stats().ARM.Resources) != 0 {
-		t.Errorf("after the reset: %v, %v", log, err)
+		t.Errorf("after the reset: log %v, error %v; want an empty log and no counts", log, err)
 	}
 }
 
@@ -225,12 +226,12 @@ func TestARMAcceptsOnlyTokensOfTheFakeEntraID(t *testing.T) {
 		tokenFor("https://vault.azure.net"): 401, tokenFor("https://management.azure.com/", nodeB): 401, mine[:len(mine)-8] + "AAAAAAAA": 401, "nonsense": 401,
 	} {
 		if got := ask(token); got != want {
-			t.Errorf("%d, want %d, for %s", got, want, token)
+			t.Errorf("got status %d, want %d, with the token %s", got, want, token)
 		}
 	}
 	s.clock.advance(25 * time.Hour)
 	if got := ask(mine); got != 401 {
-		t.Errorf("a day later: %d", got)
+		t.Errorf("a day later, with the expired token: got status %d, want 401", got)
 	}
 }
 
@@ -255,7 +256,8 @@ func TestARMsSwitchesAreSetAndReset(t *testing.T) {
 	for _, c := range changes {
 		key, value, _ := strings.Cut(c, "=")
 		if after[key] != value || before[key] == value || before[key] == "" {
-			t.Errorf("%s: %q became %q", key, before[key], after[key])
+			t.Errorf("switch %s: %q became %q, want the value that was set, different from the default",
+				key, before[key], after[key])
 		}
 	}
 	for wrong, says := range map[string]string{
@@ -263,16 +265,16 @@ func TestARMsSwitchesAreSetAndReset(t *testing.T) {
 	} {
 		err := s.Set(t.Context(), map[string]string{"arm.early": "false", "imds.drop": "true", wrong: "x"})
 		if err == nil || !strings.Contains(err.Error(), says) {
-			t.Errorf("%s: %v", wrong, err)
+			t.Errorf("switch %s=x: got error %v", wrong, err)
 		}
 	}
 	if all, err := s.Switches(t.Context()); err != nil || all["arm.early"] != "true" || all["imds.drop"] != "false" {
-		t.Errorf("after the wrong ones: %v, %v", all, err)
+		t.Errorf("after the refused changes: switches %v, error %v; want arm.early and imds.drop unchanged", all, err)
 	}
 	s.set("reset=all")
 	for key, value := range before {
 		if all, err := s.Switches(t.Context()); err != nil || all[key] != value {
-			t.Errorf("%s=%s after the reset, was %s", key, all[key], value)
+			t.Errorf("switch %s=%s after the reset, want the default %s", key, all[key], value)
 		}
 	}
 }
@@ -296,9 +298,9 @@ func TestTheControlAPIRefusesWhatARMRefuses(t *testing.T) {
 	machines, err := s.Machines(ctx)
 	s.must(err)
 	if len(machines) != 2 || machines[0].Kind != KindVM || joined(machines[0].Nodes) != "b" || machines[1].Kind != KindVMSS {
-		t.Errorf("machines: %+v", machines)
+		t.Errorf("got machines %+v, want the virtual machine of b and the scale set", machines)
 	}
 	if _, err := s.Machine(ctx, "d"); err == nil {
-		t.Error("a node that is no machine of Azure has one")
+		t.Error("node d, which is outside of Azure, has a machine")
 	}
 }

@@ -19,7 +19,7 @@ const (
 type armRequestContext struct {
 	*http.Request
 	entry     ARMRequest
-	machine   computeID // in the path, whether it exists or not; for a poll, that of the operation
+	machine   computeID // the machine in the path, even if it does not exist; for a poll, that of the operation
 	operation string    // ID of the polled operation
 	version   string
 	claims    Claims // of the caller; empty if ARM requires no token
@@ -117,7 +117,7 @@ func (a *ARM) recordResponse(x *armRequestContext, status int) {
 	a.finishDueOperations()
 	x.entry.Answered, x.entry.Status = a.o.Now(), status
 	if m, ok := a.machines[x.machine.key()]; ok && x.entry.Operation == OpPatch {
-		m.patching = max(0, m.patching-1) // the machine may have been replaced meanwhile
+		m.patching = max(0, m.patching-1) // a machine that AddMachine replaced meanwhile has 0
 	}
 	a.records.finish(x.entry)
 }

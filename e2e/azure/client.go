@@ -115,11 +115,10 @@ func (c *Client) Set(ctx context.Context, changes map[string]string) error {
 	return c.call(ctx, "PATCH", "/switches", changes, nil)
 }
 
-// Switches returns all switches with their values. The switches throttle and
-// status-count count down: a positive value is the number of requests to which the
-// fault still applies. When status-count reaches 0, status also becomes 0 (off). With
-// throttle=-1, or with status-count=0 and a status, the fault applies to all requests
-// and nothing counts down.
+// Switches returns all switches with their values. A positive value of throttle or
+// status-count is the number of requests to which the fault still applies. When
+// status-count reaches 0, status also becomes 0 (off). The fault has no such end if
+// throttle is -1, or if a test sets a status while status-count is 0.
 func (c *Client) Switches(ctx context.Context) (map[string]string, error) {
 	var out map[string]string
 	return out, c.call(ctx, "GET", "/switches", nil, &out)

@@ -289,8 +289,8 @@ func (d *directory) resolve(node string, sel selector) (Identity, error) {
 
 // systemAssigned returns the system-assigned identity of the node, or nil. If the
 // node's machine exists in the fake ARM without a system-assigned identity, the result
-// is nil. Otherwise it is the identity that the node's configuration has or, if it has
-// none, the identity of the machine in the fake ARM.
+// is nil, whatever the configuration of the node says. Otherwise the result is
+// Node.SystemAssigned or, if that is nil, the identity of the machine in the fake ARM.
 func (d *directory) systemAssigned(n Node) *Identity {
 	own := n.SystemAssigned
 	if machine, ok := d.machines[n.Name]; ok {
@@ -341,8 +341,9 @@ func (d *directory) defaultIdentity(node string, system *Identity) (Identity, er
 	return *only, nil
 }
 
-// machineOf returns the folded ID of the machine of the node with the name ref. If no
-// node has this name and a machine, it returns ref, which may be the ID of a machine.
+// machineOf returns the folded ID of the machine of the node with the name ref. If ref
+// is not the name of a node, or the node has no machine in the fake ARM, machineOf
+// returns ref itself, which may be the ID of a machine.
 func (t topology) machineOf(ref string) string {
 	if machine, ok := t.machines[ref]; ok {
 		return machine

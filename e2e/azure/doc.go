@@ -5,18 +5,19 @@
 // It protects against tests that pass only because the fake is stricter than Azure.
 // The fake IMDS is as permissive as the real IMDS is known to be: it reads a
 // backslash as a slash, collapses doubled slashes and ignores the case of
-// /metadata. So a request that bypasses NMI, in one of these ways or directly, gets a
-// token as from the real IMDS. The fake IMDS distinguishes nodes and pods by their
-// source address, so its log and its counts show which requests came from a pod.
-// Tokens are real JWTs, signed with the fake's own key: a test can check that a pod
-// got a token for its own identity and for no other.
+// /metadata. So a request that should get no token gets one, as from the real IMDS, if
+// NMI forwards it because of such a path, or if it reaches IMDS without NMI. The fake
+// IMDS distinguishes nodes and pods by their source address, so its log and its counts
+// show which requests came from a pod. Tokens are real JWTs with the identity in their
+// claims, signed with the fake's own key. So a test can check that a pod got a token for
+// its own identity and for no other.
 //
 // Run serves until its context ends. A Client controls the fake Azure over a unix
 // socket, which also works from another network namespace: it registers identities
-// and applications, sets the fault switches, and reads the request log. The fake
-// IMDS of a node issues tokens for a user-assigned identity if the Client attached
-// the identity to that node, or if it is attached to the node's virtual machine or
-// scale set in the fake ARM. The fake ARM can also run alone, in the process of a
+// and applications, sets the fault switches, and reads the request log. A node gets
+// tokens for a user-assigned identity from the fake IMDS if the Client attached the
+// identity to that node, or if the identity is attached to the node's virtual machine
+// or scale set in the fake ARM. The fake ARM can also run alone, in the process of a
 // test: see NewARM.
 //
 // The path of a token request to the fake IMDS or Entra ID: service (log, faults) -> imds

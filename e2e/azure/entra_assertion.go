@@ -135,9 +135,9 @@ var federatedAlgorithms = []string{"RS256", "RS384", "RS512", "PS256", "PS384", 
 
 // authenticateByFederation selects the federated credentials of p by the assertion's
 // issuer, then its subject, then its audience, each compared exactly as written. If no
-// credential is left after one of these steps, the error names that step. Otherwise,
-// authenticateByFederation checks the algorithm, the signature and the times of the
-// assertion, with the keys of the first credential that is left.
+// credential is left after one of these steps, the error names the claim of that step.
+// Otherwise, authenticateByFederation checks the algorithm, the signature and the times
+// of the assertion, with the keys of the first credential that is left.
 func (s *entra) authenticateByFederation(p principal, token *jwt.Token, claims jwt.RegisteredClaims, assertion string) error {
 	if len(p.federated) == 0 {
 		return &entraError{401, "invalid_client", 70025, fmt.Sprintf(

@@ -59,13 +59,14 @@ func TestEachCurveHasItsSignatureAlgorithm(t *testing.T) {
 	for i, one := range signers {
 		good := signed(t, one.method, one.key, one.header, claims)
 		if status, body := s.ask("/"+tenant+"/oauth2/v2.0/token", byAssertion(a.ClientID, good)); status != 200 {
-			t.Errorf("%s: %d %v", one.method.Name, status, body)
+			t.Errorf("%s: token request got %d %v, want 200", one.method.Name, status, body)
 		}
 		// This assertion names another certificate than the one whose key signs it.
 		other := signers[(i+1)%len(signers)]
 		status, body := s.ask("/"+tenant+"/oauth2/v2.0/token", byAssertion(a.ClientID, signed(t, one.method, one.key, other.header, claims)))
 		if codes, _ := body["error_codes"].([]any); status != 401 || len(codes) != 1 || codes[0] != 700027.0 {
-			t.Errorf("%s with another certificate: %d %v", one.method.Name, status, body)
+			t.Errorf("%s with another certificate: token request got %d %v, want 401 with code 700027",
+				one.method.Name, status, body)
 		}
 	}
 }
@@ -107,7 +108,7 @@ func TestEachResponseHasTheIDsOfItsLogEntry(t *testing.T) {
 			}
 			seen[request] = true
 			if e := s.lastEntry(); e.CorrelationID != got {
-				t.Errorf("%s: logged %+v, answered %q", c.path, e, got)
+				t.Errorf("%s: logged %+v, want the correlation ID of the response, %q", c.path, e, got)
 			}
 		}
 	}
@@ -178,7 +179,8 @@ func TestUnmodifiedClientsGetTokensAtEachHost(t *testing.T) {
 			&azidentity.ClientCertificateCredentialOptions{ClientOptions: options, DisableInstanceDiscovery: true})
 		s.must(err)
 		if first, second := s.tokenOf(bySecret, vault), s.tokenOf(byCertificate, vault); first.AppID != a.ClientID || second.AppID != a.ClientID {
-			t.Errorf("%s: %+v, %+v", host, first, second)
+			t.Errorf("host %s: claims %+v by secret, %+v by certificate; want the client ID of the application in both",
+				host, first, second)
 		}
 	}
 }

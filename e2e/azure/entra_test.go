@@ -243,12 +243,12 @@ func TestEachInvalidAssertionHasItsErrorCode(t *testing.T) {
 		status, body := s.ask("/"+tenant+"/oauth2/v2.0/token", byAssertion(ask.client, ask.assertion))
 		if ask.code == 0 {
 			if status != 200 {
-				t.Errorf("%s: %d %v", name, status, body)
+				t.Errorf("%s: got %d %v, want status 200", name, status, body)
 			}
 			continue
 		}
 		if codes, _ := body["error_codes"].([]any); status != 401 || len(codes) != 1 || codes[0] != ask.code {
-			t.Errorf("%s: %d %v", name, status, body)
+			t.Errorf("%s: got %d %v, want status 401 and the error code of this case", name, status, body)
 		}
 	}
 }
@@ -282,7 +282,7 @@ func TestEachInvalidRequestHasItsErrorCode(t *testing.T) {
 		status, body := s.ask(c.path, c.form)
 		codes, _ := body["error_codes"].([]any)
 		if status != c.status || body["error"] != c.oauth || len(codes) != 1 || codes[0] != c.code {
-			t.Errorf("%s: %d %v", name, status, body)
+			t.Errorf("%s: got %d %v, want the status and the error codes of this case", name, status, body)
 		}
 		for _, field := range []string{"error_description", "timestamp", "trace_id", "correlation_id", "error_uri"} {
 			if text, _ := body[field].(string); text == "" {
@@ -297,11 +297,11 @@ func TestTheOldEndpointReturnsStringsAndTheNewOneNumbers(t *testing.T) {
 	s.must(s.AddApp(t.Context(), app))
 	status, v2 := s.ask("/"+tenant+"/oauth2/v2.0/token", bySecret())
 	if _, number := v2["expires_in"].(float64); status != 200 || !number || v2["expires_on"] != nil || v2["token_type"] != "Bearer" {
-		t.Errorf("new: %d %v", status, v2)
+		t.Errorf("v2.0 endpoint: got %d %v, want expires_in as a number", status, v2)
 	}
 	status, v1 := s.ask("/"+tenant+"/oauth2/token", bySecret("resource", "https://vault.azure.net/"))
 	if _, text := v1["expires_in"].(string); status != 200 || !text || v1["resource"] != "https://vault.azure.net/" || v1["expires_on"] == nil {
-		t.Errorf("old: %d %v", status, v1)
+		t.Errorf("v1.0 endpoint: got %d %v, want expires_in as a string", status, v1)
 	}
 }
 
@@ -315,7 +315,7 @@ func TestAnApplicationGetsTokensOfEachOfItsTenants(t *testing.T) {
 		raw, _ := body["access_token"].(string)
 		claims, err := s.Verify(raw)
 		if err != nil || claims.TenantID != in || claims.Issuer != "https://sts.windows.net/"+in+"/" {
-			t.Errorf("tenant %s: %+v, %v", in, claims, err)
+			t.Errorf("token of tenant %s: claims %+v, error %v; want this tenant in tid and iss", in, claims, err)
 		}
 	}
 }
@@ -334,7 +334,7 @@ func TestDiscoveryReturnsTheHostOfTheRequest(t *testing.T) {
 		s.must(err)
 		resp.Body.Close()
 		if resp.StatusCode != 200 || !strings.Contains(string(body), want) {
-			t.Errorf("%s: %d %s", path, resp.StatusCode, body)
+			t.Errorf("GET %s: got %d %s", path, resp.StatusCode, body)
 		}
 	}
 }
@@ -348,12 +348,12 @@ func TestFaultsOfEntraIDDoNotAffectIMDS(t *testing.T) {
 	s.must(err)
 	resp.Body.Close()
 	if resp.StatusCode != 429 || resp.Header.Get("Retry-After") != "9" {
-		t.Errorf("%d %v", resp.StatusCode, resp.Header)
+		t.Errorf("got status %d, headers %v; want 429 with Retry-After 9", resp.StatusCode, resp.Header)
 	}
 	s.set("entra.drop=true")
 	if resp, err := s.https().PostForm("https://"+s.at.Entra+"/"+tenant+"/oauth2/v2.0/token", bySecret()); err == nil {
 		resp.Body.Close()
-		t.Errorf("dropped, yet answered %d", resp.StatusCode)
+		t.Errorf("with the switch entra.drop: got status %d, want no response", resp.StatusCode)
 	}
 	s.get(nodeA, tokenQuery).token(t)
 }

@@ -34,7 +34,7 @@ var imdsClasses = map[string]string{
 	pathAttested: "attested", pathEvents: "scheduledevents",
 }
 
-// imds is the fake IMDS. One serves all nodes.
+// imds is the fake IMDS. One instance serves all nodes.
 type imds struct {
 	dir     *directory
 	issuer  *issuer

@@ -27,7 +27,7 @@ func TestATokenAnswerHasTheFieldsOfIMDSInItsOrderAndAsStrings(t *testing.T) {
 	on, _ := strconv.Atoi(answer.ExpiresOn)
 	nbf, _ := strconv.Atoi(answer.NotBefore)
 	if on-nbf != 86700 {
-		t.Errorf("expires_on - not_before = %d", on-nbf)
+		t.Errorf("expires_on - not_before = %d, want 86700", on-nbf)
 	}
 }
 
@@ -42,12 +42,12 @@ func TestATokenVerifiesAndCarriesTheIdentity(t *testing.T) {
 		t.Errorf("claims %+v", claims)
 	}
 	if claims.TokenID != s.lastEntry().TokenID {
-		t.Error("the log names another token")
+		t.Error("the log entry does not have the token ID of the token")
 	}
 	forged := []byte(raw)
 	forged[len(forged)-10] ^= 1
 	if _, err := s.Verify(string(forged)); err == nil {
-		t.Error("a forged token verifies")
+		t.Error("Verify accepts a token with a changed signature")
 	}
 }
 
@@ -69,7 +69,7 @@ func TestInvalidTokenRequestsHaveTheErrorsOfIMDS(t *testing.T) {
 	flat := func(code, text string) string { return `{"error":"` + code + `","error_description":"` + text + `"}` }
 	notFound := flat("invalid_request", "Identity not found")
 	if len(notFound) != 68 { // the length that was captured from the real IMDS
-		t.Fatalf("the body has %d bytes", len(notFound))
+		t.Fatalf("the expected body has %d bytes, want 68", len(notFound))
 	}
 	ok := "Metadata: true"
 	for name, c := range map[string]struct {
@@ -111,19 +111,19 @@ func TestInvalidTokenRequestsHaveTheErrorsOfIMDS(t *testing.T) {
 func TestTheDefaultIdentityIsThatOfIMDS(t *testing.T) {
 	s := start(t, func(c *Config) { c.Nodes[1].SystemAssigned = &system })
 	if a := s.get(nodeA, tokenQuery); !strings.Contains(a.body, "Identity not found") {
-		t.Errorf("none attached: %s", a.body)
+		t.Errorf("with no identity attached: got %s, want Identity not found", a.body)
 	}
 	s.add(red)
 	if got := s.get(nodeA, tokenQuery).token(t).ClientID; got != red.ClientID {
-		t.Errorf("one attached: %s", got)
+		t.Errorf("with one identity attached: got a token of %s, want red", got)
 	}
 	s.add(blue)
 	want := `{"error":"invalid_request","error_description":"Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request"}`
 	if a := s.get(nodeA, tokenQuery); a.status != 400 || a.body != want {
-		t.Errorf("two attached: %d %s", a.status, a.body)
+		t.Errorf("with two identities attached: got %d %s", a.status, a.body)
 	}
 	if got := s.get(nodeB, tokenQuery).token(t).ClientID; got != system.ClientID {
-		t.Errorf("system-assigned: %s", got)
+		t.Errorf("on node b: got a token of %s, want the system-assigned identity", got)
 	}
 }
 
@@ -136,7 +136,7 @@ func TestSelectorsAreNotCaseSensitive(t *testing.T) {
 		"msi_res_id=" + strings.ToLower(blue.ResourceID), "mi_res_id=" + strings.ToUpper(blue.ResourceID),
 	} {
 		if got := s.get(nodeA, tokenQuery+"&"+sel).token(t).ClientID; got != blue.ClientID {
-			t.Errorf("%s: %s", sel, got)
+			t.Errorf("selector %s: got a token of %s, want blue", sel, got)
 		}
 	}
 }
@@ -146,17 +146,17 @@ func TestIMDSProvidesAnIdentityOnlyWhereItIsAttached(t *testing.T) {
 	s.add(red, "a")
 	s.get(nodeA, tokenQuery).token(t)
 	if a := s.get(nodeB, tokenQuery); a.status != 400 {
-		t.Errorf("the other node: %s", a.body)
+		t.Errorf("node b, to which the identity is not attached: got %s, want status 400", a.body)
 	}
 	s.must(s.Detach(t.Context(), red.ClientID, "a"))
 	if a := s.get(nodeA, tokenQuery); a.status != 400 {
-		t.Errorf("after detaching: %s", a.body)
+		t.Errorf("node a after detaching: got %s, want status 400", a.body)
 	}
 	s.add(red, "b")
 	s.get(nodeB, tokenQuery).token(t)
 	s.must(s.RemoveIdentity(t.Context(), red.ResourceID))
 	if a := s.get(nodeB, tokenQuery); a.status != 400 {
-		t.Errorf("after removing: %s", a.body)
+		t.Errorf("node b after removing the identity: got %s, want status 400", a.body)
 	}
 }
 
@@ -200,15 +200,15 @@ func TestTheCacheReturnsTheSameTokenAndCountsDown(t *testing.T) {
 	s.clock.advance(10 * time.Minute)
 	second := s.get(nodeA, tokenQuery).token(t)
 	if second.AccessToken != first.AccessToken || second.ExpiresOn != first.ExpiresOn || second.ExtExpiresIn != first.ExtExpiresIn {
-		t.Error("the cached answer differs")
+		t.Error("the second response does not have the token, expires_on and ext_expires_in of the first")
 	}
 	was, _ := strconv.Atoi(first.ExpiresIn)
 	is, _ := strconv.Atoi(second.ExpiresIn)
 	if was-is != 600 {
-		t.Errorf("expires_in fell by %d", was-is)
+		t.Errorf("expires_in fell by %d, want 600", was-is)
 	}
 	if !s.lastEntry().Cached {
-		t.Error("not logged as cached")
+		t.Error("the token from the cache is not logged as cached")
 	}
 	for name, again := range map[string]func() string{
 		"another node": func() string { return s.get(nodeB, tokenQuery).token(t).AccessToken },
@@ -220,12 +220,12 @@ func TestTheCacheReturnsTheSameTokenAndCountsDown(t *testing.T) {
 		},
 	} {
 		if again() == first.AccessToken {
-			t.Errorf("%s: the token is the same", name)
+			t.Errorf("%s: got the cached token, want a new one", name)
 		}
 	}
 	st := s.stats().Tokens[red.ClientID]
 	if st.Answered != 6 || st.Minted != 5 {
-		t.Errorf("counted %+v", st)
+		t.Errorf("counted %+v, want 6 tokens, 5 of them new", st)
 	}
 }
 
@@ -236,7 +236,7 @@ func TestATokenThatExpiresSoonIsReplaced(t *testing.T) {
 	first := s.get(nodeA, tokenQuery).token(t).AccessToken
 	s.clock.advance(54 * time.Minute)
 	if s.get(nodeA, tokenQuery).token(t).AccessToken != first {
-		t.Error("replaced too early")
+		t.Error("the token was replaced although it is valid for six more minutes")
 	}
 	s.clock.advance(2 * time.Minute)
 	if s.get(nodeA, tokenQuery).token(t).AccessToken == first {
@@ -254,7 +254,8 @@ func TestForbiddenEndpointsReturnTheMark(t *testing.T) {
 	} {
 		a := s.send(nodeA, c.method, c.target, "Metadata: true", "Content-Length: 0")
 		if a.status != 200 || !strings.Contains(a.body, ForbiddenMark) || s.stats().IMDS.ByClass[c.class] != 1 {
-			t.Errorf("%s %s: %d %s", c.method, c.target, a.status, a.body)
+			t.Errorf("%s %s: got %d %s, want 200 with the mark, and one request counted",
+				c.method, c.target, a.status, a.body)
 		}
 	}
 }
@@ -275,7 +276,7 @@ func TestOtherEndpointsReturnMetadata(t *testing.T) {
 		"/metadata/instance/network/interface/0/ipv4/ipAddress/0/privateIpAddress?api-version=2020-06-01&format=text": nodeA,
 	} {
 		if a := s.get(nodeA, target); a.status != 200 || !strings.Contains(a.body, want) {
-			t.Errorf("%s: %d %s", target, a.status, a.body)
+			t.Errorf("GET %s: got %d %s, want 200 with metadata", target, a.status, a.body)
 		}
 	}
 	for target, want := range map[string]int{
@@ -286,7 +287,7 @@ func TestOtherEndpointsReturnMetadata(t *testing.T) {
 		"/metadata/identity/credential?cred-api-version=1.0":            404,
 	} {
 		if a := s.get(nodeA, target); a.status != want {
-			t.Errorf("%s: %d %s", target, a.status, a.body)
+			t.Errorf("GET %s: got %d %s", target, a.status, a.body)
 		}
 	}
 }
@@ -296,6 +297,6 @@ func TestARequestFromAnUnknownSourceIsRefused(t *testing.T) {
 	s.add(red)
 	a := s.get(unknownSource, tokenQuery)
 	if a.status != 401 || !strings.Contains(a.body, "unknown_source") {
-		t.Errorf("%d %s", a.status, a.body)
+		t.Errorf("got %d %s, want 401 with unknown_source", a.status, a.body)
 	}
 }

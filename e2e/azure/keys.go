@@ -19,8 +19,8 @@ import (
 	"time"
 )
 
-// Files in the state directory. They outlive the process: after a restart,
-// clients still trust ca.crt and earlier tokens are still valid.
+// Files in the state directory. They outlive the process, so that after a restart
+// clients still trust the CA and earlier tokens are still valid.
 const (
 	signingKeyFile = "signing.key"
 	caKeyFile      = "ca.key"
@@ -83,11 +83,11 @@ func loadOrMakeKey(file string) (*rsa.PrivateKey, error) {
 		}
 		parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 		if err != nil {
-			return nil, fmt.Errorf("parse key file %s: %w", file, err)
+			return nil, fmt.Errorf("parsing key file %s as PKCS#8: %w; delete the file to get a new key", file, err)
 		}
 		key, ok := parsed.(*rsa.PrivateKey)
 		if !ok {
-			return nil, fmt.Errorf("key file %s holds a %T, not an RSA key", file, parsed)
+			return nil, fmt.Errorf("key file %s holds a %T, not an RSA key; delete the file to get a new key", file, parsed)
 		}
 		return key, nil
 	}
@@ -96,11 +96,11 @@ func loadOrMakeKey(file string) (*rsa.PrivateKey, error) {
 	}
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
-		return nil, fmt.Errorf("make a key: %w", err)
+		return nil, fmt.Errorf("generating an RSA key: %w", err)
 	}
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
-		return nil, fmt.Errorf("encode a key: %w", err)
+		return nil, fmt.Errorf("encoding an RSA key: %w", err)
 	}
 	return key, writePEM(file, "PRIVATE KEY", der, 0o600)
 }
@@ -178,7 +178,7 @@ func readCertificate(file string) (*x509.Certificate, error) {
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
-		return nil, fmt.Errorf("parse certificate file %s: %w", file, err)
+		return nil, fmt.Errorf("parsing certificate file %s: %w; delete the file to get a new certificate", file, err)
 	}
 	return cert, nil
 }

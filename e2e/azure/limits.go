@@ -28,10 +28,10 @@ func newLimiter(now func() time.Time) *limiter {
 	return &limiter{now: now, nodes: map[string]*nodeLimits{}}
 }
 
-// admit refuses a request that exceeds a limit if enforce is true: ok is false, and the
-// request does not count. It counts all other requests, also those while enforce is
-// false, so that the counts are right when a test enables the limits later. The caller
-// must call release after the request.
+// admit refuses a request that exceeds a limit if enforce is true: then ok is false, and
+// the request does not count. All other requests count. While enforce is false, admit
+// counts, too, so that the counts are right when a test enables the limits later. The
+// caller must call release after the request.
 func (l *limiter) admit(node, class string, enforce bool) (release func(), ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

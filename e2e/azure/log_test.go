@@ -69,7 +69,7 @@ func TestTheLogKeepsTheNewestEntriesAndCountsTheDropped(t *testing.T) {
 	for since, want := range map[int][]int{0: {3, 4, 5}, 3: {4, 5}, 5: {}, 9: {}} {
 		got := l.since(since)
 		if len(got) != len(want) {
-			t.Errorf("since %d: %+v", since, got)
+			t.Errorf("since %d: got entries %+v", since, got)
 			continue
 		}
 		for i := range want {
@@ -79,7 +79,7 @@ func TestTheLogKeepsTheNewestEntriesAndCountsTheDropped(t *testing.T) {
 		}
 	}
 	if l.dropped != 2 {
-		t.Errorf("dropped %d", l.dropped)
+		t.Errorf("%d entries counted as dropped, want 2", l.dropped)
 	}
 }
 
@@ -90,9 +90,9 @@ func TestTheMaximumPerSecondIsOfAnySecond(t *testing.T) {
 		m.begin(base.Add(time.Duration(ms) * time.Millisecond))
 	}
 	if m.MaxPerSecond != 4 { // the arrivals at 600, 700, 1500 and 1599 ms
-		t.Errorf("measured %d", m.MaxPerSecond)
+		t.Errorf("MaxPerSecond is %d, want 4", m.MaxPerSecond)
 	}
 	if m.MaxConcurrency != 7 {
-		t.Errorf("concurrency %d", m.MaxConcurrency)
+		t.Errorf("MaxConcurrency is %d, want 7", m.MaxConcurrency)
 	}
 }

@@ -135,9 +135,9 @@ func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func
 		{Handler: api.handler()},
 	}
 	for _, s := range out {
-		// Through this base context, requests that hang because of a fault end when ctx
-		// ends. The server's own log, of connections with invalid data, is discarded:
-		// connState counts these connections like all others to IMDS, Entra ID and ARM.
+		// The base context ends requests that hang because of a fault when ctx ends.
+		// ErrorLog, in which a server reports connections with invalid data, is discarded:
+		// connState counts such connections to IMDS, Entra ID and ARM.
 		s.BaseContext = func(net.Listener) context.Context { return ctx }
 		s.ErrorLog = log.New(io.Discard, "", 0)
 		s.ReadHeaderTimeout = 30 * time.Second

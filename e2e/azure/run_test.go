@@ -54,10 +54,10 @@ func TestARestartReplacesAStaleSocketAndKeepsTheKeys(t *testing.T) {
 	token := first.get(nodeA, tokenQuery).token(t).AccessToken
 	second := start(t, func(c *Config) { c.ControlSocket = socket })
 	if _, err := second.Verify(token); err != nil {
-		t.Errorf("the token of before: %v", err)
+		t.Errorf("the token that was issued before the restart does not verify: %v", err)
 	}
 	if info, err := os.Stat(socket); err != nil || info.Mode().Perm() != 0o600 {
-		t.Errorf("socket: %v, %v", info, err)
+		t.Errorf("socket %v, error %v; want mode 0600", info, err)
 	}
 }
 
@@ -74,13 +74,13 @@ func TestAConfigurationCanBeWrittenAndRead(t *testing.T) {
 	}
 	got, err := LoadConfig(file)
 	if err != nil || !reflect.DeepEqual(got, cfg) {
-		t.Errorf("%+v, %v", got, err)
+		t.Errorf("got configuration %+v, error %v; want the configuration that was written", got, err)
 	}
 	if err := os.WriteFile(file, []byte(`{"imdsAdr":""}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := LoadConfig(file); err == nil || !strings.Contains(err.Error(), "imdsAdr") {
-		t.Errorf("an unknown field: %v", err)
+		t.Errorf("a configuration with an unknown field: got error %v, want it to name imdsAdr", err)
 	}
 }
 
@@ -106,7 +106,8 @@ func TestNewHostsGetANewCertificateOfTheSameCA(t *testing.T) {
 	}
 	for file, mode := range map[string]os.FileMode{CAFile: 0o644, caKeyFile: 0o600, signingKeyFile: 0o600, tlsKeyFile: 0o600} {
 		if info, err := os.Stat(filepath.Join(dir, file)); err != nil || info.Mode().Perm() != mode {
-			t.Errorf("%s: %v, %v", file, info, err)
+			t.Errorf("file %s: got %v, error %v; want private keys with mode 0600 and the CA with 0644",
+				file, info, err)
 		}
 	}
 }
@@ -141,6 +142,6 @@ func TestInvalidRegistrationsAreRefused(t *testing.T) {
 	}
 	s.must(s.RemoveIdentity(ctx, guid(79)))
 	if err := Dial(filepath.Join(t.TempDir(), "none")).Ready(context.Background()); err == nil || !strings.Contains(err.Error(), "request to the fake Azure at ") {
-		t.Errorf("nobody there: %v", err)
+		t.Errorf("Ready with a socket that does not exist: got error %v", err)
 	}
 }

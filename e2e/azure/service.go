@@ -132,7 +132,7 @@ func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Reque
 		x.entry.Error = "status set by the switch throttle or status"
 		return s.forcedResponse(x, x.faults.status)
 	case !admitted:
-		x.entry.Error = "over the rate limits"
+		x.entry.Error = "over the rate or concurrency limits of IMDS (switch imds.limits)"
 		return s.forcedResponse(x, http.StatusTooManyRequests)
 	}
 	return s.answer(x)

@@ -255,8 +255,8 @@ func (s *switches) all() map[string]string {
 }
 
 // consume returns the switches that apply to one request. throttle applies only if
-// neither hang nor drop does, and status only if none of the three does. consume counts
-// the request for throttle or status if that switch applies and has a count. If throttle
+// neither hang nor drop does, and status only if none of hang, drop and throttle does. If
+// throttle or status applies and has a count, consume decreases the count. If throttle
 // applies, the result has the status 429.
 func (s *switches) consume(service string, isToken bool) faults {
 	s.mu.Lock()

@@ -22,13 +22,13 @@ func TestAnInvalidSwitchIsRefusedAndNothingChanges(t *testing.T) {
 	} {
 		err := s.Set(t.Context(), map[string]string{"imds.drop": "true", c.key: c.value})
 		if err == nil || !strings.Contains(err.Error(), c.says) {
-			t.Errorf("%s=%s: %v", c.key, c.value, err)
+			t.Errorf("switch %s=%s: got error %v", c.key, c.value, err)
 		}
 	}
 	all, err := s.Switches(t.Context())
 	s.must(err)
 	if all["imds.drop"] != "false" || all["imds.token-lifetime"] != "24h0m0s" || all["entra.token-lifetime"] != "1h0m0s" {
-		t.Errorf("switches: %v", all)
+		t.Errorf("got switches %v, want the defaults", all)
 	}
 }
 
@@ -42,11 +42,11 @@ func TestResetRestoresTheDefaults(t *testing.T) {
 	s.must(err)
 	for key, value := range after {
 		if want := before[key]; value != want && key != "imds.throttle" {
-			t.Errorf("%s=%s, was %s", key, value, want)
+			t.Errorf("switch %s=%s after the reset, want %s", key, value, want)
 		}
 	}
 	if after["imds.throttle"] != "4" {
-		t.Error("the switch beside the reset was lost")
+		t.Error("imds.throttle, which was set together with the reset, is not 4")
 	}
 }
 
@@ -55,19 +55,20 @@ func TestThrottlingEndsAfterItsCountAndAppliesOnlyToTokenRequests(t *testing.T) 
 	s.add(red)
 	s.set("imds.throttle=2", "imds.retry-after=3")
 	if a := s.get(nodeA, "/metadata/versions"); a.status != 200 {
-		t.Errorf("versions: %d", a.status)
+		t.Errorf("GET /metadata/versions while token requests are throttled: got status %d, want 200", a.status)
 	}
 	for range 2 {
 		a := s.get(nodeA, tokenQuery)
 		if a.status != 429 || a.header.Get("Retry-After") != "3" || !strings.HasPrefix(a.body, `{"error":"too_many_requests"`) {
-			t.Errorf("throttled: %d %v %s", a.status, a.header, a.body)
+			t.Errorf("throttled request: got status %d, headers %v, body %s; want 429 with Retry-After 3",
+				a.status, a.header, a.body)
 		}
 	}
 	s.get(nodeA, tokenQuery).token(t)
 	s.set("imds.throttle=-1", "imds.retry-after=0")
 	for range 3 {
 		if a := s.get(nodeA, tokenQuery); a.status != 429 || a.header.Get("Retry-After") != "" {
-			t.Errorf("throttled permanently: %d %v", a.status, a.header)
+			t.Errorf("with throttle=-1: got status %d, headers %v; want 429 without Retry-After", a.status, a.header)
 		}
 	}
 }
@@ -78,16 +79,16 @@ func TestAStatusEndsAfterItsCount(t *testing.T) {
 	s.set("imds.status=410", "imds.status-count=2")
 	for i, want := range []int{410, 410, 200} {
 		if a := s.get(nodeA, tokenQuery); a.status != want {
-			t.Errorf("request %d: %d", i, a.status)
+			t.Errorf("request %d (counted from 0): got status %d", i, a.status)
 		}
 	}
 	s.set("imds.status=500", "imds.status-count=0", "imds.error-body=text")
 	if a := s.get(nodeA, tokenQuery); a.status != 500 || !strings.HasPrefix(a.header.Get("Content-Type"), "text/plain") {
-		t.Errorf("plain: %d %v", a.status, a.header)
+		t.Errorf("with error-body=text: got status %d, headers %v; want 500 and text/plain", a.status, a.header)
 	}
 	s.set("imds.faults-on=token")
 	if a := s.get(nodeA, "/metadata/versions"); a.status != 200 {
-		t.Errorf("versions: %d", a.status)
+		t.Errorf("GET /metadata/versions with faults-on=token: got status %d, want 200", a.status)
 	}
 }
 
@@ -95,10 +96,10 @@ func TestADroppedRequestGetsNoResponse(t *testing.T) {
 	s := start(t)
 	s.set("imds.drop=true")
 	if a, err := s.try(nodeA, "GET", tokenQuery, "Metadata: true"); err == nil {
-		t.Errorf("answered %d", a.status)
+		t.Errorf("got status %d, want no response", a.status)
 	}
 	if e := s.lastEntry(); e.Status != 0 || e.Error != "dropped" {
-		t.Errorf("logged %+v", e)
+		t.Errorf("logged %+v, want status 0 and the error dropped", e)
 	}
 }
 
@@ -116,11 +117,11 @@ func TestAHungRequestEndsWhenTheClientDisconnects(t *testing.T) {
 	s.waitUntil("the request hangs", func() bool { return s.stats().IMDS.Token.InFlight == 1 })
 	leave()
 	if err := <-ended; err == nil {
-		t.Error("answered")
+		t.Error("the request that hangs got a response")
 	}
 	s.waitUntil("the request is logged", func() bool { return s.stats().IMDS.ByStatus[0] == 1 })
 	if got := s.stats().IMDS.All.Requests; got != 1 {
-		t.Errorf("%d requests", got)
+		t.Errorf("%d requests counted, want 1", got)
 	}
 }
 
@@ -130,7 +131,7 @@ func TestLatencyDelaysEachResponse(t *testing.T) {
 	began := time.Now()
 	s.get(nodeA, "/metadata/versions")
 	if took := time.Since(began); took < 40*time.Millisecond {
-		t.Errorf("took %s", took)
+		t.Errorf("the response took %s, want at least 40ms", took)
 	}
 }
 
@@ -146,20 +147,20 @@ func TestTheLimitsOfIMDSApplyPerNode(t *testing.T) {
 		return out
 	}
 	if got := statuses(nodeA, tokenQuery, 25); got[200] != 20 || got[429] != 5 {
-		t.Errorf("token requests: %v", got)
+		t.Errorf("25 token requests of node a by status: %v, want 20 with 200 and 5 with 429", got)
 	}
 	if got := statuses(nodeB, tokenQuery, 3); got[200] != 3 {
-		t.Errorf("the other node: %v", got)
+		t.Errorf("3 token requests of node b by status: %v, want 3 with 200", got)
 	}
 	if got := statuses(nodeA, "/metadata/versions", 7); got[200] != 5 || got[429] != 2 {
-		t.Errorf("other requests: %v", got)
+		t.Errorf("7 other requests of node a by status: %v, want 5 with 200 and 2 with 429", got)
 	}
 	s.clock.advance(time.Second)
 	if got := statuses(nodeA, tokenQuery, 1); got[200] != 1 {
-		t.Errorf("a second later: %v", got)
+		t.Errorf("a token request of node a a second later, by status: %v, want 200", got)
 	}
 	if st := s.stats().IMDS; st.TokenByNode["a"].MaxPerSecond != 25 || st.TokenByNode["b"].MaxPerSecond != 3 {
-		t.Errorf("measured %+v", st.TokenByNode)
+		t.Errorf("MaxPerSecond by node: %+v, want 25 for a and 3 for b", st.TokenByNode)
 	}
 }
 
@@ -186,10 +187,10 @@ func TestAtMostFiveTokenRequestsRunConcurrently(t *testing.T) {
 	s.waitUntil("five requests hang", func() bool { return s.stats().IMDS.Token.InFlight == 5 })
 	s.set("imds.hang=false")
 	if a := s.get(nodeA, tokenQuery); a.status != 429 {
-		t.Errorf("the sixth: %d", a.status)
+		t.Errorf("sixth concurrent token request of node a: got status %d, want 429", a.status)
 	}
 	s.get(nodeB, tokenQuery).token(t)
 	if got := s.stats().IMDS.TokenByNode["a"].MaxConcurrency; got != 6 {
-		t.Errorf("measured %d at once", got)
+		t.Errorf("MaxConcurrency of node a is %d, want 6", got)
 	}
 }
