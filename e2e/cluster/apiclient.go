@@ -43,7 +43,7 @@ func (a *apiClient) awaitServiceAccount(ctx context.Context) error {
 }
 
 // awaitNode returns when the kubelet has reported the node as ready. The report must be from the time `since` or later:
-// the last report before a node is stopped stays in the API server for a while.
+// after a restart of the node, the API server still has the kubelet's last report from before the restart.
 func (a *apiClient) awaitNode(ctx context.Context, name string, since time.Time) error {
 	return a.awaitObject(ctx, "nodes", metav1.NamespaceAll, name, &corev1.Node{}, func(object runtime.Object) error {
 		return nodeReady(object.(*corev1.Node), since)
@@ -61,7 +61,7 @@ func nodeReady(node *corev1.Node, since time.Time) error {
 			return fmt.Errorf("node %s is not ready: %s", node.Name, c.Message)
 		}
 	}
-	return fmt.Errorf("the kubelet of node %s has not reported its state since %s", node.Name, since.Format(time.TimeOnly))
+	return fmt.Errorf("the kubelet of node %s has not reported its state since the node was started at %s", node.Name, since.Format(time.TimeOnly))
 }
 
 // awaitObject watches one object until check returns nil for it. If ctx or the watch ends before that, awaitObject

@@ -65,7 +65,7 @@ func azureConfigJSON(providerIDs map[string]string) (json.RawMessage, error) {
 }
 
 // systemAssigned is the system-assigned identity of a node. A pod that gets a token for it has bypassed NMI, unless an
-// AzurePodIdentityException matches the pod. In standard mode, one matches the pods of MIC.
+// AzurePodIdentityException matches the pod. In standard mode, the chart creates an exception for the pods of MIC.
 func systemAssigned(index int) *azure.Identity {
 	return &azure.Identity{
 		ClientID: fmt.Sprintf("5e1f0000-0000-4000-8000-%012d", index+1),

@@ -11,7 +11,7 @@ import (
 func TestTwoVMsMakesEachNodeAVirtualMachine(t *testing.T) {
 	ids := TwoVMs()
 	if len(ids) != len(nodeSpecs) {
-		t.Fatalf("%v for %d nodes", ids, len(nodeSpecs))
+		t.Fatalf("TwoVMs returned %v, want one provider ID for each of %d nodes", ids, len(nodeSpecs))
 	}
 	raw, err := azureConfigJSON(ids)
 	if err != nil {
@@ -24,7 +24,7 @@ func TestTwoVMsMakesEachNodeAVirtualMachine(t *testing.T) {
 	seen := map[string]bool{}
 	for _, n := range cfg.Nodes {
 		if seen[n.ProviderID] || !strings.HasSuffix(n.ProviderID, "/providers/Microsoft.Compute/virtualMachines/"+n.Name) {
-			t.Errorf("node %s has the provider ID %s", n.Name, n.ProviderID)
+			t.Errorf("node %s has the provider ID %s, want that of a virtual machine of its own, with the name of the node", n.Name, n.ProviderID)
 		}
 		seen[n.ProviderID] = true
 	}
@@ -33,7 +33,7 @@ func TestTwoVMsMakesEachNodeAVirtualMachine(t *testing.T) {
 func TestNodesResolveEntraIDAndARMToTheFakeAzure(t *testing.T) {
 	for _, host := range []string{"login.microsoftonline.com", "management.azure.com"} {
 		if !strings.Contains(azureHosts(), azureIP+" "+host+"\n") {
-			t.Errorf("%s is not in\n%s", host, azureHosts())
+			t.Errorf("nodes do not resolve %s to the fake Azure; their host entries:\n%s", host, azureHosts())
 		}
 	}
 }

@@ -12,8 +12,8 @@ import (
 )
 
 // goCommand returns a command that runs the Go toolchain in a module. Programs are linked statically (CGO_ENABLED=0),
-// because most images contain no libraries. The Makefile has the same setting and the same flags, because Go compiles a
-// package again for each different set of them.
+// because most images contain no libraries. The Makefile has the same setting and the same flags: with different flags,
+// Go would compile each package a second time.
 func goCommand(ctx context.Context, module string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = module

@@ -49,7 +49,7 @@ func BuildBaseImages(ctx context.Context) ([]Image, error) {
 	return images, nil
 }
 
-// BuildClient builds the program clients/goclient and an image that contains nothing else.
+// BuildClient builds the program clients/goclient and an image with this program.
 func BuildClient(ctx context.Context) (program string, image Image, err error) {
 	e2e, err := e2eDir()
 	if err != nil {
@@ -92,8 +92,8 @@ func BuildNMIImage(ctx context.Context, progress func(string)) (Image, error) {
 	return imageSpec{name: nmiImage, program: program, target: "/nmi", rootfs: rootfs}.pack(cache)
 }
 
-// BuildMICImage builds the image of MIC: the static program, at the same path as in the product's Dockerfile. The
-// public CA certificates of that image are left out, because no test needs them.
+// BuildMICImage builds the image of MIC: the static program, at the same path as in the product's Dockerfile. It leaves
+// out the public CA certificates that the Dockerfile adds, because no test needs them.
 func BuildMICImage(ctx context.Context) (Image, error) {
 	repo, err := RepoDir()
 	if err != nil {

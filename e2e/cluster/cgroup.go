@@ -88,9 +88,9 @@ func delegateControllers(dir string) {
 	}
 }
 
-// removeCgroups removes the cgroups whose name matches a pattern, such as podid-node1 or podid-*, and first kills the
-// processes in them: only pods of the cluster ever run there. A cgroup can be removed only a moment after its last
-// process has ended, so removeCgroups retries for up to 5 s.
+// removeCgroups removes the cgroups that match name, a pattern such as podid-node1 or podid-*. It first kills the
+// processes in these cgroups: only pods of the cluster ever run there. A cgroup can be removed only a moment after its
+// last process has ended, so removeCgroups retries for up to 5 s.
 func removeCgroups(name string) error {
 	mounts, err := cgroupMounts()
 	if err != nil {

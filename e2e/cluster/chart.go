@@ -56,8 +56,8 @@ func (c *Cluster) InstallChartWith(ctx context.Context, image Image, args ...str
 	return nil
 }
 
-// Files that virtual machines of AKS have in /etc/kubernetes. In this cluster they are in the kubelet's folder, which a
-// node keeps when it restarts.
+// The names of files that virtual machines of AKS have in /etc/kubernetes. In this cluster the files are in kubeletDir,
+// which a node keeps when it restarts.
 const (
 	cloudConfigFile = "azure.json"
 	customCloudFile = "akscustom.json"
@@ -67,7 +67,8 @@ const (
 // InstallStandard installs the chart, or upgrades it, in standard mode, with the images of this checkout, and waits
 // until it is ready. MIC requests tokens of the system-assigned identity of its node from IMDS. MIC's pods do not have
 // hostNetwork, so these requests go to NMI. MIC reads the address of the fake ARM from the configuration file of a
-// custom cloud, because the cluster has no DNS server. args are further arguments of `helm upgrade`.
+// custom cloud, because MIC's pods cannot resolve ARM's host name: the cluster has no DNS server. args are further
+// arguments of `helm upgrade`.
 func (c *Cluster) InstallStandard(ctx context.Context, args ...string) error {
 	image, err := BuildMICImage(ctx)
 	if err != nil {
@@ -104,7 +105,7 @@ func (c *Cluster) writeCloudFiles() error {
 		for _, n := range nodeSpecs {
 			at := filepath.Join(runDir, n.Name, "kubelet", file)
 			if have, err := os.ReadFile(at); err == nil && bytes.Equal(have, text) {
-				continue // a running MIC could read a half-written file
+				continue // unchanged; during a second write a running MIC could read half of the file
 			}
 			if err := os.WriteFile(at, text, 0o600); err != nil {
 				return fmt.Errorf("writing %s of node %s: %w", file, n.Name, err)

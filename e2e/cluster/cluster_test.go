@@ -62,7 +62,7 @@ func TestClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
 			ip := podIP(t, ctx, c, pod)
 			out, err := c.InPod(ctx, "default", pod, "ip", "-brief", "-4", "address", "show", "dev", "eth0")
 			if err != nil || !strings.Contains(out, ip+"/24") {
-				t.Errorf("inside %s, which has the address %s: %q, %v", pod, ip, out, err)
+				t.Errorf("ip address show inside pod %s, which has the address %s: output %q, error %v", pod, ip, out, err)
 			}
 		}
 	})
@@ -80,7 +80,7 @@ func TestClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
 	t.Run("in-cluster clients reach the API server", func(t *testing.T) {
 		out, err := c.InPod(ctx, "default", "on-node2", "curl", "-sk", "--max-time", "5", "https://"+serviceIP+"/version")
 		if err != nil || !strings.Contains(out, kubernetesVersion) {
-			t.Errorf("%q, %v", out, err)
+			t.Errorf("requesting the version of the API server in pod on-node2: response %q, error %v", out, err)
 		}
 	})
 	t.Run("there is no route out", func(t *testing.T) {
@@ -100,7 +100,7 @@ func TestClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
 
 	checkStop(t, c)
 	if after := hostFolders(); after != before {
-		t.Errorf("folders of the host, before: %s; after: %s", before, after)
+		t.Errorf("the cluster changed which folders exist on the host, before: %s; after: %s", before, after)
 	}
 }
 
@@ -137,7 +137,7 @@ func checkNodeRestart(t *testing.T, ctx context.Context, c *Cluster) {
 	err := waitFor(ctx, "the pod on node2", time.Minute, nil, polled(func(ctx context.Context) error {
 		out, err := c.Kubectl(ctx, "get", "pod", "on-node2", "-o", "jsonpath={.status.containerStatuses[0].restartCount} {.status.containerStatuses[0].ready}")
 		if err == nil && out != "1 true" {
-			err = fmt.Errorf("restarts and readiness: %s", out)
+			err = fmt.Errorf("restarts and readiness of the container: %s, want 1 true", out)
 		}
 		return err
 	}))
@@ -158,7 +158,7 @@ func checkSources(t *testing.T, ctx context.Context, c *Cluster) {
 			}
 		}
 		if err == nil && len(seen) < 3 {
-			err = fmt.Errorf("nodes by source of the requests: %v, want 3", seen)
+			err = fmt.Errorf("nodes by source address of the requests: %v, want 3 addresses", seen)
 		}
 		return err
 	}))
@@ -169,7 +169,7 @@ func checkSources(t *testing.T, ctx context.Context, c *Cluster) {
 		{podIP(t, ctx, c, "on-node1"), "node1"}, {podIP(t, ctx, c, "on-node2"), "node2"}, {nodeSpecs[0].IP, "node1"},
 	} {
 		if seen[want.source] != want.node {
-			t.Errorf("no request from %s was recognized as one of %s; nodes by source: %v", want.source, want.node, seen)
+			t.Errorf("no request from the address %s was recognized as one of node %s; nodes by source address: %v", want.source, want.node, seen)
 		}
 	}
 	logs := mustKubectl(t, ctx, c, "logs", "on-node1")

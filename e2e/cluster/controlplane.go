@@ -59,7 +59,7 @@ func (c *controlPlane) start(ctx context.Context, onAPI func()) error {
 		"--leader-elect=false",
 		// With the default rate limit the controllers start only after four seconds.
 		"--kube-api-qps=500", "--kube-api-burst=1000",
-		// The controller-manager creates this folder. The default is below /usr.
+		// The controller-manager creates this folder. The default is below the host's /usr.
 		"--flex-volume-plugin-dir="+filepath.Join(c.dir, "volume-plugins"),
 		"--bind-address=127.0.0.1")
 	if err != nil {
@@ -75,9 +75,9 @@ func (c *controlPlane) start(ctx context.Context, onAPI func()) error {
 	return waitFor(ctx, "the ServiceAccount of the namespace default", startLimit, []*process{c.manager, c.apiserver}, c.api.awaitServiceAccount)
 }
 
-// startEtcd starts etcd and returns when etcd is healthy. The data of etcd is in memory: to sync each write to a disk
-// would take most of the start time, and the data is discarded anyway. The tmpfs is in etcd's own mount namespace, so
-// it disappears when etcd ends.
+// startEtcd starts etcd and returns when etcd is healthy. The data of etcd is in memory, in a tmpfs: to sync each write
+// to a disk would take most of the start time, and the data is discarded anyway. The tmpfs is in etcd's own mount
+// namespace, so it disappears when etcd ends.
 func (c *controlPlane) startEtcd(ctx context.Context) error {
 	dir := filepath.Join(c.dir, "etcd")
 	if err := os.MkdirAll(dir, 0o700); err != nil {

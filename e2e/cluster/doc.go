@@ -13,13 +13,13 @@
 // What the package protects against:
 //
 //   - Packets in the wrong network. The cluster sends no packet from the host's own network namespace; only apt-get,
-//     npm and the Go toolchain use that network, for downloads. Code that enters a network namespace first checks that
-//     the namespace is not the host's (see guard.go).
-//   - Leftovers. All processes are descendants of one supervisor process (see supervisor.go). The supervisor stops the
-//     cluster when its owner ends, even if the owner is killed by SIGKILL, unless the owner has detached. A recorded
-//     process is killed only if its PID and start time match, so that no other process with a reused PID is killed. A
-//     process that is not recorded is killed if it is in a cgroup of the cluster. The next start or stop finds by name
-//     what a killed supervisor left, and removes it.
+//     npm and the Go toolchain use the host's network, for downloads. Code that enters a network namespace first checks
+//     that the namespace is not the host's (see guard.go).
+//   - Leftovers. All processes are descendants of one supervisor process (see supervisor.go). The owner is the process
+//     that started the cluster. When the owner ends, even by SIGKILL, the supervisor stops the cluster, unless the
+//     owner has called Detach. A recorded process is killed only if its PID and start time match, so that no other
+//     process with a reused PID is killed. A process that is not recorded is killed if it is in a cgroup of the
+//     cluster. The next start or stop removes what a killed supervisor left.
 //   - Changes to the host. Each node runs on an overlay of the host's root file system. In place of the kernel settings
 //     that a kubelet would change, the node sees files with the expected values (see nodeinit.go).
 package cluster

@@ -28,8 +28,9 @@ func netnsInode(path string) uint64 {
 	return st.Ino
 }
 
-// refuseHostNetns returns an error unless path is a network namespace that is certainly not the host's own. It compares
-// the inode number of path with three numbers, because none of the three is the host's namespace in every case.
+// refuseHostNetns returns an error if path is the host's own network namespace, or if it is not a network namespace. It
+// compares the inode number of path with three numbers. Each of them is the number of the host's namespace in some
+// cases only.
 func refuseHostNetns(path string) error {
 	inode := netnsInode(path)
 	if inode == 0 {
@@ -52,8 +53,8 @@ func refuseHostNetns(path string) error {
 // onThrowawayThread runs f on a thread that never returns to the Go runtime: the thread ends with the goroutine, so no
 // other goroutine can run in the namespace that f entered.
 //
-// f must not run on the program's first thread, which cannot end: it would stay in the namespace that f entered, and
-// /proc/self would show that namespace.
+// onThrowawayThread does not run f on the program's first thread, because that thread cannot end: it would stay in the
+// namespace that f entered, and /proc/self would show that namespace.
 func onThrowawayThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
@@ -98,7 +99,7 @@ func enterNetns(path string) error {
 // network namespace.
 func RequireRoot() error {
 	if os.Geteuid() != 0 {
-		return fmt.Errorf("the cluster needs root (network, mount and PID namespaces, cgroups); this is user %d", os.Geteuid())
+		return fmt.Errorf("the cluster needs root, to make namespaces and cgroups: run this program as root instead of user %d", os.Geteuid())
 	}
 	if err := checkInstance(); err != nil {
 		return err

@@ -10,7 +10,7 @@ import (
 )
 
 func TestHostNetworkNamespaceIsNeverEntered(t *testing.T) {
-	// Entering namespaces must not have moved the program's first thread, which /proc/self refers to.
+	// Entering namespaces must not move the program's first thread, to which /proc/self refers.
 	for range 200 {
 		if err := insideNewNetns(func() error { return nil }); err != nil {
 			t.Fatal(err)
@@ -35,7 +35,7 @@ func TestHostNetworkNamespaceIsNeverEntered(t *testing.T) {
 		t.Error("a regular file is accepted as a network namespace")
 	}
 	if err := refuseHostNetns(file + "-absent"); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("an absent namespace: %v", err)
+		t.Errorf("refuseHostNetns of a file that does not exist: error %v, want os.ErrNotExist", err)
 	}
 }
 
@@ -54,7 +54,7 @@ func TestProcessWithReusedPIDIsNotKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	if before.alive() || !now.alive() {
-		t.Fatalf("the earlier process is alive: %v; the current process: %v", before.alive(), now.alive())
+		t.Fatalf("the earlier process is alive: %v, want false; the current process is alive: %v, want true", before.alive(), now.alive())
 	}
 	if err := now.kill(); err != nil {
 		t.Fatal(err)
@@ -69,6 +69,6 @@ func TestDialFromAcceptsOnlyIPAddresses(t *testing.T) {
 		t.Error("a host name was accepted: it would be resolved outside of the namespace")
 	}
 	if _, err := DialFrom(netnsPath("absent"), nil)(t.Context(), "tcp", "10.10.0.1:80"); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("dialing in an absent namespace: %v", err)
+		t.Errorf("dialing in a namespace that does not exist: error %v, want os.ErrNotExist", err)
 	}
 }

@@ -41,7 +41,7 @@ type imageSpec struct {
 	name    string
 	tag     string // empty: derived from the content
 	program string // file
-	target  string // its path in the image
+	target  string // path of the program in the image
 	rootfs  string // folder; may be empty
 	args    []string
 }

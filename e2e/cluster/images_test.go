@@ -54,12 +54,12 @@ func TestImageTagDependsOnContentOnly(t *testing.T) {
 	}
 	manifest, err := tarball.LoadManifest(func() (io.ReadCloser, error) { return os.Open(second.Archive) })
 	if err != nil || len(manifest) != 1 || !slices.Equal(manifest[0].RepoTags, []string{second.Ref()}) {
-		t.Errorf("the archive's manifest is %+v (%v)", manifest, err)
+		t.Errorf("the archive's manifest is %+v (error %v), want one entry whose only tag is that of the image", manifest, err)
 	}
 	names := layerNames(t, second.Archive)
 	for _, want := range []string{"x", "sbin", "usr/sbin/tool"} {
 		if !strings.Contains(names, "\n"+want+"\n") {
-			t.Errorf("%s is not in the layer:%s", want, names)
+			t.Errorf("%s is not in the image; the image contains:%s", want, names)
 		}
 	}
 }

@@ -45,7 +45,7 @@ func ensureKubernetes(ctx context.Context, progress func(string)) (string, error
 		source = append(source, string(text))
 	}
 	if !strings.Contains(source[0], "k8s.io/kubernetes "+kubernetesVersion+"\n") {
-		return "", fmt.Errorf("%s/go.mod does not require k8s.io/kubernetes %s, the version in kubernetesVersion of package e2e/cluster", module, kubernetesVersion)
+		return "", fmt.Errorf("%s/go.mod does not require k8s.io/kubernetes %s, the version in kubernetesVersion of package e2e/cluster; set both to the same version", module, kubernetesVersion)
 	}
 	dir := filepath.Join(cache, "kubernetes-"+kubernetesVersion+"-"+keyOf(append(source, runtime.GOARCH)...))
 	return dir, buildOnce(dir, func(dest string) error {

@@ -23,7 +23,7 @@ func TestMain(m *testing.M) {
 	}
 	_, err := Start(context.Background(), Options{Progress: func(line string) { fmt.Println(line) }})
 	fmt.Println("started:", err)
-	time.Sleep(time.Hour) // until the test kills it; select{} would end as a deadlock once the supervisor is gone
+	time.Sleep(time.Hour) // until the test kills it; select{} would be a deadlock error after the end of the supervisor
 }
 
 func TestKilledOwnerLeavesNothing(t *testing.T) {
@@ -142,7 +142,7 @@ func checkNothingLeft(t *testing.T, ids map[string]processID) {
 }
 
 // checkNoPrograms checks that no process runs a program of the cluster. It also finds processes that the supervisor
-// does not record, such as shims and the containers of podclient.
+// does not record, such as shims and containers that run podclient.
 func checkNoPrograms(t *testing.T) {
 	t.Helper()
 	cache, err := cacheDir()

@@ -137,8 +137,8 @@ func (n nodeSpec) routes() error {
 	return nil
 }
 
-// removeNetwork removes all network namespaces of the cluster. The kernel removes the links of a namespace after its
-// last process has ended.
+// removeNetwork removes the names of all network namespaces of the cluster. The kernel deletes a namespace and its
+// links when no process is left in the namespace.
 func removeNetwork() error {
 	paths, err := filepath.Glob(netnsPath(namePrefix + "*"))
 	if err != nil {
@@ -298,7 +298,8 @@ func (h *netnsHandle) route(cidr, via string) error {
 }
 
 // DialFrom returns a function that connects from within the network namespace at path, and from the address local
-// unless that is nil. A socket remains in the namespace in which it was created.
+// unless local is nil. The caller can use the connection outside of the namespace, because a socket stays in the
+// namespace in which it was created.
 func DialFrom(path string, local net.Addr) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (conn net.Conn, err error) {
 		if host, _, splitErr := net.SplitHostPort(address); splitErr != nil || !isAddress(host) {

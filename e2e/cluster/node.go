@@ -55,9 +55,9 @@ type nodePlan struct {
 // accepts connections. It does not start the kubelet (see startKubelet).
 func (n *node) boot(ctx context.Context) error {
 	n.began = time.Now()
-	// A restarted node starts like a rebooted computer: without cgroups and with an empty /run, but with the old
-	// folders of containerd, the kubelet and CNI in /var/lib. If old cgroups existed, the kubelet would look for
-	// containers in them for half a minute.
+	// A restarted node starts like a rebooted computer: with new cgroups and an empty /run, but with the old folders of
+	// containerd, the kubelet and CNI in /var/lib. In the old cgroups, the kubelet would look for containers for half a
+	// minute.
 	if err := errors.Join(removeCgroups(n.netns()), createCgroups(n.netns())); err != nil {
 		return err
 	}
@@ -106,7 +106,7 @@ func (n *node) boot(ctx context.Context) error {
 func (n *node) startKubelet() error {
 	_, err := n.input.Write([]byte("kubelet\n"))
 	if err := errors.Join(err, n.input.Close()); err != nil {
-		return fmt.Errorf("starting the kubelet by the init process of node %s: %w", n.Name, err)
+		return fmt.Errorf("making the init process of node %s start the kubelet: %w", n.Name, err)
 	}
 	return nil
 }
@@ -181,7 +181,7 @@ func (n *node) writeConfig() (plan string, err error) {
 }
 
 // containerdConfig is for the containerd of Debian 12, hence version 2 of the format. The sandbox image has docker.io/
-// before its name, because containerd's importer adds that.
+// before its name, because containerd's importer adds that prefix.
 func (n *node) containerdConfig() string {
 	return fmt.Sprintf(`version = 2
 root = "/var/lib/containerd"

@@ -13,10 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// NodeInit is the function of a node's PID 1. It is called in the node's own network, mount, PID and host name
-// namespaces. It sets the host name and the node's root file system, and runs containerd and, after the line "kubelet"
-// on standard input, the kubelet. It returns only with an error. When PID 1 ends, the kernel kills all processes of the
-// node; the supervisor stops nodes that way.
+// NodeInit is what PID 1 of a node runs, in the node's own network, mount, PID and host name namespaces. It sets the
+// host name and the node's root file system, and runs containerd and, after the line "kubelet" on standard input, the
+// kubelet. It returns only with an error. When PID 1 ends, the kernel kills all processes of the node; the supervisor
+// stops nodes that way.
 func NodeInit(planFile string) error {
 	if os.Getpid() != 1 {
 		return errors.New("node-init is only run by the cluster itself, as the first process of a node")
@@ -111,7 +111,7 @@ func (plan *nodePlan) setUp() error {
 	m.write("/etc/hosts", "127.0.0.1 localhost\n"+plan.Hosts)
 	m.write("/etc/resolv.conf", "# The cluster has no name server.\n")
 	if m.err == nil {
-		m.err = os.Mkdir(merged+"/run/lock", 0o755) // Debian's /var/lock is a link to it
+		m.err = os.Mkdir(merged+"/run/lock", 0o755) // Debian's /var/lock is a link to /run/lock
 	}
 	if m.err == nil {
 		m.err = replaceDir(merged+"/etc/cni/net.d", filepath.Join(plan.Dir, "config", "cni.conflist"), "10-pods.conflist")
@@ -123,8 +123,8 @@ func (plan *nodePlan) setUp() error {
 	return pivotInto(merged)
 }
 
-// replaceDir makes a copy of source, with the given name, the only file in dir: CNI configuration of the host must not
-// apply to the node.
+// replaceDir empties the folder dir and copies the file source into it under the given name: CNI configuration of the
+// host must not apply to the node.
 func replaceDir(dir, source, name string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return err

@@ -90,7 +90,7 @@ func findHostTool(program string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("no executable program %q on this host, also not in the sbin folders: %w", program, err)
+	return "", fmt.Errorf("no executable program %q in PATH or in an sbin folder of this host: %w", program, err)
 }
 
 // apt runs apt-get. A new host has no package lists, or old ones: after a failure apt updates them and retries once.
@@ -107,7 +107,8 @@ func apt(ctx context.Context, progress func(string), dir string, args ...string)
 		return err
 	}
 	progress("updating Debian's package lists (apt-get update)")
-	// A package source that is not needed here may be unreachable: only the second attempt decides.
+	// The update also fails if a package source is unreachable that is not needed here. So its error counts only if the
+	// second attempt fails.
 	updateErr := try("update")
 	if err := try(args...); err != nil {
 		return errors.Join(err, updateErr)

@@ -9,16 +9,17 @@ import (
 )
 
 // instance distinguishes clusters that run side by side on one host. They have the same addresses, each in its own
-// network namespaces, but different names and folders. The supervisor and bin/cluster inherit the variable.
+// network namespaces, but different names and folders. The supervisor and bin/cluster inherit PODIDENTITY_CLUSTER.
 var instance = os.Getenv("PODIDENTITY_CLUSTER")
 
 var (
-	// namePrefix begins the names of the cluster's network namespaces and of its cgroups, as the host sees them, and of
-	// the links in podid-cp. cleanUp finds leftovers by this prefix, and removes nothing of another program.
+	// namePrefix begins the names of the cluster's network namespaces and cgroups, and of the links in podid-cp.
+	// cleanUp finds leftovers by this prefix, so it removes nothing of another program.
 	namePrefix = "podid" + instance + "-"
 
 	// runDir contains all state of the running cluster, and is its lock (see lockRun). It is not in /run, which is
-	// often a small tmpfs: the nodes' images are stored here. It is short, because a socket path has at most 107 bytes.
+	// often a small tmpfs: the nodes' images are stored here. The path is short, because a socket path has at most 107
+	// bytes.
 	runDir = "/var/lib/podidentity-e2e" + instance
 )
 

@@ -34,10 +34,10 @@ func TestKubeconfigsReferToCertificatesOfTheCA(t *testing.T) {
 		}
 		c := certs[0]
 		if _, err := c.Verify(x509.VerifyOptions{Roots: roots, KeyUsages: []x509.ExtKeyUsage{want.usage}, DNSName: want.name}); err != nil {
-			t.Errorf("%s: %v", want.file, err)
+			t.Errorf("verifying the certificate %s: %v", want.file, err)
 		}
 		if c.Subject.CommonName != want.user || (want.group != "" && (len(c.Subject.Organization) != 1 || c.Subject.Organization[0] != want.group)) {
-			t.Errorf("%s is the certificate of %s", want.file, c.Subject)
+			t.Errorf("the certificate %s has an unexpected user or group in its subject %s", want.file, c.Subject)
 		}
 	}
 	for _, user := range []string{"admin", "kcm", "scheduler", "node1", "node2"} {
@@ -47,13 +47,13 @@ func TestKubeconfigsReferToCertificatesOfTheCA(t *testing.T) {
 		}
 		if config.Host != "https://"+controlPlaneIP+":"+apiPort || config.CAFile != filepath.Join(dir, "ca.crt") ||
 			config.CertFile != filepath.Join(dir, user+".crt") || config.KeyFile != filepath.Join(dir, user+".key") {
-			t.Errorf("kubeconfig of %s: %s, %+v", user, config.Host, config.TLSClientConfig)
+			t.Errorf("the kubeconfig of %s has an unexpected server or unexpected files: %s, %+v", user, config.Host, config.TLSClientConfig)
 		}
 	}
 	if keys, err := keyutil.PublicKeysFromFile(filepath.Join(dir, "sa.pub")); err != nil || len(keys) != 1 {
-		t.Errorf("public key of ServiceAccounts: %v, %v", keys, err)
+		t.Errorf("reading the public key of ServiceAccounts: keys %v, error %v, want one key", keys, err)
 	}
 	if _, err := keyutil.PrivateKeyFromFile(filepath.Join(dir, "sa.key")); err != nil {
-		t.Errorf("private key of ServiceAccounts: %v", err)
+		t.Errorf("reading the private key of ServiceAccounts: %v", err)
 	}
 }

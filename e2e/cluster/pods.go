@@ -46,8 +46,8 @@ func (n NetworkNamespaces) PodPIDs(ctx context.Context, namespace, name string) 
 	return podProcesses(pod)
 }
 
-// podProcesses returns the PIDs of a pod's processes, in order. It finds them by the pod's cgroup, whose name the
-// kubelet derives from the pod's UID.
+// podProcesses returns the PIDs of a pod's processes, sorted. It finds them by the pod's cgroup, whose name the kubelet
+// derives from the pod's UID.
 func podProcesses(pod *corev1.Pod) ([]int, error) {
 	if pod.UID == "" {
 		return nil, fmt.Errorf("the processes of pod %s/%s cannot be found: the API server returned the pod without a UID", pod.Namespace, pod.Name)
@@ -75,9 +75,9 @@ func podProcesses(pod *corev1.Pod) ([]int, error) {
 // PodNetns opens the network namespace of a running pod. The kernel keeps the namespace until the caller closes the
 // file.
 //
-// PodNetns returns an error for a pod whose address the API server does not report yet. Such a pod may already have a
-// network, because its sandbox exists some time before its container. On a busy host the API server may report the
-// address later than NMI waits for it, and NMI would refuse the pod's requests.
+// PodNetns returns an error for a pod whose address the API server does not report yet, even if the pod already has a
+// network. NMI finds a pod by the address that the API server reports, and waits for it only for a limited time. On a
+// busy host that time may be too short, and NMI would refuse requests that a test sends from the pod's network.
 func (n NetworkNamespaces) PodNetns(ctx context.Context, namespace, name string) (*os.File, error) {
 	pod, err := n.pod(ctx, namespace, name)
 	if err != nil {
@@ -136,8 +136,8 @@ func openPodNetns(pid int, pod *corev1.Pod) (*os.File, error) {
 	return file, nil
 }
 
-// InPodCommand returns a command that runs a program of the host inside the pod's network namespace. Its files,
-// environment and user are those of the host.
+// InPodCommand returns a command that runs a program of the host inside the pod's network namespace. The program has
+// the files, environment and user of the host.
 func (n NetworkNamespaces) InPodCommand(ctx context.Context, namespace, name, program string, args ...string) (*exec.Cmd, error) {
 	file, err := n.PodNetns(ctx, namespace, name)
 	if err != nil {

@@ -165,7 +165,8 @@ func (s spawner) start(name, log string, cmd *exec.Cmd) (*process, error) {
 	return p, nil
 }
 
-// stop kills the process and waits up to 10 s for its end. No process of the cluster has data to save.
+// stop sends SIGKILL to the process and waits up to 10 s for its end. SIGKILL is safe, because no process of the
+// cluster has data to save.
 func (p *process) stop() error {
 	if p == nil {
 		return nil
@@ -199,9 +200,10 @@ const startLimit = 3 * time.Minute
 // errTooLate is the cancellation cause of the context in waitFor when the limit is over.
 var errTooLate = errors.New("the limit is over")
 
-// waitFor calls wait, which returns when an event has happened. The string what names that event in errors. The context
-// of wait ends after the limit, and immediately when one of the processes in on has ended. In the first case the error
-// contains the last lines of the logs of all these processes; in the second case, of the log of the ended process.
+// waitFor calls wait, which returns when an event has happened. The parameter what names that event in errors. After
+// the limit, waitFor cancels the context of wait, and its error contains the last lines of the logs of all processes in
+// on. If one of these processes ends first, waitFor cancels the context at once, and its error contains the last lines
+// of the log of the ended process.
 func waitFor(ctx context.Context, what string, limit time.Duration, on []*process, wait func(context.Context) error) error {
 	ctx, end := context.WithCancelCause(ctx)
 	defer end(nil)

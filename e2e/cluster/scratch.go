@@ -11,8 +11,8 @@ import (
 // when it ends. A killed program leaves its folder: Scratch first removes the folders of earlier calls with the same
 // name whose programs have ended.
 //
-// name identifies the purpose. It must not contain a hyphen: Scratch("a") would take the b in a folder of
-// Scratch("a-b") for the PID of a program that has ended.
+// name identifies the purpose. It must not contain a hyphen: Scratch("a") would take the b in the name of a folder of
+// Scratch("a-b") for the PID of a program that has ended, and would remove the folder.
 func Scratch(name string) (string, error) {
 	prefix := "podidentity-" + name + "-"
 	old, err := filepath.Glob(filepath.Join(os.TempDir(), prefix+"*"))

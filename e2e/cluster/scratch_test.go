@@ -30,7 +30,7 @@ func TestScratchRemovesFoldersOfKilledPrograms(t *testing.T) {
 	}
 	for dir, want := range map[string]bool{left: false, others: true, first: true} {
 		if _, err := os.Stat(dir); (err == nil) != want {
-			t.Errorf("%s: %v", dir, err)
+			t.Errorf("after Scratch, folder %s exists although it must not, or does not exist although it must (error %v)", dir, err)
 		}
 	}
 }

@@ -86,14 +86,14 @@ func Supervise(owner, events *os.File) error {
 				end()
 				return
 			case b == detachByte:
-				log.Print("detached from the owner")
+				log.Print("the owner has detached: the cluster continues to run when the owner ends")
 				return
 			}
 		}
 	}()
 	err = s.run(ctx, end)
 	if err != nil {
-		log.Printf("error: %v", err)
+		log.Printf("the supervisor ends with an error: %v", err)
 		_ = s.events.Encode(event{Error: err.Error(), Running: errors.Is(err, ErrRunning)})
 	}
 	return err
@@ -279,8 +279,8 @@ func (s *supervisor) record(name string, p *process) error {
 	return s.state.write()
 }
 
-// logTo redirects everything that the supervisor prints to a file, including a panic. The supervisor does not inherit
-// its owner's outputs (see launch), because `go test` would wait until the supervisor closes them.
+// logTo redirects everything that the supervisor prints to a file, including a panic. launch starts the supervisor
+// without the owner's standard output and error, because `go test` would wait until the supervisor closes them.
 func logTo(path string) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {

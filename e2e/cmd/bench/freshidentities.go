@@ -23,7 +23,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// The sources of tokens, in the order in which they alternate.
+// The sources of the tokens of fresh identities, which createAll gives to the identities in turn.
 const (
 	managed     = "msi"
 	secret      = "secret"

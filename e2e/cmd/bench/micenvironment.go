@@ -47,7 +47,7 @@ type micEnvironment struct {
 	http     *http.Client // in the namespace
 	children children
 	binary   string
-	args     []string // besides the required ones
+	args     []string // flags for MIC besides the required ones
 	mic      *child   // nil while none runs
 	log      *os.File
 	workload *workload
@@ -267,7 +267,7 @@ func (r *micEnvironment) work(ctx context.Context) (w work, err error) {
 	return w, err
 }
 
-// armCalls are the greatest numbers of requests for one scale set.
+// armCalls has the greatest number of GETs, and the greatest number of PATCHes, that ARM received for one scale set.
 type armCalls struct{ gets, patches int }
 
 // armCalls returns the greatest numbers of requests to ARM for one scale set since the last call of armCalls.
@@ -301,7 +301,7 @@ func (r *micEnvironment) waitAssigned(ctx context.Context, pods []string) (waits
 			waits, last = r.watcher.took(pods)
 			return waits, last, nil
 		case time.Now().After(deadline):
-			return nil, last, r.withLog(fmt.Errorf("after %s %d pods are not Assigned, and there are %d assignments for %d pods", maxWait, waiting, live, want))
+			return nil, last, r.withLog(fmt.Errorf("after %s, %d pods are still not Assigned, and there are %d assignments for %d pods", maxWait, waiting, live, want))
 		}
 		select {
 		case <-time.After(50 * time.Millisecond):

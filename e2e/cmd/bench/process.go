@@ -114,7 +114,7 @@ func (c *child) cpu() (time.Duration, error) {
 	return parseCPU(stat)
 }
 
-// tick is the unit of times in /proc, the same on all machines that Go runs on.
+// tick is the unit of processor times in /proc (USER_HZ), the same on all Linux architectures that Go supports.
 const tick = time.Second / 100
 
 // parseCPU returns the sum of fields 14 and 15, user and system time. It counts the fields from the last parenthesis,

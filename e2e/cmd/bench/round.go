@@ -11,26 +11,27 @@ import (
 )
 
 const (
-	// step is the time between two status reports of a kubelet for a pod.
+	// step is the pause before each request of the replacement of one pod, except the first (see workload.replace).
 	step = 500 * time.Millisecond
-	// maxDuration is twice the sum of the pauses in the replacement of one pod.
+	// maxDuration is how long a call in atRate may take without lowering the rate. It is twice the sum of the three
+	// pauses in the replacement of one pod.
 	maxDuration = 6 * step
 	// quiet is how long MIC is idle before its memory is measured.
 	quiet = 10 * time.Second
 )
 
-// round is what was measured while some pods were replaced at a steady rate.
+// round has the measurements of a period in which pods are replaced at a steady rate.
 type round struct {
 	pods, replaced       int
 	rate                 float64       // replaced pods per second
-	p50, p99             time.Duration // until Assigned
+	p50, p99             time.Duration // from the creation of a pod until it is Assigned
 	answerP50, answerP99 time.Duration // response time of the API server to the creation of a pod
 	cpu                  time.Duration // of MIC, for one replaced pod
 	requests, writes     float64       // of MIC, for one replaced pod
 	rss, peak            float64       // of MIC, bytes
 }
 
-// round replaces n pods at the rate of the plan and returns what was measured.
+// round replaces n pods, at most m.rate pods per second (see atRate), and returns the measurements.
 func (m *micMeasurement) round(ctx context.Context, n int) (round, error) {
 	r := round{pods: m.workload.count(), replaced: n}
 	began, err := m.work(ctx)
@@ -62,7 +63,7 @@ func (m *micMeasurement) round(ctx context.Context, n int) (round, error) {
 	return r, errors.Join(<-profiled, m.profile(ctx, fmt.Sprintf("mic-heap-%d.pprof", r.pods), "heap?gc=1"))
 }
 
-// setWork sets the work for one pod from the work for all replaced pods.
+// setWork sets the work for one replaced pod. w is the work for all replaced pods.
 func (r *round) setWork(w work) {
 	n := r.replaced
 	r.cpu, r.requests, r.writes = w.cpu/time.Duration(n), w.all/float64(n), w.written/float64(n)
@@ -110,9 +111,9 @@ func (m *micMeasurement) profile(ctx context.Context, name, path string) error {
 	return os.WriteFile(filepath.Join(m.profiles, name), []byte(text), 0o644)
 }
 
-// atRate calls do n times at a rate per second, waits for all calls, and returns the rate at which it started them. It
-// starts no more calls after the first error. At most rate times maxDuration calls are concurrent: if calls take longer
-// than maxDuration, the rate is lower.
+// atRate calls do n times, waits for all calls, and returns how many calls per second it started. It starts rate calls
+// per second, and no more calls after the first error. At most rate*maxDuration calls are concurrent: if calls take
+// longer than maxDuration, atRate starts fewer than rate calls per second.
 func atRate(ctx context.Context, n int, rate float64, do func(i int) error) (float64, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

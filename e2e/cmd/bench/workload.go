@@ -127,7 +127,7 @@ func (c *workload) makeAccount(ctx context.Context, namespace, name string) erro
 	return err
 }
 
-// newPod returns a Pod object, not created yet, of an application on a random node of the scale set.
+// newPod returns a Pod object, not created yet, with the identity of p, on a random node of the scale set of p.
 func (c *workload) newPod(p pair) *corev1.Pod {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -191,7 +191,7 @@ func (c *workload) fill(ctx context.Context, pairs []pair, n int) ([]string, err
 	return c.since(before), err
 }
 
-// since returns the pods that were created after the first count pods.
+// since returns all pods in c.pods except the first count pods.
 func (c *workload) since(count int) []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -204,7 +204,8 @@ func (c *workload) count() int {
 	return len(c.pods)
 }
 
-// choose removes n pods from the workload, to be replaced, and returns them and as many pairs for their successors.
+// choose removes n random pods from c.pods and returns them in old. The caller replaces old[i] by a pod with the pair
+// now[i], a random one of pairs.
 func (c *workload) choose(pairs []pair, n int) (old []string, now []pair) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

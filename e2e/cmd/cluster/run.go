@@ -15,8 +15,8 @@ func kubectlCommand() *cobra.Command {
 	return passThrough(&cobra.Command{
 		Use:   "kubectl ARGS…",
 		Short: "Run kubectl on the cluster, as admin",
-		Long: `Runs the cluster's own kubectl as admin, inside the control plane's network namespace: the API server can be reached only from the cluster's namespaces. Returns
-kubectl's exit status.`,
+		Long: `Runs the cluster's own kubectl as admin, inside the control plane's network namespace: the API server can be
+reached only from the cluster's namespaces. Returns kubectl's exit status.`,
 		Example: `  cluster kubectl get pods -A -o wide`,
 	}, func(c *cluster.Cluster, args []string) error { return c.ExecKubectl(args) })
 }
@@ -51,8 +51,9 @@ func inPodCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "in-pod NAMESPACE/POD -- PROGRAM ARGS…",
 		Short: "Run a program of this host inside a pod's network",
-		Long: `Runs a program of this host inside the network namespace of a running pod: its packets are those of the pod. Files, environment and user are the host's. So is /etc/resolv.conf: host names cannot be resolved, because the cluster has no name server.
-Returns the program's exit status.`,
+		Long: `Runs a program of this host inside the network namespace of a running pod: its packets are those of the pod.
+Files, environment and user are the host's. The program cannot look up host names in DNS: the name servers in the
+host's /etc/resolv.conf cannot be reached from the pod's network. Returns the program's exit status.`,
 		Example: `  cluster in-pod default/try -- curl -s -H Metadata:true "http://169.254.169.254/metadata/instance?api-version=2021-02-01"`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			target, program, err := targetAndProgram(cmd, args)

@@ -135,8 +135,8 @@ func downCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "down",
 		Short: "Remove the cluster",
-		Long: `Stops the cluster that runs on this host and removes its namespaces, cgroups, mounts and files, and those that a killed
-cluster has left. Does nothing if there is nothing to do.`,
+		Long: `Stops the cluster that runs on this host and removes its namespaces, cgroups, mounts and files. Also removes what
+a killed cluster has left. Does nothing if there is nothing to do.`,
 		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			begin := time.Now()

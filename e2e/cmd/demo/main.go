@@ -278,7 +278,8 @@ func (d *demo) eventually(command string, do func() (string, error), wants ...st
 	}
 }
 
-// show prints a command and its output, and fails if the output lacks one of the texts.
+// show prints a command and its output. If the output lacks one of the texts in wants, show returns an error and prints
+// nothing.
 func (d *demo) show(command string, do func() (string, error), wants ...string) error {
 	out, err := do()
 	if err != nil {

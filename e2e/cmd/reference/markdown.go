@@ -22,7 +22,8 @@ func (d *document) heading(level int, text string) {
 
 func (d *document) paragraph(text string) { fmt.Fprintf(d, "\n%s\n", text) }
 
-// The generated part of a page that is otherwise written by hand stands between two lines.
+// In a page that is otherwise written by hand, the generated part stands between the line of generatedBegin and the
+// line generatedEnd.
 const generatedEnd = "<!-- End of the generated part. -->\n"
 
 func generatedBegin(source string) string {
@@ -30,7 +31,7 @@ func generatedBegin(source string) string {
 }
 
 // replaceGenerated replaces the text between the two lines that mark the generated part. It returns an error if the
-// page does not contain them in this order.
+// page does not contain the line of generatedBegin and, below it, the line generatedEnd.
 func replaceGenerated(current []byte, source string, text []byte) ([]byte, error) {
 	begin := []byte(generatedBegin(source))
 	before, rest, hasBegin := bytes.Cut(current, begin)
@@ -53,7 +54,7 @@ func (d *document) table(header []string, rows [][]string) {
 	}
 }
 
-// tableCell returns the text in one line and with each | escaped, because a line break would end the row and | the
+// tableCell returns the text in one line and with each | escaped: a line break would end the row, and a | would end the
 // cell.
 func tableCell(text string) string {
 	return strings.ReplaceAll(strings.Join(strings.Fields(text), " "), "|", `\|`)

@@ -139,7 +139,7 @@ func TestPackagesOfTheModuleAreRead(t *testing.T) {
 	}
 	p := packages["identity"]
 	if !strings.HasPrefix(p.comment, "Package identity ") || !slices.Contains(p.imports, "api/v1") {
-		t.Errorf("got %+v", p)
+		t.Errorf("package identity was read as %+v, want its comment and its import of api/v1", p)
 	}
 	for name := range packages {
 		if strings.HasPrefix(name, "e2e") || strings.HasSuffix(name, "test") {

@@ -45,9 +45,9 @@ func readYAML(path string) (*yaml.Node, error) {
 	return document.Content[0], nil
 }
 
-// valueRows calls add with the table row of each value below the schema. A value that contains others has a row of its
-// own only if values.yaml gives none of them. valueRows returns an error for a value without a description, because the
-// row would say nothing.
+// valueRows calls add with the table row of each value below the schema. A value that contains other values has a row
+// of its own only if values.yaml sets none of the contained values. valueRows returns an error for a value without a
+// description, because the row would say nothing.
 func valueRows(path string, schema, defaults *yaml.Node, add func([]string)) error {
 	return eachPair(get(schema, "properties"), func(name string, s *yaml.Node) error {
 		valuePath := strings.TrimPrefix(path+"."+name, ".")
