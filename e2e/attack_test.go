@@ -36,7 +36,7 @@ func TestNoPathAndNoHeaderBypassesTheDecision(t *testing.T) {
 	must(t, err)
 	for _, e := range entries {
 		if e.Class != "instance" && e.Kind == "request" {
-			t.Errorf("this request reached IMDS: %s %s", e.Method, e.Path)
+			t.Errorf("this request reached IMDS, want only requests for instance metadata: %s %s", e.Method, e.Path)
 		}
 	}
 }
@@ -153,18 +153,18 @@ func TestInstanceMetadataIsPassedThrough(t *testing.T) {
 	s.pod("p", "none", "node2")
 	a := s.curl("p", "-H", "Metadata: true", "http://169.254.169.254/metadata/instance?api-version=2018-02-01")
 	if a.status != 200 || !strings.Contains(a.raw, "vmScaleSetName") {
-		t.Errorf("instance: %d %s", a.status, a.raw)
+		t.Errorf("instance: got %d %s; want 200 and the field vmScaleSetName", a.status, a.raw)
 	}
 	a = s.curl("p", "-H", "Metadata: true", "http://169.254.169.254/metadata/instance/compute/vmScaleSetName?api-version=2021-02-01&format=text")
 	if a.status != 200 || a.raw != "nodes" {
-		t.Errorf("a field of it: %d %s", a.status, a.raw)
+		t.Errorf("instance/compute/vmScaleSetName: got %d %s; want 200 and nodes", a.status, a.raw)
 	}
 	a = s.curl("p", "-H", "Metadata: true", "http://169.254.169.254/metadata/versions")
 	if a.status != 200 {
-		t.Errorf("versions: %d %s", a.status, a.raw)
+		t.Errorf("versions: got %d %s; want 200", a.status, a.raw)
 	}
 	a = s.curl("p", "-H", "Metadata: true", "http://169.254.169.254/metadata/identity/info?api-version=2018-02-01")
 	if a.status != 200 || a.body["tenantId"] == "" {
-		t.Errorf("info: %d %s", a.status, a.raw)
+		t.Errorf("identity/info: got %d %s; want 200 and a tenantId", a.status, a.raw)
 	}
 }

@@ -22,7 +22,7 @@ import (
 type sample struct {
 	began, ended time.Time
 	status       int
-	reason       string // of a refusal
+	reason       string // of a refusal; the whole body if it is not the expected JSON
 	app, token   string // appid and uti of the token
 }
 
@@ -134,8 +134,8 @@ func (w *sampler) waitForSamples(n int, kind func(sample) bool) {
 	})
 }
 
-// change is a change of the objects. before and after report whether an outcome is one of the state before or after the
-// change.
+// change is a change of the objects. before reports whether a sample shows the state before the change, and after
+// whether it shows the state after the change.
 type change struct {
 	what          string
 	do            func() error // returns when the API server has acknowledged the change
@@ -147,8 +147,9 @@ type change struct {
 // pause share a few CPUs. It is far below each interval at which NMI would notice a change without its watches.
 const maxDelay = 5 * time.Second
 
-// applyUnderLoad makes the change while the samplers run. It checks that each sampler gets outcomes of the new state
-// within maxDelay, then no more of the old state, and none of any other state.
+// applyUnderLoad makes the change while the samplers run, and checks the outcomes of each sampler. Requests with an
+// outcome of the old state must end at most maxDelay after the change. A request that begins after the first outcome of
+// the new state must not have an outcome of the old state. No outcome may be of any other state.
 func applyUnderLoad(t *testing.T, samplers []*sampler, c change) {
 	t.Helper()
 	for _, w := range samplers {
@@ -181,7 +182,7 @@ func applyUnderLoad(t *testing.T, samplers []*sampler, c change) {
 					lastEnded = one.ended
 				}
 				if one.began.After(first) {
-					t.Errorf("%s, %s: a request that began %s after the first outcome of the new state has an outcome of the old: %+v", c.what, w.pod, one.began.Sub(first), one)
+					t.Errorf("%s, %s: a request that began %s after the first outcome of the new state has an outcome of the old state: %+v", c.what, w.pod, one.began.Sub(first), one)
 				}
 			case !c.after(one):
 				others[fmt.Sprintf("%d %s %s", one.status, one.reason, one.app)]++
@@ -196,13 +197,14 @@ func applyUnderLoad(t *testing.T, samplers []*sampler, c change) {
 		if late := lastEnded.Sub(acknowledged); late > maxDelay {
 			t.Errorf("%s, %s: the old state still applied to a request that ended %s after the change", c.what, w.pod, late)
 		}
-		t.Logf("%s, %s: after the API server's acknowledgement: first outcome of the new state %s, last request with an outcome of the old began %s and ended %s",
+		t.Logf("%s, %s: after the API server's acknowledgement: first outcome of the new state %s, last request with an outcome of the old state began %s and ended %s",
 			c.what, w.pod, delay(acknowledged, first), delay(acknowledged, lastBegan), delay(acknowledged, lastEnded))
 	}
 }
 
-// delay returns the time between from, when a change was acknowledged, and to, as text. to is before from if the change
-// took effect before its acknowledgement arrived. to is zero if no sample had an outcome of the old state.
+// delay returns the time from from to to as text, or "at once" if to is not after from. from is the time when a change
+// was acknowledged. to is before from if the change took effect before its acknowledgement arrived. to is zero if no
+// sample had an outcome of the old state.
 func delay(from, to time.Time) string {
 	if !to.After(from) {
 		return "at once"
@@ -239,7 +241,7 @@ func TestAChangeTakesEffectImmediatelyAndForAllPodsUnderLoad(t *testing.T) {
 	s := newNamespace(t)
 	first, second := newApp(t, withSecret("old")), newApp(t, withSecret("new"))
 	objects := objectClient{s}
-	// With these manifests, the test creates objects again that it has deleted.
+	// From these manifests, the test recreates the objects that it deletes.
 	secret := s.secretYAML("app", map[string][]byte{"clientSecret": []byte("new")})
 	bound := s.boundYAML("app", "app", bySecretSpec(1, second, "app"))
 	again := func(yaml string) func() error { return func() error { return applyYAML(t.Context(), yaml) } }
@@ -255,8 +257,8 @@ func TestAChangeTakesEffectImmediatelyAndForAllPodsUnderLoad(t *testing.T) {
 		return func(one sample) bool { return one.status == status && one.reason == reason }
 	}
 
-	// Entra ID now accepts only the new secret, while the Secret in Kubernetes still has the old one: pods still get
-	// cached tokens, and requests for other tokens fail.
+	// From here, Entra ID accepts only the new secret, while the Secret in Kubernetes still has the old one. Pods still
+	// get cached tokens. Requests for other tokens fail.
 	for _, w := range samplers {
 		w.waitForSamples(20, of(first))
 	}
@@ -309,7 +311,8 @@ func checkNoOldToken(t *testing.T, samplers []*sampler, rotated time.Time, ofOld
 	}
 }
 
-// While a request waits for its token, the objects that allow the request can change.
+// While a request waits for its token, the objects that allow the request can change. The response must follow the
+// changed objects.
 func TestAChangeDuringAFetchAppliesToItsAnswer(t *testing.T) {
 	s := newNamespace(t)
 	first, second := newApp(t, withSecret("hush")), newApp(t, withSecret("hush"))

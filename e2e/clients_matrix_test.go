@@ -30,8 +30,8 @@ func TestUnmodifiedClientsBehaveAsWithTheRealIMDS(t *testing.T) {
 
 // testIdentities are the identities of the scenarios. alone is the only identity of pod "alone", second is one of the two
 // of pod "two", and unbound is bound to no pod. Clients that select no identity run in pod "alone", or in pod "nothing",
-// which has none. Clients that select one run in pod "two" and select second or unbound. In the scenario of the federated
-// identity, app, all clients run in pod "federated", whose only identity it is.
+// which has none. Clients that select one run in pod "two" and select second or unbound. app is the federated identity,
+// and the only identity of pod "federated". In its scenario, all clients run in that pod.
 type testIdentities struct{ alone, second, unbound, app azure.Identity }
 
 func (s testIdentities) bound(c client, resource string) tokenQuery {
@@ -76,7 +76,7 @@ func (l *clientRunner) immediateScenarios(who testIdentities) []scenario {
 			return who.notBound(c, true), c.chained, c.chained != notApplicable
 		},
 		check: func(c client, r clientResult) string {
-			if c.chained == aggregate { // this credential is itself a chain: it has tried its other credentials
+			if c.chained == aggregate { // itself a chain: its error must list the Azure CLI, a later credential
 				return saying("Azure CLI could not be found")(c, r)
 			}
 			return fast(c, r)
@@ -104,8 +104,8 @@ func (l *clientRunner) delayedScenarios(who testIdentities) []scenario {
 		},
 	}, {
 		name: "federated credential comes late",
-		// Other selectors do not work here: a federated identity has no resource ID, and NMI learns its object ID only
-		// from a token, which Entra ID still refuses.
+		// Clients that select an identity by resource ID or object ID take no part: a federated identity has no
+		// resource ID, and NMI learns its object ID only from a token, which Entra ID still refuses.
 		ask: func(c client) (tokenQuery, string, bool) {
 			return tokenQuery{"federated", who.app, vault, false, 40 * time.Second}, gotToken, c.names == "" || c.names == "client-id" || c.names == "env"
 		},

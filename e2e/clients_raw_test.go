@@ -92,8 +92,8 @@ func (w *rawClient) send(method, path string, headers ...string) rawResponse {
 	return r
 }
 
-// sendWithin sends a request for which clients have a short timeout. A request that takes longer is repeated up to nine
-// times: a computer on which a few CPUs run a whole cluster may be busy for a moment.
+// sendWithin sends a request for which clients have a short timeout, limit. It repeats a request that takes longer than
+// limit up to nine times, because a computer on which a few CPUs run a whole cluster may be busy for a moment.
 func (w *rawClient) sendWithin(limit time.Duration, method, path string, headers ...string) rawResponse {
 	w.t.Helper()
 	var r rawResponse
@@ -123,8 +123,8 @@ func TestTheProbesOfDotNetClientsDetectVersion1OfIMDS(t *testing.T) {
 		}
 	}
 	s.mustHaveTokenOf(w.send("GET", tokenPath+"https%3A%2F%2Fvault.azure.net&client_id="+id.ClientID, "Metadata", "true").answer, id, vault)
-	// For the client, status 400 would mean version 2 of IMDS, which issues certificates for all identities of a
-	// machine.
+	// The client must get 404. From status 400 it would conclude that it talks to version 2 of IMDS, which issues
+	// certificates for all identities of a machine.
 	for _, headers := range [][]string{nil, {"Metadata", "true"}} {
 		for _, request := range [][2]string{{"GET", "getplatformmetadata"}, {"POST", "issuecredential"}, {"POST", "credential"}} {
 			r := w.sendWithin(time.Second, request[0], "/metadata/identity/"+request[1]+"?cred-api-version=2.0&client_id="+id.ClientID, headers...)

@@ -114,7 +114,7 @@ func newClientRunner(t *testing.T) *clientRunner {
 	}
 	l.modules["@azure/identity 4.14.1"] = install("clients/js4")
 	l.modules["@azure/identity 2.1.0"] = install("clients/js2")
-	// This version of Node.js runs both libraries. Debian's Node.js is too old for the newer library.
+	// The Node.js of clients/node runs both libraries. Debian's Node.js is too old for the newer library.
 	node, err := filepath.Glob(filepath.Join(install("clients/node"), "node-linux-*", "bin", "node"))
 	must(t, err)
 	if len(node) != 1 {
@@ -320,7 +320,7 @@ func (l *clientRunner) runScenario(e scenario) map[client]string {
 	}
 	slots := make(chan struct{}, limit)
 	var wait sync.WaitGroup
-	defer wait.Wait() // also if during ends the test: the clients must not outlive it
+	defer wait.Wait() // also if during ends the test: the clients must not outlive the test
 	var mu sync.Mutex
 	var all []*clientLog
 	cells := map[client]string{}
@@ -356,7 +356,8 @@ func (l *clientRunner) runScenario(e scenario) map[client]string {
 	return cells
 }
 
-// cores returns the number of clients that run at the same time in scenarios that do not depend on this number.
+// cores returns the number of clients that run at the same time in the scenarios whose results do not depend on this
+// number.
 func cores() int { return 2 * runtime.NumCPU() }
 
 // printTable logs the matrix as a Markdown table.

@@ -27,7 +27,7 @@ func TestTheRefusalOfAnUntrustedPodNamesTheMissingFederatedCredential(t *testing
 	s.apply(s.boundYAML("app", "app", federatedSpec(app)))
 	s.waitForPods()
 	s.mustHaveTokenOf(s.ask("trusted", vault), app, vault)
-	refused := s.ask("untrusted", vault) // while the token of the other pod is cached
+	refused := s.ask("untrusted", vault) // while the token of pod "trusted" is cached
 	s.mustBeRefused(refused, 403, "federation_untrusted")
 	for _, want := range []string{clusterIssuer(t), "system:serviceaccount:" + s.name + ":untrusted", exchangeAudience} {
 		if !strings.Contains(refused.body["detail"], want) {
@@ -45,7 +45,8 @@ func TestTheRefusalOfAnUntrustedPodNamesTheMissingFederatedCredential(t *testing
 	})
 }
 
-// It can take minutes until all servers of Entra ID know a new federated credential.
+// It can take minutes until all servers of Entra ID know a new federated credential. Therefore NMI retries while the
+// pod's request waits.
 func TestARequestWaitsForANewFederatedCredential(t *testing.T) {
 	s, app := newNamespace(t), newApp(t, func(*azure.App) {})
 	s.apply(s.boundYAML("app", "app", federatedSpec(app)))
@@ -78,7 +79,7 @@ func TestNMIsServiceAccountCanCreateNoOtherTokens(t *testing.T) {
 	s.pod("p", "x", "node1")
 	pod := authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: "p", UID: getPod(t, s.name, "p").UID}
 	podWithoutUID, secret := pod, authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Secret", Name: "s"}
-	podWithoutUID.UID = "" // for any pod of this name
+	podWithoutUID.UID = "" // the token would be valid for any pod of this name
 	s.apply(s.secretYAML("s", map[string][]byte{}))
 	nmi, administrator := clientsetAs(t, "system:serviceaccount:"+cluster.ChartNamespace+":"+nmiPodOn(t, "node1").Spec.ServiceAccountName), clientset
 	const apiServer = "https://kubernetes.default.svc.cluster.local"
@@ -131,7 +132,7 @@ func TestWhileEntraIDFailsPodsAreServedFromTheCache(t *testing.T) {
 		switches map[string]string
 		lasts    time.Duration
 	}{{map[string]string{"entra.status": "503"}, 5 * time.Second}, {map[string]string{"entra.drop": "true"}, 5 * time.Second},
-		{map[string]string{"entra.hang": "true"}, time.Second}} { // time for one request, which takes longer than 1 s
+		{map[string]string{"entra.hang": "true"}, time.Second}} { // one request: it takes longer than 1 s
 		setFaults(t, one.switches)
 		last = fmt.Sprintf("https://uncached%d.example", i)
 		for from := time.Now(); time.Since(from) < one.lasts; requests++ {
@@ -155,12 +156,12 @@ func TestWhileEntraIDFailsPodsAreServedFromTheCache(t *testing.T) {
 	})
 	l.stop()
 	if e := s.refusalEvents()["new"]; len(e) > 3 {
-		t.Errorf("three causes led to %d events: %+v", len(e), e)
+		t.Errorf("three causes of refusals led to %d Events of pod new; want at most 3: %+v", len(e), e)
 	}
 	t.Logf("Entra ID failed for %.0f s: %d requests of a pod led to %d token requests and %d other requests to it; load: %s",
 		took.Seconds(), requests, stats.Entra.Token.Requests, stats.Entra.All.Requests-stats.Entra.Token.Requests, l)
-	// NMI makes at most three attempts before it reports a failure, and then caches the failure for 2 s. The limit
-	// allows three attempts per second, which is twice that.
+	// NMI makes at most three attempts before it reports a failure, and then caches the failure for 2 s. That is at
+	// most 1.5 attempts per second for one resource. The limit is twice as high.
 	if limit := 3 * (int(took.Seconds()) + 1); stats.Entra.All.Requests > limit {
 		t.Errorf("Entra ID received %d requests in %.0f s; want at most %d", stats.Entra.All.Requests, took.Seconds(), limit)
 	}

@@ -81,7 +81,7 @@ func TestAProcessOfTheNodeGetsTokensForThePodsOfTheNode(t *testing.T) {
 		a := host.token("node1", query, host.headersFor(pod)...)
 		host.mustHaveTokenOf(a, id, vault)
 		if !strings.Contains(a.raw, s.ask(pod, vault).token()) {
-			t.Errorf("pod %s itself got a different token", pod)
+			t.Errorf("NMI gave a process of the node another token for pod %s than the pod itself gets", pod)
 		}
 	}
 	s.mustBeRefused(host.token("node1", query, host.headersFor("unbound")...), 400, "no_matching_binding")

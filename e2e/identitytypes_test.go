@@ -206,7 +206,7 @@ func TestAPodsServiceAccountIsExchangedForAToken(t *testing.T) {
 	}
 }
 
-// asAccount sets the ServiceAccount of the pods.
+// asAccount returns yaml with name as the ServiceAccount of each pod.
 func asAccount(name, yaml string) string {
 	return strings.ReplaceAll(yaml, "\nspec:\n  nodeSelector:", "\nspec:\n  serviceAccountName: "+name+"\n  nodeSelector:")
 }

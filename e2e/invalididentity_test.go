@@ -23,7 +23,7 @@ type invalidIdentity struct {
 	data   map[string][]byte // of the Secret; nil: there is none
 	status int
 	reason string
-	want   []string // in error_description or detail
+	want   []string // texts that error_description or detail must contain
 }
 
 func invalidIdentities(t *testing.T, s *testNamespace) []invalidIdentity {
@@ -116,7 +116,7 @@ func TestAnInvalidIdentityIsReportedEverywhereAndAffectsNoOtherPod(t *testing.T)
 			}
 		}
 		if again := strings.Contains(a.headers, "Retry-After: "); again != (m.status == 503) {
-			t.Errorf("%s: the headers of the answer are %s", m.name, a.headers)
+			t.Errorf("%s: want the header Retry-After with status 503 and with no other; the headers are %s", m.name, a.headers)
 		}
 	}
 	for range 3 {
@@ -149,7 +149,7 @@ func (s *testNamespace) checkLogAndEvents(all []invalidIdentity) {
 				return fmt.Errorf("the log has no line about pod %s", m.name)
 			}
 			if line := logged[m.name][0]; line.Reason != m.reason || line.Status != m.status {
-				return fmt.Errorf("the log has about pod %s: %s", m.name, line.raw)
+				return fmt.Errorf("the first line of the log about pod %s has a wrong reason or status: %s", m.name, line.raw)
 			}
 			if e := events[m.name]; len(e) == 0 {
 				// NMI writes a burst of 20 events and then at most one event a second. If it skips an event, it

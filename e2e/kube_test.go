@@ -24,8 +24,8 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// The administrator's clients of the API server. Tests call the API server hundreds of times, and a kubectl process takes a
-// quarter of a second of CPU time.
+// The administrator's clients of the API server. Tests call the API server hundreds of times. They use these clients
+// instead of kubectl, because a kubectl process takes a quarter of a second of CPU time.
 var (
 	kube      crclient.Client
 	clientset *kubernetes.Clientset // for what crclient.Client cannot do, such as reading logs

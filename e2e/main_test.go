@@ -37,7 +37,7 @@ func TestMain(m *testing.M) { os.Exit(runTests(m)) }
 
 func runTests(m *testing.M) int {
 	flag.Parse()
-	// Independent tests mostly wait for pods, not for a CPU.
+	// Eight independent tests run at the same time, however few CPUs there are: they mostly wait for pods.
 	if err := flag.Set("test.parallel", "8"); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
@@ -77,8 +77,8 @@ func runTests(m *testing.M) int {
 	return m.Run()
 }
 
-// prepare records the initial state of the nodes, builds NMI, and runs it on a cluster without its custom resource
-// definitions.
+// prepare records the initial state of the nodes and builds NMI. It runs NMI once while the cluster does not have the
+// custom resource definitions of this project.
 func prepare(ctx context.Context) error {
 	initialState = map[string]nodeState{}
 	for _, node := range testCluster.Nodes() {
@@ -139,7 +139,7 @@ func independent(t *testing.T) {
 var lastTest sync.Mutex
 
 // runLast makes the test wait until all tests have ended that do not call runLast. Tests that call runLast run one at a
-// time. They stop the API server, and for a minute after that the cluster's own components may not start pods.
+// time. They stop the API server. For a minute after that, the cluster's own components may be unable to start pods.
 func runLast(t *testing.T) {
 	t.Parallel()
 	independentTests.Wait()

@@ -245,7 +245,7 @@ func TestTheAPIServerAcceptsAndRefusesTheManifestsLikeTheSchema(t *testing.T) {
 		files, err := filepath.Glob("crds/testdata/" + kind + "/*.yaml")
 		must(t, err)
 		if len(files) < 3 {
-			t.Fatalf("only %d manifests are in %s", len(files), kind)
+			t.Fatalf("only %d manifests are in e2e/crds/testdata/%s; want at least 3", len(files), kind)
 		}
 		for _, file := range files {
 			text, err := os.ReadFile(file)

@@ -123,7 +123,7 @@ func TestAnExceptedPodGetsTheIdentitiesOfTheMachine(t *testing.T) {
 	})
 	s.mustHaveTokenOf(s.ask("agent", vault, "client_id="+id.ClientID), id, vault)
 	if a := s.ask("agent", vault); a.status != 200 {
-		t.Errorf("the system-assigned identity: %d %s", a.status, a.raw)
+		t.Errorf("a request without an identity got %d %s; want 200 and a token of the system-assigned identity", a.status, a.raw)
 	}
 }
 

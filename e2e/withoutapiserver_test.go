@@ -37,12 +37,13 @@ func TestPodsWithEachTypeOfIdentityGetTokensWhileTheAPIServerIsDown(t *testing.T
 		}
 	}
 	must(t, testCluster.StartAPIServer(t.Context()))
-	// While a watch is stale, NMI answers 503 instead of a refusal that clients do not retry. The watch of a Secret
-	// must not count as stale: no pod needs this Secret any more.
+	// While a watch is stale, NMI answers 503, which clients retry, instead of a refusal, which they do not retry.
+	// After this deletion, no pod needs the Secret. If the watch of the Secret still counted as stale, NMI would answer
+	// 503 to pods that it should refuse.
 	must(t, kube.Delete(t.Context(), getPod(t, s.name, "secret"), crclient.GracePeriodSeconds(0)))
 	eventually(t, 30*time.Second, func() error {
 		if status, body := get(t.Context(), unbound, askVault); status != 400 || !strings.Contains(body, "no_matching_binding") {
-			return fmt.Errorf("NMI does not refuse permanently yet: %d %s", status, body)
+			return fmt.Errorf("NMI does not refuse with 400 no_matching_binding yet: it answers %d %s", status, body)
 		}
 		return nil
 	})
@@ -80,7 +81,7 @@ func TestKnownPodsGetTokensWhileTheAPIServerIsDown(t *testing.T) {
 			return nil
 		}
 		if a.status != 200 && a.status != 503 {
-			t.Errorf("until NMI has caught up, it refuses with %d %s", a.status, a.raw)
+			t.Errorf("until NMI has caught up, it may refuse only with 503; got %d %s", a.status, a.raw)
 		}
 		return fmt.Errorf("got %d %s", a.status, a.raw)
 	})

@@ -53,19 +53,19 @@ func TestPodsRunOnEveryLinuxNodeInTheHostNetwork(t *testing.T) {
 	daemonSet, container := render(t, "").nmi(t)
 	pod := daemonSet.Spec.Template.Spec
 	if !pod.HostNetwork || pod.DNSPolicy != corev1.DNSClusterFirstWithHostNet {
-		t.Errorf("host network %v, DNS policy %s", pod.HostNetwork, pod.DNSPolicy)
+		t.Errorf("the host network is %v and the DNS policy %s, want true and ClusterFirstWithHostNet", pod.HostNetwork, pod.DNSPolicy)
 	}
 	if !cmp.Equal(pod.Tolerations, []corev1.Toleration{{Operator: corev1.TolerationOpExists}}) {
-		t.Errorf("tolerations %v", pod.Tolerations)
+		t.Errorf("tolerations are %v, want one that tolerates every taint", pod.Tolerations)
 	}
 	if !cmp.Equal(pod.NodeSelector, map[string]string{"kubernetes.io/os": "linux"}) {
-		t.Errorf("node selector %v", pod.NodeSelector)
+		t.Errorf("the node selector is %v, want only kubernetes.io/os: linux", pod.NodeSelector)
 	}
 	if pod.PriorityClassName != "system-node-critical" {
-		t.Errorf("priority class %s", pod.PriorityClassName)
+		t.Errorf("the priority class is %s, want system-node-critical", pod.PriorityClassName)
 	}
 	if container.Image != "podidentity/nmi:0.1.0" || container.ImagePullPolicy != corev1.PullIfNotPresent {
-		t.Errorf("image %s, %s", container.Image, container.ImagePullPolicy)
+		t.Errorf("the image %s or its pull policy %s is wrong", container.Image, container.ImagePullPolicy)
 	}
 	if len(container.Ports) != 0 {
 		t.Errorf("the container has ports %v, which are reserved on the node because of hostNetwork", container.Ports)
@@ -152,23 +152,23 @@ func TestValuesCanAddEnvironmentVariables(t *testing.T) {
 	_, container := render(t, "nmi: {extraEnv: [{name: HTTPS_PROXY, value: 'http://proxy.example:3128'}]}").nmi(t)
 	last := container.Env[len(container.Env)-1]
 	if len(container.Env) < 2 || last.Name != "HTTPS_PROXY" || last.Value != "http://proxy.example:3128" {
-		t.Errorf("the environment is %+v", container.Env)
+		t.Errorf("the environment is %+v, want at least two variables, the last of them HTTPS_PROXY", container.Env)
 	}
 }
 
-// Without quotes, YAML reads the word off as the boolean false. NMI has no audit level of that name, so the chart must
-// set the level off.
+// Without quotes, YAML reads the word off as the boolean false. NMI has no audit level "false", so the chart must write
+// "off" in its place.
 func TestAuditLogCanBeDisabledWithAnyFormOfFalse(t *testing.T) {
 	for _, off := range []string{"off", `"off"`, "false"} {
 		_, container := render(t, "nmi: {auditLevel: "+off+"}").nmi(t)
 		if got := arguments(t, flags, container.Args)["audit-level"]; got != "off" {
-			t.Errorf("auditLevel: %s gives %q", off, got)
+			t.Errorf("auditLevel: %s gives the flag audit-level=%q, want off", off, got)
 		}
 	}
 }
 
-// arguments returns the flags in args, with their values. It fails the test if one of them is not in flags, the flags
-// of the program, or is given twice.
+// arguments returns the flags in args, with their values. The parameter flags has the flags of the program. arguments
+// fails the test if args has a flag that is not in flags, or has a flag twice.
 func arguments(t *testing.T, flags, args []string) map[string]string {
 	t.Helper()
 	parsed := map[string]string{}
@@ -187,12 +187,13 @@ func arguments(t *testing.T, flags, args []string) map[string]string {
 
 func TestProbesUseLoopback(t *testing.T) {
 	_, container := render(t, "nmi: {probePort: 8086}").nmi(t)
+	// The space makes a second key for the same path.
 	for path, probe := range map[string]*corev1.Probe{
 		"/healthz": container.LivenessProbe, "/healthz ": container.StartupProbe, "/readyz": container.ReadinessProbe,
 	} {
 		want := &corev1.HTTPGetAction{Host: "127.0.0.1", Port: intstr.FromInt32(8086), Path: strings.TrimSpace(path)}
 		if probe == nil || !cmp.Equal(probe.HTTPGet, want) {
-			t.Errorf("probe of %s is %+v", path, probe)
+			t.Errorf("the probe of %s is %+v, want a GET request to port 8086 of 127.0.0.1", path, probe)
 		}
 	}
 }
@@ -217,10 +218,10 @@ func TestNodeNameComesFromThePodAndMemoryLimitFromResources(t *testing.T) {
 	}
 	_, container := render(t, "").nmi(t)
 	if _, limited := container.Resources.Limits[corev1.ResourceCPU]; limited {
-		t.Error("the CPU is limited")
+		t.Error("the container has a CPU limit, want none")
 	}
 	if got := container.Resources.Limits.Memory().String(); got != "256Mi" {
-		t.Errorf("memory limit is %s", got)
+		t.Errorf("the memory limit is %s, want 256Mi", got)
 	}
 }
 
@@ -266,7 +267,7 @@ func TestCABundleIsMountedReadOnlyAndAChangeRestartsThePods(t *testing.T) {
 	objects := render(t, caBundle("# ours\n"+certificate))
 	if len(objects.configMaps) != 1 || objects.configMaps[0].Namespace != "kube-system" ||
 		!maps.Equal(objects.configMaps[0].Data, map[string]string{"ca.pem": "# ours\n" + certificate}) {
-		t.Fatalf("config maps are %+v", objects.configMaps)
+		t.Fatalf("ConfigMaps are %+v, want one with the CA bundle as ca.pem", objects.configMaps)
 	}
 	daemonSet, container := objects.nmi(t)
 	wantVolume := corev1.Volume{Name: "ca-bundle", VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{
@@ -315,7 +316,7 @@ nmi:
 		t.Error("the container has probes, but `nmi uninstall` does not serve them")
 	}
 	if got := daemonSet.Spec.UpdateStrategy.RollingUpdate.MaxUnavailable.String(); got != "100%" {
-		t.Errorf("maxUnavailable is %s", got)
+		t.Errorf("maxUnavailable is %s, want all pods, so that all nodes are cleaned at once", got)
 	}
 	serving, _ := render(t, "").nmi(t)
 	if diff := cmp.Diff(serving.Spec.Selector, daemonSet.Spec.Selector); diff != "" {

@@ -10,8 +10,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// The tests of this file check how MIC authenticates to Azure, and which files MIC's container mounts and as which user
-// it runs for that.
+// The tests of this file check how MIC authenticates to Azure: its credentials, the files that its container mounts for
+// them, and the user that the container runs as to read these files.
 
 const (
 	servicePrincipal = "adminsecret: {cloud: AzureChinaCloud, tenantID: t, clientID: c, clientSecret: 'hush hush', subscriptionID: '01'}"
@@ -38,7 +38,7 @@ func TestMICMountsOnlyFilesOfTheHostAndRunsAsRootOnlyForThem(t *testing.T) {
 			}
 			got = append(got, volume.HostPath.Path)
 			if *volume.HostPath.Type != file {
-				t.Errorf("%q: %s is mounted as %s", values, volume.HostPath.Path, *volume.HostPath.Type)
+				t.Errorf("%q: the host path %s has type %s, want File", values, volume.HostPath.Path, *volume.HostPath.Type)
 			}
 			wantMount := corev1.VolumeMount{Name: volume.Name, MountPath: volume.HostPath.Path, ReadOnly: true}
 			if !slices.ContainsFunc(container.VolumeMounts, func(m corev1.VolumeMount) bool { return cmp.Equal(m, wantMount) }) {
@@ -62,7 +62,7 @@ func TestMICMountsOnlyFilesOfTheHostAndRunsAsRootOnlyForThem(t *testing.T) {
 		}
 		_, hasFlag := arguments(t, micFlags, container.Args)["cloudconfig"]
 		if wantFlag := slices.ContainsFunc(want, func(f string) bool { return strings.HasSuffix(f, "azure.json") }); hasFlag != wantFlag {
-			t.Errorf("%q: arguments are %v", values, container.Args)
+			t.Errorf("%q: the flag --cloudconfig must be there if azure.json is mounted, and only then; arguments are %v", values, container.Args)
 		}
 	}
 	_, container := render(t, standard("mic: {customCloud: {enabled: true}}")).mic(t)
@@ -74,7 +74,7 @@ func TestMICMountsOnlyFilesOfTheHostAndRunsAsRootOnlyForThem(t *testing.T) {
 func TestServicePrincipalIsASecretInMICsEnvironment(t *testing.T) {
 	objects := render(t, standard(servicePrincipal))
 	if len(objects.secrets) != 1 || objects.secrets[0].Namespace != "kube-system" {
-		t.Fatalf("Secrets are %+v", objects.secrets)
+		t.Fatalf("Secrets are %+v, want one in namespace kube-system", objects.secrets)
 	}
 	got := map[string]string{}
 	for key, value := range objects.secrets[0].Data {
@@ -89,7 +89,7 @@ func TestServicePrincipalIsASecretInMICsEnvironment(t *testing.T) {
 	deployment, container := objects.mic(t)
 	from := container.EnvFrom
 	if len(from) != 1 || from[0].SecretRef == nil || from[0].SecretRef.Name != objects.secrets[0].Name {
-		t.Errorf("the environment comes from %+v", from)
+		t.Errorf("the environment comes from %+v, want the Secret of the chart", from)
 	}
 	other, _ := render(t, standard(strings.Replace(servicePrincipal, "hush hush", "hush", 1))).mic(t)
 	if maps.Equal(deployment.Spec.Template.Annotations, other.Spec.Template.Annotations) {
@@ -133,13 +133,13 @@ func TestWorkloadIdentityHasATokenOnlyForEntraID(t *testing.T) {
 	}}}
 	volumes := deployment.Spec.Template.Spec.Volumes
 	if len(volumes) != 1 || volumes[0].Projected == nil || !cmp.Equal(volumes[0].Projected.Sources, want) {
-		t.Errorf("volumes are %+v", volumes)
+		t.Errorf("volumes are %+v, want only the token for Entra ID", volumes)
 	}
 	if !slices.ContainsFunc(container.VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/azure-token" && m.ReadOnly }) {
-		t.Errorf("mounts are %+v", container.VolumeMounts)
+		t.Errorf("mounts are %+v, want /azure-token, read-only", container.VolumeMounts)
 	}
 	if len(objects.secrets) != 0 {
-		t.Errorf("Secrets are %+v", objects.secrets)
+		t.Errorf("Secrets are %+v, want none", objects.secrets)
 	}
 }
 
@@ -159,7 +159,7 @@ func TestMICHasAnExceptionOnlyIfItUsesTheMetadataService(t *testing.T) {
 	} {
 		objects := render(t, standard(values))
 		if got := len(objects.custom) == 1; got != want {
-			t.Errorf("%q: objects are %v", values, objects.custom)
+			t.Errorf("%q: MIC's AzurePodIdentityException is missing, or must not be there; custom resources are %v", values, objects.custom)
 			continue
 		}
 		if !want {
@@ -174,7 +174,7 @@ func TestMICHasAnExceptionOnlyIfItUsesTheMetadataService(t *testing.T) {
 		}
 		deployment, _ := objects.mic(t)
 		if deployment.Spec.Template.Labels["podidentity.io/mic"] != "podidentity-mic" {
-			t.Errorf("%q: MIC's pods carry %v", values, deployment.Spec.Template.Labels)
+			t.Errorf("%q: MIC's pods lack the label that the exception matches; their labels are %v", values, deployment.Spec.Template.Labels)
 		}
 		daemonSet, _ := objects.nmi(t)
 		if _, excepted := daemonSet.Spec.Template.Labels["podidentity.io/mic"]; excepted {

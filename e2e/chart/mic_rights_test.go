@@ -88,7 +88,7 @@ func TestNMIReadsAssignmentsInStandardModeOnly(t *testing.T) {
 func TestWithoutRBACMICHasNoRolesAndCanUseAnotherServiceAccount(t *testing.T) {
 	objects := render(t, standard("rbac: {enabled: false}\nmic: {serviceAccount: {create: false, name: robot}}"))
 	if len(objects.roles)+len(objects.roleBindings)+len(objects.clusterRoles)+len(objects.bindings) != 0 {
-		t.Errorf("roles %v and %v, bound by %v and %v", objects.roles, objects.clusterRoles, objects.roleBindings, objects.bindings)
+		t.Errorf("want no roles and no bindings; got roles %v and %v, bound by %v and %v", objects.roles, objects.clusterRoles, objects.roleBindings, objects.bindings)
 	}
 	deployment, _ := objects.mic(t)
 	if account := deployment.Spec.Template.Spec.ServiceAccountName; account != "robot" || len(objects.serviceAccounts) != 1 {

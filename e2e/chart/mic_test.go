@@ -82,10 +82,10 @@ func TestTwoReplicasOfMICRunOnDifferentNodes(t *testing.T) {
 		t.Errorf("pod is %+v", pod)
 	}
 	if container.Image != "podidentity/mic:0.1.0" || container.ImagePullPolicy != corev1.PullIfNotPresent {
-		t.Errorf("image %s, %s", container.Image, container.ImagePullPolicy)
+		t.Errorf("the image %s or its pull policy %s is wrong", container.Image, container.ImagePullPolicy)
 	}
 	if _, limited := container.Resources.Limits[corev1.ResourceCPU]; limited {
-		t.Error("the CPU is limited")
+		t.Error("the container has a CPU limit, want none")
 	}
 	if !maps.Equal(deployment.Spec.Selector.MatchLabels, micLabels) {
 		t.Errorf("selector is %v", deployment.Spec.Selector.MatchLabels)
@@ -96,7 +96,7 @@ func TestTwoReplicasOfMICRunOnDifferentNodes(t *testing.T) {
 		t.Errorf("pod labels are %v, want %v: a label that changes with the chart would restart the pods", labels, wantLabels)
 	}
 	if len(deployment.Spec.Template.Annotations) != 0 {
-		t.Errorf("annotations are %v", deployment.Spec.Template.Annotations)
+		t.Errorf("annotations are %v, want none", deployment.Spec.Template.Annotations)
 	}
 }
 
@@ -214,7 +214,7 @@ func TestProbesOfMICUseItsProbePort(t *testing.T) {
 	}
 	for path, probe := range map[string]*corev1.Probe{"/healthz": container.LivenessProbe, "/readyz": container.ReadinessProbe} {
 		if probe == nil || !cmp.Equal(probe.HTTPGet, &corev1.HTTPGetAction{Port: intstr.FromString("probes"), Path: path}) {
-			t.Errorf("probe of %s is %+v", path, probe)
+			t.Errorf("the probe of %s is %+v, want a GET request to the port named probes", path, probe)
 		}
 	}
 }
@@ -248,12 +248,12 @@ func TestOneOfSeveralReplicasOfMICMayBeEvicted(t *testing.T) {
 	}
 }
 
-// The name of a Deployment's ReplicaSet is the name of the Deployment, a hyphen and at most ten characters. The value
-// of a label has at most 63 characters.
+// The name of a Deployment's ReplicaSet is the name of the Deployment, a hyphen and at most ten characters. That name
+// must fit into the value of a label, which has at most 63 characters.
 func TestNamesFitIntoLabels(t *testing.T) {
 	deployment, _ := render(t, standard("fullnameOverride: "+strings.Repeat("n", 63))).mic(t)
 	if len(deployment.Name)+11 > 63 {
-		t.Errorf("name %s is too long", deployment.Name)
+		t.Errorf("the name %s of the Deployment is too long: the names of its ReplicaSets do not fit into a label", deployment.Name)
 	}
 }
 

@@ -60,7 +60,7 @@ func TestPolicyDeniesAndAppliesOnlyToTokensOfServiceAccounts(t *testing.T) {
 		t.Errorf("match constraints (-want +got):\n%s", diff)
 	}
 	if policy.Spec.FailurePolicy == nil || *policy.Spec.FailurePolicy != admissionv1.Fail {
-		t.Errorf("failure policy %v", policy.Spec.FailurePolicy)
+		t.Errorf("the failure policy is %v, want Fail", policy.Spec.FailurePolicy)
 	}
 	wantBinding := admissionv1.ValidatingAdmissionPolicyBindingSpec{
 		PolicyName: policy.Name, ValidationActions: []admissionv1.ValidationAction{admissionv1.Deny},
@@ -100,8 +100,8 @@ func TestPolicyAllowsNMIOnlyTokensForFederatedIdentities(t *testing.T) {
 		"of a pod of any uid":   {func(s *authenticationv1.TokenRequestSpec) { s.BoundObjectRef.UID = "" }, []string{bound}},
 		"for an hour":           {func(s *authenticationv1.TokenRequestSpec) { s.ExpirationSeconds = new(int64(3600)) }, []string{expiry}},
 		"a second too long":     {func(s *authenticationv1.TokenRequestSpec) { s.ExpirationSeconds = new(int64(601)) }, []string{expiry}},
-		// The API server sets the default of one hour before it evaluates the policy, so the policy never gets a
-		// request without a time.
+		// The API server sets expirationSeconds to its default of one hour before it evaluates the policy, so the
+		// policy never gets a request without expirationSeconds.
 		"for no given time": {func(s *authenticationv1.TokenRequestSpec) { s.ExpirationSeconds = nil }, []string{"no such overload"}},
 		"as kubectl does": {func(s *authenticationv1.TokenRequestSpec) {
 			*s = authenticationv1.TokenRequestSpec{
@@ -220,7 +220,7 @@ func compilePolicy(t *testing.T, policy *admissionv1.ValidatingAdmissionPolicy) 
 	}
 	for _, validation := range policy.Spec.Validations {
 		if validation.Message == "" || validation.Reason == nil || *validation.Reason != metav1.StatusReasonForbidden {
-			t.Errorf("%s has message %q and reason %v", validation.Expression, validation.Message, validation.Reason)
+			t.Errorf("the validation %s has message %q and reason %v, want a message and the reason Forbidden", validation.Expression, validation.Message, validation.Reason)
 		}
 		validating = append(validating, &matchconditions.MatchCondition{Expression: validation.Expression})
 	}

@@ -10,7 +10,7 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 )
 
-// right is a rule that NMI's account has in a namespace; "" means the whole cluster.
+// right is a rule that NMI's account has in a namespace. Namespace "" means the whole cluster.
 type right struct {
 	Namespace string
 	rbacv1.PolicyRule
@@ -24,7 +24,7 @@ func (r rendered) boundRights(t *testing.T) []right {
 	bound := map[string]bool{}
 	check := func(kind, namespace, name string, ref rbacv1.RoleRef, got []rbacv1.Subject) {
 		if ref.APIGroup != rbacv1.GroupName || ref.Kind != kind || ref.Name != name || !slices.Equal(got, subjects) {
-			t.Errorf("binding %s/%s gives %+v to %+v", namespace, name, ref, got)
+			t.Errorf("binding %s/%s must give the role of its own name to NMI's ServiceAccount alone; it gives %+v to %+v", namespace, name, ref, got)
 		}
 		bound[namespace+"/"+name] = true
 	}
@@ -112,7 +112,7 @@ func TestUserRolesAreOptionalAndExcludeExceptions(t *testing.T) {
 	}
 	if view.Labels["rbac.authorization.k8s.io/aggregate-to-view"] != "true" ||
 		edit.Labels["rbac.authorization.k8s.io/aggregate-to-edit"] != "true" {
-		t.Error("the roles are not aggregated")
+		t.Error("the roles lack the labels that aggregate them to the roles view and edit")
 	}
 	for _, rule := range edit.Rules {
 		if slices.Contains(rule.Resources, "azurepodidentityexceptions") ||
@@ -148,7 +148,7 @@ func TestNMIMayReadSecretsAndRequestTokensOnlyInTheGivenNamespaces(t *testing.T)
 func TestWithoutRBACThereAreNoRoles(t *testing.T) {
 	got := render(t, "{rbac: {enabled: false}, nmi: {secretNamespaces: [shop], federatedNamespaces: all}}")
 	if len(got.roles)+len(got.roleBindings)+len(got.clusterRoles)+len(got.bindings) != 0 {
-		t.Errorf("roles %v and %v, bound by %v and %v", got.roles, got.clusterRoles, got.roleBindings, got.bindings)
+		t.Errorf("want no roles and no bindings; got roles %v and %v, bound by %v and %v", got.roles, got.clusterRoles, got.roleBindings, got.bindings)
 	}
 }
 
@@ -176,7 +176,7 @@ func TestTwoReleasesHaveDifferentClusterWideNames(t *testing.T) {
 		names = append(names, binding.Name)
 	}
 	if len(names) != 3+3+1+1 {
-		t.Errorf("names are %v", names)
+		t.Errorf("names are %v, want those of three ClusterRoles, their three bindings, and one policy with its binding", names)
 	}
 	for _, name := range names {
 		if !strings.HasPrefix(name, "other-nmi") {

@@ -27,10 +27,10 @@ func TestAPIServerAcceptsTheCRDs(t *testing.T) {
 		}
 		// Groups under k8s.io are protected: the API server refuses a CRD without this annotation.
 		if got := resource.crd.Annotations["api-approved.kubernetes.io"]; got != "unapproved" {
-			t.Errorf("%s: annotation api-approved.kubernetes.io is %q", kind, got)
+			t.Errorf("%s: annotation api-approved.kubernetes.io is %q, want unapproved", kind, got)
 		}
 		if got := resource.crd.Spec.Scope; got != "Namespaced" {
-			t.Errorf("%s: scope is %s", kind, got)
+			t.Errorf("%s: scope is %s, want Namespaced", kind, got)
 		}
 	}
 }
@@ -70,7 +70,7 @@ func TestManifestsThatWorkedInAADPodIdentityAreAccepted(t *testing.T) {
 		t.Run(filepath.Base(file), func(t *testing.T) {
 			resource, object, unknown := load(t, resources, file)
 			if err := resource.create(t, object); err != nil {
-				t.Errorf("refused: %v", err)
+				t.Errorf("the API server would refuse this manifest: %v", err)
 			}
 			if strings.HasPrefix(filepath.Base(file), "every-field-") && len(unknown) > 0 {
 				t.Errorf("fields that AAD Pod Identity kept are dropped: %v", unknown)
@@ -86,7 +86,7 @@ func TestInvalidManifestsAreRefusedWithARemedy(t *testing.T) {
 			resource, object, _ := load(t, resources, file)
 			err := resource.create(t, object)
 			if err == nil {
-				t.Fatal("accepted")
+				t.Fatal("the API server would accept this manifest, want a refusal")
 			}
 			if want := wantedText(t, file); !strings.Contains(err.Error(), want) {
 				t.Errorf("the message lacks %q: %v", want, err)
@@ -95,8 +95,9 @@ func TestInvalidManifestsAreRefusedWithARemedy(t *testing.T) {
 	}
 }
 
-// The objects of the refused manifests may be stored in a cluster that used AAD Pod Identity. Manifests with a wrong
-// JSON type are left out, because the schema of AAD Pod Identity refused those as well.
+// A cluster that used AAD Pod Identity may have stored the objects of the refused manifests, so their metadata must
+// stay changeable. Manifests with a wrong JSON type are left out, because the schema of AAD Pod Identity refused those
+// as well.
 func TestStoredInvalidObjectsAcceptNewLabelsAndFinalizers(t *testing.T) {
 	resources := loadResources(t)
 	for _, file := range manifests(t, "refused") {

@@ -16,7 +16,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// managedNames are the managed identities that AzureIdentities reference. The last one does not exist in Azure.
+// managedNames are the managed identities that AzureIdentities reference. "ghost" does not exist in Azure.
 var managedNames = []string{"u0", "u1", "u2", "u3", "ghost"}
 
 // nodeProviders are the provider IDs of the nodes, by name. n0 and n1 spell the ID of their scale set differently; n5 is
@@ -97,7 +97,8 @@ func failARMRequests(s *sequence, r *rand.Rand) string {
 		f.Count, f.Operation, lastSegment(f.Resource), f.Status, f.RetryAfter, f.Hang, f.Drop, f.Fails, f.Latency, f.Apply)
 }
 
-// makeIdentityRefused makes Azure refuse an identity from now on: MIC may not assign it, or it no longer exists.
+// makeIdentityRefused makes Azure refuse to attach an identity from now on: MIC may not assign the identity, or Azure
+// does not find it.
 func makeIdentityRefused(s *sequence, r *rand.Rand) string {
 	id := azure.FoldID(identityID(pick(r, managedNames[:4]...)))
 	naming := pick(r, azure.NamedInDetails, azure.NamedInText, azure.Unnamed)
@@ -143,8 +144,10 @@ func detachManually(s *sequence, r *rand.Rand) string {
 	return fmt.Sprintf("%s is detached from %s externally", lastSegment(id), lastSegment(m.ID))
 }
 
-// attachManually attaches an identity to a machine, as somebody other than MIC. It does nothing if any assignment or
-// ledger has ever named the identity.
+// attachManually attaches an identity to a machine, as somebody other than MIC. It does nothing if the identity is
+// already attached to the machine, does not exist in Azure, or was ever named by an assignment or a ledger. If ARM
+// sends no ETags, it attaches only the identity "other", which MIC never attaches: without ETags, MIC cannot notice
+// that somebody attached an identity after MIC had read the machine.
 func attachManually(s *sequence, r *rand.Rand) string {
 	m := s.anyMachine(r)
 	id := identityID(pick(r, "other", "u0", "u1", "u2", "u3"))

@@ -13,7 +13,7 @@ import (
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
-// Names of the objects. There are few, so that actions concern the same objects.
+// Names of the objects. There are few names, so that several actions change the same object.
 var (
 	namespaces    = []string{"blue", "green", "red"}
 	podNames      = []string{"p0", "p1", "p2", "p3"}

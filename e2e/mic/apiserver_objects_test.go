@@ -119,7 +119,8 @@ func listObjects[T any](s *apiServer) []*T {
 	return found
 }
 
-// decodedObject returns the object in its Go type. Callers must not change it. s.mu is held.
+// decodedObject returns the object in its Go type. Callers must not change it. They hold the mutex of the objectStore,
+// which guards o.decoded.
 func decodedObject[T any](o *object) *T {
 	if o.decoded == nil {
 		o.decoded = decodeObject[T](o)

@@ -69,22 +69,22 @@ func TestTheFakeAPIServerUpdatesStatusOnlyThroughTheSubresource(t *testing.T) {
 		var made, changed v1.AzureAssignedIdentity
 		at := func(r *rest.Request) *rest.Request { return r.Namespace("ns").Resource(v1.AzureAssignedIdentities) }
 		if err := at(custom.Post()).Body(newAssignment()).Do(t.Context()).Into(&made); err != nil || made.Status.Status != "" {
-			t.Fatalf("created: %+v, %v", made.Status, err)
+			t.Fatalf("a created object must have no status; got %+v, error %v", made.Status, err)
 		}
 		made.Status.Status, made.Spec.Pod = v1.AssignmentCreated, "p"
 		if err := at(custom.Put()).Name("a").Body(&made).Do(t.Context()).Into(&changed); err != nil || changed.Status.Status != "" || changed.Spec.Pod != "p" {
-			t.Errorf("updated: %+v, %v", changed, err)
+			t.Errorf("an update must change the spec and not the status; got %+v, error %v", changed, err)
 		}
 		if err := at(custom.Put()).Name("a").Body(&made).Do(t.Context()).Error(); !apierrors.IsConflict(err) {
-			t.Errorf("updating an old version: %v", err)
+			t.Errorf("updating from an old version: got %v; want a Conflict", err)
 		}
 		patch := []byte(`{"spec":{"pod":"q"},"status":{"status":"Assigned"}}`)
 		if err := at(custom.Patch(types.MergePatchType)).Name("a").SubResource("status").Body(patch).Do(t.Context()).Into(&changed); err != nil || changed.Status.Status != v1.AssignmentAssigned || changed.Spec.Pod != "p" {
-			t.Errorf("status patched: %+v, %v", changed, err)
+			t.Errorf("a patch of the status must not change the spec; got %+v, error %v", changed, err)
 		}
 		changed.ResourceVersion = ""
 		if err := at(custom.Put()).Name("a").Body(&changed).Do(t.Context()).Error(); !apierrors.IsInvalid(err) {
-			t.Errorf("updating without a version: %v", err)
+			t.Errorf("updating without a resourceVersion: got %v; want Invalid", err)
 		}
 	})
 }
@@ -105,15 +105,15 @@ func TestTheFakeAPIServerKeepsObjectsWithFinalizersAndCollectsOrphans(t *testing
 		time.Sleep(2 * time.Second)
 		now, exists := getObject[v1.AzureAssignedIdentity](s, "ns", "a")
 		if !exists || now.DeletionTimestamp == nil {
-			t.Fatalf("exists: %t, %+v", exists, now)
+			t.Fatalf("after its owner was deleted, the object with a finalizer must exist and have a deletionTimestamp; exists: %t, %+v", exists, now)
 		}
 		request := custom.Patch(types.JSONPatchType).Namespace("ns").Resource(v1.AzureAssignedIdentities).Name("a")
 		if err := request.Body([]byte(`[{"op":"add","path":"/metadata/finalizers/-","value":"x/y"}]`)).Do(t.Context()).Error(); !apierrors.IsInvalid(err) {
-			t.Errorf("adding a finalizer: %v", err)
+			t.Errorf("adding a finalizer to an object that is being deleted: got %v; want Invalid", err)
 		}
 		editObject(s, "ns", "a", func(a *v1.AzureAssignedIdentity) { a.Finalizers = nil })
 		if _, exists := getObject[v1.AzureAssignedIdentity](s, "ns", "a"); exists {
-			t.Error("the object still exists")
+			t.Error("the object still exists after its finalizer was removed")
 		}
 	})
 }
@@ -127,12 +127,12 @@ func TestTheFakeAPIServerDeletesANamespaceWhenItIsEmpty(t *testing.T) {
 		time.Sleep(time.Minute)
 		_, err := core.CoreV1().ConfigMaps("ns").Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "c"}}, metav1.CreateOptions{})
 		if !apierrors.IsForbidden(err) || !apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) {
-			t.Errorf("creating in a terminating namespace: %v", err)
+			t.Errorf("creating an object in a terminating namespace: got %v; want Forbidden, NamespaceTerminating", err)
 		}
 		editObject(s, "ns", "a", func(a *v1.AzureAssignedIdentity) { a.Finalizers = nil })
 		time.Sleep(2 * time.Second)
 		if _, exists := getObject[corev1.Namespace](s, "", "ns"); exists {
-			t.Error("the namespace still exists")
+			t.Error("the namespace still exists after its last object was deleted")
 		}
 	})
 }
@@ -157,12 +157,12 @@ func TestWatchesOfTheFakeAPIServerReportAddedModifiedDeletedAndExpired(t *testin
 		editObject(s, "ns", "p", func(p *corev1.Pod) { p.Labels = nil })
 		for _, want := range []watch.EventType{watch.Added, watch.Modified, watch.Deleted} {
 			if e := <-w.ResultChan(); e.Type != want {
-				t.Errorf("%s, want %s", e.Type, want)
+				t.Errorf("the watch sent an event of type %s, want %s", e.Type, want)
 			}
 		}
 		s.expireWatches()
 		if e, open := <-w.ResultChan(); open {
-			t.Errorf("after the abort: %v", e)
+			t.Errorf("the watch must be closed after the abort; it sent %v", e)
 		}
 		again, err := core.CoreV1().Pods("").Watch(ctx, metav1.ListOptions{ResourceVersion: "1001"})
 		if err != nil {
@@ -170,7 +170,7 @@ func TestWatchesOfTheFakeAPIServerReportAddedModifiedDeletedAndExpired(t *testin
 		}
 		defer again.Stop()
 		if e := <-again.ResultChan(); e.Type != watch.Error || !apierrors.IsResourceExpired(apierrors.FromObject(e.Object)) {
-			t.Errorf("watching from an expired version: %+v", e)
+			t.Errorf("watching from an expired version: got %+v; want an error event with reason Expired", e)
 		}
 	})
 }
@@ -190,7 +190,7 @@ func TestTheFakeAPIServerRejectsInvalidNamesLabelsAndOwners(t *testing.T) {
 			a := newAssignment()
 			spoil(a)
 			if err := custom.Post().Namespace("ns").Resource(v1.AzureAssignedIdentities).Body(a).Do(t.Context()).Error(); !apierrors.IsInvalid(err) {
-				t.Errorf("%s: %v", name, err)
+				t.Errorf("creating an object with an invalid %s: got %v; want Invalid", name, err)
 			}
 		}
 	})

@@ -51,7 +51,7 @@ func (s *objectStore) commit(k *kind, before *object, u *unstructured.Unstructur
 	u.SetResourceVersion(strconv.FormatInt(s.version, 10))
 	raw, err := json.Marshal(u.Object)
 	if err != nil {
-		panic(err) // it was decoded from JSON
+		panic(err) // cannot happen: u was decoded from JSON
 	}
 	key := objectKey{u.GetNamespace(), u.GetName()}
 	o := &object{Unstructured: u, key: key, raw: raw}

@@ -128,7 +128,8 @@ var verbs = map[string]string{
 	http.MethodGet: "get", http.MethodPost: "create", http.MethodPut: "update", http.MethodPatch: "patch", http.MethodDelete: "delete",
 }
 
-// parse parses a request and its path below /api/v1 or /apis/GROUP/VERSION. A call with another path has no kind.
+// parse parses a request and its path below /api/v1 or /apis/GROUP/VERSION. The call has no kind if it has another path
+// or names an unknown resource.
 func (s *apiServer) parse(r *http.Request) (*call, error) {
 	c := &call{verb: verbs[r.Method], path: r.URL.Path, query: r.URL.Query(), header: r.Header}
 	if r.Body != nil {

@@ -30,7 +30,7 @@ func (c *call) encode(o *object) []byte {
 	}
 	raw, err := json.Marshal(map[string]any{"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": o.Object["metadata"]})
 	if err != nil {
-		panic(err) // it was decoded from JSON
+		panic(err) // cannot happen: o was decoded from JSON
 	}
 	return raw
 }

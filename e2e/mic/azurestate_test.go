@@ -24,7 +24,7 @@ type azureState struct {
 	deletedMachines   map[string]bool            // machines that were deleted at any time
 }
 
-// foreignPeriod is a period during which an identity was attached by somebody other than MIC.
+// foreignPeriod is a period during which an identity was on a machine because somebody other than MIC had attached it.
 type foreignPeriod struct {
 	machine, identity string
 	from, until       time.Time // until is zero while the period lasts
@@ -72,7 +72,7 @@ func (s *azureState) deleteMachine(id string) {
 	s.endForeignPeriods(azure.FoldID(id), func(string) bool { return true })
 }
 
-// wasForeign reports whether somebody other than MIC had attached the identity of a change, at the time of the change.
+// wasForeign reports whether c.Identity was, at c.Time, on c.Resource because somebody other than MIC had attached it.
 func (s *azureState) wasForeign(c azure.ARMChange) bool {
 	return slices.ContainsFunc(s.foreignPeriods, func(p foreignPeriod) bool {
 		return p.machine == c.Resource && p.identity == c.Identity && !c.Time.Before(p.from) && (p.until.IsZero() || c.Time.Before(p.until))

@@ -29,7 +29,7 @@ type apiResult struct {
 	Reason metav1.StatusReason // of an error
 	Object string              // JSON
 
-	object map[string]any // as the server sent it
+	object map[string]any // as the server sent it; not compared
 }
 
 // send sends a request to a path such as namespaces/blue/pods/p0. contentType is that of the body; "" is JSON.

@@ -217,7 +217,8 @@ func assignmentOperation(r *rand.Rand) operation {
 		if len(items) == 0 {
 			return "none"
 		}
-		// The order ignores the hash in a name: it depends on the UID of the pod, which differs between the runs.
+		// The order ignores the hash in a name, because the hash depends on the UID of the pod, which differs between
+		// the runs.
 		slices.SortFunc(items, func(a, b any) int { return strings.Compare(sortKey(a), sortKey(b)) })
 		metadata := items[n%len(items)].(map[string]any)["metadata"].(map[string]any)
 		path := fmt.Sprintf("namespaces/%s/azureassignedidentities/%s", metadata["namespace"], metadata["name"])
@@ -260,7 +261,7 @@ func leaderOperation(r *rand.Rand) operation {
 	}
 }
 
-// apiFaultOperation makes requests of the leader fail before they reach the API server, or breaks its watches.
+// apiFaultOperation makes requests of the leader fail before they reach the API server, or aborts the leader's watches.
 func apiFaultOperation(r *rand.Rand) operation {
 	if r.IntN(3) == 0 {
 		return operation{name: "break the watches", run: func(run *comparedRun) string {

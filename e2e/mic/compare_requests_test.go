@@ -31,7 +31,7 @@ const (
 	currentVersion = "CURRENT VERSION" // resourceVersion of the object when it was last read
 	staleVersion   = "STALE VERSION"   // resourceVersion before the last change
 	currentUID     = "CURRENT UID"
-	otherUID       = "00000000-0000-4000-8000-00000000ffff"
+	otherUID       = "00000000-0000-4000-8000-00000000ffff" // no placeholder, but a UID that no object has
 )
 
 const (
@@ -226,7 +226,7 @@ func sendAll(client apiClient, requests []apiRequest) (results [][2]apiResult) {
 	return results
 }
 
-// placeholders are the values of placeholders for one object.
+// placeholders are the values that replace the placeholders in requests about one object.
 type placeholders struct{ current, stale, uid string }
 
 func (p placeholders) next(read apiResult) placeholders {

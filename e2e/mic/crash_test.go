@@ -54,9 +54,9 @@ func (sim *simulation) attachForeignIdentity(name, machine string) {
 	sim.attachExternally(machine, id)
 }
 
-// runWorkloadWithCrash runs the workload with updates that take delay in ARM. It kills the first controller at the
-// write with this number (0: never): after the write takes effect if applied is true, otherwise before. It returns the
-// errors, the writes of the first controller and whether that controller was killed.
+// runWorkloadWithCrash runs the workload with updates that take delay in ARM. It kills the first controller at its nth
+// write, where n is the parameter write (0: never): after the write takes effect if applied is true, otherwise before.
+// It returns the errors, the writes of the first controller and whether that controller was killed.
 func runWorkloadWithCrash(t *testing.T, delay time.Duration, write int, applied bool) (wrong, writes []string, killed bool) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSequence(t, 1)

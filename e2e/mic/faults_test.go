@@ -99,7 +99,7 @@ func TestAMachineThatIsBeingDeletedIsNotUpdated(t *testing.T) {
 			t.Errorf("MIC sent %d updates for a machine that is being deleted", n)
 		}
 		if found := s.assignmentsOf("blue/p"); len(found) != 1 || found[0].Status.Status != v1.AssignmentCreated || found[0].Status.Message == "" {
-			t.Errorf("assignments: %+v", found)
+			t.Errorf("want one assignment in state Created with a message; got %+v", found)
 		}
 		requireNoError(s.t, s.arm.SetProvisioningState(s.set, ""))
 		s.waitAssigned(10*time.Minute, "blue/p")
@@ -143,7 +143,7 @@ func TestMICChangesNothingWhileTheAPIServerIsUnavailable(t *testing.T) {
 		before := len(s.patchRequests(""))
 		s.consistently(20*time.Minute, "nothing is detached", func() bool { return s.attached(s.set, app)() && s.attached(s.set, gone)() })
 		if after := s.patchRequests(""); len(after) > before {
-			t.Errorf("updates while the ledger cannot be written: %v", patchSummaries(after[before:]))
+			t.Errorf("MIC sent updates although it could not write the ledger: %v", patchSummaries(after[before:]))
 		}
 		s.api.makeAvailable()
 		s.addPod("blue/r", "n1", "app")
@@ -189,7 +189,7 @@ func TestANewLeaderWaitsForTheUpdateOfAKilledLeader(t *testing.T) {
 		s.waitAssigned(15*time.Second, "blue/p")
 		s.expectStable(10 * time.Minute)
 		if n := len(s.patchRequests("")); n != 1 {
-			t.Errorf("%d updates: %v", n, patchSummaries(s.patchRequests("")))
+			t.Errorf("MIC sent %d updates, want 1: %v", n, patchSummaries(s.patchRequests("")))
 		}
 	})
 }
@@ -228,7 +228,7 @@ func TestAPausedFormerLeaderRepeatsNoUpdate(t *testing.T) {
 					s.waitAssigned(3*time.Minute, "blue/p")
 					s.expectStable(10 * time.Minute)
 					if accepted := s.acceptedPatches(""); len(accepted) != 1 {
-						t.Errorf("ARM accepted %d updates: %v", len(accepted), patchSummaries(accepted))
+						t.Errorf("ARM accepted %d updates, want 1: %v", len(accepted), patchSummaries(accepted))
 					}
 				})
 			})
@@ -263,7 +263,7 @@ func TestAssignmentsOfAADPodIdentityAreTakenOverWithoutInterruption(t *testing.T
 			return false
 		})
 		if found := s.assignmentsOf("red/p"); len(found) != 1 || ownerPodUID(found[0]) == "" {
-			t.Errorf("%d assignments, the first owned by %q", len(found), ownerPodUID(found[0]))
+			t.Errorf("the pod has %d assignments, the first owned by the pod with UID %q; want one that a pod owns", len(found), ownerPodUID(found[0]))
 		}
 		if s.arm.Attached(s.set, stale) {
 			t.Error("the identity that AAD Pod Identity attached for a deleted pod is still attached")
@@ -290,7 +290,7 @@ func TestAnUpdateWithALostResponseIsCheckedAndNotRepeated(t *testing.T) {
 					s.addPod("blue/p", "n0", "app")
 					s.waitAssigned(3*time.Minute, "blue/p")
 					if n := len(s.patchRequests("")); n != 1 {
-						t.Errorf("%d updates: %v", n, patchSummaries(s.patchRequests("")))
+						t.Errorf("MIC sent %d updates, want 1: %v", n, patchSummaries(s.patchRequests("")))
 					}
 					s.expectStable(10 * time.Minute)
 				})
@@ -312,7 +312,7 @@ func TestNothingIsAttachedThatTheLedgerDoesNotRecord(t *testing.T) {
 		s.addPod("blue/p", "n0", "app")
 		time.Sleep(20 * time.Minute)
 		if n := len(s.patchRequests("")); n > 0 {
-			t.Errorf("%d updates that the ledger does not record", n)
+			t.Errorf("MIC sent %d updates although it could not create the ledger; want none", n)
 		}
 		p.conn.hook(nil, nil)
 		s.waitAssigned(90*time.Second, "blue/p")
@@ -346,7 +346,7 @@ func TestAnUpdateWhoseStatusCannotBeReadIsNotTakenForFinished(t *testing.T) {
 						s.eventually(time.Minute, "MIC has converged", func() bool { return len(s.convergenceErrors()) == 0 })
 						s.expectStable(10 * time.Minute)
 						if n := len(s.acceptedPatches("")); n != 2 {
-							t.Errorf("%d updates: %v", n, patchSummaries(s.acceptedPatches("")))
+							t.Errorf("ARM accepted %d updates, want one to attach and one to detach: %v", n, patchSummaries(s.acceptedPatches("")))
 						}
 					})
 				})

@@ -24,7 +24,7 @@ func TestAnIdentityIsAttachedForTheFirstPodAndDetachedAfterTheLast(t *testing.T)
 		s.addPod("blue/q", "n1", "app")
 		s.waitAssigned(time.Second, "blue/q")
 		if n := len(s.patchRequests("")); n != 1 {
-			t.Errorf("%d updates for two pods with one identity on one scale set: %v", n, patchSummaries(s.patchRequests("")))
+			t.Errorf("MIC sent %d updates for two pods with one identity on one scale set; want 1: %v", n, patchSummaries(s.patchRequests("")))
 		}
 		s.deletePod("blue/p")
 		s.waitUnassigned(3*time.Second, "blue/p")
@@ -51,7 +51,7 @@ func TestARollingUpdateCausesNoAzureUpdate(t *testing.T) {
 			s.waitAssigned(time.Second, fmt.Sprintf("blue/p%d", i+1))
 		}
 		if after := s.patchRequests(""); len(after) > before {
-			t.Errorf("updates: %v", patchSummaries(after[before:]))
+			t.Errorf("MIC sent updates during a rolling update; want none: %v", patchSummaries(after[before:]))
 		}
 	})
 }
@@ -152,7 +152,7 @@ func TestAnIdentityAttachedExternallyJustBeforeMICsUpdateIsNeverDetached(t *test
 		s.waitAssigned(30*time.Second, "blue/p")
 		s.deletePod("blue/p")
 		s.waitUnassigned(5*time.Minute, "blue/p")
-		s.consistently(time.Hour, "it stays", s.attached(s.set, app))
+		s.consistently(time.Hour, "the identity stays attached", s.attached(s.set, app))
 		s.expectStable(time.Minute)
 	})
 }

@@ -79,8 +79,9 @@ func (s *sequence) setUp() {
 	s.startLeader()
 }
 
-// addLegacyAssignments creates what AAD Pod Identity leaves behind. It creates assignments in the form of AAD Pod
-// Identity, for existing pods and for a deleted one. It attaches the managed identities of those that are not Created.
+// addLegacyAssignments creates what AAD Pod Identity leaves behind: assignments in the form of AAD Pod Identity, for
+// existing pods and for a pod that does not exist. For each assignment of a managed identity that is not in state
+// Created, it attaches the identity.
 func (s *sequence) addLegacyAssignments(r *rand.Rand) {
 	now := s.objectsAt(time.Now())
 	for _, c := range append(slices.Clone(now.expected), expectedAssignment{pod: "red/gone", node: "n0", identity: "red/i0", machine: machineOfProviderID(nodeProviders["n0"]), resource: azure.FoldID(identityID("u1"))}) {
@@ -183,8 +184,8 @@ func minimizeSteps(t *testing.T, seed uint64, steps []int) (outcome, []int) {
 var formerFailures = []uint64{
 	1795334226108038248, 1795334226108038490, // an assignment remained although its pod no longer needed it
 	1795334378719304021, 1795334588804852191, 1795334588804853193, // MIC took an update in progress for finished
-	1795335930879708681,                      // an assignment of AAD Pod Identity for another node
-	1795336505139002702,                      // an update was removed from the ledger because the machine could not be read after it
+	1795335930879708681,                      // an assignment of AAD Pod Identity named a node other than its pod's
+	1795336505139002702,                      // MIC could not read the machine, and removed its update from the ledger
 	1795338935932751759, 1795338935932752895, // Azure lost track of an update
 }
 

@@ -27,10 +27,11 @@ import (
 
 // The fake clock of a synctest bubble advances only while all goroutines of the bubble are durably blocked. A goroutine
 // that waits for the network is not durably blocked, so an open connection inside the bubble would stop the clock.
-// Therefore goroutines outside of the bubble talk to the real API server. A goroutine inside that waits for a response
-// still stops the clock, so a request takes no time of the fake clock. A goroutine that reads a watch must not stop the
-// clock, so it polls for received data at intervals of the fake clock. The fake clock is limited to clockSpeed times
-// the speed of real time: otherwise much fake time would pass before an event of the API server arrives.
+// Therefore goroutines outside of the bubble talk to the real API server. While a goroutine inside the bubble waits for
+// a response, the clock still stops, so a request takes no time of the fake clock. A goroutine that reads a watch must
+// not stop the clock, so it polls for received data at intervals of the fake clock. The fake clock is limited to
+// clockSpeed times the speed of real time. Otherwise much fake time would pass before an event of the API server
+// arrives.
 const (
 	pollInterval = 20 * time.Millisecond // of the fake clock
 	clockSpeed   = 40
@@ -87,8 +88,8 @@ func startRealServer(t *testing.T) *realServer {
 	return s
 }
 
-// serveExchanges offers exchanges to the goroutines of a bubble. An exchange is created here: a channel that is created
-// inside a bubble cannot be used outside.
+// serveExchanges offers exchanges to the goroutines of a bubble. It creates them outside of the bubble, because a
+// channel that is created inside a bubble cannot be used outside.
 func (s *realServer) serveExchanges() {
 	for {
 		e := &exchange{
@@ -128,7 +129,7 @@ func (s *realServer) limitClock(ctx context.Context) {
 	}
 }
 
-// exchange is one request from inside a bubble and its response. run runs outside.
+// exchange is one request from inside a bubble and its response. Its method run runs outside of the bubble.
 type exchange struct {
 	request  chan *http.Request
 	response chan exchangeResult

@@ -15,8 +15,8 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// sequence is a random sequence of steps in a simulation. The seed and the number of a step determine its random
-// numbers, so that leaving out a step does not change those of the other steps.
+// sequence is a random sequence of steps in a simulation. The seed and the number of a step determine the random
+// numbers of that step. So leaving out a step does not change the random numbers of the other steps.
 type sequence struct {
 	*simulation
 	mu      sync.Mutex // of log
@@ -116,7 +116,7 @@ func randomDuration(r *rand.Rand, from, to time.Duration) time.Duration {
 
 func pick[T any](r *rand.Rand, from ...T) T { return from[r.IntN(len(from))] }
 
-// schedule makes wait run a function after d. converge runs the remaining functions immediately.
+// schedule makes wait call do after d. If do is still pending when converge is called, converge calls it immediately.
 func (s *sequence) schedule(d time.Duration, do func()) {
 	s.pending = append(s.pending, scheduled{time.Now().Add(d), do})
 	slices.SortStableFunc(s.pending, func(a, b scheduled) int { return a.at.Compare(b.at) })

@@ -14,7 +14,7 @@ import (
 )
 
 // takeOverFromAADPodIdentity checks that MIC takes over two assignments of AAD Pod Identity: one of a running pod, and
-// one of a pod that ended while no MIC ran.
+// one of a pod that does not exist, as if the pod had been deleted while no MIC ran.
 func takeOverFromAADPodIdentity(t *testing.T, l *testEnvironment) {
 	s, used, orphan := l.newNamespace(t), l.newIdentity(t), l.newIdentity(t)
 	l.scaleMIC(t, 0)
@@ -38,7 +38,7 @@ func takeOverFromAADPodIdentity(t *testing.T, l *testEnvironment) {
 	v.waitForTokens(20)
 	v.end()
 	if changes := l.changes(t, "node1", used); len(changes) != 1 {
-		t.Errorf("an identity that was in use all the time was changed: %+v", changes)
+		t.Errorf("an identity that was in use all the time must not be changed after the test attached it; its changes: %+v", changes)
 	}
 	deleted := s.deletePod("p")
 	l.mustBeDetachedAfterDelay(t, "node1", used, deleted)

@@ -67,7 +67,7 @@ func (h *stateHistory) record(events <-chan watch.Event) {
 		case e.Type == watch.Deleted:
 			state = gone
 		case a.Status.Status == v1.AssignmentLegacy:
-			state = string(v1.AssignmentCreated) // an empty status, before MIC writes one, means the same
+			state = string(v1.AssignmentCreated) // MIC has not written a status yet
 		default:
 			state = string(a.Status.Status)
 		}

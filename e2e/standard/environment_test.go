@@ -194,7 +194,8 @@ func (l *testEnvironment) patches(t *testing.T, id azure.Identity) []azure.ARMRe
 	})
 }
 
-// updates are the patches that ARM accepted. ARM may have refused others because of an identity of another test.
+// updates are the patches that ARM accepted. A refused patch is not always a fault: ARM may have refused it because of
+// an identity of another test.
 func (l *testEnvironment) updates(t *testing.T, id azure.Identity) []azure.ARMRequest {
 	t.Helper()
 	return slices.DeleteFunc(l.patches(t, id), func(r azure.ARMRequest) bool { return !r.Accepted })

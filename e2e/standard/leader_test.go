@@ -146,13 +146,13 @@ func (s *testNamespace) planChangesNothing(id, later azure.Identity) {
 	}
 	patch := regexp.MustCompile("PATCH " + regexp.QuoteMeta(m.ID) + ".*").FindString(out)
 	if !strings.Contains(patch, later.ResourceID) || strings.Contains(patch, id.ResourceID) {
-		s.t.Errorf("the next update in the plan is %s", patch)
+		s.t.Errorf("the next update in the plan must attach the identity of pod q and not that of pod p; it is %s", patch)
 	}
 	if now := versions(); now != before {
 		s.t.Errorf("after the plan the objects are\n%sbefore it they were\n%s", now, before)
 	}
 	if patches := s.patches(s.t, id); len(patches) != 1 {
-		s.t.Errorf("the plan changed the machine: %+v", patches)
+		s.t.Errorf("after the plan, want one PATCH request, which MIC sent before the plan; got %+v", patches)
 	}
 }
 

@@ -12,7 +12,7 @@ import (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	// Parallel tests mostly wait for the fake Azure, not for a CPU.
+	// All parallel tests run at the same time, however few CPUs there are: they mostly wait for the fake Azure.
 	if err := flag.Set("test.parallel", "64"); err != nil {
 		fmt.Fprintln(os.Stderr, "standard:", err)
 		os.Exit(1)

@@ -38,8 +38,8 @@ func refusedIdentities(t *testing.T, l *testEnvironment) {
 		p.checkRefusal(t, bad.name, bad.resource, bad.advice, of(bad.id))
 	}
 
-	// The test repairs both refused identities. Pod q must get a new identity without a wait for MIC's retries of these
-	// two.
+	// The test repairs both refused identities. Pod q must get a new identity without a wait for MIC's retries of the
+	// repaired identities.
 	must(t, l.cloud.SetIdentityFault(t.Context(), azure.IdentityFault{Identity: denied.ResourceID}))
 	s.edit("misspelled", managed(misspelled))
 	repaired, late := time.Now(), l.newIdentity(t)
@@ -47,7 +47,9 @@ func refusedIdentities(t *testing.T, l *testEnvironment) {
 	s.startPod("q", "late", "node1")
 	s.clientIn("q").waitForTokenOf(late)
 	p.waitForTokenOf(misspelled, of(misspelled))
-	if l.vms { // an edit of the AzureIdentity makes MIC retry immediately; in the other layout MIC retries by itself
+	// With virtual machines, the test edits the AzureIdentity, which makes MIC retry immediately. With one scale set,
+	// the test waits until MIC retries without an edit.
+	if l.vms {
 		touch := client.RawPatch("application/merge-patch+json", []byte(`{"metadata":{"annotations":{"repaired":"yes"}}}`))
 		must(t, l.kube.Patch(t.Context(), &v1.AzureIdentity{ObjectMeta: s.meta("denied")}, touch))
 	}
