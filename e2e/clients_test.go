@@ -136,7 +136,7 @@ func (l *clientRunner) startPod(pod, label, node string) {
 
 // command returns the command that runs the client. Its environment has only the variables set here: no proxy, no
 // endpoint address, and no command-line tools that a credential chain might find.
-func (l *clientRunner) command(ctx context.Context, c client, q tokenQuery) *exec.Cmd {
+func (l *clientRunner) command(ctx context.Context, c client, q tokenQuery, wait bool) *exec.Cmd {
 	env := []string{"PATH=/nonexistent", "HOME=/nonexistent"}
 	args := []string{c.credential, "--resource", q.resource}
 	switch c.names {
@@ -151,6 +151,9 @@ func (l *clientRunner) command(ctx context.Context, c client, q tokenQuery) *exe
 	}
 	if q.chain {
 		args = append(args, "--chain")
+	}
+	if wait {
+		args = append(args, "--wait")
 	}
 	switch modules := l.modules[c.library]; {
 	case c.library == "curl":
@@ -174,16 +177,21 @@ func (l *clientRunner) command(ctx context.Context, c client, q tokenQuery) *exe
 	return cmd
 }
 
-// run runs the client until it ends, or until the time limit of the query. Meanwhile, logs can be read.
-func (l *clientRunner) run(c client, q tokenQuery, logs *clientLog) clientResult {
-	ctx, cancel := context.WithTimeout(context.Background(), q.timeout)
+// run runs the client until it ends, or until the time limit of the query. Meanwhile, logs can be read. If start is not nil,
+// the program loads its library at once, and sends its first request when start is closed. The time limit begins then.
+func (l *clientRunner) run(c client, q tokenQuery, logs *clientLog, start <-chan struct{}) clientResult {
+	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	cmd := l.command(ctx, c, q)
+	cmd := l.command(ctx, c, q, start != nil)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, logs
-	start := time.Now()
-	err := cmd.Run()
-	r := clientResult{took: time.Since(start), statuses: logs.statuses()}
+	began, err := l.start(cmd, c, start)
+	limit := time.AfterFunc(q.timeout, cancel)
+	defer limit.Stop()
+	if err == nil {
+		err = cmd.Wait()
+	}
+	r := clientResult{took: time.Since(began), statuses: logs.statuses()}
 	if ctx.Err() != nil {
 		r.outcome = stillRetries
 		return r
@@ -200,6 +208,26 @@ func (l *clientRunner) run(c client, q tokenQuery, logs *clientLog) clientResult
 	return r
 }
 
+// start starts the client and returns when it did, or when the channel start was closed if that is not nil. curl has no library to
+// load, and cannot wait: start starts it only then.
+func (l *clientRunner) start(cmd *exec.Cmd, c client, start <-chan struct{}) (time.Time, error) {
+	if start == nil || c.library == "curl" {
+		if start != nil {
+			<-start
+		}
+		return time.Now(), cmd.Start()
+	}
+	in, err := cmd.StdinPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	<-start
+	if err == nil {
+		err = in.Close()
+	}
+	return time.Now(), err
+}
+
 // clientOutput is the JSON line that a program in e2e/clients writes to standard output. For curl, read fills it from
 // the responses.
 type clientOutput struct {
@@ -207,6 +235,7 @@ type clientOutput struct {
 	Token       string
 	ExpiresOn   int64 `json:"expires_on"`
 	Kind, Error string
+	Statuses    []int
 	DurationMS  float64 `json:"duration_ms"`
 }
 
@@ -279,9 +308,15 @@ func (d *clientLog) String() string {
 
 // The lines of the programs in e2e/clients, and the corresponding lines of curl -v.
 var (
+	readyLine   = regexp.MustCompile(`(?m)^ready$`)
 	requestLine = regexp.MustCompile(`(?m)^(?:request$|> GET )`)
 	statusLine  = regexp.MustCompile(`(?m)^(?:response|< HTTP/1\.1) (\d{3})`)
 )
+
+// isReady reports whether the client, started with --wait, has loaded its library.
+func (d *clientLog) isReady() bool {
+	return d.client.library == "curl" || readyLine.MatchString(d.String())
+}
 
 // isWaiting reports whether the client has sent its token request and has no response yet.
 func (d *clientLog) isWaiting() bool {
@@ -303,7 +338,7 @@ func (d *clientLog) statuses() []int {
 type scenario struct {
 	name        string
 	ask         func(c client) (q tokenQuery, want string, applies bool)
-	concurrency int // number of clients that run at the same time; 0: all
+	concurrency int // number of clients that run at the same time; 0: all, which send their first requests together
 	switches    map[string]string
 	during      func(logs []*clientLog)
 	check       func(c client, r clientResult) string // returns a further problem, or ""
@@ -319,8 +354,16 @@ func (l *clientRunner) runScenario(e scenario) map[client]string {
 		limit = len(clients)
 	}
 	slots := make(chan struct{}, limit)
+	var together chan struct{}
+	open := func() {}
+	if e.concurrency == 0 {
+		together = make(chan struct{})
+		open = sync.OnceFunc(func() { close(together) })
+	}
 	var wait sync.WaitGroup
-	defer wait.Wait() // also if during ends the test: the clients must not outlive the test
+	// The clients must not outlive the test, also if waitUntilReady or during ends it.
+	defer wait.Wait()
+	defer open()
 	var mu sync.Mutex
 	var all []*clientLog
 	cells := map[client]string{}
@@ -334,7 +377,7 @@ func (l *clientRunner) runScenario(e scenario) map[client]string {
 		wait.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
-			r := l.run(c, q, logs)
+			r := l.run(c, q, logs, together)
 			mu.Lock()
 			defer mu.Unlock()
 			cells[c] = fmt.Sprintf("%s, %.2f s, %d×", r.outcome, r.took.Seconds(), len(r.statuses))
@@ -349,11 +392,29 @@ func (l *clientRunner) runScenario(e scenario) map[client]string {
 			}
 		})
 	}
+	if together != nil {
+		l.waitUntilReady(all)
+		open()
+	}
 	if e.during != nil {
 		e.during(all)
 	}
 	wait.Wait()
 	return cells
+}
+
+// waitUntilReady waits until each client has loaded its library. On a busy computer this takes longer than some clients
+// retry.
+func (l *clientRunner) waitUntilReady(logs []*clientLog) {
+	l.t.Helper()
+	eventually(l.t, 3*time.Minute, func() error {
+		for _, d := range logs {
+			if !d.isReady() {
+				return fmt.Errorf("%+v is not ready: %s", d.client, d)
+			}
+		}
+		return nil
+	})
 }
 
 // cores returns the number of clients that run at the same time in the scenarios whose results do not depend on this

@@ -1,7 +1,7 @@
 // client.js requests one token with @azure/identity, like an application that knows nothing of Pod Identity, and prints
 // the result as one JSON line in the format of goclient. NODE_PATH selects the version of the library.
 //
-//   node client.js managed|default [--resource URI] [--client-id ID | --object-id ID | --resource-id ID] [--chain]
+//   node client.js managed|default [--resource URI] [--client-id ID | --object-id ID | --resource-id ID] [--chain] [--wait]
 "use strict";
 
 const { ChainedTokenCredential, DefaultAzureCredential, ManagedIdentityCredential } = require("@azure/identity");
@@ -20,7 +20,7 @@ const [kind, ...rest] = process.argv.slice(2);
 const options = { resource: "https://vault.azure.net" };
 while (rest.length > 0) {
   const name = rest.shift().replace(/^--/, "");
-  options[name] = name === "chain" ? true : rest.shift();
+  options[name] = name === "chain" || name === "wait" ? true : rest.shift();
 }
 
 function credential() {
@@ -34,6 +34,10 @@ function credential() {
 const next = { getToken: async () => ({ token: "of the next credential", expiresOnTimestamp: Date.now() + 3600e3 }) };
 
 async function main() {
+  if (options.wait) {
+    console.error("ready");
+    require("fs").readFileSync(0); // until the end of standard input
+  }
   const start = process.hrtime.bigint();
   const result = {};
   try {

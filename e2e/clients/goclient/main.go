@@ -33,6 +33,7 @@ flags:
   --client-id, --object-id, --resource-id
                        the identity; at most one (not for default; adal has no --object-id)
   --chain              use a chain of the credential and one that always returns a token (not for adal)
+  --wait               print "ready" to standard error, and wait for the end of standard input before the first request
 `
 
 // outcome is the line that the program prints. The JavaScript client prints the same fields.
@@ -49,7 +50,7 @@ type outcome struct {
 // request has the values of the command line.
 type request struct {
 	resource, clientID, objectID, resourceID string
-	chain                                    bool
+	chain, wait                              bool
 }
 
 func main() {
@@ -64,6 +65,7 @@ func main() {
 	flags.StringVar(&r.objectID, "object-id", "", "")
 	flags.StringVar(&r.resourceID, "resource-id", "", "")
 	flags.BoolVar(&r.chain, "chain", false, "")
+	flags.BoolVar(&r.wait, "wait", false, "")
 	if err := flags.Parse(os.Args[2:]); err != nil {
 		fail(err.Error())
 	}
@@ -72,6 +74,10 @@ func main() {
 	}[os.Args[1]]
 	if get == nil {
 		fail(fmt.Sprintf("unknown subcommand %q", os.Args[1]))
+	}
+	if r.wait {
+		fmt.Fprintln(os.Stderr, "ready")
+		_, _ = io.Copy(io.Discard, os.Stdin)
 	}
 	rec := &recorder{}
 	start := time.Now()
