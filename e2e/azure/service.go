@@ -95,9 +95,11 @@ func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		Node: x.caller.node, Source: x.caller.source.String(), FromPod: x.caller.fromPod,
 		Method: r.Method, Path: truncate(r.RequestURI), Headers: headersOf(r),
 	}
-	end := s.rec.begin(s.name, x.class, x.caller)
-	defer end()
-	out := s.handle(x, w, r)
+	// Tests wait until requests are in flight. These requests must already count against the limits.
+	release, admitted := s.admit(x.caller.node, x.class, x.faults.limits)
+	defer s.rec.begin(s.name, x.class, x.caller)()
+	defer release()
+	out := s.handle(x, w, r, admitted)
 	x.entry.Status = out.status
 	x.entry.DurationMS = float64(s.now().Sub(start).Microseconds()) / 1000
 	s.rec.finish(*x.entry)
@@ -105,9 +107,10 @@ func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // handle returns the response to a request, and completes its log entry except for the
-// status and the duration. It reads the body first: only after the end of the body
-// does net/http detect that the client disconnects, which ends a request that hangs.
-func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Request) response {
+// status and the duration. admitted is false if the request exceeds a limit. handle reads
+// the body first: only after the end of the body does net/http detect that the client
+// disconnects, which ends a request that hangs.
+func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Request, admitted bool) response {
 	var err error
 	x.body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, maxBodyBytes))
 	s.annotate(x)
@@ -115,8 +118,6 @@ func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Reque
 		x.entry.Error = "reading the body: " + err.Error()
 		return s.fail(x, http.StatusRequestEntityTooLarge)
 	}
-	release, admitted := s.admit(x.caller.node, x.class, x.faults.limits)
-	defer release()
 	switch {
 	case x.faults.drop:
 		x.entry.Error = "dropped"
