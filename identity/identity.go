@@ -103,7 +103,8 @@ type Identity struct {
 	Namespaced bool
 }
 
-// Equal reports whether two states of an AzureIdentity are equal for the decision.
+// Equal reports whether all fields of i and o are equal. They do not depend on fields of an AzureIdentity that
+// FromAzureIdentity does not copy.
 func (i Identity) Equal(o Identity) bool { return reflect.DeepEqual(i, o) }
 
 // Key returns namespace/name.

@@ -221,7 +221,7 @@ func (c *Controller) load(ctx context.Context) {
 	for _, id := range ids {
 		r, err := azure.ParseID(id)
 		if err != nil {
-			c.log.Error("a ledger does not name a machine, so MIC may never detach the identities in this ledger; find its ConfigMap by the label podidentity.io/ledger, correct its key machine, and restart MIC; if you delete the ConfigMap instead, MIC no longer knows that it attached these identities, and does not detach them", zap.String(telemetry.KeyMachine, id), zap.Error(err))
+			c.log.Error("a ledger does not name a machine, so MIC may never detach the identities in this ledger; find its ConfigMap by the label podidentity.io/ledger, correct the value of its key 'machine', and restart MIC; if you delete the ConfigMap instead, MIC no longer knows that it attached these identities, and does not detach them", zap.String(telemetry.KeyMachine, id), zap.Error(err))
 			continue
 		}
 		c.usage.Add(r.Key(), r)

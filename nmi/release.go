@@ -45,7 +45,8 @@ func (a *agent) dropIdentity(old identity.Identity) {
 	a.dropPrincipals(func(p token.Principal) bool { return a.principals.Matches(old, p) })
 }
 
-// dropSecret drops the tokens and credentials of a revision of a Secret that is no longer current.
+// dropSecret drops the tokens and credentials that were made from this revision of a Secret. It is called when the Secret was
+// replaced or deleted, or when no pod uses the Secret any more.
 func (a *agent) dropSecret(ref token.Ref, revision string) {
 	a.dropPrincipals(func(p token.Principal) bool { return p.Secret == ref && p.Revision == revision })
 }

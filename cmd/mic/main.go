@@ -20,9 +20,9 @@ import (
 var version = "dev"
 
 func main() {
-	// With a GC percentage below the default of 100 Go collects garbage earlier, which lowers the peak of the heap.
-	// That costs little CPU time: most objects of MIC live long, so there is little garbage. The environment variable
-	// GOGC has precedence.
+	// A GC percentage below the default of 100 makes Go collect garbage earlier, which lowers the peak of the heap. That
+	// costs little CPU time: most objects of MIC live long, so there is little garbage. The environment variable GOGC
+	// has precedence.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)
 	}

@@ -5,8 +5,8 @@
 // What the package protects against:
 //
 //   - Detaching what somebody else attached: MIC detaches only identities that the ledger contains.
-//   - Never detaching what MIC attached: MIC writes the ledger before it sends an update, so the ledger contains every
-//     identity that MIC may have attached.
+//   - Identities that MIC attached and never detaches, because it has no record of them, for example after a crash: MIC
+//     writes the ledger before it sends an update, so the ledger contains every identity that MIC may have attached.
 //   - Updates of one machine by two MICs that both act as the leader: each write of a ledger requires the
 //     resourceVersion that MIC read, or that no ledger exists yet. The write of the second MIC therefore fails before
 //     it sends an update.

@@ -36,7 +36,7 @@ func (e Entries) Clone() Entries {
 	return e
 }
 
-// Same reports whether a write of other would change nothing. It returns false if e or other has an update in progress.
+// Same reports whether writing other in place of e would change nothing. It returns false if e or other has an update in progress.
 func (e Entries) Same(other Entries) bool {
 	return maps.Equal(e.Attached, other.Attached) && e.Update == nil && other.Update == nil
 }
@@ -68,7 +68,7 @@ func (e Entries) End(identities map[string]azure.Identity) Entries {
 	return next
 }
 
-// Without returns the entries without some identities, by folded ID.
+// Without returns a copy of e without the given identities in Attached. identities are folded IDs, see azure.Fold.
 func (e Entries) Without(identities []string) Entries {
 	next := e.Clone()
 	for _, id := range identities {

@@ -68,7 +68,7 @@ func parse(o *corev1.ConfigMap) (Entries, error) {
 		err = json.Unmarshal([]byte(text), e.Update)
 	}
 	if err != nil || e.Machine == "" {
-		return Entries{}, fmt.Errorf("ConfigMap %s/%s, the ledger of machine %q, cannot be parsed (%w); correct it; if you delete it instead, MIC no longer knows which identities it attached to the machine, and does not detach them", o.Namespace, o.Name, e.Machine, cmp.Or(err, errors.New("the key machine is missing")))
+		return Entries{}, fmt.Errorf("ConfigMap %s/%s, the ledger of machine %q, cannot be parsed (%w); correct it; if you delete it instead, MIC no longer knows which identities it attached to the machine, and does not detach them", o.Namespace, o.Name, e.Machine, cmp.Or(err, errors.New(`its key "machine" is missing or empty`)))
 	}
 	return e, nil
 }

@@ -58,7 +58,7 @@ func ParsePKCS12Main(stdin io.Reader, stdout io.Writer) error {
 	}
 	var q pkcs12Request
 	if err := json.NewDecoder(io.LimitReader(stdin, pkcs12Message)).Decode(&q); err != nil {
-		return fmt.Errorf("reading the PKCS#12 file from stdin: %w", err)
+		return fmt.Errorf("reading the request with the PKCS#12 file from stdin: %w", err)
 	}
 	return json.NewEncoder(stdout).Encode(decodePKCS12(q))
 }

@@ -25,7 +25,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, "type checking:", err)
 		os.Exit(1)
 	}
-	fmt.Printf("%d packages type check for %s\n", count, os.Args[2])
+	fmt.Printf("checked the types of %d packages for %s; found no errors\n", count, os.Args[2])
 }
 
 // check type checks the packages and their dependencies, and prints the errors. It returns how many packages it
