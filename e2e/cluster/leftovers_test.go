@@ -18,6 +18,9 @@ import (
 const ownerVariable = "PODIDENTITY_TEST_OWNS_CLUSTER"
 
 func TestMain(m *testing.M) {
+	if os.Getenv(firstThreadVariable) != "" {
+		endFirstThread()
+	}
 	if os.Getenv(ownerVariable) == "" {
 		os.Exit(m.Run())
 	}

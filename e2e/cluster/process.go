@@ -41,9 +41,16 @@ func procStat(pid int) (start uint64, state byte, err error) {
 	return start, fields[0][0], err
 }
 
+// alive reports whether the process has not ended. The first thread of a killed process may end before the others: then
+// the process already looks like a zombie, but still holds its locks and files.
 func (p processID) alive() bool {
 	start, state, err := procStat(p.PID)
-	return p.PID > 1 && err == nil && start == p.Start && state != 'Z'
+	return p.PID > 1 && err == nil && start == p.Start && (state != 'Z' || hasOtherThreads(p.PID))
+}
+
+func hasOtherThreads(pid int) bool {
+	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	return err == nil && len(threads) > 1
 }
 
 // open returns a pidfd of the process. A pidfd never refers to another process, even if the kernel reuses the PID. open

@@ -3,12 +3,61 @@ package cluster
 import (
 	"context"
 	"errors"
+	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
+
+// firstThreadVariable is the environment variable that makes the test program call endFirstThread.
+const firstThreadVariable = "PODIDENTITY_TEST_END_FIRST_THREAD"
+
+func init() {
+	if os.Getenv(firstThreadVariable) != "" {
+		runtime.LockOSThread() // keeps the main goroutine on the first thread
+	}
+}
+
+// endFirstThread ends the first thread of this process, as the kernel may do first when it kills a process. The other
+// threads go on.
+func endFirstThread() {
+	go time.Sleep(time.Hour)
+	_, _, _ = unix.Syscall(unix.SYS_EXIT, 0, 0, 0)
+}
+
+func TestAProcessWhoseFirstThreadHasEndedIsAlive(t *testing.T) {
+	command := exec.Command(os.Args[0])
+	command.Env = append(os.Environ(), firstThreadVariable+"=1")
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer command.Wait()
+	defer command.Process.Kill()
+	p := processID{PID: command.Process.Pid}
+	for state := byte(0); state != 'Z'; time.Sleep(time.Millisecond) {
+		var err error
+		if p.Start, state, err = procStat(p.PID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !p.alive() {
+		t.Error("a process that still has threads counts as ended")
+	}
+	if err := p.waitGone(50 * time.Millisecond); err == nil {
+		t.Error("waitGone returned before the last thread ended")
+	}
+	if err := p.kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.waitGone(20 * time.Second); err != nil || p.alive() {
+		t.Errorf("after SIGKILL: waitGone %v, alive %t", err, p.alive())
+	}
+}
 
 func TestWaitEndsWhenAProcessItDependsOnEnds(t *testing.T) {
 	log := filepath.Join(t.TempDir(), "log")
