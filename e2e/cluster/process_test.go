@@ -26,7 +26,10 @@ func init() {
 // endFirstThread ends the first thread of this process, as the kernel may do first when it kills a process. The other
 // threads go on.
 func endFirstThread() {
-	go time.Sleep(time.Hour)
+	go func() {
+		time.Sleep(time.Minute) // in case that the test is killed before it kills this process
+		os.Exit(0)
+	}()
 	_, _, _ = unix.Syscall(unix.SYS_EXIT, 0, 0, 0)
 }
 
@@ -39,10 +42,14 @@ func TestAProcessWhoseFirstThreadHasEndedIsAlive(t *testing.T) {
 	defer command.Wait()
 	defer command.Process.Kill()
 	p := processID{PID: command.Process.Pid}
+	deadline := time.Now().Add(30 * time.Second)
 	for state := byte(0); state != 'Z'; time.Sleep(time.Millisecond) {
 		var err error
 		if p.Start, state, err = procStat(p.PID); err != nil {
 			t.Fatal(err)
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the first thread has not ended after 30 s: its state is %q, want 'Z'", state)
 		}
 	}
 	if !p.alive() {
