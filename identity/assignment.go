@@ -2,7 +2,7 @@ package identity
 
 import "fmt"
 
-// State is the state of an assignment of an identity to the pod's machine.
+// State is the state of an assignment.
 type State string
 
 const (

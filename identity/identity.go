@@ -4,7 +4,7 @@
 // It consists of pure functions over plain values: no I/O, no clock, no log. The same input has the same result
 // everywhere, and the result has a [Reason] that is spelled the same in the HTTP error, the log and the metrics.
 //
-// It protects against a pod that gets an identity that is not bound to it. It never guesses. In a doubtful case it
+// It prevents a pod from getting an identity that is not bound to the pod. It never guesses. In a doubtful case it
 // refuses the request and names the objects involved. For example, a case is doubtful if several different identities
 // are bound and the request names none of them, if no bound identity exists, or if the identity is invalid. Text that
 // the client chooses can only narrow the set of identities that the cluster's objects allow.
@@ -103,8 +103,8 @@ type Identity struct {
 	Namespaced bool
 }
 
-// Equal reports whether all fields of i and o are equal. They do not depend on fields of an AzureIdentity that
-// FromAzureIdentity does not copy.
+// Equal reports whether all fields of i and o are equal. Two states of an AzureIdentity that differ only in fields that
+// FromAzureIdentity does not copy are therefore equal.
 func (i Identity) Equal(o Identity) bool { return reflect.DeepEqual(i, o) }
 
 // Key returns namespace/name.

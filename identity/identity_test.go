@@ -187,12 +187,12 @@ func TestResourceIDsOfUserAssignedIdentitiesAreRecognized(t *testing.T) {
 		"/subscriptions/s/resourcegroups/rg/providers/Microsoft.ManagedIdentity/identities/x": false,
 	} {
 		if got := isUserAssignedID(id); got != want {
-			t.Errorf("%q: %v", id, got)
+			t.Errorf("isUserAssignedID(%q) = %v", id, got)
 		}
 	}
 	for id, want := range map[string]bool{clientA: true, strings.ToLower(clientA): true, "": false, clientA[1:]: false, clientA + "0": false, strings.Replace(clientA, "-", "0", 1): false, strings.Replace(clientA, "A", "g", 1): false} {
 		if got := isGUID(id); got != want {
-			t.Errorf("%q: %v", id, got)
+			t.Errorf("isGUID(%q) = %v", id, got)
 		}
 	}
 }
@@ -263,7 +263,7 @@ func TestTheDecisionDoesNotDependOnTheOrderOfObjects(t *testing.T) {
 		pod := labelled("a", "p", "app")
 		x, y := Decide(Rules{Mode: Standard}, pod, want, a), Decide(Rules{Mode: Standard}, pod, want, b)
 		if fmt.Sprint(x.Outcome, x.Reason, x.Detail) != fmt.Sprint(y.Outcome, y.Reason, y.Detail) {
-			t.Errorf("%s: %+v and %+v", want, x, y)
+			t.Errorf("%s: the decision depends on the order of the objects: %+v and %+v", want, x, y)
 		}
 	}
 }
@@ -276,7 +276,7 @@ func TestTheMessageOfSeveralAssignmentsDoesNotDependOnTheirOrder(t *testing.T) {
 	first := Assigned(labelled("a", "p", "app"), &x, []Assignment{created, failed, other})
 	second := Assigned(labelled("a", "p", "app"), &x, []Assignment{other, failed, created})
 	if first.Detail != second.Detail || first.Reason != AssignmentFailed || !strings.HasSuffix(first.Detail, ": no role") {
-		t.Errorf("%+v and %+v", first, second)
+		t.Errorf("the decisions are %+v and %+v; want the same detail, with the message \"no role\"", first, second)
 	}
 }
 

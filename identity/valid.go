@@ -33,7 +33,7 @@ const maxAuxiliaryTenants = 10
 // entraProblem is Problem for the types that request tokens from Entra ID directly.
 func (i Identity) entraProblem() string {
 	if i.ClientID == "" || i.TenantID == "" {
-		return fmt.Sprintf("spec.type %d requires both spec.clientID and spec.tenantID; write the missing one", i.Kind)
+		return fmt.Sprintf("spec.type %d requires both spec.clientID and spec.tenantID; write what is missing", i.Kind)
 	}
 	if i.Kind == Federated && !isGUID(i.ClientID) {
 		return fmt.Sprintf("spec.clientID %q is not a GUID; write the client ID of the application or managed identity", i.ClientID)

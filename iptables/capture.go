@@ -275,9 +275,9 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 
 // deleteUncaptured ends connections of pods to the metadata address that are not redirected to the listen address, for
 // example because they were opened before the rules were there. It deletes their conntrack entries. The next packet of
-// such a connection is then redirected to the listener, and the kernel resets the connection. Security does not depend
-// on this: even without it, the rules keep the packets of pods from the metadata service itself, and the clients wait
-// for a timeout. So a failure is only logged.
+// such a connection is then redirected to the listener, and the kernel resets the connection, so the client need not
+// wait for a timeout. A failure is only logged, because security does not depend on the deletion: the rules alone keep
+// the packets of pods from the metadata service itself.
 func (c *Capture) deleteUncaptured(ctx context.Context) {
 	n, err := c.flows.deleteUncaptured(ctx)
 	if err != nil {

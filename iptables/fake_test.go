@@ -156,7 +156,7 @@ func (f *fakeTables) text() string {
 	return strings.Join(lines, "\n")
 }
 
-// foreignText returns what must never change: foreign chains, with the rules that do not jump to our chains.
+// foreignText returns what must never change: the foreign chains, without their jumps to our chains.
 func (f *fakeTables) foreignText() string {
 	others := newFakeTables()
 	for table, chains := range f.chains {

@@ -120,7 +120,7 @@ func TestAConnectionOpenedBeforeInstallationIsCutOff(t *testing.T) {
 
 		w.install()
 		if direct(podIP) != 0 || direct(nodeIP) != 1 {
-			t.Errorf("tracked are %d connections of the pod and %d of the node, want 0 and 1", direct(podIP), direct(nodeIP))
+			t.Errorf("after installation %d connections of the pod and %d of the node are still tracked, want 0 and 1", direct(podIP), direct(nodeIP))
 		}
 		before := w.podPackets()
 		_, received := w.azure.counts()

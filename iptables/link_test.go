@@ -34,10 +34,10 @@ func TestADeletedLinkIsRepairedWithoutRestartingTheListener(t *testing.T) {
 func TestTheListenAddressIsNotTheSourceOfOtherTraffic(t *testing.T) {
 	onBothBackends(t, func(t *testing.T, w *testNetwork) {
 		w.install()
-		// A link-local destination on another link, where the scope matters most.
+		// The destination is link-local, like the listen address, but it is on another link.
 		run(t, "ip", "route", "add", "169.254.77.1/32", "dev", "out0", "scope", "link")
 		if route := run(t, "ip", "route", "get", "169.254.77.1"); !strings.Contains(route, "src "+nodeIP) {
-			t.Errorf("route: %s", route)
+			t.Errorf("the source address of other traffic is not that of the node: %s", route)
 		}
 	})
 }
@@ -90,7 +90,7 @@ func TestEnsureLinkIsIdempotentAndHasOneAddress(t *testing.T) {
 				first = now
 			}
 			if now != first || strings.Count(now, "inet ") != 1 || !strings.Contains(now, "169.254.25.79/32") || !strings.Contains(now, "scope link") {
-				t.Errorf("addresses: %s", now)
+				t.Errorf("the link must have the listen address with scope link and no other address, and EnsureLink must not change that: %s", now)
 			}
 		}
 	})

@@ -22,7 +22,7 @@ import (
 // process as the child.
 const parentNamespace = "PODIDENTITY_TEST_PARENT_NETNS"
 
-// initialNamespace is the inode that the kernel gives the first network namespace, since 6.17.
+// initialNamespace is the inode of the first network namespace since Linux 6.17.
 const initialNamespace = 0xEFFFFFF9
 
 // inNamespaces runs body in a child process with fresh network and mount namespaces. In the parent it starts the child

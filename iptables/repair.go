@@ -99,7 +99,7 @@ func (st slotState) differences() []difference {
 	current := st.inForce()
 	switch {
 	case current >= 0 && len(st.generations[current].jumps) > 1:
-		report("jump", "%s jumps to %s %d times", st.hook, st.chain(current), len(st.generations[current].jumps))
+		report("jump", "%s jumps to %s %d times instead of once", st.hook, st.chain(current), len(st.generations[current].jumps))
 	case current < 0:
 		if current = st.find(func(g generationState) bool { return len(g.jumps) > 0 }); current >= 0 {
 			report("jump", "the jump from %s to %s is changed or is not the first rule; the first rule is: %s", st.hook, st.chain(current), st.hookRules[0])
@@ -118,7 +118,7 @@ func (st slotState) differences() []difference {
 		report("chain", "%s", st.compare(current))
 	}
 	if st.generations[1-current].exists {
-		report("leftover", "chain %s is not needed", st.chain(1-current))
+		report("leftover", "chain %s is left over, for example from an interrupted repair", st.chain(1-current))
 	}
 	return ds
 }

@@ -76,8 +76,9 @@ const (
 	foreignDNAT = "-d 169.254.169.254/32 -p tcp --dport 80 -j DNAT --to-destination 10.9.9.9:80"
 )
 
-// damages are states of an installation that a Sync has to repair. repaired is what Sync then returns. nil means that
-// the result is not checked, only that no command opens a gap and that the rules reach their expected state.
+// damages are states of an installation that a Sync has to repair. repaired is what Sync then returns. If repaired is
+// nil, the tests do not check what Sync returns. They still check that no command opens a gap and that the rules reach
+// their expected state.
 var damages = []struct {
 	name     string
 	changes  []change
@@ -252,7 +253,7 @@ func TestInstallAddsTheDropFirstAndTheRedirectionLast(t *testing.T) {
 		t.Fatal(err)
 	}
 	if want := []string{"FORWARD", "INPUT", "PREROUTING"}; !slices.Equal(hooks, want) {
-		t.Errorf("jumps were put in %v, want %v", hooks, want)
+		t.Errorf("jumps were inserted in the hooks %v, want %v", hooks, want)
 	}
 }
 
@@ -353,7 +354,7 @@ func TestSyncDeletesConnectionsOnlyIfPodsMayHaveBypassedCapture(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := c.flows.(*fakeFlows).uncaptured; got != tt.want {
-			t.Errorf("connections were cut %d times, want %d", got, tt.want)
+			t.Errorf("Sync called deleteUncaptured %d times, want %d", got, tt.want)
 		}
 	}
 }

@@ -52,8 +52,8 @@ func slots(metadata, listen netip.AddrPort) []slot {
 				// Also drops responses for connections opened before capture, and prevents neighbors from posing as the
 				// metadata service.
 				rule("no packet from the metadata address reaches a pod", "-j DROP", "-s", metadataNet),
-				// If the link is deleted, the listen address is no longer local, and a redirected request would be
-				// routed to a host outside that claims the address.
+				// If the link is deleted, the listen address is no longer local. A redirected request would then leave the
+				// node, and another host could pose as NMI.
 				rule("no captured packet leaves the node", "-j DROP", "-d", listenNet),
 			},
 		},

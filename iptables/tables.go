@@ -21,8 +21,8 @@ var errNoChain = errors.New("no such chain")
 
 // tables are the operations of capture on one back end. Each method makes at most one change, which is atomic in the
 // kernel. Each command (empty runs up to two) waits at most lockSeconds for the lock of legacy iptables, so it suffices
-// that callers check their context between the methods. Callers must keep the rules safe if the process ends between
-// two changes.
+// that callers check their context between the methods. The process may end between two changes, so callers must order
+// the changes such that none of them opens a gap.
 type tables interface {
 	// list returns the rules of a chain in order, or errNoChain if the chain does not exist.
 	list(table, chain string) ([]listed, error)

@@ -136,7 +136,6 @@ type parameter struct{ name, value string }
 
 type parameterList []parameter
 
-// get returns the value, or "" if there is none.
 func (l parameterList) get(name string) string {
 	for _, p := range l {
 		if p.name == name {

@@ -13,8 +13,8 @@ import (
 
 const tokenPath = "/metadata/identity/oauth2/token"
 
-// request parses the text of a request like the HTTP server; it returns nil for a request that the server refuses
-// itself.
+// request parses the text of a request like Go's HTTP server. It returns nil for a request that Go's server refuses, so
+// that Parse never receives it.
 func request(t testing.TB, target string, headers ...string) *http.Request {
 	t.Helper()
 	text := target

@@ -63,7 +63,7 @@ func TestErrorsAreFlatAndHaveRetryAfter(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			w := httptest.NewRecorder()
 			c.err.Write(w)
-			var body map[string]string // fails on anything that is not flat
+			var body map[string]string // Unmarshal returns an error if the object is not flat
 			if err := json.Unmarshal(w.Body.Bytes(), &body); err != nil {
 				t.Fatal(err, w.Body)
 			}

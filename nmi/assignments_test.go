@@ -103,8 +103,8 @@ func (c *testNode) begin(source string) <-chan response {
 	return done
 }
 
-// beginWait sends a request and returns when the request has checked the facts twice: before and after it subscribed.
-// From then on a change of the objects that it depends on wakes it.
+// beginWait sends a request and returns when the request has read the facts twice: before and after it subscribed to
+// changes. From then on, a change of an object that the request depends on wakes the request.
 func (c *testNode) beginWait(source string) <-chan response {
 	r := c.begin(source)
 	<-c.checks
@@ -243,7 +243,7 @@ func TestManagedModeDoesNotWatchAssignments(t *testing.T) {
 	c := newTestNode(t, func(c *Config) { c.OperationMode = ModeManaged }, p, i, binding("a", "x", "app"), binding("b", "x", "app"))
 	c.expect(c.begin("10.0.0.1"), 200, "token-of-"+nmitest.ClientX)
 	if asked := c.api.watched(v1.AzureAssignedIdentities); len(asked) != 0 || c.api.watchedResources() != 4 || c.requests.Wait != nil {
-		t.Errorf("in managed mode, assignments are watched with the label selectors %q, and %d resources in all", asked, c.api.watchedResources())
+		t.Errorf("in managed mode, the watches of assignments have the label selectors %q, and %d resources are watched; want no watch of assignments, 4 resources, and no WaitConfig", asked, c.api.watchedResources())
 	}
 	families, err := c.metrics.Registry.Gather()
 	if err != nil || len(families) == 0 {
@@ -251,7 +251,7 @@ func TestManagedModeDoesNotWatchAssignments(t *testing.T) {
 	}
 	for _, f := range families {
 		if f.GetName() == "podidentity_nmi_assignment_wait_seconds" {
-			t.Errorf("managed mode has the metric %s", f.GetName())
+			t.Errorf("in managed mode there is the metric %s, which is only for standard mode", f.GetName())
 		}
 	}
 }
@@ -262,7 +262,7 @@ func TestReadinessExplainsAMissingPermission(t *testing.T) {
 	c := startTestNode(t, api, func(c *Config) { c.PodLookupTimeout = 100 * time.Millisecond })
 	<-c.failed
 	if err := c.health.Ready(); !strings.Contains(err.Error(), "azureassignedidentities is forbidden") || !strings.Contains(err.Error(), "operationMode is standard") {
-		t.Errorf("readiness: %v", err)
+		t.Errorf("the error of the readiness probe is %v; want the missing permission and operationMode", err)
 	}
 	c.expect(c.begin("10.0.0.1"), 503, "not_ready")
 }

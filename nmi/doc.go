@@ -3,13 +3,14 @@
 //
 // A token request passes through the packages in one direction. The rules of package iptables redirect the packet to
 // NMI. Package server accepts the connection, and package metadata parses the request. Package request then calls four
-// packages: cluster finds the pod, identity decides, credentials reads what proves the identity, and token returns the
-// token from its cache or fetches it. Package server writes the response and the log line.
+// packages: cluster finds the pod, identity decides, credentials gets the Secret or the assertion if the identity needs
+// one, and token returns the token from its cache or fetches it. Package server writes the response and the log line.
 //
-// NMI protects against a pod that gets a token meant for another. The address of the connection is the only property of
-// a pod's request that the pod does not choose. NMI decides about a token request only if exactly one live pod of this
-// node has this address. Only programs of the node may name a pod instead (/host/token). Everything that a pod can
-// cause is limited: connections, requests, waits, fetches, log lines. If NMI cannot respond because something is
-// unavailable (a cache that has not synced, the API server, Azure), the response is an error that makes clients retry.
-// NMI never guesses, and never lets a pod outside the host network reach the real token endpoint.
+// NMI prevents a pod from getting a token that is meant for another pod. The address of the connection is the only
+// property of a pod's request that the pod does not choose. NMI decides about a token request only if exactly one live
+// pod of this node has this address. Only a client on the loopback address of the node may name a pod instead
+// (/host/token). NMI limits what a pod can cause: the number of concurrent connections, requests and waits, the rate of
+// fetches, and the length of each log line. If something is unavailable (a cache that has not synced, the API server,
+// Azure), NMI never guesses: it responds with an error that makes clients retry. The rules keep all pods outside the
+// host network from the real token endpoint; the documentation of package iptables names the limits of the rules.
 package nmi

@@ -163,7 +163,8 @@ func (f *fakeAPI) forbids(r *http.Request) bool {
 	return f.forbidden != "" && strings.HasSuffix(r.URL.Path, "/"+f.forbidden)
 }
 
-// open starts a watch. Its first events are all objects, and the bookmark that marks their end.
+// open starts a watch. The first events of the watch are the existing objects, and then the bookmark that marks the end
+// of these objects.
 func (f *fakeAPI) open(resource, selector string) *openWatch {
 	parsed, err := labels.Parse(selector)
 	if err != nil {

@@ -8,8 +8,8 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// releasePod drops the state of a pod that was deleted or has finished. It drops the assertion of the pod. It also
-// stops the renewal of the pod's tokens and the watches of its Secrets, unless other pods use them.
+// releasePod drops the state of a pod that was deleted or has finished: the assertion of the pod, the renewal of each
+// token that no other pod uses, and the watch of each Secret that no other pod uses.
 func (a *agent) releasePod(uid string) {
 	a.tokens.Release(uid)
 	a.principals.Release(uid)
@@ -45,8 +45,8 @@ func (a *agent) dropIdentity(old identity.Identity) {
 	a.dropPrincipals(func(p token.Principal) bool { return a.principals.Matches(old, p) })
 }
 
-// dropSecret drops the tokens and credentials that were made from this revision of a Secret. It is called when the Secret was
-// replaced or deleted, or when no pod uses the Secret any more.
+// dropSecret drops the tokens and credentials that were made from this revision of the Secret ref. It is called when
+// the Secret was replaced or deleted, or when no pod uses the Secret any more.
 func (a *agent) dropSecret(ref token.Ref, revision string) {
 	a.dropPrincipals(func(p token.Principal) bool { return p.Secret == ref && p.Revision == revision })
 }

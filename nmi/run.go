@@ -37,8 +37,7 @@ type agent struct {
 }
 
 // Run serves the pods of this node until ctx ends. The rules that capture their requests stay in place afterwards;
-// Uninstall removes them. If Run returns an error before it creates the network link with the listen address, it has
-// changed nothing on the node.
+// Uninstall removes them. Run changes nothing on the node until it creates the network link with the listen address.
 func Run(ctx context.Context, cfg Config, logs telemetry.Loggers) error {
 	if err := cfg.Validate(); err != nil {
 		return err
@@ -78,7 +77,8 @@ func apiServerConfig(cfg Config) (*rest.Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	// When a node starts, each of its pods may need a small request to the API server before it gets its first token.
+	// When a node starts, NMI may have to send a small request to the API server for each pod before it can give the
+	// pod its first token.
 	config.QPS, config.Burst = 50, 100
 	return config, nil
 }
@@ -124,7 +124,7 @@ func (a *agent) run(ctx, watching context.Context) error {
 	err = pods.Shutdown(ending)
 	<-hostTokensEnded
 	if err != nil {
-		return fmt.Errorf("requests were still in flight after --shutdown-timeout: %w", err)
+		return fmt.Errorf("requests of pods were still in flight after --shutdown-timeout, and NMI closes their connections: %w", err)
 	}
 	return nil
 }

@@ -17,8 +17,8 @@ const (
 )
 
 // NodeNameLabelValue returns the value of NodeNameLabel for a node: the name of the node, as in AAD Pod Identity. For a
-// name that is longer than a label value may be (63 bytes), it returns the first 46 bytes of the name, a hyphen, and the
-// first 16 hexadecimal digits of the SHA-256 of the name.
+// name that is longer than a label value may be (63 bytes), it returns the first 46 bytes of the name, a hyphen, and
+// the first 16 hexadecimal digits of the SHA-256 of the name.
 func NodeNameLabelValue(node string) string {
 	if len(node) <= 63 {
 		return node

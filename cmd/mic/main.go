@@ -1,4 +1,5 @@
-// Command mic runs the Managed Identity Controller of standard mode, prints its plan, and removes what it attached and wrote.
+// Command mic runs the Managed Identity Controller of standard mode, prints its plan, and removes what it attached and
+// wrote.
 package main
 
 import (

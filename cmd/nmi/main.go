@@ -28,8 +28,8 @@ func main() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(60)
 	}
-	// With AZURE_REGIONAL_AUTHORITY_NAME or MSAL_FORCE_REGION the Azure SDK uses a regional endpoint of Entra ID, and may ask
-	// IMDS for the region. NMI uses no regional endpoints.
+	// With AZURE_REGIONAL_AUTHORITY_NAME or MSAL_FORCE_REGION the Azure SDK uses a regional endpoint of Entra ID, and may
+	// ask IMDS for the region. NMI uses no regional endpoints.
 	for _, name := range []string{"AZURE_REGIONAL_AUTHORITY_NAME", "MSAL_FORCE_REGION"} {
 		_ = os.Unsetenv(name) // fails only for an invalid name
 	}

@@ -24,7 +24,7 @@ func TestATrimmedObjectIsAnObjectForInformers(t *testing.T) {
 		t.Fatal(err)
 	}
 	if o.GetNamespace() != "ns" || o.GetName() != "p" || o.GetResourceVersion() != "7" {
-		t.Errorf("%+v", o)
+		t.Errorf("the accessor of the trimmed object returns %+v", o)
 	}
 	for object, want := range map[metav1.ObjectMetaAccessor]string{trimmed: "ns/p", &Meta{Name: "n"}: "n"} {
 		key, err := cache.MetaNamespaceKeyFunc(object)
@@ -33,7 +33,7 @@ func TestATrimmedObjectIsAnObjectForInformers(t *testing.T) {
 		}
 	}
 	if trimmed.Key() != "ns/p" || Key("", "n") != "n" {
-		t.Errorf("%q, %q", trimmed.Key(), Key("", "n"))
+		t.Errorf("the keys are %q and %q, want ns/p and n", trimmed.Key(), Key("", "n"))
 	}
 }
 
@@ -64,16 +64,16 @@ func TestObjectsAreFoundByKeyAndByIndex(t *testing.T) {
 		}
 	}
 	if p, ok := Get[*trimmedPod](informer, "ns/a"); !ok || p.Name != "a" {
-		t.Errorf("%v, %v", p, ok)
+		t.Errorf("Get for the key ns/a: %v, %v", p, ok)
 	}
 	if p, ok := Get[*trimmedPod](informer, "ns/x"); ok {
-		t.Errorf("found %v", p)
+		t.Errorf("Get for a key without an object found %v", p)
 	}
 	if n := len(ByIndex[*trimmedPod](informer, "node", "n1")); n != 2 {
-		t.Errorf("%d objects on n1", n)
+		t.Errorf("the index has %d objects under n1, want 2", n)
 	}
 	if n := len(ByIndex[*trimmedPod](informer, "node", "")); n != 0 {
-		t.Errorf("%d objects without a node", n)
+		t.Errorf("the index has %d objects under the empty value, want 0", n)
 	}
 	if _, err := IndexBy(func(p *trimmedPod) string { return "" })(&corev1.Pod{}); err == nil {
 		t.Error("an object of another type is indexed")

@@ -24,8 +24,8 @@ func NewLogger(w zapcore.WriteSyncer, level zapcore.LevelEnabler, asText bool) *
 	return zap.New(zapcore.NewCore(encoder, w, level))
 }
 
-// Buffer returns a writer that collects lines for at most FlushInterval: in NMI, a system call for each line would cost
-// more than the response with a cached token that the line records. Loggers that share a writer share its buffer. stop
+// Buffer returns a writer that collects lines for at most FlushInterval. NMI needs this: a system call that writes one
+// line would cost more than the whole response with a cached token. Loggers that share a writer share its buffer. stop
 // writes what is left; call it once, before the process ends.
 func Buffer(w zapcore.WriteSyncer) (buffered zapcore.WriteSyncer, stop func()) {
 	b := &zapcore.BufferedWriteSyncer{WS: w, FlushInterval: FlushInterval}

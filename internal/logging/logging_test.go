@@ -25,12 +25,12 @@ func TestLinesAreJSONOrText(t *testing.T) {
 		t.Fatalf("%v: %s", err, out.String())
 	}
 	if line.Level != "warn" || line.Msg != "hello\nforged" || line.N != 1 || line.Time.IsZero() {
-		t.Errorf("%+v", line)
+		t.Errorf("the line has the fields %+v", line)
 	}
 	out.Reset()
 	NewLogger(zapcore.AddSync(&out), zap.InfoLevel, true).Info("hello")
 	if !strings.Contains(out.String(), "\tINFO\thello\n") {
-		t.Errorf("%q", out.String())
+		t.Errorf("the line is %q", out.String())
 	}
 }
 
@@ -38,7 +38,7 @@ func TestLinesBelowTheLevelAreDropped(t *testing.T) {
 	var out bytes.Buffer
 	NewLogger(zapcore.AddSync(&out), zap.WarnLevel, false).Info("hello")
 	if out.Len() > 0 {
-		t.Errorf("%q", out.String())
+		t.Errorf("a line below the level was written: %q", out.String())
 	}
 }
 
@@ -54,12 +54,12 @@ func TestBufferedLinesAppearInTime(t *testing.T) {
 		time.Sleep(FlushInterval + time.Millisecond)
 		synctest.Wait()
 		if !strings.Contains(out.String(), "first") {
-			t.Errorf("%q", out.String())
+			t.Errorf("after FlushInterval the output is %q", out.String())
 		}
 		log.Info("second")
 		stop()
 		if !strings.Contains(out.String(), "second") {
-			t.Errorf("%q", out.String())
+			t.Errorf("after stop the output is %q", out.String())
 		}
 	})
 }

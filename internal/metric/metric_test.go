@@ -67,7 +67,7 @@ func TestADefinitionUsedAsAnotherTypePanics(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			defer func() {
 				if recover() == nil {
-					t.Error("no panic")
+					t.Error("the wrong use of the definition did not panic")
 				}
 			}()
 			use()

@@ -21,11 +21,11 @@ func TestAGateStaysClosedForTheLongestRetryAfter(t *testing.T) {
 		g.Extend(time.Second)
 		time.Sleep(59 * time.Second)
 		if left := g.Remaining(); left != time.Second {
-			t.Errorf("it is closed for another %s", left)
+			t.Errorf("the gate is closed for another %s, want 1s", left)
 		}
 		time.Sleep(time.Second)
 		if g.Remaining() > 0 {
-			t.Error("it is still closed")
+			t.Error("the gate is still closed after the longest Retry-After")
 		}
 	})
 }
@@ -43,7 +43,7 @@ func TestARequestsOwnBodyIsNotThatOfTheNextAttempt(t *testing.T) {
 	shared.Reset("rewound")
 	got, err := io.ReadAll(own.Body)
 	if err != nil || string(got) != "all of it" || own.ContentLength != int64(len(got)) || own.GetBody != nil {
-		t.Errorf("%q, %v, length %d", got, err, own.ContentLength)
+		t.Errorf("the body of the copy is %q (%v), its ContentLength %d; want the text from before the rewind, and no GetBody", got, err, own.ContentLength)
 	}
 	r.Body = http.NoBody
 	if same, err := WithOwnBody(r); err != nil || same != r {

@@ -18,11 +18,11 @@ type Backoff struct {
 	Initial time.Duration // the wait after the first failure
 	Max     time.Duration // upper bound of the wait, before jitter
 	Factor  float64       // growth of the wait with each failure; 0 means 2
-	Jitter  float64       // up to this part of the wait is added at random; 0 means DefaultJitter
+	Jitter  float64       // a random time of up to Jitter times the wait is added; 0 means DefaultJitter
 }
 
-// DefaultJitter is the largest part of a wait that is added to it at random, by the function Jitter and by a Backoff
-// whose field Jitter is 0.
+// DefaultJitter is the jitter of the function Jitter, and of a Backoff whose field Jitter is 0: a random time of up to
+// DefaultJitter times the wait is added to each wait.
 const DefaultJitter = 0.2
 
 // After returns the wait after this many failures in a row. A number below one counts as one.
@@ -51,7 +51,7 @@ func (b Backoff) Steps() *wait.Backoff {
 	return &wait.Backoff{Duration: min(b.Initial, b.Max), Cap: b.Max, Factor: factor, Jitter: jitter, Steps: math.MaxInt}
 }
 
-// Jitter returns d with up to DefaultJitter of it added at random.
+// Jitter returns d plus a random time of up to DefaultJitter times d.
 func Jitter(d time.Duration) time.Duration { return wait.Jitter(d, DefaultJitter) }
 
 // UntilSuccess calls try until try returns nil or ctx ends. After each failed attempt it calls onFailure with the

@@ -59,7 +59,7 @@ func TestUntilSuccessRetriesUntilSuccess(t *testing.T) {
 			return nil
 		}, func(error) { failures++ })
 		if err != nil || attempts != 4 || failures != 3 {
-			t.Errorf("%v after %d attempts, %d failures", err, attempts, failures)
+			t.Errorf("got %v after %d attempts and %d failures; want success after 4 and 3", err, attempts, failures)
 		}
 	})
 }
@@ -71,7 +71,7 @@ func TestUntilSuccessEndsWithItsContext(t *testing.T) {
 		start := time.Now()
 		err := UntilSuccess(ctx, Backoff{Initial: time.Hour, Max: time.Hour}, func(context.Context) error { return errors.New("never") }, func(error) {})
 		if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) != time.Minute {
-			t.Errorf("%v after %s", err, time.Since(start))
+			t.Errorf("got %v after %s; want the error of the context after a minute", err, time.Since(start))
 		}
 	})
 }

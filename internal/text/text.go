@@ -27,8 +27,8 @@ func Truncate(s string, maxBytes int) string {
 	return strings.TrimRight(strings.ToValidUTF8(s[:end], ""), " ") + ellipsis
 }
 
-// OneLine returns s as one line of valid UTF-8: each run of white space and control characters becomes one space, and
-// leading and trailing ones are removed. The result is truncated to maxBytes bytes, see Truncate.
+// OneLine returns s as one line of valid UTF-8: each run of white space and control characters becomes one space, or
+// nothing at the beginning and the end of s. The result is truncated to maxBytes bytes, see Truncate.
 func OneLine(s string, maxBytes int) string {
 	s = strings.Map(func(r rune) rune { // Map also replaces bytes that are not UTF-8 by U+FFFD
 		if unicode.IsControl(r) {

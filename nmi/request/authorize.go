@@ -15,8 +15,8 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// authorization is the result of the decision: the keys of the tokens that the pod may have. There is one key, or one for
-// each tenant of a service principal.
+// authorization is the result of the decision: the keys of the tokens that the pod may have. There is one key, or one
+// for each tenant of a service principal.
 type authorization struct {
 	pod      *corev1.Pod
 	decision identity.Decision
@@ -56,8 +56,8 @@ func (p *Processor) authorize(ctx context.Context, pod *corev1.Pod, req metadata
 	return auth, nil
 }
 
-// decide asks package identity for the decision. A request with object_id also needs the object IDs of the pod's identities,
-// which only their tokens contain.
+// decide asks package identity for the decision. A request with object_id also needs the object IDs of the pod's
+// identities, which only the tokens of these identities contain.
 func (p *Processor) decide(ctx context.Context, pod *corev1.Pod, req metadata.Request) (identity.Decision, *metadata.Error) {
 	facts, err := p.Cluster.Facts(pod)
 	if err != nil {
@@ -103,7 +103,7 @@ func (p *Processor) addObjectIDs(ctx context.Context, pod *corev1.Pod, req metad
 		if id.ObjectID = objectID; strings.EqualFold(objectID, req.Selector.ObjectID) {
 			return nil, nil
 		}
-		known = append(known, id) // fetch it last: if the principal was created again, it has another object ID
+		known = append(known, id) // fetched last: the cached object ID is outdated if the principal was created again
 	}
 	for _, id := range append(unknown, known...) {
 		if p.Rules.Mode == identity.Standard {
@@ -125,7 +125,7 @@ func (p *Processor) addObjectIDs(ctx context.Context, pod *corev1.Pod, req metad
 	return pending, failure
 }
 
-// fetchObjectID gets a token of an identity that is bound to the pod, and returns the object ID that the token contains.
+// fetchObjectID gets a token of an identity that is bound to the pod, and returns the object ID in the token.
 func (p *Processor) fetchObjectID(ctx context.Context, pod *corev1.Pod, id identity.Identity, resource string) (string, error) {
 	principals, err := p.Principals.ForPod(ctx, pod, id)
 	if err != nil {
@@ -135,7 +135,7 @@ func (p *Processor) fetchObjectID(ctx context.Context, pod *corev1.Pod, id ident
 	return got.ObjectID, err
 }
 
-// MayRenew reports whether a pod may still have tokens of a principal, so that the cache renews them. It does not block.
+// MayRenew reports whether the cache may renew tokens of a principal for a pod. It does not block.
 func (p *Processor) MayRenew(pod *corev1.Pod, principal token.Principal) bool {
 	facts, err := p.Cluster.Facts(pod)
 	if err != nil {

@@ -23,7 +23,8 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// bench processes the requests of nmitest.Pods. As an http.Handler it does what package server does for a token request.
+// bench processes the token requests of nmitest.Pods. It implements http.Handler in place of package server, and
+// Cluster in place of the caches.
 type bench struct {
 	processor  *Processor
 	metrics    *telemetry.Metrics

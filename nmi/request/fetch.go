@@ -8,9 +8,9 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// fetchTokens gets the tokens of an authorization from the cache. If retryUpstream is true, the cache may fetch a token
-// again although it has a recent refusal, see token.Request.Recheck. fetched is false if the cache had all tokens, or the
-// failure, without a fetch.
+// fetchTokens gets the tokens of an authorization from the cache, which fetches missing tokens. If retryUpstream is
+// true, the cache may fetch a token again although it has a recent refusal, see token.Request.Recheck. fetched is false
+// if the cache had all tokens, or the failure, without a fetch.
 func (p *Processor) fetchTokens(ctx context.Context, rec *Record, auth authorization, req metadata.Request, retryUpstream bool) (tokens []metadata.TokenResponse, fetched bool, refusal *metadata.Error) {
 	tokens = make([]metadata.TokenResponse, len(auth.keys))
 	for i, key := range auth.keys {

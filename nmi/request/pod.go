@@ -27,8 +27,8 @@ func (q podQuery) String() string {
 	return "address " + q.address.String()
 }
 
-// findPod returns the pod. It waits at most PodLookupTimeout for the caches to sync, and then at most the timeout of
-// Pods for the pod.
+// findPod returns the pod. It waits for the caches to sync, at most for PodLookupTimeout, and then for the pod to
+// appear, at most for the timeout of the PodFinder p.Pods.
 func (p *Processor) findPod(ctx context.Context, query podQuery) (*corev1.Pod, *metadata.Error) {
 	start := time.Now()
 	defer func() { p.Metrics.PodLookups.Observe(time.Since(start).Seconds()) }()

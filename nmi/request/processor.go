@@ -47,7 +47,8 @@ type Processor struct {
 	objectIDs *lru.Cache[token.Principal, string] // from earlier tokens; the keys come from Principals.FromIdentity
 }
 
-// maxObjectIDs bounds the cached object IDs. A node needs one for each identity whose pods send object IDs.
+// maxObjectIDs bounds the cached object IDs. A node needs one for each identity of the pods that request tokens by
+// object ID.
 const maxObjectIDs = 1024
 
 // New returns a Processor.
@@ -86,14 +87,15 @@ func (p *Processor) ForPodName(ctx context.Context, rec *Record, source netip.Ad
 	return p.forPod(ctx, rec, source, pod, req)
 }
 
-// maxRounds is how many fetches of a request may end without a usable result before NMI gives up. A result is not
-// usable if the authorization changed during the fetch, or if the fetch failed because of another pod.
+// maxRounds is how often a request may fetch its tokens without a usable result before NMI gives up. A result is not
+// usable if the authorization changed during the fetch. The first result is also not usable if the fetch may have
+// failed because of another pod.
 const maxRounds = 3
 
-// forPod authorizes the request and gets the tokens. A cached token is returned at once. A fetch takes time, in which a
-// binding may be deleted or a Secret replaced. So forPod authorizes the request again after a fetch and returns only tokens
-// of the current authorization. In standard mode it waits, for a limited time, for an identity that MIC is assigning, and for
-// IMDS to learn of a new assignment.
+// forPod authorizes the request and gets the tokens. It returns cached tokens at once. A fetch takes time, in which a
+// binding may be deleted or a Secret replaced. So forPod authorizes the request again after a fetch and returns only
+// tokens of the current authorization. In standard mode it waits, for a limited time, for an identity that MIC is
+// assigning, and for IMDS to learn of a new assignment.
 func (p *Processor) forPod(ctx context.Context, rec *Record, source netip.Addr, pod *corev1.Pod, req metadata.Request) ([]metadata.TokenResponse, *metadata.Error) {
 	rec.Pod = pod
 	w := requestWait{WaitConfig: p.Wait, source: source}
@@ -114,7 +116,8 @@ func (p *Processor) forPod(ctx context.Context, rec *Record, source netip.Addr, 
 		if retry {
 			continue
 		}
-		// The fetch may have been started by the request of another pod, and may have failed because of that pod.
+		// The request of another pod may have started the fetch, and the fetch may have failed because of that pod. Then
+		// a second fetch, for this pod, can succeed.
 		otherPodFailed := failure != nil && failure.Reason == identity.PodStale && round == 0
 		if refusal == nil && slices.Equal(auth.keys, before.keys) && !otherPodFailed {
 			return tokens, failure
@@ -124,7 +127,7 @@ func (p *Processor) forPod(ctx context.Context, rec *Record, source netip.Addr, 
 	if refusal != nil {
 		return nil, refusal
 	}
-	return nil, metadata.Unavailable(identity.NotReady, "The objects that this request depends on, such as the AzureIdentity, its binding or its Secret, changed during each attempt to fetch the token; retry", time.Second)
+	return nil, metadata.Unavailable(identity.NotReady, "The objects that this request depends on, such as the AzureIdentity, its binding or its Secret, changed several times while NMI fetched the token; retry", time.Second)
 }
 
 // authorizeOrWait authorizes a request. If it is refused and a wait can change that, authorizeOrWait waits and

@@ -21,7 +21,7 @@ func TestNoTokenIsFetchedForARefusedPod(t *testing.T) {
 	b.ask("10.0.0.1", nmitest.TokenPath+"&client_id="+nmitest.ClientY)
 	b.ask("10.0.0.2", nmitest.TokenPath)
 	if len(b.azure.Requests) != 0 {
-		t.Errorf("fetched %v", b.azure.Requests)
+		t.Errorf("NMI requested tokens for refused pods: %v", b.azure.Requests)
 	}
 }
 
@@ -29,7 +29,7 @@ func TestNoTokenIsFetchedForARefusedPod(t *testing.T) {
 func TestTheDecisionComesBeforeTheCache(t *testing.T) {
 	b := newBench(t)
 	if status, _ := b.ask("10.0.0.2", nmitest.TokenPath+"&client_id="+nmitest.ClientY); status != 200 {
-		t.Fatal("the token is not in the cache")
+		t.Fatal("the pod that may use the identity got no token, so the token is not in the cache; this test would prove nothing")
 	}
 	if status, body := b.ask("10.0.0.1", nmitest.TokenPath+"&client_id="+nmitest.ClientY); status != 400 {
 		t.Errorf("got %d %v", status, body)
@@ -63,8 +63,8 @@ func TestClientsUnderstandTheResponseToAFailedFetch(t *testing.T) {
 					t.Errorf("%s is %q, want %q", k, body[k], v)
 				}
 			}
-			// The requested identity may be one whose token is not available. So the response must be that failure, and
-			// not "not found", which clients do not retry.
+			// The identity whose token is not available may be the requested one. So the response must be the failure of
+			// the fetch, and not "not found", which clients do not retry.
 			if objStatus, body := b.ask("10.0.0.2", nmitest.TokenPath+"&object_id=object-of-"+nmitest.ClientX); objStatus != c.status {
 				t.Errorf("by object id: %d %v", objStatus, body)
 			}
@@ -85,7 +85,7 @@ func TestAnObjectIDIsFetchedOnceAndOtherIdentitiesMayFail(t *testing.T) {
 		t.Errorf("got %d %v", status, body)
 	}
 	if after := len(b.azure.Requests); after != before+1 {
-		t.Errorf("%d tokens were fetched for one", after-before)
+		t.Errorf("NMI fetched %d tokens, want 1: the object ID is known from an earlier token", after-before)
 	}
 }
 
@@ -106,10 +106,10 @@ func TestTheResponseForAnIdentityOfSeveralTenantsIsAnArray(t *testing.T) {
 	b.ServeHTTP(w, r)
 	var tokens []map[string]string
 	if err := json.Unmarshal(w.Body.Bytes(), &tokens); err != nil || len(tokens) != 2 || tokens[0]["client_id"] != nmitest.ClientS {
-		t.Fatalf("%v: %s", err, w.Body)
+		t.Fatalf("error %v, response %s; want an array of two tokens of the service principal", err, w.Body)
 	}
 	if requested := b.azure.Requests; len(requested) != 2 || requested[0].TenantID != "t" || requested[1].TenantID != "t2" || requested[0].Secret != (token.Ref{Namespace: "ns", Name: "password"}) || requested[0].Revision == "" {
-		t.Errorf("requested %+v", requested)
+		t.Errorf("NMI requested %+v; want one token of each tenant, with the same Secret", requested)
 	}
 }
 
@@ -150,7 +150,7 @@ func TestNoRequestIsRefusedPermanentlyWhileAWatchIsStale(t *testing.T) {
 		t.Errorf("got %d %v", status, body)
 	}
 	if status, _ := b.ask("10.0.0.1", nmitest.TokenPath); status != 200 {
-		t.Errorf("a bound pod: %d", status)
+		t.Errorf("a bound pod got status %d while a watch is stale, want 200", status)
 	}
 }
 
@@ -167,7 +167,7 @@ func TestOnlyTokensOfBoundIdentitiesMayBeRenewed(t *testing.T) {
 		{free, token.Principal{Source: token.Secret, ClientID: nmitest.ClientS}, false},
 	} {
 		if got := b.processor.MayRenew(c.pod, c.principal); got != c.want {
-			t.Errorf("pod %s and %s: %t", c.pod.Name, c.principal.ClientID, got)
+			t.Errorf("MayRenew for pod %s and the client ID %s: got %t", c.pod.Name, c.principal.ClientID, got)
 		}
 	}
 	b.facts.Bindings = nil

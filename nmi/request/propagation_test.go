@@ -35,8 +35,8 @@ func (a *lateSource) Fetch(ctx context.Context, call token.Call) (token.Token, e
 	return a.TokenSource.Fetch(ctx, call)
 }
 
-// late replaces the token source by one that refuses all identities until the duration after has passed. It also makes
-// AssignedSince return one time for all identities: age before the call of late.
+// late replaces the token source by one that first refuses all identities, and issues tokens once the time after has
+// passed. It also makes AssignedSince say that each identity was assigned at one time: age before the call of late.
 func (s *standardBench) late(after, age time.Duration) *lateSource {
 	a := &lateSource{TokenSource: s.azure, start: time.Now(), knowsAt: time.Now().Add(after), code: "invalid_request"}
 	c, err := token.NewCache(a, 100, func(string, token.Principal) bool { return true }, s.metrics)
@@ -101,7 +101,8 @@ func TestAWaitForIMDSEndsWhenTheBindingIsDeleted(t *testing.T) {
 	})
 }
 
-// A hundred requests that wait for the same token, with continuous notifications, cause as many requests to IMDS as one.
+// A hundred requests that wait for the same token, with continuous notifications, cause as many requests to IMDS as one
+// waiting request.
 func TestRequestsThatWaitForIMDSShareTheirRequests(t *testing.T) {
 	inStandardMode(t, func(t *testing.T, s *standardBench) {
 		s.processor.Wait.Limiter = limit.New(2000, 2000)
@@ -113,7 +114,7 @@ func TestRequestsThatWaitForIMDSShareTheirRequests(t *testing.T) {
 				time.Sleep(time.Duration(i) * 50 * time.Millisecond)
 				status, body := s.ask("10.0.0.1", nmitest.TokenPath)
 				if status != 200 {
-					t.Errorf("%d %v", status, body)
+					t.Errorf("got %d %v, want 200", status, body)
 				}
 			})
 		}
@@ -124,11 +125,11 @@ func TestRequestsThatWaitForIMDSShareTheirRequests(t *testing.T) {
 		wg.Wait()
 		for i := 1; i < len(a.refusals); i++ {
 			if a.refusals[i]-a.refusals[i-1] < time.Second {
-				t.Errorf("IMDS was asked at %s and at %s", a.refusals[i-1], a.refusals[i])
+				t.Errorf("IMDS was asked at %s and again at %s, less than a second later", a.refusals[i-1], a.refusals[i])
 			}
 		}
 		if len(a.refusals) < 8 {
-			t.Errorf("IMDS was asked only at %v", a.refusals)
+			t.Errorf("IMDS was asked at %v, want at least 8 times", a.refusals)
 		}
 	})
 }

@@ -17,8 +17,8 @@ import (
 // defaultRetryAfter is the time after which a client should retry if the failure does not specify one.
 const defaultRetryAfter = 2 * time.Second
 
-// upstreamError converts a failed token fetch into the response that makes clients do the right thing: retry, or try the next
-// credential of their chain.
+// upstreamError converts a failed token fetch into the response that makes clients do the right thing: retry, or try
+// the next credential of their chain.
 func upstreamError(d identity.Decision, err error) *metadata.Error {
 	if errors.Is(err, token.ErrPodThrottled) {
 		return metadata.Throttled(identity.PodThrottled, "This pod requests new tokens too often, too many different tokens, or tokens of identities with too many Secrets", time.Second)
@@ -67,8 +67,9 @@ func isResourceError(e *token.Error) bool {
 	return e.Code == "invalid_resource" || e.Code == "invalid_scope" || e.Code == "invalid_target"
 }
 
-// upstreamMessage returns the failure without what differs from request to request, so that equal failures are reported once:
-// Entra ID appends the IDs of the request to its message, and a connection error contains the local port.
+// upstreamMessage returns the text of the failure without the parts that differ from request to request: Entra ID
+// appends the IDs of the request to its message, and a connection error contains the local port. Without these parts,
+// equal failures have equal texts, which NMI reports in one Event.
 func upstreamMessage(e *token.Error) string {
 	var connectionError *net.OpError
 	switch {

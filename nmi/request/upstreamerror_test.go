@@ -23,10 +23,10 @@ func TestEqualFailuresHaveEqualMessages(t *testing.T) {
 	d := identity.Decision{Identity: &identity.Identity{Namespace: "ns", Name: "sp", Kind: identity.ServicePrincipalSecret, SecretNamespace: "ns", SecretName: "password"}}
 	one, other := upstreamError(d, refused("1")), upstreamError(d, refused("2"))
 	if one.Detail != other.Detail || one.Description == other.Description || !strings.Contains(one.Detail, "AADSTS7000215: Invalid client secret provided.") || !strings.Contains(one.Detail, "ns/password") {
-		t.Errorf("details %q and %q", one.Detail, other.Detail)
+		t.Errorf("the details are %q and %q; want equal ones with the text of Entra ID and the Secret, and descriptions that differ", one.Detail, other.Detail)
 	}
 	one, other = upstreamError(d, unavailable(1)), upstreamError(d, unavailable(2))
 	if one.Detail != other.Detail || !strings.Contains(one.Detail, "10.0.0.1:443: connection reset by peer") {
-		t.Errorf("details %q and %q", one.Detail, other.Detail)
+		t.Errorf("the details are %q and %q; want equal ones with the address of the server and the cause", one.Detail, other.Detail)
 	}
 }

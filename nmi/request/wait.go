@@ -27,14 +27,15 @@ const (
 	// but an operator may be correcting the cause at this moment.
 	maxFailedWait = 2 * time.Second
 
-	// propagationTime is how long after an assignment IMDS may not know the identity yet.
+	// propagationTime is the time after an assignment during which IMDS may not know the identity yet.
 	propagationTime = time.Minute
 	// Within propagationTime a request asks IMDS again after initialBackoff, then after twice the last wait, up to
 	// maxBackoff.
 	initialBackoff, maxBackoff = time.Second, 5 * time.Second
 
-	// recheckInterval is the minimum time from one check of a request to the next, if a change of objects that several
-	// pods share causes the next. It limits the load on the node when a client changes such objects continuously.
+	// recheckInterval is the minimum time between two checks of a waiting request if the cause of the second check is a
+	// change of an object that several pods share, such as a binding. It limits the load on the node when somebody
+	// changes such objects continuously.
 	recheckInterval = 100 * time.Millisecond
 )
 
@@ -63,7 +64,7 @@ type requestWait struct {
 
 	startedAt  time.Time // zero until the request waits
 	checkedAt  time.Time // when the request last stopped waiting, to be checked again
-	failedAt   time.Time // when the request saw that MIC failed to attach the identity; zero if MIC has not failed
+	failedAt   time.Time // when the request first saw that MIC failed to attach the identity; zero if MIC has not failed
 	authorized bool      // whether the last check granted the request
 	outcome    string
 
@@ -79,8 +80,8 @@ type requestWait struct {
 }
 
 // wait blocks a refused request until a check may have another result. It returns false if the request must end with
-// the refusal: waiting cannot change it, no time is left, too many requests wait, NMI stops, or the client closed the
-// connection.
+// the refusal: waiting is disabled or cannot change the refusal, no time is left, too many requests wait, NMI stops, or
+// the client closed the connection.
 func (w *requestWait) wait(ctx context.Context, auth authorization, refusal *metadata.Error) bool {
 	if refusal.Reason != identity.AssignmentPending && refusal.Reason != identity.AssignmentFailed || !w.start() {
 		return false
@@ -94,8 +95,8 @@ func (w *requestWait) wait(ctx context.Context, auth authorization, refusal *met
 		w.outcome = WaitTimeout
 		return false
 	}
-	// Here refusal.Reason is AssignmentPending or AssignmentFailed. If the decision is not pending, notYetPropagated
-	// set the reason: IMDS refused the token.
+	// If the decision is pending, the request waits for MIC. Otherwise IMDS refused the token, and notYetPropagated set
+	// the reason AssignmentPending: the request waits until it may ask IMDS again.
 	w.retryUpstream = false
 	refusedByIMDS := auth.decision.Outcome != identity.Pending
 	if refusedByIMDS {
@@ -105,8 +106,8 @@ func (w *requestWait) wait(ctx context.Context, auth authorization, refusal *met
 }
 
 // block waits for a notification, the timeout, or the end of the request. A notification of shared objects takes effect
-// at the earliest recheckInterval after the last check. After the timeout block sets w.retryUpstream to retryUpstream. It
-// returns false if the client closed the connection or NMI stops.
+// at the earliest recheckInterval after the last check. When the timeout ends the wait, block sets w.retryUpstream to
+// retryUpstream. It returns false if the client closed the connection or NMI stops.
 func (w *requestWait) block(ctx context.Context, now time.Time, timeout time.Duration, retryUpstream bool) bool {
 	timer := time.NewTimer(timeout)
 	defer timer.Stop()
@@ -148,8 +149,8 @@ func (w *requestWait) start() bool {
 	return true
 }
 
-// subscribe subscribes to changes of the objects that the decision about the pod depends on. It returns false if the request
-// already has this subscription.
+// subscribe subscribes to changes of the objects that the decision about the pod depends on. It returns false if the
+// request already has this subscription.
 func (w *requestWait) subscribe(pod *corev1.Pod) bool {
 	label := pod.Labels[v1.BindingLabel]
 	if w.unsubscribe != nil && w.label == label {
@@ -169,7 +170,7 @@ func (w *requestWait) unsubscribeAll() {
 	w.unsubscribe = nil
 }
 
-// timeLeft returns how much longer the request may wait for this reason.
+// timeLeft returns how much longer a request that was refused for this reason may wait.
 func (w *requestWait) timeLeft(now time.Time, reason identity.Reason) time.Duration {
 	left := w.startedAt.Add(w.MaxWait).Sub(now)
 	if reason != identity.AssignmentFailed {
@@ -209,8 +210,8 @@ func (w *requestWait) finish() {
 	w.Observe(w.outcome, time.Since(w.startedAt))
 }
 
-// notYetPropagated turns a refusal of IMDS into a pending assignment if the identity was assigned so recently that IMDS may
-// not know it yet. It returns other errors unchanged.
+// notYetPropagated turns a refusal of IMDS into an error with the reason AssignmentPending if the identity was assigned
+// so recently that IMDS may not know it yet. It returns other errors unchanged.
 func (p *Processor) notYetPropagated(pod *corev1.Pod, id *identity.Identity, err error) error {
 	var e *token.Error
 	if p.Wait == nil || id == nil || id.Kind != identity.UserAssigned || !errors.As(err, &e) ||

@@ -19,8 +19,8 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// standardBench is a bench in standard mode with a fake clock. Pod x is bound to identity x and pod both to x and y. No identity
-// is assigned.
+// standardBench is a bench in standard mode with a fake clock. Pod "x" is bound to identity x, and pod "both" to the
+// identities x and y. At first no identity is assigned.
 type standardBench struct {
 	*bench
 	t *testing.T
@@ -79,7 +79,7 @@ func (s *standardBench) Latest(p *corev1.Pod) *corev1.Pod {
 	return p
 }
 
-// change changes the objects and notifies of a key.
+// change changes the facts and notifies the subscribers of a key.
 func (s *standardBench) change(about cluster.Key, change func(*identity.Facts)) {
 	s.mu.Lock()
 	change(&s.facts)
@@ -108,7 +108,7 @@ type response struct {
 	took   time.Duration
 }
 
-// begin sends a request that may wait.
+// begin sends a request in the background.
 func (s *standardBench) begin(source, query string) <-chan response {
 	done, start := make(chan response, 1), time.Now()
 	go func() {
@@ -124,7 +124,7 @@ func (s *standardBench) mustWait(requests ...<-chan response) {
 	for _, r := range requests {
 		select {
 		case a := <-r:
-			s.t.Fatalf("the request did not wait: %+v", a)
+			s.t.Fatalf("the request should still wait, but got the response %+v", a)
 		default:
 		}
 	}
@@ -360,7 +360,7 @@ func TestAtMostHalfOfTheRequestsOfASourceWait(t *testing.T) {
 		}
 	}
 	if admitted != limit.MaxWaits || admitted > limit.MaxConnections/2 {
-		t.Errorf("%d requests wait at the same time", admitted)
+		t.Errorf("the limiter admits %d waiting requests; want MaxWaits, and at most half of MaxConnections", admitted)
 	}
 }
 
@@ -373,7 +373,7 @@ func TestContinuousChangesOfIdentitiesDoNotLoadTheNode(t *testing.T) {
 		}
 		s.mustWait(r)
 		if maxChecks := int(10*time.Second/recheckInterval) + 3; s.checks > maxChecks {
-			t.Errorf("%d checks", s.checks)
+			t.Errorf("the waiting request was checked %d times, more than recheckInterval allows", s.checks)
 		}
 		s.assign("x", "x", identity.StateAssigned, "")
 		s.expect(r, 200, "", 10*time.Second)

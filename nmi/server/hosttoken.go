@@ -16,8 +16,8 @@ import (
 	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
-// hostTokenHandler serves /host/token, where programs of the node request tokens for pods of the node. The Azure provider
-// of the Secrets Store CSI driver does this to mount the secrets of a pod before the pod starts.
+// hostTokenHandler serves /host/token, where programs of the node request tokens for pods of the node. The Azure
+// provider of the Secrets Store CSI driver does this to mount the secrets of a pod before the pod starts.
 //
 // Everything that can connect to the loopback address of the node may send such a request: programs of the node and
 // pods in the host network. As with AAD Pod Identity, the request may name any pod of the node. --host-token=false

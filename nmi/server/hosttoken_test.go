@@ -40,7 +40,7 @@ func TestAProgramOfTheNodeGetsTokensForThePodThatItNames(t *testing.T) {
 	}
 	for _, field := range []string{"expires_in", "expires_on", "not_before", "refresh_token"} {
 		if _, ok := answer.Token[field]; !ok {
-			t.Errorf("there is no %s", field)
+			t.Errorf("the token in the response has no field %s", field)
 		}
 	}
 	if !strings.Contains(body, `"clientid":`) {
@@ -89,7 +89,7 @@ func TestEachTokenRequestHasOneAuditRecord(t *testing.T) {
 	b.askHost("127.0.0.1", "/host/token?resource=r", "ns", "x")
 	lines := audit.TakeAll()
 	if len(lines) != 3 || b.lines.Len() != 1 {
-		t.Fatalf("%d audit records, %d lines in the log", len(lines), b.lines.Len())
+		t.Fatalf("%d audit records and %d lines in the main log; want 3 and 1", len(lines), b.lines.Len())
 	}
 	issued, refused := lines[0], lines[1]
 	for key, want := range map[string]any{telemetry.KeyNamespace: "ns", telemetry.KeyPod: "x", telemetry.KeyPodUID: "1", telemetry.KeyServiceAccount: "default", telemetry.KeyIdentity: "ns/x",
@@ -99,6 +99,6 @@ func TestEachTokenRequestHasOneAuditRecord(t *testing.T) {
 		}
 	}
 	if issued.Level != zap.InfoLevel || refused.Level != zap.WarnLevel || refused.ContextMap()[telemetry.KeyReason] != "pod_not_labelled" {
-		t.Errorf("%v, %v", issued, refused)
+		t.Errorf("the records are %v and %v; want one of level info, then one of level warn with the reason pod_not_labelled", issued, refused)
 	}
 }

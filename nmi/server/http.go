@@ -32,7 +32,8 @@ const (
 // ProfilePort is the port of pprof, on loopback, if profiling is enabled.
 const ProfilePort = 6060
 
-// newHTTPServer returns a server with limits, for requests that may wait for an assignment as long as maxAssignmentWait.
+// newHTTPServer returns a server with limits, for requests that may wait for an assignment, at most for
+// maxAssignmentWait.
 func newHTTPServer(h http.Handler, maxAssignmentWait time.Duration) *http.Server {
 	return &http.Server{
 		Handler:           h,

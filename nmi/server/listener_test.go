@@ -47,16 +47,16 @@ func TestOneSourceCannotTakeAllConnections(t *testing.T) {
 	}
 	over := dial("127.0.0.2")
 	if _, err := over.Read(make([]byte, 1)); err == nil || testutil.ToFloat64(refused) != 1 {
-		t.Errorf("a connection beyond the limit stays open: %v, %v refused", err, testutil.ToFloat64(refused))
+		t.Errorf("reading from the connection beyond the limit: %v, with %v counted as refused; want an error and 1", err, testutil.ToFloat64(refused))
 	}
 	dial("127.0.0.3")
 	<-accepted
 	first.Close()
-	first.Close() // must reduce the counts only once
+	first.Close() // must not reduce the counts a second time
 	dial("127.0.0.2")
 	<-accepted
 	over = dial("127.0.0.2")
 	if _, err := over.Read(make([]byte, 1)); err == nil {
-		t.Error("a connection that was closed twice counted twice")
+		t.Error("a connection that was closed twice reduced the counts twice")
 	}
 }

@@ -12,7 +12,7 @@ import (
 	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
-// maxFieldBytes bounds a text of a client or of Azure in a log line. The encoder of the log escapes it.
+// maxFieldBytes bounds each text from a client or from Azure in a log line. The encoder of the log escapes such texts.
 const maxFieldBytes = 256
 
 // logRequest writes the line of a request. The line of a token request is an audit record if the audit level includes
@@ -53,7 +53,8 @@ func (s *Server) logRequest(c *requestContext, took time.Duration) {
 	entry.Write(c.fields...)
 }
 
-// abbreviateID keeps enough of an ID to recognize it and too little to use it. It also bounds the length of what a client sent.
+// abbreviateID keeps enough of an ID to recognize it and too little to use it. It also bounds the length of an ID that
+// a client sent.
 func abbreviateID(id string) string {
 	if len(id) <= 8 {
 		return id

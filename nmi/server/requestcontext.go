@@ -15,8 +15,8 @@ import (
 	"github.com/podidentity/podidentity/nmi/request"
 )
 
-// statusClientGone is the status, in log and metrics, of a token request whose client closed the connection. It is never
-// sent.
+// statusClientGone is the status, in log and metrics, of a token request whose client closed the connection. NMI never
+// sends it.
 const statusClientGone = 499
 
 // requestContext is one request and its result, for logging. It is also the ResponseWriter of the request.

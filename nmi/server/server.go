@@ -40,7 +40,8 @@ type Server struct {
 	onRefused func(*corev1.Pod, *metadata.Error) // may be nil
 }
 
-// New returns a server. It calls onRefused, unless that is nil, for each refused token request of a known pod.
+// New returns a Server. If onRefused is not nil, the Server calls it for each token request of a known pod that gets an
+// error response.
 func New(cfg Config, requests *request.Processor, metrics *telemetry.Metrics, logs telemetry.Loggers, onRefused func(*corev1.Pod, *metadata.Error)) *Server {
 	return &Server{cfg: cfg, requests: requests, upstream: metadata.NewUpstream(cfg.IMDS), metrics: metrics, logs: logs, onRefused: onRefused}
 }
@@ -48,7 +49,6 @@ func New(cfg Config, requests *request.Processor, metrics *telemetry.Metrics, lo
 // ServeHTTP serves one request of a pod.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.serve(w, r, s.handle) }
 
-// serve calls handle, counts the request and logs its line.
 func (s *Server) serve(w http.ResponseWriter, r *http.Request, handle func(*requestContext, *http.Request)) {
 	c := newRequestContext(w)
 	defer c.free()
@@ -60,7 +60,6 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, handle func(*requ
 	s.logRequest(c, took)
 }
 
-// handle parses a request of a pod and responds to it.
 func (s *Server) handle(c *requestContext, r *http.Request) {
 	if !c.readSource(r) {
 		return
@@ -89,7 +88,6 @@ func (s *Server) handle(c *requestContext, r *http.Request) {
 	}
 }
 
-// handleToken gets the tokens of a token request and writes the response.
 func (s *Server) handleToken(c *requestContext, r *http.Request) {
 	tokens, refusal := s.requests.ForAddress(r.Context(), &c.Record, c.source, c.req)
 	if !s.finishTokenRequest(c, r, refusal) {
@@ -102,8 +100,8 @@ func (s *Server) handleToken(c *requestContext, r *http.Request) {
 	tokens[0].Write(c, time.Now())
 }
 
-// finishTokenRequest counts the result of a token request. It writes the error response, if any, and reports whether the
-// caller must write the tokens.
+// finishTokenRequest counts the result of a token request. It writes the error response, if any, and reports whether
+// the caller must write the tokens.
 func (s *Server) finishTokenRequest(c *requestContext, r *http.Request, refusal *metadata.Error) bool {
 	if r.Context().Err() != nil {
 		// The client closed the connection, so nobody would receive a response.

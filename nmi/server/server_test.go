@@ -61,10 +61,10 @@ func TestEachPodGetsItsOwnTokenAndNoOther(t *testing.T) {
 			}
 			lines := b.lines.TakeAll()
 			if len(lines) != 1 || lines[0].ContextMap()[telemetry.KeyReason] != string(c.reason) {
-				t.Errorf("log: %v", lines)
+				t.Errorf("the log has %v; want one line with the reason of the response", lines)
 			}
 			if after := testutil.ToFloat64(b.metrics.Decisions.WithLabelValues(string(c.reason))); after != before+1 {
-				t.Errorf("the metric went from %v to %v", before, after)
+				t.Errorf("the number of decisions with this reason went from %v to %v; want one more", before, after)
 			}
 		})
 	}
@@ -78,7 +78,7 @@ func TestNoTokenAndNoCompleteClientIDIsLogged(t *testing.T) {
 	for _, line := range b.lines.TakeAll() {
 		text := fmt.Sprint(line.ContextMap())
 		if strings.Contains(text, "token-of-") || strings.Contains(text, "client_id:"+nmitest.ClientX) || len(line.ContextMap()[telemetry.KeyClientID].(string)) > 20 {
-			t.Errorf("logged: %s", text)
+			t.Errorf("the log line has a token or a complete client ID: %s", text)
 		}
 	}
 }
@@ -93,7 +93,7 @@ func TestADisconnectedClientIsLoggedAndGetsNoResponse(t *testing.T) {
 	w := httptest.NewRecorder()
 	b.ServeHTTP(w, r)
 	if line := b.lines.TakeAll()[0].ContextMap(); w.Body.Len() != 0 || line[telemetry.KeyReason] != "client_gone" {
-		t.Errorf("response %s, log %v", w.Body, line)
+		t.Errorf("the response is %s, the log line %v; want no response and the reason client_gone", w.Body, line)
 	}
 }
 

@@ -112,7 +112,7 @@ func TestARetriedRefusalIsOneEvent(t *testing.T) {
 		e, err := telemetry.NewEvents("node1", func(_ context.Context, event *corev1.Event) error {
 			events[fmt.Sprint(event.InvolvedObject.Name, event.Message)] = true
 			if !strings.HasPrefix(event.Message, "assignment_pending: AzureIdentity ns/x") {
-				t.Errorf("message %q", event.Message)
+				t.Errorf("the Event has the message %q", event.Message)
 			}
 			return nil
 		})
@@ -130,7 +130,7 @@ func TestARetriedRefusalIsOneEvent(t *testing.T) {
 		go e.Run(writing)
 		synctest.Wait()
 		if len(events) != 1 {
-			t.Errorf("events %v", events)
+			t.Errorf("the Events are %v; want one", events)
 		}
 	})
 }
@@ -151,7 +151,7 @@ func TestARequestStopsWaitingWhenItsClientDisconnects(t *testing.T) {
 		disconnect()
 		start := time.Now()
 		if w := <-done; w.Body.Len() != 0 || time.Since(start) != 0 {
-			t.Errorf("response %s after %s", w.Body, time.Since(start))
+			t.Errorf("response %s, %s after the client disconnected; want no response, at once", w.Body, time.Since(start))
 		}
 		s.mustHaveOutcomes(t, map[string]int{request.WaitGone: 1})
 	})
