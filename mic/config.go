@@ -20,7 +20,7 @@ type Config struct {
 	Immutable   []string // client IDs of identities that are never detached
 
 	ForceNamespaced   bool          // a binding applies only to pods of its own namespace
-	ReconcileInterval time.Duration // time between checks of a machine; longer after failures
+	ReconcileInterval time.Duration // longest time between checks of a machine, unless a check fails
 	DetachDelay       time.Duration // minimum time that an identity stays attached to a machine whose pods do not need it
 
 	QPS     float32 // requests per second to the API server

@@ -88,6 +88,6 @@ func TestTheLimitsOfRangesAreAllowed(t *testing.T) {
 func TestAllProblemsAreReportedAtOnce(t *testing.T) {
 	err := Config{DetachDelay: -1}.Validate()
 	if err == nil || strings.Count(err.Error(), "\n") < 9 {
-		t.Errorf("an empty configuration has only these problems: %v", err)
+		t.Errorf("Validate reports fewer than ten problems of an empty configuration: %v", err)
 	}
 }

@@ -27,7 +27,8 @@ import (
 	"github.com/podidentity/podidentity/mic/usage"
 )
 
-// Machines calls Azure Resource Manager. [azure.Reloading] implements it. Its errors are *azure.Error.
+// Machines calls Azure Resource Manager. [azure.Reloading] implements it. Its methods return errors of type
+// *azure.Error.
 type Machines interface {
 	Get(ctx context.Context, r azure.Resource) (azure.State, error)
 	Begin(ctx context.Context, r azure.Resource, basis azure.State, add, remove []string) (*azure.Operation, error)
@@ -71,7 +72,7 @@ const machineWorkers = 256
 // New returns a Controller. Its method Run must be called at most once.
 func New(cfg Config, deps Deps) (*Controller, error) { return newController(cfg, deps, false) }
 
-// newController returns a Controller. With drain the Controller detaches and removes what Uninstall says.
+// newController returns a Controller. If drain is true, the Controller does the work of an uninstall; see Uninstall.
 func newController(cfg Config, deps Deps, drain bool) (*Controller, error) {
 	c := &Controller{log: deps.Log, timer: &telemetry.AssignmentTimer{}, loaded: make(chan struct{})}
 	config := rest.CopyConfig(deps.Kube)
@@ -221,7 +222,7 @@ func (c *Controller) load(ctx context.Context) {
 	for _, id := range ids {
 		r, err := azure.ParseID(id)
 		if err != nil {
-			c.log.Error("a ledger does not name a machine, so MIC may never detach the identities in this ledger; find its ConfigMap by the label podidentity.io/ledger, correct the value of its key 'machine', and restart MIC; if you delete the ConfigMap instead, MIC no longer knows that it attached these identities, and does not detach them", zap.String(telemetry.KeyMachine, id), zap.Error(err))
+			c.log.Error("a ledger does not contain the ID of a machine; MIC does not detach the identities in this ledger until a pod needs an identity on its machine; find the ConfigMap of the ledger by the label podidentity.io/ledger, correct the value of its key 'machine', and restart MIC; if you delete the ConfigMap instead, MIC no longer knows that it attached these identities, and does not detach them", zap.String(telemetry.KeyMachine, id), zap.Error(err))
 			continue
 		}
 		c.usage.Add(r.Key(), r)

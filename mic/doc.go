@@ -1,6 +1,6 @@
 // Package mic is the Managed Identity Controller of standard mode. It attaches the managed identities that pods need to
-// the VM or VMSS of their nodes, detaches them when no pod there needs them any more, and records in
-// AzureAssignedIdentity objects which pod has which identity.
+// the VM or VMSS of their nodes. It detaches an identity that it attached when no pod there needs the identity any
+// more. It records in AzureAssignedIdentity objects which pod has which identity.
 //
 // A machine is a VM or VMSS whose identities MIC changes. There are three work queues of keys: pods, machines and
 // bindings. The reconcile of a pod derives from its bindings what the pod needs. Only this reconcile writes the
@@ -24,8 +24,8 @@
 //     attached. It writes the ledger before it sends an update. See package ledger.
 //   - Blocking all identities of a machine because Azure refuses one. MIC sets the refused identity aside and retries
 //     it after a delay; see [usage.Refusal].
-//   - Updates of one machine by two MICs that both act as the leader. MIC writes the ledger before each update, and
-//     this write fails if another process has written the ledger since MIC read it. So only the first of the two MICs
-//     sends its update. The ledger also contains the update in progress. The next leader waits for the end of this
-//     update, for about maxUpdateTime at most, before it sends another.
+//   - Updates of one machine by two MICs that both act as the leader. A MIC writes the ledger before each update. The
+//     write fails if the other MIC has changed the ledger since this MIC last read or wrote it. So only the MIC that
+//     writes first sends its update. The ledger also contains the update in progress. Before the next leader sends an
+//     update, it waits for the end of this one; maxUpdateTime limits the wait.
 package mic

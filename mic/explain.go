@@ -17,7 +17,7 @@ func explain(r azure.Resource, e *azure.Error) string {
 		role := "Virtual Machine Contributor"
 		return text.OneLine(fmt.Sprintf("%sif a permission is missing, grant MIC's identity the role %s on resource group %s of subscription %s (%s)", what, role, r.ResourceGroup, r.SubscriptionID, e.Message), maxText)
 	case azure.NotFound:
-		return text.OneLine(fmt.Sprintf("Azure does not find %s %s in resource group %s of subscription %s, or is deleting it; check that MIC's credential is for the tenant and the cloud of this subscription: %s", r.Kind, r.Name, r.ResourceGroup, r.SubscriptionID, e.Message), maxText)
+		return text.OneLine(fmt.Sprintf("Azure does not find %s %s in resource group %s of subscription %s, or is deleting it; check that MIC's credential is for the tenant and the cloud of this subscription (%s)", r.Kind, r.Name, r.ResourceGroup, r.SubscriptionID, e.Message), maxText)
 	case azure.Unavailable:
 		return text.OneLine(fmt.Sprintf("MIC cannot read or change the identities of %s %s now and retries: %s", r.Kind, r.Name, cmp.Or(e.Message, e.Error())), maxText)
 	case azure.Unconfigured:

@@ -41,8 +41,8 @@ func (m *machine) loadLedger(ctx context.Context, store typedcorev1.ConfigMapInt
 	return nil
 }
 
-// writeLedger writes next to the ledger, unless that would change nothing. If another process has written the ledger
-// meanwhile, writeLedger returns ledger.ErrOvertaken, and the next reconcile reads the ledger again.
+// writeLedger writes next to the ledger, unless that would change nothing. If the error is ledger.ErrOvertaken, the
+// next reconcile reads the ledger again.
 func (m *machine) writeLedger(ctx context.Context, next ledger.Entries) error {
 	l := m.ledger
 	if l.Same(next) {

@@ -25,7 +25,7 @@ const (
 	// twelve updates of a machine in a row, and four a minute after that. With one update for each reconcile MIC sends
 	// at most six a minute, so Azure throttles MIC only after several minutes of continuous updates.
 	//
-	// pause is also the longest delay until MIC reads a machine again that Azure is updating.
+	// If a reconcile succeeds while Azure is updating the machine, the next one starts after pause at the latest.
 	pause = 10 * time.Second
 	// maxConflicts is the maximum number of times that one reconcile plans updates and sends them. The reconcile plans
 	// again after an error of class Conflict.
@@ -37,7 +37,7 @@ const (
 
 // The delays after consecutive failures of a reconcile. transientBackoff is for class Unavailable and for failures
 // outside of Azure, most of them of the API server. conflictBackoff is for class Conflict. deniedBackoff is for the
-// classes for which handleError has no case, such as Denied: most of their causes an operator has to correct.
+// classes for which handleError has no case, such as Denied. An operator has to correct most of their causes.
 var (
 	transientBackoff = retry.Backoff{Initial: 2 * time.Second, Max: time.Minute}
 	conflictBackoff  = retry.Backoff{Initial: pause / 2, Max: time.Minute}

@@ -89,7 +89,7 @@ func (p *preview) machine(ctx context.Context, m *machine) error {
 	}
 	update := cmp.Or(m.ledger.Update, new(ledger.Update))
 	if !update.Started.IsZero() {
-		fmt.Fprintf(p.out, "  an update is under way since %s; the plan below starts from its expected result\n", update.Started.Format(time.RFC3339))
+		fmt.Fprintf(p.out, "  an update is under way (started %s); the plan below starts from its expected result\n", update.Started.Format(time.RFC3339))
 		state = update.Applied(state)
 	}
 	m.observe(state, p.machineReconciler.interval)

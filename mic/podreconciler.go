@@ -22,9 +22,9 @@ type podReconciler struct {
 	metrics *telemetry.Metrics
 }
 
-// reconcile creates and updates the desired assignments of a pod, and releases its other assignments. key is the
-// namespace/name of the pod. reconcile returns the delay until the next reconcile, or 0 if only an event or an error
-// requires one.
+// reconcile creates and updates the desired assignments of a pod. It releases the other assignments of the pod, except
+// those of AAD Pod Identity that the pod still needs. key is the namespace/name of the pod. reconcile returns the delay
+// until the next reconcile, or 0 if only an event or an error requires one.
 func (r *podReconciler) reconcile(ctx context.Context, key string) (time.Duration, error) {
 	p := r.cluster.Pod(key)
 	d := r.cluster.Desired(p)
@@ -51,7 +51,7 @@ func (r *podReconciler) reconcile(ctx context.Context, key string) (time.Duratio
 	}
 	for _, a := range have {
 		if !assigned[a.Identity] && r.serves(p, d, a) {
-			continue // it stays until MIC's own assignment is Assigned, so that the pod gets tokens without a gap
+			continue // a stays until MIC's own assignment is Assigned, so that the pod gets tokens without a gap
 		}
 		if err := r.release(ctx, a); err != nil {
 			return 0, err
@@ -64,7 +64,7 @@ func (r *podReconciler) reconcile(ctx context.Context, key string) (time.Duratio
 		r.timer.Done(key, len(assigned) > 0, r.metrics.Assigned)
 	}
 	if r.cluster.HasUnobservedWrites(key) {
-		return cluster.WriteTTL, nil // by then the own writes have expired, and only what the watch delivered counts
+		return cluster.WriteTTL, nil // after this time AssignmentsOf ignores these writes: it returns what the watch delivered
 	}
 	return 0, nil
 }
@@ -84,9 +84,9 @@ func usageKey(d cluster.DesiredAssignment) usage.Key {
 	return usage.Key{Machine: d.MachineKey, Identity: d.ResourceID}
 }
 
-// serves reports whether the pod still needs a, an assignment of AAD Pod Identity: because of a, NMI grants tokens to
-// the pod until MIC's own assignment of the same identity is Assigned. If the identity is known not to be attached, the
-// pod does not need a.
+// serves reports whether a is an assignment of AAD Pod Identity with which NMI still issues tokens to the pod. The pod
+// needs such an assignment until MIC's own assignment of the same identity is Assigned. serves returns false if the
+// identity is known not to be attached.
 func (r *podReconciler) serves(p *cluster.Pod, d cluster.DesiredState, a *cluster.Assignment) bool {
 	usable := p != nil && a.Node == p.Node && a.Legacy() && !a.Deleting && (a.State == v1.AssignmentAssigned || a.State == v1.AssignmentLegacy)
 	return usable && slices.ContainsFunc(d.Assignments, func(want cluster.DesiredAssignment) bool {

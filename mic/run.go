@@ -42,7 +42,7 @@ func Uninstall(ctx context.Context, cfg Config, log *zap.Logger) error {
 }
 
 // runElected takes part in the leader election, and runs a Controller while this MIC is the leader. drain is passed to
-// newController. With drain, runElected ends when nothing is left to remove.
+// newController. If drain is true, runElected also ends when nothing is left to remove.
 func runElected(ctx context.Context, cfg Config, log *zap.Logger, drain bool) error {
 	if err := cfg.Validate(); err != nil {
 		return err
@@ -140,7 +140,7 @@ func (c *Controller) waitUntilEmpty(ctx context.Context) bool {
 // itself answers the probes, with the flag --wait-for-signal.
 func newManager(cfg Config, config *rest.Config, drain bool) (manager.Manager, error) {
 	lease := cfg.LeaderElection.Duration
-	// Two MICs may have the same name by mistake, so a UUID makes the identity in the lease unique.
+	// Two MICs may have the same name by mistake, so a UUID makes the holder identity of the lease unique.
 	identity := cfg.LeaderElection.Instance + "_" + string(uuid.NewUUID())
 	lock, err := resourcelock.NewFromKubeconfig(resourcelock.LeasesResourceLock, cfg.LeaderElection.Namespace, cfg.LeaderElection.Name,
 		resourcelock.ResourceLockConfig{Identity: identity}, config, lease*2/3)
@@ -157,7 +157,7 @@ func newManager(cfg Config, config *rest.Config, drain bool) (manager.Manager, e
 	options := manager.Options{
 		LeaderElection:                      true,
 		LeaderElectionResourceLockInterface: lock,
-		LeaderElectionReleaseOnCancel:       true, // the Controller has ended all work by then
+		LeaderElectionReleaseOnCancel:       true, // the manager first waits until the Controller has ended its work
 		LeaseDuration:                       &lease,
 		RenewDeadline:                       &renew,
 		RetryPeriod:                         &retry,

@@ -18,12 +18,13 @@ import (
 )
 
 const (
-	// maxSendDelay is the longest time from the start of the write of the ledger until MIC sends the update. If the
-	// process is paused or the write is slow, another process may become the leader meanwhile, and assign to a pod what
-	// this process is about to detach.
+	// maxSendDelay is the longest time from the start of the write of the ledger until MIC sends the update. If more
+	// time has passed, because the process was paused or the write was slow, MIC does not send the update: another
+	// process may have become the leader and have assigned to a pod what this update detaches.
 	maxSendDelay = 5 * time.Second
-	// maxUpdateTime is the age at which MIC gives up an update. After a last wait for its end, of at most
-	// azure.Options.MaxPollTime, MIC takes the state of the machine as the result.
+	// maxUpdateTime is the age of an update from which MIC does not repeat its wait for the end of the update. If a
+	// wait fails at this age or later, MIC takes the state of the machine as the result. One wait takes at most
+	// azure.Options.MaxPollTime.
 	maxUpdateTime = 20 * time.Minute
 )
 
@@ -46,7 +47,7 @@ func (u *updater) refresh(ctx context.Context, m *machine) error {
 	if isClass(err, azure.NotFound) {
 		m.observe(azure.State{}, u.interval)
 		if len(u.cluster.NodesOf(m.usage.Key)) > 0 {
-			return err // its nodes show that it exists: MIC's credential may be for another account or another cloud
+			return err // it has nodes, so it probably exists, and MIC's credential may be for another tenant or cloud
 		}
 		return m.writeLedger(ctx, ledger.Entries{Machine: m.resource.ID(), Attached: map[string]string{}})
 	}

@@ -219,8 +219,9 @@ func (a *armError) addIdentities(s string) {
 	}
 }
 
-// named returns the requested identities, or all if requested is nil, that the response names. It returns those of
-// exact or, if there are none, those of within: longer texts may also name identities that are not refused.
+// named returns the identities that the response names. If requested is not nil, it returns only identities in
+// requested. It returns those of exact or, if there are none, those of within: longer texts may also name identities
+// that are not refused.
 func (a *armError) named(requested map[string]bool) []string {
 	for _, found := range [][]string{a.exact, a.within} {
 		if requested != nil {

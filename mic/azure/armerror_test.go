@@ -106,7 +106,7 @@ func TestARefusedUpdateIsClassified(t *testing.T) {
 			_, err := newClient(t, arm).Begin(t.Context(), vm, having(false, "kubelet"), []string{id("a"), id("b")}, nil)
 			var got *Error
 			if !errors.As(err, &got) {
-				t.Fatalf("got %v", err)
+				t.Fatalf("got %v, want an *Error", err)
 			}
 			c.want.Operation, c.want.Status = "vm_update", c.status
 			c.want.Message = strings.ReplaceAll(c.want.Message, `\"`, `"`)
@@ -118,7 +118,7 @@ func TestARefusedUpdateIsClassified(t *testing.T) {
 				t.Errorf("the update was sent %d times, want once", len(arm.requests()))
 			}
 			if line := got.Error(); strings.ContainsAny(line, "\n\t") || strings.Contains(line, bearer) {
-				t.Errorf("the message is %q", line)
+				t.Errorf("the message is %q, want one line without the token", line)
 			}
 		})
 	}
@@ -129,7 +129,7 @@ func TestARefusedReadNamesNoIdentity(t *testing.T) {
 	_, err := newClient(t, arm).Get(t.Context(), vm)
 	var failed *Error
 	if !errors.As(err, &failed) || failed.Class != Denied || len(failed.Identities) != 0 || !strings.Contains(err.Error(), "virtualMachines/read' over scope") {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v; want class Denied, the message of ARM, and no identity", err)
 	}
 }
 
@@ -142,10 +142,10 @@ func TestAnErrorIsOneLineOfBoundedLength(t *testing.T) {
 	_, err := newClient(t, arm).Begin(t.Context(), vm, State{}, mapped(names, id), nil)
 	var failed *Error
 	if !errors.As(err, &failed) || len(failed.Identities) != 150 || !slices.IsSorted(failed.Identities) {
-		t.Errorf("%d identities are reported of 150", len(failed.Identities))
+		t.Errorf("the error has %d identities, want all 150, sorted", len(failed.Identities))
 	}
 	if len(err.Error()) > 1500 {
-		t.Errorf("the text of the error has %d bytes", len(err.Error()))
+		t.Errorf("the text of the error has %d bytes, want 1500 at most", len(err.Error()))
 	}
 }
 
@@ -195,7 +195,7 @@ func FuzzARMError(f *testing.F) {
 		}
 		e := &Error{Message: cleaner{}.clean(parsed.message, maxMessage), Code: cleaner{}.clean(parsed.code, maxCode)}
 		if line := e.Error(); len(line) > 2000 || strings.Contains(line, "\n") {
-			t.Errorf("the message is %q", line)
+			t.Errorf("the message is %q, want one line of 2000 bytes at most", line)
 		}
 	})
 }

@@ -44,10 +44,10 @@ func TestTheStateOfAMachineIsReadFromARM(t *testing.T) {
 				}
 				request := arm.requests()[0]
 				if request.method != http.MethodGet || request.url != "https://management.azure.com"+r.ID()+"?api-version=2025-04-01" || !strings.HasPrefix(request.header.Get("User-Agent"), "test ") {
-					t.Errorf("sent %+v", request)
+					t.Errorf("sent %+v, want a GET of the machine from user agent test", request)
 				}
 				if observer.all() != r.Kind.String()+"_get ok" {
-					t.Errorf("observed %s", observer.all())
+					t.Errorf("the Observer was called with %s, want one call with outcome ok", observer.all())
 				}
 			})
 		}
@@ -89,7 +89,7 @@ func TestAReadIsRetriedAfterTemporaryFailuresOnly(t *testing.T) {
 					t.Errorf("%d requests in %s; want %d in %s", len(arm.requests()), took, c.calls, c.most)
 				}
 				if observer.all() != "vm_get "+string(c.class) {
-					t.Errorf("observed %s", observer.all())
+					t.Errorf("the Observer was called with %s, want one call with the class of the error", observer.all())
 				}
 			})
 		})
@@ -119,7 +119,7 @@ func TestA429ThrottlesOnlyItsSubscription(t *testing.T) {
 		expect("the first call", err, time.Minute)
 		time.Sleep(20 * time.Second)
 		_, err = c.Get(t.Context(), Resource{Kind: ScaleSet, SubscriptionID: "SUB", ResourceGroup: "G", Name: "pool"})
-		expect("another machine of it", err, 40*time.Second)
+		expect("another machine of the subscription", err, 40*time.Second)
 		_, err = c.Begin(t.Context(), vm, State{}, []string{id("a")}, nil)
 		expect("an update", err, 40*time.Second)
 		if len(arm.requests()) != 1 || observer.all() != "vm_get throttled" {
@@ -134,7 +134,7 @@ func TestA429ThrottlesOnlyItsSubscription(t *testing.T) {
 		throttle = false
 		time.Sleep(40 * time.Second)
 		if _, err := c.Get(t.Context(), vm); err != nil {
-			t.Errorf("after the time: %v", err)
+			t.Errorf("after the time of Retry-After: %v", err)
 		}
 	})
 }
@@ -155,11 +155,11 @@ func TestARunningUpdateWaitsWhileItsSubscriptionIsThrottled(t *testing.T) {
 		c := newClient(t, arm)
 		o := begin(t, c, vm)
 		if _, err := c.Get(t.Context(), vmss); err == nil {
-			t.Fatal("the other call was not throttled")
+			t.Fatal("the read of another machine was not throttled")
 		}
 		start := time.Now()
 		if _, err := o.Wait(t.Context()); err != nil || time.Since(start) != 40*time.Second || len(arm.requests()) != 4 {
-			t.Errorf("ended with %v after %s and %d requests", err, time.Since(start), len(arm.requests()))
+			t.Errorf("Wait returned %v after %s and %d requests; want no error after 40s and 4 requests", err, time.Since(start), len(arm.requests()))
 		}
 	})
 }
@@ -184,7 +184,7 @@ func TestAHangingMachineDoesNotDelayOthers(t *testing.T) {
 		synctest.Wait()
 		start := time.Now()
 		if _, err := c.Get(t.Context(), vm); err != nil || time.Since(start) != 0 {
-			t.Errorf("%v after %s", err, time.Since(start))
+			t.Errorf("Get of another machine returned %v after %s, want no error at once", err, time.Since(start))
 		}
 		wg.Wait()
 		if took := time.Since(start); took != 30*time.Second {
@@ -204,7 +204,7 @@ func TestACallEndsWithItsContext(t *testing.T) {
 		_, err := newClient(t, replies(hung)).Get(ctx, vm)
 		var failed *Error
 		if !errors.As(err, &failed) || failed.Class != Unavailable || !errors.Is(err, context.Canceled) || time.Since(start) != 3*time.Second {
-			t.Errorf("%v after %s", err, time.Since(start))
+			t.Errorf("got %v after %s; want context.Canceled and class Unavailable after 3s", err, time.Since(start))
 		}
 	})
 }
@@ -261,7 +261,7 @@ func TestACustomCloudIsReachedOverTLS(t *testing.T) {
 	}
 	var failed *Error
 	if _, err := c.Get(t.Context(), vmss); !errors.As(err, &failed) || failed.Class != Unavailable || !strings.Contains(err.Error(), "certificate") {
-		t.Errorf("an untrusted certificate: %v", err)
+		t.Errorf("with an untrusted certificate got %v; want class Unavailable and the reason", err)
 	}
 }
 
@@ -288,7 +288,7 @@ func TestARequestToAHangingServerTimesOut(t *testing.T) {
 			}
 			var failed *Error
 			if _, err := c.Get(t.Context(), vm); !errors.As(err, &failed) || failed.Class != Unavailable || !strings.Contains(err.Error(), "no response within 50ms") {
-				t.Errorf("got %v", err)
+				t.Errorf("got %v; want class Unavailable and the timeout", err)
 			}
 		})
 	}
@@ -332,7 +332,7 @@ func TestManyMachinesShareOneToken(t *testing.T) {
 		}
 		wg.Wait()
 		if fetched.Load() != 1 {
-			t.Errorf("%d tokens were fetched", fetched.Load())
+			t.Errorf("%d tokens were fetched, want one", fetched.Load())
 		}
 	})
 }

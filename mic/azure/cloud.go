@@ -56,7 +56,7 @@ func (c Config) cloud() (cloud.Configuration, error) {
 		}
 		found = custom
 	default:
-		return found, fmt.Errorf("cloud %q in %s is unknown; set AzurePublicCloud, AzureUSGovernmentCloud, AzureChinaCloud, or AzureStackCloud and %s", text.OneLine(c.Cloud, maxCode), c.source(), environmentFile)
+		return found, fmt.Errorf("cloud %q in %s is unknown; set it to AzurePublicCloud, AzureUSGovernmentCloud or AzureChinaCloud, or to AzureStackCloud together with the environment variable %s", text.OneLine(c.Cloud, maxCode), c.source(), environmentFile)
 	}
 	if c.AuthorityHost != "" {
 		if !isHTTPS(c.AuthorityHost) {
@@ -70,7 +70,7 @@ func (c Config) cloud() (cloud.Configuration, error) {
 func (e Environment) cloud() (cloud.Configuration, error) {
 	audience := cmp.Or(e.TokenAudience, e.ServiceManagementEndpoint)
 	if !isHTTPS(e.ResourceManagerEndpoint) || audience == "" {
-		return cloud.Configuration{}, fmt.Errorf("cloud AzureStackCloud requires resourceManagerEndpoint, an https URL, and tokenAudience; add or correct them in the file that %s names", environmentFile)
+		return cloud.Configuration{}, fmt.Errorf("cloud AzureStackCloud requires resourceManagerEndpoint (an https URL) and tokenAudience; add or correct them in the file that %s names", environmentFile)
 	}
 	if e.ActiveDirectoryEndpoint != "" && !isHTTPS(e.ActiveDirectoryEndpoint) {
 		return cloud.Configuration{}, fmt.Errorf("activeDirectoryEndpoint %q is not an https URL; correct it in the file that %s names", text.OneLine(e.ActiveDirectoryEndpoint, maxMessage), environmentFile)

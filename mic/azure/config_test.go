@@ -151,15 +151,15 @@ func TestAConfigurationThatCannotBeReadSaysWhichFileAndWhatToDo(t *testing.T) {
 				}
 			}
 			if strings.Contains(err.Error(), clientSecret) || strings.ContainsAny(err.Error(), "\n") {
-				t.Errorf("the message is %q", err)
+				t.Errorf("the message is %q, want one line without the secret", err)
 			}
 		})
 	}
 	if _, err := LoadConfig(dir, env()); err == nil || !strings.Contains(err.Error(), dir) {
-		t.Errorf("a folder instead of a file: %v", err)
+		t.Errorf("LoadConfig of a folder returned %v, want an error that names the folder", err)
 	}
 	if _, err := LoadConfig(dir+"/none", env()); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("got %v", err)
+		t.Errorf("LoadConfig of a missing file returned %v, want fs.ErrNotExist", err)
 	}
 }
 
@@ -204,7 +204,7 @@ func TestTheEnvironmentFileOfACustomCloudIsRead(t *testing.T) {
 	}
 	where, err := cfg.cloud()
 	if err != nil || where.ActiveDirectoryAuthorityHost != "https://login.stack/" || where.Services["resourceManager"].Audience != "https://management.stack/guid" {
-		t.Errorf("%+v, %v", where, err)
+		t.Errorf("got %+v, %v; want the endpoints of the environment file", where, err)
 	}
 }
 
@@ -216,16 +216,16 @@ func TestASecretIsNotFormatted(t *testing.T) {
 	}
 	for _, reported := range []string{fmt.Sprint(cfg), fmt.Sprintf("%+v", cfg), fmt.Sprintf("%#v", cfg), fmt.Sprintf("%s, %q", cfg.TenantID, cfg.ClientSecret), string(encoded)} {
 		if strings.Contains(reported, clientSecret) || !strings.Contains(reported, "tenant") {
-			t.Errorf("formatted as %s", reported)
+			t.Errorf("the configuration is formatted as %s, want the tenant in it and no secret", reported)
 		}
 	}
 }
 
 func TestOwnIdentitiesReturnsMICsIdentity(t *testing.T) {
 	if own := (Config{UserAssignedIdentityID: "kubelet"}).OwnIdentities(); !slices.Equal(own, []string{"kubelet"}) {
-		t.Errorf("got %v", own)
+		t.Errorf("got %v, want only kubelet", own)
 	}
 	if own := (Config{ClientID: "app"}).OwnIdentities(); len(own) != 0 {
-		t.Errorf("got %v", own)
+		t.Errorf("got %v, want none", own)
 	}
 }

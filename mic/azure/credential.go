@@ -99,7 +99,7 @@ func (own *ownCredential) servicePrincipal(c Config, options policy.ClientOption
 
 func (own *ownCredential) workloadIdentity(c Config, options policy.ClientOptions) error {
 	if c.TenantID == "" || c.ClientID == "" || c.FederatedTokenFile == "" {
-		return fmt.Errorf("MIC is configured for workload identity, by useFederatedWorkloadIdentityExtension in %s or by AZURE_FEDERATED_TOKEN_FILE, but the tenant, the client ID or the token file is missing; check that the webhook set AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_FEDERATED_TOKEN_FILE in MIC's pod", c.source())
+		return fmt.Errorf("MIC is configured for workload identity, by useFederatedWorkloadIdentityExtension in %s or by AZURE_FEDERATED_TOKEN_FILE, but the tenant, the client ID or the path of the token file is not set; check that the webhook set AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_FEDERATED_TOKEN_FILE in MIC's pod", c.source())
 	}
 	if err := needsAuthority(options.Cloud); err != nil {
 		return err

@@ -113,7 +113,7 @@ func TestMICAuthenticatesAsConfigured(t *testing.T) {
 			requests := azure.requests()
 			last := requests[len(requests)-1]
 			if !strings.HasPrefix(last.url, c.arm+"/subscriptions/") || last.header.Get("Authorization") != "Bearer "+bearer {
-				t.Errorf("ARM received %+v", last)
+				t.Errorf("the last request is %+v, want one to ARM with the token", last)
 			}
 			tokenRequest := requests[len(requests)-2]
 			if !strings.HasPrefix(tokenRequest.url, c.host+"/") {
@@ -130,7 +130,7 @@ func TestMICAuthenticatesAsConfigured(t *testing.T) {
 				}
 			}
 			if form.Has(c.without) {
-				t.Errorf("%s is sent", c.without)
+				t.Errorf("the token request contains the parameter %s", c.without)
 			}
 			for _, r := range requests {
 				if strings.Contains(r.url, "discovery/instance") {
@@ -166,7 +166,7 @@ func TestAConfigurationWithoutACredentialSaysWhatToDo(t *testing.T) {
 		})
 	}
 	if _, err := New(Config{}, Options{Credential: credential(hasToken)}); err != nil {
-		t.Errorf("with Options.Credential: %v", err)
+		t.Errorf("New with Options.Credential returned %v, want no error", err)
 	}
 }
 
@@ -229,11 +229,11 @@ func TestATokenFailureIsClassifiedAndContainsNoSecret(t *testing.T) {
 					t.Errorf("got %v\nwant %s, %q", err, c.class, c.contains)
 				}
 				if observer.all() != "vm_get "+string(c.class) {
-					t.Errorf("observed %s", observer.all())
+					t.Errorf("the Observer was called with %s", observer.all())
 				}
 				for e := err; e != nil; e = errors.Unwrap(e) {
 					if strings.Contains(e.Error(), clientSecret) || strings.Contains(e.Error(), bearer) || strings.ContainsAny(e.Error(), "\r\n") {
-						t.Errorf("the message is %q", e)
+						t.Errorf("the message is %q, want one line without a secret", e)
 					}
 				}
 			})
@@ -278,11 +278,11 @@ func TestAClaimsChallengeOfARMFetchesAnotherToken(t *testing.T) {
 	arm := replies(challenge, replying(200, describe(vm, "Succeeded", "None")), challenge)
 	c := newClient(t, arm, func(o *Options) { o.Credential = source })
 	if _, err := c.Get(t.Context(), vm); err != nil || arm.requests()[1].header.Get("Authorization") != "Bearer token-2" {
-		t.Errorf("%v after %+v", err, arm.requests())
+		t.Errorf("got %v after the requests %+v, want no error and token-2 in the second request", err, arm.requests())
 	}
 	var failed *Error
 	if _, err := c.Get(t.Context(), vm); !errors.As(err, &failed) || failed.Class != Unavailable || !strings.Contains(err.Error(), "no token for MIC: not again") {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v; want class Unavailable and the error of the credential", err)
 	}
 }
 
@@ -303,7 +303,7 @@ func TestWaitingForATokenEndsWithTheContext(t *testing.T) {
 				_, err := c.Get(ctx, vm)
 				var failed *Error
 				if took := time.Since(start); !errors.As(err, &failed) || failed.Class != Unavailable || took != min(most, fetchTimeout) {
-					t.Errorf("%v after %s of %s", err, took, most)
+					t.Errorf("got %v after %s; want class Unavailable when the context ends after %s, or at fetchTimeout if that is earlier", err, took, most)
 				}
 			})
 		}

@@ -15,7 +15,7 @@ import (
 // and scale sets; this file hides the difference.
 type machines interface {
 	get(ctx context.Context, r Resource) (State, error)
-	// update starts an update. With a token it resumes one that was started before, and sends nothing.
+	// update starts an update. If token is not "", it resumes the update of this token instead, and sends nothing.
 	update(ctx context.Context, r Resource, p patch, token string) (poller, error)
 }
 

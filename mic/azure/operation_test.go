@@ -141,10 +141,10 @@ func TestAFailedUpdateIsClassifiedLikeARefusedOne(t *testing.T) {
 					_, err := o.Wait(t.Context())
 					var got *Error
 					if !errors.As(err, &got) || got.Class != c.class || !slices.Equal(got.Identities, c.named) || !strings.Contains(got.Message, c.contains) || got.Operation != r.Kind.String()+"_poll" {
-						t.Fatalf("got %v naming %v", err, got.Identities)
+						t.Fatalf("got %v with the identities %v", err, got.Identities)
 					}
 					if _, again := o.Wait(t.Context()); o.Token() != "" || !errors.Is(again, err) || len(arm.requests()) != 3 {
-						t.Errorf("token %q, %d requests, and again %v", o.Token(), len(arm.requests()), again)
+						t.Errorf("after the failure: token %q, %d requests, and Wait returns %v; want no token, 3 requests and the same error", o.Token(), len(arm.requests()), again)
 					}
 					if want := r.Kind.String() + "_poll " + string(c.class); !strings.HasSuffix(observer.all(), want) {
 						t.Errorf("observed %s; want %s at the end", observer.all(), want)
@@ -161,7 +161,7 @@ func TestAnotherClientResumesAnUpdate(t *testing.T) {
 			o := begin(t, newClient(t, replies(begun(r))), r)
 			token := o.Token()
 			if token == "" {
-				t.Fatal("there is no token")
+				t.Fatal("the running update has no resume token")
 			}
 			arm := replies(inProgress(), succeeded, replying(200, describe(r, "Succeeded", "SystemAssigned, UserAssigned", "a")))
 			next, err := newClient(t, arm).Resume(t.Context(), r, token)
@@ -170,11 +170,11 @@ func TestAnotherClientResumesAnUpdate(t *testing.T) {
 			}
 			state, err := next.Wait(t.Context())
 			if err != nil || !state.SystemAssigned || len(state.Identities) != 1 || next.Token() != "" {
-				t.Errorf("got %+v, %v, token %q", state, err, next.Token())
+				t.Errorf("Wait returned %+v, %v and left token %q; want the new state and no token", state, err, next.Token())
 			}
 			requests := arm.requests()
 			if len(requests) != 3 || requests[0].url != pollURL || requests[0].method != http.MethodGet || !strings.Contains(requests[2].url, r.ID()) {
-				t.Errorf("sent %+v", requests)
+				t.Errorf("sent %+v, want two polls and a read of the machine", requests)
 			}
 		})
 	}
@@ -190,7 +190,7 @@ func TestAResumedUpdateReportsAllIdentitiesThatAzureNames(t *testing.T) {
 		_, err = next.Wait(t.Context())
 		var failed *Error
 		if !errors.As(err, &failed) || failed.Class != BadIdentity || !slices.Equal(failed.Identities, []string{Fold(id("a"))}) {
-			t.Errorf("got %v", err)
+			t.Errorf("got %v; want class BadIdentity with identity a", err)
 		}
 	})
 }
@@ -212,7 +212,7 @@ func TestAnInvalidResumeTokenIsRefusedAndNotQuoted(t *testing.T) {
 			_, err := newClient(t, arm).Resume(t.Context(), vm, c.token)
 			var failed *Error
 			if !errors.As(err, &failed) || failed.Class != Invalid || strings.Contains(err.Error(), "signature") || len(arm.requests()) != 0 {
-				t.Errorf("got %v after %d requests", err, len(arm.requests()))
+				t.Errorf("got %v after %d requests; want class Invalid, no token in the text, and no request", err, len(arm.requests()))
 			}
 		})
 	}
@@ -234,11 +234,11 @@ func TestMICsTokenIsSentToARMOnly(t *testing.T) {
 			o := begin(t, newClient(t, arm), vm)
 			_, err := o.Wait(t.Context())
 			if sent := len(arm.requests()) > 1; sent != c.sent || (err == nil) != c.sent {
-				t.Errorf("got %v after %d requests", err, len(arm.requests()))
+				t.Errorf("Wait returned %v after %d requests; want an error and no poll exactly if the URL is not ARM's", err, len(arm.requests()))
 			}
 			var failed *Error
 			if err != nil && (!errors.As(err, &failed) || failed.Class != Invalid && failed.Class != Unavailable) {
-				t.Errorf("got %v", err)
+				t.Errorf("got %v; want class Invalid or Unavailable", err)
 			}
 		})
 	}
@@ -281,7 +281,7 @@ func TestWaitTimesOut(t *testing.T) {
 					t.Errorf("took %s, want %s", took, c.after)
 				}
 				if o.Token() != token || token == "" {
-					t.Error("the operation no longer has its resume token")
+					t.Error("after the timeout the operation has another resume token or none")
 				}
 			})
 		})
@@ -294,14 +294,14 @@ func TestWaitCanBeCalledAgainAfterATimeout(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		if _, err := o.Wait(ctx); !errors.Is(err, context.DeadlineExceeded) {
-			t.Fatalf("got %v", err)
+			t.Fatalf("the first Wait returned %v, want context.DeadlineExceeded", err)
 		}
 		var failed *Error
 		if _, err := o.Wait(t.Context()); !errors.As(err, &failed) || failed.Class != Denied || o.Token() == "" {
-			t.Fatalf("got %v", err)
+			t.Fatalf("the second Wait returned %v; want class Denied and a remaining token", err)
 		}
 		if state, err := o.Wait(t.Context()); err != nil || len(state.Identities) != 1 {
-			t.Errorf("got %+v, %v", state, err)
+			t.Errorf("the third Wait returned %+v, %v; want one identity", state, err)
 		}
 	})
 }

@@ -92,7 +92,8 @@ func message(err error) string {
 	return err.Error()
 }
 
-// Get is [Client.Get]. While there is no usable configuration the error is Unconfigured, with the reason.
+// Get is [Client.Get]. While there is no usable configuration, it returns an error of class Unconfigured with the
+// reason.
 func (r *Reloading) Get(ctx context.Context, of Resource) (State, error) {
 	c, err := r.client(of, "_get")
 	if err != nil {

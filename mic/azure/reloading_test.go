@@ -75,7 +75,7 @@ func TestAChangedConfigurationIsAppliedAndReportedOnce(t *testing.T) {
 				t.Errorf("%s: got %+v, %v; want %s", what, state, err, host)
 			}
 			if got := r.OwnIdentities(); len(got) != 1 || got[0] != own {
-				t.Errorf("%s: MIC's own identity is %v", what, got)
+				t.Errorf("%s: OwnIdentities returns %v, want only the identity of the configuration in use", what, got)
 			}
 			all := reported.take()
 			if report == "" && len(all) != 0 || report != "" && (len(all) != 1 || !strings.Contains(all[0], report)) {
@@ -116,7 +116,7 @@ func TestCallsReportAnInvalidConfigurationUntilItIsCorrected(t *testing.T) {
 			t.Helper()
 			var failed *Error
 			if !errors.As(err, &failed) || failed.Class != Unconfigured || failed.Operation != operation || !strings.Contains(err.Error(), path) {
-				t.Errorf("got %v", err)
+				t.Errorf("got %v; want class Unconfigured, the operation, and the path of the file", err)
 			}
 		}
 		_, err := r.Get(ctx, vm)
@@ -126,7 +126,7 @@ func TestCallsReportAnInvalidConfigurationUntilItIsCorrected(t *testing.T) {
 		_, err = r.Resume(ctx, vm, "token")
 		refused("vm_poll", err)
 		if len(r.OwnIdentities()) != 0 || len(reported.take()) != 1 {
-			t.Error("OwnIdentities is not empty, or there was not exactly one report")
+			t.Error("without a usable configuration OwnIdentities is not empty, or there was not exactly one report")
 		}
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
@@ -134,13 +134,13 @@ func TestCallsReportAnInvalidConfigurationUntilItIsCorrected(t *testing.T) {
 		time.Sleep(time.Second)
 		synctest.Wait()
 		if _, err := r.Get(ctx, vm); err == nil || !strings.Contains(err.Error(), "AzureNowhereCloud") {
-			t.Errorf("got %v", err)
+			t.Errorf("got %v, want an error that names the unknown cloud", err)
 		}
 		write(t, path, in("AzureChinaCloud"))
 		time.Sleep(time.Second)
 		synctest.Wait()
 		if _, err := r.Get(ctx, vm); err != nil || len(reported.take()) != 2 {
-			t.Errorf("got %v", err)
+			t.Errorf("after the correction got %v, want no error and two further reports", err)
 		}
 	})
 }
@@ -160,7 +160,7 @@ func TestARunningUpdateKeepsItsConfiguration(t *testing.T) {
 		}
 		write(t, path, in("AzureChinaCloud"))
 		if state, err := o.Wait(ctx); err != nil || len(state.Identities) != 1 {
-			t.Errorf("got %+v, %v", state, err)
+			t.Errorf("the running update returned %+v, %v; want one identity", state, err)
 		}
 		if _, err := r.Get(ctx, vm); err != nil {
 			t.Error(err)

@@ -13,8 +13,8 @@ import (
 const (
 	// fetchTimeout bounds one fetch of a token.
 	fetchTimeout = 30 * time.Second
-	// A token that expires within refreshAhead is replaced; Entra ID may specify an earlier time. A token that expires
-	// within minValidity is not used.
+	// A token that expires within refreshAhead is replaced; the response with the token may specify an earlier time. A
+	// token that expires within minValidity is not used.
 	refreshAhead, minValidity = 5 * time.Minute, time.Minute
 	// failureTTL is how long a failure is cached for all callers, of which there may be hundreds. A longer Retry-After is
 	// respected up to maxFailureTTL.

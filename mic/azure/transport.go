@@ -140,7 +140,6 @@ func (w *lastResponse) record(resp *http.Response, err error) {
 	resp.Body = io.NopCloser(bytes.NewReader(w.body))
 }
 
-// timedOut reports whether an error is a timeout.
 func timedOut(err error) bool {
 	var timeout interface{ Timeout() bool }
 	return errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout()

@@ -134,7 +134,7 @@ func (c *Client) Resume(ctx context.Context, r Resource, token string) (*Operati
 	resumed, err := s.machines[r.Kind].update(ctx, r, patch{}, token)
 	if err != nil || resumed.Done() {
 		// The error of the SDK quotes the token, which is secret, see Operation.Token.
-		return nil, &Error{Class: Invalid, Operation: r.Kind.String() + "_poll", Message: "the resume token is not that of an update in progress of this kind of machine"}
+		return nil, &Error{Class: Invalid, Operation: r.Kind.String() + "_poll", Message: "the resume token is unusable: it does not belong to an update in progress of this kind of machine"}
 	}
 	// The identities of the update are unknown, so an error reports all identities that Azure names.
 	return c.operation(r, s, resumed, nil), nil

@@ -49,7 +49,7 @@ func TestAnUpdateContainsOnlyTheDifference(t *testing.T) {
 				if c.want == "" {
 					state, err := o.Wait(t.Context())
 					if len(requests) != 0 || o.Token() != "" || err != nil || len(state.Identities) != len(c.basis.Identities) {
-						t.Errorf("sent %v; waiting brought %+v, %v", requests, state, err)
+						t.Errorf("sent %v; Wait returned %+v, %v; want no request and the unchanged state", requests, state, err)
 					}
 					return
 				}
@@ -63,7 +63,7 @@ func TestAnUpdateContainsOnlyTheDifference(t *testing.T) {
 					t.Errorf("If-Match %q, want %q", got, c.basis.ETag)
 				}
 				if got := requests[0].header.Get("Authorization"); got != "Bearer "+bearer {
-					t.Errorf("Authorization %q", got)
+					t.Errorf("the header Authorization is %q, want the token of the credential", got)
 				}
 			})
 		}
@@ -91,13 +91,13 @@ func TestAnInvalidUpdateIsNotSent(t *testing.T) {
 			_, err := newClient(t, arm).Begin(t.Context(), vm, c.basis, c.add, c.remove)
 			var failed *Error
 			if !errors.As(err, &failed) || failed.Class != Invalid || len(arm.requests()) != 0 {
-				t.Errorf("got %v after %d requests", err, len(arm.requests()))
+				t.Errorf("got %v after %d requests; want class Invalid and no request", err, len(arm.requests()))
 			}
 		})
 	}
 	arm := replies(replying(200, describe(vm, "Succeeded", "None")))
 	if _, err := newClient(t, arm).Begin(t.Context(), vm, having(false, names[1:]...), many[1:], mapped(names[1:], id)); err != nil || len(arm.requests()) != 1 {
-		t.Errorf("an update with MaxIdentities identities: %v", err)
+		t.Errorf("an update with MaxIdentities identities: got %v, want no error and one request", err)
 	}
 }
 
@@ -124,7 +124,7 @@ func TestAnUpdateIsSentOnce(t *testing.T) {
 			_, err := newClient(t, arm).Begin(t.Context(), vm, State{}, []string{id("a")}, nil)
 			var failed *Error
 			if !errors.As(err, &failed) || failed.Class != Unavailable || len(arm.requests()) != 1 {
-				t.Errorf("got %v after %d requests", err, len(arm.requests()))
+				t.Errorf("got %v after %d requests; want class Unavailable and one request", err, len(arm.requests()))
 			}
 		})
 	}

@@ -88,8 +88,8 @@ func (c *Cluster) Run(ctx context.Context, wait *sync.WaitGroup) bool {
 	return cache.WaitForCacheSync(ctx.Done(), synced...)
 }
 
-// AssignmentsOf returns the assignments of a pod (namespace/name) as they are after the last own writes; see the
-// package documentation.
+// AssignmentsOf returns the assignments of a pod (namespace/name) as they are after the last writes of this process;
+// see the package documentation.
 func (c *Cluster) AssignmentsOf(pod string) []*Assignment {
 	found := c.own.overlay(pod, kube.ByIndex[*Assignment](c.assignments, byPod, pod))
 	slices.SortFunc(found, func(a, b *Assignment) int { return cmp.Compare(a.Key(), b.Key()) })

@@ -31,7 +31,7 @@ const (
 	providerID   = "azure://" + subscription + "/resourceGroups/g/providers/Microsoft.Compute/virtualMachines/vm-1"
 )
 
-// server is an API server with a response for each method and path. It records the requests.
+// server is a fake API server with a response for each method and path. It records the requests.
 type server struct {
 	mu        sync.Mutex
 	responses map[string]any // by method and path; a *metav1.Status is an error
@@ -277,7 +277,7 @@ func TestAnOwnCreationIsReturnedBeforeTheWatchDeliversIt(t *testing.T) {
 		t.Fatal(a, err)
 	}
 	if got := c.AssignmentsOf("ns/web"); len(got) != 1 || !c.HasUnobservedWrites("ns/web") {
-		t.Errorf("after the creation there are %v", got)
+		t.Errorf("after the creation AssignmentsOf returns %v, want one assignment that the watch has not delivered", got)
 	}
 	var sent v1.AzureAssignedIdentity
 	if err := json.Unmarshal([]byte(s.bodies[0]), &sent); err != nil {
@@ -288,7 +288,7 @@ func TestAnOwnCreationIsReturnedBeforeTheWatchDeliversIt(t *testing.T) {
 		t.Errorf("created %+v", sent)
 	}
 	if got := trimAssignment(&sent); got.Digest != d.Assignments[0].Digest || got.Legacy() || !got.HasFinalizer {
-		t.Errorf("as the watch delivers it, it is %+v", got)
+		t.Errorf("trimAssignment returns %+v for the created object, want the digest of the desired assignment, and MIC as the writer", got)
 	}
 }
 
@@ -305,7 +305,7 @@ func TestAnAssignmentThatExistsOrCannotBeCreatedIsNoError(t *testing.T) {
 		fill(t, c, testPod(), testNode(), testIdentity(), testBinding())
 		p := c.Pod("ns/web")
 		if a, err := w.Create(t.Context(), p, c.Desired(p).Assignments[0]); a != nil || (err != nil) != test.fails {
-			t.Errorf("%s: %v, %v", name, a, err)
+			t.Errorf("%s: Create returned %v, %v; want no assignment, and an error only if denied", name, a, err)
 		}
 	}
 }
@@ -325,11 +325,11 @@ func TestAWrittenStatusIsReturnedBeforeTheWatchDeliversIt(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := c.AssignmentsOf("ns/web"); len(got) != 1 || got[0].State != v1.AssignmentAssigned {
-		t.Errorf("after the write: %+v", got)
+		t.Errorf("after the write of the state AssignmentsOf returns %+v, want one assignment that is Assigned", got)
 	}
 	missing := trimAssignment(assignmentObject("b", "1", ""))
 	if err := w.SetState(t.Context(), missing, v1.AssignmentAssigned, "text"); err != nil {
-		t.Errorf("writing the state of a deleted assignment: %v", err)
+		t.Errorf("SetState of a deleted assignment returned %v, want no error", err)
 	}
 }
 
@@ -348,10 +348,10 @@ func TestADeletedAssignmentLosesItsFinalizerAndIsNotReturnedAgain(t *testing.T) 
 		t.Errorf("requests %q, want %q", s.requests, want)
 	}
 	if last := s.bodies[2]; last != `{"metadata":{"finalizers":[],"uid":"uid"}}` {
-		t.Errorf("the last patch is %s", last)
+		t.Errorf("the last patch is %s, want one that removes the finalizer, with the UID", last)
 	}
 	if got := c.AssignmentsOf("ns/web"); len(got) > 0 {
-		t.Errorf("still returned: %+v", got)
+		t.Errorf("after its deletion AssignmentsOf still returns the assignment: %+v", got)
 	}
 	gone, denied := &server{}, &server{responses: map[string]any{
 		"DELETE " + path + "/a": &apierrors.NewForbidden(v1.GroupVersion.WithResource("").GroupResource(), "a", nil).ErrStatus,
@@ -368,7 +368,7 @@ func TestADeletedAssignmentLosesItsFinalizerAndIsNotReturnedAgain(t *testing.T) 
 func TestLookupsReturnWhatTheCachesHave(t *testing.T) {
 	c, _ := newTestCluster(t, &server{})
 	if c.Pod("ns/web") != nil || c.Node("node-1") != nil || c.Binding("ns/binding") != nil || c.Identity("ns/blue") != nil || c.HasAssignments() {
-		t.Error("empty caches have objects")
+		t.Error("a lookup in empty caches returned an object")
 	}
 	fill(t, c, testPod(), testNode(), testIdentity(), testBinding(), assignmentObject("a", "1", ""),
 		&corev1.Namespace{ObjectMeta: meta("", "ns")})
@@ -378,33 +378,33 @@ func TestLookupsReturnWhatTheCachesHave(t *testing.T) {
 		t.Error("an object is not found")
 	}
 	if c.NamespaceTerminating("ns") || !c.NamespaceTerminating("deleted") {
-		t.Error("the namespace is terminating, or a deleted one is not")
+		t.Error("NamespaceTerminating returns true for an existing namespace, or false for a deleted one")
 	}
 	if ref := c.Pod("ns/web").Reference(); ref.UID != "nsweb" || ref.Kind != "Pod" {
-		t.Errorf("reference of the pod: %+v", ref)
+		t.Errorf("the reference of the pod is %+v, want its kind and UID", ref)
 	}
 	if ref := c.Binding("ns/binding").Reference(); ref.UID != "nsbinding" || ref.APIVersion != "aadpodidentity.k8s.io/v1" {
-		t.Errorf("reference of the binding: %+v", ref)
+		t.Errorf("the reference of the binding is %+v, want its API version and UID", ref)
 	}
 }
 
 func TestAWatchIsBehindUntilItHasCaughtUp(t *testing.T) {
 	var s watchState
 	if s.Behind() {
-		t.Error("behind before any watch")
+		t.Error("Behind returns true before any watch")
 	}
 	s.markDisconnected("pods")
 	s.markConnected("nodes", time.Hour) // was not disconnected
 	if !s.Behind() {
-		t.Error("not behind while a watch is disconnected")
+		t.Error("Behind returns false while a watch is disconnected")
 	}
 	s.markConnected("pods", -time.Second)
 	if s.Behind() {
-		t.Error("behind after the time to catch up")
+		t.Error("Behind returns true after the time to catch up")
 	}
 	s.markDisconnected("pods")
 	s.markConnected("pods", time.Hour)
 	if !s.Behind() {
-		t.Error("not behind while a watch catches up")
+		t.Error("Behind returns false while a watch catches up")
 	}
 }

@@ -14,7 +14,7 @@ type Handlers struct {
 	Pod            func(key string)        // the pod must be reconciled
 	Binding        func(key string)        // the binding must be checked
 	PodScheduled   func(key string)        // the pod is scheduled, which MIC did not know before
-	IdentityEdited func(resourceID string) // the AzureIdentity was edited; Azure may now accept what it refused
+	IdentityEdited func(resourceID string) // an AzureIdentity with this resource ID was edited; Azure may no longer refuse the identity
 	WatchFailed    func()                  // a watch failed; client-go logs why
 }
 
@@ -103,7 +103,7 @@ func (e *eventHandler) assignment(old, current *Assignment) {
 }
 
 func (e *eventHandler) podsWith(index, value string) {
-	keys, _ := e.cluster.pods.GetIndexer().IndexKeys(index, value) // the index exists
+	keys, _ := e.cluster.pods.GetIndexer().IndexKeys(index, value) // it fails only for an index that does not exist
 	for _, key := range keys {
 		e.call.Pod(key)
 	}

@@ -121,7 +121,7 @@ func trimNode(o *corev1.Node) *Node {
 	n := &Node{Meta: kube.MetaOf(o)}
 	machine, err := azure.ParseProviderID(o.Spec.ProviderID)
 	if err != nil {
-		n.Problem = fmt.Sprintf("spec.providerID of node %s does not name a machine of Azure, so MIC attaches nothing: %v", o.Name, err)
+		n.Problem = fmt.Sprintf("spec.providerID of node %s does not name a machine of Azure, so MIC attaches no identity to this node: %v", o.Name, err)
 		return n
 	}
 	n.Machine, n.MachineKey = machine, machine.Key()

@@ -10,18 +10,19 @@ import (
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
-// WriteTTL is how long an own write takes precedence over the cache at most. The watch may never deliver an own write,
-// for example if the object was deleted while the watch was disconnected.
+// WriteTTL is the longest time for which AssignmentsOf returns the response to a write of this process instead of the
+// object in the cache. The watch may never deliver a written object, for example if the object was deleted while the
+// watch was disconnected.
 const WriteTTL = 30 * time.Second
 
 // ownWrites has the AzureAssignedIdentity objects from the responses to writes of this process. It keeps each object
-// until the watch delivers the same version or a newer one, so that each reconcile of a pod sees its own last writes.
+// until the watch delivers the same version or a newer one, so that each reconcile of a pod sees the writes before it.
 type ownWrites struct {
 	mu      sync.Mutex
 	byPod   map[string][]*ownWrite
-	deleted []deletedAssignment // recent deletions that the watch delivered, oldest first
-	// released has the UIDs of assignments whose last finalizer was removed and whose deletion the watch has not
-	// delivered yet.
+	deleted []deletedAssignment // assignments that the watch recently reported as deleted, oldest first
+	// released has the UIDs of assignments whose last finalizer this process removed, and which the watch has not
+	// reported as deleted yet.
 	released map[string]struct{}
 }
 
@@ -41,9 +42,8 @@ func newOwnWrites() ownWrites {
 	return ownWrites{byPod: map[string][]*ownWrite{}, released: map[string]struct{}{}}
 }
 
-// overlay returns the assignments of a pod. observed are those that the watch delivered. An own write that has not
-// expired is added to observed, or replaces an older state there. Assignments whose last finalizer this process removed
-// are left out.
+// overlay returns the assignments of a pod. observed are those that the watch delivered. overlay adds each ownWrite
+// that has not expired, or replaces an older version in observed by it. It leaves out the assignments in released.
 func (w *ownWrites) overlay(pod string, observed []*Assignment) []*Assignment {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -65,8 +65,8 @@ func (w *ownWrites) overlay(pod string, observed []*Assignment) []*Assignment {
 	return observed
 }
 
-// recordReleased records that the last finalizer of an assignment that is being deleted was removed, unless the watch
-// has delivered the deletion already.
+// recordReleased records that this process removed the last finalizer of an assignment that is being deleted, unless
+// the watch has already reported the assignment as deleted.
 func (w *ownWrites) recordReleased(a *Assignment) {
 	w.drop(a.Pod, a.Key(), "")
 	w.mu.Lock()
@@ -76,8 +76,9 @@ func (w *ownWrites) recordReleased(a *Assignment) {
 	}
 }
 
-// record records the response to a write, unless the watch has delivered the same or a newer version or the deletion.
-// observed is the object that the watch delivered last, or nil. record returns the written assignment in any case.
+// record records o, the response to a write, unless the watch has delivered the same version or a newer one, or has
+// reported the assignment as deleted. observed is the object that the watch delivered last, or nil. record returns the
+// written assignment in any case.
 func (w *ownWrites) record(o *v1.AzureAssignedIdentity, observed *Assignment) *Assignment {
 	a := trimAssignment(o)
 	w.drop(a.Pod, a.Key(), "")
@@ -92,8 +93,8 @@ func (w *ownWrites) record(o *v1.AzureAssignedIdentity, observed *Assignment) *A
 	return a
 }
 
-// observe handles an event of the watch: it drops the own write of the object, unless the own write is newer. A
-// deletion drops it in any case.
+// observe handles an event of the watch for a. It drops the ownWrite of this assignment, unless the ownWrite is newer
+// than a. If deleted is true, it drops the ownWrite in any case.
 func (w *ownWrites) observe(a *Assignment, deleted bool) {
 	version := a.ResourceVersion
 	if deleted {
@@ -103,7 +104,8 @@ func (w *ownWrites) observe(a *Assignment, deleted bool) {
 	w.drop(a.Pod, a.Key(), version)
 }
 
-// recordDeleted remembers a deletion for WriteTTL: the response to an own write may arrive after the deletion.
+// recordDeleted remembers for at least WriteTTL that the watch reported an assignment as deleted. The response to a
+// write before the deletion may arrive after this event, and record must ignore that response.
 func (w *ownWrites) recordDeleted(a *Assignment) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -116,14 +118,15 @@ func (w *ownWrites) recordDeleted(a *Assignment) {
 	delete(w.released, a.UID)
 }
 
-// unobserved reports whether there are writes for a pod that the watch has not delivered yet.
+// unobserved reports whether this process wrote assignments of a pod that the watch has not delivered yet.
 func (w *ownWrites) unobserved(pod string) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return len(w.byPod[pod]) > 0
 }
 
-// drop drops the own write of an object, unless it is newer than version. If version is "", it drops any own write.
+// drop removes the ownWrite of an assignment, unless the ownWrite is newer than version. If version is "", drop removes
+// it in any case.
 func (w *ownWrites) drop(pod, key, version string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

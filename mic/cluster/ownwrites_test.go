@@ -50,7 +50,7 @@ func TestOwnWritesCountUntilTheWatchDeliversThemOrANewerVersion(t *testing.T) {
 	store(assignmentObject("a", "10", ""))
 	expect("when the watch delivers the creation", v1.AssignmentAssigned)
 	store(assignmentObject("a", "12", v1.AssignmentAssigned))
-	store(assignmentObject("a", "9", v1.AssignmentCreated)) // cannot happen, but shows that the own write is dropped
+	store(assignmentObject("a", "9", v1.AssignmentCreated)) // a watch never goes back to an older version; here it shows that the ownWrite was dropped
 	expect("when the watch has delivered the update", v1.AssignmentCreated)
 	store(assignmentObject("a", "20", v1.AssignmentUnassigned))
 	c.recordWrite(assignmentObject("a", "15", v1.AssignmentAssigned))
@@ -60,6 +60,6 @@ func TestOwnWritesCountUntilTheWatchDeliversThemOrANewerVersion(t *testing.T) {
 	c.own.observe(deleted, true)
 	expect("after the deletion of another", v1.AssignmentUnassigned)
 	if len(c.own.byPod) != 0 {
-		t.Errorf("remaining own writes: %v", c.own.byPod)
+		t.Errorf("the watch has delivered all writes, but ownWrites still has %v", c.own.byPod)
 	}
 }

@@ -12,7 +12,8 @@ import (
 )
 
 // CatchUpTime is how long a watch counts as behind after it was connected again: the API server first sends the events
-// that the watch missed. For a watch that starts with all objects this time is relistTime, because these take longer.
+// that the watch missed. For a watch to which the API server first sends all objects, this time is relistTime, because
+// these objects take longer.
 const CatchUpTime, relistTime = 5 * time.Second, 30 * time.Second
 
 // watchState tracks whether all watches receive events. Its zero value is ready for use.
@@ -66,7 +67,7 @@ func (s *watchState) trackWatch(name string, lw *cache.ListWatch) {
 		case err != nil:
 			s.markDisconnected(name)
 		case o.SendInitialEvents != nil && *o.SendInitialEvents:
-			s.markDisconnected(name) // the watch is not marked yet if the previous one ended without an error
+			s.markDisconnected(name) // if the previous watch ended without an error, the resource is not marked yet
 			s.markConnected(name, relistTime)
 		default:
 			s.markConnected(name, CatchUpTime)

@@ -7,7 +7,7 @@
 //   - Detaching what somebody else attached: MIC detaches only identities that the ledger contains.
 //   - Identities that MIC attached and never detaches, because it has no record of them, for example after a crash: MIC
 //     writes the ledger before it sends an update, so the ledger contains every identity that MIC may have attached.
-//   - Updates of one machine by two MICs that both act as the leader: each write of a ledger requires the
-//     resourceVersion that MIC read, or that no ledger exists yet. The write of the second MIC therefore fails before
-//     it sends an update.
+//   - Updates of one machine by two MICs that both act as the leader: each write requires that the ledger still has the
+//     resourceVersion that the MIC last read or wrote, or that no ledger exists yet. If both MICs write the ledger, the
+//     write of the second MIC fails, and this MIC does not send its update.
 package ledger

@@ -36,7 +36,8 @@ func (e Entries) Clone() Entries {
 	return e
 }
 
-// Same reports whether writing other in place of e would change nothing. It returns false if e or other has an update in progress.
+// Same reports whether writing other in place of e would change nothing. It returns false if e or other has an update
+// in progress.
 func (e Entries) Same(other Entries) bool {
 	return maps.Equal(e.Attached, other.Attached) && e.Update == nil && other.Update == nil
 }
@@ -45,7 +46,8 @@ func (e Entries) Same(other Entries) bool {
 // everything that MIC may have attached in this time.
 func (e Entries) Begin(now time.Time, add, remove []string) Entries {
 	next := e.Clone()
-	// Round removes the reading of the monotonic clock, which may stop while the host is suspended.
+	// Round removes the reading of the monotonic clock, which may stop while the host is suspended: time.Since would
+	// then return too short a time.
 	next.Update = &Update{Started: now.Round(0), Add: add, Remove: remove}
 	for _, id := range add {
 		next.Attached[azure.Fold(id)] = id

@@ -39,7 +39,7 @@ func TestAnUpdateIsRecordedBeforeItIsSentAndEndedByWhatTheMachineHas(t *testing.
 		}
 	}
 	if len(before.Attached) != 2 || during.Update == nil {
-		t.Error("the entries before were changed")
+		t.Error("Begin changed the entries before it, or End changed the entries during the update")
 	}
 }
 
@@ -56,7 +56,7 @@ func TestEntriesAreTheSameOnlyWithoutAnUpdate(t *testing.T) {
 		"an update in progress":      {e.Begin(time.Now(), nil, nil), false},
 	} {
 		if got := e.Same(c.other); got != c.want {
-			t.Errorf("%s: same is %t", name, got)
+			t.Errorf("%s: Same returned %t", name, got)
 		}
 	}
 }
@@ -69,6 +69,6 @@ func TestAnAppliedUpdateChangesACopyOfTheState(t *testing.T) {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 	if got := (&Update{Add: []string{"/C"}}).Applied(azure.State{}); len(got.Identities) != 1 {
-		t.Errorf("of a machine without identities: %v", got.Identities)
+		t.Errorf("for a machine without identities Applied returns %v, want one identity", got.Identities)
 	}
 }

@@ -18,11 +18,12 @@ import (
 // label marks the ConfigMaps that are ledgers.
 const label = "podidentity.io/ledger"
 
-// ErrOvertaken means that another process wrote the ledger since it was read: another MIC that acts as the leader, or
-// an operator. The caller must not act on what it read.
-var ErrOvertaken = errors.New("another process has written the ledger since this MIC read it")
+// ErrOvertaken means that the ledger is not in the version that this process last read or wrote. Another MIC that acts
+// as the leader or an operator changed it, or this process did not get the response to its own last write. The caller
+// must not act on what it read.
+var ErrOvertaken = errors.New("the ledger is not in the version that this MIC last read or wrote: another process changed it, or MIC did not get the response to its last write; MIC reads the ledger again")
 
-// Ledger is the ledger of one machine, as it was read or written last.
+// Ledger is the ledger of one machine, as this process last read or wrote it.
 type Ledger struct {
 	store   typedcorev1.ConfigMapInterface
 	name    string
@@ -73,8 +74,8 @@ func parse(o *corev1.ConfigMap) (Entries, error) {
 	return e, nil
 }
 
-// Write saves e in the ConfigMap. If another process has written the ledger since l read or wrote it, Write changes
-// nothing and returns ErrOvertaken. If e has no identities and no update, Write deletes the ConfigMap instead. It then
+// Write saves e in the ConfigMap. If the ConfigMap is not in the version of l, Write changes nothing and returns an
+// error that wraps ErrOvertaken. If e has no identities and no update, Write deletes the ConfigMap instead. It then
 // returns nil if there is nothing to delete: l had no ConfigMap, or the ConfigMap is already gone.
 func (l *Ledger) Write(ctx context.Context, e Entries) error {
 	if len(e.Attached) == 0 && e.Update == nil {

@@ -110,7 +110,7 @@ func TestWhatIsWrittenIsReadByTheNextLeader(t *testing.T) {
 	store := newStore()
 	l := read(t, store)
 	if l.Stored() || len(l.Attached) > 0 {
-		t.Errorf("without a ConfigMap the ledger is %+v", l)
+		t.Errorf("without a ConfigMap the ledger is %+v, want an empty one that is not stored", l)
 	}
 	first := l.Begin(time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC), []string{"/A"}, nil)
 	second := first.Clone()
@@ -121,11 +121,11 @@ func TestWhatIsWrittenIsReadByTheNextLeader(t *testing.T) {
 		}
 		got := read(t, store)
 		if diff := cmp.Diff(e, got.Entries); diff != "" || !got.Stored() {
-			t.Errorf("read (-written +read), stored %t:\n%s", got.Stored(), diff)
+			t.Errorf("the ledger that was read is stored: %t, want true; difference (-written +read):\n%s", got.Stored(), diff)
 		}
 	}
 	if ids, err := Machines(t.Context(), store); err != nil || len(ids) != 1 || ids[0] != machineID {
-		t.Errorf("machines with a ledger: %v, %v", ids, err)
+		t.Errorf("Machines returned %v, %v; want only the machine of the ledger", ids, err)
 	}
 }
 
@@ -189,7 +189,7 @@ func TestAConfigMapThatCannotBeParsedIsAnError(t *testing.T) {
 		store.put(&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "mic", Name: nameOf("vmss/nodes")}, Data: data})
 		_, err := Read(t.Context(), store, "vmss/nodes", machineID)
 		if err == nil || !strings.Contains(err.Error(), "ConfigMap mic/"+nameOf("vmss/nodes")) {
-			t.Errorf("%s: %v", name, err)
+			t.Errorf("%s: got %v; want an error that names the ConfigMap", name, err)
 		}
 	}
 }
@@ -207,10 +207,10 @@ func TestAFailureOfTheAPIServerIsNotOvertaking(t *testing.T) {
 	deleteErr := l.Write(t.Context(), Entries{Machine: machineID})
 	for _, err := range []error{readErr, listErr, writeErr, deleteErr} {
 		if !errors.Is(err, store.fail) || errors.Is(err, ErrOvertaken) {
-			t.Errorf("got %v", err)
+			t.Errorf("got %v; want the error of the store, and not ErrOvertaken", err)
 		}
 	}
 	if len(l.Attached) != 1 {
-		t.Errorf("after failed writes the ledger has %v", l.Attached)
+		t.Errorf("after failed writes the ledger has %v, want only /a", l.Attached)
 	}
 }

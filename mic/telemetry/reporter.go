@@ -56,7 +56,7 @@ func NewReporter(client typedcorev1.EventsGetter, log *zap.Logger) (*Reporter, e
 func (r *Reporter) Shutdown() { r.broadcaster.Shutdown() }
 
 // PodProblems reports each new problem of a pod by an Event on the pod and a log line. If the problem has a binding,
-// PodProblems also writes an Event on the binding, unless the last one of this reason had the same text.
+// PodProblems also writes an Event on the binding, unless the last Event on it with this reason had the same text.
 func (r *Reporter) PodProblems(pod *corev1.ObjectReference, problems []Problem) {
 	texts := make([]string, len(problems))
 	for i, p := range problems {
@@ -81,8 +81,8 @@ func (r *Reporter) PodProblems(pod *corev1.ObjectReference, problems []Problem) 
 	}
 }
 
-// changed remembers a text under a key, and reports whether the text differs from the last one under that key. An empty
-// text only removes the last one; the result is then false.
+// changed remembers a text under a key, and reports whether the text differs from the last one under that key. If text
+// is empty, changed only removes the last text and returns false.
 func (r *Reporter) changed(key, text string) bool {
 	if text == "" {
 		r.reported.Remove(key)

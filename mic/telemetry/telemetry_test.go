@@ -75,7 +75,7 @@ func TestAProblemOfAPodIsReportedOnceForEachChange(t *testing.T) {
 	other := &corev1.ObjectReference{Kind: "Pod", Namespace: "ns", Name: "web-2", UID: "other-uid"}
 	r.PodProblems(other, []Problem{first})
 	if e := events(); len(e) != 1 || !strings.Contains(e[0], "AssignmentFailed denied") {
-		t.Errorf("of another pod with the same binding: %q", e)
+		t.Errorf("a problem of another pod with the same binding wrote the Events %q, want one on the pod", e)
 	}
 }
 
@@ -139,7 +139,7 @@ func TestTheTimerMeasuresOnlyPodsThatWereScheduledAfterItsStart(t *testing.T) {
 		timer.Done("a", true, observe)
 		timer.Done("unknown", true, observe)
 		if !slices.Equal(got, []time.Duration{3 * time.Second}) {
-			t.Errorf("measured %v", got)
+			t.Errorf("the timer measured %v, want only 3s", got)
 		}
 	})
 }

@@ -69,20 +69,20 @@ type Status int
 
 // The statuses of an identity on a machine.
 const (
-	Unknown Status = iota // the state of the machine is not known, or no pod has a demand for the identity
+	Unknown Status = iota // the state of the machine is not known, or the Tracker has no record of the identity
 	Missing               // not attached, or an update that detaches it is in progress
 	Attached
 )
 
-// Status returns the status of an identity that a pod needs, and the problem that prevents its attachment, if any.
-// Unless the identity is attached, the Tracker requeues the pod when Azure reports another status or the problem
-// changes.
+// Status returns the status of an identity, and the problem that prevents its attachment, if any. The demands of the
+// pod must contain k. Unless the identity is attached, the Tracker requeues the pod when Azure reports another status
+// or the problem changes.
 func (t *Tracker) Status(pod string, k Key) (status Status, problem string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	m := t.machines[k.Machine]
 	if m == nil || m.identities[k.Identity] == nil {
-		return Unknown, "" // the demand of the pod is not set; its next reconcile sets it
+		return Unknown, "" // the demand is not set; the next reconcile of the pod sets it
 	}
 	u := m.identities[k.Identity]
 	if m.known && m.has(k.Identity) {

@@ -96,9 +96,10 @@ func (m *Machine) MarkUnknown() {
 	m.known = false
 }
 
-// Observe records now, the attached identities by folded ID, and requeues the pods that the change affects. updating
-// says that Azure is updating the machine. An identity that was not attached before may then not be usable yet, so
-// Observe does not record it as attached. If it is not known what was attached before, Observe records all identities.
+// Observe records which identities are attached, and requeues the pods that the change affects. now has these
+// identities by folded ID. updating says that Azure is updating the machine. An identity that was not attached before
+// the update may then not be usable yet, so Observe does not record it as attached. If it is not known what was
+// attached before, Observe records all identities.
 func (m *Machine) Observe(now map[string]azure.Identity, updating bool) {
 	defer m.lock()()
 	requeueAll := !m.known || m.problem != ""
@@ -129,7 +130,8 @@ func (m *Machine) Observe(now map[string]azure.Identity, updating bool) {
 	}
 }
 
-// SetLedger records the identities in the ledger (IDs by folded ID), and requeues the pods that the change affects.
+// SetLedger records which identities are in the ledger, and requeues the pods that the change affects. attached has the
+// resource IDs of these identities by folded ID.
 func (m *Machine) SetLedger(attached map[string]string) {
 	defer m.lock()()
 	before := m.inLedger
@@ -203,8 +205,8 @@ func (m *Machine) SetAside(identity, message string) (retryAfter time.Time, time
 	return r.RetryAfter, r.Times
 }
 
-// View returns a View for Decide that contains only Identities; the caller adds the other fields. It forgets identities
-// to which nothing refers any more.
+// View returns a View for Decide that contains only Identities; the caller adds the other fields. The Tracker then
+// forgets identities to which nothing refers any more.
 func (m *Machine) View() View {
 	defer m.lock()()
 	v := View{Identities: map[string]IdentityView{}}

@@ -10,7 +10,7 @@ import (
 )
 
 // Tracker records which pod uses which identity on which machine, and what is attached to the machines as far as Azure
-// reported it. Its methods and those of its Machines do not block, and may be called concurrently.
+// reported it. Its methods and those of its Machines send no requests, and may be called concurrently.
 type Tracker struct {
 	mu          sync.Mutex
 	machines    map[string]*Machine // by key
@@ -120,7 +120,8 @@ func (t *Tracker) SetAsideCount() (n int) {
 }
 
 // RetryRefused makes MIC retry an identity that Azure refused. It ends the delay of the identity, and the delays of the
-// machines on which Azure refused it. It is called when an AzureIdentity with this resource ID was edited.
+// machines on which Azure refused it. identity is a folded resource ID. RetryRefused is called when an AzureIdentity
+// with this resource ID was edited.
 func (t *Tracker) RetryRefused(identity string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

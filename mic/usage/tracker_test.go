@@ -37,29 +37,29 @@ func TestAPodIsRequeuedWhenItsIdentityIsAttachedAndTheMachineOnlyForMissingOnes(
 	tr, h := newTestTracker()
 	tr.SetDemands("ns/a", []Demand{demandFor("x")})
 	if got := h.take(); len(got.machines) != 1 {
-		t.Fatalf("the first demand requeued %v", got)
+		t.Fatalf("the first demand requeued %v, want one machine", got)
 	}
 	if s, _ := tr.Status("ns/a", demandFor("x").Key); s != Unknown {
-		t.Fatalf("before Azure reported, the status is %v", s)
+		t.Fatalf("before Azure reported the state of the machine, the status is %v, want Unknown", s)
 	}
 	tr.Machine(vmss.Key()).Observe(nil, false)
 	if got := h.take(); !slices.Equal(got.pods, []string{"ns/a"}) {
-		t.Fatalf("the first report of Azure requeued %v", got)
+		t.Fatalf("the first report of Azure requeued %v, want pod ns/a", got)
 	}
 	if s, _ := tr.Status("ns/a", demandFor("x").Key); s != Missing {
-		t.Fatalf("the status is %v", s)
+		t.Fatalf("the status of an identity that is not attached is %v, want Missing", s)
 	}
 	tr.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}}, false)
 	if got := h.take(); !slices.Equal(got.pods, []string{"ns/a"}) {
-		t.Fatalf("the attachment requeued %v", got)
+		t.Fatalf("the attachment requeued %v, want pod ns/a", got)
 	}
 	if s, _ := tr.Status("ns/a", demandFor("x").Key); s != Attached {
-		t.Fatalf("the status is %v", s)
+		t.Fatalf("the status of an attached identity is %v, want Attached", s)
 	}
 	tr.SetDemands("ns/b", []Demand{demandFor("x")})
 	tr.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}}, false)
 	if got := h.take(); len(got.pods)+len(got.machines) != 0 {
-		t.Errorf("a second pod of an attached identity, and an unchanged state, requeued %v", got)
+		t.Errorf("a second pod that needs an attached identity, or an unchanged state, requeued %v, want nothing", got)
 	}
 }
 
@@ -72,20 +72,20 @@ func TestTheLastAssignmentOfAnIdentityStaysUntilMICHasDetachedIt(t *testing.T) {
 	tr.SetDemands("ns/b", []Demand{w})
 	tr.SetDemands("ns/a", nil)
 	if !tr.MayRelease("ns/a", w.Key) {
-		t.Error("another pod uses the identity, and the assignment may not be released")
+		t.Error("MayRelease returns false, although another pod uses the identity")
 	}
 	tr.SetDemands("ns/b", nil)
 	if tr.MayRelease("ns/b", w.Key) {
-		t.Error("the last assignment may be released before its identity is detached")
+		t.Error("MayRelease returns true for the last assignment of an identity that is still attached")
 	}
 	h.take()
 	tr.Machine(vmss.Key()).Observe(nil, false)
 	tr.Machine(vmss.Key()).SetLedger(nil)
 	if got := h.take(); !slices.Contains(got.pods, "ns/b") {
-		t.Errorf("the detachment requeued %v", got)
+		t.Errorf("the detachment requeued %v, want pod ns/b", got)
 	}
 	if !tr.MayRelease("ns/b", w.Key) || !tr.Absent(w.Key) {
-		t.Error("the identity was detached, and its assignment may not be released")
+		t.Error("after the detachment MayRelease or Absent returns false")
 	}
 }
 
@@ -95,11 +95,11 @@ func TestAnIdentityThatMICDidNotAttachDoesNotDelayTheRelease(t *testing.T) {
 	tr.SetDemands("ns/a", []Demand{w})
 	tr.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}}, false)
 	if tr.SetDemands("ns/a", nil); tr.MayRelease("ns/a", w.Key) {
-		t.Error("the assignment may be released before the ledger is read")
+		t.Error("MayRelease returns true before the ledger is read")
 	}
 	tr.Machine(vmss.Key()).SetLedger(nil)
 	if !tr.MayRelease("ns/a", w.Key) {
-		t.Error("the assignment may not be released, although MIC did not attach its identity")
+		t.Error("MayRelease returns false, although MIC did not attach the identity")
 	}
 }
 
@@ -111,19 +111,19 @@ func TestAnIdentityBeingDetachedIsMissingAndOneInUseIsNotDetached(t *testing.T) 
 	tr.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}, "y": {ID: "y"}}, false)
 	tr.SetDemands("ns/a", []Demand{y})
 	if got := tr.Machine(vmss.Key()).StartDetaching([]string{"x", "y"}); !slices.Equal(got, []string{"x"}) {
-		t.Fatalf("%v are being detached", got)
+		t.Fatalf("StartDetaching returned %v, want only x, which no pod needs", got)
 	}
 	tr.SetDemands("ns/b", []Demand{x})
 	if s, _ := tr.Status("ns/b", x.Key); s != Missing {
-		t.Errorf("for a new pod of an identity being detached the status is %v", s)
+		t.Errorf("while the identity is being detached, the status for a new pod is %v, want Missing", s)
 	}
 	tr.Machine(vmss.Key()).MarkUnknown()
 	if s, _ := tr.Status("ns/a", y.Key); s != Unknown {
-		t.Errorf("after an update with an unknown result the status is %v", s)
+		t.Errorf("after an update with an unknown result the status is %v, want Unknown", s)
 	}
 	tr.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}, "y": {ID: "y"}}, false)
 	if s, _ := tr.Status("ns/b", x.Key); s != Attached {
-		t.Errorf("after an update that did not happen the status is %v", s)
+		t.Errorf("after an update that detached nothing the status is %v, want Attached", s)
 	}
 }
 
@@ -136,7 +136,7 @@ func TestADetachmentBySomebodyElseRequeuesThePodsOfTheIdentity(t *testing.T) {
 	h.take()
 	tr.Machine(vmss.Key()).Observe(map[string]azure.Identity{"y": {ID: "y"}}, false)
 	if got := h.take(); !slices.Equal(got.pods, []string{"ns/a"}) {
-		t.Errorf("requeued: %v", got.pods)
+		t.Errorf("the detachment of identity x requeued %v, want pod ns/a", got.pods)
 	}
 }
 
@@ -151,18 +151,18 @@ func TestARefusedIdentityIsRetriedWithGrowingDelaysAndReportedToItsPods(t *testi
 		until, n := tr.Machine(vmss.Key()).SetAside("x", "no")
 		pause := time.Until(until)
 		if n != times || pause < last*3/2 && pause < refusalBackoff.Max || pause > refusalBackoff.Max*6/5+time.Second {
-			t.Fatalf("after %d refusals the pause is %s, before it was %s", n, pause, last)
+			t.Fatalf("SetAside counted %d refusals and set a delay of %s; the delay before was %s", n, pause, last)
 		}
 		last = pause
 	}
 	if got := h.take(); !slices.Equal(got.pods, []string{"ns/a"}) {
-		t.Errorf("requeued: %v", got.pods)
+		t.Errorf("the refusals requeued %v, want pod ns/a", got.pods)
 	}
 	if _, message := tr.Status("ns/a", demandFor("x").Key); message != "no" || tr.SetAsideCount() != 1 {
-		t.Errorf("the problem of the pod is %q; %d identities are set aside", message, tr.SetAsideCount())
+		t.Errorf("the problem of the pod is %q, want \"no\"; %d identities are set aside, want 1", message, tr.SetAsideCount())
 	}
 	tr.Machine(vmss.Key()).Observe(map[string]azure.Identity{"x": {ID: "x"}}, false)
 	if tr.SetAsideCount() != 0 {
-		t.Error("the identity is attached, and still set aside")
+		t.Error("the identity is still set aside, although it is attached")
 	}
 }
