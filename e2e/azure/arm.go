@@ -28,8 +28,7 @@ type ARM struct {
 type armState struct {
 	o ARMOptions
 
-	// mu guards the fields below. A request that a fault delays does not hold mu
-	// meanwhile.
+	// mu guards the fields below. A request does not hold mu while a fault delays it.
 	mu         sync.Mutex
 	settings   ARMSettings
 	identities map[string]Identity    // existing ones, by folded resource ID
@@ -93,8 +92,8 @@ func DefaultARMSettings() ARMSettings {
 type Naming string
 
 const (
-	// NamedInDetails: each identity is the target of an entry of error.details.
-	// The message is the same as with NamedInText.
+	// NamedInDetails: each denied or non-existing identity is the target of an entry of
+	// error.details. The message is the same as with NamedInText.
 	NamedInDetails Naming = "details"
 	// NamedInText: only the message names identities, as was observed with the real
 	// ARM. Of several non-existing identities, the message names one: the first by
@@ -154,8 +153,9 @@ func (a *armState) Change(change func(*ARMSettings)) {
 	change(&a.settings)
 }
 
-// ServeHTTP handles a request. If there is no response, it resets the connection or,
-// if the connection cannot be hijacked, panics with http.ErrAbortHandler.
+// ServeHTTP handles a request. If a fault suppresses the response, or the client
+// disconnects during a delay, ServeHTTP resets the connection or, if the connection
+// cannot be hijacked, panics with http.ErrAbortHandler.
 func (a *ARM) ServeHTTP(w http.ResponseWriter, r *http.Request) { writeResponse(w, a.serve(r)) }
 
 // Do handles a client's request without a network. It returns

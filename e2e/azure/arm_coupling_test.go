@@ -49,7 +49,7 @@ func TestIMDSProvidesAnIdentityWhereItIsAttachedToTheMachine(t *testing.T) {
 	must := func(want, when string) {
 		t.Helper()
 		if got := provides(); got != want {
-			t.Errorf("%s: tokens on %q, want %q", when, got, want)
+			t.Errorf("red was %s: IMDS issues tokens for red on the nodes %q, want %q", when, got, want)
 		}
 	}
 	must("", "defined")
@@ -93,7 +93,7 @@ func TestTheDefaultIdentityIncludesThoseOfTheMachine(t *testing.T) {
 	}
 	s.add(blue, "c")
 	if got := s.get(nodeC, tokenQuery); got.body != `{"error":"invalid_request","error_description":"`+string(errMultipleIdentities)+`"}` {
-		t.Errorf("with two identities attached: got %s", got.body)
+		t.Errorf("with two identities attached: got %s, want the error for multiple identities", got.body)
 	}
 	s.add(red, "a")
 	if got := s.get(nodeA, tokenQuery).token(t).ClientID; got != red.ClientID {

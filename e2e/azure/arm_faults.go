@@ -19,9 +19,9 @@ import (
 type ARMFault struct {
 	Resource  string `json:"resource,omitempty"`  // ID of a machine, or /subscriptions/S; empty: all
 	Operation string `json:"operation,omitempty"` // OpGet, OpPatch or OpPoll; empty: each
-	Count     int    `json:"count,omitempty"`     // the fault is cleared after it applied so many times; 0: never
+	Count     int    `json:"count,omitempty"`     // number of requests to which the fault applies; 0: no limit
 
-	Latency time.Duration `json:"latency_ns,omitempty"` // before ARM handles the request or the fault responds
+	Latency time.Duration `json:"latency_ns,omitempty"` // delay before ARM handles the request or the fault responds
 	// Status replaces the response. Code and Message have defaults; RetryAfter
 	// is in seconds (0: no header).
 	Status     int    `json:"status,omitempty"`
@@ -74,15 +74,16 @@ func (f ARMFault) validate() error {
 	case f.Resource != "" && !machine && !subscriptionForm.MatchString(f.Resource):
 		return fmt.Errorf("fault: resource %q is neither the ID of a machine nor /subscriptions/S", f.Resource)
 	case f.Operation != "" && !slices.Contains([]string{OpGet, OpPatch, OpPoll}, f.Operation):
-		return fmt.Errorf("fault: operation %q; valid: %s, %s, %s, or empty for all", f.Operation, OpGet, OpPatch, OpPoll)
+		return fmt.Errorf("fault: unknown operation %q; valid: %s, %s, %s, or empty for all",
+			f.Operation, OpGet, OpPatch, OpPoll)
 	case f.Status != 0 && (f.Status < 400 || f.Status > 599):
-		return fmt.Errorf("fault: status %d; valid: 400 to 599", f.Status)
+		return fmt.Errorf("fault: invalid status %d; valid: 400 to 599", f.Status)
 	case f.Count < 0 || f.RetryAfter < 0 || f.Latency < 0:
 		return fmt.Errorf("fault: count, retry_after or latency_ns is negative: %+v", f)
 	case effects > 1:
 		return fmt.Errorf("fault: set only one of status, hang, drop and fails: %+v", f)
 	case effects == 0 && f.Latency == 0:
-		return fmt.Errorf("a fault without latency_ns, status, hang, drop and fails has no effect: %+v", f)
+		return fmt.Errorf("fault: it has no effect without latency_ns, status, hang, drop or fails: %+v", f)
 	case f.Fails && f.Operation != "" && f.Operation != OpPatch:
 		return fmt.Errorf("fault: fails is valid for operation %s, not for %s", OpPatch, f.Operation)
 	}
@@ -149,7 +150,8 @@ func (s *armFaults) SetIdentityFault(f IdentityFault) error {
 
 func (n Naming) validate() error {
 	if !slices.Contains(namings, n) {
-		return fmt.Errorf("naming %q; valid: %s, %s, %s", n, NamedInDetails, NamedInText, Unnamed)
+		return fmt.Errorf("identity fault: unknown value %q of field naming; valid: %s, %s, %s",
+			n, NamedInDetails, NamedInText, Unnamed)
 	}
 	return nil
 }

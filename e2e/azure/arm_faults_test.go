@@ -14,7 +14,7 @@ func TestA429FaultEndsAfterItsCountAndAppliesOnlyToItsResource(t *testing.T) {
 		a := newTestARM(t)
 		a.must(a.SetFault(ARMFault{Resource: resource, Status: 429, RetryAfter: 30, Count: 2}))
 		if got := a.do("GET", vmID+armV, ""); (got.status == 429) != (resource != setID) {
-			t.Errorf("fault of resource %q: GET of another machine got status %d; want 429, or 200 if only the set has faults",
+			t.Errorf("fault of resource %q: GET of vm got status %d; want 200 with a fault of the set, else 429",
 				resource, got.status)
 		}
 		for a.Stats().ByStatus[429] < 2 {
@@ -97,10 +97,12 @@ func TestAResponseCanBeLostBeforeOrAfterThePatchIsApplied(t *testing.T) {
 				want = "blue red"
 			}
 			if e := a.lastRequest(); e.Accepted != f.Apply || !e.Forced || e.Status != f.Status {
-				t.Errorf("%s: logged as %+v", name, e)
+				t.Errorf("%s: the PATCH is logged as %+v, want forced, its status, and accepted only if applied",
+					name, e)
 			}
 			if got := a.get(setID); got.names() != want {
-				t.Errorf("%s: afterwards the machine has the identities %s", name, got.names())
+				t.Errorf("%s: the machine now has the identities %s, want red, and blue only if the PATCH was applied",
+					name, got.names())
 			}
 		}
 	})
@@ -116,7 +118,7 @@ func TestLatencyEndsWhenTheClientDisconnects(t *testing.T) {
 		}
 		a.mustTimeOut(30*time.Second, "PATCH", setID+armV, patchOf(both, "+"+green.ResourceID))
 		if e := a.lastRequest(); e.Status != 0 || e.Accepted || e.Answered.Sub(e.Time) != 30*time.Second {
-			t.Errorf("logged as %+v, want no response and a time of 30s", e)
+			t.Errorf("logged as %+v, want status 0, not accepted, and answered after 30s", e)
 		}
 		if got := a.get(setID); got.names() != "blue red" {
 			t.Errorf("after the client disconnected: identities %s, want blue red", got.names())
@@ -156,7 +158,7 @@ func TestInvalidFaultsAreRefused(t *testing.T) {
 		"fails is valid for operation patch": {Operation: OpGet, Fails: true},
 	} {
 		if err := a.SetFault(f); err == nil || !strings.Contains(err.Error(), says) {
-			t.Errorf("SetFault(%+v): got error %v", f, err)
+			t.Errorf("SetFault(%+v): got error %v, want the text that the table has for this fault", f, err)
 		}
 	}
 	for says, f := range map[string]IdentityFault{
@@ -164,13 +166,13 @@ func TestInvalidFaultsAreRefused(t *testing.T) {
 		"valid: details":      {Identity: red.ResourceID, Denied: true, Naming: "loud"},
 	} {
 		if err := a.SetIdentityFault(f); err == nil || !strings.Contains(err.Error(), says) {
-			t.Errorf("SetIdentityFault(%+v): got error %v", f, err)
+			t.Errorf("SetIdentityFault(%+v): got error %v, want the text that the table has for this fault", f, err)
 		}
 	}
 	if err := a.AddMachine(Machine{ID: setID + "/virtualMachines/0"}); err == nil {
-		t.Error("an instance was added as a machine")
+		t.Error("AddMachine accepted the ID of an instance of a scale set")
 	}
 	if err := a.AddMachine(Machine{ID: vmID, Identities: []string{userAssigned("ghost", 40).ResourceID}}); err == nil {
-		t.Error("a machine was added with an identity that does not exist")
+		t.Error("AddMachine accepted an identity that does not exist")
 	}
 }

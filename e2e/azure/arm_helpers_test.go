@@ -96,7 +96,6 @@ func (a *testARM) patchSet(kind string, changes ...string) answer {
 	return a.do("PATCH", setID+armV, patchOf(kind, changes...))
 }
 
-// get reads a machine with a GET request.
 func (a *testARM) get(id string) armResource {
 	a.t.Helper()
 	return a.do("GET", id+armV, "").machine(a.t)
@@ -109,7 +108,7 @@ func (a answer) machine(t *testing.T) armResource {
 	}
 	var doc armResource
 	if err := json.Unmarshal([]byte(a.body), &doc); err != nil {
-		t.Fatalf("the body is no machine: %v: %s", err, a.body)
+		t.Fatalf("decoding the machine in the body: %v; body: %s", err, a.body)
 	}
 	return doc
 }

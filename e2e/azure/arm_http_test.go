@@ -35,7 +35,7 @@ func TestInvalidRequestsAreRefusedInTheFormatOfARM(t *testing.T) {
 	} {
 		a.mustRefuse(a.do(c.method, c.target, "{}"), c.status, c.code)
 		if e := a.lastRequest(); e.Status != c.status || e.Code != c.code || e.Method != c.method || e.Path != c.target {
-			t.Errorf("%s %s: logged as %+v", c.method, c.target, e)
+			t.Errorf("%s %s: logged as %+v, want the method, path, status and code of this case", c.method, c.target, e)
 		}
 	}
 	a.mustRefuse(a.do("PATCH", setID+armV, strings.Repeat(" ", maxBodyBytes+1)), 413, "RequestContentTooLarge")
@@ -86,7 +86,7 @@ func TestARMAcceptsOnlyTokensForARM(t *testing.T) {
 
 	for _, audience := range []string{"https://management.azure.com", "https://management.azure.com/", "https://management.core.windows.net/", "https://management.core.windows.net"} {
 		if claims.Audience = audience; get(bearer).status != 200 || a.lastRequest().Caller != guid(2) {
-			t.Errorf("audience %s is refused", audience)
+			t.Errorf("a token with the audience %s is refused, or its caller is not logged", audience)
 		}
 	}
 	a.must(a.SetIdentityFault(IdentityFault{Identity: red.ResourceID, Denied: true}))

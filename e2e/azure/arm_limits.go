@@ -8,10 +8,11 @@ import (
 	"time"
 )
 
-// armLimits are the buckets of Azure's compute throttling by name: one for each
-// machine and policy, and one for each subscription and policy. Azure has one of the
-// latter for each region, but the fake ARM has only one region. Each full minute after
-// the first use of a bucket adds tokens to it. A throttled request takes no token.
+// armLimits are the token buckets of Azure's compute throttling by name: one for each
+// machine and policy, and one for each subscription and policy. In Azure, a subscription
+// has a bucket for each policy and region; the fake ARM has only one region. Each full
+// minute after the first use of a bucket adds tokens to it. A throttled request takes no
+// token.
 type armLimits map[string]*bucket
 
 type bucket struct {
@@ -60,11 +61,11 @@ type throttling struct {
 	retryAfter string
 }
 
-// admit takes a token for the request from the buckets of its machine and its
-// subscription. It takes tokens also while limits are not enforced, so that the
-// buckets are right when a test enables the limits later. It returns the remaining
-// tokens for the response header, or the refusal. For an unknown machine it takes no
-// tokens and returns neither. The caller holds the lock.
+// admit takes one token from the bucket of the request's machine and one from the bucket
+// of its subscription. It takes tokens also while limits are not enforced, so that the
+// buckets are right when a test enables the limits later. It returns the numbers of
+// remaining tokens, for the response header, or the refusal. For an unknown machine it
+// takes no tokens and returns "" and nil. The caller holds a.mu.
 func (a *ARM) admit(x *armRequestContext) (remaining string, refused *throttling) {
 	if _, exists := a.machines[x.machine.key()]; !exists {
 		return "", nil

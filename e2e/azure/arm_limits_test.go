@@ -20,11 +20,12 @@ func TestUpdatesOfAMachineAreThrottledAsDocumented(t *testing.T) {
 			return accepted, last
 		}
 		a.do("PATCH", setID+armV, "") // a request with an invalid body takes a token, too
-		// The example in the documentation of Azure, starting with its second minute.
+		// The numbers of the example in Azure's documentation, from its second minute on.
 		for minute, c := range []struct{ requests, accepted int }{{7, 7}, {0, 0}, {13, 12}, {5, 4}, {0, 0}, {9, 8}} {
 			got, last := patches(c.requests)
 			if got != c.accepted {
-				t.Errorf("minute %d: %d of %d accepted", minute, got, c.requests)
+				t.Errorf("minute %d: %d of %d PATCH requests accepted, want the number in the table",
+					minute, got, c.requests)
 			}
 			if got < c.requests {
 				e := a.mustRefuse(last, 429, "OperationNotAllowed")
@@ -58,7 +59,8 @@ func TestReadsAndPollsHaveSeparateBuckets(t *testing.T) {
 		for target, most := range map[string]int{setID + armV: 36, vmID + armV: 36, poll: 45} {
 			for i := range most + 1 {
 				if got := a.do("GET", target, ""); (got.status == 200) != (i < most) {
-					t.Errorf("request %d (counted from 0) to %s: got status %d", i, target, got.status)
+					t.Errorf("request %d (counted from 0) to %s: got status %d, want 429 only once the bucket is empty",
+						i, target, got.status)
 				}
 			}
 		}

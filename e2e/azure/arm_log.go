@@ -15,7 +15,7 @@ type ARMRequest struct {
 	Operation     string    `json:"operation"` // OpGet, OpPatch, OpPoll, OpOther
 	Method        string    `json:"method"`
 	Path          string    `json:"path"`
-	Resource      string    `json:"resource,omitempty"` // folded machine ID; for a poll, of the operation's machine
+	Resource      string    `json:"resource,omitempty"` // folded ID of the machine, also for a poll of its operation
 	Caller        string    `json:"caller,omitempty"`   // object ID
 	APIVersion    string    `json:"api_version,omitempty"`
 	IfMatch       string    `json:"if_match,omitempty"`

@@ -229,8 +229,8 @@ func (a *armState) Attached(machine, identity string) bool {
 
 // provides reports whether IMDS on the machine issues tokens for the identity id. The
 // identity must exist and be attached, and the propagation time must have passed. The
-// attached identity must have the client ID of id: otherwise it was deleted, and id is a
-// new identity with the same resource ID. machine is a folded ID.
+// attached identity must also have the client ID of id: otherwise id is a new identity
+// that reuses the resource ID of the attached one. machine is a folded ID.
 func (a *armState) provides(machine string, id Identity) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

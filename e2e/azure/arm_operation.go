@@ -33,10 +33,10 @@ type delta struct {
 	remove []string
 }
 
-// after returns s with the change d applied. If d adds an identity that s already has,
-// the attachment in s remains. But if the identity that d adds has the same resource ID
-// and another client ID, it is a new identity and replaces the attachment. If d.user is
-// false, the result has no user-assigned identities.
+// after returns s with the change d applied. If d adds a resource ID that s already has,
+// the client ID decides: with the same client ID, the attachment in s remains. With
+// another client ID, d adds a new identity, and its attachment replaces the one in s. If
+// d.user is false, the result has no user-assigned identities.
 func (s identitySet) after(d *delta) identitySet {
 	if d == nil {
 		return s
@@ -151,9 +151,10 @@ func derivedGUID(text string) string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", sum[:4], sum[4:6], sum[6:8], sum[8:10], sum[10:16])
 }
 
-// replace sets the identities of the machine. For each resource ID that this attaches or
+// replace sets the identities of the machine. For each identity that it attaches or
 // detaches, it adds a copy of change to the change log, with Resource, Identity and
-// Attached filled in. The system-assigned identity is logged as SystemIdentity.
+// Attached filled in. It does not log a new identity that replaces an attached identity
+// with the same resource ID. It logs the system-assigned identity as SystemIdentity.
 func (m *armMachine) replace(set identitySet, change ARMChange, changes *changeLog) {
 	change.Resource = m.key()
 	log := func(identity string, attached bool) {
@@ -185,9 +186,9 @@ func (m *armMachine) projected() identitySet {
 	return set
 }
 
-// begin starts the operation of a PATCH, or queues it after other operations of the
+// begin starts the operation of a PATCH, or queues it after the other operations of the
 // machine. An operation ends immediately if it is not queued, has no delay and does
-// not fail.
+// not fail; then it cannot be polled.
 func (a *armState) begin(m *armMachine, p identityPatch, failure *armError, apply bool) *armOperation {
 	now := a.o.Now()
 	delay := m.delay

@@ -43,12 +43,13 @@ func TestAnOperationChangesTheMachineAtItsEnd(t *testing.T) {
 		}
 		for i, c := range a.Changes(0) {
 			if !c.Time.Equal(start.Add(time.Minute)) || c.Attached != (c.Identity == FoldID(blue.ResourceID)) || c.Resource != FoldID(setID) || c.OperationID == "" || i > 1 {
-				t.Errorf("change %d: %+v", i, c)
+				t.Errorf("change %d: %+v; want only blue attached and red detached, by the operation, after a minute",
+					i, c)
 			}
 		}
 		first := a.Log(0)[0]
 		if !first.Start.Equal(start) || !first.End.Equal(start.Add(time.Minute)) || first.OperationID == "" || !first.Accepted || first.Overlap {
-			t.Errorf("the PATCH is logged as %+v", first)
+			t.Errorf("the PATCH is logged as %+v, want accepted, an operation of one minute, and no overlap", first)
 		}
 	})
 }
@@ -68,7 +69,8 @@ func TestASecondPatchIsRefusedOrQueued(t *testing.T) {
 		a.Change(func(s *ARMSettings) { s.Queue = true })
 		queued := a.patchSet(both, "+"+green.ResourceID, "-"+blue.ResourceID)
 		if e := a.lastRequest(); !e.Overlap || !e.Accepted || !e.Start.Equal(start.Add(40*time.Second)) || !e.End.Equal(start.Add(80*time.Second)) {
-			t.Errorf("queued: logged as %+v", e)
+			t.Errorf("the queued PATCH is logged as %+v, want accepted, an overlap, and an operation from 40 s to 80 s",
+				e)
 		}
 		time.Sleep(41 * time.Second)
 		if got := a.get(setID); got.names() != "blue red" || got.state() != "Updating" || a.poll(queued).Status != "InProgress" {
@@ -80,7 +82,7 @@ func TestASecondPatchIsRefusedOrQueued(t *testing.T) {
 			t.Errorf("after 81 s: identities %s, state %s; want green red, Succeeded", got.names(), got.state())
 		}
 		if s := a.Stats().Resources[FoldID(setID)]; s.Patch != 4 || s.Accepted != 2 || s.Overlaps != 3 || s.Poll != 2 || s.Get != 2 {
-			t.Errorf("counted %+v", s)
+			t.Errorf("counts %+v, want 4 PATCH requests (2 accepted, 3 overlaps), 2 polls and 2 GET requests", s)
 		}
 	})
 }
@@ -98,7 +100,7 @@ func TestAMachineCanHaveItsOwnDelay(t *testing.T) {
 			t.Errorf("PATCH after the machine's own delay was removed: body %s, want the state Updating", got.body)
 		}
 		if err := a.SetDelay(vmID+"2", 0); err == nil || !strings.Contains(err.Error(), "no machine") {
-			t.Errorf("SetDelay of an unknown machine: got error %v", err)
+			t.Errorf("SetDelay of an unknown machine: got error %v, want \"no machine\"", err)
 		}
 	})
 }
@@ -116,7 +118,7 @@ func TestOperationsEndBeforeTheirDelay(t *testing.T) {
 				s, got.names(), got.state())
 		}
 		if err := a.EndOperations(vmID + "2"); err == nil || !strings.Contains(err.Error(), "no machine") {
-			t.Errorf("EndOperations of an unknown machine: got error %v", err)
+			t.Errorf("EndOperations of an unknown machine: got error %v, want \"no machine\"", err)
 		}
 	})
 }
@@ -136,7 +138,8 @@ func TestAnOperationFailsByAFault(t *testing.T) {
 				t.Errorf("poll: %+v, want Failed with AllocationFailed", s)
 			}
 			if got := a.get(setID); got.state() != "Failed" || got.names() != c.names {
-				t.Errorf("fault with apply %t: state %s, want Failed; identities %s", c.apply, got.state(), got.names())
+				t.Errorf("fault with apply %t: state %s, identities %s; want Failed, red, and blue only with apply",
+					c.apply, got.state(), got.names())
 			}
 		}
 		a.patchSet(both, "+"+green.ResourceID)

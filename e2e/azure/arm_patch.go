@@ -10,12 +10,12 @@ import (
 
 // identityPatch is the identity part of the body of a PATCH.
 type identityPatch struct {
-	given        bool   // the body has an identity part
-	text         string // identity.type as sent
-	system, user bool   // whether the type contains SystemAssigned and UserAssigned
-	add          map[string]string
-	remove       []string // folded, sorted
-	malformed    []string // keys that are not IDs of user-assigned identities
+	given        bool              // the body has an identity part
+	text         string            // identity.type as sent
+	system, user bool              // whether the type contains SystemAssigned and UserAssigned
+	add          map[string]string // folded ID -> ID as sent
+	remove       []string          // folded, sorted
+	malformed    []string          // keys that are not IDs of user-assigned identities
 	failure      *armError
 }
 
@@ -134,7 +134,7 @@ func (a *ARM) patch(x *armRequestContext, m *armMachine) response {
 	return out
 }
 
-// patchCheck has the checks of one PATCH that need more than its body.
+// patchCheck has the checks of one PATCH that need more than the body of the PATCH.
 type patchCheck struct {
 	*armState
 	faults *armFaults

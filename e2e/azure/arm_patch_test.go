@@ -34,7 +34,8 @@ func TestAPatchMergesIdentitiesAndFollowsItsType(t *testing.T) {
 		a := newTestARM(t)
 		got := a.do("PATCH", setID+armV, c.body).machine(t)
 		if again := a.get(setID); got.kind() != c.kind || got.names() != c.names || got.state() != "Succeeded" || again.names() != got.names() || again.kind() != got.kind() {
-			t.Errorf("%s: type %s, identities %s, state %s; read again: %s, %s", name, got.kind(), got.names(), got.state(), again.kind(), again.names())
+			t.Errorf("%s: PATCH got type %s, identities %s, state %s, then GET %s, %s; want those of the table",
+				name, got.kind(), got.names(), got.state(), again.kind(), again.names())
 		}
 	}
 }
@@ -63,7 +64,7 @@ func TestAnInvalidPatchIsRefusedAndChangesNothing(t *testing.T) {
 		before := a.get(setID)
 		a.mustRefuse(a.do("PATCH", setID+armV, c.body), c.status, c.code)
 		if e := a.lastRequest(); e.Accepted || e.Code != c.code || e.Status != c.status {
-			t.Errorf("%s: logged as %+v", name, e)
+			t.Errorf("%s: the refused PATCH is logged as %+v, want the status and code of the table", name, e)
 		}
 		if after := a.get(setID); after.kind() != before.kind() || after.names() != before.names() || after.ETag != before.ETag {
 			t.Errorf("%s: the refused PATCH changed the machine from %+v to %+v", name, before, after)
@@ -81,17 +82,18 @@ func TestTheResponseHasTheIDsInTheConfiguredCasing(t *testing.T) {
 	}
 	if got.Identity.PrincipalID != guid(91) || got.Identity.TenantID != tenant || got.ID != setID || got.Name != "set" ||
 		got.Type != "Microsoft.Compute/virtualMachineScaleSets" || got.Location != "westeurope" {
-		t.Errorf("scale set: %+v", got)
+		t.Errorf("scale set %+v; want its ID as added, its name, type and location, and its system-assigned identity",
+			got)
 	}
 	if vm := a.get(strings.ToUpper(vmID)); vm.Identity != nil || vm.ID != vmID || vm.Type != "Microsoft.Compute/virtualMachines" {
-		t.Errorf("virtual machine: %+v", vm)
+		t.Errorf("virtual machine %+v; want its ID as added, its type, and no identity", vm)
 	}
 	for casing, want := range map[Casing]string{
 		CasingAsSent: red.ResourceID, CasingLower: strings.ToLower(red.ResourceID), CasingUpper: strings.ToUpper(red.ResourceID),
 	} {
 		a.Change(func(s *ARMSettings) { s.Casing = casing })
 		if got := a.get(setID).Identity.UserAssignedIdentities; len(got) != 1 || got[want].ClientID == "" {
-			t.Errorf("casing %s: got identities %v", casing, got)
+			t.Errorf("casing %s: got identities %v, want only red, with its ID in this casing", casing, got)
 		}
 	}
 	a.Change(func(s *ARMSettings) { s.Casing = CasingChanging })
@@ -143,7 +145,7 @@ func TestTheErrorForAMissingIdentityNamesItAsConfigured(t *testing.T) {
 		a := newTestARM(t, func(s *ARMSettings) { s.Naming = naming })
 		e := a.mustRefuse(a.do("PATCH", setID+armV, body), 400, "FailedIdentityOperation")
 		if got := [2]string{names(e, text), names(e, details)}; got != want {
-			t.Errorf("%s: names %q in the text and in details, want %q: %+v", naming, got, want, e)
+			t.Errorf("naming %s: the error names %q in its message and its details, want %q: %+v", naming, got, want, e)
 		}
 		a.Change(func(s *ARMSettings) { s.LateErrors = true })
 		began := a.do("PATCH", setID+armV, body)
@@ -160,7 +162,7 @@ func TestTheErrorForAMissingIdentityNamesItAsConfigured(t *testing.T) {
 				naming, got.names(), got.state())
 		}
 		if got := a.patchSet(both, "+"+blue.ResourceID).machine(t); got.names() != "blue red" || got.state() != "Succeeded" {
-			t.Errorf("naming %s, after a PATCH without the missing ones: identities %s, state %s; want blue red, Succeeded",
+			t.Errorf("naming %s, after a PATCH that adds only blue: identities %s, state %s; want blue red, Succeeded",
 				naming, got.names(), got.state())
 		}
 	}
@@ -230,7 +232,8 @@ func TestAnOutdatedETagIsRefused(t *testing.T) {
 	first := a.do("GET", setID+armV, "")
 	tag := first.header.Get("ETag")
 	if tag == "" || first.machine(t).ETag != tag {
-		t.Fatalf("ETag %q, in the body %q", tag, first.machine(t).ETag)
+		t.Fatalf("ETag %q in the header, %q in the body; want the same in both, and not empty",
+			tag, first.machine(t).ETag)
 	}
 	second := a.do("PATCH", setID+armV, patch, "If-Match: "+tag)
 	if got := second.machine(t).ETag; second.header.Get("ETag") != got || got == tag || a.get(setID).ETag != got {

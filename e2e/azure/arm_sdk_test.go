@@ -126,24 +126,24 @@ func TestTheAzureSDKPatchesAndPollsToTheEnd(t *testing.T) {
 		}
 	}
 	if got := s.get(nodeC, tokenQuery+"&client_id="+blue.ClientID); got.status != 200 {
-		t.Errorf("IMDS of another node of the scale set: %d %s", got.status, got.body)
+		t.Errorf("token request from another node of the scale set: got %d %s, want 200", got.status, got.body)
 	}
 	_, err = c.begin(ctx, of, both, &armcompute.VirtualMachineScaleSetsClientBeginUpdateOptions{IfMatch: before.Etag}, "+"+red.ResourceID)
 	mustBeError(t, err, 412, "PreconditionFailed")
 
 	stats := s.stats().ARM.Resources[FoldID(setID)]
 	if stats.Patch != 3 || stats.Accepted != 2 || stats.Poll != 3 || stats.Overlaps != 0 {
-		t.Errorf("counted %+v", stats)
+		t.Errorf("counts of the scale set %+v, want 3 PATCH requests (2 accepted, no overlap) and 3 polls", stats)
 	}
 	log, err := s.ARMLog(ctx, 0)
 	s.must(err)
 	if first := log[0]; first.Caller != app.ObjectID || first.APIVersion != "2025-04-01" || first.Operation != OpPatch || joined(first.Add) != FoldID(red.ResourceID) || first.Type != both {
-		t.Errorf("logged %+v", first)
+		t.Errorf("first request logged as %+v, want the PATCH by the application that adds red", first)
 	}
 	changes, err := s.ARMChanges(ctx, 1)
 	s.must(err)
 	if len(changes) != 3 || changes[1].Attached || !changes[2].Attached || changes[1].OperationID != changes[2].OperationID {
-		t.Errorf("changes %+v", changes)
+		t.Errorf("changes %+v, want 3, of which the last two detach red and attach blue in one operation", changes)
 	}
 }
 
@@ -238,7 +238,7 @@ func TestARMAcceptsOnlyTokensOfTheFakeEntraID(t *testing.T) {
 func TestTheCertificateIsValidForEachNameAndTheAddress(t *testing.T) {
 	hosts := certificateHosts(Config{EntraHosts: []string{"login.test"}, ARMHosts: []string{"management.test"}, EntraAddr: "127.0.0.7:443"})
 	if joined(hosts) != "127.0.0.7 login.test management.test" {
-		t.Errorf("hosts %v", hosts)
+		t.Errorf("hosts %v, want both configured names and the IP address", hosts)
 	}
 }
 
@@ -265,7 +265,7 @@ func TestARMsSwitchesAreSetAndReset(t *testing.T) {
 	} {
 		err := s.Set(t.Context(), map[string]string{"arm.early": "false", "imds.drop": "true", wrong: "x"})
 		if err == nil || !strings.Contains(err.Error(), says) {
-			t.Errorf("switch %s=x: got error %v", wrong, err)
+			t.Errorf("switch %s=x: got error %v, want one that lists what is valid", wrong, err)
 		}
 	}
 	if all, err := s.Switches(t.Context()); err != nil || all["arm.early"] != "true" || all["imds.drop"] != "false" {
@@ -292,7 +292,7 @@ func TestTheControlAPIRefusesWhatARMRefuses(t *testing.T) {
 		"not the resource ID of a use":  s.SetIdentityFault(ctx, IdentityFault{Identity: "red"}),
 	} {
 		if err == nil || !strings.Contains(err.Error(), says) {
-			t.Errorf("want %q, got %v", says, err)
+			t.Errorf("want an error that contains %q, got %v", says, err)
 		}
 	}
 	machines, err := s.Machines(ctx)

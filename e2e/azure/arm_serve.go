@@ -40,7 +40,7 @@ func (x *armRequestContext) base() string {
 }
 
 // serve handles a request. It logs the request before it returns the response, so
-// that a client that has received the response can read the log entry.
+// that a test finds the log entry as soon as a client has the response.
 func (a *ARM) serve(r *http.Request) response {
 	x := &armRequestContext{Request: r}
 	var body []byte
@@ -117,7 +117,7 @@ func (a *ARM) recordResponse(x *armRequestContext, status int) {
 	a.finishDueOperations()
 	x.entry.Answered, x.entry.Status = a.o.Now(), status
 	if m, ok := a.machines[x.machine.key()]; ok && x.entry.Operation == OpPatch {
-		m.patching = max(0, m.patching-1) // a machine that AddMachine replaced meanwhile has 0
+		m.patching = max(0, m.patching-1) // already 0 if AddMachine has replaced the machine meanwhile
 	}
 	a.records.finish(x.entry)
 }

@@ -23,7 +23,7 @@ type Client struct {
 	keys Keys // for Verify; fetched once
 }
 
-// ARMClient has the methods of a Client for the fake ARM.
+// ARMClient has the methods of a Client that control the fake ARM.
 type ARMClient struct{ *controlClient }
 
 // controlClient sends requests to the control API.
@@ -117,8 +117,8 @@ func (c *Client) Set(ctx context.Context, changes map[string]string) error {
 
 // Switches returns all switches with their values. A positive value of throttle or
 // status-count is the number of requests to which the fault still applies. When
-// status-count reaches 0, status also becomes 0 (off). The fault has no such end if
-// throttle is -1, or if a test sets a status while status-count is 0.
+// status-count falls to 0, status also becomes 0 (off). With throttle -1, or with a status
+// that was set while status-count was 0, the fault applies until a test changes the switch.
 func (c *Client) Switches(ctx context.Context) (map[string]string, error) {
 	var out map[string]string
 	return out, c.call(ctx, "GET", "/switches", nil, &out)

@@ -18,7 +18,7 @@ type Config struct {
 	IMDSAddr      string   `json:"imdsAddr"`      // host:port, plain HTTP
 	EntraAddr     string   `json:"entraAddr"`     // host:port, TLS
 	ControlSocket string   `json:"controlSocket"` // path of the unix socket a Client dials
-	StateDir      string   `json:"stateDir"`      // contains the keys and ca.crt
+	StateDir      string   `json:"stateDir"`      // path of the folder with the keys and ca.crt
 	EntraHosts    []string `json:"entraHosts,omitempty"`
 	ARMHosts      []string `json:"armHosts,omitempty"` // served by the same listener as Entra ID
 	Tenant        string   `json:"tenant"`             // GUID of the home tenant
@@ -27,7 +27,7 @@ type Config struct {
 
 // Node is one virtual machine. Sources are the addresses from which the node and its
 // pods send requests: a single address (/32, /128) is an address of the node itself,
-// a larger prefix is a range of pod addresses.
+// any other prefix is a range of pod addresses.
 type Node struct {
 	Name           string         `json:"name"`
 	Sources        []netip.Prefix `json:"sources"`
@@ -74,10 +74,10 @@ func (c Config) Validate() error {
 		}
 	}
 	if c.ControlSocket == "" {
-		errs = append(errs, errors.New("controlSocket is empty"))
+		errs = append(errs, errors.New("controlSocket is not set; it must be the path of a unix socket"))
 	}
 	if c.StateDir == "" {
-		errs = append(errs, errors.New("stateDir is empty"))
+		errs = append(errs, errors.New("stateDir is not set; it must be the path of a folder"))
 	}
 	if !isGUID(c.Tenant) {
 		errs = append(errs, fmt.Errorf("tenant %q is not a GUID", c.Tenant))
@@ -88,7 +88,7 @@ func (c Config) Validate() error {
 func validateNodes(nodes []Node) error {
 	var errs []error
 	if len(nodes) == 0 {
-		errs = append(errs, errors.New("nodes is empty"))
+		errs = append(errs, errors.New("nodes is not set; it must have at least one node"))
 	}
 	names := map[string]bool{}
 	for i, n := range nodes {
@@ -194,7 +194,7 @@ var instanceForm = regexp.MustCompile(`(?i)^(.+)/virtualMachines/[^/]+$`)
 
 // computeResource returns the ARM resource that has the identities of the node: its
 // scale set or, if the node is in none, the virtual machine itself. It returns false
-// if the provider ID names neither.
+// if the provider ID names neither a scale set nor a virtual machine.
 func (n Node) computeResource() (computeID, bool) {
 	id := n.instance().resourceID
 	if instance := instanceForm.FindStringSubmatch(id); instance != nil {

@@ -11,7 +11,7 @@ import (
 )
 
 // App is an application registered in Entra ID: a service principal that
-// authenticates with a secret, a certificate or a federated token.
+// authenticates with a secret, a certificate or a federated credential.
 type App struct {
 	ClientID string `json:"clientID"`
 	ObjectID string `json:"objectID"`

@@ -3,14 +3,14 @@
 // Azure Resource Manager (ARM) that attaches identities to machines.
 //
 // It protects against tests that pass only because the fake is stricter than Azure.
-// The fake IMDS is as permissive as the real IMDS is known to be: it reads a
-// backslash as a slash, collapses doubled slashes and ignores the case of
-// /metadata. So a request that should get no token gets one, as from the real IMDS, if
-// NMI forwards it because of such a path, or if it reaches IMDS without NMI. The fake
-// IMDS distinguishes nodes and pods by their source address, so its log and its counts
-// show which requests came from a pod. Tokens are real JWTs with the identity in their
-// claims, signed with the fake's own key. So a test can check that a pod got a token for
-// its own identity and for no other.
+// The fake IMDS is as permissive as the real IMDS is known to be: in a path, it reads a
+// backslash as a slash, collapses doubled slashes and ignores the case of /metadata. If
+// NMI wrongly forwards a token request with such a path, or if a pod's request reaches
+// the fake IMDS without NMI, the fake IMDS responds with a token, as the real IMDS would.
+// The fake IMDS distinguishes nodes and pods by their source address, so its log and its
+// counts show which requests came from a pod. Tokens are real JWTs with the identity in
+// their claims, signed with a key of the fake Azure. So a test can check that a pod got
+// a token for its own identity and for no other.
 //
 // Run serves until its context ends. A Client controls the fake Azure over a unix
 // socket, which also works from another network namespace: it registers identities

@@ -18,9 +18,9 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// selfIssued reports whether the issuer of the assertion is the client itself. The
-// client must sign such an assertion with the key of one of its certificates. Any
-// other assertion is a federated token.
+// selfIssued reports whether the issuer of an assertion is the client itself. The
+// client must sign such an assertion with the key of one of its certificates. An
+// assertion of any other issuer is a federated token.
 func selfIssued(claims jwt.RegisteredClaims, clientID string) bool {
 	return strings.EqualFold(claims.Issuer, clientID)
 }
@@ -69,9 +69,9 @@ func (s *entra) authenticateByCertificate(x *requestContext, p principal, tenant
 }
 
 // algorithmsFor returns the signature algorithms for a certificate's key. Whether the
-// real Entra ID accepts elliptic curves is not documented, and public reports say that
-// it does not (for federated tokens, it refuses ES256 with AADSTS5002738). A test with
-// an elliptic curve proves that the client follows the standard. It does not prove that
+// real Entra ID accepts keys on elliptic curves is not documented. Public reports say
+// that it does not: for federated tokens, it refuses ES256 with AADSTS5002738. A test
+// with such a key proves that the client follows the standard. It does not prove that
 // the real Entra ID accepts the assertion.
 func algorithmsFor(key any) []string {
 	switch key := key.(type) {
@@ -90,9 +90,9 @@ func algorithmsFor(key any) []string {
 	return nil
 }
 
-// hasThumbprint reports whether the header names the certificate, in x5t#S256 or, if
-// that is absent, in x5t. The standard requires base64url; clients also send base64,
-// with or without padding, and hexadecimal.
+// hasThumbprint reports whether the header of an assertion names the certificate, in
+// x5t#S256 or, if that is absent, in x5t. The standard requires base64url; clients also
+// send base64, with or without padding, and hexadecimal.
 func hasThumbprint(c *x509.Certificate, header map[string]any) bool {
 	sum256, sum1 := sha256.Sum256(c.Raw), sha1.Sum(c.Raw)
 	if v, ok := header["x5t#S256"].(string); ok {

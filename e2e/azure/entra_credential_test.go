@@ -61,7 +61,7 @@ func TestEachCurveHasItsSignatureAlgorithm(t *testing.T) {
 		if status, body := s.ask("/"+tenant+"/oauth2/v2.0/token", byAssertion(a.ClientID, good)); status != 200 {
 			t.Errorf("%s: token request got %d %v, want 200", one.method.Name, status, body)
 		}
-		// This assertion names another certificate than the one whose key signs it.
+		// The header of this assertion names the certificate of other, but the key of one signs it.
 		other := signers[(i+1)%len(signers)]
 		status, body := s.ask("/"+tenant+"/oauth2/v2.0/token", byAssertion(a.ClientID, signed(t, one.method, one.key, other.header, claims)))
 		if codes, _ := body["error_codes"].([]any); status != 401 || len(codes) != 1 || codes[0] != 700027.0 {
@@ -104,7 +104,8 @@ func TestEachResponseHasTheIDsOfItsLogEntry(t *testing.T) {
 			resp := send(c.method, c.path, sent, c.form)
 			got, request := resp.Header.Get("client-request-id"), resp.Header.Get("x-ms-request-id")
 			if resp.StatusCode != c.status || !isGUID(got) || !isGUID(request) || (got == sent) != isGUID(sent) || seen[request] {
-				t.Errorf("%s %s with %q: %d, client-request-id %q, x-ms-request-id %q", c.method, c.path, sent, resp.StatusCode, got, request)
+				t.Errorf("%s %s for client-request-id %q: got %d, client-request-id %q, x-ms-request-id %q; want GUIDs",
+					c.method, c.path, sent, resp.StatusCode, got, request)
 			}
 			seen[request] = true
 			if e := s.lastEntry(); e.CorrelationID != got {
@@ -138,7 +139,7 @@ func TestLogAndCountsDistinguishCredentials(t *testing.T) {
 	} {
 		s.ask(endpoint, one.form)
 		if e := s.lastEntry(); e.Credential != one.credential || e.Subject != one.subject || e.ClientID != a.ClientID || !strings.Contains(e.Error, one.want) {
-			t.Errorf("logged %+v, want %+v", e, one)
+			t.Errorf("logged %+v, want the credential, the subject and the error of %+v", e, one)
 		}
 	}
 	s.set("entra.status=503") // a request counts even if a fault replaces its response
@@ -148,10 +149,11 @@ func TestLogAndCountsDistinguishCredentials(t *testing.T) {
 	resp.Body.Close()
 	want := map[string]int{CredentialSecret: 2, CredentialCertificate: 1, CredentialFederated: 2, "": 1}
 	if st := s.stats().Entra; !maps.Equal(st.ByCredential, want) || st.ByClass["openid"] != 1 || st.Token.Requests != 6 {
-		t.Errorf("counted %+v", st)
+		t.Errorf("counts of Entra ID %+v, want 6 token requests by credential as in the test, and 1 of class openid",
+			st)
 	}
 	if n := len(s.stats().IMDS.ByCredential); n != 0 {
-		t.Errorf("%d kinds of credentials at IMDS, which uses none", n)
+		t.Errorf("IMDS counts %d kinds of credentials, want 0: requests to IMDS have none", n)
 	}
 }
 

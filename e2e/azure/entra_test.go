@@ -100,11 +100,12 @@ func TestAnUnmodifiedClientGetsATokenWithASecret(t *testing.T) {
 	claims := s.tokenOf(cred, "https://management.core.windows.net//.default")
 	if claims.Audience != "https://management.core.windows.net/" || claims.AppID != app.ClientID || claims.ObjectID != app.ObjectID ||
 		claims.TenantID != tenant || claims.AppIDACR != acrSecret || claims.ResourceID != "" {
-		t.Errorf("claims %+v", claims)
+		t.Errorf("claims %+v, want the application, its tenant, the requested audience, and a secret in appidacr",
+			claims)
 	}
 	if e := s.lastEntry(); e.Service != serviceEntra || e.ClientID != app.ClientID || e.TokenID != claims.TokenID ||
 		e.Resource != "https://management.core.windows.net/" {
-		t.Errorf("logged %+v", e)
+		t.Errorf("logged %+v, want Entra ID, the client ID, the resource, and the token ID of the token", e)
 	}
 	entries, err := s.Log(t.Context(), 0)
 	s.must(err)
@@ -142,7 +143,7 @@ func TestAnUnmodifiedClientGetsATokenWithACertificate(t *testing.T) {
 		&azidentity.ClientCertificateCredentialOptions{ClientOptions: s.options(), DisableInstanceDiscovery: true})
 	s.must(err)
 	if claims := s.tokenOf(cred, vault); claims.AppIDACR != acrKey || claims.Audience != "https://vault.azure.net" {
-		t.Errorf("claims %+v", claims)
+		t.Errorf("claims %+v, want the requested audience, and a key in appidacr", claims)
 	}
 }
 
@@ -193,7 +194,7 @@ func TestAServiceAccountTokenIsExchangedForAManagedIdentitysToken(t *testing.T) 
 	})
 	s.must(err)
 	if claims := s.tokenOf(cred, vault); claims.ObjectID != red.ObjectID || claims.ResourceID != red.ResourceID {
-		t.Errorf("claims %+v", claims)
+		t.Errorf("claims %+v, want the object ID and the resource ID of red", claims)
 	}
 }
 
@@ -286,7 +287,7 @@ func TestEachInvalidRequestHasItsErrorCode(t *testing.T) {
 		}
 		for _, field := range []string{"error_description", "timestamp", "trace_id", "correlation_id", "error_uri"} {
 			if text, _ := body[field].(string); text == "" {
-				t.Errorf("%s: no %s in %v", name, field, body)
+				t.Errorf("%s: the field %s is missing or empty in %v", name, field, body)
 			}
 		}
 	}
@@ -334,7 +335,7 @@ func TestDiscoveryReturnsTheHostOfTheRequest(t *testing.T) {
 		s.must(err)
 		resp.Body.Close()
 		if resp.StatusCode != 200 || !strings.Contains(string(body), want) {
-			t.Errorf("GET %s: got %d %s", path, resp.StatusCode, body)
+			t.Errorf("GET %s: got %d %s, want 200 and the text of this case", path, resp.StatusCode, body)
 		}
 	}
 }

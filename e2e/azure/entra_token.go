@@ -35,7 +35,7 @@ type tokenAnswerV1 struct {
 
 // annotate sets the trace of the request. It adds the correlation ID to the log entry
 // and, for a token request, the client ID, the kind of credential and the subject of
-// a federated token. The entry has them also if a fault replaces the response.
+// a federated token. The entry has these values also if a fault replaces the response.
 func (s *entra) annotate(x *requestContext) {
 	x.trace = newTrace(x.Header.Get("Client-Request-Id"))
 	x.entry.CorrelationID = x.trace.correlation
@@ -138,8 +138,8 @@ func missing(name string) error {
 
 // requestedResource returns the resource that the form requests. In a request to the
 // v1.0 endpoint, this is the parameter resource. In a request to the v2.0 endpoint,
-// exactly one scope must end in /.default: requestedResource removes this suffix and
-// keeps a trailing slash of the resource itself.
+// exactly one scope must end in /.default: the resource is this scope without /.default.
+// A trailing slash of the resource itself remains.
 func requestedResource(form url.Values, v2 bool) (string, error) {
 	if !v2 {
 		if r := form.Get("resource"); r != "" {

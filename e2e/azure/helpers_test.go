@@ -98,7 +98,7 @@ func testConfig(dir string) Config {
 
 func start(t *testing.T, change ...func(*Config)) *fakeAzure {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "azure") // a short path, because it contains a unix socket
+	dir, err := os.MkdirTemp("", "azure") // not t.TempDir: the path of a unix socket must be short
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -235,7 +235,7 @@ func (s *fakeAzure) waitUntil(what string, ok func() bool) {
 		select {
 		case <-tick.C:
 		case <-deadline:
-			s.t.Fatalf("not within a minute: %s", what)
+			s.t.Fatalf("waited for a minute, but this did not happen: %s", what)
 		}
 	}
 }

@@ -10,7 +10,7 @@ import (
 )
 
 // ForbiddenMark is part of each response of IMDS that a pod must never receive:
-// credentials of the machine, attested documents, approved maintenance.
+// credentials of the machine, attested documents, and approvals of maintenance.
 const ForbiddenMark = "fake-azure-forbidden"
 
 const imdsServer = "IMDS/150.870.65.1103"
@@ -84,8 +84,8 @@ type imdsError struct {
 	Description string `json:"error_description"`
 }
 
-// refuse logs the description and returns an error in the format of IMDS that has a code
-// and a description.
+// refuse logs the description and returns an error response that consists of the code
+// and the description.
 func refuse(x *requestContext, status int, code, description string) response {
 	x.entry.Error = description
 	return withServerHeader(jsonResponse(status, imdsError{code, description}))
@@ -116,8 +116,8 @@ func (m *imds) fail(x *requestContext, status int) response {
 	return withServerHeader(jsonResponse(status, imdsError{code, http.StatusText(status)}))
 }
 
-// badInstanceRequest logs the text and returns it with status 400, in the format that IMDS uses for this status outside
-// of /metadata/identity.
+// badInstanceRequest logs the text and returns it with status 400, in the format that
+// IMDS uses for this status outside of /metadata/identity.
 func badInstanceRequest(x *requestContext, text string) response {
 	x.entry.Error = text
 	return withServerHeader(jsonResponse(http.StatusBadRequest, map[string]string{"error": "Bad request. " + text}))

@@ -15,13 +15,13 @@ func TestATokenAnswerHasTheFieldsOfIMDSInItsOrderAndAsStrings(t *testing.T) {
 	form := regexp.MustCompile(`^\{"access_token":"[^"]+","client_id":"` + red.ClientID + `","expires_in":"86(399|400)","expires_on":"\d+",` +
 		`"ext_expires_in":"86399","not_before":"\d+","resource":"https://vault.azure.net","token_type":"Bearer"\}$`)
 	if a.status != 200 || !form.MatchString(a.body) {
-		t.Fatalf("status %d, body %s", a.status, a.body)
+		t.Fatalf("got status %d, body %s; want 200 with the fields of IMDS, as strings, in its order", a.status, a.body)
 	}
 	if got := a.header.Get("Server"); got != "IMDS/150.870.65.1103" {
-		t.Errorf("Server: %s", got)
+		t.Errorf("response header Server: got %s, want IMDS/150.870.65.1103", got)
 	}
 	if got := a.header.Get("Content-Type"); got != "application/json; charset=utf-8" {
-		t.Errorf("Content-Type: %s", got)
+		t.Errorf("response header Content-Type: got %s, want application/json; charset=utf-8", got)
 	}
 	answer := a.token(t)
 	on, _ := strconv.Atoi(answer.ExpiresOn)
@@ -39,7 +39,7 @@ func TestATokenVerifiesAndCarriesTheIdentity(t *testing.T) {
 	s.must(err)
 	if claims.Audience != "https://vault.azure.net/" || claims.AppID != red.ClientID || claims.ObjectID != red.ObjectID ||
 		claims.Subject != red.ObjectID || claims.TenantID != tenant || claims.ResourceID != red.ResourceID {
-		t.Errorf("claims %+v", claims)
+		t.Errorf("claims %+v, want the requested audience and the identity red", claims)
 	}
 	if claims.TokenID != s.lastEntry().TokenID {
 		t.Error("the log entry does not have the token ID of the token")
@@ -58,7 +58,7 @@ func TestTheResourceIsReturnedByteForByte(t *testing.T) {
 		escaped := strings.NewReplacer("&", "%26", "?", "%3f").Replace(resource)
 		a := s.get(nodeA, "/metadata/identity/oauth2/token?api-version=2018-02-01&resource="+escaped)
 		if got := a.token(t).Resource; got != resource || !strings.Contains(a.body, resource) {
-			t.Errorf("%s came back as %s", resource, a.body)
+			t.Errorf("resource %s: got the response %s, want the resource byte for byte", resource, a.body)
 		}
 	}
 }
@@ -96,15 +96,16 @@ func TestInvalidTokenRequestsHaveTheErrorsOfIMDS(t *testing.T) {
 	} {
 		a := s.send(nodeA, c.method, c.target, c.headers...)
 		if a.status != c.status || c.body != "" && a.body != c.body || strings.Contains(a.body, "access_token") {
-			t.Errorf("%s: status %d, body %s", name, a.status, a.body)
+			t.Errorf("%s: got status %d, body %s; want those of the table, and no token", name, a.status, a.body)
 		}
 		if e := s.lastEntry(); e.Status != c.status || e.Error == "" || e.TokenID != "" {
-			t.Errorf("%s: logged as %+v", name, e)
+			t.Errorf("%s: logged as %+v, want the status of the table, an error and no token ID", name, e)
 		}
 	}
 	a := s.get(nodeA, "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://nothing.invalid")
 	if a.status != 400 || !strings.HasPrefix(a.body, `{"error":"invalid_resource","error_description":"AADSTS500011: `) {
-		t.Errorf("unknown resource: status %d, body %s", a.status, a.body)
+		t.Errorf("unknown resource: got status %d, body %s; want 400 with invalid_resource and AADSTS500011",
+			a.status, a.body)
 	}
 }
 
@@ -120,7 +121,8 @@ func TestTheDefaultIdentityIsThatOfIMDS(t *testing.T) {
 	s.add(blue)
 	want := `{"error":"invalid_request","error_description":"Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request"}`
 	if a := s.get(nodeA, tokenQuery); a.status != 400 || a.body != want {
-		t.Errorf("with two identities attached: got %d %s", a.status, a.body)
+		t.Errorf("with two identities attached: got %d %s, want 400 with the error for multiple identities",
+			a.status, a.body)
 	}
 	if got := s.get(nodeB, tokenQuery).token(t).ClientID; got != system.ClientID {
 		t.Errorf("on node b: got a token of %s, want the system-assigned identity", got)
@@ -185,10 +187,10 @@ func TestPathsThatTheRealServiceAcceptsReturnAToken(t *testing.T) {
 		`/metadata/identity/oauth2`:                             404,
 	} {
 		if a := s.get(podA, path+query); a.status != want {
-			t.Errorf("%s: status %d, body %s", path, a.status, a.body)
+			t.Errorf("path %s: got status %d, body %s; want the status of the table", path, a.status, a.body)
 		}
 		if e := s.lastEntry(); e.Path != path+query || !e.FromPod || (want == 200) != (e.Class == classToken) {
-			t.Errorf("%s: logged as %+v", path, e)
+			t.Errorf("path %s: logged as %+v, want the path as sent, from a pod, and class token only for 200", path, e)
 		}
 	}
 }
@@ -200,7 +202,7 @@ func TestTheCacheReturnsTheSameTokenAndCountsDown(t *testing.T) {
 	s.clock.advance(10 * time.Minute)
 	second := s.get(nodeA, tokenQuery).token(t)
 	if second.AccessToken != first.AccessToken || second.ExpiresOn != first.ExpiresOn || second.ExtExpiresIn != first.ExtExpiresIn {
-		t.Error("the second response does not have the token, expires_on and ext_expires_in of the first")
+		t.Error("the second response does not have the token, expires_on and ext_expires_in of the first response")
 	}
 	was, _ := strconv.Atoi(first.ExpiresIn)
 	is, _ := strconv.Atoi(second.ExpiresIn)
@@ -240,7 +242,7 @@ func TestATokenThatExpiresSoonIsReplaced(t *testing.T) {
 	}
 	s.clock.advance(2 * time.Minute)
 	if s.get(nodeA, tokenQuery).token(t).AccessToken == first {
-		t.Error("a token in its last five minutes was handed out")
+		t.Error("got the cached token in its last five minutes, want a new one")
 	}
 }
 
@@ -276,7 +278,7 @@ func TestOtherEndpointsReturnMetadata(t *testing.T) {
 		"/metadata/instance/network/interface/0/ipv4/ipAddress/0/privateIpAddress?api-version=2020-06-01&format=text": nodeA,
 	} {
 		if a := s.get(nodeA, target); a.status != 200 || !strings.Contains(a.body, want) {
-			t.Errorf("GET %s: got %d %s, want 200 with metadata", target, a.status, a.body)
+			t.Errorf("GET %s: got %d %s, want 200 with the text of the table", target, a.status, a.body)
 		}
 	}
 	for target, want := range map[string]int{
@@ -287,7 +289,7 @@ func TestOtherEndpointsReturnMetadata(t *testing.T) {
 		"/metadata/identity/credential?cred-api-version=1.0":            404,
 	} {
 		if a := s.get(nodeA, target); a.status != want {
-			t.Errorf("GET %s: got %d %s", target, a.status, a.body)
+			t.Errorf("GET %s: got %d %s, want the status of the table", target, a.status, a.body)
 		}
 	}
 }

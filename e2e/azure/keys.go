@@ -92,7 +92,7 @@ func loadOrMakeKey(file string) (*rsa.PrivateKey, error) {
 		return key, nil
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("reading key file: %w", err)
+		return nil, fmt.Errorf("reading a key file: %w", err)
 	}
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -170,7 +170,7 @@ func readCertificate(file string) (*x509.Certificate, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("reading certificate: %w", err)
+		return nil, fmt.Errorf("reading a certificate file: %w", err)
 	}
 	block, _ := pem.Decode(data)
 	if block == nil {

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// limiter enforces the limits that the real IMDS has for each virtual machine: 20
-// token requests a second and 5 concurrent ones, and 5 other requests a second.
+// limiter enforces the limits that the real IMDS has for each virtual machine: 20 token
+// requests a second, 5 concurrent token requests, and 5 other requests a second.
 type limiter struct {
 	now   func() time.Time
 	mu    sync.Mutex
@@ -28,10 +28,10 @@ func newLimiter(now func() time.Time) *limiter {
 	return &limiter{now: now, nodes: map[string]*nodeLimits{}}
 }
 
-// admit refuses a request that exceeds a limit if enforce is true: then ok is false, and
-// the request does not count. All other requests count. While enforce is false, admit
-// counts, too, so that the counts are right when a test enables the limits later. The
-// caller must call release after the request.
+// admit counts a request against the limits of the node. If enforce is true and the
+// request exceeds a limit, admit refuses the request: ok is false, and the request does
+// not count. admit counts also while enforce is false, so that the counts are right when a
+// test enables the limits later. The caller must call release after the request.
 func (l *limiter) admit(node, class string, enforce bool) (release func(), ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

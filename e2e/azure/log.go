@@ -10,9 +10,9 @@ import (
 const (
 	// KindRequest is a request and its outcome.
 	KindRequest = "request"
-	// KindConnection is a TCP connection to IMDS whose source address is not that
-	// of a node. While NMI runs, there must be none, not even one without a
-	// request. All other connections are only counted, in Stats.
+	// KindConnection is a TCP connection to IMDS whose source address is not that of a
+	// node, even if it carries no request. While NMI runs, there must be no such
+	// connection. All other connections are only counted, in Stats.
 	KindConnection = "connection"
 )
 
@@ -24,8 +24,8 @@ const (
 )
 
 // Entry is one entry of the log of IMDS and Entra ID. A request is logged before its
-// response is written, so that a client that has received the response can read the
-// entry.
+// response is written, so that a test finds the entry as soon as a client has the
+// response.
 type Entry struct {
 	Seq      int               `json:"seq"` // never reset, so that the parameter since of Client.Log stays valid
 	Time     time.Time         `json:"time"`
@@ -44,8 +44,8 @@ type Entry struct {
 	Resource string            `json:"resource,omitempty"`
 	TokenID  string            `json:"token_id,omitempty"` // the uti claim of the token in the response
 	Cached   bool              `json:"cached,omitempty"`   // the token is from the cache of IMDS
-	// CorrelationID (the response header Client-Request-Id), Credential and Subject
-	// (of a federated token) are only set for Entra ID.
+	// CorrelationID, Credential and Subject are only set for Entra ID. CorrelationID is
+	// the response header Client-Request-Id. Subject is the subject of a federated token.
 	CorrelationID string  `json:"correlation_id,omitempty"`
 	Credential    string  `json:"credential,omitempty"`
 	Subject       string  `json:"subject,omitempty"`

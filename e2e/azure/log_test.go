@@ -11,19 +11,19 @@ func TestTheLogDistinguishesPodsAndNodesAndCountsTheirConnections(t *testing.T) 
 	s.get(nodeA, tokenQuery)
 	if e := s.lastEntry(); e.Kind != KindRequest || e.Node != "a" || e.Source != nodeA || e.FromPod || e.Status != 200 ||
 		e.ClientID != red.ClientID || e.Resource != "https://vault.azure.net" || e.Headers["Metadata"] != "true" {
-		t.Errorf("the node's request: %+v", e)
+		t.Errorf("the node's request is logged as %+v, want status 200, node a, and its own address", e)
 	}
 	if st := s.stats().IMDS; st.RequestsFromPods != 0 || st.ConnectionsFromPods != 0 || st.Connections != 1 {
-		t.Errorf("before the pod: %+v", st)
+		t.Errorf("counts before the pod's request %+v, want 1 connection, and none from a pod", st)
 	}
 	s.send(podB, "GET", tokenQuery, "X-Forwarded-For:", "User-Agent: attack")
 	e := s.lastEntry()
 	if _, present := e.Headers["X-Forwarded-For"]; e.Node != "b" || e.Source != podB || !e.FromPod || e.Headers["User-Agent"] != "attack" || !present {
-		t.Errorf("the pod's request: %+v", e)
+		t.Errorf("the pod's request is logged as %+v, want node b, from a pod, and both headers", e)
 	}
 	st := s.stats().IMDS
 	if st.RequestsFromPods != 1 || st.ConnectionsFromPods != 1 || st.Sources[podB] != (Source{"b", true, 1, 1}) {
-		t.Errorf("after the pod: %+v", st)
+		t.Errorf("counts after the pod's request %+v, want 1 connection and 1 request from the pod of node b", st)
 	}
 }
 
@@ -37,10 +37,10 @@ func TestAConnectionWithoutARequestIsLogged(t *testing.T) {
 	entries, err := s.Log(t.Context(), 0)
 	s.must(err)
 	if len(entries) != 2 || entries[0].Kind != KindConnection || entries[1].Kind != KindConnection {
-		t.Errorf("logged %+v", entries)
+		t.Errorf("logged %+v, want 2 connections: of the pod and of the unknown source", entries)
 	}
 	if st := s.stats().IMDS; st.ConnectionsFromPods != 1 || st.All.Requests != 0 {
-		t.Errorf("counted %+v", st)
+		t.Errorf("counts %+v, want 1 connection from a pod, and no request", st)
 	}
 }
 
@@ -51,13 +51,13 @@ func TestResettingTheLogKeepsSequenceNumbers(t *testing.T) {
 	last := s.lastEntry().Seq
 	s.must(s.ResetLog(t.Context()))
 	if st := s.stats(); st.IMDS.All.Requests != 0 || st.IMDS.Connections != 0 || len(st.IMDS.Sources) != 0 {
-		t.Errorf("counts after the reset: %+v", st)
+		t.Errorf("counts after the reset %+v, want none for IMDS", st)
 	}
 	s.get(nodeA, tokenQuery)
 	entries, err := s.Log(t.Context(), last)
 	s.must(err)
 	if len(entries) != 1 || entries[0].Seq != last+1 {
-		t.Errorf("entries since %d: %+v", last, entries)
+		t.Errorf("log entries since sequence number %d: %+v, want one, with the next number", last, entries)
 	}
 }
 
@@ -69,12 +69,12 @@ func TestTheLogKeepsTheNewestEntriesAndCountsTheDropped(t *testing.T) {
 	for since, want := range map[int][]int{0: {3, 4, 5}, 3: {4, 5}, 5: {}, 9: {}} {
 		got := l.since(since)
 		if len(got) != len(want) {
-			t.Errorf("since %d: got entries %+v", since, got)
+			t.Errorf("since %d: got entries %+v, want as many as in the table", since, got)
 			continue
 		}
 		for i := range want {
 			if got[i].Seq != want[i] {
-				t.Errorf("since %d: entry %d has seq %d", since, i, got[i].Seq)
+				t.Errorf("since %d: entry %d has the sequence number %d, want that of the table", since, i, got[i].Seq)
 			}
 		}
 	}

@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// maxSocketPath is the kernel's limit: the size of sun_path without the terminating
-// null byte.
+// maxSocketPath is the kernel's limit for the path of a unix socket, in bytes: the size
+// of sun_path without the terminating null byte.
 const maxSocketPath = 107
 
 // Run serves until the context ends, then returns nil. If it cannot open one of the
@@ -135,9 +135,9 @@ func servers(ctx context.Context, cfg Config, st *state, ls *listeners, now func
 		{Handler: api.handler()},
 	}
 	for _, s := range out {
-		// The base context ends requests that hang because of a fault when ctx ends.
+		// When ctx ends, the base context ends the requests that hang because of a fault.
 		// ErrorLog, in which a server reports connections with invalid data, is discarded:
-		// connState counts such connections to IMDS, Entra ID and ARM.
+		// connState counts each connection to IMDS, Entra ID and ARM, also these.
 		s.BaseContext = func(net.Listener) context.Context { return ctx }
 		s.ErrorLog = log.New(io.Discard, "", 0)
 		s.ReadHeaderTimeout = 30 * time.Second

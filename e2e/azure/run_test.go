@@ -30,7 +30,7 @@ func TestAnAddressInUseIsReported(t *testing.T) {
 		cfg := testConfig(t.TempDir())
 		change(&cfg)
 		if err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), says) {
-			t.Errorf("want %q, got %v", says, err)
+			t.Errorf("want an error that contains %q, got %v", says, err)
 		}
 	}
 	s.must(s.Ready(t.Context()))
@@ -99,10 +99,10 @@ func TestNewHostsGetANewCertificateOfTheSameCA(t *testing.T) {
 		t.Fatal(err)
 	}
 	if string(before.caPEM) != string(after.caPEM) || !before.signing.Equal(after.signing) {
-		t.Error("CA or signing key changed")
+		t.Error("the CA certificate or the signing key changed")
 	}
 	if after.tls.Leaf.VerifyHostname("login.test") != nil || before.tls.Leaf.Equal(after.tls.Leaf) || !after.tls.Leaf.Equal(again.tls.Leaf) {
-		t.Error("the certificate was not replaced exactly when it had to be")
+		t.Error("want a new TLS certificate for the new host login.test, and the same one again for login.test alone")
 	}
 	for file, mode := range map[string]os.FileMode{CAFile: 0o644, caKeyFile: 0o600, signingKeyFile: 0o600, tlsKeyFile: 0o600} {
 		if info, err := os.Stat(filepath.Join(dir, file)); err != nil || info.Mode().Perm() != mode {
@@ -132,16 +132,16 @@ func TestInvalidRegistrationsAreRefused(t *testing.T) {
 		"no application or user-assigned":           s.AddFederated(ctx, guid(78), newCluster(t).trusted()),
 	} {
 		if err == nil || !strings.Contains(err.Error(), says) {
-			t.Errorf("want %q, got %v", says, err)
+			t.Errorf("want an error that contains %q, got %v", says, err)
 		}
 	}
 	list, err := s.Identities(ctx)
 	s.must(err)
 	if len(list) != 1 || list[0].ClientID != red.ClientID || len(list[0].Nodes) != 2 {
-		t.Errorf("identities: %+v", list)
+		t.Errorf("got identities %+v, want only red, on two nodes", list)
 	}
 	s.must(s.RemoveIdentity(ctx, guid(79)))
 	if err := Dial(filepath.Join(t.TempDir(), "none")).Ready(context.Background()); err == nil || !strings.Contains(err.Error(), "request to the fake Azure at ") {
-		t.Errorf("Ready with a socket that does not exist: got error %v", err)
+		t.Errorf("Ready with a socket that does not exist: got error %v, want a failed request to the fake Azure", err)
 	}
 }

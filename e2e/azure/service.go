@@ -95,7 +95,8 @@ func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		Node: x.caller.node, Source: x.caller.source.String(), FromPod: x.caller.fromPod,
 		Method: r.Method, Path: truncate(r.RequestURI), Headers: headersOf(r),
 	}
-	// Tests wait until requests are in flight. These requests must already count against the limits.
+	// admit precedes begin: when a test sees in the counts that a request is in flight, the
+	// request must already count against the limits.
 	release, admitted := s.admit(x.caller.node, x.class, x.faults.limits)
 	defer s.rec.begin(s.name, x.class, x.caller)()
 	defer release()
@@ -130,7 +131,7 @@ func (s *service) handle(x *requestContext, w http.ResponseWriter, r *http.Reque
 		x.entry.Error = "the client disconnected during the added latency"
 		return response{}
 	case x.faults.status != 0:
-		x.entry.Error = "status set by the switch throttle or status"
+		x.entry.Error = "error status set by the switch throttle or the switch status"
 		return s.forcedResponse(x, x.faults.status)
 	case !admitted:
 		x.entry.Error = "over the rate or concurrency limits of IMDS (switch imds.limits)"

@@ -11,7 +11,7 @@ type Load struct {
 	Requests       int `json:"requests"`
 	InFlight       int `json:"in_flight"`
 	MaxConcurrency int `json:"max_concurrency"`
-	MaxPerSecond   int `json:"max_per_second"` // maximum of arrivals within any one second
+	MaxPerSecond   int `json:"max_per_second"` // maximum number of arrivals within any one second
 }
 
 // Source has the counts of one source address.
@@ -33,20 +33,20 @@ type ServiceStats struct {
 	Connections         int               `json:"connections"`
 	ConnectionsFromPods int               `json:"connections_from_pods"`
 	RequestsFromPods    int               `json:"requests_from_pods"`
-	Sources             map[string]Source `json:"sources"` // by address; "other" has those beyond maxSources
+	Sources             map[string]Source `json:"sources"` // by address; "other": those after the first maxSources
 }
 
 // TokenStats count the tokens of one client ID.
 type TokenStats struct {
 	Answered int `json:"answered"` // responses with a token
-	Minted   int `json:"minted"`   // of those, responses with a new token, not one from the cache of IMDS
+	Minted   int `json:"minted"`   // responses with a new token, not one from the cache of IMDS
 }
 
 // Stats are all counts. IMDS.RequestsFromPods and IMDS.ConnectionsFromPods must
 // stay 0 while NMI runs.
 type Stats struct {
 	Since      time.Time             `json:"since"`
-	LogDropped int                   `json:"log_dropped"` // entries that the bounded log has dropped
+	LogDropped int                   `json:"log_dropped"` // entries dropped from the log of IMDS and Entra ID
 	IMDS       ServiceStats          `json:"imds"`
 	Entra      ServiceStats          `json:"entra"`
 	ARM        ARMStats              `json:"arm"`

@@ -15,7 +15,7 @@ import (
 type faults struct {
 	latency       time.Duration
 	throttle      int // number of token requests that will be throttled; -1: all
-	retryAfter    int // seconds; 0: no header
+	retryAfter    int // seconds; 0: no Retry-After header
 	status        int // 0: off
 	statusCount   int // number of requests that will get the status; 0: all
 	hang, drop    bool
@@ -176,7 +176,7 @@ func (s *switches) set(changes map[string]string) error {
 	}
 	if v, ok := changes["reset"]; ok {
 		if v != "all" {
-			return fmt.Errorf("switch reset=%s: the only value is all", v)
+			return fmt.Errorf("switch reset=%s: unknown value; the only valid value is all", v)
 		}
 		for _, service := range services {
 			next[service] = defaultFaults(service)

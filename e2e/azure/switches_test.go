@@ -22,7 +22,7 @@ func TestAnInvalidSwitchIsRefusedAndNothingChanges(t *testing.T) {
 	} {
 		err := s.Set(t.Context(), map[string]string{"imds.drop": "true", c.key: c.value})
 		if err == nil || !strings.Contains(err.Error(), c.says) {
-			t.Errorf("switch %s=%s: got error %v", c.key, c.value, err)
+			t.Errorf("switch %s=%s: got error %v, want one that lists what is valid", c.key, c.value, err)
 		}
 	}
 	all, err := s.Switches(t.Context())
@@ -79,7 +79,7 @@ func TestAStatusEndsAfterItsCount(t *testing.T) {
 	s.set("imds.status=410", "imds.status-count=2")
 	for i, want := range []int{410, 410, 200} {
 		if a := s.get(nodeA, tokenQuery); a.status != want {
-			t.Errorf("request %d (counted from 0): got status %d", i, a.status)
+			t.Errorf("request %d (counted from 0): got status %d, want 410, 410, then 200", i, a.status)
 		}
 	}
 	s.set("imds.status=500", "imds.status-count=0", "imds.error-body=text")

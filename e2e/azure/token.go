@@ -30,7 +30,7 @@ type Claims struct {
 	ObjectID   string           `json:"oid"`
 	Subject    string           `json:"sub"`
 	TenantID   string           `json:"tid"`
-	TokenID    string           `json:"uti"` // unique; the log's token_id
+	TokenID    string           `json:"uti"` // unique; token_id in the log
 	Version    string           `json:"ver"`
 	ResourceID string           `json:"xms_mirid,omitempty"`
 }
@@ -72,8 +72,8 @@ func (m minted) expires() time.Time { return m.claims.Expires.Time }
 
 func (m minted) lifetime() time.Duration { return m.expires().Sub(m.claims.IssuedAt.Time) }
 
-// mint issues a token for the identity. The aud claim is the audience, byte for
-// byte. appIDACR is the claim of that name: how the client authenticated.
+// mint issues a token for the identity. The aud claim is audience, byte for byte. The
+// appidacr claim is appIDACR: acrSecret or acrKey.
 func (i *issuer) mint(id Identity, audience, appIDACR string, lifetime time.Duration) (minted, error) {
 	now := i.now().Truncate(time.Second)
 	var uti [16]byte
@@ -101,7 +101,7 @@ func (i *issuer) mint(id Identity, audience, appIDACR string, lifetime time.Dura
 type Keys struct {
 	JWKS json.RawMessage `json:"jwks"` // of the token signing key
 	PEM  string          `json:"pem"`  // the same key
-	CA   string          `json:"ca"`   // CA certificate of the TLS certificate
+	CA   string          `json:"ca"`   // the certificate of the CA that signs the TLS certificate
 }
 
 func (i *issuer) keys(ca []byte) (Keys, error) {

@@ -36,7 +36,7 @@ func TestAPIServerAcceptsTheCRDs(t *testing.T) {
 }
 
 // Only MIC writes a status, and only that of assignments. On the other kinds, a status subresource would change the
-// effect of existing manifests: the API server would ignore their status.
+// effect of existing manifests that contain a status: the API server would ignore it.
 func TestOnlyAssignmentsHaveAStatusSubresource(t *testing.T) {
 	for kind, resource := range loadResources(t) {
 		has := resource.crd.Spec.Subresources != nil && resource.crd.Spec.Subresources.Status != nil
@@ -73,7 +73,7 @@ func TestManifestsThatWorkedInAADPodIdentityAreAccepted(t *testing.T) {
 				t.Errorf("the API server would refuse this manifest: %v", err)
 			}
 			if strings.HasPrefix(filepath.Base(file), "every-field-") && len(unknown) > 0 {
-				t.Errorf("fields that AAD Pod Identity kept are dropped: %v", unknown)
+				t.Errorf("the API server would drop these fields, which AAD Pod Identity kept: %v", unknown)
 			}
 		})
 	}
@@ -89,15 +89,15 @@ func TestInvalidManifestsAreRefusedWithARemedy(t *testing.T) {
 				t.Fatal("the API server would accept this manifest, want a refusal")
 			}
 			if want := wantedText(t, file); !strings.Contains(err.Error(), want) {
-				t.Errorf("the message lacks %q: %v", want, err)
+				t.Errorf("want a refusal that contains %q, got: %v", want, err)
 			}
 		})
 	}
 }
 
-// A cluster that used AAD Pod Identity may have stored the objects of the refused manifests, so their metadata must
-// stay changeable. Manifests with a wrong JSON type are left out, because the schema of AAD Pod Identity refused those
-// as well.
+// A cluster that used AAD Pod Identity may have stored objects like those of the refused manifests, so the metadata of
+// such objects must stay changeable. Manifests with a wrong JSON type are left out: the schema of AAD Pod Identity
+// refused them as well, so no cluster has stored such an object.
 func TestStoredInvalidObjectsAcceptNewLabelsAndFinalizers(t *testing.T) {
 	resources := loadResources(t)
 	for _, file := range manifests(t, "refused") {
@@ -112,12 +112,12 @@ func TestStoredInvalidObjectsAcceptNewLabelsAndFinalizers(t *testing.T) {
 			relabelled := stored.DeepCopy()
 			relabelled.SetLabels(map[string]string{"team": "a"})
 			if err := resource.update(t, stored, relabelled); err != nil {
-				t.Errorf("its labels cannot be changed: %v", err)
+				t.Errorf("the labels of the stored object cannot be changed: %v", err)
 			}
 			freed := stored.DeepCopy()
 			freed.SetFinalizers(nil)
 			if err := resource.update(t, stored, freed); err != nil {
-				t.Errorf("its finalizer cannot be removed: %v", err)
+				t.Errorf("the finalizer of the stored object cannot be removed: %v", err)
 			}
 		})
 	}
@@ -131,18 +131,18 @@ func TestUpdateOfAStoredObjectMustBeValid(t *testing.T) {
 	worse := stored.DeepCopy()
 	set(t, worse, "11111111-2222-3333-4444-555555555555", "spec", "clientID")
 	if err := resource.update(t, stored, worse); err == nil {
-		t.Error("a change that leaves resourceID missing is accepted")
+		t.Error("an update that sets clientID but no resourceID is accepted, want a refusal")
 	}
 	emptied := stored.DeepCopy()
 	unstructured.RemoveNestedField(emptied.Object, "spec")
 	if err := resource.update(t, stored, emptied); err == nil {
-		t.Error("removing the whole spec is accepted")
+		t.Error("an update that removes the spec is accepted, want a refusal")
 	}
 	fixed := stored.DeepCopy()
 	set(t, fixed, "/subscriptions/s/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/i",
 		"spec", "resourceID")
 	if err := resource.update(t, stored, fixed); err != nil {
-		t.Errorf("the correction is refused: %v", err)
+		t.Errorf("an update that adds the missing resourceID is refused: %v", err)
 	}
 }
 
@@ -150,7 +150,7 @@ func manifests(t *testing.T, folder string) []string {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join("testdata", folder, "*.yaml"))
 	if err != nil || len(files) == 0 {
-		t.Fatalf("no manifests in %s: %v", folder, err)
+		t.Fatalf("no manifests in testdata/%s (error: %v)", folder, err)
 	}
 	return files
 }

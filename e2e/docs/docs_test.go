@@ -37,7 +37,7 @@ func TestABrokenLinkIsFound(t *testing.T) {
 		"%zz":                         true,
 	} {
 		if p := problem(pages, "README.md", link); (p != "") != broken {
-			t.Errorf("link %q: got %q, want broken = %v", link, p, broken)
+			t.Errorf("link %q: got problem %q, want broken = %v", link, p, broken)
 		}
 	}
 }
@@ -46,10 +46,11 @@ func TestEachReasonHasItsAnchor(t *testing.T) {
 	pages := readPages(t)
 	for _, e := range identity.Explanations() {
 		if p := problem(pages, "README.md", e.Reason.URL()); p != "" {
-			t.Errorf("the address of reason code %s, %s, %s", e.Reason, e.Reason.URL(), p)
+			t.Errorf("reason code %s: its address %s %s", e.Reason, e.Reason.URL(), p)
 		}
 		if !strings.HasSuffix(e.Reason.URL(), "docs/troubleshooting.md#"+string(e.Reason)) {
-			t.Errorf("the anchor in the address of %s is not the reason code: %s", e.Reason, e.Reason.URL())
+			t.Errorf("reason code %s: want an address that ends in docs/troubleshooting.md# and the code, got %s",
+				e.Reason, e.Reason.URL())
 		}
 	}
 }

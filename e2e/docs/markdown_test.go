@@ -35,7 +35,8 @@ type markdownPage struct {
 	lines   int
 }
 
-// readPages reads the Markdown files of the repository, by path. It skips hidden folders, node_modules and bin.
+// readPages reads the Markdown files of the repository, by path. It skips hidden folders, each folder node_modules, and
+// the folder bin of the root.
 func readPages(t *testing.T) map[string]markdownPage {
 	t.Helper()
 	pages := map[string]markdownPage{}
@@ -144,7 +145,7 @@ func problem(pages map[string]markdownPage, from, link string) string {
 		target = path.Join(path.Dir(from), u.Path)
 	}
 	if _, err := os.Stat(filepath.Join(root, target)); err != nil {
-		return "names a file that does not exist"
+		return "names a file or folder that does not exist"
 	}
 	if u.Fragment == "" {
 		return ""

@@ -26,7 +26,7 @@ flags of token:
 `
 
 func main() {
-	// main starts within a millisecond of the exec. No subcommand may be delayed by work that it does not need.
+	// The client must send its request as early as a process can, so main does no work that a subcommand does not need.
 	args := os.Args[1:]
 	if len(args) == 0 {
 		args = []string{"pause"}
@@ -46,7 +46,7 @@ func main() {
 }
 
 // waitForSignal waits for SIGINT or SIGTERM. Until then it reaps orphans: if the containers of a pod share one PID
-// namespace, the process of the sandbox is PID 1 in it.
+// namespace, the process of the sandbox is PID 1 in it, and so the parent of all orphans.
 func waitForSignal() {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGCHLD)

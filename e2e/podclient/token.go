@@ -59,8 +59,8 @@ func token(args []string) int {
 	return 1
 }
 
-// ask sends one request over one connection. It does not use the client of net/http, which retries in some cases and
-// follows redirects.
+// ask sends one request over one connection. It does not use the client of net/http, because that client retries in
+// some cases and follows redirects.
 func ask(target string, timeout time.Duration) (result outcome) {
 	err := func() error {
 		u, err := url.Parse(target)

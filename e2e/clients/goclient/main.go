@@ -134,7 +134,7 @@ func (next) GetToken(context.Context, policy.TokenRequestOptions) (azcore.Access
 }
 
 // legacy gets a token with adal. It first asks adal whether IMDS is available, like an application that supports
-// several token sources. The recorder does not record the request of that check.
+// several token sources. rec does not record the request that adal sends for this check.
 func legacy(r request, rec *recorder) (azcore.AccessToken, error) {
 	ctx := context.Background()
 	if !adal.MSIAvailable(ctx, nil) {
@@ -151,8 +151,8 @@ func legacy(r request, rec *recorder) (azcore.AccessToken, error) {
 	return azcore.AccessToken{Token: token.OAuthToken(), ExpiresOn: token.Token().Expires()}, nil
 }
 
-// recorder keeps the statuses that the library receives. It writes each request and response to standard error, so that
-// a test knows when the client waits for a response.
+// recorder keeps the statuses that the library receives. It writes a line to standard error for each request and each
+// response, so that a test knows when the client waits for a response.
 type recorder struct {
 	mu   sync.Mutex
 	list []int
