@@ -65,7 +65,7 @@ func TestPodsRunOnEveryLinuxNodeInTheHostNetwork(t *testing.T) {
 		t.Errorf("the priority class is %s, want system-node-critical", pod.PriorityClassName)
 	}
 	if container.Image != "podidentity/nmi:0.1.0" || container.ImagePullPolicy != corev1.PullIfNotPresent {
-		t.Errorf("the image %s or its pull policy %s is wrong", container.Image, container.ImagePullPolicy)
+		t.Errorf("the image is %s and its pull policy %s, want podidentity/nmi:0.1.0 and IfNotPresent", container.Image, container.ImagePullPolicy)
 	}
 	if len(container.Ports) != 0 {
 		t.Errorf("the container has ports %v, which are reserved on the node because of hostNetwork", container.Ports)
@@ -206,7 +206,7 @@ func TestNodeNameComesFromThePodAndMemoryLimitFromResources(t *testing.T) {
 			switch variable.Name {
 			case "NODE_NAME":
 				if variable.ValueFrom == nil || variable.ValueFrom.FieldRef.FieldPath != "spec.nodeName" {
-					t.Errorf("NODE_NAME is %+v", variable)
+					t.Errorf("NODE_NAME is %+v, want the field spec.nodeName", variable)
 				}
 			case "GOMEMLIMIT":
 				got = variable.Value
@@ -286,7 +286,7 @@ func TestCABundleIsMountedReadOnlyAndAChangeRestartsThePods(t *testing.T) {
 	}
 	without := render(t, "")
 	if daemonSet, _ := without.nmi(t); len(without.configMaps) != 0 || len(daemonSet.Spec.Template.Annotations) != 0 {
-		t.Errorf("without a bundle there are config maps %v and annotations %v", without.configMaps,
+		t.Errorf("without a CA bundle the chart renders the ConfigMaps %v and the annotations %v, want none", without.configMaps,
 			daemonSet.Spec.Template.Annotations)
 	}
 }

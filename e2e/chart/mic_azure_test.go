@@ -46,7 +46,7 @@ func TestMICMountsOnlyFilesOfTheHostAndRunsAsRootOnlyForThem(t *testing.T) {
 			}
 		}
 		if !slices.Equal(got, want) {
-			t.Errorf("%q: files of the host are %v, want %v", values, got, want)
+			t.Errorf("%q: the mounted files of the host are %v, want %v", values, got, want)
 		}
 		wantContext := &corev1.SecurityContext{
 			RunAsUser: new(int64(0)), RunAsGroup: new(int64(0)),
@@ -67,7 +67,7 @@ func TestMICMountsOnlyFilesOfTheHostAndRunsAsRootOnlyForThem(t *testing.T) {
 	}
 	_, container := render(t, standard("mic: {customCloud: {enabled: true}}")).mic(t)
 	if v := variable(container, "AZURE_ENVIRONMENT_FILEPATH"); v == nil || v.Value != "/etc/kubernetes/akscustom.json" {
-		t.Errorf("AZURE_ENVIRONMENT_FILEPATH is %+v", v)
+		t.Errorf("AZURE_ENVIRONMENT_FILEPATH is %+v, want /etc/kubernetes/akscustom.json", v)
 	}
 }
 
@@ -84,7 +84,7 @@ func TestServicePrincipalIsASecretInMICsEnvironment(t *testing.T) {
 		"CLOUD": "AzureChinaCloud", "TENANT_ID": "t", "CLIENT_ID": "c", "CLIENT_SECRET": "hush hush", "SUBSCRIPTION_ID": "01",
 	}
 	if !maps.Equal(got, want) {
-		t.Errorf("the Secret holds %v", got)
+		t.Errorf("the Secret holds %v, want the values of adminsecret", got)
 	}
 	deployment, container := objects.mic(t)
 	from := container.EnvFrom
@@ -99,10 +99,10 @@ func TestServicePrincipalIsASecretInMICsEnvironment(t *testing.T) {
 		t.Errorf("the notes contain the client secret:\n%s", notes)
 	}
 	if without := render(t, standard("")); len(without.secrets) != 0 {
-		t.Errorf("without values there are Secrets %+v", without.secrets)
+		t.Errorf("without adminsecret the chart renders the Secrets %+v, want none", without.secrets)
 	}
 	if _, container := render(t, standard("")).mic(t); len(container.EnvFrom) != 0 {
-		t.Errorf("without values the environment comes from %+v", container.EnvFrom)
+		t.Errorf("without adminsecret the environment comes from %+v, want no Secret", container.EnvFrom)
 	}
 }
 
@@ -112,7 +112,7 @@ func TestValuesCanSelectAManagedIdentity(t *testing.T) {
 		secrets := render(t, standard("adminsecret: {useMSI: "+yes+", userAssignedMSIClientID: "+client+", cloud: ''}")).secrets
 		if len(secrets) != 1 || len(secrets[0].Data) != 2 || string(secrets[0].Data["USE_MSI"]) != "true" ||
 			string(secrets[0].Data["USER_ASSIGNED_MSI_CLIENT_ID"]) != client {
-			t.Errorf("useMSI: %s gives %+v", yes, secrets)
+			t.Errorf("with useMSI: %s, the Secrets are %+v, want one with only USE_MSI and USER_ASSIGNED_MSI_CLIENT_ID", yes, secrets)
 		}
 	}
 }
@@ -143,7 +143,8 @@ func TestWorkloadIdentityHasATokenOnlyForEntraID(t *testing.T) {
 	}
 }
 
-// An exception gives the pods that it matches every identity of their virtual machine.
+// An exception gives the pods that it matches every identity of their virtual machine, so the chart creates none for
+// MIC without need.
 func TestMICHasAnExceptionOnlyIfItUsesTheMetadataService(t *testing.T) {
 	for values, want := range map[string]bool{
 		"":                              true,
@@ -190,13 +191,13 @@ func TestMICsCABundleIsMountedAndAChangeRestartsThePods(t *testing.T) {
 	objects := render(t, bundle(certificate))
 	if len(objects.configMaps) != 1 || objects.configMaps[0].Name != "podidentity-mic-ca-bundle" ||
 		!maps.Equal(objects.configMaps[0].Data, map[string]string{"ca.pem": certificate}) {
-		t.Fatalf("config maps are %+v", objects.configMaps)
+		t.Fatalf("ConfigMaps are %+v, want only podidentity-mic-ca-bundle, with the CA bundle as ca.pem", objects.configMaps)
 	}
 	deployment, container := objects.mic(t)
 	if !slices.ContainsFunc(deployment.Spec.Template.Spec.Volumes, func(v corev1.Volume) bool {
 		return v.Name == "ca-bundle" && v.ConfigMap != nil && v.ConfigMap.Name == objects.configMaps[0].Name
 	}) || !slices.ContainsFunc(container.VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/ca-bundle" && m.ReadOnly }) {
-		t.Errorf("volumes %+v, mounts %+v", deployment.Spec.Template.Spec.Volumes, container.VolumeMounts)
+		t.Errorf("the CA bundle is not a volume, or not mounted read-only at /ca-bundle: volumes %+v, mounts %+v", deployment.Spec.Template.Spec.Volumes, container.VolumeMounts)
 	}
 	other, _ := render(t, bundle("# ours\n"+certificate)).mic(t)
 	if maps.Equal(deployment.Spec.Template.Annotations, other.Spec.Template.Annotations) {

@@ -25,7 +25,7 @@ func TestMICMayReadItsInputAndWriteOnlyAssignments(t *testing.T) {
 	}
 	role := objects.clusterRoles["podidentity-mic"]
 	if len(objects.clusterRoles) != 2 || role == nil {
-		t.Fatalf("cluster roles are %v", objects.clusterRoles)
+		t.Fatalf("cluster roles are %v, want podidentity-nmi and podidentity-mic", objects.clusterRoles)
 	}
 	if diff := cmp.Diff(want, role.Rules); diff != "" {
 		t.Errorf("rules (-want +got):\n%s", diff)
@@ -81,7 +81,7 @@ func TestNMIReadsAssignmentsInStandardModeOnly(t *testing.T) {
 	more := append(rules(""), assignments)
 	order := cmpopts.SortSlices(func(a, b rbacv1.PolicyRule) bool { return a.Resources[0] < b.Resources[0] })
 	if diff := cmp.Diff(more, rules(standard("")), order); diff != "" {
-		t.Errorf("rules of standard mode (-those of managed mode and for assignments +got):\n%s", diff)
+		t.Errorf("rules of standard mode (-want +got, where want is the rules of managed mode and one for assignments):\n%s", diff)
 	}
 }
 
@@ -100,12 +100,12 @@ func TestTwoReleasesWithMICHaveDifferentClusterWideNames(t *testing.T) {
 	objects := render(t, standard("fullnameOverride: other"))
 	for name := range objects.clusterRoles {
 		if name != "other-nmi" && name != "other-mic" {
-			t.Errorf("cluster role %s does not begin with the full name", name)
+			t.Errorf("the name of cluster role %s is neither other-nmi nor other-mic, although fullnameOverride is other", name)
 		}
 	}
 	for _, binding := range objects.bindings {
 		if binding.Name != "other-nmi" && binding.Name != "other-mic" {
-			t.Errorf("binding %s does not begin with the full name", binding.Name)
+			t.Errorf("the name of binding %s is neither other-nmi nor other-mic, although fullnameOverride is other", binding.Name)
 		}
 	}
 }

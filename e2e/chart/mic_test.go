@@ -45,7 +45,7 @@ func TestNMIWaitsForAssignmentsInStandardMode(t *testing.T) {
 		_, container := render(t, standard(values)).nmi(t)
 		args := arguments(t, flags, container.Args)
 		if args["operation-mode"] != "standard" || args["assignment-wait"] != wait || args["force-namespaced"] != "false" {
-			t.Errorf("%q: NMI is started with %v", values, container.Args)
+			t.Errorf("%q: NMI is started with %v, want standard mode, the assignment-wait of the values, and force-namespaced=false", values, container.Args)
 		}
 	}
 }
@@ -54,7 +54,7 @@ func TestTwoReplicasOfMICRunOnDifferentNodes(t *testing.T) {
 	objects := render(t, standard(""))
 	deployment, container := objects.mic(t)
 	if *deployment.Spec.Replicas != 2 || deployment.Namespace != "kube-system" || deployment.Name != "podidentity-mic" {
-		t.Errorf("Deployment %s/%s has %d replicas", deployment.Namespace, deployment.Name, *deployment.Spec.Replicas)
+		t.Errorf("Deployment %s/%s has %d replicas, want kube-system/podidentity-mic with 2", deployment.Namespace, deployment.Name, *deployment.Spec.Replicas)
 	}
 	wantStrategy := appsv1.DeploymentStrategy{
 		Type: appsv1.RollingUpdateDeploymentStrategyType,
@@ -79,16 +79,16 @@ func TestTwoReplicasOfMICRunOnDifferentNodes(t *testing.T) {
 	}
 	if pod.HostNetwork || pod.PriorityClassName != "system-cluster-critical" || pod.ServiceAccountName != "podidentity-mic" ||
 		!maps.Equal(pod.NodeSelector, map[string]string{"kubernetes.io/os": "linux"}) {
-		t.Errorf("pod is %+v", pod)
+		t.Errorf("pod is %+v, want no hostNetwork, priority class system-cluster-critical, ServiceAccount podidentity-mic, Linux nodes", pod)
 	}
 	if container.Image != "podidentity/mic:0.1.0" || container.ImagePullPolicy != corev1.PullIfNotPresent {
-		t.Errorf("the image %s or its pull policy %s is wrong", container.Image, container.ImagePullPolicy)
+		t.Errorf("the image is %s and its pull policy %s, want podidentity/mic:0.1.0 and IfNotPresent", container.Image, container.ImagePullPolicy)
 	}
 	if _, limited := container.Resources.Limits[corev1.ResourceCPU]; limited {
 		t.Error("the container has a CPU limit, want none")
 	}
 	if !maps.Equal(deployment.Spec.Selector.MatchLabels, micLabels) {
-		t.Errorf("selector is %v", deployment.Spec.Selector.MatchLabels)
+		t.Errorf("the selector is %v, want the labels name, instance and component of MIC", deployment.Spec.Selector.MatchLabels)
 	}
 	wantLabels := maps.Clone(micLabels)
 	wantLabels["podidentity.io/mic"] = "podidentity-mic"
@@ -145,7 +145,7 @@ mic:
 		t.Errorf("other values (-want +got):\n%s", diff)
 	}
 	if name := variable(container, "POD_NAME"); name == nil || name.ValueFrom.FieldRef.FieldPath != "metadata.name" {
-		t.Errorf("POD_NAME is %+v", name)
+		t.Errorf("POD_NAME is %+v, want the field metadata.name", name)
 	}
 }
 
@@ -161,13 +161,13 @@ func variable(container *corev1.Container, name string) *corev1.EnvVar {
 func TestMICGetsItsNamespaceAndItsMemoryLimit(t *testing.T) {
 	_, container := render(t, standard("mic: {resources: {limits: {memory: 512Mi}}, extraEnv: [{name: HTTPS_PROXY, value: p}]}")).mic(t)
 	if v := variable(container, "MIC_POD_NAMESPACE"); v == nil || v.ValueFrom.FieldRef.FieldPath != "metadata.namespace" {
-		t.Errorf("MIC_POD_NAMESPACE is %+v", v)
+		t.Errorf("MIC_POD_NAMESPACE is %+v, want the field metadata.namespace", v)
 	}
 	if v := variable(container, "GOMEMLIMIT"); v == nil || v.Value != "419430KiB" {
-		t.Errorf("GOMEMLIMIT is %+v", v)
+		t.Errorf("GOMEMLIMIT is %+v, want 419430KiB", v)
 	}
 	if v := variable(container, "HTTPS_PROXY"); v == nil || v.Value != "p" {
-		t.Errorf("HTTPS_PROXY is %+v", v)
+		t.Errorf("HTTPS_PROXY is %+v, want p, the value in mic.extraEnv", v)
 	}
 }
 
@@ -195,7 +195,7 @@ mic:
 		deployment.Spec.Template.Labels["c"] != "d" || pod.NodeSelector["pool"] != "system" || len(pod.Tolerations) != 1 ||
 		pod.Affinity.PodAntiAffinity != nil || pod.Affinity.NodeAffinity == nil || len(pod.TopologySpreadConstraints) != 1 ||
 		pod.ServiceAccountName != "robot" || *pod.TerminationGracePeriodSeconds != 60 || pod.ImagePullSecrets[0].Name != "pull" {
-		t.Errorf("pod is %+v", deployment.Spec)
+		t.Errorf("the spec of the Deployment lacks one of the values, or has the default affinity: %+v", deployment.Spec)
 	}
 	want := map[string]string{"a": "b", "prometheus.io/scrape": "true", "prometheus.io/port": "8889", "prometheus.io/path": "/metrics"}
 	if diff := cmp.Diff(want, deployment.Spec.Template.Annotations); diff != "" {
@@ -239,7 +239,7 @@ func TestOneOfSeveralReplicasOfMICMayBeEvicted(t *testing.T) {
 				got = "maxUnavailable " + spec.MaxUnavailable.String()
 			}
 			if !maps.Equal(spec.Selector.MatchLabels, micLabels) {
-				t.Errorf("%q: the budget selects %v", values, spec.Selector.MatchLabels)
+				t.Errorf("%q: the budget selects %v, want the labels name, instance and component of MIC", values, spec.Selector.MatchLabels)
 			}
 		}
 		if got != want {
@@ -248,8 +248,8 @@ func TestOneOfSeveralReplicasOfMICMayBeEvicted(t *testing.T) {
 	}
 }
 
-// The name of a Deployment's ReplicaSet is the name of the Deployment, a hyphen and at most ten characters. That name
-// must fit into the value of a label, which has at most 63 characters.
+// The name of a Deployment's ReplicaSet is the name of the Deployment, a hyphen and at most ten characters. The name of
+// the ReplicaSet must fit into the value of a label, which has at most 63 characters.
 func TestNamesFitIntoLabels(t *testing.T) {
 	deployment, _ := render(t, standard("fullnameOverride: "+strings.Repeat("n", 63))).mic(t)
 	if len(deployment.Name)+11 > 63 {
@@ -268,7 +268,7 @@ func TestMICUninstallsWithNMIAndByItself(t *testing.T) {
 		objects := render(t, standard(values))
 		deployment, container := objects.mic(t)
 		if *deployment.Spec.Replicas != replicas || !slices.Equal(container.Args[:3], []string{"uninstall", "--wait-for-signal", "--cloudconfig=/etc/kubernetes/azure.json"}) {
-			t.Errorf("%s: %d pods with arguments %v", values, *deployment.Spec.Replicas, container.Args)
+			t.Errorf("%s: %d pods with arguments %v; the number is wrong, or the arguments do not begin with uninstall, --wait-for-signal and --cloudconfig", values, *deployment.Spec.Replicas, container.Args)
 		}
 		arguments(t, micFlags, container.Args[2:])
 		if container.LivenessProbe != nil || container.ReadinessProbe == nil || container.ReadinessProbe.HTTPGet.Path != "/readyz" {
@@ -291,7 +291,7 @@ func TestMICUninstallsWithNMIAndByItself(t *testing.T) {
 	// NMI keeps running if only MIC is uninstalled.
 	_, container := render(t, standard("mic: {uninstall: true}")).nmi(t)
 	if container.Args[0] == "uninstall" {
-		t.Error("NMI is uninstalled as well")
+		t.Error("NMI uninstalls, although the values uninstall only MIC")
 	}
 }
 
@@ -320,7 +320,7 @@ func TestNotesExplainHowToWaitForMIC(t *testing.T) {
 			t.Errorf("%q: the notes mention MIC:\n%s", values, notes)
 		}
 		if strings.Contains(notes, "<no value>") || strings.Contains(notes, "\n\n\n") {
-			t.Errorf("%q: the notes have a gap:\n%s", values, notes)
+			t.Errorf("%q: the notes contain <no value> or two empty lines in a row:\n%s", values, notes)
 		}
 	}
 }

@@ -199,8 +199,8 @@ func askPolicy(t *testing.T, policy *admissionv1.ValidatingAdmissionPolicy, user
 	return refusals
 }
 
-// compilePolicy compiles the expressions of a policy as the API server does. It fails the test if a refusal has no
-// message or another reason than Forbidden.
+// compilePolicy compiles the expressions of a policy as the API server does. It fails the test if a validation has no
+// message, or another reason than Forbidden.
 func compilePolicy(t *testing.T, policy *admissionv1.ValidatingAdmissionPolicy) (conditions, validations cel.ConditionEvaluator) {
 	t.Helper()
 	compiler, err := cel.NewCompositedCompiler(environment.MustBaseEnvSet(environment.DefaultCompatibilityVersion()))

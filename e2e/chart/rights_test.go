@@ -108,7 +108,7 @@ func TestUserRolesAreOptionalAndExcludeExceptions(t *testing.T) {
 	roles := render(t, "rbac: {enabled: false, createUserFacingClusterRoles: true}").clusterRoles
 	view, edit := roles["podidentity-view"], roles["podidentity-edit"]
 	if len(roles) != 2 || view == nil || edit == nil {
-		t.Fatalf("cluster roles are %v", roles)
+		t.Fatalf("cluster roles are %v, want podidentity-view and podidentity-edit", roles)
 	}
 	if view.Labels["rbac.authorization.k8s.io/aggregate-to-view"] != "true" ||
 		edit.Labels["rbac.authorization.k8s.io/aggregate-to-edit"] != "true" {
@@ -117,7 +117,7 @@ func TestUserRolesAreOptionalAndExcludeExceptions(t *testing.T) {
 	for _, rule := range edit.Rules {
 		if slices.Contains(rule.Resources, "azurepodidentityexceptions") ||
 			slices.Contains(rule.Resources, "azureassignedidentities") {
-			t.Errorf("editors may write %v", rule.Resources)
+			t.Errorf("the role podidentity-edit has rights for %v; it must have none for exceptions and assignments", rule.Resources)
 		}
 	}
 }
@@ -134,7 +134,8 @@ func TestNMIMayReadSecretsAndRequestTokensOnlyInTheGivenNamespaces(t *testing.T)
 		"{secretNamespaces: [shop], federatedNamespaces: [shop]}": {secrets("shop"), tokens("shop")},
 		"{secretNamespaces: all, federatedNamespaces: all}":       {secrets(""), tokens("")},
 		"{secretNamespaces: null, federatedNamespaces: null}":     nil,
-		// Helm cannot create a Role in a deleted namespace, so such a namespace would block the uninstallation of NMI.
+		// Helm cannot create a Role in a deleted namespace. If the chart had Roles during the uninstallation of NMI, a
+		// deleted namespace in the lists would block the uninstallation.
 		"{uninstall: true, secretNamespaces: [shop], federatedNamespaces: all}": nil,
 	} {
 		got := render(t, "nmi: "+values).boundRights(t)
@@ -155,7 +156,7 @@ func TestWithoutRBACThereAreNoRoles(t *testing.T) {
 func TestEventsAreWrittenOnlyIfEnabled(t *testing.T) {
 	for _, rule := range render(t, "nmi: {events: false}").clusterRoles["podidentity-nmi"].Rules {
 		if slices.Contains(rule.Resources, "events") {
-			t.Errorf("NMI may %v events", rule.Verbs)
+			t.Errorf("with nmi.events=false, NMI still has the rights %v for events, want none", rule.Verbs)
 		}
 	}
 }
@@ -180,7 +181,7 @@ func TestTwoReleasesHaveDifferentClusterWideNames(t *testing.T) {
 	}
 	for _, name := range names {
 		if !strings.HasPrefix(name, "other-nmi") {
-			t.Errorf("%s does not begin with the full name", name)
+			t.Errorf("the name %s does not begin with other-nmi, although fullnameOverride is other", name)
 		}
 	}
 }
@@ -215,7 +216,8 @@ func TestInvalidNamespaceListsAreRefused(t *testing.T) {
 	}
 }
 
-// An identity of each type that needs a right, in another namespace than the release's.
+// Values with an identity of each type for which NMI needs a right. The namespace of the identity is not that of the
+// release.
 const (
 	withSecret      = "azureIdentities: {robot: {namespace: shop, type: 1, clientPassword: {name: robot}}}"
 	withCertificate = "azureIdentities: {robot: {namespace: shop, type: 2, clientPassword: {name: robot, namespace: vault}}}"
@@ -253,7 +255,7 @@ func TestIdentityIsAcceptedIfNMIHasTheRightsForIt(t *testing.T) {
 		// The chart cannot know under which ServiceAccounts the pods will run.
 		federated + "\nnmi: {federatedNamespaces: [{namespace: shop, serviceAccounts: [web]}]}",
 		federated + "\nnmi: {federatedNamespaces: all}",
-		// Without rbac somebody else grants the rights.
+		// With rbac.enabled=false, somebody else grants NMI's rights.
 		withSecret + "\nrbac: {enabled: false}",
 		federated + "\nrbac: {enabled: false}",
 		// Missing rights must not block the uninstallation of NMI.
@@ -262,7 +264,7 @@ func TestIdentityIsAcceptedIfNMIHasTheRightsForIt(t *testing.T) {
 		federated + "\nnmi: {uninstall: true}",
 	} {
 		if got := render(t, values).custom; len(got) != 1 {
-			t.Errorf("%s: objects are %v", values, got)
+			t.Errorf("%s: custom resources are %v, want one AzureIdentity", values, got)
 		}
 	}
 }

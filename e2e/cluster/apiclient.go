@@ -37,7 +37,8 @@ func (a *apiClient) checkReady(ctx context.Context) error {
 	return a.Discovery().RESTClient().Get().AbsPath("/readyz").Timeout(5 * time.Second).Do(ctx).Error()
 }
 
-// awaitServiceAccount returns when the namespace default has its ServiceAccount, without which no pod is admitted.
+// awaitServiceAccount returns when the namespace default has its ServiceAccount. Before that, the API server refuses
+// pods in this namespace.
 func (a *apiClient) awaitServiceAccount(ctx context.Context) error {
 	return a.awaitObject(ctx, "serviceaccounts", metav1.NamespaceDefault, "default", &corev1.ServiceAccount{}, func(runtime.Object) error { return nil })
 }

@@ -64,8 +64,9 @@ func azureConfigJSON(providerIDs map[string]string) (json.RawMessage, error) {
 	return json.Marshal(cfg)
 }
 
-// systemAssigned is the system-assigned identity of a node. A pod that gets a token for it has bypassed NMI, unless an
-// AzurePodIdentityException matches the pod. In standard mode, the chart creates an exception for the pods of MIC.
+// systemAssigned is the system-assigned identity of a node. If a pod gets a token of this identity, the pod has
+// bypassed NMI, or an AzurePodIdentityException matches the pod. In standard mode, the chart creates an exception for
+// the pods of MIC.
 func systemAssigned(index int) *azure.Identity {
 	return &azure.Identity{
 		ClientID: fmt.Sprintf("5e1f0000-0000-4000-8000-%012d", index+1),

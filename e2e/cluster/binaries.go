@@ -90,7 +90,7 @@ func EnsureBinaries(ctx context.Context, progress func(string)) (Binaries, error
 	return b, err
 }
 
-// Helm is the path of helm, as the clusters use it.
+// Helm is the path of the helm program that clusters use.
 func (b Binaries) Helm() string { return b.kube("helm") }
 
 func (b Binaries) kube(program string) string    { return filepath.Join(b.Kubernetes, program) }

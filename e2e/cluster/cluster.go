@@ -75,7 +75,7 @@ func Start(ctx context.Context, opts Options) (*Cluster, error) {
 	c := newCluster(cfg.Binaries, cfg.LogDir, progress)
 	err = c.launch(ctx, cfg)
 	for errors.Is(err, ErrRunning) && time.Now().Before(deadline) {
-		// Another process that also waited started its cluster first.
+		// Since awaitOtherCluster returned, another process has locked the run folder, to start or to remove a cluster.
 		if err := awaitOtherCluster(ctx, deadline); err != nil {
 			return nil, err
 		}
@@ -231,8 +231,8 @@ func (c *Cluster) readEvents(events io.Reader) error {
 	return fmt.Errorf("starting the cluster: the supervisor ended before the cluster was ready%s", logTail(filepath.Join(c.logDir, "supervisor.log")))
 }
 
-// stopSupervisor makes the supervisor stop the cluster, unless the owner has detached, and waits up to 30 s for the
-// supervisor to end.
+// stopSupervisor closes the owner's pipe, and waits up to 30 s for the supervisor to end. The closed pipe makes the
+// supervisor stop the cluster, unless the owner has detached.
 func (c *Cluster) stopSupervisor() error {
 	c.pipe.Close()
 	select {

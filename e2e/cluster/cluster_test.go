@@ -129,7 +129,7 @@ func checkAPIServerRestart(t *testing.T, ctx context.Context, c *Cluster) {
 	mustKubectl(t, ctx, c, "get", "nodes")
 }
 
-// checkNodeRestart restarts node2 and checks that the pod on-node2 runs again after one restart.
+// checkNodeRestart restarts node2 and checks that the container of pod on-node2 then restarts once and is ready.
 func checkNodeRestart(t *testing.T, ctx context.Context, c *Cluster) {
 	if err := c.RestartNode(ctx, "node2"); err != nil {
 		t.Fatal(err)
@@ -146,8 +146,8 @@ func checkNodeRestart(t *testing.T, ctx context.Context, c *Cluster) {
 	}
 }
 
-// checkSources checks the source addresses in the log of the fake Azure: requests of pods have the pods' own addresses,
-// requests of pods with hostNetwork the node's.
+// checkSources checks the source addresses in the log of the fake Azure: a request of a pod has the pod's own address,
+// but a request of a pod with hostNetwork has the address of the node.
 func checkSources(t *testing.T, ctx context.Context, c *Cluster) {
 	seen := map[string]string{}
 	err := waitFor(ctx, "three requests at the fake Azure", 20*time.Second, nil, polled(func(ctx context.Context) error {

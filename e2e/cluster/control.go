@@ -15,7 +15,7 @@ import (
 // controlServer executes requests to a running cluster. It receives them on a socket that only root can connect to.
 type controlServer struct {
 	server  *http.Server
-	stopped chan struct{} // closed when everything has stopped
+	stopped chan struct{} // closed by finish
 	err     error         // valid after stopped is closed
 }
 

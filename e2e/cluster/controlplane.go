@@ -15,9 +15,9 @@ import (
 // controlPlane is etcd, the API server, the controller-manager and the scheduler in their namespace.
 type controlPlane struct {
 	bin    Binaries
-	netns  string // path
-	dir    string // for data
-	pki    string // folder
+	netns  string // path of the network namespace
+	dir    string // folder for data
+	pki    string // folder of the keys and certificates
 	logDir string
 	spawn  spawner
 	api    *apiClient

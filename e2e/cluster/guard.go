@@ -10,7 +10,7 @@ import (
 )
 
 // initialNetnsInode is the inode number of the host's first network namespace. The number is fixed since Linux 6.17;
-// older kernels assign a number at boot. refuseHostNetns needs the constant where /proc/1/ns/net cannot be read.
+// older kernels assign a number at boot.
 const initialNetnsInode = 0xEFFFFFF9
 
 // ownNetns is the inode number of the network namespace that the program was started in. This namespace is the host's
@@ -18,7 +18,7 @@ const initialNetnsInode = 0xEFFFFFF9
 var ownNetns = netnsInode("/proc/self/ns/net")
 
 // ErrHostNetns is returned instead of entering the host's own network namespace.
-var ErrHostNetns = errors.New("this is the host's own network namespace")
+var ErrHostNetns = errors.New("this is the host's own network namespace, which the cluster must not use")
 
 func netnsInode(path string) uint64 {
 	var st unix.Stat_t
@@ -29,8 +29,9 @@ func netnsInode(path string) uint64 {
 }
 
 // refuseHostNetns returns an error if path is the host's own network namespace, or if it is not a network namespace. It
-// compares the inode number of path with three numbers. Each of them is the number of the host's namespace in some
-// cases only.
+// compares the inode number of path with three numbers, because none of them is always that of the host's namespace:
+// initialNetnsInode is that number only since Linux 6.17, ownNetns only in a program that was started on the host, and
+// the number of /proc/1/ns/net only if this file can be read and PID 1 is the host's.
 func refuseHostNetns(path string) error {
 	inode := netnsInode(path)
 	if inode == 0 {
@@ -69,7 +70,7 @@ func onThrowawayThread(f func() error) error {
 	return <-done
 }
 
-// insideNetns runs f inside the namespace.
+// insideNetns runs f inside the network namespace at path.
 func insideNetns(path string, f func() error) error {
 	return onThrowawayThread(func() error {
 		if err := enterNetns(path); err != nil {

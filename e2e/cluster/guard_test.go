@@ -22,7 +22,7 @@ func TestHostNetworkNamespaceIsNeverEntered(t *testing.T) {
 	entered := false
 	err := insideNetns("/proc/self/ns/net", func() error { entered = true; return nil })
 	if !errors.Is(err, ErrHostNetns) || entered {
-		t.Errorf("entering the host's namespace: error %v, entered %v", err, entered)
+		t.Errorf("entering the host's namespace: error %v, entered %v, want ErrHostNetns and false", err, entered)
 	}
 	if err := refuseHostNetns("/proc/self/ns/mnt"); err == nil {
 		t.Error("a mount namespace is accepted as a network namespace")

@@ -39,10 +39,10 @@ func (i Image) Ref() string { return i.Name + ":" + i.Tag }
 // imageSpec describes an image: a root file system, if any, and a static program.
 type imageSpec struct {
 	name    string
-	tag     string // empty: derived from the content
-	program string // file
+	tag     string // "" to derive it from the content
+	program string // path of the program's file
 	target  string // path of the program in the image
-	rootfs  string // folder; may be empty
+	rootfs  string // folder with the root file system; "" for none
 	args    []string
 }
 

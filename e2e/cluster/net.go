@@ -51,12 +51,12 @@ func netnsPath(name string) string { return filepath.Join(netnsDir, name) }
 
 // makeNetwork creates the four namespaces, the bridge between them and their routes:
 //
-//	podid-cp     10.10.0.1    has the bridge; also 10.96.0.1
-//	podid-nodeN  10.10.0.1N   pods in 10.244.N.0/24
-//	podid-azure  10.10.0.254  and 169.254.169.254 behind it
+//	podid-cp     10.10.0.1 on the bridge, 10.96.0.1 on lo
+//	podid-nodeN  10.10.0.1N on eth0, pods in 10.244.N.0/24
+//	podid-azure  10.10.0.254 on eth0, 169.254.169.254 on lo
 //
 // Every node routes the metadata address to podid-azure. If no rule on the node captures a pod's packet, the node
-// forwards the packet, and it arrives in podid-azure with the pod's own source address, as on Azure.
+// forwards the packet, and it arrives in podid-azure with the pod's own source address.
 //
 // The API server listens on port 443 of podid-cp. That namespace also has the address of the Service
 // kubernetes.default, and nodes route the service range there. This replaces kube-proxy for the one Service that
@@ -161,8 +161,9 @@ func removeNetwork() error {
 	return errors.Join(errs...)
 }
 
-// prepareNetnsDir makes the folder of named namespaces a shared mount, as `ip netns add` does at its first use. If that
-// command did it later, its mount would hide the names that were created before.
+// prepareNetnsDir makes the folder of named namespaces a shared mount, as `ip netns add` does at its first use. If a
+// user ran that command later, its mount would cover the mounts in this folder, and removeNetwork could not unmount
+// them.
 func prepareNetnsDir() error {
 	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
 		return err
@@ -220,7 +221,7 @@ func createNetns(name string) error {
 			err = netlink.LinkSetUp(lo)
 		}
 		if err != nil {
-			return fmt.Errorf("setting lo in %s up: %w", name, err)
+			return fmt.Errorf("setting the link lo up in network namespace %s: %w", name, err)
 		}
 		return nil
 	})
@@ -244,7 +245,7 @@ func openNetns(name string) (*netnsHandle, error) {
 	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 	if err != nil {
 		ns.Close()
-		return nil, fmt.Errorf("opening netlink in %s: %w", name, err)
+		return nil, fmt.Errorf("opening a netlink socket in network namespace %s: %w", name, err)
 	}
 	return &netnsHandle{Handle: h, name: name, ns: ns}, nil
 }
@@ -254,8 +255,8 @@ func (h *netnsHandle) close() {
 	h.ns.Close()
 }
 
-// connect connects the namespace with the given name to the bridge in h by a pair of links. The link in that namespace
-// is eth0 and gets the address ip.
+// connect adds a pair of links between the bridge, which is in h, and the namespace name. Inside the namespace name,
+// the link is eth0 and has the address ip.
 func (h *netnsHandle) connect(name, ip string, bridge netlink.Link) error {
 	other, err := openNetns(name)
 	if err != nil {
@@ -279,7 +280,7 @@ func (h *netnsHandle) connect(name, ip string, bridge netlink.Link) error {
 func (h *netnsHandle) configure(link, ip string, bits int) error {
 	l, err := h.LinkByName(link)
 	if err != nil {
-		return fmt.Errorf("finding %s in %s: %w", link, h.name, err)
+		return fmt.Errorf("finding the link %s in network namespace %s: %w", link, h.name, err)
 	}
 	addr := &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP(ip).To4(), Mask: net.CIDRMask(bits, 32)}}
 	if err := errors.Join(h.AddrAdd(l, addr), h.LinkSetUp(l)); err != nil {

@@ -56,8 +56,8 @@ type nodePlan struct {
 func (n *node) boot(ctx context.Context) error {
 	n.began = time.Now()
 	// A restarted node starts like a rebooted computer: with new cgroups and an empty /run, but with the old folders of
-	// containerd, the kubelet and CNI in /var/lib. In the old cgroups, the kubelet would look for containers for half a
-	// minute.
+	// containerd, the kubelet and CNI in /var/lib. With the old cgroups, the kubelet would spend half a minute looking
+	// for containers in them.
 	if err := errors.Join(removeCgroups(n.netns()), createCgroups(n.netns())); err != nil {
 		return err
 	}
@@ -135,7 +135,7 @@ func (n *node) writeConfig() (plan string, err error) {
 		"cniVersion": "1.0.0",
 		"name":       "pods",
 		"plugins": []any{map[string]any{
-			// No masquerading: packets of pods have the pods' own addresses everywhere, as on AKS with Azure CNI.
+			// No masquerading: packets of pods keep the pods' own addresses.
 			"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
 			"ipam": map[string]any{
 				"type":   "host-local",

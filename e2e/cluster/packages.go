@@ -20,8 +20,8 @@ import (
 // containerd would start a service on the host.
 var debianPackages = []string{"etcd-server", "containerd", "runc", "containernetworking-plugins"}
 
-// hostTools are programs that are run from the host: the demo's client, and the tools that show a node's rules. pkg is
-// the Debian package to install if the program is missing.
+// hostTools are programs of the host that the tests, the demo and the benchmarks need: to send requests, and to show or
+// change the network of nodes and pods. pkg is the Debian package to install if the program is missing.
 var hostTools = []struct{ program, pkg string }{
 	{"curl", "curl"},
 	{"ip", "iproute2"},
@@ -63,7 +63,6 @@ func ensurePackages(ctx context.Context, progress func(string)) (string, error) 
 	})
 }
 
-// ensureHostTools installs the programs that the host lacks.
 func ensureHostTools(ctx context.Context, progress func(string)) error {
 	var missing []string
 	for _, tool := range hostTools {

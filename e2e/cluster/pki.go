@@ -21,8 +21,7 @@ import (
 	"k8s.io/client-go/util/keyutil"
 )
 
-// pki is the CA that signs the certificates of a cluster. Each cluster has its own CA. Its private key is only in
-// memory.
+// pki is the CA that signs the certificates of one cluster. The private key of the CA is only in memory.
 type pki struct {
 	dir  string
 	cert *x509.Certificate
@@ -79,7 +78,7 @@ func writePKI(dir string) error {
 	return nil
 }
 
-// validFrom is in the past, for a clock that is set back a little.
+// validFrom is an hour ago, so that certificates remain valid if the clock is set back a little.
 func validFrom() time.Time { return time.Now().Add(-time.Hour) }
 
 func newCA(dir string) (*pki, error) {
@@ -148,8 +147,7 @@ func writeKey(path string, key any) error {
 	return keyutil.WriteKey(path, data)
 }
 
-// writeServiceAccountKeys makes RSA keys, as real clusters have: Entra ID accepts no other signature of a federated
-// token.
+// writeServiceAccountKeys writes an RSA key pair, because Entra ID accepts an assertion only with an RSA signature.
 func writeServiceAccountKeys(dir string) error {
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {

@@ -76,8 +76,9 @@ func podProcesses(pod *corev1.Pod) ([]int, error) {
 // file.
 //
 // PodNetns returns an error for a pod whose address the API server does not report yet, even if the pod already has a
-// network. NMI finds a pod by the address that the API server reports, and waits for it only for a limited time. On a
-// busy host that time may be too short, and NMI would refuse requests that a test sends from the pod's network.
+// network. NMI finds a pod by the address that the API server reports, and waits only for a limited time until the
+// address is reported. On a busy host that time may be too short, and NMI would refuse requests that a test sends from
+// the pod's network.
 func (n NetworkNamespaces) PodNetns(ctx context.Context, namespace, name string) (*os.File, error) {
 	pod, err := n.pod(ctx, namespace, name)
 	if err != nil {

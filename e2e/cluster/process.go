@@ -207,10 +207,10 @@ const startLimit = 3 * time.Minute
 // errTooLate is the cancellation cause of the context in waitFor when the limit is over.
 var errTooLate = errors.New("the limit is over")
 
-// waitFor calls wait, which returns when an event has happened. The parameter what names that event in errors. After
-// the limit, waitFor cancels the context of wait, and its error contains the last lines of the logs of all processes in
-// on. If one of these processes ends first, waitFor cancels the context at once, and its error contains the last lines
-// of the log of the ended process.
+// waitFor calls wait, which returns when an event has happened. Errors name the event by the parameter what. After the
+// limit, waitFor cancels the context of wait, and its error contains the last lines of the logs of all processes in the
+// parameter on. If one of these processes ends first, waitFor cancels the context at once, and its error contains the
+// last lines of the log of the ended process.
 func waitFor(ctx context.Context, what string, limit time.Duration, on []*process, wait func(context.Context) error) error {
 	ctx, end := context.WithCancelCause(ctx)
 	defer end(nil)

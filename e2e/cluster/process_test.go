@@ -23,8 +23,8 @@ func init() {
 	}
 }
 
-// endFirstThread ends the first thread of this process, as the kernel may do first when it kills a process. The other
-// threads go on.
+// endFirstThread ends the first thread of this process; the other threads go on. When the kernel kills a process, the
+// same can happen for a moment: the first thread ends before the others.
 func endFirstThread() {
 	go func() {
 		time.Sleep(time.Minute) // in case that the test is killed before it kills this process
@@ -53,7 +53,7 @@ func TestAProcessWhoseFirstThreadHasEndedIsAlive(t *testing.T) {
 		}
 	}
 	if !p.alive() {
-		t.Error("a process that still has threads counts as ended")
+		t.Error("a process whose first thread has ended, and whose other threads still run, counts as ended")
 	}
 	if err := p.waitGone(50 * time.Millisecond); err == nil {
 		t.Error("waitGone returned before the last thread ended")
@@ -62,7 +62,7 @@ func TestAProcessWhoseFirstThreadHasEndedIsAlive(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := p.waitGone(20 * time.Second); err != nil || p.alive() {
-		t.Errorf("after SIGKILL: waitGone %v, alive %t", err, p.alive())
+		t.Errorf("after SIGKILL: waitGone returned %v and alive %t, want nil and false", err, p.alive())
 	}
 }
 

@@ -8,8 +8,8 @@ import (
 )
 
 // Scratch creates a folder for temporary files of this program and returns its path. The program must remove the folder
-// when it ends. A killed program leaves its folder: Scratch first removes the folders of earlier calls with the same
-// name whose programs have ended.
+// when it ends. A killed program leaves its folder. So Scratch first removes each folder of an earlier call with the
+// same name, if no process has the PID of the program that made the call.
 //
 // name identifies the purpose. It must not contain a hyphen: Scratch("a") would take the b in the name of a folder of
 // Scratch("a-b") for the PID of a program that has ended, and would remove the folder.

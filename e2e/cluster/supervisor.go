@@ -43,11 +43,11 @@ const detachByte = 'D'
 
 // supervisor runs the cluster: every process of the cluster is a descendant of it, and the cluster ends with it.
 //
-// It is a separate program, because a process that is killed by SIGKILL cannot clean up after itself. Only the owner, a
-// test or `cluster up`, has the write end of a pipe. When the owner ends for any reason, the kernel closes the pipe,
-// and the supervisor stops the cluster, unless the owner has detached. If the supervisor itself is killed, the kernel
-// kills its children with their parent-death signal; cgroups, namespaces and files remain until the next start or stop
-// removes them.
+// It is a separate program, because a process that is killed by SIGKILL cannot clean up after itself. Only the owner,
+// such as a test or `cluster up`, has the write end of a pipe. When the owner ends for any reason, the kernel closes
+// the pipe, and the supervisor stops the cluster, unless the owner has detached. If the supervisor itself is killed,
+// the kernel kills its children with their parent-death signal; cgroups, namespaces and files remain until the next
+// start or stop removes them.
 type supervisor struct {
 	cfg    superviseConfig
 	cp     *controlPlane
@@ -61,9 +61,9 @@ type supervisor struct {
 	state state
 }
 
-// Supervise runs a cluster until the owner ends or closes its pipe without having detached, a request on the control
-// socket stops the cluster, or SIGINT or SIGTERM arrives. owner is the pipe from the owner, and events is the pipe to
-// the owner.
+// Supervise runs a cluster. It stops the cluster and returns when the owner, without having detached, ends or closes
+// its pipe. It does the same after POST /stop on the control socket, and after SIGINT or SIGTERM. The parameter owner
+// is the pipe from the owner, and events is the pipe to the owner.
 func Supervise(owner, events *os.File) error {
 	lines := bufio.NewReader(owner)
 	line, err := lines.ReadBytes('\n')
@@ -279,8 +279,8 @@ func (s *supervisor) record(name string, p *process) error {
 	return s.state.write()
 }
 
-// logTo redirects everything that the supervisor prints to a file, including a panic. launch starts the supervisor
-// without the owner's standard output and error, because `go test` would wait until the supervisor closes them.
+// logTo redirects standard output and error, including the text of a panic, to the file at path. launch does not give
+// the supervisor the owner's standard output and error, because `go test` would wait until the supervisor closes them.
 func logTo(path string) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {

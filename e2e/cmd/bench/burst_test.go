@@ -12,7 +12,7 @@ func TestSimultaneousRequestsOf250PodsNeedOneCallToIMDS(t *testing.T) {
 				return err
 			}
 			t.Logf("burst %d: %d token requests to IMDS, last response after %s", i+1, calls, slowest)
-			if calls != 1-i { // the second is served from the cache
+			if calls != 1-i { // NMI serves the second burst from its cache
 				t.Errorf("burst %d: %d token requests to IMDS, want %d", i+1, calls, 1-i)
 			}
 		}

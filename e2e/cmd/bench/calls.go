@@ -38,8 +38,8 @@ func (r *environment) calls(ctx context.Context, k clients) (calls, error) {
 	return c, c.readAPI(string(text))
 }
 
-// readAPI reads the counts of the API server from its metrics. apiserver_request_total counts a watch when it ends, and
-// apiserver_longrunning_requests counts the active watches: the sum is the number of watches that were started.
+// readAPI adds the counts in the API server's metrics to c. apiserver_request_total counts a watch when it ends, and
+// apiserver_longrunning_requests counts the active watches: their sum counts each watch once.
 func (c *calls) readAPI(metrics string) error {
 	known := false
 	for line := range strings.Lines(metrics) {

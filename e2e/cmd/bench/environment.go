@@ -131,7 +131,8 @@ func (s *simulatedNode) wire(ctx context.Context) error {
 
 const podsOnANode = pods
 
-// wireIMDS makes the fake IMDS reachable from NMI's node by a route, as on Azure, and also the fake Entra ID.
+// wireIMDS connects NMI's node with the namespace of the fake IMDS and the fake Entra ID, and adds the node's route to
+// IMDS.
 func (r *environment) wireIMDS(ctx context.Context) error {
 	return ip(ctx,
 		[]string{"-n", r.imdsNetns, "addr", "add", "169.254.169.254/32", "dev", "lo"},

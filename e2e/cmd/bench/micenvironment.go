@@ -31,7 +31,7 @@ const (
 	micProfiles = "http://127.0.0.1:6060/debug/pprof/"
 )
 
-// micSecret is the application that MIC authenticates with to Entra ID.
+// micSecret is the application as which MIC authenticates to Entra ID, with the application's client secret.
 var micSecret = azure.App{
 	ClientID: "be9c4006-0000-4000-8000-000000000001", ObjectID: "be9c4007-0000-4000-8000-000000000001", Secrets: []azure.AppSecret{{Value: "not a secret"}},
 }
@@ -44,11 +44,11 @@ type micEnvironment struct {
 	dir      string
 	k        clients
 	azure    *azure.Client
-	http     *http.Client // in the namespace
+	http     *http.Client // connects from inside the namespace
 	children children
 	binary   string
 	args     []string // flags for MIC besides the required ones
-	mic      *child   // nil while none runs
+	mic      *child   // nil before startMIC and after stopMIC
 	log      *os.File
 	workload *workload
 	watcher  *watcher
@@ -237,7 +237,8 @@ func (r *micEnvironment) get(ctx context.Context, url string) (string, error) {
 	return string(body), err
 }
 
-// work is the processor time and the requests of MIC: the totals at one point in time, or the differences between two.
+// work is the processor time and the requests of MIC: the totals at one point in time, or the
+// differences between two such points.
 type work struct {
 	cpu time.Duration
 	requests

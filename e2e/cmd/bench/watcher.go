@@ -21,7 +21,7 @@ type watcher struct {
 
 	mu       sync.Mutex
 	created  map[string]time.Time // by pod: when the API server acknowledged its creation
-	assigned map[string]time.Time // by pod
+	assigned map[string]time.Time // by pod: when its assignment was Assigned for the first time
 	live     map[string]struct{}  // assignments that exist
 	err      error
 }
@@ -57,7 +57,7 @@ func (s *state) UnmarshalJSON(text []byte) error {
 	return err
 }
 
-// newWatcher starts a watch. There must be no assignment yet.
+// newWatcher starts a watch. No assignment may exist yet, because the watch would report it as new.
 func newWatcher(ctx context.Context, client rest.Interface) (*watcher, error) {
 	w := &watcher{created: map[string]time.Time{}, assigned: map[string]time.Time{}, live: map[string]struct{}{}}
 	watch := func() (io.ReadCloser, error) {
@@ -134,7 +134,7 @@ func (w *watcher) took(pods []string) (waits []time.Duration, last time.Time) {
 		if !ok {
 			continue
 		}
-		// The event may arrive before the response to the creation of the pod.
+		// The Assigned event may arrive before the API server's response to the creation of the pod.
 		waits = append(waits, max(0, at.Sub(w.created[pod])))
 		if at.After(last) {
 			last = at

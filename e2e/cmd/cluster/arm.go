@@ -118,8 +118,8 @@ func armFaultCommand() *cobra.Command {
 	var remove bool
 	cmd := &cobra.Command{
 		Use:   "fault [MACHINE|/subscriptions/S]",
-		Short: "Make requests fail; without arguments, list the faults",
-		Long: `Sets the fault of requests for a machine, for a subscription or, without an argument, for all machines. It replaces a
+		Short: "Make requests fail; without arguments and flags, list the faults",
+		Long: `Sets the fault of requests for a machine, for a subscription or, with flags alone, for all machines. It replaces a
 fault of the same resource and operation. Of several faults that match a request, the most specific applies.`,
 		Example: `  cluster azure arm fault node1 --operation patch --status 429 --retry-after 30 --count 2
   cluster azure arm fault node1 --operation patch --drop --apply    # each PATCH takes effect, but gets no response
@@ -155,7 +155,7 @@ fault of the same resource and operation. Of several faults that match a request
 	flags.BoolVar(&f.Hang, "hang", false, "do not respond, and keep the connection open until the client disconnects")
 	flags.BoolVar(&f.Drop, "drop", false, "do not respond, and reset the connection")
 	flags.BoolVar(&f.Fails, "fails", false, "accept a PATCH, but let its operation fail")
-	flags.BoolVar(&f.Apply, "apply", false, "with --status, --hang or --drop: the request takes effect; with --fails: the identities change")
+	flags.BoolVar(&f.Apply, "apply", false, "with --status, --hang or --drop: the request takes effect nevertheless; with --fails: the identities change although the operation fails")
 	flags.BoolVar(&remove, "clear", false, "clear the faults of the machine or the subscription; without an argument, all faults, including those of identities")
 	return cmd
 }

@@ -30,8 +30,8 @@ func helmCommand() *cobra.Command {
 	}, func(c *cluster.Cluster, args []string) error { return c.ExecHelm(args) })
 }
 
-// passThrough makes the command call run with all arguments unparsed. Only a single --help or -h shows the help
-// instead.
+// passThrough makes cmd pass all its arguments to the function run, unparsed. Only with --help or -h as its single
+// argument, cmd shows its help instead.
 func passThrough(cmd *cobra.Command, run func(*cluster.Cluster, []string) error) *cobra.Command {
 	cmd.DisableFlagParsing = true
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {

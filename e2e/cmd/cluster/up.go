@@ -26,7 +26,7 @@ The cluster runs until "bin/cluster down". Try:
   bin/cluster azure log
 `
 
-// nextStepsInStandardMode uses an identity that is not attached until a pod needs it.
+// nextStepsInStandardMode is text that `up --standard` prints after nextSteps.
 const nextStepsInStandardMode = `
 In standard mode, with an identity that is not attached yet:
 

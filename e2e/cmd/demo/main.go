@@ -59,7 +59,7 @@ spec:
   containers: [{name: stranger, image: %[1]s, imagePullPolicy: Never}]
 `
 
-// robot is an application that is not attached to a virtual machine and has no secret.
+// robot is an application in Entra ID without a secret. Pod robot gets tokens of it with a federated credential.
 var robot = azure.Identity{ClientID: "0d46a1b2-0000-4000-8000-00000000beef", ObjectID: "77777777-0000-4000-8000-00000000beef"}
 
 const federated = `apiVersion: aadpodidentity.k8s.io/v1
@@ -176,7 +176,7 @@ func (d *demo) token() error {
 	return d.showToken("web", shop)
 }
 
-// showToken requests a token from the pod, and checks that it is for the identity want.
+// showToken requests a token inside the pod, prints the response, and checks that the token is for the identity want.
 func (d *demo) showToken(pod string, want azure.Identity) error {
 	out, err := d.curl(pod)()
 	if err != nil {

@@ -59,7 +59,7 @@ func addResource(d *document, crd apiextensions.CustomResourceDefinition) {
 }
 
 // fieldRows returns the table rows of the fields of an object, including nested fields. It leaves out the fields of
-// object metadata and of embedded objects, which are whole copies of other kinds.
+// object metadata and of embedded objects, which are copies of whole objects of other kinds.
 func fieldRows(path string, p apiextensions.JSONSchemaProps) [][]string {
 	var rows [][]string
 	for _, name := range slices.Sorted(maps.Keys(p.Properties)) {

@@ -143,7 +143,7 @@ func TestPackagesOfTheModuleAreRead(t *testing.T) {
 	}
 	for name := range packages {
 		if strings.HasPrefix(name, "e2e") || strings.HasSuffix(name, "test") {
-			t.Errorf("%s is no package of the product", name)
+			t.Errorf("readPackages returned %s, which is not a package of the product", name)
 		}
 	}
 }

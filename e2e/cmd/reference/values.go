@@ -60,7 +60,7 @@ func valueRows(path string, schema, defaults *yaml.Node, add func([]string)) err
 		if inner == nil || value == nil || value.Kind != yaml.MappingNode || len(value.Content) == 0 {
 			text, err := defaultText(value)
 			if err != nil {
-				return fmt.Errorf("default of %s: %w", valuePath, err)
+				return fmt.Errorf("reading the default of the value %s: %w", valuePath, err)
 			}
 			add([]string{code(valuePath), text, plain(description.Value) + "." + constraint(s)})
 		}
@@ -74,7 +74,8 @@ func valueRows(path string, schema, defaults *yaml.Node, add func([]string)) err
 	})
 }
 
-// withProperties is the schema itself, or the one of its alternatives that lists properties; nil if there is none.
+// withProperties returns the schema itself if it lists properties, else the first of its alternatives (anyOf) that
+// lists properties, else nil.
 func withProperties(schema *yaml.Node) *yaml.Node {
 	if get(schema, "properties") != nil {
 		return schema
