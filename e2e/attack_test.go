@@ -36,13 +36,13 @@ func TestNoPathAndNoHeaderBypassesTheDecision(t *testing.T) {
 	must(t, err)
 	for _, e := range entries {
 		if e.Class != "instance" && e.Kind == "request" {
-			t.Errorf("this request reached IMDS, want only requests for instance metadata: %s %s", e.Method, e.Path)
+			t.Errorf("IMDS received %s %s; want only requests for instance metadata", e.Method, e.Path)
 		}
 	}
 }
 
-// attackPaths returns the known ways to write the path of an endpoint so that a filter does not recognize it, and the
-// paths of endpoints that no pod may use. named is a query that selects an identity.
+// attackPaths returns known spellings of the token path that a filter may not recognize, and the paths of endpoints
+// that no pod may use. named is a query that selects an identity.
 func attackPaths(query, named string) []string {
 	return []string{
 		"/metadata/identity/oauth2/token" + named,
@@ -140,7 +140,7 @@ func TestOtherPortsAndProtocolsOfTheMetadataAddressAreBlocked(t *testing.T) {
 	}
 	attempts.Go(func() { // from another node, with a route to NMI's address by way of node1
 		if _, err := testCluster.InNode(t.Context(), "node2", "sh", "-c", "ip route add 169.254.25.79/32 via 10.10.0.11; curl -s --max-time 2 --interface eth0 http://169.254.25.79:2579/; code=$?; ip route del 169.254.25.79/32 via 10.10.0.11; exit $code"); err == nil {
-			t.Error("another node reaches NMI")
+			t.Error("node2 got a response from NMI on node1; NMI must answer only its own node")
 		}
 	})
 	attempts.Wait()

@@ -26,7 +26,8 @@ type sample struct {
 	app, token   string // appid and uti of the token
 }
 
-// sampler requests tokens from a pod's network namespace without a pause and keeps the outcome of each request.
+// sampler requests tokens from a pod's network namespace and keeps the outcome of each request. Its workers do not pause
+// between requests.
 type sampler struct {
 	t       *testing.T
 	pod     string
@@ -40,8 +41,8 @@ type sampler struct {
 
 const askVault = "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource=" + vault
 
-// podClient returns a client that sends requests from the pod's network namespace. The client does not use the API
-// server. With newConnections, it opens a connection for each request.
+// podClient returns a client that sends requests from the pod's network namespace. The client also works while the API
+// server is stopped. With newConnections, it opens a connection for each request.
 func (s *testNamespace) podClient(pod string, newConnections bool) *http.Client {
 	s.t.Helper()
 	netns, err := testCluster.PodNetns(s.t.Context(), s.name, pod)
@@ -134,8 +135,8 @@ func (w *sampler) waitForSamples(n int, kind func(sample) bool) {
 	})
 }
 
-// change is a change of the objects. before reports whether a sample shows the state before the change, and after
-// whether it shows the state after the change.
+// change is a change of objects in the API server. before reports whether a sample shows the state before the change,
+// and after whether it shows the state after the change.
 type change struct {
 	what          string
 	do            func() error // returns when the API server has acknowledged the change
@@ -202,9 +203,9 @@ func applyUnderLoad(t *testing.T, samplers []*sampler, c change) {
 	}
 }
 
-// delay returns the time from from to to as text, or "at once" if to is not after from. from is the time when a change
-// was acknowledged. to is before from if the change took effect before its acknowledgement arrived. to is zero if no
-// sample had an outcome of the old state.
+// delay returns the difference to - from as text, or "at once" if to is not later than from. The callers pass as from
+// the time when the API server acknowledged a change. to can be earlier, because a change can take effect before its
+// acknowledgement arrives. to is zero if no sample had an outcome of the old state.
 func delay(from, to time.Time) string {
 	if !to.After(from) {
 		return "at once"
@@ -217,7 +218,6 @@ type objectClient struct{ s *testNamespace }
 
 func (c objectClient) server() rest.Interface { return clientset.CoreV1().RESTClient() }
 
-// path is the path of an object in the API.
 func (c objectClient) path(kind, name string) string {
 	if kind == secrets {
 		return "/api/v1/namespaces/" + c.s.name + "/secrets/" + name
@@ -241,7 +241,7 @@ func TestAChangeTakesEffectImmediatelyAndForAllPodsUnderLoad(t *testing.T) {
 	s := newNamespace(t)
 	first, second := newApp(t, withSecret("old")), newApp(t, withSecret("new"))
 	objects := objectClient{s}
-	// From these manifests, the test recreates the objects that it deletes.
+	// The test deletes these objects, and creates them again from the manifests.
 	secret := s.secretYAML("app", map[string][]byte{"clientSecret": []byte("new")})
 	bound := s.boundYAML("app", "app", bySecretSpec(1, second, "app"))
 	again := func(yaml string) func() error { return func() error { return applyYAML(t.Context(), yaml) } }
@@ -303,7 +303,7 @@ func checkNoOldToken(t *testing.T, samplers []*sampler, rotated time.Time, ofOld
 		samples := w.since(time.Time{})
 		for _, one := range w.since(rotated) {
 			if ofOld(one) {
-				t.Errorf("%s: a request after the rotation got a token from before it: %+v", w.pod, one)
+				t.Errorf("%s: a request that began after the rotation of the Secret got a token from before the rotation: %+v", w.pod, one)
 				break
 			}
 		}
@@ -311,8 +311,8 @@ func checkNoOldToken(t *testing.T, samplers []*sampler, rotated time.Time, ofOld
 	}
 }
 
-// While a request waits for its token, the objects that allow the request can change. The response must follow the
-// changed objects.
+// While a request waits for its token, the objects that allow the request can change. NMI must respond as the changed
+// objects require.
 func TestAChangeDuringAFetchAppliesToItsAnswer(t *testing.T) {
 	s := newNamespace(t)
 	first, second := newApp(t, withSecret("hush")), newApp(t, withSecret("hush"))
@@ -327,7 +327,7 @@ func TestAChangeDuringAFetchAppliesToItsAnswer(t *testing.T) {
 		what   string
 		do     func() error
 		status int
-		want   string // in the answer: the reason, or the client ID
+		want   string // text that the answer must contain: a reason, or a client ID
 	}{
 		{"clientID changed", objects.patch(identities, "app", `{"spec":{"clientID":"`+second.ClientID+`"}}`), 200, second.ClientID},
 		{"Secret removed", objects.delete(secrets, "app"), 403, "secret_missing"},
@@ -342,7 +342,7 @@ func TestAChangeDuringAFetchAppliesToItsAnswer(t *testing.T) {
 		}
 		answered := make(chan response, 1)
 		go func() {
-			// Each case has another resource, so that no token is cached.
+			// Each case requests a token for another resource, so that NMI has none in its cache.
 			status, body := get(context.Background(), client, fmt.Sprintf("%s/%d", askVault, i))
 			answered <- response{status, body}
 		}()

@@ -28,10 +28,11 @@ func TestUnmodifiedClientsBehaveAsWithTheRealIMDS(t *testing.T) {
 	l.runAll(append(l.immediateScenarios(who), l.delayedScenarios(who)...))
 }
 
-// testIdentities are the identities of the scenarios. alone is the only identity of pod "alone", second is one of the two
-// of pod "two", and unbound is bound to no pod. Clients that select no identity run in pod "alone", or in pod "nothing",
-// which has none. Clients that select one run in pod "two" and select second or unbound. app is the federated identity,
-// and the only identity of pod "federated". In its scenario, all clients run in that pod.
+// testIdentities are the identities of the scenarios. alone is the only identity of pod "alone", second is one of the
+// two identities of pod "two", and unbound is bound to no pod. Clients that select no identity run in pod "alone", or
+// in pod "nothing", which has no identity. Clients that select an identity run in pod "two" and select second or
+// unbound. app is federated, and is the only identity of pod "federated". In the scenario of app, all clients run in
+// that pod.
 type testIdentities struct{ alone, second, unbound, app azure.Identity }
 
 func (s testIdentities) bound(c client, resource string) tokenQuery {
@@ -76,7 +77,7 @@ func (l *clientRunner) immediateScenarios(who testIdentities) []scenario {
 			return who.notBound(c, true), c.chained, c.chained != notApplicable
 		},
 		check: func(c client, r clientResult) string {
-			if c.chained == aggregate { // itself a chain: its error must list the Azure CLI, a later credential
+			if c.chained == aggregate { // this client is a chain: its error must list a later credential, the Azure CLI
 				return saying("Azure CLI could not be found")(c, r)
 			}
 			return fast(c, r)
@@ -136,7 +137,7 @@ func (l *clientRunner) runAll(all []scenario) {
 	printTable(l.t, columns, cells)
 }
 
-// waitUntilEntraRefuses waits until all clients wait for a response and NMI has retried at Entra ID.
+// waitUntilEntraRefuses waits until all clients wait for a response and Entra ID has refused two requests of NMI.
 func (l *clientRunner) waitUntilEntraRefuses(logs []*clientLog, app azure.Identity) {
 	l.t.Helper()
 	eventually(l.t, 60*time.Second, func() error {
@@ -184,7 +185,7 @@ func TestAClientInANewPodGetsItsTokenWithItsFirstRequest(t *testing.T) {
 	s.bind("app", "app", id)
 	containers := map[string]struct {
 		args     []string
-		statuses []int // of the responses; the first of "default" is that of a probe without the Metadata header
+		statuses []int // of the responses; "default" first sends a probe without the Metadata header, which gets 400
 	}{
 		"managed": {[]string{"managed"}, []int{200}},
 		"named":   {[]string{"managed", "--client-id", id.ClientID}, []int{200}},

@@ -92,8 +92,9 @@ func (w *rawClient) send(method, path string, headers ...string) rawResponse {
 	return r
 }
 
-// sendWithin sends a request for which clients have a short timeout, limit. It repeats a request that takes longer than
-// limit up to nine times, because a computer on which a few CPUs run a whole cluster may be busy for a moment.
+// sendWithin sends a request that must be answered within limit, the timeout of the imitated client. If the response
+// takes longer, sendWithin sends the request again, up to nine times, because a computer on which a few CPUs run a
+// whole cluster may be busy for a moment.
 func (w *rawClient) sendWithin(limit time.Duration, method, path string, headers ...string) rawResponse {
 	w.t.Helper()
 	var r rawResponse
@@ -114,12 +115,12 @@ func TestTheProbesOfDotNetClientsDetectVersion1OfIMDS(t *testing.T) {
 	s.bind("app", "app", id)
 	s.pod("p", "app", "node1")
 	w := s.rawClient("p")
-	// The probe is the token request without the Metadata header. For a resource ID, it uses msi-res-id, a parameter
-	// that IMDS does not have.
+	// The probe is the token request without the Metadata header. To select an identity by resource ID, the client uses
+	// the parameter msi-res-id, which IMDS does not have.
 	for _, selector := range []string{"", "&client_id=" + id.ClientID, "&msi-res-id=" + id.ResourceID} {
 		probe := w.sendWithin(time.Second, "GET", tokenPath+"https%3A%2F%2Fvault.azure.net"+selector)
 		if probe.status != 400 || strings.Contains(probe.raw, "Identity not found") || probe.token() != "" {
-			t.Errorf("the probe with %q got %d %s", selector, probe.status, probe.raw)
+			t.Errorf("the probe with the selector %q got %d %s; want 400 with another text than Identity not found", selector, probe.status, probe.raw)
 		}
 	}
 	s.mustHaveTokenOf(w.send("GET", tokenPath+"https%3A%2F%2Fvault.azure.net&client_id="+id.ClientID, "Metadata", "true").answer, id, vault)
@@ -129,7 +130,7 @@ func TestTheProbesOfDotNetClientsDetectVersion1OfIMDS(t *testing.T) {
 		for _, request := range [][2]string{{"GET", "getplatformmetadata"}, {"POST", "issuecredential"}, {"POST", "credential"}} {
 			r := w.sendWithin(time.Second, request[0], "/metadata/identity/"+request[1]+"?cred-api-version=2.0&client_id="+id.ClientID, headers...)
 			if r.status != 404 {
-				t.Errorf("%v with headers %v got %d %s", request, headers, r.status, r.raw)
+				t.Errorf("%v with headers %v got %d %s; want 404", request, headers, r.status, r.raw)
 			}
 		}
 	}
@@ -146,14 +147,14 @@ func TestJavaClientsDetectIMDSByATCPConnection(t *testing.T) {
 		must(t, err)
 		must(t, conn.Close())
 		if took := time.Since(start); took > time.Second {
-			t.Errorf("connecting took %s", took)
+			t.Errorf("a TCP connection to the address of IMDS took %s; want at most 1 s", took)
 		}
 	}
 	a := w.send("GET", tokenPath+"https%3A%2F%2Fvault.azure.net", "Metadata", "true").answer
 	s.mustHaveTokenOf(a, id, vault)
 	// The client parses the value with Long.parseLong, which accepts only a decimal number.
 	if expires, err := strconv.ParseInt(a.body["expires_on"], 10, 64); err != nil || expires < time.Now().Unix() || strings.HasPrefix(a.body["expires_on"], "+") {
-		t.Errorf("expires_on is %q", a.body["expires_on"])
+		t.Errorf("expires_on is %q; want a Unix time in the future, without a sign", a.body["expires_on"])
 	}
 }
 
@@ -168,12 +169,12 @@ func TestTerraformClientsUseExpiresInAndTheTokenType(t *testing.T) {
 	must(t, err)
 	left, err := strconv.Atoi(a.body["expires_in"])
 	if off := time.Until(claims.Expires.Time) - time.Duration(left)*time.Second; err != nil || off < -2*time.Second || off > 5*time.Second {
-		t.Errorf("expires_in is %q, the token expires in %s", a.body["expires_in"], time.Until(claims.Expires.Time))
+		t.Errorf("expires_in is %q, but the token expires in %s", a.body["expires_in"], time.Until(claims.Expires.Time))
 	}
 	if a.body["token_type"] != "Bearer" { // the client copies it into the Authorization header
-		t.Errorf("token_type is %q", a.body["token_type"])
+		t.Errorf("token_type is %q; want Bearer", a.body["token_type"])
 	}
-	// The client retries after the time in Retry-After.
+	// The client waits for the time in Retry-After before it retries.
 	for i, c := range []struct {
 		switches map[string]string
 		status   int
@@ -186,13 +187,13 @@ func TestTerraformClientsUseExpiresInAndTheTokenType(t *testing.T) {
 		r := w.send("GET", tokenPath+fmt.Sprintf("https://r%d.example", i), "Metadata", "true")
 		after, err := strconv.Atoi(r.header.Get("Retry-After"))
 		if r.status != c.status || err != nil || after < 1 || after > 25 {
-			t.Errorf("%v: got %d with Retry-After %q: %s", c.switches, r.status, r.header.Get("Retry-After"), r.raw)
+			t.Errorf("%v: got %d with Retry-After %q (want 1 to 25): %s", c.switches, r.status, r.header.Get("Retry-After"), r.raw)
 		}
 	}
 	w.endThrottling()
 }
 
-// endThrottling resets all switches, and waits until NMI sends requests to IMDS again.
+// endThrottling resets all switches of the fake Azure, and waits until NMI sends requests to IMDS again.
 func (w *rawClient) endThrottling() {
 	w.t.Helper()
 	setFaults(w.t, nil)
@@ -212,13 +213,13 @@ func TestPythonClientsProbeWithATokenRequestAndCompareTheResourceByteForByte(t *
 	for _, resource := range []string{"https://vault.azure.net", "https://vault.azure.net/", "https://Storage.azure.com//", "api://some-app", "2ff814a6-3304-4ab8-85cb-cd0e6f879c1d"} {
 		path := "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=" + resource
 		if probe := w.sendWithin(300*time.Millisecond, "GET", path); probe.status != 400 || probe.token() != "" {
-			t.Errorf("the probe got %d %s", probe.status, probe.raw)
+			t.Errorf("the probe got %d %s; want 400 and no token", probe.status, probe.raw)
 		}
 		a := w.send("GET", path, "Metadata", "true").answer
 		s.mustHaveTokenOf(a, id, resource)
 		for _, number := range []string{"expires_on", "expires_in", "not_before", "ext_expires_in"} {
 			if _, err := strconv.Atoi(a.body[number]); err != nil { // the client parses it with int()
-				t.Errorf("%s is %q", number, a.body[number])
+				t.Errorf("%s is %q; want an integer", number, a.body[number])
 			}
 		}
 	}
@@ -252,12 +253,12 @@ func TestMSALPythonClientsReadEachErrorAsJSON(t *testing.T) {
 	} {
 		seen[r.status] = true
 		if r.body["error"] == "" || r.body["error_description"] == "" || !strings.HasPrefix(r.header.Get("Content-Type"), "application/json") {
-			t.Errorf("%s with Content-Type %q: %s", r.phrase, r.header.Get("Content-Type"), r.raw)
+			t.Errorf("%s with Content-Type %q: want JSON with error and error_description; got %s", r.phrase, r.header.Get("Content-Type"), r.raw)
 		}
 	}
 	for _, status := range []int{400, 403, 404, 405, 429, 503} {
 		if !seen[status] {
-			t.Errorf("no request got %d, only %v", status, seen)
+			t.Errorf("no request got status %d; the statuses are %v", status, seen)
 		}
 	}
 	w.endThrottling()
@@ -288,7 +289,7 @@ func TestTheAzureCLIClientTriesAGUIDAsClientIDThenAsObjectID(t *testing.T) {
 	w := s.rawClient("p")
 	first := w.send("GET", tokenPath+"https://management.core.windows.net/&client_id="+id.ObjectID, "Metadata", "true")
 	if first.phrase != "400 Bad Request" || first.body["error_description"] != "Identity not found" {
-		t.Errorf("the first request got %q: %s", first.phrase, first.raw)
+		t.Errorf("the request with an object ID as client_id got %q; want 400 Bad Request, Identity not found: %s", first.phrase, first.raw)
 	}
 	second := w.send("GET", tokenPath+"https://management.core.windows.net/&object_id="+id.ObjectID, "Metadata", "true").answer
 	s.mustHaveTokenOf(second, id, "https://management.core.windows.net/")

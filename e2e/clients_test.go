@@ -43,7 +43,7 @@ const (
 	stops       = "AuthenticationFailedError 400"
 	unassigned  = "credentialUnavailableError 400"
 	throttledGo = "AuthenticationFailedError 429"
-	// The errors of @azure/identity. A chain returns the aggregate after it has tried all its credentials.
+	// The errors of @azure/identity. A chain returns an AggregateAuthenticationError after all its credentials failed.
 	unavailable = "CredentialUnavailableError 400"
 	aggregate   = "AggregateAuthenticationError 400"
 )
@@ -77,7 +77,7 @@ type tokenQuery struct {
 	pod      string
 	identity azure.Identity // the expected identity; a client that selects an identity selects this one
 	resource string
-	chain    bool // use the credential in a chain, before one that always returns a token
+	chain    bool // use the credential in a chain, before a credential that always returns a token
 	timeout  time.Duration
 }
 
@@ -85,7 +85,7 @@ type tokenQuery struct {
 type clientResult struct {
 	outcome  string        // as in the table of clients, or a problem such as "wrong token"
 	text     string        // of the error
-	took     time.Duration // without the start of the program, if the program reports it; otherwise the whole run
+	took     time.Duration // as the program reports it, without its start; otherwise of the whole run
 	statuses []int
 }
 
@@ -109,7 +109,7 @@ func newClientRunner(t *testing.T) *clientRunner {
 	l.script = filepath.Join(repo, "e2e", "clients", "client.js")
 	l.goclient, _, err = cluster.BuildClient(t.Context())
 	must(t, err)
-	// The clients have no PATH, so the paths of programs are absolute.
+	// The clients run with a PATH that contains no programs, so the paths of programs are absolute.
 	l.nice, err = exec.LookPath("nice")
 	must(t, err)
 	l.curl, err = exec.LookPath("curl")
@@ -175,7 +175,7 @@ func (l *clientRunner) command(ctx context.Context, c client, q tokenQuery, wait
 	default:
 		args = append([]string{l.goclient}, args...)
 	}
-	// With a higher priority, other load on this computer does not use up the timeouts of the clients.
+	// The clients get a higher priority, because other load on this computer can make them miss their own timeouts.
 	cmd := exec.CommandContext(ctx, "nsenter", "--net=/proc/self/fd/3", "--", l.nice, "-n", "-15", args[0])
 	cmd.Args = append(cmd.Args, args[1:]...)
 	cmd.ExtraFiles = []*os.File{l.netns[q.pod]}
@@ -183,8 +183,9 @@ func (l *clientRunner) command(ctx context.Context, c client, q tokenQuery, wait
 	return cmd
 }
 
-// run runs the client until it ends, or until the time limit of the query. Meanwhile, logs can be read. If start is not nil,
-// the program loads its library at once, and sends its first request when start is closed. The time limit begins then.
+// run runs the client until it ends, or until the time limit of the query. Other goroutines can read logs in the
+// meantime. If start is not nil, the program loads its library at once, but sends its first request only when start is
+// closed, and the time limit begins at that time.
 func (l *clientRunner) run(c client, q tokenQuery, logs *clientLog, start <-chan struct{}) clientResult {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -214,11 +215,12 @@ func (l *clientRunner) run(c client, q tokenQuery, logs *clientLog, start <-chan
 	return r
 }
 
-// maxProbeAttempts is how many times runUntilResponse runs a client.
+// maxProbeAttempts is the maximum number of times that runUntilResponse runs a client.
 const maxProbeAttempts = 3
 
-// runUntilResponse runs a client, again if it gave up before it got a response. The probe of some clients has a timeout of
-// 300 ms, in which they also load code. On a busy computer that is too short, which says nothing about the response.
+// runUntilResponse runs a client. If the client sends probes and ends without a response, runUntilResponse runs it
+// again. The probe of some clients has a timeout of 300 ms, in which they also load code. On a busy computer this
+// timeout can pass before NMI has answered, although NMI works as it should.
 func (l *clientRunner) runUntilResponse(scenario string, c client, q tokenQuery, logs *clientLog, start <-chan struct{}) clientResult {
 	for attempt := 1; ; attempt++ {
 		r := l.run(c, q, logs, start)
@@ -230,8 +232,9 @@ func (l *clientRunner) runUntilResponse(scenario string, c client, q tokenQuery,
 	}
 }
 
-// start starts the client and returns when it did, or when the channel start was closed if that is not nil. curl has no library to
-// load, and cannot wait: start starts it only then.
+// start starts the client, and returns the time from which the client may send requests. If the channel is nil, that is
+// the time of the start. Otherwise it is the time when the channel is closed: until then the client only loads its
+// library. curl cannot wait after its start, so it is started only when the channel is closed.
 func (l *clientRunner) start(cmd *exec.Cmd, c client, start <-chan struct{}) (time.Time, error) {
 	if start == nil || c.library == "curl" {
 		if start != nil {
@@ -281,8 +284,8 @@ func (l *clientRunner) read(c client, out []byte, statuses []int) (clientOutput,
 	return s, nil
 }
 
-// evaluate returns the outcome as in the table of clients. If the client got a token that is not the expected one, the
-// outcome is a problem such as "wrong token".
+// evaluate returns the outcome in the words of the table of clients. If the client got a token that is not the expected
+// one, the outcome is a problem such as "wrong token".
 func evaluate(got clientOutput, r clientResult, q tokenQuery) (outcome, text string) {
 	if !got.OK {
 		last := 0
@@ -299,9 +302,10 @@ func evaluate(got clientOutput, r clientResult, q tokenQuery) (outcome, text str
 		return "bad token", err.Error()
 	}
 	if claims.AppID != q.identity.ClientID || claims.ObjectID != q.identity.ObjectID || claims.Audience != q.resource || claims.TenantID != cluster.TenantID {
-		return "wrong token", fmt.Sprintf("it has appid %s, oid %s and audience %s; want %+v and %s", claims.AppID, claims.ObjectID, claims.Audience, q.identity, q.resource)
+		return "wrong token", fmt.Sprintf("the token has appid %s, oid %s and audience %s; want %+v and %s", claims.AppID, claims.ObjectID, claims.Audience, q.identity, q.resource)
 	}
-	// Some libraries compute the expiry from the start of the request, which makes it slightly too early.
+	// Some libraries add expires_in to the start of the request. The expiry that they report is too early by up to the
+	// duration of the request.
 	if off := time.Duration(claims.Expires.Unix()-got.ExpiresOn) * time.Second; off < -2*time.Second || off > r.took+2*time.Second {
 		return "wrong expiry", fmt.Sprintf("the token expires at %d, the library reports %d", claims.Expires.Unix(), got.ExpiresOn)
 	}
@@ -334,14 +338,14 @@ func (d *clientLog) String() string {
 	return d.text.String()
 }
 
-// The lines of the programs in e2e/clients, and the corresponding lines of curl -v.
+// These patterns match lines of the programs in e2e/clients. All but readyLine also match lines of curl -v.
 var (
 	readyLine   = regexp.MustCompile(`(?m)^ready$`)
 	requestLine = regexp.MustCompile(`(?m)^(?:request$|> GET )`)
 	statusLine  = regexp.MustCompile(`(?m)^(?:response|< HTTP/1\.1) (\d{3})`)
 )
 
-// isReady reports whether the client, started with --wait, has loaded its library.
+// isReady reports whether the client, started with --wait, has loaded its library. curl has no library to load.
 func (d *clientLog) isReady() bool {
 	return d.client.library == "curl" || readyLine.MatchString(d.String())
 }
@@ -389,7 +393,7 @@ func (l *clientRunner) runScenario(e scenario) map[client]string {
 		open = sync.OnceFunc(func() { close(together) })
 	}
 	var wait sync.WaitGroup
-	// The clients must not outlive the test, also if waitUntilReady or during ends it.
+	// The clients must not outlive the test. These calls are deferred because waitUntilReady and during can end the test.
 	defer wait.Wait()
 	defer open()
 	var mu sync.Mutex
@@ -431,22 +435,21 @@ func (l *clientRunner) runScenario(e scenario) map[client]string {
 	return cells
 }
 
-// waitUntilReady waits until each client has loaded its library. On a busy computer this takes longer than some clients
-// retry.
+// waitUntilReady waits until each client has loaded its library. Without this wait, on a busy computer, some clients
+// would end their retries before the slowest client has loaded its library.
 func (l *clientRunner) waitUntilReady(logs []*clientLog) {
 	l.t.Helper()
 	eventually(l.t, 3*time.Minute, func() error {
 		for _, d := range logs {
 			if !d.isReady() {
-				return fmt.Errorf("%+v is not ready: %s", d.client, d)
+				return fmt.Errorf("%+v has not loaded its library yet: %s", d.client, d)
 			}
 		}
 		return nil
 	})
 }
 
-// cores returns the number of clients that run at the same time in the scenarios whose results do not depend on this
-// number.
+// cores returns how many clients run at the same time in scenarios that do not need all clients at the same time.
 func cores() int { return 2 * runtime.NumCPU() }
 
 // printTable logs the matrix as a Markdown table.

@@ -31,15 +31,15 @@ func TestTheRefusalOfAnUntrustedPodNamesTheMissingFederatedCredential(t *testing
 	s.mustBeRefused(refused, 403, "federation_untrusted")
 	for _, want := range []string{clusterIssuer(t), "system:serviceaccount:" + s.name + ":untrusted", exchangeAudience} {
 		if !strings.Contains(refused.body["detail"], want) {
-			t.Errorf("the detail lacks %s: %s", want, refused.raw)
+			t.Errorf("the field detail lacks %s: %s", want, refused.raw)
 		}
 	}
 	if !strings.Contains(refused.body["error_description"], "AADSTS70021") {
-		t.Errorf("the error of Entra ID is missing: %s", refused.raw)
+		t.Errorf("error_description lacks the error of Entra ID, AADSTS70021: %s", refused.raw)
 	}
 	eventually(t, 30*time.Second, func() error {
 		if e := s.refusalEvents()["untrusted"]; len(e) != 1 || !strings.Contains(e[0].Message, "federation_untrusted") {
-			return fmt.Errorf("events: %+v", e)
+			return fmt.Errorf("the Events of pod untrusted are %+v; want one with the reason federation_untrusted", e)
 		}
 		return nil
 	})
@@ -109,11 +109,11 @@ func TestNMIsServiceAccountCanCreateNoOtherTokens(t *testing.T) {
 			return err
 		}
 		if err := create(nmi); (err != nil) != c.refused || err != nil && !strings.Contains(err.Error(), "ValidatingAdmissionPolicy") {
-			t.Errorf("as NMI, with %+v: %v", request.Spec, err)
+			t.Errorf("the API server wrongly accepts or refuses a token request of NMI with %+v: error %v", request.Spec, err)
 		}
-		// The policy does not restrict other users.
+		// The policy restricts only NMI.
 		if err := create(administrator); err != nil {
-			t.Errorf("as administrator, with %+v: %v", request.Spec, err)
+			t.Errorf("the API server refuses a token request of the administrator with %+v: %v", request.Spec, err)
 		}
 	}
 }
@@ -148,7 +148,7 @@ func TestWhileEntraIDFailsPodsAreServedFromTheCache(t *testing.T) {
 	must(t, err)
 	must(t, fakeAzure.Set(t.Context(), map[string]string{"reset": "all"}))
 	s.mustHaveTokenOf(s.ask("new", "https://next.example"), id, "https://next.example")
-	eventually(t, 20*time.Second, func() error { // NMI caches the last failure for a moment
+	eventually(t, 20*time.Second, func() error { // NMI caches the last failure for 2 s
 		if a := s.ask("new", last); a.status != 200 {
 			return fmt.Errorf("got %d %s", a.status, a.raw)
 		}

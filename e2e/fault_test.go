@@ -68,7 +68,7 @@ func TestDamagedRulesAreRepairedAndNoPodReachesIMDS(t *testing.T) {
 		before := repairs
 		eventually(t, 40*time.Second, func() error {
 			if repairs = metric(t, "node2", "podidentity_nmi_iptables_repairs_total"); repairs == before {
-				return fmt.Errorf("%s: not repaired", damage)
+				return fmt.Errorf("NMI has not repaired its rules after this damage: %s", damage)
 			}
 			return nil
 		})
@@ -110,7 +110,7 @@ func TestWhileIMDSThrottlesPodsAreServedFromTheCache(t *testing.T) {
 		t.Fatalf("the requests took %s, longer than IMDS asked to wait: this test proves nothing", took)
 	}
 	if stats.IMDS.Token.Requests != requests || requests == 0 {
-		t.Errorf("IMDS asked to wait, but received %d more token requests; want none, and at least one before", stats.IMDS.Token.Requests-requests)
+		t.Errorf("IMDS asked to wait, but received %d more token requests; want none, and at least one before the wait", stats.IMDS.Token.Requests-requests)
 	}
 }
 

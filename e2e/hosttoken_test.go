@@ -24,7 +24,7 @@ func (h hostClient) token(node, query string, headers ...string) answer {
 	must(s.t, err)
 	var out, header strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &header
-	_ = cmd.Run() // the status is part of the output
+	_ = cmd.Run() // without a response, the output has the status 000
 	text, code, _ := cutLast(out.String(), "\n")
 	a := answer{raw: text, body: map[string]string{}, headers: header.String()}
 	_, _ = fmt.Sscan(code, &a.status)
@@ -97,14 +97,14 @@ func TestAProcessOfTheNodeGetsTokensForThePodsOfTheNode(t *testing.T) {
 		"two names":         host.token("node1", query, ns, name, "podname: secret"),
 		"no resource":       host.token("node1", "", ns, name),
 		"forwarded":         host.token("node1", query, ns, name, "X-Forwarded-For: 10.10.0.11"),
-		"another namespace": host.token("node1", query, "podns: default", name), // slow: NMI waits as for a new pod
+		"another namespace": host.token("node1", query, "podns: default", name), // slow: NMI waits, because the pod may be new
 		"another node":      <-elsewhere,
 	} {
 		if strings.Contains(got.raw, "eyJ") || got.status < 400 || got.reason() == "" {
-			t.Errorf("%s: %d %s", what, got.status, got.raw)
+			t.Errorf("case %s: got %d %s; want a refusal with a reason", what, got.status, got.raw)
 		}
 		if strings.HasPrefix(what, "no ") && got.status != 400 {
-			t.Errorf("%s: %d %s", what, got.status, got.raw)
+			t.Errorf("case %s: got %d %s; want 400", what, got.status, got.raw)
 		}
 		t.Logf("%s: %d %s %s", what, got.status, got.reason(), got.body["error_description"])
 	}
@@ -123,7 +123,7 @@ func TestPodsCannotUseTheEndpointForProcessesOfTheNode(t *testing.T) {
 	headers := []string{"-H", "Metadata: true", "-H", "podns: " + s.name, "-H", "podname: p"}
 	for _, pod := range []string{"p", "attacker"} {
 		if a := s.curl(pod, append(headers, "http://169.254.169.254"+query)...); a.status != 404 || strings.Contains(a.raw, "eyJ") {
-			t.Errorf("%s got %d %s", pod, a.status, a.raw)
+			t.Errorf("pod %s got %d %s; want 404 and no token", pod, a.status, a.raw)
 		}
 	}
 	// Pods also cannot use the endpoint at other addresses at which NMI might listen.

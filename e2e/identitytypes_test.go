@@ -13,7 +13,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// newApp registers an application in Entra ID.
+// newApp registers an application in the fake Entra ID.
 func newApp(t *testing.T, change func(*azure.App)) azure.Identity {
 	t.Helper()
 	n := serial.Add(1)
@@ -47,7 +47,7 @@ func clusterIssuer(t *testing.T) string {
 	return issuer
 }
 
-// boundYAML returns the manifests of an AzureIdentity with that spec and of its binding.
+// boundYAML returns the manifests of an AzureIdentity with spec, and of its binding for the pods with selector.
 func (s *testNamespace) boundYAML(name, selector, spec string) string {
 	return fmt.Sprintf(`
 ---
@@ -85,7 +85,7 @@ func (s *testNamespace) secretYAML(name string, data map[string][]byte) string {
 func TestAServicePrincipalAuthenticatesWithASecret(t *testing.T) {
 	s := newNamespace(t)
 	named, only, other := newApp(t, withSecret("named")), newApp(t, withSecret("only")), newApp(t, withSecret("several"))
-	// One value ends with a newline, because editors end a file with a newline.
+	// One value ends with a newline, because editors end a file with a newline. NMI must remove the newline.
 	s.apply(s.secretYAML("named", map[string][]byte{"clientSecret": []byte("named"), "beside": []byte("x")}) +
 		s.secretYAML("only", map[string][]byte{"whatever": []byte("only\n")}) +
 		s.secretYAML("several", map[string][]byte{"first": []byte("several"), "second": []byte("x")}) +
@@ -107,7 +107,7 @@ func TestAServicePrincipalAuthenticatesWithASecret(t *testing.T) {
 	stats, err := fakeAzure.Stats(t.Context())
 	must(t, err)
 	if stats.Entra.ByCredential[azure.CredentialSecret] != 4 || stats.Entra.Token.Requests != 4 || stats.IMDS.Token.Requests != 0 {
-		t.Errorf("six requests for four different tokens caused %v at Entra ID and %d requests to IMDS", stats.Entra.ByCredential, stats.IMDS.Token.Requests)
+		t.Errorf("six requests for four different tokens caused %v at Entra ID and %d requests to IMDS; want 4 and 0", stats.Entra.ByCredential, stats.IMDS.Token.Requests)
 	}
 }
 
@@ -166,7 +166,7 @@ func TestEachCommonFormatOfACertificateIsAccepted(t *testing.T) {
 		s.mustHaveTokenOf(a, id, vault)
 	}
 	if stats, err := fakeAzure.Stats(t.Context()); err != nil || stats.Entra.ByCredential[azure.CredentialCertificate] != len(cases) || stats.Entra.Token.Requests != len(cases) {
-		t.Errorf("%d tokens caused %v at Entra ID (%v)", len(cases), stats.Entra.ByCredential, err)
+		t.Errorf("%d tokens caused these requests at Entra ID, by credential: %v (error: %v)", len(cases), stats.Entra.ByCredential, err)
 	}
 }
 
@@ -251,7 +251,7 @@ func TestTokensOfAuxiliaryTenantsAreAnArray(t *testing.T) {
 		lines := s.lines("node1")
 		line := lines[len(lines)-1]
 		if line.Reason != "upstream_refused" || line.CorrelationID == "" || !strings.Contains(refused.raw, line.CorrelationID) {
-			return fmt.Errorf("the last line of the log is %s", line.raw)
+			return fmt.Errorf("the last line of NMI's log is %s; want upstream_refused with the correlation ID of the answer", line.raw)
 		}
 		if line.TokenID != "" {
 			t.Fatalf("the audit log names a token that no client received: %s", line.raw)
@@ -300,7 +300,8 @@ func TestAPodCanUseIdentitiesOfAllTypes(t *testing.T) {
 	s.waitForPods()
 	s.mustBeRefused(s.ask("by-client", vault), 400, "multiple_identities")
 	for _, id := range []azure.Identity{managed, bySecret, byCertificate, federated} {
-		// On node1, no pod selects these identities by client ID: NMI must fetch tokens itself to learn the object IDs.
+		// On node1, no pod selects these identities by client ID, so NMI has no token that names their object IDs. NMI
+		// must fetch tokens itself.
 		s.mustHaveTokenOf(s.ask("by-object", vault, "object_id="+strings.ToUpper(id.ObjectID)), id, vault)
 		s.mustHaveTokenOf(s.ask("by-client", vault, "client_id="+strings.ToUpper(id.ClientID)), id, vault)
 	}

@@ -78,14 +78,14 @@ func invalidIdentities(t *testing.T, s *testNamespace) []invalidIdentity {
 	invalid("plain-http", "identity_invalid", 1, right, `adEndpoint: "http://login.microsoftonline.com/"`)
 	invalid("endpoint-path", "identity_invalid", 1, right, `adEndpoint: "https://login.microsoftonline.com/common"`)
 	for i, m := range all {
-		if strings.Count(m.spec, "tenantID:") == 2 { // keep only the second one
+		if strings.Count(m.spec, "tenantID:") == 2 { // keep only the tenantID of the test case
 			all[i].spec = strings.Replace(m.spec, fmt.Sprintf("tenantID: %q, ", app.TenantID), "", 1)
 		}
 	}
 	return all
 }
 
-// The answer, the log and an event report the same reason, and other pods are not affected.
+// The answer, the log and an Event report the same reason. Other pods are not affected.
 func TestAnInvalidIdentityIsReportedEverywhereAndAffectsNoOtherPod(t *testing.T) {
 	s := newNamespace(t)
 	all := invalidIdentities(t, s)
@@ -112,7 +112,7 @@ func TestAnInvalidIdentityIsReportedEverywhereAndAffectsNoOtherPod(t *testing.T)
 		}
 		for _, want := range m.want {
 			if !strings.Contains(a.body["error_description"]+"\n"+a.body["detail"], want) {
-				t.Errorf("%s: %q is not in %s", m.name, want, a.raw)
+				t.Errorf("%s: %q is not in the answer %s", m.name, want, a.raw)
 			}
 		}
 		if again := strings.Contains(a.headers, "Retry-After: "); again != (m.status == 503) {
@@ -128,7 +128,7 @@ func TestAnInvalidIdentityIsReportedEverywhereAndAffectsNoOtherPod(t *testing.T)
 		t.Errorf("the invalid identities affected another pod of the node: %s", l)
 	}
 	if now := restarts(t, "node1"); now != restartsBefore {
-		t.Errorf("NMI's restarts went from %s to %s", restartsBefore, now)
+		t.Errorf("NMI was restarted; its pod and its restart count were %s and are %s", restartsBefore, now)
 	}
 	s.checkLogAndEvents(all)
 	s.checkNoSecretLeaks("node1", answers)
@@ -157,7 +157,7 @@ func (s *testNamespace) checkLogAndEvents(all []invalidIdentity) {
 				s.ask(m.name, vault)
 				return fmt.Errorf("there is no event about pod %s", m.name)
 			} else if len(e) > 1 || !strings.Contains(e[0].Message, m.reason) {
-				return fmt.Errorf("events of pod %s: %+v", m.name, e)
+				return fmt.Errorf("the Events of pod %s are %+v; want one that names the reason", m.name, e)
 			}
 		}
 		return nil

@@ -31,7 +31,7 @@ var (
 	clientset *kubernetes.Clientset // for what crclient.Client cannot do, such as reading logs
 )
 
-// apiServerConfig returns the configuration of clients that act as this user; "": as the administrator.
+// apiServerConfig returns the configuration of clients that act as user. If user is "", they act as the administrator.
 func apiServerConfig(user string) (*rest.Config, error) {
 	config, err := clientcmd.BuildConfigFromFlags("", testCluster.Kubeconfig())
 	if err != nil {
@@ -150,7 +150,7 @@ func nmiPodOn(t *testing.T, node string) *corev1.Pod {
 	return &pods.Items[0]
 }
 
-// nmiLog returns the log of NMI on the node, from the last three minutes.
+// nmiLog returns what NMI on the node has logged in the last three minutes.
 func nmiLog(t *testing.T, node string) string {
 	t.Helper()
 	seconds := int64(180)
@@ -159,7 +159,7 @@ func nmiLog(t *testing.T, node string) string {
 	return text
 }
 
-// lines returns the lines of NMI's log on the node about pods of the namespace, from the last three minutes.
+// lines returns the lines about pods of the namespace that NMI on the node has logged in the last three minutes.
 func (s *testNamespace) lines(node string) []logLine {
 	s.t.Helper()
 	var lines []logLine
@@ -193,7 +193,7 @@ type logLine struct {
 	raw            string
 }
 
-// refusalEvents returns the events about refused token requests, by pod.
+// refusalEvents returns the Events about refused token requests, by the name of the pod.
 func (s *testNamespace) refusalEvents() map[string][]corev1.Event {
 	s.t.Helper()
 	var events corev1.EventList

@@ -25,8 +25,8 @@ type load struct {
 	workers    sync.WaitGroup
 }
 
-// startLoad starts the workers. Each worker pauses after each of its requests. The workers end after five minutes at the
-// latest.
+// startLoad starts as many workers as workers says. Each worker pauses after each of its requests. All workers end
+// after five minutes at the latest.
 func (s *testNamespace) startLoad(pod string, workers int, pause time.Duration) *load {
 	s.t.Helper()
 	netns, err := testCluster.PodNetns(s.t.Context(), s.name, pod)
@@ -56,8 +56,8 @@ func (s *testNamespace) startLoad(pod string, workers int, pause time.Duration) 
 
 type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
 
-// withoutTimeWait returns a function that dials connections whose Close resets them. Otherwise the kernel keeps most of
-// their ports in TIME_WAIT for a minute, and a load of 500 connections a second uses up all ports of a pod.
+// withoutTimeWait returns a function that dials connections whose Close resets the connection. After an ordinary Close,
+// the kernel keeps most ports in TIME_WAIT for a minute, and 500 connections a second use up all ports of a pod.
 func withoutTimeWait(dial dialFunc) dialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := dial(ctx, network, address)

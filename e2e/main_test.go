@@ -21,7 +21,7 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-// The cluster that all tests share. Each test uses its own namespace and its own identities.
+// All tests share one cluster and one fake Azure. Each test uses its own namespace and its own identities.
 var (
 	testCluster *cluster.Cluster
 	fakeAzure   *azure.Client
@@ -30,14 +30,14 @@ var (
 
 	scratch     string            // a temporary folder
 	nmiBinary   string            // for tests that start NMI as a process of their own
-	withoutCRDs withoutCRDsResult // of the NMI that ran before the chart was installed
+	withoutCRDs withoutCRDsResult // set by prepare, which runs NMI before the chart is installed
 )
 
 func TestMain(m *testing.M) { os.Exit(runTests(m)) }
 
 func runTests(m *testing.M) int {
 	flag.Parse()
-	// Eight independent tests run at the same time, however few CPUs there are: they mostly wait for pods.
+	// Up to eight independent tests run at the same time, even on a few CPUs, because they mostly wait for pods.
 	if err := flag.Set("test.parallel", "8"); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
@@ -99,7 +99,7 @@ func prepare(ctx context.Context) error {
 	return err
 }
 
-// nodeState is everything on a node that NMI changes and uninstall must restore.
+// nodeState is the network configuration of a node. NMI changes it, and must restore it when it is uninstalled.
 type nodeState struct{ rules, links, addresses, sysctls string }
 
 func readNodeState(ctx context.Context, node string) (s nodeState, err error) {
@@ -108,7 +108,7 @@ func readNodeState(ctx context.Context, node string) (s nodeState, err error) {
 		cmd  string
 	}{
 		{&s.rules, "(iptables-nft-save; iptables-legacy-save) | grep -v '^#' | sed 's/\\[[0-9:]*\\]//'"},
-		// Without the links of pods, which are created and deleted with the pods.
+		// The veth links are left out: they belong to pods, and are created and deleted with the pods.
 		{&s.links, "ip -o link | cut -d: -f2 | grep -v veth | sort"},
 		{&s.addresses, "ip -o -4 addr | awk '{print $2, $4}' | grep -v veth | sort"},
 		{&s.sysctls, "sysctl -a 2>/dev/null | grep -E 'route_localnet|ip_forward|rp_filter|arp_ignore|nf_conntrack_tcp' | grep -v veth | grep -v podidentity0 | sort"},
@@ -128,8 +128,8 @@ var serial atomic.Int32
 var independentTests sync.WaitGroup
 
 // independent lets the test run at the same time as other independent tests, after all tests that call neither
-// independent nor runLast. An independent test must not depend on the state or the counts of NMI and of the fake Azure
-// that other tests change, and must not change what other tests depend on.
+// independent nor runLast. An independent test must not depend on anything that other tests change, such as the request
+// counts of NMI and of the fake Azure. It must not change anything that other tests depend on.
 func independent(t *testing.T) {
 	independentTests.Add(1)
 	t.Cleanup(independentTests.Done)
@@ -138,8 +138,9 @@ func independent(t *testing.T) {
 
 var lastTest sync.Mutex
 
-// runLast makes the test wait until all tests have ended that do not call runLast. Tests that call runLast run one at a
-// time. They stop the API server. For a minute after that, the cluster's own components may be unable to start pods.
+// runLast makes the test wait until all tests that do not call runLast have ended. Tests that call runLast run one at a
+// time. They stop the API server and start it again. For a minute after the restart, the cluster may be unable to start
+// pods, and other tests would fail.
 func runLast(t *testing.T) {
 	t.Parallel()
 	independentTests.Wait()
@@ -192,8 +193,8 @@ func newNamespace(t *testing.T) *testNamespace {
 	return s
 }
 
-// The namespaces of all tests are created at the start: a pod needs the namespace's default ServiceAccount, and the
-// controller that creates it takes a minute to recover after a test that stopped the API server.
+// namespaceCount is the number of namespaces. All are created at the start: a pod needs the default ServiceAccount of
+// its namespace. After a test that stopped the API server, it takes a minute until new namespaces get this account.
 const namespaceCount = 100
 
 var usedNamespaces atomic.Int32
@@ -219,8 +220,7 @@ func createNamespaces(ctx context.Context) error {
 	})
 }
 
-// bind creates an AzureIdentity with this name, and a binding for the pods whose label aadpodidbinding equals the
-// selector.
+// bind creates an AzureIdentity for id, and a binding of it for the pods whose label aadpodidbinding equals selector.
 func (s *testNamespace) bind(name, selector string, id azure.Identity) {
 	s.t.Helper()
 	s.apply(fmt.Sprintf(`
@@ -258,8 +258,8 @@ func (s *testNamespace) pod(name, label, node string) {
 	s.waitForPods()
 }
 
-// answer is a response that NMI sent. body has the fields of a flat JSON object. headers is set only if curl received
-// the response.
+// answer is a response that NMI sent. body has the fields of a flat JSON object. headers is set only if the request
+// was sent with curl.
 type answer struct {
 	status  int
 	body    map[string]string
@@ -287,7 +287,7 @@ func (s *testNamespace) curl(pod string, args ...string) answer {
 	must(s.t, err)
 	var out, headers strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &headers
-	_ = cmd.Run() // the status is part of the output
+	_ = cmd.Run() // without a response, the output has the status 000
 	text, code, _ := cutLast(out.String(), "\n")
 	a := answer{raw: text, body: map[string]string{}, headers: headers.String()}
 	_, _ = fmt.Sscan(code, &a.status)
@@ -347,7 +347,7 @@ func checkNoPodReachedIMDS(t *testing.T) {
 				t.Logf("%+v", e)
 			}
 		}
-		t.Errorf("%d requests and %d connections of pods reached IMDS", stats.IMDS.RequestsFromPods, stats.IMDS.ConnectionsFromPods)
+		t.Errorf("%d requests and %d connections of pods reached IMDS; want none", stats.IMDS.RequestsFromPods, stats.IMDS.ConnectionsFromPods)
 	}
 }
 

@@ -27,8 +27,8 @@ func TestUninstallRestoresTheNodes(t *testing.T) {
 			{"rules", was.rules, now.rules}, {"links", was.links, now.links}, {"addresses", was.addresses, now.addresses}, {"sysctls", was.sysctls, now.sysctls},
 		} {
 			if part.what == "rules" {
-				// The rules as a whole can differ, because the network plugin adds and removes its own rules for pods.
-				// Each rule of NMI contains the name podidentity, or the address of IMDS or NMI.
+				// The two sets of rules can differ, because the network plugin adds and removes its own rules for pods.
+				// Therefore the test searches for rules of NMI. Each contains podidentity, or the address of IMDS or NMI.
 				if strings.Contains(strings.ToLower(part.now), "podidentity") || strings.Contains(part.now, "169.254") {
 					t.Errorf("%s: uninstall left rules:\n%s", node, part.now)
 				}
@@ -72,15 +72,15 @@ func TestLogAndMetricsAgreeWithTheAnswer(t *testing.T) {
 		t.Errorf("the number of refusals went from %v to %v", refusals, now)
 	}
 	if n := metric(t, "node1", "aadpodidentity_nmi_operations_duration_seconds_count", `operation_type="token"`, `status_code="200"`); n == 0 {
-		t.Error("the histogram of AAD Pod Identity counted no request")
+		t.Error("the histogram aadpodidentity_nmi_operations_duration_seconds has counted no token request")
 	}
 	eventually(t, 30*time.Second, func() error {
 		logs := nmiLog(t, "node1")
 		if strings.Contains(logs, token.token()) || strings.Contains(logs, "eyJ") {
-			t.Fatal("a token is in the log")
+			t.Fatal("NMI's log contains a token")
 		}
 		if strings.Contains(logs, id.ClientID) {
-			t.Fatal("a whole client ID is in the log")
+			t.Fatal("NMI's log contains a whole client ID")
 		}
 		for _, want := range []string{
 			`"reason":"allowed"`, `"reason":"no_matching_binding"`, `"pod_namespace":"` + s.name + `"`, `"pod":"good"`, `"pod":"bad"`, `"identity":"` + s.name + `/app"`, `"request_id":"`, `"duration_ms":`,
@@ -130,7 +130,7 @@ func runWithoutCRDs(ctx context.Context) (l withoutCRDsResult, err error) {
 	if err := cmd.Start(); err != nil {
 		return l, err
 	}
-	// Wait until NMI has checked for the definitions twice.
+	// Wait until NMI has logged twice that it waits for the custom resource definitions.
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end) && strings.Count(l.log, waitingForCRDs) < 2; time.Sleep(200 * time.Millisecond) {
 		text, err := os.ReadFile(file.Name())
 		if err != nil {
@@ -139,7 +139,7 @@ func runWithoutCRDs(ctx context.Context) (l withoutCRDsResult, err error) {
 		l.log = string(text)
 	}
 	if l.readiness, err = testCluster.InNode(ctx, node, "curl", "-s", "--max-time", "2", "http://127.0.0.1:8085/readyz"); err != nil {
-		return l, fmt.Errorf("NMI does not keep running without the definitions: %w\n%s", err, l.log)
+		return l, fmt.Errorf("NMI does not answer /readyz while the custom resource definitions are missing: %w\n%s", err, l.log)
 	}
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		return l, err
@@ -162,13 +162,13 @@ func runWithoutCRDs(ctx context.Context) (l withoutCRDsResult, err error) {
 func TestWithoutDefinitionsNMIWaitsWithItsRulesInPlace(t *testing.T) {
 	l := withoutCRDs
 	if !strings.Contains(l.readiness, "the cluster does not have azureidentities.aadpodidentity.k8s.io") {
-		t.Errorf("/readyz answered %q", l.readiness)
+		t.Errorf("/readyz answered %q; want the name of a missing custom resource definition", l.readiness)
 	}
 	if n := strings.Count(l.log, waitingForCRDs); n != 2 {
 		t.Errorf("NMI logged %d times that it waits; want twice:\n%s", n, l.log)
 	}
 	if l.exit != nil {
-		t.Errorf("exit after SIGTERM: %v", l.exit)
+		t.Errorf("NMI ended with an error after SIGTERM: %v", l.exit)
 	}
 	if !strings.Contains(l.rulesAfterExit, "DNAT --to-destination 169.254.25.79:2579") || !strings.Contains(l.rulesAfterExit, "-d 169.254.169.254/32") {
 		t.Errorf("the rules are gone after NMI has ended:\n%s", l.rulesAfterExit)
@@ -221,7 +221,7 @@ func TestNMIRefusesToStartWithOneErrorAndChangesNothing(t *testing.T) {
 			var stderr bytes.Buffer
 			cmd.Stderr = &stderr
 			if err := cmd.Run(); err == nil {
-				t.Error("the exit status is 0")
+				t.Error("NMI ended with exit status 0; want an error")
 			}
 			var messages []string
 			for line := range strings.Lines(stderr.String()) {
@@ -230,7 +230,7 @@ func TestNMIRefusesToStartWithOneErrorAndChangesNothing(t *testing.T) {
 				}
 			}
 			if len(messages) != 1 || !strings.Contains(messages[0], c.want) {
-				t.Errorf("the messages are %q; want one line about %q\n%s", messages, c.want, stderr.String())
+				t.Errorf("NMI wrote the messages %q; want one line that contains %q; everything that it wrote:\n%s", messages, c.want, stderr.String())
 			}
 			if now, err := readNodeState(t.Context(), "node1"); err != nil || now != was {
 				t.Errorf("the node was\n%+v\nand is\n%+v (%v)", was, now, err)
@@ -258,7 +258,7 @@ func TestTheAPIServerAcceptsAndRefusesTheManifestsLikeTheSchema(t *testing.T) {
 			err = kube.Create(t.Context(), object, crclient.DryRunAll)
 			if kind == "accepted" {
 				if err != nil {
-					t.Errorf("%s: %v", file, err)
+					t.Errorf("the API server refused %s: %v", file, err)
 				}
 				continue
 			}
@@ -268,7 +268,7 @@ func TestTheAPIServerAcceptsAndRefusesTheManifestsLikeTheSchema(t *testing.T) {
 				t.Fatalf("%s does not begin with the expected error (# want: …)", file)
 			}
 			if err == nil || !strings.Contains(err.Error(), want) {
-				t.Errorf("%s: %v; want %q", file, err, want)
+				t.Errorf("creating %s: got the error %v; want one that contains %q", file, err, want)
 			}
 		}
 	}

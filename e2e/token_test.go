@@ -73,7 +73,7 @@ func TestAPodGetsTheTokenOfItsBindingAndNoOther(t *testing.T) {
 	refused := s.ask("unbound", vault)
 	s.mustBeRefused(refused, 400, "no_matching_binding")
 	if refused.body["error"] != "invalid_request" || refused.body["error_description"] != "Identity not found" || !strings.Contains(refused.body["detail"], "nothing") {
-		t.Errorf("the refusal is %s", refused.raw)
+		t.Errorf("the refusal must have the error and the description of IMDS, and the label in detail; it is %s", refused.raw)
 	}
 	if a := s.ask("unlabelled", vault); a.reason() != "pod_not_labelled" {
 		t.Errorf("got %d %s", a.status, a.raw)
@@ -161,7 +161,7 @@ func TestAnIdentityThatIsNotAttachedIsRefusedWithTheErrorOfIMDS(t *testing.T) {
 	got := s.ask("p", vault)
 	s.mustBeRefused(got, 400, "upstream_refused")
 	if got.body["error_description"] != "Identity not found" || !strings.Contains(got.body["detail"], s.name+"/app") {
-		t.Errorf("the refusal is %s", got.raw)
+		t.Errorf("the refusal must have the description of IMDS, and the AzureIdentity in detail; it is %s", got.raw)
 	}
 	must(t, fakeAzure.AddIdentity(t.Context(), id))
 	eventually(t, 30*time.Second, func() error { // NMI caches a failure for some seconds

@@ -69,8 +69,8 @@ func TestKnownPodsGetTokensWhileTheAPIServerIsDown(t *testing.T) {
 	if tokens := l.statuses[200]; len(l.statuses) != 1 || tokens == 0 {
 		t.Errorf("some requests did not get a token: %s", l)
 	}
-	// NMI catches up within seconds. Until then, pods may get tokens of their old identities. If NMI refuses, the
-	// status must be 503, because NMI may not know of the latest changes.
+	// NMI reads the changes within seconds after the restart of the API server. Until then, pods may get tokens of their
+	// old identities. If NMI refuses, the status must be 503, because NMI may not know of the latest changes.
 	other := newIdentity(t)
 	s.bind("other", "other", other)
 	s.label("p", "other")

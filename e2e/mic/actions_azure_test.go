@@ -19,8 +19,8 @@ import (
 // managedNames are the managed identities that AzureIdentities reference. "ghost" does not exist in Azure.
 var managedNames = []string{"u0", "u1", "u2", "u3", "ghost"}
 
-// nodeProviders are the provider IDs of the nodes, by name. n0 and n1 spell the ID of their scale set differently; n5 is
-// not on Azure.
+// nodeProviders are the provider IDs of the nodes, by name. n0 and n1 are in one scale set, but spell its ID
+// differently. n5 is not on Azure.
 var nodeProviders = map[string]string{
 	"n0": "azure://" + scaleSetID("Set-A") + "/virtualMachines/0",
 	"n1": "azure://" + strings.ToLower(scaleSetID("Set-A")) + "/virtualMachines/1",
@@ -93,12 +93,12 @@ func failARMRequests(s *sequence, r *rand.Rand) string {
 		f.Latency = randomDuration(r, time.Second, 40*time.Second)
 	}
 	requireNoError(s.t, s.arm.SetFault(f))
-	return fmt.Sprintf("fault for the next %d requests of kind %q (empty: each) to %q (empty: each): status %d, retry after %d, hang %t, drop %t, fails %t, latency %s, applied: %t",
+	return fmt.Sprintf("fault for the next %d requests of kind %q (empty: of all kinds) to %q (empty: to all machines): status %d, retry after %d, hang %t, drop %t, fails %t, latency %s, applied: %t",
 		f.Count, f.Operation, lastSegment(f.Resource), f.Status, f.RetryAfter, f.Hang, f.Drop, f.Fails, f.Latency, f.Apply)
 }
 
-// makeIdentityRefused makes Azure refuse to attach an identity from now on: MIC may not assign the identity, or Azure
-// does not find it.
+// makeIdentityRefused makes Azure refuse to attach an identity until makeIdentityAccepted is called for it. Either MIC
+// has no right to assign the identity, or Azure does not find it.
 func makeIdentityRefused(s *sequence, r *rand.Rand) string {
 	id := azure.FoldID(identityID(pick(r, managedNames[:4]...)))
 	naming := pick(r, azure.NamedInDetails, azure.NamedInText, azure.Unnamed)
@@ -110,10 +110,10 @@ func makeIdentityRefused(s *sequence, r *rand.Rand) string {
 		return fmt.Sprintf("%s is deleted in Azure", lastSegment(id))
 	case 1:
 		requireNoError(s.t, s.arm.SetIdentityFault(azure.IdentityFault{Identity: id, Denied: true, Naming: naming}))
-		return fmt.Sprintf("MIC may not assign %s (error names it: %s)", lastSegment(id), naming)
+		return fmt.Sprintf("MIC has no right to assign %s (how the error names the identity: %s)", lastSegment(id), naming)
 	default:
 		requireNoError(s.t, s.arm.SetIdentityFault(azure.IdentityFault{Identity: id, Missing: true, Naming: naming}))
-		return fmt.Sprintf("Azure does not find %s (error names it: %s)", lastSegment(id), naming)
+		return fmt.Sprintf("Azure does not find %s (how the error names the identity: %s)", lastSegment(id), naming)
 	}
 }
 
@@ -129,7 +129,6 @@ func makeIdentityAccepted(s *sequence, r *rand.Rand) string {
 	return fmt.Sprintf("Azure accepts %s again", lastSegment(id))
 }
 
-// defineManagedIdentity calls addManagedIdentity and records that the identity exists.
 func (s *sequence) defineManagedIdentity(name string) {
 	s.existing[azure.FoldID(s.addManagedIdentity(name))] = true
 }
@@ -202,7 +201,7 @@ func makeAPIUnavailable(s *sequence, r *rand.Rand) string {
 
 func expireWatches(s *sequence, _ *rand.Rand) string {
 	s.api.expireWatches()
-	return "watches are closed and their resource versions have expired"
+	return "the API server closes all watches, and their resource versions have expired"
 }
 
 func delayWatch(s *sequence, r *rand.Rand) string {
@@ -212,7 +211,8 @@ func delayWatch(s *sequence, r *rand.Rand) string {
 	return fmt.Sprintf("watches of %s are delayed by %s", resource, d)
 }
 
-// crashLeader kills the leader now or at one of its next writes, before or after the write takes effect.
+// crashLeader kills the leader, either now or at one of its next writes. In the second case it chooses at random
+// whether that write still takes effect.
 func crashLeader(s *sequence, r *rand.Rand) string {
 	p := s.leader
 	s.restartDelay = randomDuration(r, 0, pick(r, time.Second, time.Minute, 4*time.Minute))

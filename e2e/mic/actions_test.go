@@ -21,7 +21,6 @@ var (
 	identityNames = []string{"i0", "i1", "i2"} // of AzureIdentities
 )
 
-// actions are all kinds of steps.
 var actions = []action{
 	{12, createPod},
 	{3, schedulePod},
@@ -271,8 +270,8 @@ func editIdentity(s *sequence, r *rand.Rand) string {
 	return fmt.Sprintf("identity %s has %s now", key(i), text)
 }
 
-// deleteNode deletes a node, possibly also its machine, and some time later the pods of the node. It keeps a node with
-// assignments of AAD Pod Identity: only the node tells which machine these assignments belong to.
+// deleteNode deletes a node, possibly also its machine, and some time later the pods of the node. It does not delete a
+// node with assignments of AAD Pod Identity: only the node tells which machine these assignments belong to.
 func deleteNode(s *sequence, r *rand.Rand) string {
 	n := anyOf(s, r, func(*corev1.Node) bool { return true })
 	if n == nil || anyOf(s, r, func(a *v1.AzureAssignedIdentity) bool { return ownerPodUID(a) == "" && a.Spec.NodeName == n.Name }) != nil {
@@ -322,7 +321,7 @@ func createNode(s *sequence, r *rand.Rand) string {
 	return ""
 }
 
-// deleteNamespace deletes a namespace; it is created again later, empty.
+// deleteNamespace deletes a namespace, and schedules the creation of an empty namespace of the same name.
 func deleteNamespace(s *sequence, r *rand.Rand) string {
 	name := pick(r, namespaces...)
 	if !deleteObject[corev1.Namespace](s.api, "", name) {

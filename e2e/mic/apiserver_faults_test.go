@@ -11,7 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 )
 
-// apiFaults are the faults of the API server; guarded by its mutex.
+// apiFaults are the faults of the API server; guarded by objectStore.mu.
 type apiFaults struct {
 	unavailable bool  // connections are refused
 	failures    []int // HTTP status of the next requests; 0: the connection is lost after a while, without a response

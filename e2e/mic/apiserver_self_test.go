@@ -21,8 +21,8 @@ import (
 	v1 "github.com/podidentity/podidentity/api/v1"
 )
 
-// The tests of this package depend on the fake API server, so the fake has tests of its own. compare_test.go compares it
-// with a real one.
+// The tests of this package depend on the fake API server, so the fake has tests of its own. compare_test.go compares
+// the fake with a real API server.
 
 // runWithClients runs a test with clients of the fake API server.
 func runWithClients(t *testing.T, test func(*testing.T, *apiServer, *kubernetes.Clientset, rest.Interface)) {
@@ -162,7 +162,7 @@ func TestWatchesOfTheFakeAPIServerReportAddedModifiedDeletedAndExpired(t *testin
 		}
 		s.expireWatches()
 		if e, open := <-w.ResultChan(); open {
-			t.Errorf("the watch must be closed after the abort; it sent %v", e)
+			t.Errorf("expireWatches must close the watch; instead the watch sent %v", e)
 		}
 		again, err := core.CoreV1().Pods("").Watch(ctx, metav1.ListOptions{ResourceVersion: "1001"})
 		if err != nil {

@@ -30,8 +30,8 @@ import (
 type object struct {
 	*unstructured.Unstructured
 	key     objectKey
-	raw     []byte
-	decoded any // see decodedObject
+	raw     []byte // JSON
+	decoded any    // see decodedObject
 }
 
 // change is one entry of the history of a resource.

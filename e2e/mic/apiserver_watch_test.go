@@ -199,7 +199,9 @@ func mustMarshal(v any) []byte {
 	return data
 }
 
-// sendChange sends a change that concerns the selected objects. A change can add an object to the selection or remove it.
+// sendChange sends the event for a change. A client that selects objects sees an object as added or deleted when the
+// change makes the object match or no longer match. sendChange sends nothing if the object matches neither before nor
+// after the change.
 func (w *watchStream) sendChange(c change, lag time.Duration) {
 	before := c.before != nil && w.matches(c.before)
 	now := !c.deleted && w.matches(c.after)

@@ -8,7 +8,8 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// azureState is the fake ARM, and what a test knows about Azure beyond the logs of the fake. IDs are folded.
+// azureState is the fake ARM, and what a test knows about Azure beyond the logs of the fake. All IDs in its fields have
+// the form that azure.FoldID returns.
 type azureState struct {
 	t   testing.TB
 	arm *azure.ARM
@@ -18,9 +19,9 @@ type azureState struct {
 	immutable  map[string]bool // identities that must never be detached
 	neverBound map[string]bool // identities that no AzureIdentity ever references
 
-	foreign           map[string]map[string]bool // by machine: attached by somebody other than MIC
+	foreign           map[string]map[string]bool // by machine: identities that somebody other than MIC attached
 	foreignPeriods    []foreignPeriod
-	initiallyAttached map[string]map[string]bool // by machine: attached when the machine was created
+	initiallyAttached map[string]map[string]bool // by machine: identities attached when the machine was created
 	deletedMachines   map[string]bool            // machines that were deleted at any time
 }
 
@@ -65,7 +66,6 @@ func (s *azureState) endForeignPeriods(machine string, which func(identity strin
 	}
 }
 
-// deleteMachine deletes a machine in Azure.
 func (s *azureState) deleteMachine(id string) {
 	s.arm.RemoveMachine(id)
 	s.deletedMachines[azure.FoldID(id)] = true

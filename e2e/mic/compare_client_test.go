@@ -118,7 +118,7 @@ func normalizedValue(v any) any {
 		}
 		for _, key := range []string{"labels", "annotations", "finalizers"} {
 			if reflect.ValueOf(v[key]).Kind() != reflect.Invalid && reflect.ValueOf(v[key]).Len() == 0 {
-				delete(v, key) // a real server does not store empty ones
+				delete(v, key) // a real server does not store these fields if they are empty
 			}
 		}
 		if _, ok := v["deletionTimestamp"]; ok {

@@ -18,14 +18,14 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// operation is one step of a compared sequence. All random choices are made before the sequence runs, so that it is the
-// same with the fake API server and with the real one.
+// operation is one step of a compared sequence. All random choices are made before the sequence runs, so that the
+// operations are the same with the fake API server and with the real one.
 type operation struct {
 	name string
-	// afterConvergence makes the run wait until MIC has converged, and compare the objects, before the operation.
-	// Operations that depend on what MIC has written need it.
+	// afterConvergence makes the run wait before the operation until MIC has converged, and compare the objects.
+	// Operations that depend on what MIC has written need this wait.
 	afterConvergence bool
-	run              func(*comparedRun) string // returns its result, which is compared
+	run              func(*comparedRun) string // returns the result of the operation, which is compared
 	pause            time.Duration             // after the operation
 }
 
@@ -87,7 +87,7 @@ func podPath(r *rand.Rand) (namespace, name, path string) {
 
 func randomNode(r *rand.Rand) string { return pick(r, slices.Sorted(maps.Keys(nodeProviders))...) }
 
-// createPodOperation creates a pod. If the pod has a node, it also sets the phase, as a kubelet does.
+// createPodOperation creates a pod. If the pod has a node, the operation also sets the phase, as a kubelet does.
 func createPodOperation(r *rand.Rand) operation {
 	namespace, name, path := podPath(r)
 	spec := map[string]any{"containers": []map[string]any{{"name": "main", "image": "registry.example.com/app:1"}}}

@@ -68,7 +68,8 @@ type comparedRun struct {
 	killed  atomic.Bool // the leader was killed at a write
 	log     []string
 	results []string // of the operations
-	// waitDone waits for convergence before a step, and stores or compares the snapshot.
+	// waitDone waits for convergence before a step. In runWithFake it then stores the snapshot. In runWithReal it
+	// compares the snapshot with that of runWithFake.
 	waitDone func(step int, snapshot func() []string)
 }
 
@@ -79,7 +80,8 @@ func newComparedRun(t *testing.T) *comparedRun {
 	return run
 }
 
-// runWithFake runs the operations with the fake API server. It returns one snapshot for each convergence.
+// runWithFake runs the operations with the fake API server. It returns a snapshot for each time that it waited for
+// convergence.
 func runWithFake(t *testing.T, operations []operation) (snapshots [][]string) {
 	synctest.Test(t, func(t *testing.T) {
 		run := newComparedRun(t)
@@ -168,11 +170,11 @@ func (run *comparedRun) run(operations []operation) {
 
 func (run *comparedRun) require(r apiResult, code int) {
 	if r.Code != code {
-		run.t.Fatalf("a request that creates an initial object got status %d %s; want %d", r.Code, r.Reason, code)
+		run.t.Fatalf("creating an initial object failed: the API server answered %d %s; want %d", r.Code, r.Reason, code)
 	}
 }
 
-// restartIfKilled starts the next leader if an operation killed the last one.
+// restartIfKilled starts the next leader if the current leader was killed at a write.
 func (run *comparedRun) restartIfKilled() {
 	if run.killed.CompareAndSwap(true, false) {
 		run.leader.kill()

@@ -14,8 +14,9 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 )
 
-// connection carries all requests of one controller process, to the API server and to ARM, and their responses. To kill a
-// process is to disconnect it: requests that have arrived take effect, and nothing else arrives in either direction.
+// connection carries all requests of one controller process, to the API server and to ARM, and their responses.
+// Disconnecting it stands for killing the process: requests that have reached a server take effect, no other request
+// reaches a server, and no response reaches the process.
 type connection struct {
 	name       string
 	ctx        context.Context
@@ -29,7 +30,7 @@ type connection struct {
 
 	mu            sync.Mutex
 	requestCounts map[string]uint64
-	watches       map[*http.Response]context.CancelFunc // open ones
+	watches       map[*http.Response]context.CancelFunc // open watches
 	before        func(request) error                   // called before a request takes effect; may block
 	after         func(request) error                   // called after a request has taken effect, before its response
 }

@@ -64,8 +64,7 @@ func (check convergenceCheck) assignmentErrors() (wrong []string) {
 	return wrong
 }
 
-// expectedState returns the state of an assignment after convergence, and whether its status has a message that names the
-// problem.
+// expectedState returns the state of an assignment after convergence, and whether its status must have a message.
 func (check convergenceCheck) expectedState(c expectedAssignment) (v1.AssignmentState, bool) {
 	if c.identityType != v1.UserAssignedMSI {
 		return v1.AssignmentAssigned, false

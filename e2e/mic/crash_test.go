@@ -15,9 +15,9 @@ import (
 	"github.com/podidentity/podidentity/e2e/azure"
 )
 
-// runWorkload starts MIC and gives it these tasks: MIC takes over an assignment of AAD Pod Identity; two pods share an
-// identity, and a third pod has another one; an AzureIdentity is edited; all pods but one are deleted, so that MIC
-// detaches identities.
+// runWorkload starts MIC and gives it work of each kind. MIC takes over an assignment of AAD Pod Identity. Two pods
+// share an identity, and a third pod has another one. An AzureIdentity is edited. All pods but one are deleted, so that
+// MIC detaches identities.
 func (s *sequence) runWorkload() {
 	set := s.addScaleSet("Set-A", "n0", "n1")
 	s.attachForeignIdentity("kubelet", set)
@@ -54,9 +54,9 @@ func (sim *simulation) attachForeignIdentity(name, machine string) {
 	sim.attachExternally(machine, id)
 }
 
-// runWorkloadWithCrash runs the workload with updates that take delay in ARM. It kills the first controller at its nth
-// write, where n is the parameter write (0: never): after the write takes effect if applied is true, otherwise before.
-// It returns the errors, the writes of the first controller and whether that controller was killed.
+// runWorkloadWithCrash runs the workload. An update takes delay in ARM. The parameter write counts from 1: the first
+// controller is killed at its write of this number, or never if write is 0. That write takes effect only if applied is
+// true. runWorkloadWithCrash returns the errors, the writes of the first controller and whether it was killed.
 func runWorkloadWithCrash(t *testing.T, delay time.Duration, write int, applied bool) (wrong, writes []string, killed bool) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSequence(t, 1)

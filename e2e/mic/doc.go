@@ -4,6 +4,7 @@
 // sockets and with a fake clock, so that minutes of waiting take no time. One test compares the fake API server with a
 // real one.
 //
-// What it protects against: an identity detached from a machine where a pod uses it, a change to an identity that MIC did
-// not attach, and, after a fault, an assignment or an attached identity that is missing or left over.
+// The tests protect against three defects of MIC: it detaches an identity from a machine where a pod uses it, it
+// detaches an identity that it did not attach, or after a fault an assignment or an attached identity is missing or
+// left over.
 package mic

@@ -18,12 +18,12 @@ type expectedAssignment struct {
 	node         string
 	identity     string // namespace/name
 	identityType v1.IdentityType
-	resource     string // folded resource ID; "" for types that are not attached to a machine
-	machine      string // folded ID; "" if the node is not on Azure
+	resource     string // resource ID in the form of azure.FoldID; "" for types that are not attached to a machine
+	machine      string // ID in the form of azure.FoldID; "" if the node is not on Azure
 }
 
-// objects are the objects, as of some time, that determine which pod should have which identity. Callers must not change
-// them.
+// objects are the objects that determine which pod should have which identity, as they were at one time. Callers must
+// not change them.
 type objects struct {
 	pods       []*corev1.Pod
 	nodes      []*corev1.Node
@@ -34,7 +34,7 @@ type objects struct {
 
 var decisiveResources = []string{"pods", "nodes", "azureidentities.aadpodidentity.k8s.io", "azureidentitybindings.aadpodidentity.k8s.io"}
 
-// objectsAt returns the objects as of some time.
+// objectsAt returns the objects as they were at the given time.
 func (sim *simulation) objectsAt(when time.Time) *objects {
 	version := sim.api.versionAt(when, decisiveResources...)
 	if o, ok := sim.objectsByVersion[version]; ok {
@@ -85,8 +85,8 @@ func (o *objects) providerID(node string) (string, bool) {
 	return "", false
 }
 
-// isUsable reports whether an identity is well-formed. A resource ID of another kind of resource is the only defect
-// that the tests create.
+// isUsable reports whether an AzureIdentity is well-formed. The only defect that the tests create is a resource ID that
+// is not that of a managed identity.
 func isUsable(i *v1.AzureIdentity) bool {
 	return i.Spec.Type != v1.UserAssignedMSI || strings.Contains(strings.ToLower(i.Spec.ResourceID), "/userassignedidentities/")
 }

@@ -159,8 +159,8 @@ func TestAnIdentityBoundWhileTheWatchWasDisconnectedStaysAttached(t *testing.T) 
 		p := s.start()
 		s.addPod("blue/p", "n0", "app")
 		s.waitAssigned(2*time.Second, "blue/p")
-		// MIC learns that the binding is deleted. Then its watch of bindings, and no other, stays disconnected, so MIC
-		// does not learn that the binding is created again.
+		// MIC learns that the binding is deleted. Then all its watches are closed, and it can reopen all but the watch of
+		// bindings. So MIC does not learn that the binding is created again.
 		deleteObject[v1.AzureIdentityBinding](s.api, "blue", "app-app")
 		time.Sleep(time.Minute)
 		p.conn.hook(func(r request) error {
@@ -194,9 +194,9 @@ func TestANewLeaderWaitsForTheUpdateOfAKilledLeader(t *testing.T) {
 	})
 }
 
-// A paused leader does not know that it has lost the lease. The test pauses the first leader before it creates the
-// ledger, or before it updates the machine, until a second leader has worked for ten seconds. ARM must accept one
-// update in total.
+// A paused leader does not know that it has lost the lease. The first leader is paused, either before it creates the
+// ledger or before it updates the machine. It goes on when a second leader has worked for ten seconds. ARM must accept
+// one update in total.
 func TestAPausedFormerLeaderRepeatsNoUpdate(t *testing.T) {
 	for _, at := range []string{"create configmaps mic", "PATCH"} {
 		for _, takes := range []time.Duration{0, time.Minute} {

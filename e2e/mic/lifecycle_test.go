@@ -111,7 +111,7 @@ func TestAPodThatMovesGetsItsIdentityOnTheNewMachineBeforeTheOldOneLosesIt(t *te
 		s.addPod("blue/web-0", "vm", "app")
 		s.waitAssigned(3*time.Second, "blue/web-0")
 		if !s.arm.Attached(machine, app) || !s.arm.Attached(s.set, app) {
-			t.Error("the identity is not attached to both machines")
+			t.Error("the identity must be attached to the scale set, which the pod left, and to the virtual machine, which it moved to")
 		}
 		s.eventually(detachTimeout, "the identity is detached from the first machine", not(s.attached(s.set, app)))
 		s.expectStable(10 * time.Minute)
@@ -129,7 +129,7 @@ func TestAnExternallyAttachedIdentityIsNeverDetached(t *testing.T) {
 		s.waitUnassigned(3*time.Second, "blue/p")
 		time.Sleep(time.Hour)
 		if n := len(s.patchRequests("")); n > 0 {
-			t.Errorf("MIC sent %d updates although the identity was attached externally", n)
+			t.Errorf("MIC sent %d updates although the identity was attached externally; want none", n)
 		}
 		s.expectStable(time.Minute)
 	})

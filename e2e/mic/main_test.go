@@ -11,9 +11,9 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// One of these handlers sleeps until a millisecond after its previous call. At its first call it sleeps until a
-	// millisecond after the start of the program. That earlier time can be one of the real clock. Inside a synctest
-	// bubble the handler would then sleep for decades, because the fake clock of a bubble starts in the year 2000.
+	// One of these handlers sleeps until a millisecond after its previous call, and at its first call until a millisecond
+	// after the start of the program. The program starts outside of a synctest bubble, at a time of the real clock. The
+	// fake clock of a bubble starts in the year 2000. So a first call inside a bubble would sleep for decades.
 	utilruntime.ErrorHandlers = nil //nolint:reassign // the variable is there to be set
 	klog.SetLogger(logr.Discard())  // klog would log thousands of lost connections
 	debug.SetGCPercent(400)         // a sequence is short, and most of its memory becomes garbage only when it ends

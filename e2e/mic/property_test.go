@@ -23,15 +23,15 @@ import (
 )
 
 var (
-	seedFlag      = flag.Uint64("seed", 0, "run the sequence with this seed, besides those that failed once")
-	stepsFlag     = flag.String("steps", "", "run only these steps of each sequence, such as 2,3,7")
+	seedFlag      = flag.Uint64("seed", 0, "run the sequence with this seed and the sequences that failed once, and no other; 0: see -sequences")
+	stepsFlag     = flag.String("steps", "", "run only the steps with these numbers of each sequence, such as 2,3,7; empty: run all steps")
 	traceFlag     = flag.Bool("trace", false, "print for a failed sequence also the controller's writes, its requests to ARM and its log")
 	sequencesFlag = flag.Int("sequences", 0, "how many random sequences to run; 0: the default, which is smaller with -race")
 	freshFlag     = flag.Bool("fresh", false, "start at a seed derived from the current time, so that each run has new sequences")
 )
 
-// setUp creates the initial state: the behavior of Azure, machines, nodes, some objects, possibly assignments of AAD Pod
-// Identity, and a leader.
+// setUp creates the initial state: the behavior of Azure, machines, nodes, some objects, in some sequences assignments
+// of AAD Pod Identity, and a leader.
 func (s *sequence) setUp() {
 	r := rand.New(rand.NewPCG(s.seed, 1<<32))
 	s.arm.Change(func(a *azure.ARMSettings) {
@@ -95,8 +95,8 @@ func (s *sequence) addLegacyAssignments(r *rand.Rand) {
 	}
 }
 
-// addLegacyAssignment creates an assignment in the form of AAD Pod Identity. It returns false if an assignment of that
-// name exists.
+// addLegacyAssignment creates an assignment in the form of AAD Pod Identity. It returns false if the API server
+// refuses, for example because an assignment of the same name exists.
 func (s *sequence) addLegacyAssignment(c expectedAssignment, state v1.AssignmentState) bool {
 	podNamespace, pod := splitKey(c.pod)
 	namespace, name := splitKey(c.identity)
@@ -128,7 +128,7 @@ func (s *sequence) describeState() string {
 	return text
 }
 
-// runSequence runs steps of the sequence with this seed.
+// runSequence runs the given steps of the sequence with the seed.
 func runSequence(t *testing.T, seed uint64, steps []int) (o outcome) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSequence(t, seed)

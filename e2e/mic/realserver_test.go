@@ -27,11 +27,11 @@ import (
 
 // The fake clock of a synctest bubble advances only while all goroutines of the bubble are durably blocked. A goroutine
 // that waits for the network is not durably blocked, so an open connection inside the bubble would stop the clock.
-// Therefore goroutines outside of the bubble talk to the real API server. While a goroutine inside the bubble waits for
-// a response, the clock still stops, so a request takes no time of the fake clock. A goroutine that reads a watch must
-// not stop the clock, so it polls for received data at intervals of the fake clock. The fake clock is limited to
-// clockSpeed times the speed of real time. Otherwise much fake time would pass before an event of the API server
-// arrives.
+// Therefore goroutines outside of the bubble talk to the real API server. A goroutine inside the bubble waits for a
+// response on a channel from outside. This wait is not durable either, so a request takes no time of the fake clock. A
+// goroutine that reads a watch must not stop the clock, so it polls for received data at intervals of the fake clock.
+// The fake clock is limited to clockSpeed times the speed of real time. Otherwise much fake time would pass before an
+// event of the API server arrives.
 const (
 	pollInterval = 20 * time.Millisecond // of the fake clock
 	clockSpeed   = 40

@@ -49,8 +49,8 @@ func TestAnIdentityThatAzureRefusesAffectsNoOther(t *testing.T) {
 	}
 }
 
-// expectRefusalReported checks that the refusal is reported to those who can correct it: in the status of the assignment,
-// by an Event on the pod and by one on the binding.
+// expectRefusalReported checks that MIC reports the refusal of an identity in the status of the assignment, in an Event
+// on the pod and in an Event on the binding.
 func (s *scenario) expectRefusalReported(pod, binding string) {
 	s.t.Helper()
 	s.eventually(5*time.Second, "the assignment has a message", func() bool {

@@ -14,7 +14,7 @@ import (
 )
 
 // runScenario runs a test with a fake clock in a simulation that has the namespaces blue and red, and a scale set with
-// the nodes n0 and n1. After the test it reports each of the simulation's violations.
+// the nodes n0 and n1. After the test it fails the test for each of the simulation's violations.
 func runScenario(t *testing.T, test func(*testing.T, *scenario)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -94,7 +94,7 @@ func (s *scenario) deletePod(key string) {
 	}
 }
 
-// attached returns a condition: the identity is attached to the machine.
+// attached returns a function that reports whether the identity is attached to the machine.
 func (s *scenario) attached(machine, identity string) func() bool {
 	return func() bool { return s.arm.Attached(machine, identity) }
 }

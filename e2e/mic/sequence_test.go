@@ -199,7 +199,7 @@ func (s *sequence) converge() []string {
 	s.logf("   converged")
 	s.wait(4 * time.Minute)
 	if wrong = s.convergenceErrors(); len(wrong) > 0 {
-		return append([]string{"converged, but no longer four minutes later:"}, wrong...)
+		return append([]string{"converged, but four minutes later there are differences again:"}, wrong...)
 	}
 	return nil
 }

@@ -132,8 +132,8 @@ func (p *process) kill() {
 	p.stop()
 }
 
-// crashAt disconnects the process at its n-th write from now on: after the write takes effect if applied, otherwise
-// before. Then it calls killed.
+// crashAt makes the process lose its connection at its n-th write from now on, and then calls killed. The n-th write
+// takes effect only if applied is true.
 func (p *process) crashAt(n int, applied bool, killed func()) {
 	var remaining atomic.Int64
 	remaining.Store(int64(n))
@@ -171,7 +171,6 @@ func (credential) GetToken(context.Context, policy.TokenRequestOptions) (azcore.
 	return azcore.AccessToken{Token: "mic", ExpiresOn: time.Now().Add(24 * time.Hour)}, nil
 }
 
-// armTransport is the transport to ARM.
 func (l *connection) armTransport(arm *azure.ARM) policy.Transporter {
 	return transporter(func(r *http.Request) (*http.Response, error) {
 		q := request{r.Context(), toARM, r.Method + " " + azure.FoldID(r.URL.Path), r.Method == http.MethodPatch}
@@ -197,7 +196,7 @@ func (sim *simulation) addNamespace(name string) {
 	requireNoError(sim.t, err)
 }
 
-// addScaleSet creates a scale set with nodes, and returns its ID.
+// addScaleSet creates a scale set and its nodes, and returns the ID of the scale set.
 func (sim *simulation) addScaleSet(name string, nodes ...string) string {
 	id := scaleSetID(name)
 	requireNoError(sim.t, sim.arm.AddMachine(azure.Machine{ID: id}))
@@ -207,7 +206,7 @@ func (sim *simulation) addScaleSet(name string, nodes ...string) string {
 	return id
 }
 
-// addVirtualMachine creates a virtual machine that is a node, and returns its ID.
+// addVirtualMachine creates a virtual machine and its node, and returns the ID of the machine.
 func (sim *simulation) addVirtualMachine(name string) string {
 	id := virtualMachineID(name)
 	requireNoError(sim.t, sim.arm.AddMachine(azure.Machine{ID: id}))

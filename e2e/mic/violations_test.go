@@ -49,7 +49,7 @@ type violationCheck struct {
 // checkChange checks one change that the controller made.
 func (v *violationCheck) checkChange(c azure.ARMChange) (found []string) {
 	if why := v.whyForbidden(c); why != "" {
-		found = append(found, fmt.Sprintf("%s: %s: %s %s", formatTime(c.Time), lastSegment(c.Resource), describeChange(c), why))
+		found = append(found, fmt.Sprintf("%s: %s: forbidden change of MIC: %s %s", formatTime(c.Time), lastSegment(c.Resource), describeChange(c), why))
 	}
 	if c.Attached {
 		return found
@@ -84,8 +84,9 @@ func (v *violationCheck) whyForbidden(c azure.ARMChange) string {
 	return ""
 }
 
-// detachedInUse finds pods that lost an identity in use. The identity was in use if, when the update was sent, the pod
-// had an assignment that allowed tokens, and had been bound to the identity without a break for v.maxWatchDelay.
+// detachedInUse finds pods that lost an identity in use. The parameter sent is the time when MIC sent the update. The
+// identity was in use if at that time the pod had an assignment that allowed tokens, and had been bound to the identity
+// without a break for v.maxWatchDelay.
 func (v *violationCheck) detachedInUse(c azure.ARMChange, sent time.Time) (found []string) {
 	from := sent.Add(-v.maxWatchDelay)
 	times := append(slices.Concat(v.decisiveChangeTimes(from, sent)), from, sent)
@@ -120,7 +121,7 @@ func (v *violationCheck) decisiveChangeTimes(after, until time.Time) []time.Time
 		changeTimes[v1.AzureIdentity](v.api, after, until), changeTimes[v1.AzureIdentityBinding](v.api, after, until))
 }
 
-// expectedAtAll reports whether the assignment was expected on the machine of the change at each of these times.
+// expectedAtAll reports whether the assignment a was expected on the machine of the change c at each of the times.
 func (v *violationCheck) expectedAtAll(a *v1.AzureAssignedIdentity, c azure.ARMChange, times []time.Time) bool {
 	for _, t := range times {
 		expected := v.objectsAt(t).expected
@@ -131,7 +132,7 @@ func (v *violationCheck) expectedAtAll(a *v1.AzureAssignedIdentity, c azure.ARMC
 	return true
 }
 
-// assignedSince returns when an assignment last became Assigned, up to some time.
+// assignedSince returns the last time, not later than until, when an assignment became Assigned; zero if there is none.
 func assignedSince(a *v1.AzureAssignedIdentity, until time.Time, transitions []assignedTransition) (since time.Time) {
 	for _, p := range transitions {
 		if p.assignment.UID == a.UID && !p.at.After(until) {

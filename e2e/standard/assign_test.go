@@ -39,8 +39,8 @@ type stateHistory struct {
 const gone = "gone"
 
 // recordStates records the states of the assignments until the test ends. It watches from the resourceVersion of a
-// list, because a watch without a resourceVersion must first wait until the cache of the API server is up to date. With
-// a version of etcd that does not report progress, this wait can fail for many seconds.
+// list. A watch without a resourceVersion waits until the cache of the API server is up to date. With a version of etcd
+// that does not report progress, such watches can fail for many seconds.
 func (s *testNamespace) recordStates() *stateHistory {
 	s.t.Helper()
 	var now v1.AzureAssignedIdentityList

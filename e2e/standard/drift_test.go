@@ -25,7 +25,7 @@ func manuallyDetached(t *testing.T, l *testEnvironment) {
 	detached := time.Now()
 	eventually(t, updateTimeout, func() error {
 		if !l.attached(t, "node1", id) {
-			return fmt.Errorf("the identity is not attached again")
+			return fmt.Errorf("MIC has not attached the manually detached identity again")
 		}
 		return nil
 	})

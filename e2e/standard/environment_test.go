@@ -52,7 +52,7 @@ type testEnvironment struct {
 	*cluster.Cluster
 	kube      client.WithWatch
 	cloud     *azure.Client
-	vms       bool             // each node is a virtual machine; else both are in one scale set
+	vms       bool             // each node is a virtual machine; otherwise both nodes are in one scale set
 	foreign   []azure.Identity // attached to all machines before MIC is installed
 	immutable azure.Identity   // see immutableClientID
 
@@ -194,8 +194,8 @@ func (l *testEnvironment) patches(t *testing.T, id azure.Identity) []azure.ARMRe
 	})
 }
 
-// updates are the patches that ARM accepted. A refused patch is not always a fault: ARM may have refused it because of
-// an identity of another test.
+// updates are the patches that ARM accepted. Tests count updates instead of patches, because ARM may refuse a patch on
+// account of an identity of another test.
 func (l *testEnvironment) updates(t *testing.T, id azure.Identity) []azure.ARMRequest {
 	t.Helper()
 	return slices.DeleteFunc(l.patches(t, id), func(r azure.ARMRequest) bool { return !r.Accepted })
@@ -231,7 +231,6 @@ func (l *testEnvironment) waitUntilDeleted(t *testing.T, o client.Object) {
 	})
 }
 
-// micPods are the pods of MIC.
 func (l *testEnvironment) micPods(ctx context.Context) ([]corev1.Pod, error) {
 	var pods corev1.PodList
 	err := l.kube.List(ctx, &pods, client.InNamespace(cluster.ChartNamespace), client.MatchingLabels{"app.kubernetes.io/component": "mic"})

@@ -32,7 +32,7 @@ func leaderChangesDuringUpdate(t *testing.T, l *testEnvironment) {
 				return nil
 			}
 		}
-		return fmt.Errorf("no ledger records an update in progress; the PATCH requests so far: %+v", l.patches(t, id))
+		return fmt.Errorf("no ledger of MIC records an update in progress; the PATCH requests so far: %+v", l.patches(t, id))
 	})
 	s.bind("later", "later", managed(later))
 	s.startPod("q", "later", "node1")
@@ -63,7 +63,7 @@ func leaderChangesDuringUpdate(t *testing.T, l *testEnvironment) {
 	var ended time.Time
 	eventually(t, updateTimeout, func() error {
 		a := p.ask()
-		if ended.IsZero() { // the first request has waited for the update in vain
+		if ended.IsZero() { // the first request has waited for the update, which has not ended
 			ended = time.Now()
 			must(t, l.cloud.SetDelay(t.Context(), "node1", -1))
 			must(t, l.cloud.EndOperations(t.Context(), "node1"))

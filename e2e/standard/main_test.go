@@ -12,7 +12,7 @@ import (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	// All parallel tests run at the same time, however few CPUs there are: they mostly wait for the fake Azure.
+	// All parallel tests run at the same time, even on a few CPUs, because they mostly wait for the fake Azure.
 	if err := flag.Set("test.parallel", "64"); err != nil {
 		fmt.Fprintln(os.Stderr, "standard:", err)
 		os.Exit(1)
@@ -27,9 +27,9 @@ type testCase struct {
 	run  func(*testing.T, *testEnvironment)
 }
 
-// Each of parallelTests uses its own namespace and identities. The two at the top (see firstTests) start alone, because
-// their beginnings must not overlap with other tests: takeOverFromAADPodIdentity begins in a cluster without MIC, and
-// fromFirstToLastPod needs a request that begins before Azure has attached the identity. After that they call t.Parallel.
+// Each of parallelTests uses its own namespace and identities. The first two (see firstTests) run alone until they call
+// t.Parallel. Until then no other test may run: takeOverFromAADPodIdentity begins in a cluster without MIC, and
+// fromFirstToLastPod needs a request that begins before Azure has attached the identity.
 var parallelTests = []testCase{
 	{"the assignments of AAD Pod Identity are taken over and no pod loses its token", takeOverFromAADPodIdentity},
 	{"the first request waits for the identity, which is detached after the last pod", fromFirstToLastPod},

@@ -43,8 +43,8 @@ func (l *testEnvironment) newNamespace(t *testing.T) *testNamespace {
 	return s
 }
 
-// logState writes the objects, events and logs after a failure. It does not use t.Log, so that e2e/gotest.sh repeats the
-// message of the failure and not the state.
+// logState writes the objects, events and logs after a failure. It does not use t.Log: e2e/gotest.sh repeats what t.Log
+// writes, and must repeat the message of the failure only.
 func (s *testNamespace) logState() {
 	ctx := context.Background()
 	objects, _ := s.Kubectl(ctx, "get", "pods,jobs,azureidentities,azureidentitybindings,azureassignedidentities", "-o", "wide", "-n", s.name)
@@ -69,7 +69,7 @@ func (s *testNamespace) meta(name string) metav1.ObjectMeta {
 // label makes the value of a label unique to this test: bindings select pods in all namespaces.
 func (s *testNamespace) label(value string) string { return s.name + "-" + value }
 
-// bind creates an AzureIdentity, and a binding of the same name for pods with the label.
+// bind creates an AzureIdentity, and a binding of the same name for pods that startPod starts with the same label.
 func (s *testNamespace) bind(name, label string, spec v1.AzureIdentitySpec) {
 	s.t.Helper()
 	s.create(&v1.AzureIdentity{ObjectMeta: s.meta(name), Spec: spec},
@@ -117,7 +117,7 @@ func (s *testNamespace) deletePod(name string) time.Time {
 	return deleted
 }
 
-// assignments are the assignments of a pod, or with "" of all pods of the namespace.
+// assignments returns the assignments of a pod. If pod is "", it returns those of all pods of the namespace.
 func (s *testNamespace) assignments(pod string) []v1.AzureAssignedIdentity {
 	s.t.Helper()
 	var all v1.AzureAssignedIdentityList
@@ -144,7 +144,7 @@ func (s *testNamespace) waitUntilAssigned(pod, identity string, id azure.Identit
 	return a
 }
 
-// waitUntilReleased waits until a pod has no assignments, or with "" until the namespace has none.
+// waitUntilReleased waits until a pod has no assignments. If pod is "", it waits until the namespace has none.
 func (s *testNamespace) waitUntilReleased(pod string) {
 	s.t.Helper()
 	eventually(s.t, updateTimeout, func() error {
