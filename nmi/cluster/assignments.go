@@ -20,12 +20,11 @@ const byPod = "pod"
 // assignment is what the cache keeps of an AzureAssignedIdentity.
 type assignment struct {
 	identity.Assignment
-	// received is when NMI last received the assignment: after a change of the object, or because the watch started or
-	// started again.
+	// received is when NMI last received the object from the API server. NMI receives the object after each change, and
+	// also unchanged each time the informer loads all objects.
 	received time.Time
 }
 
-// newAssignmentInformer returns the informer of the assignments on this node.
 func (c *Cache) newAssignmentInformer() cache.SharedIndexInformer {
 	onThisNode := func(o *metav1.ListOptions) {
 		o.LabelSelector = labels.Set{v1.NodeNameLabel: v1.NodeNameLabelValue(c.cfg.Node)}.String()
@@ -34,7 +33,7 @@ func (c *Cache) newAssignmentInformer() cache.SharedIndexInformer {
 	return cache.NewSharedIndexInformer(c.reconnector.wrap(v1.AzureAssignedIdentities, source), &v1.AzureAssignedIdentity{}, 0, cache.Indexers{byPod: podOfAssignment})
 }
 
-// notifyOnChanges registers event handlers that notify of all changes that a waiting request depends on.
+// notifyOnChanges registers event handlers that call c.notifier for all changes that a waiting request depends on.
 func (c *Cache) notifyOnChanges() error {
 	for _, handled := range []struct {
 		informer cache.SharedIndexInformer
@@ -53,8 +52,8 @@ func (c *Cache) notifyOnChanges() error {
 	return nil
 }
 
-// notifyOnChange returns a handler that notifies n of the key of each object that changed. If the change also changed
-// the key, the handler notifies n of the former key, too.
+// notifyOnChange returns a handler that calls n.Notify with the key of each object that changed. If the key changed
+// with the object, the handler also calls n.Notify with the former key.
 func notifyOnChange[T any](n *Notifier, keyOf func(*T) Key) cache.ResourceEventHandler {
 	return kube.TypedHandler(func(old, current *T) {
 		if old != nil && current != nil && equalState(old, current) {
@@ -71,9 +70,10 @@ func notifyOnChange[T any](n *Notifier, keyOf func(*T) Key) cache.ResourceEventH
 	})
 }
 
-// equalState reports whether two states of an object are equal for NMI. Without it, all waiting requests would be
-// notified when a watch starts again, because all objects then arrive again. For an assignment that arrives again it
-// returns false, as the field received differs; that only causes an additional check.
+// equalState reports whether two states of an object are equal for NMI. When an informer loads all objects again, most
+// objects are unchanged; without equalState, they would wake all waiting requests. For an assignment equalState always
+// returns false, because the field received differs. The only effect is that the waiting requests of the assignment's
+// pod are checked once more.
 func equalState(old, current any) bool {
 	if i, ok := old.(*trimmed[identity.Identity]); ok {
 		return i.value.Equal(current.(*trimmed[identity.Identity]).value)
@@ -98,11 +98,11 @@ func (c *Cache) assignmentsOf(pod *corev1.Pod) ([]any, error) {
 }
 
 // AssignedSince returns when NMI last received a usable assignment of the identity to the pod, or the zero time if
-// there is none. If there are several, it returns the earliest of their times. When a watch starts again, all
-// assignments are received again, so the time can be later than the assignment itself.
+// there is none. If there are several, it returns the earliest of their times. The time can be later than the last
+// change of the assignment, because NMI receives unchanged assignments again when the informer loads all objects.
 func (c *Cache) AssignedSince(pod *corev1.Pod, id *identity.Identity) time.Time {
 	var since time.Time
-	found, _ := c.assignmentsOf(pod) // fails only if the index does not exist, and then Facts has failed before
+	found, _ := c.assignmentsOf(pod) // fails only if the index byPod does not exist
 	for _, o := range found {
 		a := &o.(*trimmed[assignment]).value
 		if a.Usable() && a.Covers(IdentityPod(pod), id) && (since.IsZero() || a.received.Before(since)) {

@@ -29,10 +29,10 @@ func TestATrimmedAssignmentHasOnlyTheFieldsThatNMIReads(t *testing.T) {
 	again, _ := trim(result)
 	got := result.(*trimmed[assignment]).value
 	if again != result || got.Assignment != identity.FromAzureAssignedIdentity(o) || time.Since(got.received) > time.Minute {
-		t.Errorf("got %+v", got)
+		t.Errorf("the trimmed assignment is %+v", got)
 	}
 	if keys, err := podOfAssignment(result); err != nil || !slices.Equal(keys, []string{"a/p"}) {
-		t.Errorf("index keys %q, %v", keys, err)
+		t.Errorf("the assignment has the values %q, %v in the index byPod; want a/p", keys, err)
 	}
 }
 
@@ -46,12 +46,12 @@ func TestSubscribersAreNotifiedOfATombstone(t *testing.T) {
 	select {
 	case <-changed:
 	default:
-		t.Error("no notification of a deletion")
+		t.Error("the subscriber was not notified of the deletion in the tombstone")
 	}
 	handler.OnUpdate(nmitest.Pod("p", "1"), nmitest.Pod("p", "1"))
 	select {
 	case <-changed:
-		t.Error("a notification of an unchanged pod")
+		t.Error("the subscriber was notified of a pod that did not change")
 	default:
 	}
 }

@@ -18,7 +18,7 @@ func (b *Broadcast) Next() <-chan struct{} {
 	return b.ch
 }
 
-// Send closes the channel that Next returned.
+// Send wakes the goroutines that wait for a channel that Next returned.
 func (b *Broadcast) Send() {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -36,8 +36,9 @@ type Client struct {
 }
 
 // NewClient returns a client for the node of this name. The client calls onFailure each time a request fails, with one
-// of the operations of package telemetry (APIWatch and others). It does not call onFailure for a failed probe, for a
-// failed check of the node or of the custom resource definitions, or if the API server refuses to watch a Secret.
+// of the operations of package telemetry (APIWatch and others). It does not call onFailure for failed probes, or for
+// failed checks of the node or of the custom resource definitions. For the watch of a Secret it calls onFailure only if
+// the API server is unavailable, not if the API server refuses the watch.
 func NewClient(config *rest.Config, node string, onFailure func(operation string)) (*Client, error) {
 	scheme := runtime.NewScheme()
 	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
@@ -64,15 +65,15 @@ func (c *Client) listWatch(from rest.Interface, resource string, selector fields
 	return c.reconnector.wrap(resource, cache.NewListWatchFromClient(from, resource, metav1.NamespaceAll, selector))
 }
 
-// StaleWatch returns the name of a watch whose cache may be outdated, because it is disconnected or has not caught up yet.
-// It returns "" if there is none.
+// StaleWatch returns the name of a watch that is disconnected or has not caught up yet, so that its cache may be
+// outdated. It returns "" if there is no such watch.
 func (c *Client) StaleWatch() string { return c.reconnector.staleWatch() }
 
-// StaleWatches returns the number of watches whose cache may be outdated, see StaleWatch.
+// StaleWatches returns the number of watches that are disconnected or have not caught up yet.
 func (c *Client) StaleWatches() int { return c.reconnector.staleWatches() }
 
-// SecretListWatch returns a source for an informer of one Secret. The source reconnects, but does not count as a stale
-// watch: it may end while it is disconnected, and would then count as stale for ever.
+// SecretListWatch returns a source for an informer of one Secret. The source reconnects, but StaleWatch ignores it: the
+// informer may stop while the source is disconnected, and the source would then count as stale for ever.
 func (c *Client) SecretListWatch(namespace, name string) *cache.ListWatch {
 	return c.reconnector.wrap("", cache.NewListWatchFromClient(c.core, "secrets", namespace, fields.OneTermEqualSelector(metav1.ObjectNameField, name)))
 }
@@ -91,8 +92,8 @@ func (c *Client) RequestToken(ctx context.Context, namespace, serviceAccount str
 	return &response, c.countFailure(telemetry.APIRequestToken, err)
 }
 
-// WriteEvent writes an Event. If e.Count is greater than one, the Event probably exists: WriteEvent then updates its
-// count and time, and creates the Event only if it does not exist.
+// WriteEvent writes an Event. If e.Count is greater than one, the Event probably exists. In this case WriteEvent first
+// tries to update the count and time of that Event, and creates the Event only if it does not exist.
 func (c *Client) WriteEvent(ctx context.Context, e *corev1.Event) error {
 	events := func(r *rest.Request) *rest.Request { return r.Namespace(e.Namespace).Resource("events") }
 	if e.Count > 1 {
@@ -108,7 +109,6 @@ func (c *Client) WriteEvent(ctx context.Context, e *corev1.Event) error {
 	return c.countFailure(telemetry.APIWriteEvent, events(c.core.Post()).Body(e).Do(ctx).Error())
 }
 
-// listPods lists the pods of this node.
 func (c *Client) listPods(ctx context.Context) ([]*corev1.Pod, error) {
 	var list corev1.PodList
 	err := c.core.Get().Resource("pods").Param("fieldSelector", onNode(c.node).String()).Do(ctx).Into(&list)
@@ -122,11 +122,10 @@ func (c *Client) listPods(ctx context.Context) ([]*corev1.Pod, error) {
 	return pods, nil
 }
 
-// onNode selects the pods of a node.
 func onNode(node string) fields.Selector { return fields.OneTermEqualSelector("spec.nodeName", node) }
 
-// CheckNode returns an error if the cluster has no node of the client's name, because NMI would not find any pod. If it
-// cannot read the node for another reason, it logs a warning and returns nil.
+// CheckNode returns an error if the cluster has no node with the name that NewClient received: NMI would not find any
+// pod. If CheckNode cannot read the node for another reason, it logs a warning and returns nil.
 func (c *Client) CheckNode(ctx context.Context, log *zap.Logger) error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
@@ -136,12 +135,12 @@ func (c *Client) CheckNode(ctx context.Context, log *zap.Logger) error {
 	case apierrors.IsNotFound(err):
 		return fmt.Errorf("--node %s: the cluster has no node of this name; give the name that kubectl get nodes shows for this node", c.node)
 	default:
-		log.Warn("could not check that the cluster has this node", zap.String(telemetry.KeyNode, c.node), zap.Error(err))
+		log.Warn("could not read this node from the API server, so NMI starts without checking that the cluster has a node of this name", zap.String(telemetry.KeyNode, c.node), zap.Error(err))
 	}
 	return nil
 }
 
-// checkCRDs checks by discovery that the API server serves these custom resources.
+// checkCRDs returns an error if the discovery of the API server does not list all of these custom resources.
 func (c *Client) checkCRDs(ctx context.Context, resources []string) error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
@@ -162,7 +161,7 @@ func (c *Client) checkCRDs(ctx context.Context, resources []string) error {
 	return nil
 }
 
-// countFailure reports a failed request and returns its error.
+// countFailure calls onFailure if err is not nil. It returns err.
 func (c *Client) countFailure(operation string, err error) error {
 	if err != nil {
 		c.onFailure(operation)

@@ -15,9 +15,9 @@ import (
 // bySelector is the index of bindings, see bindingBucket.
 const bySelector = "selector"
 
-// bindingBuckets is the number of values of the index bySelector. client-go needs some 500 bytes per value, so with
-// thousands of selectors one value for each would take a quarter of the heap. Facts compares the selectors of the
-// bindings that share a value.
+// bindingBuckets is the number of values of the index bySelector. client-go needs some 500 bytes per value. With
+// thousands of selectors, one value for each selector would take a quarter of the heap. So selectors share values, and
+// Facts compares the selector of each binding that it finds under a value.
 const bindingBuckets = 1024
 
 // Facts returns the objects that the decision about the pod needs.
@@ -68,9 +68,9 @@ func (c *Cache) bindingSelector(o any) ([]string, error) {
 	return []string{c.bindingBucket(b.value.Namespace, b.value.Selector)}, nil
 }
 
-// bindingBucket returns the index value of bindings with this selector: a hash of the selector, and of the namespace unless
-// bindings match pods of other namespaces. The seed is random in each process, so that nobody can create bindings that all
-// get the index value of another selector.
+// bindingBucket returns the value, in the index bySelector, of bindings with this selector. It is a hash of the
+// selector. If bindings match only pods of their own namespace, the hash also includes the namespace. The seed is
+// random in each process, so that nobody can choose selectors that all get the same index value.
 func (c *Cache) bindingBucket(namespace, selector string) string {
 	var h maphash.Hash
 	h.SetSeed(c.seed)

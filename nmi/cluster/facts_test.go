@@ -12,7 +12,7 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// There are far more selectors than index values, so each binding shares its index value with others.
+// There are three times as many selectors as index values, so bindings with different selectors share an index value.
 func TestAPodGetsOnlyItsOwnBindingsOfASharedIndexValue(t *testing.T) {
 	for _, c := range []struct {
 		rules identity.Rules
@@ -46,7 +46,7 @@ func TestAPodGetsOnlyItsOwnBindingsOfASharedIndexValue(t *testing.T) {
 			}
 		}
 		if n := len(w.bindings.GetIndexer().ListIndexFuncValues(bySelector)); n > bindingBuckets {
-			t.Errorf("the index has %d values", n)
+			t.Errorf("the index bySelector has %d values, more than bindingBuckets", n)
 		}
 		for i := range selectors {
 			label := fmt.Sprint("app-", i)
@@ -58,11 +58,11 @@ func TestAPodGetsOnlyItsOwnBindingsOfASharedIndexValue(t *testing.T) {
 			for _, b := range facts.Bindings {
 				own = own || b.Namespace == "red"
 				if b.Selector != label {
-					t.Fatalf("%+v: a pod with the label %s gets %+v", c.rules, label, b)
+					t.Fatalf("%+v: Facts of a pod with the label %s has a binding with another selector: %+v", c.rules, label, b)
 				}
 			}
 			if len(facts.Bindings) != c.want || !own {
-				t.Fatalf("%+v: the pod has %+v, want %d", c.rules, facts.Bindings, c.want)
+				t.Fatalf("%+v: Facts of the pod has the bindings %+v; want %d, one of them in the namespace of the pod", c.rules, facts.Bindings, c.want)
 			}
 		}
 	}

@@ -2,7 +2,7 @@ package cluster
 
 import "sync"
 
-// Key names the objects whose changes a subscriber of a Notifier needs.
+// Key stands for a group of objects. A subscriber of a Notifier names the groups whose changes wake it.
 type Key struct{ kind, name string }
 
 // PodKey is the key of a pod and its assignments.
@@ -17,16 +17,16 @@ func ExceptionsKey(namespace string) Key { return Key{"exceptions", namespace} }
 // IdentitiesKey is the key of all identities. One key for all is enough, because identities rarely change.
 func IdentitiesKey() Key { return Key{"identities", ""} }
 
-// Notifier wakes the subscribers of the keys that changed and no others: when all pods of a node start at once, there are
-// thousands of events and hundreds of waiting requests, each of which depends on few of them. The zero value is ready for
-// use.
+// Notifier wakes only the subscribers of the keys that changed. When all pods of a node start at once, there are
+// thousands of events and hundreds of waiting requests, and each request depends on few of the events. The zero value
+// is ready for use.
 type Notifier struct {
 	mu          sync.Mutex
 	subscribers map[Key]map[chan struct{}]struct{}
 }
 
-// Subscribe returns a channel that receives a value if one of the keys has changed since the last receive. unsubscribe ends
-// the subscription.
+// Subscribe returns a channel that receives a value after Notify is called for one of the keys. Calls of Notify before
+// the subscriber reads the value add no further value. unsubscribe ends the subscription.
 func (n *Notifier) Subscribe(keys ...Key) (changed <-chan struct{}, unsubscribe func()) {
 	ch := make(chan struct{}, 1)
 	n.mu.Lock()
@@ -58,7 +58,7 @@ func (n *Notifier) Notify(key Key) {
 	for ch := range n.subscribers[key] {
 		select {
 		case ch <- struct{}{}:
-		default: // an earlier notification has not been received yet
+		default: // the subscriber has not read an earlier value yet
 		}
 	}
 }

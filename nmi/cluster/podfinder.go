@@ -19,8 +19,8 @@ var (
 	ErrPodAmbiguous = errors.New("several live pods of this node have this address")
 )
 
-// liveListRate is the highest number of times per second that NMI lists the pods of its node from the API server. The
-// number of requests from unknown addresses does not matter, because all waiting requests share one list.
+// liveListRate is how many times per second NMI may list the pods of its node from the API server. It does not depend
+// on the number of requests from unknown addresses, because all waiting requests share one list.
 const liveListRate = 1
 
 // liveListTimeout bounds one list of the pods, including the wait for liveListRate.
@@ -29,8 +29,8 @@ const liveListTimeout = 4 * time.Second
 // PodFinder finds the pod that has an address or a name.
 //
 // It protects against a token for the wrong pod: the address must belong to exactly one live pod that is not in the
-// host network. While the cache has no such pod, or several, a request waits, at most for timeout: the watch may not
-// have reported yet that the pod has the address, or that an earlier pod with this address has finished.
+// host network. While the cache has no such pod, or several, a request waits, at most for the field timeout: the watch
+// may not have reported yet that the pod has the address, or that an earlier pod with this address has finished.
 type PodFinder struct {
 	pods     cache.Indexer // with the PodIndexers
 	changed  *Broadcast
@@ -52,8 +52,8 @@ func (c *Cache) PodFinder(timeout time.Duration) *PodFinder {
 	return NewPodFinder(c.pods.GetIndexer(), &c.podChanged, c.listPods, timeout)
 }
 
-// FindByAddress returns the pod that has the address. It returns ErrPodUnknown or ErrPodAmbiguous after the timeout, or the
-// error of ctx.
+// FindByAddress returns the pod that has the address. It returns ErrPodUnknown or ErrPodAmbiguous after the timeout, or
+// the error of ctx.
 func (f *PodFinder) FindByAddress(ctx context.Context, ip netip.Addr) (*corev1.Pod, error) {
 	address := ip.Unmap().String()
 	pod, err := f.cached(address)
@@ -62,8 +62,8 @@ func (f *PodFinder) FindByAddress(ctx context.Context, ip netip.Addr) (*corev1.P
 	}
 	deadline := time.NewTimer(f.timeout)
 	defer deadline.Stop()
-	// The watch usually reports a pod within a moment. If it has not done so after half of the time, NMI lists the
-	// pods.
+	// The watch usually reports a pod within a moment. If it has not done so after half of f.timeout, NMI lists the
+	// pods from the API server.
 	listLive := time.NewTimer(f.timeout / 2)
 	defer listLive.Stop()
 	var lists <-chan singleflight.Result
@@ -130,7 +130,8 @@ func (f *PodFinder) cached(address string) (*corev1.Pod, error) {
 	return nil, ErrPodAmbiguous
 }
 
-// listLive lists the pods from the API server. All concurrent callers share one list; no caller can cancel it for the others.
+// listLive lists the pods from the API server. All concurrent callers share one list. It uses the context of no caller,
+// so that no caller can cancel it for the others.
 func (f *PodFinder) listLive() <-chan singleflight.Result {
 	return f.flight.DoChan("", func() (any, error) {
 		ctx, cancel := context.WithTimeout(context.Background(), liveListTimeout)
@@ -140,7 +141,7 @@ func (f *PodFinder) listLive() <-chan singleflight.Result {
 		}
 		pods, err := f.listPods(ctx)
 		for _, pod := range pods {
-			_, _ = trim(pod) // like the pods of the cache; it never fails for a pod
+			_, _ = trim(pod) // as in the cache; trim never fails for a pod
 		}
 		return pods, err
 	})

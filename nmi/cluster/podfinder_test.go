@@ -81,7 +81,7 @@ func TestARequestBeforeTheWatchReportsThePodWaitsNoLongerThanNeeded(t *testing.T
 		time.AfterFunc(time.Second, func() { n.add(nmitest.Pod("other", "1", "10.0.0.2")) })
 		time.AfterFunc(1200*time.Millisecond, func() { n.add(nmitest.Pod("new", "2", "10.0.0.1")) })
 		if got, err := n.findName(t.Context(), "10.0.0.1"); got != "new" || time.Since(start) != 1200*time.Millisecond {
-			t.Errorf("%q, %v after %s", got, err, time.Since(start))
+			t.Errorf("found pod %q, %v after %s; want pod new after 1.2s", got, err, time.Since(start))
 		}
 		if n.lists.Load() != 0 {
 			t.Error("the pods were listed although the watch reported the pod in time")
@@ -95,11 +95,11 @@ func TestAnAddressOfTwoPodsIsAmbiguousUntilOneIsRemoved(t *testing.T) {
 		n := newTestFinder(old, nmitest.Pod("new", "2", "10.0.0.1"))
 		n.listed = func() ([]*corev1.Pod, error) { return nil, errors.New("unavailable") }
 		if got, err := n.findName(t.Context(), "10.0.0.1"); !errors.Is(err, ErrPodAmbiguous) {
-			t.Errorf("%q, %v", got, err)
+			t.Errorf("while two pods have the address: found pod %q, %v; want ErrPodAmbiguous", got, err)
 		}
 		time.AfterFunc(time.Second, func() { n.remove(old) })
 		if got, err := n.findName(t.Context(), "10.0.0.1"); got != "new" {
-			t.Errorf("%q, %v", got, err)
+			t.Errorf("after one of the pods was removed: found pod %q, %v; want pod new", got, err)
 		}
 	})
 }
@@ -115,16 +115,16 @@ func TestAllWaitingRequestsShareOneList(t *testing.T) {
 		for range 50 {
 			wg.Go(func() {
 				if got, err := n.findName(t.Context(), "10.0.0.1"); got != "a" {
-					t.Errorf("%q, %v", got, err)
+					t.Errorf("found pod %q, %v; want pod a", got, err)
 				}
 			})
 		}
 		wg.Wait()
 		if n.lists.Load() != 1 {
-			t.Errorf("the pods were listed %d times", n.lists.Load())
+			t.Errorf("50 waiting requests listed the pods %d times, want once", n.lists.Load())
 		}
 		if got, err := n.findName(t.Context(), "10.0.0.2"); err == nil {
-			t.Errorf("an address of two pods is that of %q", got)
+			t.Errorf("two pods of the list have the address, but pod %q was found", got)
 		}
 	})
 }
@@ -153,7 +153,7 @@ func TestACanceledLookupStopsWaiting(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		if _, err := n.findName(ctx, "10.0.0.1"); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("got %v", err)
+			t.Errorf("the lookup returned %v, want the error of its context", err)
 		}
 	})
 }
@@ -173,6 +173,6 @@ func TestATrimmedPodHasOnlyTheFieldsThatNMIReads(t *testing.T) {
 	want.Labels, want.ResourceVersion = p.Labels, "7"
 	want.Spec = corev1.PodSpec{NodeName: "n", HostNetwork: true, ServiceAccountName: "sa"}
 	if p.String() != want.String() {
-		t.Errorf("got %v, want %v", p, want)
+		t.Errorf("the trimmed pod is %v, want %v", p, want)
 	}
 }

@@ -18,8 +18,8 @@ const (
 // PodIndexers returns the indexes of pods: by each of their addresses, and by UID.
 func PodIndexers() cache.Indexers { return cache.Indexers{byIP: podIPs, byUID: podUID} }
 
-// podIPs is the index function for addresses. It omits those of a pod in the host network, which are the node's, and those
-// of a finished pod.
+// podIPs is the index function for addresses. A pod in the host network has the addresses of the node, and another pod
+// may have the address of a finished pod, so podIPs returns no addresses for these pods.
 func podIPs(o any) ([]string, error) {
 	pod, ok := o.(*corev1.Pod)
 	if !ok || pod.Spec.HostNetwork || finished(pod) {
@@ -48,13 +48,12 @@ func podUID(o any) ([]string, error) {
 	return []string{string(pod.UID)}, nil
 }
 
-// finished reports whether all containers of the pod have terminated and will not restart. Another pod may have its address
-// by then.
+// finished reports whether all containers of the pod have terminated and will not restart.
 func finished(pod *corev1.Pod) bool {
 	return pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
 }
 
-// PodByUID returns the pod of this UID, if the cache has it and it has not finished.
+// PodByUID returns the pod with this UID. It returns false if the cache does not have the pod or the pod has finished.
 func (c *Cache) PodByUID(uid string) (*corev1.Pod, bool) {
 	found, err := c.pods.GetIndexer().ByIndex(byUID, uid)
 	if err != nil || len(found) != 1 || finished(found[0].(*corev1.Pod)) {
@@ -64,8 +63,8 @@ func (c *Cache) PodByUID(uid string) (*corev1.Pod, bool) {
 }
 
 // Latest returns the state of the pod in the cache. If the cache does not have the pod, or the pod has finished, Latest
-// returns its argument: either the pod comes from a list of the API server and is not in the cache yet, or the pod is
-// gone, and its clients with it.
+// returns its argument. In this case either NMI found the pod in a list of the API server and the watch has not
+// reported it yet, or the pod has ended.
 func (c *Cache) Latest(pod *corev1.Pod) *corev1.Pod {
 	if current, ok := c.PodByUID(string(pod.UID)); ok {
 		return current

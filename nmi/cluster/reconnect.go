@@ -15,40 +15,42 @@ import (
 	"github.com/podidentity/podidentity/internal/kube"
 )
 
-// An unavailable API server is probed after initialProbeBackoff, then after one and a half times the last wait, up to
-// maxProbeBackoff. Each wait is shortened at random by up to a half, so that the nodes of a large cluster do not reconnect at
-// the same moment.
+// The first probe of an unavailable API server follows after initialProbeBackoff. Each further wait is one and a half
+// times as long as the previous one, up to maxProbeBackoff. Each wait is shortened at random by up to a half, so that
+// the nodes of a large cluster do not reconnect at the same moment.
 const (
 	initialProbeBackoff, maxProbeBackoff = 250 * time.Millisecond, 10 * time.Second
 	probeTimeout                         = 3 * time.Second
 )
 
-// catchUpTime is how long a watch still counts as stale after it has reconnected, see connectAfterCatchUp. The API
-// server sends the missed events first, or an error event if it has discarded them.
+// catchUpTime is the time that a reconnected watch gets to receive the events that it missed. The API server sends
+// these events first, or an error event if it has discarded them. Until the time has passed, the watch counts as stale,
+// see connectAfterCatchUp.
 const catchUpTime = time.Second
 
 // reconnector reconnects the watches of this node together after the API server was unavailable, and records which of
 // them are stale: disconnected, or not caught up yet.
 //
-// By itself each watch would back off for up to a minute, and so find the API server long after it is available again.
-// The reconnector sends one small probe for all watches. As soon as a probe succeeds, all watches reconnect.
+// Without the reconnector, each watch would back off for up to a minute, and would reconnect long after the API server
+// is available again. The reconnector sends one small probe for all watches. As soon as a probe succeeds, all watches
+// reconnect.
 //
-// While a watch is stale, an object that NMI lacks may be one that the watch has not received yet. Package request
-// therefore responds with an error that clients retry instead of a refusal, which they do not retry.
+// While a watch is stale, an object that NMI does not have may exist: the watch may not have received it yet. Package
+// request therefore responds with an error that clients retry. Clients do not retry a refusal.
 type reconnector struct {
 	probe     func(context.Context) error // returns nil if the API server is ready
 	onFailure func()                      // is called if the API server is unavailable for a list or a watch
 
 	mu           sync.Mutex
 	available    chan struct{}   // is closed when the server is available again; nil unless a probe runs
-	disconnected map[string]bool // watches that are disconnected or have not caught up
+	disconnected map[string]bool // the names of the stale watches
 }
 
 func newReconnector(probe func(context.Context) error, onFailure func()) *reconnector {
 	return &reconnector{probe: probe, onFailure: onFailure, disconnected: map[string]bool{}}
 }
 
-// staleWatch returns the name of a watch that is disconnected or has not caught up, or "".
+// staleWatch returns the name of a stale watch, or "" if there is none.
 func (r *reconnector) staleWatch() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -58,7 +60,6 @@ func (r *reconnector) staleWatch() string {
 	return ""
 }
 
-// staleWatches returns the number of watches that are disconnected or have not caught up.
 func (r *reconnector) staleWatches() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -92,9 +93,9 @@ func (r *reconnector) wrap(name string, lw *cache.ListWatch) *cache.ListWatch {
 	}
 }
 
-// connectAfterCatchUp marks a watch as connected when it has had time to receive the events that it missed. If the
-// watch continues where it stopped, that is catchUpTime from now. If it starts with all objects, that is catchUpTime
-// after the bookmark that follows the last of them. If an error event arrives before that, for example because the API
+// connectAfterCatchUp marks a watch as connected when the watch has had time to receive the events that it missed. For
+// a watch that sends all objects first, this is catchUpTime after the bookmark that follows the last of these objects.
+// For any other watch, it is catchUpTime after the call. If an error event arrives earlier, for example because the API
 // server has discarded the missed events, the watch stays disconnected.
 func (r *reconnector) connectAfterCatchUp(name string, o metav1.ListOptions, w apiwatch.Interface) apiwatch.Interface {
 	connect := func() { r.setDisconnected(name, false) }
@@ -115,8 +116,8 @@ func (r *reconnector) connectAfterCatchUp(name string, o metav1.ListOptions, w a
 }
 
 // observedWatch calls a function for each event of a watch and passes the event on. Its goroutine ends after Stop, even
-// if nobody receives the event that the goroutine is passing on. The goroutine of apimachinery's watch.Filter would
-// then never end.
+// if nobody receives the event that the goroutine is about to send. In that case the goroutine of apimachinery's
+// watch.Filter would never end, so watch.Filter is not used here.
 type observedWatch struct {
 	apiwatch.Interface
 	events  chan apiwatch.Event
@@ -169,7 +170,8 @@ func (r *reconnector) setDisconnected(name string, disconnected bool) {
 	}
 }
 
-// retryWhileUnavailable calls send until it succeeds, the API server refuses the request, or ctx ends.
+// retryWhileUnavailable calls send until send succeeds, the API server refuses the request, or ctx ends. Before each
+// retry it waits until a probe succeeds.
 func (r *reconnector) retryWhileUnavailable(ctx context.Context, name string, send func() error) error {
 	for {
 		err := send()
@@ -186,7 +188,8 @@ func (r *reconnector) retryWhileUnavailable(ctx context.Context, name string, se
 	}
 }
 
-// serverAvailable returns a channel that is closed when the server is available again, and starts the probe if none runs.
+// serverAvailable returns a channel that is closed when the API server is available again. It starts the probes unless
+// they already run.
 func (r *reconnector) serverAvailable() <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -197,8 +200,8 @@ func (r *reconnector) serverAvailable() <-chan struct{} {
 	return r.available
 }
 
-// probeUntilAvailable sends probes until one succeeds, even if no watch waits any more. It has no context, because
-// watches with different contexts wait for it.
+// probeUntilAvailable sends probes until one succeeds, even if no watch waits any more. It takes no context, because
+// watches with different contexts wait for its result.
 func (r *reconnector) probeUntilAvailable() {
 	for backoff := initialProbeBackoff; ; backoff = min(backoff*3/2, maxProbeBackoff) {
 		time.Sleep(backoff/2 + time.Duration(rand.Int64N(int64(backoff/2))))

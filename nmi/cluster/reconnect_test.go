@@ -55,11 +55,11 @@ func TestAfterAnOutageOneProbeReconnectsAllWatchesWithinSeconds(t *testing.T) {
 		}
 		synctest.Wait()
 		if r.staleWatch() != "pods" {
-			t.Error("no watch is reported as stale")
+			t.Error("the API server is unavailable, and no watch is reported as stale")
 		}
 		for range watches {
 			if late := <-done; late > maxProbeBackoff {
-				t.Errorf("a watch continued %s after the server was available again", late)
+				t.Errorf("a watch reconnected %s after the API server was available again", late)
 			}
 		}
 		if r.staleWatch() == "" {
@@ -71,7 +71,7 @@ func TestAfterAnOutageOneProbeReconnectsAllWatchesWithinSeconds(t *testing.T) {
 			t.Errorf("%s is still reported as stale", r.staleWatch())
 		}
 		if least := int(10 * time.Minute / maxProbeBackoff); probes < least || probes > 3*least || failures.Load() != watches {
-			t.Errorf("%d probes, %d failures", probes, failures.Load())
+			t.Errorf("an outage of ten minutes caused %d probes and %d reported failures; want one failure for each watch", probes, failures.Load())
 		}
 		time.Sleep(2 * time.Minute) // until the watches have stopped
 	})

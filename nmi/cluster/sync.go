@@ -38,7 +38,7 @@ func (c *Cache) Run(ctx context.Context) {
 	}
 	close(c.synced)
 	c.cfg.Health.Set(health.Caches, nil)
-	// The initial lists need several times the memory of what the caches keep. Return the rest to the operating system.
+	// Loading all objects takes several times the memory that the caches keep. Return the rest to the operating system.
 	debug.FreeOSMemory()
 	c.cfg.Log.Info("loaded the cluster's objects from the API server; from now on NMI decides about token requests")
 }
@@ -55,7 +55,7 @@ func (c *Cache) waitForCRDs(ctx context.Context) bool {
 			return true
 		}
 		c.cfg.Health.Set(health.CRDs, err)
-		c.cfg.Log.Warn("waiting for the custom resource definitions", zap.Error(err))
+		c.cfg.Log.Warn("waiting for the custom resource definitions; until the API server serves them, token requests get an error that clients retry", zap.Error(err))
 		select {
 		case <-time.After(crdPollInterval):
 		case <-ctx.Done():
@@ -64,8 +64,8 @@ func (c *Cache) waitForCRDs(ctx context.Context) bool {
 	}
 }
 
-// WaitSynced waits until all caches have synced. Before that, an object that is not in a cache may exist. After the
-// timeout, or when ctx ends, it returns an error that says what NMI lacks to be ready.
+// WaitSynced waits until all caches have synced. Before that, an object that exists may not be in its cache yet. After
+// the timeout, or when ctx ends, WaitSynced returns an error that says why NMI is not ready.
 func (c *Cache) WaitSynced(ctx context.Context, timeout time.Duration) error {
 	select {
 	case <-c.synced:
@@ -82,8 +82,8 @@ func (c *Cache) WaitSynced(ctx context.Context, timeout time.Duration) error {
 	}
 }
 
-// watchFailed logs and counts a failed watch. If NMI lacks the permission and the caches have not synced yet, watchFailed
-// also adds this reason to the response of the readiness probe.
+// watchFailed logs and counts a failed watch. If the API server forbids the watch and the caches have not synced yet,
+// watchFailed also adds this reason to the response of the readiness probe.
 func (c *Cache) watchFailed(ctx context.Context, r *cache.Reflector, err error) {
 	cache.DefaultWatchErrorHandler(ctx, r, err)
 	if apierrors.IsForbidden(err) {

@@ -11,8 +11,8 @@ import (
 	"github.com/podidentity/podidentity/internal/kube"
 )
 
-// trimmed is what the caches keep of a custom resource: what the decision reads. The whole object would need four times the
-// memory, and a cluster may have many thousands.
+// trimmed is what the caches keep of a custom resource: the fields that NMI reads. The whole object would need four
+// times the memory, and a cluster may have many thousands of objects.
 type trimmed[T any] struct {
 	kube.Meta
 	value T
@@ -22,7 +22,8 @@ func trimTo[T any](o metav1.Object, value T) *trimmed[T] {
 	return &trimmed[T]{kube.MetaOf(o), value}
 }
 
-// trim reduces an object to what NMI reads, before a cache stores it. It does not change an object that is already trimmed.
+// trim reduces an object to the fields that NMI reads, before a cache stores the object. It returns an object that is
+// already trimmed unchanged.
 func trim(o any) (any, error) {
 	switch o := o.(type) {
 	case *corev1.Pod:

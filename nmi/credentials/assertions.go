@@ -18,7 +18,7 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// exchangeAudience is the audience of the Kubernetes tokens that Entra ID exchanges for its own tokens.
+// exchangeAudience is the audience of the assertions that Entra ID exchanges for its own tokens.
 const exchangeAudience = "api://AzureADTokenExchange"
 
 const (
@@ -49,9 +49,9 @@ type PodGetter interface {
 // exchanges for its own tokens.
 //
 // Each assertion is bound to its pod by name and UID. The API server issues no assertion for a pod that is gone or that
-// runs with another ServiceAccount. So an assertion also proves that the pod exists and which ServiceAccount it has,
-// independently of NMI's cache of pods. Every pod needs an assertion of its own before it gets a token of a federated
-// identity, even if the token cache already contains that token because of another pod.
+// runs with another ServiceAccount. So a new assertion also proves that the pod exists and which ServiceAccount the pod
+// has, independently of NMI's cache of pods. Every pod needs an assertion of its own before it gets a token of a
+// federated identity, even if the token cache already contains that token because of another pod.
 type Assertions struct {
 	requester TokenRequester
 	pods      PodGetter
@@ -77,8 +77,8 @@ func NewAssertions(requester TokenRequester, pods PodGetter) *Assertions {
 }
 
 // verify returns nil if the API server has issued an assertion for the pod and has refused none since. Otherwise verify
-// calls get and returns the error of get. A pod stays verified after its assertion expires, until release removes the
-// pod. An error of an unavailable API server is not a refusal.
+// calls get and returns the error of get. A pod stays verified after its assertion expires, until the API server
+// refuses an assertion or release removes the pod. An error of an unavailable API server is not a refusal.
 func (a *Assertions) verify(ctx context.Context, pod *corev1.Pod) error {
 	a.mu.Lock()
 	_, verified := a.verified[string(pod.UID)]
@@ -145,7 +145,7 @@ func (s *assertion) expired() bool {
 }
 
 // request requests an assertion and records the result. The request has a context of its own, so that a caller of get
-// that stops waiting does not cancel it for other callers.
+// that stops waiting does not cancel the request for other callers.
 func (a *Assertions) request(pending *assertion, pod *corev1.Pod) {
 	defer close(pending.done)
 	ctx, cancel := context.WithTimeout(context.Background(), assertionTimeout)
@@ -179,7 +179,7 @@ func (a *Assertions) podUIDs() []string {
 	return slices.Collect(maps.Keys(a.byPod))
 }
 
-// release drops a pod that is gone.
+// release removes what is stored about a pod.
 func (a *Assertions) release(uid string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -206,8 +206,8 @@ func assertionError(pod *corev1.Pod, err error) error {
 }
 
 // podStaleError returns the error for a pod that is not in NMI's cache of pods, that has another ServiceAccount there,
-// or for which the API server issues no assertion although NMI may request it. The class is Unavailable: NMI's cache
-// may be outdated, and then a retry succeeds.
+// or for which the API server issues no assertion although NMI has the permission to request one. The class is
+// Unavailable because NMI's cache may be outdated. Once the cache is up to date, a retry can succeed.
 func podStaleError(detail string, err error) error {
 	return &token.Error{Class: token.Unavailable, Reason: identity.PodStale, Detail: detail, Err: err}
 }

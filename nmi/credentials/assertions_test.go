@@ -36,31 +36,31 @@ func TestEachPodIsVerifiedOnce(t *testing.T) {
 		account := token.Ref{Namespace: "ns", Name: "robot"}
 		got, err := a.Assertion(t.Context(), "uid-1", account)
 		if err != nil || got != "assertion-of-ns/robot" || len(c.Requests) != 1 {
-			t.Fatalf("got %q, %v with %d requests", got, err, len(c.Requests))
+			t.Fatalf("20 calls of verify and one of Assertion: got %q, %v with %d requests, want one request", got, err, len(c.Requests))
 		}
 		spec := c.Requests[0].Spec
 		if spec.BoundObjectRef == nil || spec.BoundObjectRef.Kind != "Pod" || spec.BoundObjectRef.Name != "app" || spec.BoundObjectRef.UID != "uid-1" ||
 			!slices.Equal(spec.Audiences, []string{"api://AzureADTokenExchange"}) || *spec.ExpirationSeconds != 600 {
-			t.Errorf("requested %+v", spec)
+			t.Errorf("the request for the assertion has the spec %+v", spec)
 		}
 		// NMI does not use an assertion near its expiry any more, but the pod stays verified.
 		time.Sleep(assertionLifetime - minRemainingLifetime + time.Second)
 		if err := a.verify(t.Context(), p); err != nil || len(c.Requests) != 1 {
-			t.Errorf("%v, %d requests", err, len(c.Requests))
+			t.Errorf("with an assertion near its expiry, verify returned %v after %d requests; want no error and no second request", err, len(c.Requests))
 		}
 		if _, err := a.Assertion(t.Context(), "uid-1", account); err != nil || len(c.Requests) != 2 {
-			t.Errorf("%v, %d requests", err, len(c.Requests))
+			t.Errorf("with an assertion near its expiry, Assertion returned %v after %d requests; want no error and a second request", err, len(c.Requests))
 		}
 		// An unavailable API server does not revoke the verification; a refusal does.
 		time.Sleep(assertionLifetime)
 		c.TokenError = errors.New("connection refused")
 		if _, err := a.Assertion(t.Context(), "uid-1", account); err == nil || a.verify(t.Context(), p) != nil {
-			t.Errorf("while the API server is unavailable: %v", err)
+			t.Errorf("while the API server is unavailable, Assertion returned %v; want an error, and the pod still verified", err)
 		}
 		time.Sleep(refusalTTL + time.Millisecond)
 		c.TokenError = apierrors.NewNotFound(schema.GroupResource{Resource: "pods"}, "app")
 		if _, err := a.Assertion(t.Context(), "uid-1", account); err == nil || a.verify(t.Context(), p) == nil {
-			t.Errorf("after a refusal: %v", err)
+			t.Errorf("after a refusal, Assertion returned %v; want an error, and the pod no longer verified", err)
 		}
 		a.release("uid-1")
 		if len(a.byPod) != 0 || len(a.verified) != 0 {
@@ -92,11 +92,11 @@ func TestAPodThatIsNotVerifiedGetsNoPrincipal(t *testing.T) {
 				var e *token.Error
 				for range 10 {
 					if err := a.verify(t.Context(), p); !errors.As(err, &e) || e.Class != c.class || e.Reason != c.reason || !strings.Contains(e.Detail, c.says) {
-						t.Fatalf("got %v", err)
+						t.Fatalf("verify returned %v", err)
 					}
 				}
 				if len(cluster.Requests) != 1 {
-					t.Errorf("%d requests to the API server", len(cluster.Requests))
+					t.Errorf("10 calls of verify sent %d requests to the API server, want one", len(cluster.Requests))
 				}
 				cluster.TokenError = nil
 				time.Sleep(refusalTTL + time.Millisecond)
@@ -126,11 +126,11 @@ func TestAnAssertionIsOnlyForPodsOfItsServiceAccount(t *testing.T) {
 	for _, ref := range []token.Ref{{Namespace: "ns", Name: "other"}, {Namespace: "elsewhere", Name: "default"}} {
 		var e *token.Error
 		if _, err := newAssertions(c).Assertion(t.Context(), "uid-1", ref); !errors.As(err, &e) || e.Reason != identity.PodStale {
-			t.Errorf("%s: %v", ref, err)
+			t.Errorf("Assertion for ServiceAccount %s, which is not that of the pod, returned %v; want reason pod_stale", ref, err)
 		}
 	}
 	if _, err := newAssertions(c).Assertion(t.Context(), "uid-2", token.Ref{Namespace: "ns", Name: "default"}); err == nil || len(c.Requests) != 0 {
-		t.Errorf("for a pod that is gone: %v", err)
+		t.Errorf("Assertion for a pod that is gone returned %v; want an error, and no request to the API server", err)
 	}
 }
 

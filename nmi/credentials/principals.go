@@ -95,7 +95,8 @@ func (p *Principals) FromIdentity(id identity.Identity) []token.Principal {
 	return all
 }
 
-// Matches reports whether the principal belongs to the identity. It ignores the revision and the ServiceAccount.
+// Matches reports whether the principal belongs to the identity. It ignores the revision and the ServiceAccount of the
+// principal.
 func (p *Principals) Matches(id identity.Identity, principal token.Principal) bool {
 	principal.Revision, principal.ServiceAccount = "", token.Ref{}
 	for _, candidate := range p.FromIdentity(id) {
@@ -106,7 +107,7 @@ func (p *Principals) Matches(id identity.Identity, principal token.Principal) bo
 	return false
 }
 
-// Release drops the assertion of a pod that is gone, and stops the watches of Secrets that no other pod uses.
+// Release drops the assertion of a pod, and stops the watches of those of its Secrets that no other pod uses.
 func (p *Principals) Release(uid string) {
 	p.Secrets.release(uid)
 	p.Assertions.release(uid)

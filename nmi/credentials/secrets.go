@@ -36,7 +36,8 @@ type SecretSource interface {
 	ReadSecret(ctx context.Context, namespace, name string) (*corev1.Secret, error)
 }
 
-// Secrets watches the Secrets of the identities in use, each by itself and only while a pod that uses it lives.
+// Secrets watches the Secrets of the identities in use. Each Secret has a watch of its own, which runs only while a pod
+// uses the Secret.
 //
 // It protects against tokens from a Secret that was changed or deleted, and makes permissions for all Secrets of a
 // namespace unnecessary. The content of a Secret is stored only in the informer of the Secret and in the credentials
@@ -83,8 +84,9 @@ func NewSecrets(ctx context.Context, source SecretSource, onChange func(token.Re
 }
 
 // Secret implements [token.Secrets]. It returns the content from the watch of the Secret. If there is no watch, or
-// refusalTTL has passed since the API server refused it, Secret reads the Secret from the API server. It does not start
-// a watch: a watch is kept for pods, and Secret does not know the pods for which its caller fetches a token.
+// refusalTTL has passed since the API server refused the watch, it reads the Secret from the API server. It does not
+// start a watch: each watch is kept for certain pods, and this method does not know for which pods its caller fetches a
+// token.
 func (s *Secrets) Secret(ctx context.Context, ref token.Ref) (token.SecretContent, error) {
 	s.mu.Lock()
 	w := s.watched[ref]
@@ -191,7 +193,7 @@ func (s *Secrets) podUIDs() []string {
 	return slices.Collect(maps.Keys(s.secretsOfPod))
 }
 
-// release drops a pod that is gone and stops the watches that no other pod needs.
+// release records that the pod uses no Secret any more, and stops the watches of Secrets that no other pod uses.
 func (s *Secrets) release(uid string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -204,14 +206,14 @@ func (s *Secrets) release(uid string) {
 		w.stop()
 		delete(s.watched, ref)
 		for _, o := range w.informer.GetStore().List() {
-			// No watch reports a change of the Secret from now on, so its revision counts as no longer current.
+			// From now on no watch reports a change of the Secret. So what was made from its revision must be dropped.
 			go s.onChange(ref, o.(*trimmedSecret).content.Revision)
 		}
 	}
 	delete(s.secretsOfPod, uid)
 }
 
-// get waits until the watch has synced and returns the content of the Secret.
+// get waits until the watch has synced, and returns the content of the Secret.
 func (w *watchedSecret) get(ctx context.Context, ref token.Ref) (token.SecretContent, error) {
 	if !w.informer.HasSynced() {
 		ctx, cancel := context.WithTimeout(ctx, secretTimeout)

@@ -29,27 +29,27 @@ func TestASecretIsWatchedWhileAPodUsesIt(t *testing.T) {
 	s := newSecrets(t, c)
 	first := mustContent(t, s, "1", "first")
 	if again := mustContent(t, s, "2", "first"); again.Revision != first.Revision || c.Watches != 1 {
-		t.Errorf("two pods made %d watches", c.Watches)
+		t.Errorf("two pods that use the same Secret caused %d watches, or got different revisions", c.Watches)
 	}
 	c.Secrets.Modify(nmitest.Secret("second"))
 	if gone := <-c.Changed; gone != first.Revision {
-		t.Errorf("revision %s is reported as changed, not %s", gone, first.Revision)
+		t.Errorf("after a change of the Secret, revision %s is reported as replaced; want %s", gone, first.Revision)
 	}
 	second := mustContent(t, s, "1", "second")
 	if second.Revision == first.Revision {
-		t.Error("another content has the same revision")
+		t.Error("the changed Secret has the revision of its former content")
 	}
 	s.release("1")
 	mustContent(t, s, "2", "second")
 	if c.Watches != 1 {
-		t.Errorf("the watch started again: %d", c.Watches)
+		t.Errorf("the release of one of two pods started the watch again: %d watches", c.Watches)
 	}
 	s.release("2")
 	if gone := <-c.Changed; gone != second.Revision || len(s.watched) != 0 || len(s.secretsOfPod) != 0 {
-		t.Errorf("after the last pod: %d watched, %d pods, %s dropped", len(s.watched), len(s.secretsOfPod), gone)
+		t.Errorf("after the release of the last pod: %d Secrets are watched for %d pods, and revision %s is reported as unused", len(s.watched), len(s.secretsOfPod), gone)
 	}
 	if got, err := s.Secret(t.Context(), passwordRef); err != nil || string(got.Data["clientSecret"]) != "read" || len(s.watched) != 0 {
-		t.Errorf("a read without a pod: %v, %d watched", err, len(s.watched))
+		t.Errorf("a read without a pod returned %v, and %d Secrets are watched; want none", err, len(s.watched))
 	}
 }
 
@@ -59,11 +59,11 @@ func TestADeletedSecretIsMissingAtOnce(t *testing.T) {
 	first := mustContent(t, s, "1", "first")
 	c.Secrets.Delete(nmitest.Secret("first"))
 	if gone := <-c.Changed; gone != first.Revision {
-		t.Errorf("revision %s is reported as changed", gone)
+		t.Errorf("after the deletion of the Secret, revision %s is reported, which is not that of the Secret", gone)
 	}
 	var e *token.Error
 	if _, err := s.forPod(t.Context(), passwordRef, "1"); !errors.As(err, &e) || e.Reason != identity.SecretMissing || !strings.Contains(e.Detail, "ns/password") {
-		t.Errorf("got %v", err)
+		t.Errorf("for a deleted Secret: got %v", err)
 	}
 }
 
@@ -74,11 +74,11 @@ func TestAForbiddenSecretIsWatchedAgainAfterAWhile(t *testing.T) {
 	var e *token.Error
 	for range 20 {
 		if _, err := s.forPod(t.Context(), passwordRef, "1"); !errors.As(err, &e) || e.Reason != identity.SecretUnreadable || e.Class != token.Denied || !strings.Contains(e.Detail, "nmi.secretNamespaces") {
-			t.Fatalf("got %v", err)
+			t.Fatalf("for a Secret that NMI may not read: got %v", err)
 		}
 	}
 	if c.Watches != 1 {
-		t.Errorf("%d watches", c.Watches)
+		t.Errorf("20 requests for a forbidden Secret started %d watches, want one", c.Watches)
 	}
 	c.Mu.Lock()
 	c.Forbidden = false
@@ -98,7 +98,7 @@ func TestOnePodCannotCauseUnlimitedWatches(t *testing.T) {
 		}
 	}
 	if _, err := s.forPod(t.Context(), passwordRef, "1"); !errors.Is(err, token.ErrPodThrottled) {
-		t.Errorf("got %v", err)
+		t.Errorf("for one Secret more than maxSecretsPerPod: got %v, want ErrPodThrottled", err)
 	}
 	mustContent(t, s, "2", "first")
 }

@@ -1,6 +1,6 @@
-// Package health answers the liveness and readiness probes of NMI. NMI is ready only if it can both capture the
-// requests of the pods and respond to them. Until then the response of the readiness probe says what is missing and
-// why.
+// Package health responds to the liveness and readiness probes of NMI. NMI is ready only if it can both capture the
+// requests of pods and respond to these requests. While NMI is not ready, the response to the readiness probe says what
+// is missing and why.
 package health
 
 import (
@@ -14,11 +14,11 @@ import (
 // Health records what NMI still needs to be ready.
 type Health struct {
 	mu       sync.Mutex
-	missing  map[string]string // the reason, by one of the constants below
+	missing  map[string]string // reason why a part is missing, by part; the parts are the constants below
 	stopping bool
 }
 
-// What NMI needs to be ready.
+// The parts that NMI needs to be ready.
 const (
 	Listener = "listener"
 	Rules    = "rules"
@@ -26,13 +26,13 @@ const (
 	Caches   = "caches"
 )
 
-// New returns a Health for which everything is missing.
+// New returns a Health for which all parts are missing.
 func New() *Health {
 	return &Health{missing: map[string]string{Listener: "not open yet", Rules: "not installed yet", CRDs: "not checked yet", Caches: "not synced yet"}}
 }
 
-// Set records that something is present if err is nil, and otherwise that it is missing because of err. The parameter
-// what is one of the constants above.
+// Set records the state of a part. The parameter what is one of the constants above. If err is nil, the part is
+// present. Otherwise the part is missing because of err.
 func (h *Health) Set(what string, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -43,8 +43,8 @@ func (h *Health) Set(what string, err error) {
 	h.missing[what] = err.Error()
 }
 
-// Explain replaces the reason why something is missing. For something that is present it does nothing. The parameter
-// what is one of the constants above.
+// Explain replaces the reason why a part is missing. If the part is present, Explain does nothing. The parameter what
+// is one of the constants above.
 func (h *Health) Explain(what string, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -53,19 +53,20 @@ func (h *Health) Explain(what string, err error) {
 	}
 }
 
-// ShutDown makes NMI not ready from now on.
+// ShutDown records that NMI is shutting down. From then on NMI is not ready.
 func (h *Health) ShutDown() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.stopping = true
 }
 
-// Ready returns nil if NMI is ready. Otherwise the error says what is missing, or that NMI is shutting down.
+// Ready returns nil if NMI is ready. Otherwise it returns an error that says what is missing, or that NMI is shutting
+// down.
 func (h *Health) Ready() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.stopping {
-		return errors.New("shutting down")
+		return errors.New("NMI is shutting down")
 	}
 	var missing []string
 	for _, what := range []string{Listener, Rules, CRDs, Caches} {

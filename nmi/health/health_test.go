@@ -16,24 +16,24 @@ func TestReadinessNamesWhatIsMissing(t *testing.T) {
 		return w.Code, w.Body.String()
 	}
 	if code, body := get("/readyz"); code != 503 || !strings.Contains(body, "listener") || !strings.Contains(body, "caches") {
-		t.Errorf("at the start: %d %s", code, body)
+		t.Errorf("/readyz at the start: %d %s", code, body)
 	}
 	for _, what := range []string{Listener, Rules, Caches} {
 		h.Set(what, nil)
 	}
 	h.Set(CRDs, errors.New("the cluster does not have azureidentities"))
 	if code, body := get("/readyz"); code != 503 || !strings.Contains(body, "azureidentities") || strings.Contains(body, "listener") {
-		t.Errorf("without CRDs: %d %s", code, body)
+		t.Errorf("/readyz without CRDs: %d %s", code, body)
 	}
 	h.Set(CRDs, nil)
 	if code, _ := get("/readyz"); code != 200 {
-		t.Errorf("with everything: %d", code)
+		t.Errorf("/readyz with all parts present: status %d", code)
 	}
 	h.ShutDown()
 	if code, body := get("/readyz"); code != 503 || !strings.Contains(body, "shutting down") {
-		t.Errorf("while stopping: %d %s", code, body)
+		t.Errorf("/readyz after ShutDown: %d %s", code, body)
 	}
 	if code, _ := get("/healthz"); code != 200 {
-		t.Errorf("alive while stopping: %d", code)
+		t.Errorf("/healthz after ShutDown: status %d", code)
 	}
 }

@@ -1,5 +1,5 @@
 // Package limit bounds how many connections and waiting requests NMI admits, in total and from one address. It protects
-// the pods of a node against one pod that uses up the connections of all.
+// the pods of a node against one pod that opens so many connections that none are left for the others.
 package limit
 
 import (
@@ -15,13 +15,14 @@ const (
 )
 
 // Limits of concurrent requests that wait for an assignment. They are half of the limits of connections, so that NMI
-// still admits requests that need not wait. Beyond them, NMI responds at once that the client must retry.
+// still admits requests that need not wait. Instead of exceeding these limits, NMI responds at once that the client
+// must retry.
 const (
 	MaxWaits          = MaxConnections / 2
 	MaxWaitsPerSource = MaxConnectionsPerSource / 2
 )
 
-// Limiter counts what is in use, in total and by source address. It is safe for concurrent use.
+// Limiter counts the connections or requests in use, in total and by source address. It is safe for concurrent use.
 type Limiter struct {
 	max, maxPerSource int
 
@@ -48,7 +49,7 @@ func (l *Limiter) Acquire(source netip.Addr) bool {
 	return true
 }
 
-// Release frees what Acquire reserved for the source.
+// Release frees one connection or request that Acquire reserved for the source.
 func (l *Limiter) Release(source netip.Addr) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

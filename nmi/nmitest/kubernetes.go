@@ -21,18 +21,19 @@ import (
 	"github.com/podidentity/podidentity/nmi/token"
 )
 
-// Kubernetes is a fake API server for package credentials. It has one Secret, ns/password, issues tokens of
-// ServiceAccounts, and is also the cache of pods.
+// Kubernetes implements the interfaces through which package credentials uses the cluster. For SecretSource and
+// TokenRequester it fakes an API server that has one Secret, ns/password, and issues tokens of ServiceAccounts. For
+// PodGetter it fakes NMI's cache of pods.
 type Kubernetes struct {
 	Secrets *cachetest.FakeControllerSource
-	Changed chan string // receives each revision that is no longer current
+	Changed chan string // receives the revisions that OnSecretChange is called with
 
 	Mu         sync.Mutex
-	Forbidden  bool // refuse to watch Secrets
-	Watches    int
+	Forbidden  bool // SecretListWatch returns a ListWatch whose calls are forbidden
+	Watches    int  // number of calls of SecretListWatch
 	Requests   []*authenticationv1.TokenRequest
-	TokenError error // returned instead of a token
-	Pods       map[string]*corev1.Pod
+	TokenError error                  // if set, RequestToken returns it instead of a token
+	Pods       map[string]*corev1.Pod // by UID
 }
 
 // NewKubernetes returns a fake whose Secret has the value "first".
@@ -48,7 +49,7 @@ func Secret(value string) *corev1.Secret {
 	return &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "password"}, Data: map[string][]byte{"clientSecret": []byte(value)}}
 }
 
-// SecretListWatch returns a ListWatch of the Secret for an informer, and counts its own calls in Watches.
+// SecretListWatch returns a ListWatch of the Secret for an informer.
 func (c *Kubernetes) SecretListWatch(string, string) *cache.ListWatch {
 	c.Mu.Lock()
 	defer c.Mu.Unlock()
@@ -70,7 +71,7 @@ func (c *Kubernetes) SecretListWatch(string, string) *cache.ListWatch {
 	}
 }
 
-// RequestToken returns a token that names the ServiceAccount.
+// RequestToken returns a token that contains the name of the ServiceAccount, or TokenError.
 func (c *Kubernetes) RequestToken(_ context.Context, namespace, account string, r *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error) {
 	c.Mu.Lock()
 	defer c.Mu.Unlock()
@@ -82,7 +83,7 @@ func (c *Kubernetes) RequestToken(_ context.Context, namespace, account string, 
 	return &authenticationv1.TokenRequest{Status: authenticationv1.TokenRequestStatus{Token: "assertion-of-" + namespace + "/" + account, ExpirationTimestamp: metav1.NewTime(time.Now().Add(lifetime))}}, nil
 }
 
-// PodByUID returns a pod of Pods.
+// PodByUID returns the pod with this UID from Pods.
 func (c *Kubernetes) PodByUID(uid string) (*corev1.Pod, bool) {
 	c.Mu.Lock()
 	defer c.Mu.Unlock()
@@ -90,7 +91,7 @@ func (c *Kubernetes) PodByUID(uid string) (*corev1.Pod, bool) {
 	return p, ok
 }
 
-// ReadSecret returns the Secret with the value "read".
+// ReadSecret returns the Secret with the value "read", so that tests can tell a read from a watch.
 func (c *Kubernetes) ReadSecret(context.Context, string, string) (*corev1.Secret, error) {
 	return Secret("read"), nil
 }

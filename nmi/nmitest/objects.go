@@ -19,7 +19,7 @@ func Pod(name, uid string, ips ...string) *corev1.Pod {
 	return p
 }
 
-// With changes the pod in place and returns it.
+// With calls change with the pod, and returns the same pod.
 func With(p *corev1.Pod, change func(*corev1.Pod)) *corev1.Pod {
 	change(p)
 	return p

@@ -6,9 +6,9 @@ import "github.com/podidentity/podidentity/internal/metric"
 // take seconds if NMI has to wait for the pod to be known, for an assignment, or for Azure.
 var durationBuckets = []float64{.0002, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}
 
-// The definitions of all metrics. Names that begin with aadpodidentity are those of AAD Pod Identity and keep their
-// meaning, except that no label holds what a client chooses: operation_type of a request is one of a few routes instead
-// of the path, and there is no label for the resource.
+// The definitions of all metrics. A metric whose name begins with aadpodidentity has the name and the meaning that it
+// has in AAD Pod Identity. Only the labels differ, because no label holds a text that a client chooses: the label
+// operation_type of a request is one of a few routes instead of the path, and there is no label for the resource.
 var (
 	requestDuration = metric.Definition{Name: "aadpodidentity_nmi_operations_duration_seconds", Type: metric.Histogram, Buckets: durationBuckets,
 		Help:   "Time to respond to a request of a pod, by route and HTTP status.",

@@ -17,19 +17,19 @@ import (
 )
 
 const (
-	// eventReason is the reason that `kubectl describe pod` shows.
+	// eventReason is the field reason of each Event.
 	eventReason = "TokenRefused"
 
-	// eventInterval is the minimum time between two Events for the same refusal of a pod. The Event contains the number
-	// of times that the refusal happened.
+	// eventInterval is the minimum time between two reports of the same refusal of a pod. The second report updates the
+	// Event of the first. The field count of the Event is the number of refusals that NMI has counted.
 	eventInterval = 5 * time.Minute
 	// The Events that a node may write per second, and the burst. They are limited because the API server stores the
 	// Events of the whole cluster.
 	eventRate, eventBurst = 1, 20
-	// maxRefusals bounds how many refusals NMI remembers to recognize repeated ones.
+	// maxRefusals bounds how many refusals NMI remembers. It remembers refusals in order to recognize repeated ones.
 	maxRefusals = 512
-	// eventQueueSize bounds the Events that wait to be written. A refusal whose Event does not fit is counted in the
-	// next Event of the same refusal.
+	// eventQueueSize bounds the number of Events that wait to be written. If the queue is full, the refusal is only
+	// counted, and the next Event for the same refusal contains that count.
 	eventQueueSize = 64
 
 	eventTimeout    = 5 * time.Second
@@ -69,8 +69,8 @@ func NewEvents(node string, write func(context.Context, *corev1.Event) error) (*
 	return &Events{write: write, node: node, queue: make(chan *corev1.Event, eventQueueSize), limiter: rate.NewLimiter(eventRate, eventBurst), refusals: refusals}, err
 }
 
-// Refused counts a refusal and queues an Event, unless one was queued for the same refusal within eventInterval, or the
-// rate limit or the queue does not admit one. It does not block.
+// Refused counts the refusal. It then queues an Event, except in three cases: it queued an Event for the same refusal
+// less than eventInterval ago, the rate limit is reached, or the queue is full. It does not block.
 func (e *Events) Refused(pod *corev1.Pod, refusal *metadata.Error) {
 	message := refusal.Detail
 	if message == "" {
@@ -112,13 +112,14 @@ func (e *Events) event(pod *corev1.Pod, known *refusalCount, reason identity.Rea
 	}
 }
 
-// Run writes the queued Events until ctx ends. An Event that cannot be written is dropped: the log has the refusal too.
+// Run writes the queued Events until ctx ends. It drops an Event that it cannot write, because NMI also logs each
+// refusal at level warn or info.
 func (e *Events) Run(ctx context.Context) {
 	for {
 		select {
 		case event := <-e.queue:
 			writing, cancel := context.WithTimeout(ctx, eventTimeout)
-			_ = e.write(writing, event) // write counts its failures
+			_ = e.write(writing, event) // the metric of failed API requests counts the error
 			cancel()
 		case <-ctx.Done():
 			return

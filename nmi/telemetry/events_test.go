@@ -52,17 +52,17 @@ func TestARepeatedRefusalIsReportedOncePerInterval(t *testing.T) {
 		}
 		got := written()
 		if len(got) != 1 || got[0].Message != "no_matching_binding: no binding" || got[0].InvolvedObject.UID != "uid-1" || got[0].Namespace != "ns" || got[0].Type != "Warning" || got[0].Reason != "TokenRefused" {
-			t.Fatalf("written: %+v", got)
+			t.Fatalf("1000 equal refusals wrote the Events %+v; want one", got)
 		}
 		e.Refused(p, refusalOf("another reason"))
 		e.Refused(nmitest.Pod("app", "uid-2", "10.0.0.1"), refusalOf("no binding"))
 		if got = written(); len(got) != 3 {
-			t.Errorf("with another refusal and another pod: %d events", len(got))
+			t.Errorf("after another refusal and a refusal of another pod: %d Events, want 3", len(got))
 		}
 		time.Sleep(eventInterval)
 		e.Refused(p, refusalOf("no binding"))
 		if got = written(); len(got) != 4 || got[3].Name != got[0].Name || got[3].Count != 1001 || !got[3].FirstTimestamp.Equal(&got[0].FirstTimestamp) {
-			t.Errorf("after the interval: %+v", got[len(got)-1])
+			t.Errorf("the last Event after eventInterval is %+v; want an update of the first Event with count 1001", got[len(got)-1])
 		}
 	})
 }
@@ -75,7 +75,7 @@ func TestManyDifferentRefusalsOfOnePodAreLimited(t *testing.T) {
 		}
 		got := written()
 		if len(got) != eventBurst {
-			t.Errorf("%d events at once", len(got))
+			t.Errorf("10000 different refusals of one pod wrote %d Events at once, want eventBurst", len(got))
 		}
 		for _, event := range got {
 			if len(event.Message) > 1024 || len(event.Name) > 253 {
@@ -83,7 +83,7 @@ func TestManyDifferentRefusalsOfOnePodAreLimited(t *testing.T) {
 			}
 		}
 		if e.refusals.Len() > maxRefusals {
-			t.Errorf("%d refusals are remembered", e.refusals.Len())
+			t.Errorf("%d refusals are remembered, more than maxRefusals", e.refusals.Len())
 		}
 	})
 }

@@ -10,7 +10,7 @@ import (
 // Loggers write to one destination, each with its own level.
 type Loggers struct {
 	Main *zap.Logger
-	// Audit has one record for each token request: of level info if the tokens were issued, and otherwise of level
+	// Audit receives one record for each token request: at level info if the tokens were issued, and otherwise at level
 	// warn.
 	Audit *zap.Logger
 }
@@ -25,8 +25,8 @@ func NewLoggers(w zapcore.WriteSyncer, level, auditLevel zapcore.Level, asText b
 	}, stop
 }
 
-// CheckRequest returns the entry for the line of a request, or nil if the line is not logged. The line of a token
-// request is an audit record if the audit level includes it, and otherwise a line of the main log.
+// CheckRequest returns the entry for the line of a request, or nil if the line is not logged. For a token request the
+// line is an audit record, unless auditLevel of NewLoggers excludes that record. All other lines go to the main log.
 func (l Loggers) CheckRequest(tokenRequest, issued bool) *zapcore.CheckedEntry {
 	var entry *zapcore.CheckedEntry
 	switch {

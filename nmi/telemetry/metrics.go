@@ -66,8 +66,8 @@ func (m *Metrics) AddStaleWatches(count func() int) {
 	m.Registry.MustRegister(staleWatches.NewGaugeFunc(func() float64 { return float64(count()) }))
 }
 
-// AddAssignmentWaits adds the histogram of assignment waits, which exists in standard mode only, and returns a function
-// that observes a wait.
+// AddAssignmentWaits adds the histogram of assignment waits, and returns a function that observes a wait. It is called
+// in standard mode only.
 func (m *Metrics) AddAssignmentWaits() func(outcome string, duration time.Duration) {
 	waits := assignmentWaits.NewHistogramVec()
 	m.Registry.MustRegister(waits)

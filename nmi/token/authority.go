@@ -27,8 +27,9 @@ const (
 
 // authorities is the transport to Entra ID, or to the host that an AzureIdentity names instead. Users who may create an
 // AzureIdentity choose that host, and this process runs in the node's network. To keep these users from reaching
-// services that only the node can reach, the transport does not connect to the addresses for which forbidden returns
-// true. These are the addresses of isNodeAddress, such as loopback, link-local addresses and Azure's WireServer.
+// services that only the node can reach, the transport does not connect to an address for which forbidden returns true.
+// NMI sets forbidden to isNodeAddress, which returns true for loopback and link-local addresses and Azure's WireServer,
+// among others.
 type authorities struct {
 	// direct connects to the host of the request, unless the address is forbidden. proxied connects to the HTTP proxy.
 	direct, proxied http.RoundTripper
@@ -75,8 +76,8 @@ func (a *authorities) RoundTrip(r *http.Request) (*http.Response, error) {
 	if proxy, err := a.proxy(r); err != nil {
 		return nil, err
 	} else if proxy != nil {
-		// The proxy resolves names and decides itself which addresses it may reach. Only a literal address can be
-		// checked here.
+		// The proxy resolves host names and decides itself which addresses it connects to. So RoundTrip can check only
+		// a host that is an IP address.
 		if ip, err := netip.ParseAddr(r.URL.Hostname()); err == nil && a.forbidden(ip) {
 			return nil, nodeAddressError(ip)
 		}
@@ -100,7 +101,7 @@ func (a *authorities) slots(host string) semaphore {
 
 // checkAddress returns an error if address is forbidden. The dialer of the transport direct calls it before each
 // connection, with the IP address and port that it is about to connect to. An earlier check of the host name would not
-// be enough, because the name could resolve to another address at the connection.
+// be enough, because the name could resolve to another address when the dialer connects.
 func (a *authorities) checkAddress(_ context.Context, _, address string, _ syscall.RawConn) error {
 	ap, err := netip.ParseAddrPort(address)
 	if err != nil {

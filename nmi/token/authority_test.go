@@ -21,7 +21,7 @@ func TestAnAuthorityOnTheNodeIsRefused(t *testing.T) {
 		p.Authority = authority
 		failed := mustFail(t, e, callFor(p))
 		if failed.Class != Denied || !strings.HasPrefix(failed.Detail, authority+": ") || !strings.Contains(failed.Detail, "of the node itself") {
-			t.Errorf("%s: %+v", authority, failed)
+			t.Errorf("the authority %s was not refused as an address of the node: %+v", authority, failed)
 		}
 	}
 	if s.discovered != 0 {
@@ -36,7 +36,7 @@ func TestAddressesOfTheNodeAreRecognized(t *testing.T) {
 		"10.0.0.1": false, "20.190.128.1": false, "2603:1006::1": false, "::ffff:20.190.128.1": false,
 	} {
 		if isNodeAddress(netip.MustParseAddr(text)) != want {
-			t.Errorf("%s: %t", text, !want)
+			t.Errorf("isNodeAddress(%s) returned %t", text, !want)
 		}
 	}
 }
@@ -82,11 +82,11 @@ func TestAProxyMayRunOnTheNodeButMustNotReachNodeAddresses(t *testing.T) {
 	p := s.principal(Secret)
 	p.Authority = "https://example.com" // a name in the certificate of the fake Entra ID
 	if _, err := e.Fetch(t.Context(), callFor(p)); err != nil || asked.Load() != "CONNECT example.com:443" {
-		t.Errorf("%v, the proxy was asked for %v", err, asked.Load())
+		t.Errorf("a proxy on the node must be allowed: got %v, the proxy was asked for %v", err, asked.Load())
 	}
 	p.Authority = "https://169.254.169.254"
 	if failed := mustFail(t, e, callFor(p)); failed.Class != Denied || asked.Load() != "CONNECT example.com:443" {
-		t.Errorf("%v, the proxy was asked for %v", failed, asked.Load())
+		t.Errorf("a node address must not be requested from the proxy: got %v, the proxy was asked for %v", failed, asked.Load())
 	}
 }
 
@@ -99,7 +99,7 @@ func TestNoCredentialIsSentWithoutHTTPS(t *testing.T) {
 	}
 	e := newTestEntra(t, s, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)}))
 	if failed := mustFail(t, e, callFor(s.principal(Secret))); failed.Class != Denied || !strings.Contains(failed.Detail, "without https") {
-		t.Errorf("got %+v", failed)
+		t.Errorf("for a token endpoint without https: got %+v", failed)
 	}
 }
 
@@ -113,6 +113,6 @@ func TestAnUntrustedCertificateIsNotAcceptedAsEntraID(t *testing.T) {
 	strict.forbidden = e.authorities.forbidden
 	e.transport.Transport = strict
 	if failed := mustFail(t, e, callFor(s.principal(Secret))); failed.Class != Unavailable || s.discovered != 0 {
-		t.Errorf("got %+v", failed)
+		t.Errorf("for an untrusted certificate: got %+v", failed)
 	}
 }

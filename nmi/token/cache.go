@@ -38,8 +38,8 @@ const (
 	// returning the same token shortly before the token expires.
 	minRefresh = 30 * time.Second
 
-	// How long a failure is served from the cache, so that not every retry of a caller causes a request to Azure. For a
-	// throttled request it is Error.RetryAfter if that is longer.
+	// How long a failure is served from the cache, so that not every retry of a caller causes a request to Azure. A
+	// failure of class Throttled is served for Error.RetryAfter if that is longer than throttledTTL.
 	unavailableTTL, deniedTTL, throttledTTL = 2 * time.Second, 5 * time.Second, 1 * time.Second
 
 	// bypassInterval is the minimum time from the start of a fetch to a fetch that bypasses the cached token of the
@@ -47,20 +47,20 @@ const (
 	bypassInterval = 10 * time.Second
 
 	// recheckInterval is the minimum time from the start of a fetch to a recheck of a cached refusal for the same key,
-	// see Request.Recheck. recheckRate bounds the rechecks of all keys per second. It is only a part of what IMDS
-	// allows; the rest is for other requests.
+	// see Request.Recheck. recheckRate bounds the rechecks of all keys together, per second. It is only a part of the
+	// rate that IMDS allows; the rest is for other requests.
 	recheckInterval = time.Second
 	recheckRate     = 5
 
 	// The fetches per second that one pod may cause, and the burst. A pod that requests many different resources must
-	// not use up what IMDS allows for all pods of the node together.
+	// not use up the rate that IMDS allows for all pods of the node together.
 	podFetchRate, podFetchBurst = 2, 10
 	// podKeys bounds the tokens of one pod in the cache, so that one pod cannot fill the cache and evict the tokens of
 	// other pods.
 	podKeys = 64
 )
 
-// refreshBackoff is the wait after a failed renewal.
+// refreshBackoff gives the wait from a failed fetch to the next renewal.
 var refreshBackoff = retry.Backoff{Initial: 30 * time.Second, Max: 5 * time.Minute, Jitter: 0.25}
 
 // DefaultSize is the maximum number of tokens in NMI's cache, about 3 KiB each. It is enough for 250 pods that use 8
@@ -154,11 +154,12 @@ type Request struct {
 }
 
 // ErrPodThrottled is the error for a pod that causes too many fetches, has podKeys tokens in the cache, or uses too
-// many Secrets.
+// many Secrets. Package credentials returns it for the Secrets.
 var ErrPodThrottled = errors.New("this pod requests new tokens too often, or uses too many different tokens or Secrets")
 
 // Get returns the token. Before the call, the caller must check that the pod may have the token. The error is that of
-// the Fetcher (from [Sources] an *Error), ErrPodThrottled, or the error of ctx. ctx bounds only this wait.
+// the Fetcher (from [Sources] an *Error), ErrPodThrottled, or the error of ctx. The end of ctx ends the wait of this
+// caller, not the fetch.
 func (c *Cache) Get(ctx context.Context, r Request) (Token, Origin, error) {
 	t, origin, err := c.get(ctx, r)
 	c.observe.CacheResult(origin)
@@ -176,7 +177,7 @@ func (c *Cache) get(ctx context.Context, r Request) (Token, Origin, error) {
 			c.addUser(r, pod, e)
 			t := e.token
 			if e.renewal == nil && e.fetching == nil {
-				// The renewal stopped when no pod used the token any more.
+				// An earlier renewal was stopped because no pod used the token any more.
 				c.scheduleRenewal(r.Key, e, now)
 			}
 			c.mu.Unlock()
@@ -329,8 +330,8 @@ func classOf(err error) Class {
 	}
 }
 
-// recordResult stores the result of a fetch. After a failure the previous token stays. If the previous token has not
-// expired, the callers that wait for the fetch get it instead of the failure. c.mu is held.
+// recordResult stores the result of a fetch. After a failure the entry keeps its previous token. If that token has not
+// expired, the callers that wait for the fetch get that token instead of the failure. c.mu is held.
 func (c *Cache) recordResult(key Key, e *entry, f *fetch) {
 	now := time.Now()
 	if f.err == nil {
@@ -368,7 +369,7 @@ func failureTTL(err error) time.Duration {
 	}
 }
 
-// scheduleRenewal sets the timer of the next renewal, if there is a token and a pod that uses it. c.mu is held.
+// scheduleRenewal sets the timer of the next renewal, if the token has not expired and a pod uses it. c.mu is held.
 func (c *Cache) scheduleRenewal(key Key, e *entry, now time.Time) {
 	e.cancelRenewal()
 	// The entry may have been removed from the cache while its fetch ran.
@@ -399,8 +400,8 @@ func (c *Cache) renew(key Key, e *entry) {
 		return
 	}
 	for pod := range e.users {
-		// A request that began before the deletion of its pod may have added that pod to the users after the deletion.
-		// A pod that still runs may have lost its binding. The token is not renewed for such pods.
+		// allowed returns false for two kinds of users: a pod that lost its binding, and a pod that is gone. A pod that
+		// is gone is still a user if its last request was running at the call of Release and added the pod afterwards.
 		if !c.allowed(pod, key.Principal) {
 			c.removeUser(pod, key, e)
 			continue
@@ -421,9 +422,9 @@ func (c *Cache) removeUser(pod string, key Key, e *entry) {
 	}
 }
 
-// Drop removes all tokens of each principal p if which(p) is true. It is called after an AzureIdentity or a Secret
-// changed or was deleted, and after the last pod that used a Secret was released. Callers that wait for a running fetch
-// get its result, but the cache does not keep it.
+// Drop calls which for each principal, and removes all tokens of the principal if which returns true. Drop is called
+// after an AzureIdentity or a Secret changed or was deleted, and after the last pod that used a Secret was released.
+// Callers that wait for a running fetch get the result of the fetch, but the cache does not keep that result.
 func (c *Cache) Drop(which func(Principal) bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

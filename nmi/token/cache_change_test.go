@@ -25,7 +25,7 @@ func TestAnOutageOfTenMinutesIsHiddenAndEndsWithoutAStampede(t *testing.T) {
 			t.Helper()
 			for i := range keys {
 				if _, origin := mustGet(t, c, Request{Key: key(fmt.Sprint(i)), Pod: fmt.Sprint("p", i)}); origin != Hit {
-					t.Fatalf("key %d: %s", i, origin)
+					t.Fatalf("key %d was not served from the cache: origin %s", i, origin)
 				}
 			}
 		}
@@ -82,13 +82,13 @@ func TestATokenIsNotRenewedForAPodThatLostItsBinding(t *testing.T) {
 		synctest.Wait()
 		before := s.count()
 		if before < 10 || len(c.pods) != 1 {
-			t.Errorf("%d fetches for the other pod, %d pods kept", before, len(c.pods))
+			t.Errorf("%d fetches for pod p2, want at least 10, and the state of %d pods is kept, want one", before, len(c.pods))
 		}
 		bound.Delete("p2")
 		time.Sleep(10 * time.Hour)
 		synctest.Wait()
 		if s.count() > before || len(c.pods) != 0 {
-			t.Errorf("%d fetches for nobody, %d pods kept", s.count()-before, len(c.pods))
+			t.Errorf("%d fetches of a token that no pod may use any more, and the state of %d pods is kept", s.count()-before, len(c.pods))
 		}
 	})
 }
@@ -102,7 +102,7 @@ func TestDroppedTokensAreNotServed(t *testing.T) {
 		c.Drop(func(p Principal) bool { return p == key("a").Principal })
 		for k, want := range map[Key]Origin{key("a"): Fetched, second: Fetched, key("b"): Hit} {
 			if _, origin := mustGet(t, c, Request{Key: k, Pod: "p"}); origin != want {
-				t.Errorf("%s for %s: %s", k.ClientID, k.Resource, origin)
+				t.Errorf("after Drop, the token of client %s for %s has origin %s", k.ClientID, k.Resource, origin)
 			}
 		}
 	})
@@ -120,24 +120,25 @@ func TestAFetchUnderWayWhileItsPrincipalIsDroppedIsNotKept(t *testing.T) {
 		c.Drop(func(Principal) bool { return true })
 		now, origin := mustGet(t, c, Request{Key: key("a"), Pod: "p"})
 		if before := <-old; origin != Fetched || before == now {
-			t.Errorf("%s: %q and %q", origin, before.AccessToken, now.AccessToken)
+			t.Errorf("a request after Drop has origin %s, want fetched; the fetch before Drop returned %q, this request %q", origin, before.AccessToken, now.AccessToken)
 		}
 		if again, origin := mustGet(t, c, Request{Key: key("a"), Pod: "p"}); origin != Hit || again != now {
-			t.Errorf("%s: %q", origin, again.AccessToken)
+			t.Errorf("a later request got origin %s and token %q, want the token fetched after Drop from the cache", origin, again.AccessToken)
 		}
 	})
 }
 
-// The failure concerns only the first pod. The next request is for another pod, for which the fetch can succeed.
+// The failure of the first request concerns only its pod. The second request is for another pod, for which the fetch
+// can succeed.
 func TestAFailureOfOnePodIsNotServedToOthers(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *source, c *Cache) {
 		s.fails = &Error{Class: Unavailable, Reason: identity.PodStale}
 		if _, _, err := c.Get(t.Context(), Request{Key: key("a"), Pod: "gone"}); err == nil {
-			t.Fatal("no error")
+			t.Fatal("the failure of the fetch was not returned")
 		}
 		s.set(func(s *source) { s.fails = nil })
 		if _, origin := mustGet(t, c, Request{Key: key("a"), Pod: "p"}); origin != Fetched {
-			t.Errorf("got %s", origin)
+			t.Errorf("the request for the other pod has origin %s, want fetched", origin)
 		}
 	})
 }
@@ -155,19 +156,19 @@ func TestARefusalIsRecheckedAtALimitedRate(t *testing.T) {
 			return origin
 		}
 		if got := ask("x", "p", true); got != Fetched {
-			t.Fatalf("at first: %s", got)
+			t.Fatalf("the first request has origin %s, want fetched", got)
 		}
 		if got := ask("x", "p", true); got != Failed {
-			t.Errorf("at once: %s", got)
+			t.Errorf("a recheck at once has origin %s, want failed", got)
 		}
 		time.Sleep(recheckInterval)
 		if got := ask("x", "p", false); got != Failed {
-			t.Errorf("without Recheck: %s", got)
+			t.Errorf("a request without Recheck has origin %s, want failed", got)
 		}
 		if got := ask("x", "p", true); got != Fetched {
-			t.Errorf("after a second: %s", got)
+			t.Errorf("a recheck after recheckInterval has origin %s, want fetched", got)
 		}
-		// Many keys, of one pod and of many pods.
+		// Recheck many keys, first for one pod and then for many pods.
 		for _, pods := range []int{1, 40} {
 			time.Sleep(time.Minute)
 			for i := range 10 {
@@ -181,7 +182,7 @@ func TestARefusalIsRecheckedAtALimitedRate(t *testing.T) {
 				}
 			}
 			if n := s.count() - before; n < 10 || n > recheckRate*11 {
-				t.Errorf("%d fetches in ten seconds for %d pods", n, pods)
+				t.Errorf("rechecks caused %d fetches in ten seconds for %d pods, want at least 10 and at most 11*recheckRate", n, pods)
 			}
 		}
 		// A throttled key is not fetched before its RetryAfter has passed.
@@ -190,7 +191,7 @@ func TestARefusalIsRecheckedAtALimitedRate(t *testing.T) {
 		ask("x", "p", false)
 		time.Sleep(30 * time.Second)
 		if got := ask("x", "p", true); got != Failed {
-			t.Errorf("while throttled: %s", got)
+			t.Errorf("a recheck before RetryAfter has passed has origin %s, want failed", got)
 		}
 	})
 }

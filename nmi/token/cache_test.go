@@ -60,7 +60,8 @@ type noObserver struct{}
 func (noObserver) CacheResult(Origin)                     {}
 func (noObserver) FetchDone(Source, Class, time.Duration) {}
 
-// inBubble runs the test with a fake clock, a source of tokens that last a day, and a cache for which all pods run.
+// inBubble runs the test with a fake clock, a source of tokens that last a day, and a cache whose function allowed
+// always returns true.
 func inBubble(t *testing.T, test func(t *testing.T, s *source, c *Cache)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -102,7 +103,7 @@ func TestConcurrentRequestsOf250PodsCauseOneFetch(t *testing.T) {
 			}
 		}
 		if s.count() != 1 {
-			t.Errorf("%d fetches", s.count())
+			t.Errorf("250 concurrent requests caused %d fetches, want one", s.count())
 		}
 		if _, origin := mustGet(t, c, Request{Key: key("a"), Pod: "pod0"}); origin != Hit {
 			t.Errorf("a request after the fetch has origin %s, not hit", origin)
@@ -156,23 +157,23 @@ func TestACanceledCallerDoesNotCancelTheFetchForOthers(t *testing.T) {
 func TestATokenIsRenewedBeforeHalfOfItsLifeWhileAPodLives(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *source, c *Cache) {
 		mustGet(t, c, Request{Key: key("a"), Pod: "p"})
-		time.Sleep(8*time.Hour + 20*time.Minute) // 0.347 of 24 h
+		time.Sleep(8*time.Hour + 20*time.Minute) // the token is 0.347 of 24 h old
 		synctest.Wait()
 		if s.count() != 1 {
-			t.Fatalf("renewed too early: %d fetches", s.count())
+			t.Fatalf("the token was renewed before refreshFrom of its life: %d fetches", s.count())
 		}
-		time.Sleep(3*time.Hour + 20*time.Minute) // 0.486
+		time.Sleep(3*time.Hour + 20*time.Minute) // the token is 0.486 of 24 h old
 		synctest.Wait()
 		if s.count() != 2 {
-			t.Fatalf("%d fetches before half of the life", s.count())
+			t.Fatalf("%d fetches before half of the life of the token, want 2", s.count())
 		}
 		if token, origin := mustGet(t, c, Request{Key: key("a"), Pod: "p"}); token.AccessToken != "a#2" || origin != Hit {
-			t.Errorf("got %q, %s", token.AccessToken, origin)
+			t.Errorf("after the renewal: got token %q with origin %s, want the renewed token from the cache", token.AccessToken, origin)
 		}
 		time.Sleep(100 * time.Hour)
 		synctest.Wait()
 		if n := s.count(); n < 8 || n > 14 {
-			t.Errorf("%d fetches in 112 h", n)
+			t.Errorf("%d fetches in 112 h, want 8 to 14", n)
 		}
 	})
 }
@@ -190,7 +191,7 @@ func TestRenewalsOfManyTokensAreSpread(t *testing.T) {
 			most = max(most, s.count()-before)
 		}
 		if most > 6 {
-			t.Errorf("%d renewals within one minute", most)
+			t.Errorf("%d of 50 tokens were renewed within one minute, want at most 6", most)
 		}
 	})
 }
@@ -205,13 +206,13 @@ func TestATokenIsNotRenewedForAPodThatIsGone(t *testing.T) {
 		synctest.Wait()
 		before := s.count()
 		if before < 2 {
-			t.Error("the other pod's token was not renewed")
+			t.Error("the token was not renewed although pod p2 still uses it")
 		}
 		c.Release("p2")
 		time.Sleep(100 * time.Hour)
 		synctest.Wait()
 		if s.count() != before {
-			t.Errorf("%d fetches for nobody", s.count()-before)
+			t.Errorf("%d fetches of a token that no pod uses any more", s.count()-before)
 		}
 	})
 }
@@ -225,7 +226,7 @@ func TestARequestAfterItsPodWasReleasedRenewsNothing(t *testing.T) {
 		time.Sleep(100 * time.Hour)
 		synctest.Wait()
 		if s.count() != 1 || len(c.pods) != 0 {
-			t.Errorf("%d fetches, %d pods kept", s.count(), len(c.pods))
+			t.Errorf("for a pod that is gone: %d fetches, want one, and the state of %d pods is kept, want none", s.count(), len(c.pods))
 		}
 	})
 }
@@ -238,7 +239,7 @@ func TestATokenIsServedUntilItExpiresWhileTheSourceFails(t *testing.T) {
 		for time.Since(start) < 23*time.Hour+59*time.Minute {
 			time.Sleep(time.Minute)
 			if token, origin := mustGet(t, c, Request{Key: key("a"), Pod: "p"}); origin != Hit || token.AccessToken != "a#1" {
-				t.Fatalf("after %s: %s %q", time.Since(start), origin, token.AccessToken)
+				t.Fatalf("%s after the fetch: origin %s, token %q; want the first token from the cache", time.Since(start), origin, token.AccessToken)
 			}
 		}
 		if n := s.count(); n > 200 {
@@ -252,7 +253,7 @@ func TestATokenIsServedUntilItExpiresWhileTheSourceFails(t *testing.T) {
 		s.set(func(s *source) { s.fails = nil })
 		time.Sleep(10 * time.Minute)
 		if token, _ := mustGet(t, c, Request{Key: key("a"), Pod: "p"}); !strings.HasPrefix(token.AccessToken, "a#") {
-			t.Errorf("after the recovery: %q", token.AccessToken)
+			t.Errorf("after the recovery of the source: got token %q", token.AccessToken)
 		}
 	})
 }
@@ -297,15 +298,15 @@ func TestAFreshTokenIsFetchedAtALimitedRate(t *testing.T) {
 			mustGet(t, c, Request{Key: key("a"), Pod: "q", Rejected: first.SHA256()})
 		}
 		if s.count() != 1 {
-			t.Fatalf("%d fetches within moments", s.count())
+			t.Fatalf("%d fetches within bypassInterval, want one", s.count())
 		}
 		time.Sleep(bypassInterval)
 		if token, _ := mustGet(t, c, Request{Key: key("a"), Pod: "p", Rejected: "00"}); token != first {
-			t.Error("the hash of another token replaces this one")
+			t.Error("a request that rejects another token got a new token")
 		}
 		token, origin := mustGet(t, c, Request{Key: key("a"), Pod: "p", Rejected: first.SHA256()})
 		if token == first || origin != Fetched || s.fresh != 1 {
-			t.Errorf("got %v, %s, %d fresh fetches", token, origin, s.fresh)
+			t.Errorf("a request that rejects the cached token got %v, origin %s, after %d fetches with Fresh; want a new token after one", token, origin, s.fresh)
 		}
 		time.Sleep(bypassInterval)
 		if again, _ := mustGet(t, c, Request{Key: key("a"), Pod: "p", Fresh: true}); again == token {
@@ -332,10 +333,10 @@ func TestAPodThatRequestsManyResourcesIsThrottledAlone(t *testing.T) {
 			time.Sleep(100 * time.Millisecond)
 		}
 		if throttled < 3000 {
-			t.Errorf("only %d of 5000 were throttled", throttled)
+			t.Errorf("only %d of 5000 requests of the pod were throttled, want at least 3000", throttled)
 		}
 		if c.Len() > podKeys+1 {
-			t.Errorf("the cache has %d entries", c.Len())
+			t.Errorf("the cache has %d entries, more than podKeys and one of the other pod", c.Len())
 		}
 		if _, origin := mustGet(t, c, Request{Key: key("other"), Pod: "other"}); origin != Hit {
 			t.Errorf("the other pod's token was evicted: %s", origin)
@@ -355,12 +356,12 @@ func TestTheCacheIsBounded(t *testing.T) {
 			c.Release(fmt.Sprint("p", i))
 		}
 		if len(c.pods) != 0 {
-			t.Errorf("%d pods are kept", len(c.pods))
+			t.Errorf("the state of %d released pods is kept", len(c.pods))
 		}
 		time.Sleep(48 * time.Hour)
 		synctest.Wait()
 		if s.count() != 150 {
-			t.Errorf("%d fetches", s.count())
+			t.Errorf("%d fetches after all pods were released, want the 150 from before", s.count())
 		}
 	})
 }
@@ -376,7 +377,7 @@ func TestCloseEndsAFetchUnderWay(t *testing.T) {
 		synctest.Wait()
 		c.Close()
 		if err := <-done; !errors.Is(err, context.Canceled) {
-			t.Errorf("got %v", err)
+			t.Errorf("after Close, Get returned %v, want context.Canceled", err)
 		}
 	})
 }
@@ -387,7 +388,7 @@ func TestAHangingFetchTimesOut(t *testing.T) {
 		start := time.Now()
 		_, _, err := c.Get(t.Context(), Request{Key: key("a"), Pod: "p"})
 		if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) != fetchTimeout {
-			t.Errorf("got %v after %s", err, time.Since(start))
+			t.Errorf("a hanging fetch ended with %v after %s, want a timeout after fetchTimeout", err, time.Since(start))
 		}
 	})
 }

@@ -21,7 +21,7 @@ import (
 )
 
 // Users who may write a Secret choose the data that is parsed here, in a process with rights over the node. Therefore
-// these constants bound the data. They allow every key that Entra ID accepts, with its certificate chain.
+// these constants bound the data. The bounds allow every key that Entra ID accepts, with its certificate chain.
 const (
 	maxCertificateData = 128 << 10
 	maxKeyDER          = 16 << 10
@@ -64,7 +64,7 @@ func certificate(ctx context.Context, data map[string][]byte, unlock unlocker, n
 		}
 	}
 	if !isPEM(file) && !isDER(file) {
-		// Key Vault returns a PKCS#12 file as base64, and users store it like that.
+		// Key Vault returns a PKCS#12 file as base64, and users write that text to the Secret.
 		text := bytes.Join(bytes.Fields(file), nil)
 		decoded, err := base64.StdEncoding.DecodeString(string(text))
 		if err != nil || !isPEM(decoded) && !isDER(decoded) {
@@ -139,8 +139,8 @@ func (c *contents) addKey(der []byte, parse func([]byte) (any, error)) error {
 	return nil
 }
 
-// pair returns the key with its certificate, after checking that Entra ID accepts the kind of key and that the
-// certificate is valid now. Its error is a flaw.
+// pair returns the key with its certificate chain. It returns a flaw if Entra ID does not accept the kind of key, if no
+// certificate belongs to the key, or if the certificate is not valid now.
 func (c contents) pair(now time.Time) (keyPair, error) {
 	switch {
 	case len(c.keys) == 0:

@@ -207,12 +207,12 @@ func TestEachInvalidCertificateHasItsOwnMessage(t *testing.T) {
 			t.Errorf("%s: got %+v", c.name, failed)
 		}
 		if all := texts(failed); c.password != "" && strings.Contains(all, c.password) {
-			t.Errorf("%s: the password is in %s", c.name, all)
+			t.Errorf("%s: the password is in the error: %s", c.name, all)
 		}
 		seen[failed.Detail] = c.name
 	}
 	if len(seen) < len(cases)-3 {
-		t.Errorf("%d messages for %d cases", len(seen), len(cases))
+		t.Errorf("only %d different messages for %d invalid certificates", len(seen), len(cases))
 	}
 }
 
@@ -242,7 +242,7 @@ func TestACertificateSignsTheAssertionOfThePrincipal(t *testing.T) {
 				seen[checkAssertion(t, s, c.alg, c.cert, other)] = true
 			}
 			if len(seen) != 2 || k.reads != 1 {
-				t.Errorf("%d assertions, the Secret was read %d times", len(seen), k.reads)
+				t.Errorf("two fetches sent %d different assertions, want 2, and read the Secret %d times, want once", len(seen), k.reads)
 			}
 		})
 	}
@@ -254,7 +254,7 @@ func checkAssertion(t *testing.T, s *entraID, alg string, own, other testCertifi
 	posts := s.sent()
 	form := posts[len(posts)-1].form
 	if form.Get("client_assertion_type") != "urn:ietf:params:oauth:client-assertion-type:jwt-bearer" || form.Get("grant_type") != "client_credentials" || form.Has("claims") || form.Has("client_secret") {
-		t.Errorf("sent %v", form)
+		t.Errorf("the token request has the form %v", form)
 	}
 	var claims jwt.RegisteredClaims
 	got, err := jwt.ParseWithClaims(form.Get("client_assertion"), &claims, func(*jwt.Token) (any, error) { return own.key.Public(), nil },
@@ -263,14 +263,14 @@ func checkAssertion(t *testing.T, s *entraID, alg string, own, other testCertifi
 		t.Fatal(err)
 	}
 	if life := time.Until(claims.ExpiresAt.Time); life < 9*time.Minute || life > 11*time.Minute || claims.ID == "" || claims.NotBefore == nil {
-		t.Errorf("the claims are %+v", claims)
+		t.Errorf("the assertion has the claims %+v", claims)
 	}
 	chain, _ := got.Header["x5c"].([]any)
 	want := []any{base64.StdEncoding.EncodeToString(own.der), base64.StdEncoding.EncodeToString(other.der)}
 	thumbprint := sha256.Sum256(own.der)
 	named, _ := got.Header["x5t#S256"].(string)
 	if !slices.Equal(chain, want) || strings.TrimRight(strings.NewReplacer("+", "-", "/", "_").Replace(named), "=") != base64.RawURLEncoding.EncodeToString(thumbprint[:]) {
-		t.Errorf("the header is %v", got.Header)
+		t.Errorf("the assertion has the header %v", got.Header)
 	}
 	return claims.ID
 }
@@ -286,7 +286,7 @@ func TestAnExpiredCertificateIsReported(t *testing.T) {
 	e.client(p).expires = time.Now().Add(-time.Second)
 	e.secrets = secretsWith(map[string][]byte{"certificate": join(certify(c.key, time.Now().Add(-time.Hour), time.Now().Add(-time.Second)).certPEM(), c.keyPEM())})
 	if failed := mustFail(t, e, callFor(p)); failed.Reason != identity.SecretInvalid || !strings.Contains(failed.Detail, "expired on") {
-		t.Errorf("got %+v", failed)
+		t.Errorf("for a certificate that expired after the first fetch: got %+v", failed)
 	}
 }
 
@@ -296,7 +296,7 @@ func unlockInProcess(_ context.Context, file []byte, password string) (contents,
 }
 
 // takesLong reports whether a file may be slow to open. It looks for an integer of more than 16 bits in the file and in
-// its base64 decoding, because such an integer can be the number of hash iterations.
+// the data that the file encodes as base64, because such an integer can be the number of hash iterations.
 func takesLong(file []byte) bool {
 	decoded, _ := base64.StdEncoding.DecodeString(string(bytes.Join(bytes.Fields(file), nil)))
 	file = slices.Concat(file, decoded)
@@ -337,7 +337,7 @@ func checkReading(t *testing.T, data map[string][]byte, asCertificate bool) {
 		var pair keyPair
 		if pair, err = certificate(t.Context(), data, unlockInProcess, time.Now()); err == nil {
 			if pair.key == nil || len(pair.chain) == 0 {
-				t.Errorf("neither a key pair nor an error")
+				t.Errorf("certificate returned neither a key pair nor an error")
 			}
 			return
 		}
@@ -345,23 +345,23 @@ func checkReading(t *testing.T, data map[string][]byte, asCertificate bool) {
 		var secret string
 		if secret, err = clientSecret(data); err == nil {
 			if secret == "" {
-				t.Error("neither a secret nor an error")
+				t.Error("clientSecret returned neither a secret nor an error")
 			}
 			return
 		}
 	}
 	var bad flaw
 	if !errors.As(err, &bad) {
-		t.Fatalf("got %v", err)
+		t.Fatalf("the error of an invalid Secret is not a flaw: %v", err)
 	}
 	failed := contentError(Ref{"some-namespace", "some-name"}, err)
 	if failed.Class != Denied || failed.Reason != identity.SecretInvalid || !strings.HasPrefix(failed.Detail, "Secret some-namespace/some-name ") || len(failed.Detail) > 600 {
-		t.Errorf("got %+v", failed)
+		t.Errorf("for an invalid Secret: got %+v", failed)
 	}
 	all := texts(failed)
 	for key, value := range data {
 		if len(value) >= 8 && strings.Contains(all, string(value)) && !strings.Contains(staticTexts, string(value)) {
-			t.Errorf("the value of %q is in %s", key, all)
+			t.Errorf("the value of the key %q is in the error: %s", key, all)
 		}
 	}
 }

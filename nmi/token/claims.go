@@ -9,7 +9,7 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// clockSkew is how far before the time of issue Entra ID sets a token's "not before".
+// clockSkew is the time by which the claim "not before" of a token of Entra ID precedes the issue of the token.
 const clockSkew = 5 * time.Minute
 
 // describe returns the token with the fields from its claims. The signature is not verified: the token came from Azure

@@ -27,14 +27,14 @@ import (
 )
 
 const (
-	// entraClients bounds the number of clients that are kept, one for each principal.
+	// entraClients bounds the number of values of type client that are kept, one for each principal.
 	entraClients = 1024
 	// maxBytesReceived is how many bytes of responses a credential may receive before it is replaced. MSAL keeps every
 	// token in the memory of the credential, although NMI never reads it from there.
 	maxBytesReceived = 256 << 10
 	// invalidFor is how long NMI keeps the error for the invalid Secret of a principal before it reads and parses the
-	// Secret again. Otherwise an attacker could make NMI parse the same Secret repeatedly. A corrected Secret is
-	// another principal, so NMI reads it at the first token request.
+	// Secret again. Otherwise an attacker could make NMI parse the same Secret repeatedly. After a correction, the
+	// Secret has another revision and so another principal, for which NMI reads it at once.
 	invalidFor = time.Minute
 )
 
@@ -58,8 +58,8 @@ type Entra struct {
 	clients     *lru.Cache[Principal, *client]
 }
 
-// client is the client of one principal for Entra ID. The goroutine that holds lock owns the other fields, except
-// retryAfter.
+// client is what NMI keeps of one principal for its requests to Entra ID. The goroutine that holds lock owns the other
+// fields, except retryAfter.
 type client struct {
 	lock chan struct{}
 	// retryAfter stops requests after a 429. Entra ID throttles one application or one tenant, but each principal has a
@@ -67,9 +67,9 @@ type client struct {
 	retryAfter outbound.RetryAfterGate
 
 	credential    azcore.TokenCredential
-	expires       time.Time // of the certificate; zero if there is none
+	expires       time.Time // expiry of the certificate; zero if the credential has no certificate
 	bytesReceived int
-	failed        *Error
+	failed        *Error // the error for an invalid Secret, see invalidFor
 	failedUntil   time.Time
 }
 
@@ -97,7 +97,8 @@ func NewEntra(cfg EntraConfig) (*Entra, error) {
 	}, nil
 }
 
-// Drop removes the credential of each principal p if which(p) is true, see [Sources.Drop].
+// Drop calls which for each principal, and removes the credential of the principal if which returns true, see
+// [Sources.Drop].
 func (e *Entra) Drop(which func(Principal) bool) {
 	for _, p := range e.clients.Keys() {
 		if which(p) {
@@ -134,15 +135,15 @@ func (e *Entra) client(p Principal) *client {
 }
 
 // requestToken sends one token request, which the SDK may retry a few times. assertion is empty unless the principal is
-// federated. With a failure requestToken also returns the error codes in the response of Entra ID. The SDK serializes
-// the requests of a credential, and ignores ctx while one request waits for another. Therefore requestToken acquires
-// c.lock before it calls the SDK, and stops waiting for c.lock when ctx ends.
+// federated. If the request fails, requestToken also returns the error codes in the response of Entra ID. The SDK
+// serializes the requests of a credential, and ignores ctx while one request waits for another. Therefore requestToken
+// acquires c.lock before it calls the SDK, and stops waiting for c.lock when ctx ends.
 func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertion string) (Token, []int, *Error) {
 	select {
 	case c.lock <- struct{}{}:
 		defer func() { <-c.lock }()
 	case <-ctx.Done():
-		return Token{}, nil, &Error{Class: Unavailable, Err: fmt.Errorf("waiting for earlier requests of this identity: %w", ctx.Err())}
+		return Token{}, nil, &Error{Class: Unavailable, Err: fmt.Errorf("waiting until earlier token requests for this identity have ended: %w", ctx.Err())}
 	}
 	if wait := c.retryAfter.Remaining(); wait > 0 {
 		return Token{}, nil, &Error{Class: Throttled, Status: http.StatusTooManyRequests, Code: "too_many_requests", Description: "NMI did not send the request, because Entra ID responded to an earlier request for this identity with status 429", RetryAfter: wait}
@@ -154,11 +155,11 @@ func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertio
 	ctx = context.WithValue(ctx, responseKey{}, &x.response)
 	ctx = context.WithValue(ctx, entraRequestKey{}, x)
 	got, err := c.credential.GetToken(ctx, policy.TokenRequestOptions{
-		// Entra ID takes the part of the scope before the last slash as the resource. So a resource that ends in a
-		// slash keeps that slash.
+		// Entra ID takes the part of the scope before the final "/.default" as the resource. So a resource that ends in
+		// a slash keeps that slash.
 		Scopes: []string{call.Resource + "/.default"},
-		// With claims the SDK bypasses its own cache. The cache would return the old token when NMI renews a token
-		// before it expires. Entra ID receives no claims, see entraRequest.Do.
+		// With claims the SDK bypasses its own cache. When NMI renews a token before it expires, that cache would
+		// return the old token. Entra ID receives no claims, see entraRequest.Do.
 		Claims: "{}",
 	})
 	c.bytesReceived += len(x.response.body)
@@ -174,9 +175,9 @@ func (e *Entra) requestToken(ctx context.Context, c *client, call Call, assertio
 	return t, nil, nil
 }
 
-// ensureCredential creates the credential of the client if there is none, its certificate has expired, or the
-// credential has received maxBytesReceived bytes. After an invalid Secret ensureCredential returns the same error for
-// the time invalidFor. The caller holds c.lock.
+// ensureCredential creates the credential of c if c has none, if its certificate has expired, or if it has received
+// maxBytesReceived bytes. If the Secret is invalid, ensureCredential returns the same error for the time invalidFor.
+// The caller holds c.lock.
 func (e *Entra) ensureCredential(ctx context.Context, c *client, p Principal) *Error {
 	now := time.Now()
 	if c.credential != nil && c.bytesReceived < maxBytesReceived && (c.expires.IsZero() || now.Before(c.expires)) {
@@ -268,7 +269,7 @@ type entraRequestKey struct{}
 type entraRequest struct {
 	assertion  string   // Federated: the assertion sent to Entra ID
 	requestID  string   // client-request-id of the last request
-	posted     bool     // whether the last request was for a token and not for the tenant's endpoints
+	posted     bool     // the last request was for a token; false if it was for the addresses of the tenant's endpoints
 	sentSecret string   // the secret or assertion in the last token request; errors must not contain it
 	response   response // to the last request
 }
@@ -277,14 +278,14 @@ type entraRequest struct {
 func assertionOf(ctx context.Context) (string, error) {
 	x, _ := ctx.Value(entraRequestKey{}).(*entraRequest)
 	if x == nil || x.assertion == "" {
-		return "", errors.New("requesting a token of a federated identity: the context has no Kubernetes token")
+		return "", errors.New("requesting a token of a federated identity: the context has no assertion")
 	}
 	return x.assertion, nil
 }
 
 // Do removes the claims from the form: their only purpose is to bypass the SDK's cache. It also asks Entra ID to return
-// the request's ID, and records in the entraRequest what was sent. Do is a policy of the SDK's pipeline; it takes the
-// entraRequest from the context, not from its receiver.
+// the ID of the request in the response, and records in the entraRequest what was sent. The SDK calls Do as a policy of
+// its pipeline. Do takes the entraRequest from the context, not from its receiver.
 func (*entraRequest) Do(r *policy.Request) (*http.Response, error) {
 	x, _ := r.Raw().Context().Value(entraRequestKey{}).(*entraRequest)
 	if x == nil {
@@ -312,9 +313,9 @@ func (*entraRequest) Do(r *policy.Request) (*http.Response, error) {
 	return r.Next()
 }
 
-// failure classifies a failed token request by its last response. It returns the *Error and the error codes in that
-// response. If there was a response, the *Error does not contain err: it is the error of the SDK and quotes the
-// response in full.
+// failure converts err, the error of the SDK, into an *Error. The class depends on the last response. failure also
+// returns the error codes in that response. If there was a response, the *Error does not contain err, because err
+// quotes the response in full.
 func (x *entraRequest) failure(p Principal, err error) (*Error, []int) {
 	a := &x.response
 	var own *Error
@@ -368,8 +369,8 @@ func (x *entraRequest) redact(s string) string {
 const maxID = 64
 
 // truncateDescription returns the description of an error of Entra ID as one line of at most 512 bytes. Operators
-// search the logs of Entra ID for the correlation ID, which is near the end of a description. If truncation removes it,
-// it is appended again.
+// search the logs of Entra ID for the correlation ID, which is near the end of a description. If the truncated line no
+// longer contains the correlation ID, truncateDescription appends it.
 func truncateDescription(description, correlationID string) string {
 	const maxBytes = 512
 	whole := text.OneLine(description, len(description))

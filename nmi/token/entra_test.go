@@ -32,13 +32,13 @@ func TestAClientSecretIsSentAsEntraIDExpects(t *testing.T) {
 		p := posts[len(posts)-1]
 		want := url.Values{"client_id": {clientID}, "grant_type": {"client_credentials"}, "client_secret": {secretValue}, "scope": {c.scope}}
 		if p.form.Encode() != want.Encode() || p.path != "/"+tenant+"/oauth2/v2.0/token" {
-			t.Errorf("sent %v to %s", p.form, p.path)
+			t.Errorf("the token request has the form %v and the path %s", p.form, p.path)
 		}
 		if p.length != int64(len(p.body)) || !strings.HasPrefix(p.header.Get("Content-Type"), "application/x-www-form-urlencoded") || !strings.HasPrefix(p.header.Get("User-Agent"), "podidentity-test ") {
-			t.Errorf("%d bytes as %d, headers %v", len(p.body), p.length, p.header)
+			t.Errorf("the body has %d bytes, Content-Length is %d, the headers are %v", len(p.body), p.length, p.header)
 		}
 		if got.ClientID != clientID || got.ObjectID != "object" || got.ID != "unique" || got.CorrelationID != p.header.Get("client-request-id") || got.CorrelationID == "" || time.Until(got.ExpiresOn) < 50*time.Minute {
-			t.Errorf("read as %+v", got)
+			t.Errorf("the token was read as %+v", got)
 		}
 	}
 }
@@ -56,7 +56,7 @@ func TestEachFetchReachesEntraIDWithTheSameCredential(t *testing.T) {
 		seen[got.AccessToken] = true
 	}
 	if len(seen) != 4 || s.discovered != 1 || k.reads != 1 {
-		t.Errorf("4 fetches brought %d tokens, read the endpoints %d times and the Secret %d times", len(seen), s.discovered, k.reads)
+		t.Errorf("4 fetches returned %d different tokens, read the endpoints %d times and the Secret %d times; want 4, 1 and 1", len(seen), s.discovered, k.reads)
 	}
 	e.Drop(func(p Principal) bool { return p.ClientID == clientID })
 	if _, err := e.Fetch(t.Context(), callFor(s.principal(Secret))); err != nil || k.reads != 2 {
@@ -79,7 +79,7 @@ func TestARetrySendsTheWholeFormAgain(t *testing.T) {
 	}
 	posts := s.sent()
 	if len(posts) != 3 || posts[0].body != posts[1].body || posts[0].body != posts[2].body || posts[0].form.Has("claims") || posts[2].length != int64(len(posts[2].body)) {
-		t.Errorf("sent %+v", posts)
+		t.Errorf("want three equal token requests, got %+v", posts)
 	}
 }
 
@@ -125,11 +125,11 @@ func TestFailuresOfEntraIDAreSorted(t *testing.T) {
 			e := newTestEntra(t, s, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)}))
 			got := *mustFail(t, e, callFor(s.principal(Secret)))
 			if !strings.Contains(got.Detail, c.detail) || (c.detail == "") != (got.Detail == "") {
-				t.Errorf("the detail is %q", got.Detail)
+				t.Errorf("the field Detail is %q", got.Detail)
 			}
 			if c.want.CorrelationID == "" && got.Status != 0 {
 				if len(got.CorrelationID) != 36 {
-					t.Errorf("the correlation ID is %q, not our own", got.CorrelationID)
+					t.Errorf("the correlation ID is %q, want the GUID that NMI sent", got.CorrelationID)
 				}
 				got.CorrelationID = ""
 			}
@@ -156,7 +156,7 @@ func TestADescriptionIsOneLineAndKeepsItsCorrelationID(t *testing.T) {
 	}
 }
 
-// texts returns an error in all formats in which it could be printed.
+// texts returns the text of an error, and of each error that it wraps, in all formats in which they could be printed.
 func texts(e *Error) string {
 	all := fmt.Sprintf("%v %+v %s %+v %+v", e, e, e, *e, e.Err)
 	for err := error(e); err != nil; err = errors.Unwrap(err) {
@@ -192,7 +192,7 @@ func TestErrorsNeverRepeatASecret(t *testing.T) {
 			s.answer = answer
 			e := newTestEntra(t, s, secretsWith(map[string][]byte{"clientSecret": []byte(secretValue)}))
 			if all := texts(mustFail(t, e, callFor(s.principal(Secret)))); strings.Contains(all, secretValue) {
-				t.Errorf("the secret is in %s", all)
+				t.Errorf("the client secret is in the error: %s", all)
 			}
 		})
 	}
@@ -206,11 +206,11 @@ func TestA429ClosesTheGateOfItsPrincipalOnly(t *testing.T) {
 		call := callFor(s.principal(Secret))
 		call.Resource = fmt.Sprint("r", i)
 		if failed := mustFail(t, e, call); failed.Class != Throttled || failed.RetryAfter < 15*time.Second {
-			t.Errorf("got %+v", failed)
+			t.Errorf("a request after a 429 got %+v, want an error of class Throttled with RetryAfter", failed)
 		}
 	}
 	if n := len(s.sent()); n != 1 {
-		t.Errorf("Entra ID received %d requests after the 429", n)
+		t.Errorf("Entra ID received %d token requests, want only the one that it responded to with 429", n)
 	}
 	s.answer = nil
 	other := s.principal(Secret)
@@ -230,11 +230,11 @@ func TestAHangingAuthorityDoesNotDelayOthers(t *testing.T) {
 	for i := range 2 * authorityConcurrent {
 		wg.Go(func() {
 			p := hung.principal(Secret)
-			p.ClientID = fmt.Sprint("client-", i/2) // so that some wait for the semaphore and some for the lock of their client
+			p.ClientID = fmt.Sprint("client-", i/2) // two fetches for each client: some fetches wait for the semaphore, others for the lock of their client
 			_, err := e.Fetch(ctx, callFor(p))
 			var failed *Error
 			if !errors.As(err, &failed) || failed.Class != Unavailable {
-				t.Errorf("got %v", err)
+				t.Errorf("a fetch from the authority that hangs returned %v, want an error of class Unavailable", err)
 			}
 		})
 	}
@@ -248,7 +248,7 @@ func TestAHangingAuthorityDoesNotDelayOthers(t *testing.T) {
 	wg.Wait()
 	close(release)
 	if extra := len(arrived); extra > 0 {
-		t.Errorf("%d requests beyond the bound", extra)
+		t.Errorf("the authority that hangs received %d requests more than authorityConcurrent", extra)
 	}
 }
 
@@ -259,19 +259,19 @@ func TestAChangedSecretIsATemporaryFailure(t *testing.T) {
 	p := s.principal(Secret)
 	p.Revision = "0"
 	if failed := mustFail(t, e, callFor(p)); failed.Class != Unavailable || failed.Detail != "Secret ns/name changed during the request; retry" {
-		t.Errorf("got %+v", failed)
+		t.Errorf("for a Secret with another revision: got %+v", failed)
 	}
 	k.err = &Error{Class: Denied, Reason: identity.SecretMissing, Detail: "gone"}
 	if failed := mustFail(t, e, callFor(s.principal(Secret))); failed.Reason != identity.SecretMissing {
-		t.Errorf("got %+v", failed)
+		t.Errorf("for a Secret that does not exist: got %+v", failed)
 	}
 	k.err = errors.New("no connection")
 	if failed := mustFail(t, e, callFor(s.principal(Secret))); failed.Class != Unavailable || !errors.Is(failed, k.err) {
-		t.Errorf("got %+v", failed)
+		t.Errorf("for a Secret that could not be read: got %+v", failed)
 	}
 	k.err = nil
 	if _, err := e.Fetch(t.Context(), callFor(s.principal(Secret))); err != nil {
-		t.Errorf("a failed read was kept: %v", err)
+		t.Errorf("an earlier error of reading the Secret is still returned: %v", err)
 	}
 }
 
@@ -287,12 +287,12 @@ func TestAnInvalidSecretIsReadOncePerMinute(t *testing.T) {
 			mustFail(t, e, call)
 		}
 		if k.reads != 1 {
-			t.Errorf("read %d times", k.reads)
+			t.Errorf("3 fetches read an invalid Secret %d times, want once", k.reads)
 		}
 		time.Sleep(invalidFor)
 		mustFail(t, e, call)
 		if k.reads != 2 {
-			t.Errorf("a minute later: read %d times", k.reads)
+			t.Errorf("after invalidFor, the invalid Secret was read %d times, want twice", k.reads)
 		}
 	})
 }
@@ -312,6 +312,6 @@ func TestACredentialIsReplacedBeforeItHoldsManyTokens(t *testing.T) {
 		}
 	}
 	if k.reads < 2 || k.reads > 4 {
-		t.Errorf("%d credentials for 16 large tokens", k.reads)
+		t.Errorf("NMI created %d credentials for 16 large tokens, want 2 to 4", k.reads)
 	}
 }

@@ -103,13 +103,13 @@ func (s *entraID) sent() []post {
 	return s.posts
 }
 
-// fakeCredentials are the Secrets and Kubernetes tokens of a test.
+// fakeCredentials has the Secrets and assertions of a test. It implements Secrets and Assertions.
 type fakeCredentials struct {
 	mu      sync.Mutex
 	secrets map[Ref]SecretContent
 	reads   int
-	err     error
-	tokens  map[string]string // by pod@ServiceAccount
+	err     error             // returned by Secret and Assertion
+	tokens  map[string]string // assertions by pod@ServiceAccount
 }
 
 func (k *fakeCredentials) Secret(_ context.Context, ref Ref) (SecretContent, error) {
@@ -156,7 +156,7 @@ func mustFail(t *testing.T, e *Entra, call Call) *Error {
 	_, err := e.Fetch(t.Context(), call)
 	var failed *Error
 	if !errors.As(err, &failed) {
-		t.Fatalf("got %v", err)
+		t.Fatalf("the fetch returned %v, want an *Error", err)
 	}
 	return failed
 }

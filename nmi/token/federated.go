@@ -13,7 +13,7 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// Assertions returns the Kubernetes tokens that are sent to Entra ID. Its error is an *Error, or the error of ctx.
+// Assertions returns the assertions that are sent to Entra ID. Its error is an *Error, or the error of ctx.
 type Assertions interface {
 	// Assertion returns a token of the ServiceAccount. The token is bound to the pod with the UID podUID.
 	Assertion(ctx context.Context, podUID string, serviceAccount Ref) (string, error)
@@ -23,19 +23,19 @@ type Assertions interface {
 // takes minutes to propagate. Until then some requests succeed and others fail.
 var untrustedCodes = []int{70021, 70025, 700211, 700212, 700213, 7002137, 7002138}
 
-// federationRetryWaits are the waits before the retries while no federated credential matches. Callers wait all this
-// time. The sum must stay well below fetchTimeout, which also covers the requests themselves.
+// federationRetryWaits are the waits before the retries while no federated credential matches. Callers of the cache
+// wait all this time. The sum must stay well below fetchTimeout, which also covers the requests themselves.
 var federationRetryWaits = [...]time.Duration{1 * time.Second, 2 * time.Second, 4 * time.Second, 5 * time.Second}
 
 // federationRetryTime is the time that waitForRetry reserves for the retry itself.
 const federationRetryTime = 2 * time.Second
 
-// fetchFederated requests a token from Entra ID. The assertion in the request is a Kubernetes token of the pod's
-// ServiceAccount. fetchFederated retries while no federated credential matches the assertion.
+// fetchFederated requests a token from Entra ID with the assertion of the pod. It retries while no federated credential
+// matches the assertion.
 func (e *Entra) fetchFederated(ctx context.Context, c *client, call Call) (Token, *Error) {
 	assertion, err := e.assertions.Assertion(ctx, call.Pod, call.ServiceAccount)
 	if err != nil {
-		return Token{}, contentError(call.ServiceAccount, fmt.Errorf("getting a Kubernetes token of ServiceAccount %s: %w", call.ServiceAccount, err))
+		return Token{}, contentError(call.ServiceAccount, fmt.Errorf("getting a token of ServiceAccount %s from the API server: %w", call.ServiceAccount, err))
 	}
 	for _, pause := range federationRetryWaits {
 		t, codes, failed := e.requestToken(ctx, c, call, assertion)
@@ -57,8 +57,8 @@ func isUntrusted(codes []int) bool {
 	return slices.ContainsFunc(codes, func(code int) bool { return slices.Contains(untrustedCodes, code) })
 }
 
-// waitForRetry waits for the pause. It returns false if ctx ends before, or at once if ctx does not leave enough time
-// for the pause and a retry.
+// waitForRetry waits for the pause and then returns true. It returns false if ctx ends during the pause. If the
+// deadline of ctx leaves too little time for the pause and a retry, it returns false at once.
 func waitForRetry(ctx context.Context, pause time.Duration) bool {
 	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < pause+federationRetryTime {
 		return false

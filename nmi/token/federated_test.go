@@ -17,7 +17,7 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// kubernetesToken is a token like those of the API server, with a list of audiences.
+// kubernetesToken returns an assertion like those of the API server, with a list of audiences.
 func kubernetesToken(t *testing.T, pod string) string {
 	t.Helper()
 	token, err := jwt.NewWithClaims(jwt.SigningMethodRS256, jwt.MapClaims{
@@ -45,14 +45,14 @@ func TestAFederatedPrincipalUsesTheTokenOfTheCallingPod(t *testing.T) {
 		}
 		form := s.sent()[i].form
 		if form.Get("client_assertion") != k.tokens[pod+"@ns/app"] || form.Get("client_assertion_type") != "urn:ietf:params:oauth:client-assertion-type:jwt-bearer" || form.Has("claims") || form.Get("client_id") != clientID {
-			t.Errorf("%s: sent %v", pod, form)
+			t.Errorf("%s: the token request has the form %v", pod, form)
 		}
 		if _, err := jwt.Parse(form.Get("client_assertion"), func(*jwt.Token) (any, error) { return rsa2048().key.Public(), nil }); err != nil {
-			t.Errorf("%s: %v", pod, err)
+			t.Errorf("%s: the assertion in the token request is not valid: %v", pod, err)
 		}
 	}
 	if s.discovered != 1 {
-		t.Errorf("%d credentials for one principal", s.discovered)
+		t.Errorf("the endpoints of the tenant were read %d times, want once, because the principal has one credential", s.discovered)
 	}
 }
 
@@ -61,11 +61,11 @@ func TestAMissingAssertionIsTheFailure(t *testing.T) {
 	k := &fakeCredentials{err: &Error{Class: Denied, Reason: identity.ServiceAccountForbidden, Detail: "no"}}
 	e := newTestEntra(t, s, k)
 	if failed := mustFail(t, e, callFor(federatedPrincipal(s))); failed.Reason != identity.ServiceAccountForbidden || s.discovered != 0 {
-		t.Errorf("got %+v", failed)
+		t.Errorf("with an error instead of an assertion: got %+v", failed)
 	}
 	k.err = nil
 	if failed := mustFail(t, e, callFor(federatedPrincipal(s))); failed.Class != Unavailable || len(s.sent()) != 0 {
-		t.Errorf("without a token: got %+v", failed)
+		t.Errorf("with an empty assertion: got %+v", failed)
 	}
 }
 
@@ -104,7 +104,7 @@ func federatedInBubble(t *testing.T, answer func(n int) http.HandlerFunc, within
 		got, err := e.Fetch(ctx, callFor(federatedPrincipal(s)))
 		check(s, got, err, time.Since(start))
 		if err != nil && strings.Contains(texts(asError(t, err)), k.tokens["pod-1@ns/app"]) {
-			t.Errorf("the assertion is in %v", err)
+			t.Errorf("the assertion is in the error %v", err)
 		}
 	})
 }
@@ -113,7 +113,7 @@ func asError(t *testing.T, err error) *Error {
 	t.Helper()
 	var failed *Error
 	if !errors.As(err, &failed) {
-		t.Fatalf("got %v", err)
+		t.Fatalf("the fetch returned %v, want an *Error", err)
 	}
 	return failed
 }
@@ -132,7 +132,7 @@ func TestTheSourceRetriesUntilANewFederatedCredentialIsKnown(t *testing.T) {
 				want += pause
 			}
 			if err != nil || got.ClientID != clientID || took != want || len(s.sent()) != failures+1 {
-				t.Errorf("%d: %+v, %v after %v and %d requests", code, got, err, took, len(s.sent()))
+				t.Errorf("error code %d: got %+v, %v after %v and %d requests; want a token after the retries", code, got, err, took, len(s.sent()))
 			}
 		})
 	}
@@ -151,14 +151,14 @@ func TestAMissingFederatedCredentialIsReportedWithItsExactFields(t *testing.T) {
 		federatedInBubble(t, never, within, func(s *entraID, _ Token, err error, took time.Duration) {
 			failed := asError(t, err)
 			if took != want.took || len(s.sent()) != want.requests {
-				t.Errorf("within %v: %d requests in %v", within, len(s.sent()), took)
+				t.Errorf("a fetch with the timeout %v sent %d requests in %v", within, len(s.sent()), took)
 			}
 			if failed.Class != Denied || failed.Reason != identity.FederationUntrusted || failed.Status != 401 || failed.Code != "invalid_client" || failed.CorrelationID != "cid-1" {
-				t.Errorf("got %+v", failed)
+				t.Errorf("without a federated credential: got %+v", failed)
 			}
 			for _, part := range []string{clientID, tenant, `"https://issuer.example/cluster"`, `"system:serviceaccount:ns:app"`, `"api://AzureADTokenExchange"`, "AADSTS700213"} {
 				if !strings.Contains(failed.Detail, part) {
-					t.Errorf("%s is missing in %q", part, failed.Detail)
+					t.Errorf("%s is missing in the field Detail: %q", part, failed.Detail)
 				}
 			}
 		})
@@ -169,7 +169,7 @@ func TestOtherRefusalsOfAnAssertionAreNotRetried(t *testing.T) {
 	no := func(int) http.HandlerFunc { return refuse(401, "invalid_client", 700024, "") }
 	federatedInBubble(t, no, fetchTimeout, func(s *entraID, _ Token, err error, took time.Duration) {
 		if failed := asError(t, err); failed.Class != Denied || failed.Reason != "" || took != 0 || len(s.sent()) != 1 {
-			t.Errorf("got %+v after %v", failed, took)
+			t.Errorf("a refusal that must not be retried: got %+v after %v", failed, took)
 		}
 	})
 }
@@ -196,7 +196,7 @@ func TestRetriesForACredentialDoNotDelayOtherPods(t *testing.T) {
 		call := callFor(federatedPrincipal(s))
 		call.Pod = "pod-2"
 		if _, err := e.Fetch(t.Context(), call); err != nil || time.Since(start) != 0 {
-			t.Errorf("%v after %v", err, time.Since(start))
+			t.Errorf("while the fetch for pod-1 waits for a retry, the fetch for pod-2 returned %v after %v; want a token at once", err, time.Since(start))
 		}
 	})
 }
@@ -205,7 +205,7 @@ func TestAnAudienceIsReadAsATextOrAList(t *testing.T) {
 	for text, want := range map[string]string{`"a"`: "[a]", `["a","b"]`: "[a b]", `[]`: "[]"} {
 		var a audience
 		if err := a.UnmarshalJSON([]byte(text)); err != nil || fmt.Sprint(a) != want {
-			t.Errorf("%s: %v, %v", text, a, err)
+			t.Errorf("the audience %s was read as %v, %v", text, a, err)
 		}
 	}
 }

@@ -26,8 +26,8 @@ const maxResponse = 64 << 10
 // maxErrorText bounds, in bytes, a text from IMDS or from a token before it becomes part of log lines and responses.
 const maxErrorText = 512
 
-// managedCredentials bounds the number of credentials that are kept. A credential takes some hundred bytes and is cheap
-// to create, so the bound only has to exceed what a node needs at a time.
+// managedCredentials bounds the number of credentials that are kept, one for each principal. A credential takes some
+// hundred bytes and is cheap to create, so the bound only has to exceed the number of principals in use on a node.
 const managedCredentials = 1024
 
 // ManagedIdentities gets tokens of the managed identities of the VM from IMDS, through azidentity.
@@ -75,8 +75,8 @@ func (m *ManagedIdentities) Fetch(ctx context.Context, call Call) (Token, error)
 	ctx = context.WithValue(ctx, imdsQueryKey{}, imdsQuery{call.Resource, call.Fresh})
 	got, err := credential.GetToken(ctx, policy.TokenRequestOptions{
 		Scopes: []string{call.Resource}, // see imdsQuery
-		// With claims the SDK bypasses its own cache, which it has for the whole process. The cache would return the
-		// old token when NMI renews a token before it expires. The SDK does not send the claims to IMDS.
+		// With claims the SDK bypasses its own cache, which all credentials of the process share. When NMI renews a
+		// token before it expires, that cache would return the old token. The SDK does not send the claims to IMDS.
 		Claims: "{}",
 	})
 	if err != nil {
@@ -157,7 +157,7 @@ func (t transporter) Do(r *http.Request) (*http.Response, error) {
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxResponse+1))
 	if err == nil && len(body) > maxResponse {
-		err = errors.New("the response is larger than 64 KiB, so it is no token")
+		err = errors.New("the response of the token source is larger than 64 KiB, so it is not a valid response")
 	}
 	if seen != nil {
 		*seen = response{status: resp.StatusCode, header: resp.Header, body: body, err: err}
@@ -171,8 +171,8 @@ func (t transporter) Do(r *http.Request) (*http.Response, error) {
 
 type responseKey struct{}
 
-// response is the last response, or error of the transport, in one fetch. Attempts of a fetch are sequential, so it
-// needs no lock.
+// response is the last response in one fetch, or the error of the transport if there was no complete response. Attempts
+// of a fetch are sequential, so response needs no lock.
 type response struct {
 	status int
 	header http.Header
@@ -180,7 +180,7 @@ type response struct {
 	err    error
 }
 
-// failure classifies the failure by the last response.
+// failure converts err, the error of the SDK, into an *Error. The class depends on the last response.
 func (a *response) failure(err error) *Error {
 	var own *Error
 	if errors.As(a.err, &own) { // from imdsLimiter

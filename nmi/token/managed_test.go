@@ -57,10 +57,10 @@ func TestAManagedIdentityIsRequestedByItsID(t *testing.T) {
 			t.Fatal(err)
 		}
 		if token.ClientID != "app" || token.ObjectID != "object" || token.NotBefore.Unix() != 1700000000 || time.Until(token.ExpiresOn) < 23*time.Hour {
-			t.Errorf("read as %+v", token)
+			t.Errorf("the token was read as %+v", token)
 		}
 		if header.Get("Metadata") != "true" || asked.Get("resource") != c.key.Resource {
-			t.Errorf("asked for %v with %v; the resource is %q", asked, header, c.key.Resource)
+			t.Errorf("IMDS was asked for %v with the headers %v; the resource of the call is %q", asked, header, c.key.Resource)
 		}
 		asked.Del("resource")
 		asked.Del("api-version")
@@ -69,7 +69,7 @@ func TestAManagedIdentityIsRequestedByItsID(t *testing.T) {
 			delete(asked, "mi_res_id")
 		}
 		if asked.Encode() != c.want.Encode() {
-			t.Errorf("%+v: asked for %v, want %v", c.key, asked, c.want)
+			t.Errorf("%+v: IMDS was asked for %v, want %v", c.key, asked, c.want)
 		}
 	}
 }
@@ -91,7 +91,7 @@ func TestEachFetchReachesIMDS(t *testing.T) {
 		seen[token.AccessToken] = true
 	}
 	if len(seen) != 4 || bypassed.Load() != 1 {
-		t.Errorf("4 fetches brought %d tokens; %d of them bypassed IMDS's cache, want 1", len(seen), bypassed.Load())
+		t.Errorf("4 fetches returned %d different tokens, want 4; %d of the fetches bypassed the cache of IMDS, want 1", len(seen), bypassed.Load())
 	}
 }
 
@@ -128,7 +128,7 @@ func TestFailuresOfIMDSAreSorted(t *testing.T) {
 			_, err := m.Fetch(t.Context(), Call{Key: ManagedKey("a", "", "", "r")})
 			var got *Error
 			if !errors.As(err, &got) {
-				t.Fatalf("got %v", err)
+				t.Fatalf("the fetch returned %v, want an *Error", err)
 			}
 			plain := *got
 			plain.Err = nil
@@ -150,11 +150,11 @@ func TestA429FromIMDSStopsRequestsOfAllIdentities(t *testing.T) {
 		_, err := m.Fetch(t.Context(), Call{Key: ManagedKey(fmt.Sprint("id", i), "", "", "r")})
 		var e *Error
 		if !errors.As(err, &e) || e.Class != Throttled || e.RetryAfter < 15*time.Second {
-			t.Errorf("got %v", err)
+			t.Errorf("a request after a 429 got %v, want an error of class Throttled with RetryAfter", err)
 		}
 	}
 	if calls.Load() != 1 {
-		t.Errorf("IMDS received %d requests after the 429", calls.Load())
+		t.Errorf("IMDS received %d requests, want only the one that it responded to with 429", calls.Load())
 	}
 }
 
@@ -184,7 +184,7 @@ func TestIMDSReceivesAtMostFiveConcurrentAndTwentyRequestsPerSecond(t *testing.T
 	}
 	wg.Wait()
 	if most > imdsConcurrent || most < 2 {
-		t.Errorf("%d at a time", most)
+		t.Errorf("IMDS received up to %d requests at a time, want 2 to imdsConcurrent", most)
 	}
 	for i := range times {
 		n := 0
@@ -194,7 +194,7 @@ func TestIMDSReceivesAtMostFiveConcurrentAndTwentyRequestsPerSecond(t *testing.T
 			}
 		}
 		if n > imdsRate {
-			t.Errorf("%d within a second", n)
+			t.Errorf("IMDS received %d requests within a second, more than imdsRate", n)
 		}
 	}
 }
@@ -206,12 +206,12 @@ func TestAHangingIMDSEndsWithTheContext(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	var wg sync.WaitGroup
-	for i := range 2 * imdsConcurrent { // more than IMDS's concurrent requests: some wait for the semaphore
+	for i := range 2 * imdsConcurrent { // more fetches than imdsConcurrent, so some wait for the semaphore
 		wg.Go(func() {
 			_, err := m.Fetch(ctx, Call{Key: ManagedKey(fmt.Sprint("id", i), "", "", "r")})
 			var e *Error
 			if !errors.As(err, &e) || e.Class != Unavailable {
-				t.Errorf("got %v", err)
+				t.Errorf("a fetch from an IMDS that hangs returned %v, want an error of class Unavailable", err)
 			}
 		})
 	}

@@ -21,18 +21,18 @@ import (
 	"github.com/podidentity/podidentity/internal/text"
 )
 
-// A PKCS#12 file itself specifies how many hash iterations it takes to open it, partly inside its encrypted part, so
-// the number cannot be checked beforehand. A file of some hundred bytes can keep a CPU busy for days. Therefore NMI
-// opens the file in a child process, which runs the same program. The kernel kills the child process when its CPU time
-// is used up.
+// A PKCS#12 file specifies the number of hash iterations that are needed to open it. Some of these numbers are in the
+// encrypted part of the file, so NMI cannot check them before it opens the file. A file of some hundred bytes can keep
+// a CPU busy for days. Therefore NMI opens the file in a child process, which runs the same program. The kernel kills
+// the child process when it has used more CPU time than pkcs12CPU.
 
 // ParseCommand is the argument with which this program starts itself to run [ParsePKCS12Main].
 const ParseCommand = "parse-pkcs12"
 
 const (
-	pkcs12CPU        = 2 * time.Second // CPU time of the process; usual files take some milliseconds
+	pkcs12CPU        = 2 * time.Second // CPU time of the child process; usual files take some milliseconds
 	pkcs12Timeout    = 5 * time.Second // wall clock time
-	pkcs12Memory     = 128 << 20       // beyond what the process has when it starts; half of it is Go's soft limit
+	pkcs12Memory     = 128 << 20       // bytes that the child process may add to those it has at its start
 	pkcs12Concurrent = 2
 	pkcs12Message    = 1 << 20 // maximum bytes of the request, and of the response
 )
@@ -82,15 +82,15 @@ func limitProcess() error {
 			return err
 		}
 	}
-	// As in the parent process, prevent core dumps and access by other processes to the memory, which contains the
-	// private key.
+	// As in the parent process, prevent core dumps, and access to the memory by processes without CAP_SYS_PTRACE: the
+	// memory contains the private key.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return err
 	}
 	debug.SetMemoryLimit(pkcs12Memory / 2)
 	runtime.GOMAXPROCS(1)
-	// Lowest priority, so that the other processes of the node have precedence. Setting it for the process group sets
-	// it for all threads.
+	// Set the lowest priority, so that the other processes of the node have precedence. The call for the process group,
+	// which contains only this process, sets the priority of all its threads.
 	return unix.Setpriority(unix.PRIO_PGRP, 0, 19)
 }
 
@@ -105,7 +105,7 @@ func decodePKCS12(q pkcs12Request) (answer pkcs12Response) {
 	case errors.Is(err, pkcs12.ErrIncorrectPassword) || errors.Is(err, pkcs12.ErrDecryption):
 		return pkcs12Response{WrongPassword: true}
 	case err != nil:
-		// The library's error texts name structure and algorithms, never content.
+		// The error texts of the library contain names of structures and algorithms, but nothing secret from the file.
 		return pkcs12Response{Problem: err.Error()}
 	}
 	if answer.Key, err = x509.MarshalPKCS8PrivateKey(key); err != nil {
@@ -118,7 +118,8 @@ func decodePKCS12(q pkcs12Request) (answer pkcs12Response) {
 	return answer
 }
 
-// contents converts the response. hadPassword says whether the Secret has a password.
+// contents returns the keys and certificates in the response, or a flaw if the response says that the file could not be
+// opened. hadPassword says whether the Secret has a password.
 func (a pkcs12Response) contents(hadPassword bool) (contents, error) {
 	var found contents
 	switch {
@@ -184,7 +185,8 @@ func (o *pkcs12Opener) open(ctx context.Context, file []byte, password string) (
 	return answer.contents(password != "")
 }
 
-// childError returns a flaw if the file used up the CPU time, otherwise the reason why the child failed.
+// childError returns a flaw if the child process was killed after it had used up its CPU time, otherwise the reason why
+// the child process failed.
 func childError(ctx context.Context, state *os.ProcessState, err error) error {
 	if state != nil && !state.Exited() && state.UserTime()+state.SystemTime() > pkcs12CPU-pkcs12CPU/4 {
 		return flaw(fmt.Sprintf("has a PKCS#12 file under the key \"certificate\" that takes more than %d s of CPU time to open; export the file again with fewer iterations", pkcs12CPU/time.Second))
@@ -195,7 +197,7 @@ func childError(ctx context.Context, state *os.ProcessState, err error) error {
 	return fmt.Errorf("opening a PKCS#12 file in a child process: %w", err)
 }
 
-// limitedBuffer is a buffer whose Write fails above the limit.
+// limitedBuffer is a buffer whose Write fails if the buffer would then have more bytes than limit.
 type limitedBuffer struct {
 	bytes.Buffer
 	limit int
@@ -203,7 +205,7 @@ type limitedBuffer struct {
 
 func (b *limitedBuffer) Write(p []byte) (int, error) {
 	if b.Len()+len(p) > b.limit {
-		return 0, errors.New("the output of the child process is too long")
+		return 0, errors.New("the output of the child process that opens a PKCS#12 file is too long")
 	}
 	return b.Buffer.Write(p)
 }

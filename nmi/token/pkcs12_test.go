@@ -14,15 +14,17 @@ import (
 	"software.sslmate.com/src/go-pkcs12"
 )
 
-// patientOpener waits longer than NMI does, because a busy computer can take longer than NMI's limit to open a valid file.
+// patientOpener returns an opener with a longer timeout than that of NMI, because a busy computer can need more than
+// pkcs12Timeout to open a valid file.
 func patientOpener() *pkcs12Opener {
 	o := newPKCS12Opener()
 	o.timeout = time.Minute
 	return o
 }
 
-// keepPriority keeps this process at the normal priority. On a busy computer a process of the lowest priority can wait
-// minutes for two seconds of CPU time.
+// keepPriority keeps this process at the normal priority: it undoes the lowest priority that limitProcess sets, if the
+// kernel permits that. On a busy computer a process of the lowest priority can wait minutes for two seconds of CPU
+// time.
 func keepPriority() {
 	for {
 		_ = unix.Setpriority(unix.PRIO_PGRP, 0, 0)
@@ -30,11 +32,12 @@ func keepPriority() {
 	}
 }
 
-// TestMain makes the test program parse PKCS#12 if it is started with ParseCommand, like NMI.
+// TestMain calls ParsePKCS12Main instead of the tests if the argument of the program is ParseCommand. So the test
+// program can be its own child process, like NMI.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 2 && os.Args[1] == ParseCommand {
 		if len(os.Environ()) != 0 {
-			fmt.Fprintln(os.Stderr, "there is an environment")
+			fmt.Fprintln(os.Stderr, "the child process has environment variables; want none")
 			os.Exit(1)
 		}
 		go keepPriority()
@@ -47,7 +50,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// encode returns a PKCS#12 file.
+// encode returns a PKCS#12 file with the key and certificate c, and the certificates others.
 func encode(t testing.TB, encoder *pkcs12.Encoder, c testCertificate, password string, others ...testCertificate) []byte {
 	t.Helper()
 	chain := parsed(t, others...)
@@ -88,7 +91,7 @@ func TestASlowPKCS12FileTimesOut(t *testing.T) {
 	_, err := o.open(t.Context(), slow(t), "password")
 	var f flaw
 	if !errors.As(err, &f) || !strings.Contains(string(f), "fewer iterations") {
-		t.Errorf("got %v after %v", err, time.Since(start))
+		t.Errorf("a file with too many iterations: got %v after %v, want a flaw", err, time.Since(start))
 	}
 }
 
@@ -100,11 +103,11 @@ func TestOpeningAPKCS12FileEndsWithTheContext(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 		defer cancel()
 		if _, err := o.open(ctx, file, "password"); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("got %v", err)
+			t.Errorf("open returned %v, want the error of its context", err)
 		}
 	}
 	if len(o.running) != 0 {
-		t.Errorf("%d still run", len(o.running))
+		t.Errorf("%d calls of open have returned without freeing their slot", len(o.running))
 	}
 }
 
@@ -116,7 +119,7 @@ func TestNoMorePKCS12FilesAreOpenedAtATimeThanAllowed(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := o.open(ctx, nil, ""); !errors.Is(err, context.Canceled) {
-		t.Errorf("got %v", err)
+		t.Errorf("while no slot is free, open returned %v, want the error of its context", err)
 	}
 }
 
@@ -127,10 +130,10 @@ func TestAParserThatCannotBeStartedIsNotTheSecretsFault(t *testing.T) {
 		_, err := o.open(t.Context(), encode(t, pkcs12.Modern2023, ec256(), ""), "")
 		var f flaw
 		if err == nil || errors.As(err, &f) {
-			t.Errorf("%s: got %v", program, err)
+			t.Errorf("parser program %s: got %v, want an error that is not a flaw", program, err)
 		}
 		if failed := contentError(Ref{"ns", "name"}, err); failed.Class != Unavailable {
-			t.Errorf("%s: got %+v", program, failed)
+			t.Errorf("parser program %s: got %+v, want an error of class Unavailable", program, failed)
 		}
 	}
 }
@@ -141,6 +144,6 @@ func TestTheOutputOfTheParserIsBounded(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := b.Write([]byte("5")); err == nil || b.Len() != 4 {
-		t.Errorf("took %d bytes", b.Len())
+		t.Errorf("a Write above the limit returned no error, or the buffer has %d bytes instead of 4", b.Len())
 	}
 }

@@ -21,8 +21,8 @@ const (
 
 // imdsLimiter is a transport that keeps the token requests of this process within the limits of IMDS. It counts each
 // attempt on the wire, including retries. After a 429 it refuses requests with an [Error] of class Throttled for the
-// time that the function retryAfter returns. A request that already waits for the rate limiter at that time is still
-// sent.
+// time that the function retryAfter returns. But it still sends a request that already waited for the rate limiter when
+// the 429 arrived.
 type imdsLimiter struct {
 	next       http.RoundTripper
 	limiter    *rate.Limiter

@@ -10,8 +10,8 @@ import (
 	"github.com/podidentity/podidentity/identity"
 )
 
-// Secrets returns the current content of Kubernetes Secrets. Its error is an *Error; any other error counts as one of
-// class Unavailable.
+// Secrets returns the current content of Kubernetes Secrets. An error that is not an *Error has the same effect as one
+// of class Unavailable.
 type Secrets interface {
 	Secret(ctx context.Context, ref Ref) (SecretContent, error)
 }
@@ -23,7 +23,7 @@ type SecretContent struct {
 	Revision string
 }
 
-// The keys of a Secret that are read.
+// The keys that NMI reads in a Secret.
 const (
 	secretKey      = "clientSecret"
 	certificateKey = "certificate"
@@ -52,8 +52,8 @@ func contentError(ref Ref, err error) *Error {
 }
 
 // clientSecret returns the client secret, which is the value of the key clientSecret. If the Secret has a single key,
-// that key may have any name, as in AAD Pod Identity. Several keys without clientSecret are an error, because a choice
-// would be random, as it was in AAD Pod Identity.
+// that key may have any name, as in AAD Pod Identity. If the Secret has several keys and none of them is clientSecret,
+// clientSecret returns a flaw. AAD Pod Identity took the value of a random key.
 func clientSecret(data map[string][]byte) (string, error) {
 	value, ok := data[secretKey]
 	switch {

@@ -40,8 +40,8 @@ func TestTheClientSecretIsReadFromTheSecret(t *testing.T) {
 	}
 }
 
-// staticTexts is the source code that contains the constant parts of the messages. A value of a Secret that also occurs
-// in it can be in a message by chance, so checkReading does not report such a value.
+// staticTexts is the source code that contains the constant parts of the messages. If a value of a Secret also occurs
+// in this source code, it can be in a message by chance, so checkReading does not report such a value.
 var staticTexts = func() string {
 	var all strings.Builder
 	for _, name := range []string{"secret.go", "certificate.go", "pkcs12.go", "token.go"} {

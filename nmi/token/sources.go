@@ -19,12 +19,12 @@ func (s *Sources) Fetch(ctx context.Context, call Call) (Token, error) {
 	case Secret, Certificate, Federated:
 		return s.Entra.Fetch(ctx, call)
 	}
-	return Token{}, &Error{Class: Denied, Detail: fmt.Sprintf("there is no source %q", call.Source)}
+	return Token{}, &Error{Class: Denied, Detail: fmt.Sprintf("NMI has no source of tokens of the kind %q", call.Source)}
 }
 
-// Drop removes the Entra ID credential of each principal p if which(p) is true. It is called after an AzureIdentity or
-// a Secret changed or was deleted, and after the last pod that used a Secret was released. A credential for IMDS
-// depends only on its principal, so it stays.
+// Drop calls which for each principal, and removes the Entra ID credential of the principal if which returns true. Drop
+// is called after an AzureIdentity or a Secret changed or was deleted, and after the last pod that used a Secret was
+// released. A credential for IMDS depends only on its principal, so it stays.
 func (s *Sources) Drop(which func(Principal) bool) {
 	s.Entra.Drop(which)
 }

@@ -5,7 +5,7 @@
 // requests that all pods on it are throttled. The cache does not authorize requests: callers first authorize the
 // request and then look up the token. The key of the lookup contains everything that decides which token a request
 // gets. One fetch serves all callers that wait for the same key; no caller can cancel it. All token requests of this
-// process to the Instance Metadata Service together stay within the limits of one VM.
+// process to IMDS together stay within the limits that IMDS sets for one VM.
 package token
 
 import (
@@ -23,13 +23,14 @@ import (
 type Source string
 
 const (
-	// Managed is a managed identity that is attached to the VM. Its tokens come from IMDS.
+	// Managed: a managed identity that is attached to the VM. Its tokens come from IMDS.
 	Managed Source = "managed_identity"
-	// Secret is a service principal that authenticates to Entra ID with a client secret.
+	// Secret: a service principal that authenticates to Entra ID with a client secret.
 	Secret Source = "secret"
-	// Certificate is a service principal that authenticates to Entra ID with a certificate.
+	// Certificate: a service principal that authenticates to Entra ID with a certificate.
 	Certificate Source = "certificate"
-	// Federated is an application or managed identity that trusts the ServiceAccount of the pod.
+	// Federated: an application or managed identity that trusts the ServiceAccount of the pod. NMI authenticates to
+	// Entra ID with an assertion.
 	Federated Source = "federated"
 )
 
@@ -37,8 +38,8 @@ const (
 // that may have a token of one may also have a token of the other.
 type Principal struct {
 	Source Source
-	// Managed: at most one of these is set. None means the default identity of the VM, which only a pod with an
-	// AzurePodIdentityException may request. The other sources set ClientID.
+	// Managed: at most one of these three IDs is set. If none is set, the principal is the default identity of the VM,
+	// which only a pod with an AzurePodIdentityException may request. The other sources: ClientID is set.
 	ClientID, ObjectID, ResourceID string
 
 	// The other sources: Authority is the address of Entra ID without a slash at the end, such as
@@ -48,7 +49,7 @@ type Principal struct {
 	// principal, so that tokens from the old content are not served any more.
 	Secret   Ref
 	Revision string
-	// Federated: the ServiceAccount whose Kubernetes token is sent to Entra ID.
+	// Federated: the ServiceAccount that the assertion is for.
 	ServiceAccount Ref
 }
 
@@ -102,8 +103,8 @@ func (t Token) SHA256() string {
 // Call has the parameters of one fetch.
 type Call struct {
 	Key
-	// Pod is the UID of a running pod that may have the token. A federated principal authenticates with a token bound
-	// to this pod.
+	// Pod is the UID of a running pod that may have the token. For a federated principal, NMI sends the assertion of
+	// this pod to Entra ID.
 	Pod string
 	// Fresh bypasses the caches of the source, if the source has an option for that.
 	Fresh bool
@@ -131,8 +132,8 @@ const (
 // Error is a failed fetch.
 type Error struct {
 	Class Class
-	// Status, Code and Description of the error response; zero if there was none. A request that NMI did not send
-	// because of an earlier 429 has status 429, too.
+	// Status, Code and Description of the error response; zero if there was no response. If NMI did not send the
+	// request because of an earlier 429, Status is 429, too.
 	Status            int
 	Code, Description string
 	// CorrelationID identifies the request in Entra ID's logs; may be empty.
@@ -161,8 +162,8 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// NonRetriable keeps the Azure SDK from retrying. Inside the SDK's pipeline an *Error comes only from a transport of
-// NMI that refused to send the request, because of an earlier 429 or because the address has no https. An immediate
-// retry would not help: after a 429 the transport refuses requests for the time RetryAfter, and an address without
-// https has to be corrected.
+// NonRetriable keeps the Azure SDK from retrying. The SDK receives an *Error only from a transport of NMI that refused
+// to send the request, because of an earlier 429 or because the address has no https. An immediate retry would not
+// help: after a 429 the transport refuses requests for the time RetryAfter, and an address without https has to be
+// corrected.
 func (e *Error) NonRetriable() {}
