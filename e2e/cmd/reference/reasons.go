@@ -11,8 +11,9 @@ import (
 
 func reasonCodes(string) ([]byte, error) {
 	d := newDocument("Reason codes", "package identity")
-	d.paragraph("A reason code says how a request ended. It is spelled the same in the response (`reason`), in NMI's log and audit log, in the metric " +
-		"`podidentity_nmi_decisions_total` and in the Event `TokenRefused` of the pod. [Troubleshooting](../troubleshooting.md#reason-codes) has the remedy for each.")
+	d.paragraph("A reason code says how a request ended. It is in the error response (`reason`) and in NMI's log, and for token requests also in the metric " +
+		"`podidentity_nmi_decisions_total`. A refused token request of a known pod has an Event `TokenRefused` with it. The spelling is the same everywhere. " +
+		"[Where to look](../troubleshooting.md#where-to-look) has the commands, [Troubleshooting](../troubleshooting.md#reason-codes) the remedy for each code.")
 	var rows [][]string
 	for _, e := range identity.Explanations() {
 		rows = append(rows, []string{fmt.Sprintf("[%s](../troubleshooting.md#%s)", code(string(e.Reason)), e.Reason), statuses(e), fromReference(e.Cause)})
