@@ -50,7 +50,7 @@ type AzureIdentity struct {
 	// +kubebuilder:validation:XValidation:rule=`(has(self.type) && self.type != 0) || (has(self.clientID) && self.clientID.matches('^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$'))`,fieldPath=`.clientID`,message="type 0: the field clientID (case-sensitive) is missing or not valid: write the client ID of the managed identity, a GUID such as 01234567-89ab-cdef-0123-456789abcdef"
 	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type < 1 || self.type > 2 || (has(self.tenantID) && self.tenantID.size() > 0)`,fieldPath=`.tenantID`,message="types 1 and 2 require the field tenantID (case-sensitive): the tenant of the service principal"
 	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type < 1 || self.type > 2 || (has(self.clientID) && self.clientID.size() > 0)`,fieldPath=`.clientID`,message="types 1 and 2 require the field clientID (case-sensitive): the client ID of the service principal"
-	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type < 1 || self.type > 2 || (has(self.clientPassword) && has(self.clientPassword.name) && self.clientPassword.name.size() > 0)`,fieldPath=`.clientPassword`,message="types 1 and 2 require the fields clientPassword.name and clientPassword.namespace (case-sensitive): the Secret that holds the client secret or the certificate"
+	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type < 1 || self.type > 2 || (has(self.clientPassword) && has(self.clientPassword.name) && self.clientPassword.name.size() > 0)`,fieldPath=`.clientPassword`,message="types 1 and 2 require the field clientPassword.name (case-sensitive): the name of the Secret that holds the client secret or the certificate; clientPassword.namespace may be left out, and is then the namespace of this AzureIdentity"
 	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type != 3 || (has(self.tenantID) && self.tenantID.size() > 0)`,fieldPath=`.tenantID`,message="type 3 requires the field tenantID (case-sensitive): the tenant of the federated identity"
 	// +kubebuilder:validation:XValidation:rule=`!has(self.type) || self.type != 3 || (has(self.clientID) && self.clientID.matches('^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$'))`,fieldPath=`.clientID`,message="type 3: the field clientID (case-sensitive) is missing or not valid: write the client ID of the federated identity, a GUID such as 01234567-89ab-cdef-0123-456789abcdef"
 	Spec AzureIdentitySpec `json:"spec,omitempty"`
@@ -117,7 +117,7 @@ type AzureIdentitySpec struct {
 	ClientID string `json:"clientID,omitempty"`
 
 	// ClientPassword names the Secret with the client secret (type 1, key clientSecret) or the certificate
-	// (type 2, keys certificate and password).
+	// (type 2, keys certificate and password). Its namespace may be left out; the default is that of the AzureIdentity.
 	// +optional
 	ClientPassword corev1.SecretReference `json:"clientPassword,omitempty,omitzero"`
 
