@@ -23,31 +23,38 @@ func setEnvironment() error {
 	return os.Unsetenv("FORCENAMESPACED")
 }
 
-func nmiFlags(string) ([]byte, error) {
-	d := newDocument("Flags of NMI", "cmd/nmi/options")
-	d.paragraph("The chart sets these flags from its [values](chart-values.md).")
+const chartValueParagraph = "The column \"Chart value\" names the [value of the chart](chart-values.md) that sets the flag, if there is one."
+
+func nmiFlags(root string) ([]byte, error) {
+	d := newDocument("Flags of NMI", "cmd/nmi/options and the chart's nmi-daemonset.yaml")
+	d.paragraph(chartValueParagraph)
 	d.paragraph("`nmi uninstall` removes NMI's rules and network interface from the node. It takes the flags of the listener, the capture and " +
 		"the log. With `--wait-for-signal` it keeps running afterwards, until a signal, for a DaemonSet; `--hold` is the old name of that flag.")
-	return flagPage(d, func(f *pflag.FlagSet) { nmioptions.New().AddFlags(f) })
+	return flagPage(d, root, "nmi-daemonset.yaml", func(f *pflag.FlagSet) { nmioptions.New().AddFlags(f) })
 }
 
-func micFlags(string) ([]byte, error) {
-	d := newDocument("Flags of MIC", "cmd/mic/options")
-	d.paragraph("The chart sets these flags from its [values](chart-values.md).")
+func micFlags(root string) ([]byte, error) {
+	d := newDocument("Flags of MIC", "cmd/mic/options and the chart's mic-deployment.yaml")
+	d.paragraph(chartValueParagraph)
 	d.paragraph("`mic plan` prints what MIC would attach and detach, why, and with which requests, and sends none of them. `mic uninstall` detaches what " +
 		"MIC attached and removes what it wrote into the cluster. Both take the same flags as MIC. With `--wait-for-signal`, `mic uninstall` keeps " +
 		"running afterwards and responds to `/readyz` on the probe port, until a signal, for a Deployment; `--hold` is the old name of that flag.")
-	return flagPage(d, func(f *pflag.FlagSet) { micoptions.New().AddFlags(f) })
+	return flagPage(d, root, "mic-deployment.yaml", func(f *pflag.FlagSet) { micoptions.New().AddFlags(f) })
 }
 
-func flagPage(d *document, addFlags func(*pflag.FlagSet)) ([]byte, error) {
+// flagPage completes a page of flags. template is the file of the chart that sets them.
+func flagPage(d *document, root, template string, addFlags func(*pflag.FlagSet)) ([]byte, error) {
 	if err := setEnvironment(); err != nil {
+		return nil, err
+	}
+	chartValues, err := valuesOfFlags(root, template)
+	if err != nil {
 		return nil, err
 	}
 	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
 	addFlags(flags)
-	current, deprecated := flagRows(flags)
-	d.table([]string{"Flag", "Default", "Description"}, current)
+	current, deprecated := flagRows(flags, chartValues)
+	d.table([]string{"Flag", "Default", "Chart value", "Description"}, current)
 	d.heading(2, "Deprecated flags")
 	d.paragraph("Manifests of AAD Pod Identity contain these flags. They are accepted with a warning.")
 	d.table([]string{"Flag", "What to do"}, deprecated)
@@ -55,8 +62,8 @@ func flagPage(d *document, addFlags func(*pflag.FlagSet)) ([]byte, error) {
 }
 
 // flagRows returns the table rows of the current flags and of the deprecated flags. It leaves out a flag that is hidden
-// but not deprecated.
-func flagRows(flags *pflag.FlagSet) (current, deprecated [][]string) {
+// but not deprecated. chartValues has the names of the chart values, by the name of the flag.
+func flagRows(flags *pflag.FlagSet, chartValues map[string]string) (current, deprecated [][]string) {
 	flags.VisitAll(func(f *pflag.Flag) {
 		if f.Deprecated != "" {
 			deprecated = append(deprecated, []string{code("--" + f.Name), plain(f.Deprecated)})
@@ -70,7 +77,11 @@ func flagRows(flags *pflag.FlagSet) (current, deprecated [][]string) {
 		if placeholder != "" {
 			name += " " + strings.ToUpper(placeholder)
 		}
-		current = append(current, []string{code(name), flagDefault(f), plain(usage)})
+		value := chartValues[f.Name]
+		if value != "" {
+			value = code(value)
+		}
+		current = append(current, []string{code(name), flagDefault(f), value, plain(usage)})
 	})
 	return current, deprecated
 }

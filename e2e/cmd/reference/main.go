@@ -1,6 +1,6 @@
 // Command reference writes the pages of docs/reference, the section of reason codes of docs/troubleshooting.md and the
-// packages of docs/architecture.md. It generates them from the code, the chart's schema and values, and the custom
-// resource definitions. With -check it writes nothing and fails if a page is not up to date.
+// packages of docs/architecture.md. It generates them from the code, the chart's schema, values and templates, and the
+// custom resource definitions. With -check it writes nothing and fails if a page is not up to date.
 //
 // It prevents differences between these documents and the product: nobody edits the generated text by hand.
 package main

@@ -75,11 +75,11 @@ func TestDeprecatedFlagsAreListedApart(t *testing.T) {
 	flags.String("old", "", "")
 	_ = flags.MarkHidden("hold")
 	_ = flags.MarkDeprecated("old", "use --name")
-	current, deprecated := flagRows(flags)
+	current, deprecated := flagRows(flags, map[string]string{"port": "nmi.port"})
 	want := [][]string{
-		{"`--events`", "`true`", "report Events"},
-		{"`--name NAME`", "", "the name"},
-		{"`--port PORT`", "`80`", "port to listen on"},
+		{"`--events`", "`true`", "", "report Events"},
+		{"`--name NAME`", "", "", "the name"},
+		{"`--port PORT`", "`80`", "`nmi.port`", "port to listen on"},
 	}
 	if diff := cmp.Diff(want, current); diff != "" {
 		t.Error(diff)
@@ -93,13 +93,40 @@ func TestDefaultsFromTheEnvironmentAreNamesOfVariables(t *testing.T) {
 	for _, name := range append(fromEnvironment, "FORCENAMESPACED") {
 		t.Setenv(name, "true")
 	}
-	text, err := nmiFlags("")
+	text, err := nmiFlags(root)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, row := range []string{"| `--node NAME` | `$NODE_NAME` |", "| `--force-namespaced` | `false` |"} {
 		if !strings.Contains(string(text), row) {
 			t.Errorf("no row begins with %s", row)
+		}
+	}
+}
+
+func TestFlagsAreListedWithTheChartValuesThatSetThem(t *testing.T) {
+	for template, want := range map[string]map[string]string{
+		"nmi-daemonset.yaml": {
+			"nmi-port": "nmi.port", "http-probe-port": "nmi.probePort", "nmi-listen-address": "nmi.listenAddress", // in the argument
+			"tenant-id": "nmi.tenantID", "custom-user-agent": "customUserAgent", // of the block "with"
+			"ca-bundle": "nmi.caBundle", "kubelet-config": "nmi.kubeletConfig", // in a condition that is a variable
+			"audit-level": "nmi.auditLevel", "operation-mode": "operationMode", "assignment-wait": "nmi.assignmentWait",
+			"node": "", "kubeconfig": "", // not from a value
+		},
+		"mic-deployment.yaml": {
+			"http-probe-port": "mic.probePort", "immutable-user-msis": "mic.immutableUserMSIs", "leader-election-instance": "mic.leaderElection.instance",
+			"cloudconfig": "mic.cloudConfig", "leader-election-namespace": "mic.leaderElection.namespace", // from a helper
+			"ca-bundle": "mic.caBundle", "namespace": "",
+		},
+	} {
+		got, err := valuesOfFlags(root, template)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for flag, value := range want {
+			if got[flag] != value {
+				t.Errorf("%s: --%s is set by %q, want %q", template, flag, got[flag], value)
+			}
 		}
 	}
 }
