@@ -87,7 +87,7 @@ random: ## random sequences of events for MIC, with an API server and Azure in m
 	$(GOTEST) e2e -timeout 40m ./mic
 
 chart: ## the tests of CRDs, chart and documents, with an API server
-	$(GOTEST) e2e -timeout 40m ./crds ./chart ./docs ./cmd/reference
+	$(GOTEST) e2e -timeout 40m ./crds ./chart ./docs ./cmd/reference ./cmd/cluster
 
 # A type check of the programs and all their dependencies takes 23 CPU seconds. Compiling them for a second architecture
 # takes minutes, in each run with an empty build cache. What is lost: no compiler, assembler or linker for arm64 runs in

@@ -36,7 +36,10 @@ func command() *cobra.Command {
 
 The cluster lives in network namespaces without a route out: podid-cp (control plane), podid-node1, podid-node2 and
 podid-azure. Needs root. What is missing on the host is built or downloaded once; Kubernetes takes about ten minutes
-the first time.`,
+the first time.
+
+Clusters can run beside each other: with PODIDENTITY_CLUSTER=N in the environment (1 to 999), each command concerns
+cluster N, whose network namespaces are podidN-cp, podidN-node1, podidN-node2 and podidN-azure.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}

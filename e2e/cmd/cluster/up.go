@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -15,19 +16,18 @@ import (
 	"github.com/podidentity/podidentity/e2e/cluster"
 )
 
-const nextSteps = `
+const hints = `
 The cluster runs until "bin/cluster down". Try:
 
   bin/cluster kubectl get nodes,pods -A -o wide
   bin/cluster in-node node1 -- iptables-save
-  bin/cluster kubectl run try --image=` + cluster.TestImage + ` --image-pull-policy=Never
-  bin/cluster in-pod default/try -- curl -s -H Metadata:true \
-      "http://169.254.169.254/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://management.azure.com/"
   bin/cluster azure log
+
+To request a token, follow docs/try-it.md from the section "Create an identity and a pod".
 `
 
-// nextStepsInStandardMode is text that `up --standard` prints after nextSteps.
-const nextStepsInStandardMode = `
+// hintsInStandardMode is text that `up --standard` prints after hints.
+const hintsInStandardMode = `
 In standard mode, with an identity that is not attached yet:
 
   bin/cluster azure identity --unattached --client-id 11111111-0000-4000-8000-000000000001 \
@@ -38,6 +38,19 @@ In standard mode, with an identity that is not attached yet:
   bin/cluster azure arm machines
   bin/cluster azure arm log
 `
+
+// nextSteps returns what up prints at the end. instance is the value of PODIDENTITY_CLUSTER. If it is not empty, each
+// command begins with it: without it the command would concern another cluster.
+func nextSteps(instance string, standard bool) string {
+	text := hints
+	if standard {
+		text += hintsInStandardMode
+	}
+	if instance != "" {
+		text = strings.ReplaceAll(text, "bin/cluster ", "PODIDENTITY_CLUSTER="+instance+" bin/cluster ")
+	}
+	return text
+}
 
 // upOptions are the flags of up.
 type upOptions struct {
@@ -112,10 +125,7 @@ func up(ctx context.Context, opts upOptions) (err error) {
 		return err
 	}
 	progress(fmt.Sprintf("the cluster is up after %.1f s", time.Since(begin).Seconds()))
-	fmt.Print(nextSteps)
-	if opts.standard {
-		fmt.Print(nextStepsInStandardMode)
-	}
+	fmt.Print(nextSteps(os.Getenv("PODIDENTITY_CLUSTER"), opts.standard))
 	return nil
 }
 
