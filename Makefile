@@ -13,6 +13,9 @@ GOFLAGS_SHARED     := -trimpath -gcflags=all=-dwarf=false
 export GOFLAGS     := $(filter-out $(GOFLAGS_SHARED),$(GOFLAGS)) $(GOFLAGS_SHARED)
 export CGO_ENABLED := 0
 
+# The programs iptables, ip and sysctl of Debian are in these folders, which su does not add to PATH.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
 .DEFAULT_GOAL := help
 .PHONY: help build cross check format lint unit values race random chart arm64 generate verify-generated \
 	e2e e2e-cluster e2e-managed e2e-standard programs test test-with-cluster test-without-cluster prerequisites demo bench chaos cluster-up cluster-down fuzz clean
@@ -59,6 +62,7 @@ lint: bin/golangci-lint ## golangci-lint
 	bin/golangci-lint run
 	cd e2e && ../bin/golangci-lint run
 	cd tools && ../bin/golangci-lint run
+	bin/golangci-lint fmt --diff # also the files that no build on this computer has
 
 bin/golangci-lint: FORCE
 	$(GO) -C tools build -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
@@ -116,7 +120,7 @@ steps = (for step in $(1); do sh .ci/step.sh $$step $(MAKE) --no-print-directory
 test: prerequisites ## everything that CI runs; prints how long each step took
 	@sh .ci/step.sh --start
 	@status=0; $(call steps,programs) && $(MAKE) --no-print-directory -k -j2 test-with-cluster test-without-cluster || status=1; \
-		sh .ci/step.sh --table; exit $$status
+		sh .ci/step.sh --table programs $(WITH_CLUSTER) $(WITHOUT_CLUSTER); exit $$status
 	@echo "all tests passed"
 
 test-with-cluster:
@@ -132,9 +136,9 @@ generate: bin/controller-gen ## generate deep copies, CRDs and the reference in 
 	$(GO) -C e2e run ./cmd/reference
 
 verify-generated: bin/controller-gen ## check that generated files are up to date
-	@t=$$(mktemp -d) && trap 'rm -rf '$$t EXIT && \
-	bin/controller-gen object crd paths=./api/... output:object:dir=$$t output:crd:dir=$$t/crds && \
-	diff $$t/zz_generated.deepcopy.go api/v1/zz_generated.deepcopy.go && diff -r $$t/crds $(CRDS) || \
+	@t=$$(mktemp -d) && trap 'rm -rf "$$t"' EXIT && \
+	{ bin/controller-gen object crd paths=./api/... output:object:dir="$$t" output:crd:dir="$$t/crds" || exit 1; } && \
+	diff "$$t/zz_generated.deepcopy.go" api/v1/zz_generated.deepcopy.go && diff -r "$$t/crds" $(CRDS) || \
 	{ echo "generated files are not up to date; run make generate and commit" >&2; exit 1; }
 	$(GO) -C e2e run ./cmd/reference -check
 
@@ -150,6 +154,8 @@ fuzz: ## run each fuzz target for FUZZ (10m), and SEQUENCES (100000) new random 
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzParseRequest$$' -fuzztime $(FUZZ)
 	$(GO) test ./metadata -run '^$$' -fuzz '^FuzzParseHostToken$$' -fuzztime $(FUZZ)
 	$(GO) test ./identity -run '^$$' -fuzz '^FuzzDecide$$' -fuzztime $(FUZZ)
+	$(GO) test ./internal/text -run '^$$' -fuzz '^FuzzOneLine$$' -fuzztime $(FUZZ)
+	$(GO) test ./iptables -run '^$$' -fuzz '^FuzzSplitWords$$' -fuzztime $(FUZZ)
 	$(GO) test ./mic/azure -run '^$$' -fuzz '^FuzzParseProviderID$$' -fuzztime $(FUZZ)
 	$(GO) test ./mic/azure -run '^$$' -fuzz '^FuzzARMError$$' -fuzztime $(FUZZ)
 	$(GO) test ./nmi/token -run '^$$' -fuzz '^FuzzSecret$$' -fuzztime $(FUZZ) -fuzzminimizetime 1x
