@@ -26,7 +26,7 @@ const (
 	byMachine  = "machine"  // nodes
 )
 
-// Cluster holds the caches of the objects that MIC reads, and computes the desired states of pods from them.
+// Cluster holds the caches of the objects that MIC reads, and computes from them which assignments each pod should have.
 type Cluster struct {
 	pods, nodes, namespaces, identities, bindings, assignments cache.SharedIndexInformer
 

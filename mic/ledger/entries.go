@@ -22,7 +22,8 @@ type Update struct {
 	Started time.Time `json:"started"`
 	Add     []string  `json:"add,omitempty"`
 	Remove  []string  `json:"remove,omitempty"`
-	// Token is the token for azure.Client.Resume. If it is empty, Azure may have accepted the update all the same.
+	// Token is what azure.Client.Resume needs to continue the update; it is not an access token. It is empty until MIC has
+	// the response of Azure. So Azure may have accepted an update without a Token.
 	Token string `json:"token,omitempty"`
 }
 
