@@ -45,8 +45,12 @@ func (a *agent) repairRules(ctx context.Context) {
 	}
 }
 
-// Uninstall removes everything from this node that NMI installed. It is idempotent.
+// Uninstall removes everything from this node that NMI installed. It is idempotent. Of cfg it uses, and checks, only the
+// settings of the capture.
 func Uninstall(ctx context.Context, cfg Config, log *zap.Logger) error {
+	if err := cfg.validateCapture(); err != nil {
+		return err
+	}
 	capture, err := newCapture(cfg, log) //nolint:contextcheck // asks the version of iptables, which ends at once
 	if err != nil {
 		return err

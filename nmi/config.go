@@ -98,6 +98,20 @@ func (c Config) Validate() error {
 	if !c.standard() && !strings.EqualFold(c.OperationMode, ModeManaged) {
 		add("--operation-mode %q is unknown; give %s, or %s where MIC runs", c.OperationMode, ModeManaged, ModeStandard)
 	}
+	if _, err := identity.ParseAuthority(c.Authority); err != nil {
+		add("--authority-host: %w", err)
+	}
+	if c.ManagedIdentityBy != ByClientID && c.ManagedIdentityBy != ByResourceID {
+		add("--managed-identity-by %q is unknown; give %s or %s", c.ManagedIdentityBy, ByClientID, ByResourceID)
+	}
+	return errors.Join(append(problems, c.validateCapture(), c.validatePorts(), c.validateDurations())...)
+}
+
+// validateCapture returns an error with all problems of the settings that Capture returns, one sentence each. Capture
+// panics if an address is invalid.
+func (c Config) validateCapture() error {
+	var problems []error
+	add := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
 	if ip, err := netip.ParseAddr(c.ListenAddress); err != nil || !ip.Is4() || !ip.IsLinkLocalUnicast() {
 		add("--nmi-listen-address %q is not a link-local IPv4 address; give one of 169.254.0.0/16 that nothing else on the node uses, such as 169.254.25.79", c.ListenAddress)
 	}
@@ -109,29 +123,22 @@ func (c Config) Validate() error {
 	if _, err := iptables.ParseBackend(c.Backend); err != nil {
 		add("--iptables-backend: %w", err)
 	}
-	if _, err := identity.ParseAuthority(c.Authority); err != nil {
-		add("--authority-host: %w", err)
-	}
-	if c.ManagedIdentityBy != ByClientID && c.ManagedIdentityBy != ByResourceID {
-		add("--managed-identity-by %q is unknown; give %s or %s", c.ManagedIdentityBy, ByClientID, ByResourceID)
-	}
-	return errors.Join(append(problems, c.validatePorts(), c.validateDurations())...)
+	return errors.Join(append(problems, validatePort("nmi-port", c.ListenPort), validatePort("metadata-port", c.MetadataPort))...)
 }
 
 func (c Config) validatePorts() error {
-	var problems []error
-	for _, p := range []struct {
-		flag string
-		port int
-	}{{"nmi-port", c.ListenPort}, {"metadata-port", c.MetadataPort}, {"http-probe-port", c.ProbePort}, {"prometheus-port", c.PrometheusPort}} {
-		if p.port < 1 || p.port > 65535 {
-			problems = append(problems, fmt.Errorf("--%s %d is not a port; give one from 1 to 65535", p.flag, p.port))
-		}
-	}
+	problems := []error{validatePort("http-probe-port", c.ProbePort), validatePort("prometheus-port", c.PrometheusPort)}
 	if c.ProbePort == c.PrometheusPort || c.Profile && (c.ProbePort == server.ProfilePort || c.PrometheusPort == server.ProfilePort) {
 		problems = append(problems, fmt.Errorf("--http-probe-port %d and --prometheus-port %d must differ from each other and, with --enable-profile, from the port of pprof, %d; choose other ports", c.ProbePort, c.PrometheusPort, server.ProfilePort))
 	}
 	return errors.Join(problems...)
+}
+
+func validatePort(flag string, port int) error {
+	if port < 1 || port > 65535 {
+		return fmt.Errorf("--%s %d is not a port; give one from 1 to 65535", flag, port)
+	}
+	return nil
 }
 
 func (c Config) validateDurations() error {
@@ -209,7 +216,7 @@ func (c Config) server() server.Config {
 	}
 }
 
-// Capture returns the settings of package iptables.
+// Capture returns the settings of package iptables. The configuration must be valid: see validateCapture.
 func (c Config) Capture() iptables.Config {
 	return iptables.Config{
 		MetadataIP:   netip.MustParseAddr(c.MetadataIP),

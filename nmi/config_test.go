@@ -1,11 +1,14 @@
 package nmi
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"go.uber.org/zap"
 )
 
 func TestAnInvalidConfigurationIsRefused(t *testing.T) {
@@ -38,6 +41,31 @@ func TestAnInvalidConfigurationIsRefused(t *testing.T) {
 			c.change(&config)
 			if err := config.Validate(); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("got %v; want an error with %q", err, c.want)
+			}
+		})
+	}
+}
+
+func TestUninstallRefusesAnInvalidCaptureLikeNMI(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel() // if the check is missing, Uninstall must not change this host
+	for name, change := range map[string]func(*Config){
+		"a listen address that is no address": func(c *Config) { c.ListenAddress = "foo" },
+		"loopback":                            func(c *Config) { c.ListenAddress = "127.0.0.1" },
+		"a metadata IP that is no address":    func(c *Config) { c.MetadataIP = "foo" },
+		"the metadata address itself":         func(c *Config) { c.ListenAddress = c.MetadataIP },
+		"an unknown back end":                 func(c *Config) { c.Backend = "ebtables" },
+		"port 0":                              func(c *Config) { c.ListenPort = 0 },
+		"port 65616":                          func(c *Config) { c.MetadataPort = 65616 }, // 80, if cut to 16 bits
+	} {
+		t.Run(name, func(t *testing.T) {
+			config := DefaultConfig()
+			config.Node = "n"
+			change(&config)
+			want := config.Validate()
+			config.Node = "" // "nmi uninstall" has no flag for it
+			if err := Uninstall(ctx, config, zap.NewNop()); err == nil || want == nil || err.Error() != want.Error() {
+				t.Errorf("got %v, want the error of nmi: %v", err, want)
 			}
 		})
 	}

@@ -3,6 +3,7 @@
 package logging
 
 import (
+	"fmt"
 	"time"
 
 	"go.uber.org/zap"
@@ -11,6 +12,22 @@ import (
 
 // FlushInterval bounds the time from the write of a line to a buffered writer until the line appears.
 const FlushInterval = 200 * time.Millisecond
+
+// ParseLevel parses the value of the flag --log-level. It accepts only what the flag documents. With a level above error,
+// the log would lack the errors.
+func ParseLevel(name string) (zapcore.Level, error) {
+	switch name {
+	case "debug":
+		return zapcore.DebugLevel, nil
+	case "info":
+		return zapcore.InfoLevel, nil
+	case "warn":
+		return zapcore.WarnLevel, nil
+	case "error":
+		return zapcore.ErrorLevel, nil
+	}
+	return zapcore.InvalidLevel, fmt.Errorf("--log-level %q is unknown; give debug, info, warn or error", name)
+}
 
 // NewLogger returns a logger that writes lines of JSON to w, or of plain text if asText is true.
 func NewLogger(w zapcore.WriteSyncer, level zapcore.LevelEnabler, asText bool) *zap.Logger {

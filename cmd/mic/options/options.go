@@ -113,9 +113,9 @@ func (o *Options) Config(version string) mic.Config {
 // WithLogger calls do with the logger that the flags describe, and returns the error of do. If a flag of the log is
 // invalid, WithLogger returns an error without calling do.
 func (o *Options) WithLogger(do func(*zap.Logger) error) error {
-	level, err := zapcore.ParseLevel(o.logLevel)
+	level, err := logging.ParseLevel(o.logLevel)
 	if err != nil {
-		return fmt.Errorf("--log-level %q is unknown; give debug, info, warn or error", o.logLevel)
+		return err
 	}
 	if o.logFormat != "json" && o.logFormat != "text" {
 		return fmt.Errorf("--log-format %q is unknown; give json or text", o.logFormat)

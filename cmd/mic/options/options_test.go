@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/spf13/pflag"
+	"go.uber.org/zap"
 
 	"github.com/podidentity/podidentity/mic"
 )
@@ -81,5 +82,28 @@ func TestTheEnvironmentOfAADPodIdentityIsRead(t *testing.T) {
 	}
 	if configOf(t, "--force-namespaced=false").ForceNamespaced {
 		t.Error("the flag does not override the environment")
+	}
+}
+
+func TestAnUnknownLevelIsRefused(t *testing.T) {
+	for argument, want := range map[string]string{
+		"--log-level=debug": "", "--log-level=info": "", "--log-level=warn": "", "--log-level=error": "",
+		"--log-level=":      `--log-level "" is unknown; give debug, info, warn or error`,
+		"--log-level=fatal": `--log-level "fatal" is unknown; give debug, info, warn or error`,
+		"--log-level=panic": `--log-level "panic" is unknown; give debug, info, warn or error`,
+	} {
+		o := New()
+		flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+		o.AddFlags(flags)
+		if err := flags.Parse([]string{argument}); err != nil {
+			t.Fatal(err)
+		}
+		called, got := false, ""
+		if err := o.WithLogger(func(*zap.Logger) error { called = true; return nil }); err != nil {
+			got = err.Error()
+		}
+		if got != want || called != (want == "") {
+			t.Errorf("%s: got the error %q, want %q; the function was called: %v", argument, got, want, called)
+		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap/zapcore"
 	"k8s.io/klog/v2"
 
+	"github.com/podidentity/podidentity/internal/logging"
 	"github.com/podidentity/podidentity/nmi/telemetry"
 
 	"github.com/spf13/pflag"
@@ -114,9 +115,9 @@ func (o *Options) Config(version string) nmi.Config {
 // WithLoggers calls do with the loggers that the flags describe, and returns the error of do. If a flag of the log is
 // invalid, WithLoggers returns an error without calling do.
 func (o *Options) WithLoggers(do func(telemetry.Loggers) error) error {
-	level, err := zapcore.ParseLevel(o.logLevel)
+	level, err := logging.ParseLevel(o.logLevel)
 	if err != nil {
-		return fmt.Errorf("--log-level %q is unknown; give debug, info, warn or error", o.logLevel)
+		return err
 	}
 	auditLevel, ok := map[string]zapcore.Level{"info": zapcore.InfoLevel, "warn": zapcore.WarnLevel, "off": zapcore.InvalidLevel}[o.auditLevel]
 	if !ok {
