@@ -30,12 +30,14 @@ func customResources(root string) ([]byte, error) {
 		if err := yaml.UnmarshalStrict(text, &crd); err != nil {
 			return nil, fmt.Errorf("parsing %s: %w", file, err)
 		}
-		addResource(d, crd)
+		if err := addResource(d, crd); err != nil {
+			return nil, fmt.Errorf("%s: %w", crd.Spec.Names.Kind, err)
+		}
 	}
 	return d.Bytes(), nil
 }
 
-func addResource(d *document, crd apiextensions.CustomResourceDefinition) {
+func addResource(d *document, crd apiextensions.CustomResourceDefinition) error {
 	version := crd.Spec.Versions[0]
 	schema := *version.Schema.OpenAPIV3Schema
 	d.heading(2, crd.Spec.Names.Kind)
@@ -48,7 +50,11 @@ func addResource(d *document, crd apiextensions.CustomResourceDefinition) {
 	var rows [][]string
 	for _, top := range []string{"spec", "status"} {
 		if p, ok := schema.Properties[top]; ok {
-			rows = append(rows, fieldRows(top, p)...)
+			fields, err := fieldRows(top, p)
+			if err != nil {
+				return err
+			}
+			rows = append(rows, fields...)
 		}
 	}
 	d.table([]string{"Field", "Type", "Description"}, rows)
@@ -56,21 +62,30 @@ func addResource(d *document, crd apiextensions.CustomResourceDefinition) {
 		d.paragraph("The API server refuses an object that breaks one of these rules, with this message:")
 		d.table([]string{"Field", "Message"}, rules)
 	}
+	return nil
 }
 
 // fieldRows returns the table rows of the fields of an object, including nested fields. It leaves out the fields of
-// object metadata and of embedded objects, which are copies of whole objects of other kinds.
-func fieldRows(path string, p apiextensions.JSONSchemaProps) [][]string {
+// object metadata and of embedded objects, which are copies of whole objects of other kinds. It returns an error for a
+// field without a description.
+func fieldRows(path string, p apiextensions.JSONSchemaProps) ([][]string, error) {
 	var rows [][]string
 	for _, name := range slices.Sorted(maps.Keys(p.Properties)) {
 		field := p.Properties[name]
 		fieldPath := path + "." + name
+		if oneLine(field.Description) == "" {
+			return nil, fmt.Errorf("the field %s has no description", fieldPath)
+		}
 		rows = append(rows, []string{code(fieldPath), fieldType(field), plain(oneLine(field.Description)) + limits(field)})
 		if name != "metadata" && !field.XEmbeddedResource {
-			rows = append(rows, fieldRows(fieldPath, field)...)
+			inner, err := fieldRows(fieldPath, field)
+			if err != nil {
+				return nil, err
+			}
+			rows = append(rows, inner...)
 		}
 	}
-	return rows
+	return rows, nil
 }
 
 func fieldType(p apiextensions.JSONSchemaProps) string {

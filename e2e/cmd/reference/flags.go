@@ -1,6 +1,8 @@
 package main
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"strings"
 
@@ -53,7 +55,10 @@ func flagPage(d *document, root, template string, addFlags func(*pflag.FlagSet))
 	}
 	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
 	addFlags(flags)
-	current, deprecated := flagRows(flags, chartValues)
+	current, deprecated, err := flagRows(flags, chartValues)
+	if err != nil {
+		return nil, err
+	}
 	d.table([]string{"Flag", "Default", "Chart value", "Description"}, current)
 	d.heading(2, "Deprecated flags")
 	d.paragraph("Manifests of AAD Pod Identity contain these flags. They are accepted with a warning.")
@@ -62,8 +67,10 @@ func flagPage(d *document, root, template string, addFlags func(*pflag.FlagSet))
 }
 
 // flagRows returns the table rows of the current flags and of the deprecated flags. It leaves out a flag that is hidden
-// but not deprecated. chartValues has the names of the chart values, by the name of the flag.
-func flagRows(flags *pflag.FlagSet, chartValues map[string]string) (current, deprecated [][]string) {
+// but not deprecated. chartValues has the names of the chart values, by the name of the flag. flagRows returns an error
+// if a current flag has no description.
+func flagRows(flags *pflag.FlagSet, chartValues map[string]string) (current, deprecated [][]string, err error) {
+	var problems []error
 	flags.VisitAll(func(f *pflag.Flag) {
 		if f.Deprecated != "" {
 			deprecated = append(deprecated, []string{code("--" + f.Name), plain(f.Deprecated)})
@@ -73,6 +80,9 @@ func flagRows(flags *pflag.FlagSet, chartValues map[string]string) (current, dep
 			return
 		}
 		placeholder, usage := pflag.UnquoteUsage(f)
+		if strings.TrimSpace(usage) == "" {
+			problems = append(problems, fmt.Errorf("the flag --%s has no description", f.Name))
+		}
 		name := "--" + f.Name
 		if placeholder != "" {
 			name += " " + strings.ToUpper(placeholder)
@@ -83,18 +93,17 @@ func flagRows(flags *pflag.FlagSet, chartValues map[string]string) (current, dep
 		}
 		current = append(current, []string{code(name), flagDefault(f), value, plain(usage)})
 	})
-	return current, deprecated
+	return current, deprecated, errors.Join(problems...)
 }
 
-// flagDefault returns the default of a flag as Markdown, or "" for a flag without a default. For a default that is the
-// name of the host, it returns a description instead, because this name differs on each host.
+// flagDefault returns the default of a flag as Markdown, or "" for a flag without a default. For the flag whose default
+// is the name of the host it returns a description instead, because this name differs on each host.
 func flagDefault(f *pflag.Flag) string {
-	host, err := os.Hostname()
 	switch {
+	case f.Name == "leader-election-instance":
+		return "the host's name"
 	case f.DefValue == "" || f.DefValue == "[]":
 		return ""
-	case err == nil && f.DefValue == host:
-		return "the host's name"
 	}
 	return code(f.DefValue)
 }

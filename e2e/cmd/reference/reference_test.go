@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
+	apiextensions "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 
 	"github.com/podidentity/podidentity/internal/metric"
 )
@@ -37,13 +38,57 @@ func TestEachChartValueIsListedWithItsDefault(t *testing.T) {
 }
 
 func TestAChartValueWithoutADescriptionIsAnError(t *testing.T) {
-	var schema yaml.Node
-	if err := yaml.Unmarshal([]byte(`{properties: {a: {description: One, properties: {b: {type: string}}}}}`), &schema); err != nil {
+	for _, b := range []string{"{type: string}", `{description: " "}`} {
+		var schema yaml.Node
+		if err := yaml.Unmarshal([]byte(`{properties: {a: {description: One, properties: {b: `+b+`}}}}`), &schema); err != nil {
+			t.Fatal(err)
+		}
+		err := valueRows("", schema.Content[0], nil, func([]string) {})
+		if err == nil || !strings.Contains(err.Error(), "a.b") {
+			t.Errorf("%s: got %v, want an error that names a.b", b, err)
+		}
+	}
+}
+
+func TestAFlagWithoutADescriptionIsAnError(t *testing.T) {
+	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+	flags.Int("port", 80, "`port` to listen on")
+	flags.Bool("events", true, " ")
+	_, _, err := flagRows(flags, nil)
+	if err == nil || !strings.Contains(err.Error(), "--events") {
+		t.Errorf("got %v, want an error that names --events", err)
+	}
+}
+
+func TestAMetricWithoutADescriptionIsAnError(t *testing.T) {
+	_, err := metricRows([]metric.Definition{{Name: "a_total", Help: "Counts."}, {Name: "b", Help: " ", Deprecated: "use a_total"}})
+	if err == nil || !strings.Contains(err.Error(), "metric b ") {
+		t.Errorf("got %v, want an error that names b", err)
+	}
+}
+
+func TestAFieldWithoutADescriptionIsAnError(t *testing.T) {
+	inner := map[string]apiextensions.JSONSchemaProps{"b": {Type: "string", Description: "\n"}}
+	_, err := fieldRows("spec", apiextensions.JSONSchemaProps{
+		Properties: map[string]apiextensions.JSONSchemaProps{"a": {Description: "One.", Properties: inner}},
+	})
+	if err == nil || !strings.Contains(err.Error(), "spec.a.b") {
+		t.Errorf("got %v, want an error that names spec.a.b", err)
+	}
+}
+
+func TestOnlyTheDefaultThatIsTheHostNameIsDescribed(t *testing.T) {
+	host, err := os.Hostname()
+	if err != nil {
 		t.Fatal(err)
 	}
-	err := valueRows("", schema.Content[0], nil, func([]string) {})
-	if err == nil || !strings.Contains(err.Error(), "a.b") {
-		t.Errorf("got %v, want an error that names a.b", err)
+	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+	flags.String("leader-election-instance", host, "the name of this MIC")
+	flags.String("log-format", host, "a default that happens to be the host name")
+	for name, want := range map[string]string{"leader-election-instance": "the host's name", "log-format": code(host)} {
+		if got := flagDefault(flags.Lookup(name)); got != want {
+			t.Errorf("--%s: got the default %q, want %q", name, got, want)
+		}
 	}
 }
 
@@ -75,7 +120,10 @@ func TestDeprecatedFlagsAreListedApart(t *testing.T) {
 	flags.String("old", "", "")
 	_ = flags.MarkHidden("hold")
 	_ = flags.MarkDeprecated("old", "use --name")
-	current, deprecated := flagRows(flags, map[string]string{"port": "nmi.port"})
+	current, deprecated, err := flagRows(flags, map[string]string{"port": "nmi.port"})
+	if err != nil {
+		t.Fatal(err)
+	}
 	want := [][]string{
 		{"`--events`", "`true`", "", "report Events"},
 		{"`--name NAME`", "", "", "the name"},
@@ -132,10 +180,13 @@ func TestFlagsAreListedWithTheChartValuesThatSetThem(t *testing.T) {
 }
 
 func TestLabelsAreListedWithTheirValues(t *testing.T) {
-	rows := metricRows([]metric.Definition{
+	rows, err := metricRows([]metric.Definition{
 		{Name: "a_total", Help: "Counts.", Type: metric.Counter, Labels: []string{"x", "y"}, Values: map[string][]string{"y": {"1", "2"}}},
 		{Name: "b", Help: "Is.", Type: metric.Gauge, Deprecated: "use a_total"},
 	})
+	if err != nil {
+		t.Fatal(err)
+	}
 	want := [][]string{
 		{"`a_total`", "counter", "`x`, `y` (1, 2)", "Counts."},
 		{"`b`", "gauge", "", "Is. Deprecated: use a_total."},

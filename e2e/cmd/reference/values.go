@@ -52,7 +52,7 @@ func valueRows(path string, schema, defaults *yaml.Node, add func([]string)) err
 	return eachPair(get(schema, "properties"), func(name string, s *yaml.Node) error {
 		valuePath := strings.TrimPrefix(path+"."+name, ".")
 		description := get(s, "description")
-		if description == nil {
+		if description == nil || strings.TrimSpace(description.Value) == "" {
 			return fmt.Errorf("the value %s has no description in values.schema.json", valuePath)
 		}
 		value := get(defaults, name)
