@@ -4,6 +4,7 @@ package logging
 
 import (
 	"fmt"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -13,10 +14,10 @@ import (
 // FlushInterval bounds the time from the write of a line to a buffered writer until the line appears.
 const FlushInterval = 200 * time.Millisecond
 
-// ParseLevel parses the value of the flag --log-level. It accepts only what the flag documents. With a level above error,
-// the log would lack the errors.
+// ParseLevel parses the value of the flag --log-level. It accepts only what the flag documents, in upper or
+// lower case. With a level above error, the log would lack the errors.
 func ParseLevel(name string) (zapcore.Level, error) {
-	switch name {
+	switch strings.ToLower(name) {
 	case "debug":
 		return zapcore.DebugLevel, nil
 	case "info":
