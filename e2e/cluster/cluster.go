@@ -97,7 +97,8 @@ func awaitOtherCluster(ctx context.Context, deadline time.Time) error {
 		if errors.Is(err, ErrNotRunning) {
 			return nil
 		}
-		if err != nil {
+		// A damaged state of a running cluster is no reason not to wait: a supervisor that starts removes it.
+		if err != nil && !errors.Is(err, errDamagedState) {
 			return err
 		}
 		if time.Now().After(deadline) {
@@ -202,10 +203,13 @@ func (c *Cluster) launch(ctx context.Context, cfg *superviseConfig) error {
 	if err == nil {
 		err = c.readEvents(eventsR)
 	}
+	if err == nil {
+		err = ctx.Err()
+	}
 	if err != nil {
 		return errors.Join(err, c.stopSupervisor())
 	}
-	return ctx.Err()
+	return nil
 }
 
 // readEvents reports the supervisor's progress. It returns nil when the cluster is ready, and an error when the start
@@ -244,8 +248,11 @@ func (c *Cluster) stopSupervisor() error {
 }
 
 // Open returns the running cluster with this PODIDENTITY_CLUSTER, whichever process started it. It returns
-// ErrNotRunning if there is none, and another error while the cluster starts.
+// ErrNotRunning if there is none, and another error while the cluster starts or if PODIDENTITY_CLUSTER is invalid.
 func Open() (*Cluster, error) {
+	if err := checkInstance(instance); err != nil {
+		return nil, err
+	}
 	s, err := running()
 	if err != nil {
 		return nil, err
@@ -256,8 +263,17 @@ func Open() (*Cluster, error) {
 	return newCluster(s.Binaries, s.LogDir, func(string) {}), nil
 }
 
+// running returns the state of the running cluster, and ErrNotRunning if none runs. It returns errDamagedState only if
+// a process holds the lock of lockRun: otherwise no supervisor lives, and the state does not matter.
 func running() (*state, error) {
 	s, err := readState()
+	if errors.Is(err, errDamagedState) {
+		locked, lockErr := runLocked()
+		if lockErr == nil && !locked {
+			return nil, ErrNotRunning
+		}
+		return nil, errors.Join(err, lockErr)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -293,7 +309,8 @@ func Down() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	s, err := running()
-	if err == nil {
+	switch {
+	case err == nil:
 		if err := control(ctx, "/stop"); err != nil && s.Supervisor.alive() {
 			// The supervisor's children end with the supervisor. cleanUp removes the rest.
 			if killErr := s.Supervisor.kill(); killErr != nil {
@@ -303,9 +320,18 @@ func Down() error {
 		if err := s.Supervisor.waitGone(10 * time.Second); err != nil {
 			return err
 		}
-	} else if !errors.Is(err, ErrNotRunning) {
+	case errors.Is(err, errDamagedState):
+		// The supervisor's PID is unknown. RemoveLeftovers returns an error if the supervisor does not stop.
+		_ = control(ctx, "/stop")
+	case !errors.Is(err, ErrNotRunning):
 		return err
 	}
+	return RemoveLeftovers()
+}
+
+// RemoveLeftovers removes what is left of a cluster whose supervisor was killed. Unlike Down it does not stop a running
+// cluster with this PODIDENTITY_CLUSTER, but returns ErrRunning.
+func RemoveLeftovers() error {
 	lock, err := lockRun()
 	if err != nil {
 		return fmt.Errorf("removing the cluster (if another process starts or removes it now, try again): %w", err)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -107,12 +108,28 @@ func TestClusterRunsPodsOnTwoNodesAndLeavesNothing(t *testing.T) {
 // checkStop stops the cluster and checks that nothing of it is left.
 func checkStop(t *testing.T, c *Cluster) {
 	ids := recorded(t)
+	checkLogNames(t, c.LogDir())
 	began := time.Now()
 	if err := c.Stop(); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("the cluster is down after %s", time.Since(began).Round(time.Millisecond))
 	checkNothingLeft(t, ids)
+}
+
+// checkLogNames checks that logNames has the name of each log file of a cluster: only these are removed by a later start.
+func checkLogNames(t *testing.T, dir string) {
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, f := range files {
+		got = append(got, f.Name())
+	}
+	if want := slices.Sorted(slices.Values(logNames())); !slices.Equal(got, want) {
+		t.Errorf("the log files of the cluster are %v; logNames has %v", got, want)
+	}
 }
 
 // checkAPIServerRestart stops and starts the API server, and checks with kubectl that it responds only while it runs.

@@ -102,7 +102,7 @@ func RequireRoot() error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("the cluster needs root, to make namespaces and cgroups: run this program as root instead of user %d", os.Geteuid())
 	}
-	if err := checkInstance(); err != nil {
+	if err := checkInstance(instance); err != nil {
 		return err
 	}
 	return insideNewNetns(func() error { return nil })

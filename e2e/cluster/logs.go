@@ -1,11 +1,35 @@
 package cluster
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 )
+
+// logNames returns the names of all log files of a cluster.
+func logNames() []string {
+	names := []string{"supervisor.log", "etcd.log", "kube-apiserver.log", "kube-controller-manager.log", "kube-scheduler.log", "azure.log"}
+	for _, n := range nodeSpecs {
+		for _, part := range []string{"init", "containerd", "kubelet"} {
+			names = append(names, n.Name+"-"+part+".log")
+		}
+	}
+	return names
+}
+
+// removeOldLogs removes the logs of an earlier cluster from dir. The folder may be the user's, so all other files stay.
+func removeOldLogs(dir string) error {
+	for _, name := range logNames() {
+		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("removing an old log: %w", err)
+		}
+	}
+	return nil
+}
 
 // lastLines returns the last n lines of a text, where programs print why they failed. It cuts each line after 400
 // bytes.

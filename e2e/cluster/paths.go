@@ -41,13 +41,22 @@ var (
 	adminConfig   = filepath.Join(pkiDir, "admin.kubeconfig")
 )
 
-// checkInstance returns an error unless instance is empty or a number of at most three digits: it is part of the names
-// of links, which have at most 15 bytes.
-func checkInstance() error {
-	if len(instance) > 3 || strings.Trim(instance, "0123456789") != "" {
-		return fmt.Errorf("PODIDENTITY_CLUSTER is %q: it must be empty or a number below 1000", instance)
+// checkInstance returns an error unless instance is empty or a number from 1 to 999 without leading zeros: it is part
+// of paths and of the names of links, which have at most 15 bytes.
+func checkInstance(instance string) error {
+	if len(instance) > 3 || strings.Trim(instance, "0123456789") != "" || strings.HasPrefix(instance, "0") {
+		return fmt.Errorf("PODIDENTITY_CLUSTER is %q: it must be empty or a number from 1 to 999 without leading zeros", instance)
 	}
 	return nil
+}
+
+// upCommand returns the command that starts a cluster, for messages. Without PODIDENTITY_CLUSTER the command would
+// start another cluster.
+func upCommand(instance string) string {
+	if instance == "" {
+		return "bin/cluster up"
+	}
+	return "PODIDENTITY_CLUSTER=" + instance + " bin/cluster up"
 }
 
 // downCommand is the command that removes the cluster, for messages.

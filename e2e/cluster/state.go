@@ -32,7 +32,11 @@ func bootID() string {
 	return strings.TrimSpace(string(id))
 }
 
-// readState returns nil without an error if there is no state, or if it is from before the last boot.
+// errDamagedState is returned if the state is not valid JSON.
+var errDamagedState = errors.New("the cluster's state is damaged")
+
+// readState returns nil without an error if there is no state, or if it is from before the last boot. It returns
+// errDamagedState if the state is not valid JSON.
 func readState() (*state, error) {
 	data, err := os.ReadFile(stateFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -43,7 +47,7 @@ func readState() (*state, error) {
 	}
 	var s state
 	if err := json.Unmarshal(data, &s); err != nil {
-		return nil, fmt.Errorf("reading the cluster's state from %s: %w", stateFile, err)
+		return nil, fmt.Errorf("reading %s: %w: %w; remove the cluster with `%s`", stateFile, errDamagedState, err, downCommand)
 	}
 	if s.BootID != bootID() {
 		return nil, nil
@@ -76,7 +80,7 @@ func errRunning(s *state) error {
 }
 
 // ErrNotRunning is returned by functions that need a running cluster.
-var ErrNotRunning = fmt.Errorf("no cluster with PODIDENTITY_CLUSTER=%q is running on this host: start one with `bin/cluster up`", instance)
+var ErrNotRunning = fmt.Errorf("no cluster with PODIDENTITY_CLUSTER=%q is running on this host: start one with `%s`", instance, upCommand(instance))
 
 // lockRun locks the run folder, so that only one cluster with this PODIDENTITY_CLUSTER runs at a time. It returns
 // ErrRunning if another process holds the lock. The kernel releases the lock when the process that holds it ends for
@@ -105,32 +109,57 @@ func lockRun() (*os.File, error) {
 	}
 }
 
+// runLocked reports whether a process holds the lock of lockRun. Unlike lockRun it does not create the run folder.
+func runLocked() (bool, error) {
+	dir, err := os.Open(runDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("opening the run folder: %w", err)
+	}
+	defer dir.Close()
+	err = unix.Flock(int(dir.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return true, nil
+	}
+	return false, err
+}
+
 // cleanUp removes what is left of a cluster that stops, or whose supervisor was killed while the cluster ran or
 // started. The caller holds the lock of lockRun, so no other cluster with this PODIDENTITY_CLUSTER runs. cleanUp is
 // idempotent.
 func cleanUp() error {
-	var errs []error
-	s, err := readState()
-	errs = append(errs, err)
-	if s != nil {
-		for name, p := range s.Processes {
-			if err := p.kill(); err != nil {
-				errs = append(errs, fmt.Errorf("killing %s: %w", name, err))
-			}
-		}
-		for _, p := range s.Processes {
-			errs = append(errs, p.waitGone(10*time.Second))
-		}
-	}
-	errs = append(errs, removeCgroups(namePrefix+"*"), removeNetwork(), unmountBelow(runDir))
-	if errors.Join(errs...) != nil {
-		return fmt.Errorf("cleaning up after the cluster: %w", errors.Join(errs...))
+	if err := errors.Join(killRecorded(), removeCgroups(namePrefix+"*"), removeNetwork(), unmountBelow(runDir)); err != nil {
+		return fmt.Errorf("cleaning up after the cluster: %w", err)
 	}
 	// Last, because a retry needs the state.
 	if err := os.RemoveAll(runDir); err != nil {
 		return fmt.Errorf("cleaning up after the cluster: %w", err)
 	}
 	return nil
+}
+
+// killRecorded kills the processes in the state. A damaged state is no error: the kernel has killed the processes with
+// their supervisor, and cleanUp finds everything else by its name.
+func killRecorded() error {
+	s, err := readState()
+	if errors.Is(err, errDamagedState) || err == nil && s == nil {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for name, p := range s.Processes {
+		if err := p.kill(); err != nil {
+			errs = append(errs, fmt.Errorf("killing %s: %w", name, err))
+		}
+	}
+	for _, p := range s.Processes {
+		errs = append(errs, p.waitGone(10*time.Second))
+	}
+	return errors.Join(errs...)
 }
 
 func unmountBelow(dir string) error {

@@ -139,14 +139,8 @@ func (s *supervisor) prepare(end func()) (*controlServer, error) {
 			return nil, err
 		}
 	}
-	// The folder may contain logs of an earlier cluster.
-	for _, pattern := range []string{"supervisor", "etcd", "kube-*", "azure", "node*"} {
-		old, _ := filepath.Glob(filepath.Join(s.cfg.LogDir, pattern+".log"))
-		for _, file := range old {
-			if err := os.Remove(file); err != nil {
-				return nil, err
-			}
-		}
+	if err := removeOldLogs(s.cfg.LogDir); err != nil {
+		return nil, err
 	}
 	if err := logTo(filepath.Join(s.cfg.LogDir, "supervisor.log")); err != nil {
 		return nil, err

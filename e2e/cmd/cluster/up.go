@@ -105,7 +105,7 @@ func up(ctx context.Context, opts upOptions) (err error) {
 	}
 	c, err := cluster.Start(ctx, opts.Options)
 	if err != nil {
-		return err
+		return errors.Join(err, removeFailed(err))
 	}
 	defer func() {
 		if err != nil {
@@ -126,6 +126,19 @@ func up(ctx context.Context, opts upOptions) (err error) {
 	}
 	progress(fmt.Sprintf("the cluster is up after %.1f s", time.Since(begin).Seconds()))
 	fmt.Print(nextSteps(os.Getenv("PODIDENTITY_CLUSTER"), opts.standard))
+	return nil
+}
+
+// removeFailed removes what is left after cluster.Start returned startErr. It does not use cluster.Down, which would
+// stop a cluster that another process started since Start looked for one: to build Kubernetes takes minutes. Start has
+// told its own supervisor to stop, and reports a supervisor that does not.
+func removeFailed(startErr error) error {
+	if errors.Is(startErr, cluster.ErrRunning) {
+		return nil
+	}
+	if err := cluster.RemoveLeftovers(); !errors.Is(err, cluster.ErrRunning) {
+		return err
+	}
 	return nil
 }
 
