@@ -183,10 +183,14 @@ func readCertificate(file string) (*x509.Certificate, error) {
 	return cert, nil
 }
 
-// writePEM replaces the file atomically: a reader never sees a part of it.
+// writePEM replaces the file atomically: a reader never sees a part of it. The file has the given mode whatever the
+// umask is, because clients of other users read the CA certificate.
 func writePEM(file, kind string, der []byte, mode fs.FileMode) error {
 	tmp := file + ".new"
 	if err := os.WriteFile(tmp, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), mode); err != nil {
+		return fmt.Errorf("writing %s: %w", filepath.Base(file), err)
+	}
+	if err := os.Chmod(tmp, mode); err != nil {
 		return fmt.Errorf("writing %s: %w", filepath.Base(file), err)
 	}
 	if err := os.Rename(tmp, file); err != nil {

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -86,6 +87,7 @@ func TestAConfigurationCanBeWrittenAndRead(t *testing.T) {
 
 func TestNewHostsGetANewCertificateOfTheSameCA(t *testing.T) {
 	dir := t.TempDir()
+	defer syscall.Umask(syscall.Umask(0o077)) // the CA certificate must be readable whatever the umask is
 	before, err := openState(dir, []string{"127.0.0.1"})
 	if err != nil {
 		t.Fatal(err)

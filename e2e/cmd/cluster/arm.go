@@ -18,6 +18,7 @@ was attached or detached. Attaches and detaches identities manually. Makes reque
 MACHINE is the resource ID of a machine or the name of one of its nodes. IDENTITY is a client, object or resource ID.
 Settings such as the duration of a PATCH are switches: see "cluster azure set".`,
 	}
+	requireSubcommand(cmd)
 	cmd.AddCommand(armMachinesCommand(), armLogCommand(), armChangesCommand(),
 		armManualCommand("attach", "Attach an identity to a machine, as a user in the portal would", (*azure.Client).AttachTo),
 		armManualCommand("detach", "Detach an identity from a machine, as a user in the portal would", (*azure.Client).DetachFrom),

@@ -22,9 +22,17 @@ func azureCommand() *cobra.Command {
 		Long: `Shows what the fake Azure (the Instance Metadata Service, Entra ID and Resource Manager) received, and sets
 its behavior: latency, throttling, errors, hangs.`,
 	}
+	requireSubcommand(cmd)
 	cmd.AddCommand(azureLogCommand(), azureSetCommand(), azureStatsCommand(), azureIdentityCommand(), azureAppCommand(), azureTrustCommand(),
 		armCommand(), azureServeCommand())
 	return cmd
+}
+
+// requireSubcommand makes an unknown subcommand of cmd an error. By default cobra prints the help and returns no error.
+// Without a subcommand, cmd still prints its help.
+func requireSubcommand(cmd *cobra.Command) {
+	cmd.Args = cobra.NoArgs
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
 }
 
 // fakeAzure returns a client of the fake Azure of the running cluster.
