@@ -32,7 +32,7 @@ func (c Config) check() error {
 	case listen.Is4() && listen.IsLoopback():
 		return fmt.Errorf("listen address %v: loopback would require route_localnet, which exposes all loopback services of the node; use a link-local address such as 169.254.25.79", listen)
 	case !listen.Is4() || listen.IsUnspecified() || listen.IsMulticast():
-		return fmt.Errorf("listen address %v: must be a unicast IPv4 address that no other link has", listen)
+		return fmt.Errorf("listen address %v: must be a unicast IPv4 address; choose one that no other link of the node has", listen)
 	case c.Listen.Port() == 0:
 		return errors.New("listen port: must not be 0")
 	case listen == c.MetadataIP:

@@ -243,7 +243,8 @@ func greetOnce() error {
 	return err
 }
 
-// current returns the active chain with a prefix. After a repair only one generation exists.
+// current returns the name of the active chain with a prefix: the first generation that exists. Call it after a repair,
+// when only one exists.
 func (w *testNetwork) current(prefix string) string {
 	w.t.Helper()
 	for _, generation := range generations {

@@ -74,8 +74,8 @@ func listen(cfg Config) (_ *listeners, err error) {
 	return l, nil
 }
 
-// listenUnix replaces the socket of a process that has ended, but not that of a
-// running one.
+// listenUnix listens on the Unix socket path. It replaces a socket that an ended process left
+// there, and fails if a running process uses it.
 func listenUnix(path string) (net.Listener, error) {
 	if len(path) > maxSocketPath {
 		return nil, fmt.Errorf("control socket %s: the path is %d bytes long, the kernel allows %d", path, len(path), maxSocketPath)

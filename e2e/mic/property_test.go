@@ -164,8 +164,9 @@ func stepsOf(seed uint64) []int {
 	return steps
 }
 
-// minimizeSteps removes each step without which the sequence still fails. It returns the steps that remain, and the
-// outcome of the sequence with these steps. The outcome is empty if no step was removed.
+// minimizeSteps tries to remove the steps one by one. It keeps a step removed if the sequence fails without the step,
+// too. It returns the outcome of the shortest sequence that fails, and the steps of that sequence. The outcome is empty if
+// no step was removed.
 func minimizeSteps(t *testing.T, seed uint64, steps []int) (outcome, []int) {
 	var shortest outcome
 	for i := len(steps) - 1; i >= 0; i-- {

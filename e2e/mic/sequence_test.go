@@ -163,8 +163,8 @@ func (s *sequence) startLeader() {
 }
 
 // converge runs the scheduled functions and removes all faults, except that Azure still refuses the identities in
-// s.refused. It waits until MIC has converged, and then four more minutes. It returns the remaining differences from
-// the desired state; nil if there are none.
+// s.refused. It waits a limited time until MIC has converged and, if it has, four more minutes. It returns how the state
+// differs then from the desired one; nil if it does not differ.
 func (s *sequence) converge() []string {
 	for len(s.pending) > 0 {
 		next := s.pending[0]

@@ -42,8 +42,8 @@ func (c *Client) operation(r Resource, s *subscription, p poller, requested map[
 func (o *Operation) Token() string { return o.token }
 
 // Wait polls until the update is done, at the interval that ARM requests, and returns the resulting state of the
-// machine. Wait continues after throttling and after polls that fail as Unavailable. If Token is not empty after an
-// error, the outcome is unknown, and Wait may be called again. Once Options.MaxPollTime has passed since Begin or
+// machine. Wait continues after throttling and after polls that fail as Unavailable. After an error, Token says
+// whether the update has ended: if it is not empty, the outcome is unknown, and Wait may be called again. Once Options.MaxPollTime has passed since Begin or
 // Resume, each call polls at most once. The error of Wait is an *Error.
 //
 // ARM forgets updates after a while. If ARM no longer knows the update, Wait returns the state of the machine without

@@ -67,7 +67,8 @@ func authorityTransport(roots *x509.CertPool, proxy func(*http.Request) (*url.UR
 	}
 }
 
-// RoundTrip implements http.RoundTripper. It waits for the semaphore of the host until the request's context ends.
+// RoundTrip implements http.RoundTripper. It first acquires a slot of the host's semaphore, and returns an error if the
+// request's context ends before that.
 func (a *authorities) RoundTrip(r *http.Request) (*http.Response, error) {
 	if r.URL.Scheme != "https" {
 		return nil, errNotHTTPS

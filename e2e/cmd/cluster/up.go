@@ -130,8 +130,8 @@ func up(ctx context.Context, opts upOptions) (err error) {
 }
 
 // removeFailed removes what is left after cluster.Start returned startErr. It does not use cluster.Down, which would
-// stop a cluster that another process started since Start looked for one: to build Kubernetes takes minutes. Start has
-// told its own supervisor to stop, and reports a supervisor that does not.
+// stop a cluster that another process started since Start looked for one: to build Kubernetes takes minutes. Start
+// stops its own supervisor, and returns an error if the supervisor does not end.
 func removeFailed(startErr error) error {
 	if errors.Is(startErr, cluster.ErrRunning) {
 		return nil
