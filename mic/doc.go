@@ -1,6 +1,6 @@
 // Package mic is the Managed Identity Controller of standard mode. It attaches the managed identities that pods need to
-// the VM or VMSS of their nodes. It detaches an identity that it attached when no pod there needs the identity any
-// more. It records in AzureAssignedIdentity objects which pod has which identity.
+// the VM or VMSS of their nodes. When no pod there needs an identity any more that MIC attached, MIC detaches it. MIC
+// records in AzureAssignedIdentity objects which pod has which identity.
 //
 // A machine is a VM or VMSS whose identities MIC changes. There are three work queues of keys: pods, machines and
 // bindings. The reconcile of a pod derives from its bindings what the pod needs. Only this reconcile writes the

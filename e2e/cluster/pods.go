@@ -85,7 +85,7 @@ func (n NetworkNamespaces) PodNetns(ctx context.Context, namespace, name string)
 		return nil, err
 	}
 	if pod.Spec.HostNetwork {
-		return nil, fmt.Errorf("pod %s/%s has no network namespace of its own (hostNetwork): run the program in that of node %s (InNode, or `bin/cluster in-node`)",
+		return nil, fmt.Errorf("pod %s/%s has no network namespace of its own (hostNetwork): run the program in the network namespace of node %s (InNode, or `bin/cluster in-node`)",
 			namespace, name, pod.Spec.NodeName)
 	}
 	if pod.Status.PodIP == "" {

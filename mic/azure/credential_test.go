@@ -182,7 +182,7 @@ func managedConfig(*testing.T) Config {
 	return Config{UseManagedIdentity: true, UserAssignedIdentityID: unique()}
 }
 
-// tokenFailures are responses to token requests, with the class of the error that each becomes and a part of its text.
+// tokenFailures are failures to get a token, each with the class of the resulting error and a part of its text.
 var tokenFailures = []struct {
 	name     string
 	cfg      func(*testing.T) Config

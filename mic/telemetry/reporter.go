@@ -135,7 +135,7 @@ func (r *Reporter) MachineResult(machine string, err error) {
 	}
 	key := "machine/" + machine
 	if err == nil && r.reported.Contains(key) {
-		r.log.Info("a machine is reconciled again without an error", zap.String(KeyMachine, machine))
+		r.log.Info("reconciling a machine succeeds again", zap.String(KeyMachine, machine))
 	}
 	if r.changed(key, text) {
 		r.log.Warn("reconciling a machine failed; MIC retries", zap.String(KeyMachine, machine), zap.Error(err))

@@ -113,7 +113,7 @@ func TestTheResultOfAMachineIsLoggedWhenItChanges(t *testing.T) {
 		{denied("request 1"), []string{"warn reconciling a machine failed; MIC retries"}},
 		{denied("request 2"), nil}, // only the message differs
 		{errors.New("API server"), []string{"warn reconciling a machine failed; MIC retries"}},
-		{nil, []string{"info a machine is reconciled again without an error"}},
+		{nil, []string{"info reconciling a machine succeeds again"}},
 		{nil, nil},
 	} {
 		r.MachineResult("vmss/nodes", c.err)
