@@ -14,6 +14,8 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 	"golang.org/x/sys/unix"
+
+	"github.com/podidentity/podidentity/internal/netnstest"
 )
 
 func TestParseBackend(t *testing.T) {
@@ -109,7 +111,7 @@ func testConfig(backend Backend) Config {
 }
 
 func TestDetectionOnAFreshNodeChoosesNFTAndCreatesNoLegacyTables(t *testing.T) {
-	inNamespaces(t, func(t *testing.T) {
+	netnstest.RunIsolated(t, func(t *testing.T) {
 		buildNetwork(t)
 		core, logs := observer.New(zap.InfoLevel)
 		cfg := testConfig(BackendAuto)
@@ -136,10 +138,10 @@ func TestDetectionOnAFreshNodeChoosesNFTAndCreatesNoLegacyTables(t *testing.T) {
 }
 
 func TestDetectionChoosesLegacyIfKubernetesUsesIt(t *testing.T) {
-	inNamespaces(t, func(t *testing.T) {
+	netnstest.RunIsolated(t, func(t *testing.T) {
 		buildNetwork(t)
-		run(t, "iptables-legacy", "-t", "mangle", "-N", "KUBE-KUBELET-CANARY")
-		run(t, "iptables-nft", "-A", "INPUT", "-s", "192.0.2.1", "-j", "DROP")
+		netnstest.Run(t, "iptables-legacy", "-t", "mangle", "-N", "KUBE-KUBELET-CANARY")
+		netnstest.Run(t, "iptables-nft", "-A", "INPUT", "-s", "192.0.2.1", "-j", "DROP")
 		c, err := New(testConfig(BackendAuto))
 		if err != nil {
 			t.Fatal(err)
@@ -151,7 +153,7 @@ func TestDetectionChoosesLegacyIfKubernetesUsesIt(t *testing.T) {
 }
 
 func TestInstallInAnotherBackendCleansThePreviousOne(t *testing.T) {
-	inNamespaces(t, func(t *testing.T) {
+	netnstest.RunIsolated(t, func(t *testing.T) {
 		buildNetwork(t)
 		dumpOf := func(b Backend) string { return (&testNetwork{t: t, backend: b}).dump() }
 		for _, backend := range []Backend{BackendLegacy, BackendNFT, BackendLegacy} {
@@ -179,7 +181,7 @@ func TestInstallInAnotherBackendCleansThePreviousOne(t *testing.T) {
 }
 
 func TestUninstallCleansBothBackends(t *testing.T) {
-	inNamespaces(t, func(t *testing.T) {
+	netnstest.RunIsolated(t, func(t *testing.T) {
 		buildNetwork(t)
 		nft, err := New(testConfig(BackendNFT))
 		if err != nil {
@@ -208,7 +210,7 @@ func TestUninstallCleansBothBackends(t *testing.T) {
 }
 
 func TestWithoutAProgramNewSaysWhatToInstall(t *testing.T) {
-	inNamespaces(t, func(t *testing.T) {
+	netnstest.RunIsolated(t, func(t *testing.T) {
 		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 			t.Fatal(err)
 		}
@@ -269,7 +271,7 @@ func withoutCapability(t *testing.T, capability int, do func()) {
 }
 
 func TestWithoutACapabilityNewSaysWhatToAddAndChangesNothing(t *testing.T) {
-	inNamespaces(t, func(t *testing.T) {
+	netnstest.RunIsolated(t, func(t *testing.T) {
 		buildNetwork(t)
 		before := (&testNetwork{t: t, backend: BackendNFT}).dump()
 		withoutCapability(t, unix.CAP_NET_ADMIN, func() {
@@ -285,7 +287,7 @@ func TestWithoutACapabilityNewSaysWhatToAddAndChangesNothing(t *testing.T) {
 				t.Errorf("nft does not need NET_RAW where there are no legacy tables: %v", err)
 			}
 		})
-		run(t, "iptables-legacy", "-t", "mangle", "-N", "KUBE-KUBELET-CANARY")
+		netnstest.Run(t, "iptables-legacy", "-t", "mangle", "-N", "KUBE-KUBELET-CANARY")
 		withoutCapability(t, unix.CAP_NET_RAW, func() {
 			if _, err := New(testConfig(BackendAuto)); !errors.Is(err, ErrMissingCapability) {
 				t.Errorf("legacy tables exist and cannot be read without NET_RAW, but New returned %v", err)

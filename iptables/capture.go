@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/podidentity/podidentity/internal/nodelink"
 )
 
 // Config says which traffic is captured and where it is redirected.
@@ -19,7 +21,10 @@ type Config struct {
 	MetadataPort uint16         // The port that pods send requests to: 80.
 	Listen       netip.AddrPort // The address and port of NMI, on the link that this package creates.
 	Backend      Backend        // Empty means auto.
-	Logger       *zap.Logger    // May be nil.
+	// IdentifiedPort is a further port of the listen address, to which pods connect directly: package bpf redirects them
+	// there, and the node server knows their owner. 0 means none.
+	IdentifiedPort uint16
+	Logger         *zap.Logger // May be nil.
 }
 
 func (c Config) check() error {
@@ -35,6 +40,8 @@ func (c Config) check() error {
 		return fmt.Errorf("listen address %v: must be a unicast IPv4 address; choose one that no other link of the node has", listen)
 	case c.Listen.Port() == 0:
 		return errors.New("listen port: must not be 0")
+	case c.IdentifiedPort == c.Listen.Port():
+		return fmt.Errorf("port for identified connections: must differ from the listen port %d", c.Listen.Port())
 	case listen == c.MetadataIP:
 		return fmt.Errorf("listen address %v: must differ from the metadata address", listen)
 	}
@@ -75,11 +82,11 @@ func (c *Capture) acquire(ctx context.Context) (release func(), err error) {
 	return func() { unlock(); c.mu.Unlock() }, nil
 }
 
-// linker manages the link with the listen address. ownLink implements it; tests use a fake.
+// linker manages the link with the listen address. nodelink.Link implements it; tests use a fake.
 type linker interface {
-	ensure() (changed bool, err error)
-	differences() ([]string, error)
-	remove() error
+	Ensure() (changed bool, err error)
+	Differences() ([]string, error)
+	Remove() error
 }
 
 // flows deletes connections from conntrack's table. conntrack implements it; tests use a fake.
@@ -133,10 +140,10 @@ func New(cfg Config) (*Capture, error) {
 
 	metadata := netip.AddrPortFrom(cfg.MetadataIP, cfg.MetadataPort)
 	return &Capture{
-		slots:    slots(metadata, cfg.Listen),
+		slots:    slots(metadata, cfg.Listen, cfg.IdentifiedPort),
 		backend:  chosen,
 		backends: found,
-		link:     ownLink{address: cfg.Listen.Addr()},
+		link:     nodelink.Link{Address: cfg.Listen.Addr()},
 		flows:    conntrack{metadata: metadata, listen: cfg.Listen},
 		log:      cfg.Logger,
 		lock:     acquireLock,
@@ -154,7 +161,7 @@ func (c *Capture) EnsureLink(ctx context.Context) error {
 		return err
 	}
 	defer done()
-	_, err = c.link.ensure()
+	_, err = c.link.Ensure()
 	return err
 }
 
@@ -265,7 +272,7 @@ func (c *Capture) sync(ctx context.Context, message string) (repaired []string, 
 			repaired = append(repaired, d.what)
 		}
 	}
-	changed, err := c.link.ensure()
+	changed, err := c.link.Ensure()
 	if changed {
 		c.log.Info(message, zap.String("what", "link"))
 		repaired = append(repaired, "link")
@@ -312,7 +319,7 @@ func (c *Capture) Verify(ctx context.Context) error {
 			differ = append(differ, fmt.Sprintf("%s: %s", d.what, d.text))
 		}
 	}
-	link, err := c.link.differences()
+	link, err := c.link.Differences()
 	if err != nil {
 		return err
 	}
@@ -332,16 +339,20 @@ func (c *Capture) uninstallOrder() []slot {
 	return order
 }
 
-// Uninstall removes our rules from each back end that this process can change, and our link. Pods then reach the
-// metadata service itself, unless rules of NMI stay in a back end that this process cannot change. Idempotent. It stops
-// at the first failure, so that the drop stays if the redirection could not be removed. A foreign chain or link with
-// one of our names stays, and is reported after everything of ours has been removed.
-func (c *Capture) Uninstall(ctx context.Context) error {
+// RemoveRules removes our rules from each back end that this process can change, and keeps our link. Packets of pods then
+// reach the metadata service, unless rules of NMI stay in a back end that this process cannot change, or something else
+// captures them. Idempotent. It stops at the first failure, so that the drop stays if the redirection could not be removed.
+// A foreign chain with one of our names stays, and is reported after everything of ours has been removed.
+func (c *Capture) RemoveRules(ctx context.Context) error {
 	done, err := c.acquire(ctx)
 	if err != nil {
 		return err
 	}
 	defer done()
+	return c.removeRules(ctx)
+}
+
+func (c *Capture) removeRules(ctx context.Context) error {
 	var foreign []error
 	// The back end in use is last: if cleaning the other one fails, capture is still complete.
 	order := []Backend{BackendNFT, BackendLegacy}
@@ -359,16 +370,27 @@ func (c *Capture) Uninstall(ctx context.Context) error {
 			return fmt.Errorf("uninstalling capture of metadata traffic: %w", err)
 		}
 	}
-	switch err := c.link.remove(); {
-	case errors.Is(err, ErrForeignLink):
-		foreign = append(foreign, err)
-	case err != nil:
-		return fmt.Errorf("uninstalling capture of metadata traffic: %w", err)
-	}
 	// The conntrack entries of captured connections are deleted too: with them the kernel would continue to redirect
-	// these connections to the removed address, until the entries expire.
+	// these connections to our address, until the entries expire.
 	if _, err := c.flows.deleteCaptured(ctx); err != nil {
 		c.log.Warn("NMI removed its rules, but could not end all connections of pods that these rules had redirected to NMI; such connections end by timeout", zap.Error(err))
 	}
 	return errors.Join(foreign...)
+}
+
+// Uninstall removes our rules as RemoveRules does, and then our link. A foreign link with our name stays, and is reported.
+func (c *Capture) Uninstall(ctx context.Context) error {
+	done, err := c.acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	err = c.removeRules(ctx)
+	if err != nil && !errors.Is(err, ErrForeignChain) {
+		return err
+	}
+	if linkErr := c.link.Remove(); linkErr != nil {
+		return errors.Join(err, fmt.Errorf("uninstalling capture of metadata traffic: %w", linkErr))
+	}
+	return err
 }

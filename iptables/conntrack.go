@@ -10,6 +10,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/podidentity/podidentity/internal/nodelink"
 )
 
 // conntrack deletes connections to the metadata service from the kernel's connection tracking table, so that their next
@@ -30,7 +32,7 @@ type flow struct {
 // they were not captured, or they were redirected to an earlier listen address or by another program. Connections of
 // the node itself stay.
 func (c conntrack) deleteUncaptured(ctx context.Context) (int, error) {
-	addresses, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
+	addresses, err := nodelink.RetryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
 		return 0, fmt.Errorf("listing the addresses of the node: %w", err)
 	}
@@ -50,19 +52,15 @@ func (c conntrack) deleteCaptured(ctx context.Context) (int, error) {
 }
 
 func deleteFlows(ctx context.Context, match func(flow) bool) (deleted int, err error) {
-	var keys [][]byte
-	for range dumpAttempts {
-		keys = keys[:0]
+	keys, err := nodelink.RetryInterrupted(func() (keys [][]byte, err error) {
 		err = request(nl.IPCTNL_MSG_CT_GET, unix.NLM_F_DUMP, nil, func(message []byte) bool {
 			if f, key, ok := parseFlow(message); ok && match(f) {
 				keys = append(keys, key)
 			}
 			return ctx.Err() == nil
 		})
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
+		return keys, err
+	})
 	// If all dumps were interrupted, delete the entries that the last one contained, and return the error too.
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return 0, fmt.Errorf("reading tracked connections: %w", err)

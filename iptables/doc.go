@@ -16,8 +16,8 @@
 //     forwarded, so these rules do not affect them. These rules are installed first and removed last, so they apply
 //     whatever happens to the redirection. They also drop what is forwarded to the listen address, so that no captured
 //     request is routed off the node if the link is deleted.
-//   - filter INPUT drops packets to the listen address, except packets of redirected connections and packets of the
-//     node itself. The next section says why.
+//   - filter INPUT drops packets to the listen address, except packets of redirected connections, packets of the node
+//     itself, and packets to the port of package bpf (Config.IdentifiedPort). The next section says why.
 //   - nat PREROUTING redirects TCP packets for the metadata address and port to the listen address and port. The source
 //     address stays that of the pod; the node server identifies the pod by the source address.
 //
@@ -27,7 +27,7 @@
 //
 // # Why a link of its own
 //
-// The node server listens on a link-local address of a link that exists only for it (LinkName). Redirecting to loopback
+// The node server listens on a link-local address of a link that exists only for it (package nodelink). Redirecting to loopback
 // instead would require the sysctl route_localnet. That setting exposes everything bound to 127.0.0.0/8 on the node,
 // which programs consider private, to anyone who can send packets to the node (the class of CVE-2020-8558). It would
 // have to be set on interfaces that are created and deleted with the pods, and its previous value would have to be
@@ -36,8 +36,9 @@
 //
 // Linux accepts packets to the address of one link on every link. A neighbor could therefore route packets to the
 // listen address through the node, or a pod could connect to it directly. The INPUT chain admits only connections that,
-// according to conntrack, were sent to the metadata address and redirected, and those from the node itself, such as
-// probes.
+// according to conntrack, were sent to the metadata address and redirected, those from the node itself, such as
+// probes, and connections to the port of package bpf, which NMI closes if they have no record. Anyone can reach that
+// port, also a host on the node's network segment.
 //
 // # Limits
 //

@@ -7,9 +7,6 @@ var (
 	// ErrForeignChain: a chain has a name that NMI uses, but it belongs to another program: the chain has rules, none
 	// of them has NMI's comment, and no jump to the chain has NMI's comment. NMI does not change the chain.
 	ErrForeignChain = errors.New("a chain with a name that NMI uses belongs to another program")
-	// ErrForeignLink: another program owns the link with NMI's name, or another link has NMI's listen address. NMI
-	// changes neither.
-	ErrForeignLink = errors.New("the link or the listen address of NMI belongs to another program")
 	// ErrMissingBinary: the image lacks the iptables programs of the configured back end, or of both back ends.
 	ErrMissingBinary = errors.New("iptables programs are missing")
 	// ErrMissingCapability: the process lacks a capability that it needs to read or change the rules.

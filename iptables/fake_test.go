@@ -260,7 +260,7 @@ type fakeLink struct {
 	err   error
 }
 
-func (l *fakeLink) ensure() (bool, error) {
+func (l *fakeLink) Ensure() (bool, error) {
 	if l.err != nil {
 		return false, l.err
 	}
@@ -269,14 +269,14 @@ func (l *fakeLink) ensure() (bool, error) {
 	return changed, nil
 }
 
-func (l *fakeLink) differences() ([]string, error) {
+func (l *fakeLink) Differences() ([]string, error) {
 	if l.there {
 		return nil, nil
 	}
 	return []string{"there is none"}, nil
 }
 
-func (l *fakeLink) remove() error { l.there = false; return nil }
+func (l *fakeLink) Remove() error { l.there = false; return nil }
 
 type fakeFlows struct{ uncaptured, captured int }
 
@@ -287,7 +287,7 @@ func (f *fakeFlows) deleteCaptured(context.Context) (int, error)   { f.captured+
 func newFakeCapture(t *testing.T, nft, legacy tables, listen netip.AddrPort) *Capture {
 	t.Helper()
 	c := &Capture{
-		slots:    slots(testMetadata, listen),
+		slots:    slots(testMetadata, listen, 0),
 		backend:  BackendNFT,
 		backends: backends{BackendNFT: nft},
 		link:     &fakeLink{there: true},

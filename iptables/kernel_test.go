@@ -16,13 +16,16 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+
+	"github.com/podidentity/podidentity/internal/netnstest"
+	"github.com/podidentity/podidentity/internal/nodelink"
 )
 
 // sendOtherTraffic sends packets from the pod that are not TCP connections to the metadata port.
 func (w *testNetwork) sendOtherTraffic() {
 	w.t.Helper()
 	w.wantNoGreeting("pod", "169.254.169.254:443")
-	inNS(w.t, "pod", func() {
+	netnstest.OnThreadIn(w.t, "pod", func() {
 		for network, address := range map[string]string{"udp4": "169.254.169.254:80", "ip4:icmp": "169.254.169.254", "ip4:132": "169.254.169.254"} {
 			conn, err := net.Dial(network, address)
 			if err != nil {
@@ -102,7 +105,7 @@ func TestAConnectionOpenedBeforeInstallationIsCutOff(t *testing.T) {
 			bufio.NewReader(conn).ReadString('\n')
 			return conn
 		}
-		inNS(t, "pod", func() { fromPod = dial() })
+		netnstest.OnThreadIn(t, "pod", func() { fromPod = dial() })
 		fromNode = dial()
 		if fromPod == nil || fromNode == nil {
 			t.FailNow()
@@ -206,7 +209,7 @@ func startConnecting(t *testing.T) *connectionLoad {
 	l := &connectionLoad{cancel: cancel}
 	for range 3 {
 		l.group.Go(func() {
-			inNS(t, "pod", func() {
+			netnstest.OnThreadIn(t, "pod", func() {
 				// Paced, so that the repairs get CPU time on a small computer.
 				for pace := time.NewTicker(2 * time.Millisecond); ctx.Err() == nil; <-pace.C {
 					if err := greetOnce(); err != nil {
@@ -329,8 +332,8 @@ func TestWithoutAListenerPodsGetNoResponse(t *testing.T) {
 			t.Errorf("got %v, want the connection refused at once", err)
 		}
 		// If the link is deleted too, the route added here leads redirected packets off the node. They must be dropped.
-		run(t, "ip", "link", "del", LinkName)
-		run(t, "ip", "route", "add", "169.254.25.79/32", "via", "10.88.0.1")
+		netnstest.Run(t, "ip", "link", "del", nodelink.Name)
+		netnstest.Run(t, "ip", "route", "add", "169.254.25.79/32", "via", "10.88.0.1")
 		w.wantNoGreeting("pod", "169.254.169.254:80")
 		if leaked := w.podPackets() - before; leaked != 0 {
 			t.Errorf("%d packets of the pod left the node", leaked)
@@ -357,7 +360,7 @@ func TestTheListenAddressChangesWithoutAGap(t *testing.T) {
 		if leaked := w.podPackets() - before; leaked != 0 {
 			t.Errorf("%d packets of the pod reached Azure", leaked)
 		}
-		if addresses := run(t, "ip", "-o", "-4", "addr", "show", "dev", LinkName); strings.Contains(addresses, testListen.Addr().String()+"/") {
+		if addresses := netnstest.Run(t, "ip", "-o", "-4", "addr", "show", "dev", nodelink.Name); strings.Contains(addresses, testListen.Addr().String()+"/") {
 			t.Errorf("the former address is still there: %s", addresses)
 		}
 	})
@@ -377,7 +380,7 @@ func TestUninstallRestoresTheNode(t *testing.T) {
 		w.install()
 		w.wantGreeting("pod", "169.254.169.254:80", "nmi "+podIP)
 		var kept net.Conn
-		inNS(t, "pod", func() {
+		netnstest.OnThreadIn(t, "pod", func() {
 			var err error
 			if kept, err = net.DialTimeout("tcp4", "169.254.169.254:80", longTimeout); err != nil {
 				t.Error(err)
@@ -419,7 +422,7 @@ func TestUninstallRestoresTheNode(t *testing.T) {
 func tracked(t *testing.T, match func(*netlink.ConntrackFlow) bool) (n int) {
 	t.Helper()
 	// The kernel reports an interrupted dump when the table changes during it.
-	all, err := retryInterrupted(func() ([]*netlink.ConntrackFlow, error) {
+	all, err := nodelink.RetryInterrupted(func() ([]*netlink.ConntrackFlow, error) {
 		return netlink.ConntrackTableList(netlink.ConntrackTable, netlink.FAMILY_V4)
 	})
 	if err != nil {
@@ -472,5 +475,24 @@ func TestVerifyAndSyncAreFast(t *testing.T) {
 			w.iptables("-t", "nat", "-D", "PREROUTING", "1")
 			w.sync()
 		})
+	})
+}
+
+// Package bpf redirects pods to this port, so their packets reach it without a redirection by our rules.
+func TestPodsReachTheIdentifiedPortDirectly(t *testing.T) {
+	onBothBackends(t, func(t *testing.T, w *testNetwork) {
+		identified := netip.AddrPortFrom(testListen.Addr(), 2578)
+		capture, err := New(Config{
+			MetadataIP: testMetadata.Addr(), MetadataPort: testMetadata.Port(), Listen: testListen, IdentifiedPort: identified.Port(), Backend: w.backend,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.capture = capture
+		w.install()
+		serve(t, "identified", identified.String())
+		w.wantGreeting("pod", identified.String(), "identified "+podIP)
+		w.wantGreeting("pod", testMetadata.String(), "nmi "+podIP)
+		w.wantNoGreeting("pod", testListen.String())
 	})
 }

@@ -7,10 +7,12 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/podidentity/podidentity/internal/netnstest"
 )
 
 func TestOneProcessAtATimeHoldsTheLock(t *testing.T) {
-	inNamespaces(t, func(t *testing.T) {
+	netnstest.RunIsolated(t, func(t *testing.T) {
 		first, err := acquireLock(context.Background(), zap.NewNop(), longTimeout)
 		if err != nil {
 			t.Fatal(err)
@@ -39,14 +41,14 @@ func TestOneProcessAtATimeHoldsTheLock(t *testing.T) {
 }
 
 func TestEachNetworkNamespaceHasItsOwnLock(t *testing.T) {
-	inNamespaces(t, func(t *testing.T) {
+	netnstest.RunIsolated(t, func(t *testing.T) {
 		buildNetwork(t)
 		done, err := acquireLock(context.Background(), zap.NewNop(), longTimeout)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer done()
-		inNS(t, "pod", func() {
+		netnstest.OnThreadIn(t, "pod", func() {
 			other, err := acquireLock(context.Background(), zap.NewNop(), longTimeout)
 			if err != nil {
 				t.Error(err)
@@ -58,7 +60,7 @@ func TestEachNetworkNamespaceHasItsOwnLock(t *testing.T) {
 }
 
 func TestRulesAreRepairedAlthoughAnotherProcessKeepsTheLock(t *testing.T) {
-	inNamespaces(t, func(t *testing.T) {
+	netnstest.RunIsolated(t, func(t *testing.T) {
 		done, err := acquireLock(context.Background(), zap.NewNop(), shortTimeout)
 		if err != nil {
 			t.Fatal(err)

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/podidentity/podidentity/internal/nodelink"
 )
 
 // change is a change of the tables by another program.
@@ -61,7 +63,7 @@ func copyChain(table, from, to string) change {
 }
 
 func jumpTo(chain string) string {
-	for _, s := range slots(testMetadata, testListen) {
+	for _, s := range slots(testMetadata, testListen, 0) {
 		for g := range generations {
 			if s.chain(g) == chain {
 				return fmt.Sprintf("-m comment --comment %q -j %s", marker+s.why, chain)
@@ -363,9 +365,9 @@ func TestSyncRepairsTheRulesEvenIfTheLinkFails(t *testing.T) {
 	f := installed(t, testListen)
 	flush("nat", "PREROUTING")(f)
 	c := newFakeCapture(t, f, nil, testListen)
-	c.link = &fakeLink{err: ErrForeignLink}
+	c.link = &fakeLink{err: nodelink.ErrForeign}
 	repaired, err := c.Sync(context.Background())
-	if !errors.Is(err, ErrForeignLink) || !slices.Equal(repaired, []string{"nat jump"}) {
+	if !errors.Is(err, nodelink.ErrForeign) || !slices.Equal(repaired, []string{"nat jump"}) {
 		t.Errorf("Sync repaired %v, %v", repaired, err)
 	}
 }

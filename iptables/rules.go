@@ -35,7 +35,7 @@ func (s slot) jump(generation int) []string {
 
 // slots returns the three slots in the order of installation. The drop in FORWARD is first, because it alone already
 // protects the metadata service. The redirection is last, after the slot that protects the listen address.
-func slots(metadata, listen netip.AddrPort) []slot {
+func slots(metadata, listen netip.AddrPort, identifiedPort uint16) []slot {
 	metadataNet, listenNet := metadata.Addr().String()+"/32", listen.Addr().String()+"/32"
 	metadataPort := strconv.Itoa(int(metadata.Port()))
 	rule := func(why, target string, match ...string) []string {
@@ -43,6 +43,18 @@ func slots(metadata, listen netip.AddrPort) []slot {
 		r = append(r, "-m", "comment", "--comment", marker+why)
 		return append(r, strings.Fields(target)...)
 	}
+	input := [][]string{
+		rule("the node itself may ask", "-j RETURN", "-d", listenNet, "-i", "lo"),
+		// The tuple of the connection is matched, not the packet, so that ICMP errors about the connection pass as well.
+		rule("captured from a pod", "-j RETURN", "-d", listenNet,
+			"-m", "conntrack", "--ctstate", "DNAT", "--ctproto", metadataProtocol,
+			"--ctorigdst", metadata.Addr().String(), "--ctorigdstport", metadataPort),
+	}
+	if identifiedPort != 0 {
+		input = append(input, rule("the node server knows who opened it, or closes it", "-j RETURN", "-d", listenNet,
+			"-p", metadataProtocol, "-m", metadataProtocol, "--dport", strconv.Itoa(int(identifiedPort))))
+	}
+	input = append(input, rule("not captured, so not for the node server", "-j DROP", "-d", listenNet))
 	return []slot{
 		{
 			name: "forward", table: "filter", hook: "FORWARD", prefix: "PODIDENTITY-FWD-",
@@ -59,16 +71,9 @@ func slots(metadata, listen netip.AddrPort) []slot {
 		},
 		{
 			name: "input", table: "filter", hook: "INPUT", prefix: "PODIDENTITY-IN-",
-			why: "only captured connections reach the node server",
-			rules: [][]string{
-				rule("the node itself may ask", "-j RETURN", "-d", listenNet, "-i", "lo"),
-				// The tuple of the connection is matched, not the packet, so that ICMP errors about the connection pass
-				// as well.
-				rule("captured from a pod", "-j RETURN", "-d", listenNet,
-					"-m", "conntrack", "--ctstate", "DNAT", "--ctproto", metadataProtocol,
-					"--ctorigdst", metadata.Addr().String(), "--ctorigdstport", metadataPort),
-				rule("not captured, so not for the node server", "-j DROP", "-d", listenNet),
-			},
+			// Connections to identifiedPort also reach it. The text stays, because another text would be drift.
+			why:   "only captured connections reach the node server",
+			rules: input,
 		},
 		{
 			name: "nat", table: "nat", hook: "PREROUTING", prefix: "PODIDENTITY-NAT-",

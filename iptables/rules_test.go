@@ -35,7 +35,7 @@ func TestTheRulesHaveThisText(t *testing.T) {
 		return strings.Join(rule, " ") + "\n"
 	}
 	got := map[string]string{}
-	for _, s := range slots(testMetadata, testListen) {
+	for _, s := range slots(testMetadata, testListen, 0) {
 		text := "jump: " + quote(s.jump(0))
 		for _, rule := range s.rules {
 			text += quote(rule)
@@ -54,7 +54,7 @@ func TestTheRulesHaveThisText(t *testing.T) {
 }
 
 func TestEveryRuleAndJumpCarriesTheMarker(t *testing.T) {
-	for _, s := range slots(testMetadata, testListen) {
+	for _, s := range slots(testMetadata, testListen, 0) {
 		for _, rule := range append(slices.Clone(s.rules), s.jump(0), s.jump(1)) {
 			if l := (listed{args: rule}); !l.ours() {
 				t.Errorf("no marker: %v", l)
@@ -64,7 +64,7 @@ func TestEveryRuleAndJumpCarriesTheMarker(t *testing.T) {
 }
 
 func TestRulesAreRecognizedInTheOutputOfBothBackends(t *testing.T) {
-	all := slots(testMetadata, testListen)
+	all := slots(testMetadata, testListen, 0)
 	for line, want := range map[string][]string{
 		// As nft lists them.
 		`-A X -d 169.254.25.79/32 -m conntrack --ctstate DNAT --ctproto 6 --ctorigdst 169.254.169.254 --ctorigdstport 80 -m comment --comment "podidentity: captured from a pod" -j RETURN`: all[1].rules[1],
@@ -82,7 +82,7 @@ func TestRulesAreRecognizedInTheOutputOfBothBackends(t *testing.T) {
 }
 
 func TestDifferentRulesAreDistinguished(t *testing.T) {
-	nat := slots(testMetadata, testListen)[2]
+	nat := slots(testMetadata, testListen, 0)[2]
 	whole := `-A X -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -m comment --comment "podidentity: to the node server" -j DNAT --to-destination 169.254.25.79:2579`
 	if rule, ok := parseListed(whole); !ok || !rule.is(nat.rules[0]) {
 		t.Fatal("the rule itself is not recognized")

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/podidentity/podidentity/internal/netnstest"
 )
 
 // shortTimeout bounds waiting for a packet that must not arrive; longTimeout for one that must.
@@ -36,10 +38,10 @@ type testNetwork struct {
 func onBothBackends(t *testing.T, body func(t *testing.T, w *testNetwork)) {
 	for _, backend := range []Backend{BackendNFT, BackendLegacy} {
 		t.Run(string(backend), func(t *testing.T) {
-			inNamespaces(t, func(t *testing.T) {
+			netnstest.RunIsolated(t, func(t *testing.T) {
 				buildNetwork(t)
 				w := &testNetwork{t: t, backend: backend}
-				inNS(t, "azure", func() { w.azure = serve(t, "azure", testMetadata.String()) })
+				netnstest.OnThreadIn(t, "azure", func() { w.azure = serve(t, "azure", testMetadata.String()) })
 				w.capture = w.newCapture(testListen)
 				body(t, w)
 			})
@@ -92,7 +94,7 @@ func (w *testNetwork) sync() []string {
 
 func (w *testNetwork) iptables(args ...string) string {
 	w.t.Helper()
-	return run(w.t, "iptables-"+string(w.backend), args...)
+	return netnstest.Run(w.t, "iptables-"+string(w.backend), args...)
 }
 
 var (
@@ -103,7 +105,7 @@ var (
 // dump is what iptables-save prints, without times and counters.
 func (w *testNetwork) dump() string {
 	w.t.Helper()
-	text := run(w.t, "iptables-"+string(w.backend)+"-save")
+	text := netnstest.Run(w.t, "iptables-"+string(w.backend)+"-save")
 	return dumpCounters.ReplaceAllString(dumpComment.ReplaceAllString(text, ""), "[0:0]")
 }
 
@@ -111,8 +113,8 @@ func (w *testNetwork) dump() string {
 // from a pod, or for the metadata address from any sender except the node. A packet to which both apply counts twice.
 func (w *testNetwork) podPackets() (total int) {
 	w.t.Helper()
-	inNS(w.t, "azure", func() {
-		for line := range strings.Lines(run(w.t, "iptables-nft", "-t", "raw", "-L", "PREROUTING", "-v", "-x", "-n")) {
+	netnstest.OnThreadIn(w.t, "azure", func() {
+		for line := range strings.Lines(netnstest.Run(w.t, "iptables-nft", "-t", "raw", "-L", "PREROUTING", "-v", "-x", "-n")) {
 			fields := strings.Fields(line)
 			if n, err := strconv.Atoi(fields[0]); err == nil {
 				total += n
@@ -138,7 +140,7 @@ func (w *testNetwork) connect(from, to string, timeout time.Duration) (greeting 
 	if from == "" {
 		dial()
 	} else {
-		inNS(w.t, from, dial)
+		netnstest.OnThreadIn(w.t, from, dial)
 	}
 	return strings.TrimSpace(greeting), err
 }
