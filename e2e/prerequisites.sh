@@ -21,6 +21,8 @@ need ping iputils-ping
 need sysctl procps
 need dpkg-deb dpkg
 need openssl openssl
+need clang clang libbpf-dev linux-libc-dev # compiles bpf/capture.c
+need llvm-strip llvm
 need node nodejs
 need npm npm
 [ -n "$missing" ] || exit 0
