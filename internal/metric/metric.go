@@ -73,6 +73,12 @@ func (d Definition) NewGauge() prometheus.Gauge {
 	return prometheus.NewGauge(prometheus.GaugeOpts(d.opts()))
 }
 
+// NewGaugeVec returns the gauge with labels that d defines.
+func (d Definition) NewGaugeVec() *prometheus.GaugeVec {
+	d.check(Gauge, true)
+	return prometheus.NewGaugeVec(prometheus.GaugeOpts(d.opts()), d.Labels)
+}
+
 // NewGaugeFunc returns the gauge that d defines, with the value that read returns at each scrape.
 func (d Definition) NewGaugeFunc(read func() float64) prometheus.GaugeFunc {
 	d.check(Gauge, false)
