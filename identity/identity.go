@@ -52,6 +52,8 @@ type Rules struct {
 	// AllowCrossNamespaceSecrets allows an identity to name a Secret in another namespace. Users who may create
 	// identities can then use every Secret that NMI may read.
 	AllowCrossNamespaceSecrets bool
+	// ExceptUnlabelledHostPods excepts pods in the host network that have no label for bindings.
+	ExceptUnlabelledHostPods bool
 }
 
 // Pod is the pod that the decision is about.
@@ -60,6 +62,8 @@ type Pod struct {
 	// UID distinguishes the pod from earlier pods of the same name. Only assignments are compared with it.
 	UID    string
 	Labels map[string]string
+	// HostNetwork says that the pod has the network of the node.
+	HostNetwork bool
 }
 
 // Selector is the identity that the caller requests. At most one field is set; the parser of the request ensures that.
@@ -173,7 +177,7 @@ type Decision struct {
 // Decide returns the decision about a request of the pod for the identity that want names. If want names none, only one
 // identity may be bound to the pod; objects with the same credential count as one.
 func Decide(rules Rules, pod Pod, want Selector, facts Facts) Decision {
-	if excepted(pod, facts.Exceptions) {
+	if IsExcepted(rules, pod, facts) {
 		return Decision{Outcome: Granted, Reason: Excepted}
 	}
 	bound, refusal := Bound(rules, pod, facts)
@@ -208,8 +212,12 @@ func Usable(rules Rules, i Identity) *Decision {
 	return nil
 }
 
-// IsExcepted reports whether an exception among the facts matches the pod.
-func IsExcepted(pod Pod, facts Facts) bool { return excepted(pod, facts.Exceptions) }
+// IsExcepted reports whether the pod uses the identities of the machine itself: an exception among the facts matches it, or
+// the rules except it.
+func IsExcepted(rules Rules, pod Pod, facts Facts) bool {
+	unlabelled := pod.HostNetwork && pod.Labels[v1.BindingLabel] == ""
+	return unlabelled && rules.ExceptUnlabelledHostPods || excepted(pod, facts.Exceptions)
+}
 
 func refuse(r Reason, format string, args ...any) Decision {
 	return Decision{Outcome: Refused, Reason: r, Detail: fmt.Sprintf(format, args...)}

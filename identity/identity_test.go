@@ -73,6 +73,12 @@ func assigned(changes ...func(*Assignment)) Facts {
 
 func state(s State) func(*Assignment) { return func(a *Assignment) { a.State = s } }
 
+func hostPod(label string) Pod {
+	p := labelled("a", "p", label)
+	p.HostNetwork = true
+	return p
+}
+
 func checkDecisions(t *testing.T, cases []decisionCase) {
 	t.Helper()
 	for _, c := range cases {
@@ -93,7 +99,7 @@ func checkDecisions(t *testing.T, cases []decisionCase) {
 }
 
 func TestTheDecisionInManagedMode(t *testing.T) {
-	managed := Rules{Mode: Managed}
+	managed, exceptHost := Rules{Mode: Managed}, Rules{Mode: Managed, ExceptUnlabelledHostPods: true}
 	withObjectID := two
 	withObjectID.Identities = []Identity{two.Identities[0], two.Identities[1]}
 	withObjectID.Identities[0].ObjectID = objectA
@@ -131,6 +137,11 @@ func TestTheDecisionInManagedMode(t *testing.T) {
 		{"two bindings to one identity", managed, pod, Selector{}, Facts{Bindings: append([]Binding{{Namespace: "a", Name: "again", AzureIdentity: "x", Selector: "app"}}, one.Bindings...), Identities: one.Identities}, Granted, Allowed, "a/x"},
 		{"an invalid identity", managed, pod, Selector{}, Facts{Bindings: one.Bindings, Identities: []Identity{{Namespace: "a", Name: "x", ClientID: "me", ResourceID: resource("x")}}}, Refused, IdentityInvalid, ""},
 		{"an identity of a kind nobody knows", managed, pod, Selector{}, Facts{Bindings: one.Bindings, Identities: []Identity{{Namespace: "a", Name: "x", Kind: 7, ClientID: clientA}}}, Refused, IdentityInvalid, ""},
+		{"a pod in the host network that is not excepted", managed, hostPod("app"), Selector{}, one, Granted, Allowed, "a/x"},
+		{"an unlabelled pod in the host network", managed, hostPod(""), Selector{}, one, Refused, PodNotLabelled, ""},
+		{"an unlabelled pod in the host network, where they are excepted", exceptHost, hostPod(""), Selector{}, one, Granted, Excepted, ""},
+		{"a labelled pod in the host network, where unlabelled ones are excepted", exceptHost, hostPod("app"), Selector{}, one, Granted, Allowed, "a/x"},
+		{"an unlabelled pod outside the host network", exceptHost, Pod{Namespace: "a", Name: "p"}, Selector{}, one, Refused, PodNotLabelled, ""},
 		{"an excepted pod", managed, pod, Selector{}, excepted, Granted, Excepted, ""},
 		{"an exception of another namespace", managed, pod, Selector{}, exceptionElsewhere, Granted, Allowed, "a/x"},
 		{"in managed mode assignments are ignored", managed, pod, Selector{}, assigned(state(StateUnassigned)), Granted, Allowed, "a/x"},

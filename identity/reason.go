@@ -34,6 +34,8 @@ const (
 	ResourceMissing  Reason = "resource_missing"
 	PodUnknown       Reason = "pod_unknown"
 	PodAmbiguous     Reason = "pod_ambiguous"
+	PodUnverified    Reason = "pod_unverified"
+	PodUnconfirmed   Reason = "pod_unconfirmed"
 	NotReady         Reason = "not_ready"
 	ClientGone       Reason = "client_gone"
 )

@@ -35,8 +35,8 @@ var explanations = []Explanation{
 	},
 	{
 		Reason: Excepted, Status: []int{http.StatusOK},
-		Cause:   "An AzurePodIdentityException in the pod's namespace matches a label of the pod. The pod gets a token of the identities that are attached to the VM or scale set itself.",
-		Remedy:  "Nothing to do if this is intended. Otherwise delete the exception, or remove the label that it names from the pod.",
+		Cause:   "An AzurePodIdentityException in the pod's namespace matches a label of the pod; or the pod is in the host network and has no label `aadpodidbinding`, and `nmi.captureHostNetwork` is `bound`. The pod gets a token of the identities that are attached to the VM or scale set itself.",
+		Remedy:  "Nothing to do if this is intended. Otherwise delete the exception, or remove the label that it names from the pod. For a pod in the host network, add the label `aadpodidbinding`.",
 		Command: "kubectl get azurepodidentityexceptions -n NAMESPACE -o yaml",
 	},
 	{
@@ -100,15 +100,27 @@ var explanations = []Explanation{
 	// The pod.
 	{
 		Reason: PodUnknown, Status: []int{http.StatusServiceUnavailable},
-		Cause:   "The connection came from an address that no pod of the node has (finished pods do not count), and no such pod appeared within `nmi.podLookupTimeout`. Either the kubelet has not reported the pod's address yet, or the program runs outside a pod, or the network plugin changes the source address. For `/host/token`: no such pod has the requested name.",
-		Remedy:  "Let the client retry: the response has `Retry-After`. If it persists, compare the address in NMI's log line (`source`) with `status.podIPs` of the pod.",
+		Cause:   "No pod of the node has the UID that the kernel recorded for the caller, or, without a record, its source address (finished pods do not count). NMI waited for such a pod for `nmi.podLookupTimeout`. Either the API server has not reported the pod or its address yet, or the pod is gone, or the program runs outside a pod, or the network plugin changes the source address. For `/host/token`: no such pod has the requested name.",
+		Remedy:  "Let the client retry: the response has `Retry-After`. If it persists, compare the UID in the response with `metadata.uid` of the pod (of a static pod, with its annotation `kubernetes.io/config.hash`), or the address in NMI's log line (`source`) with `status.podIPs`.",
 		Command: "kubectl get pods -A -o wide --field-selector spec.nodeName=NODE",
 	},
 	{
 		Reason: PodAmbiguous, Status: []int{http.StatusServiceUnavailable},
-		Cause:   "Several pods of the node have the same address (finished pods do not count). NMI gives a token to none of them.",
+		Cause:   "The API server reports the same address for several pods of the node (finished pods do not count), and NMI cannot confirm which of them has it. NMI gives a token to none of them.",
 		Remedy:  "Let the client retry. If it persists, delete the pod that no longer uses the address, and check the network plugin's address management.",
 		Command: "kubectl get pods -A -o wide --field-selector spec.nodeName=NODE",
+	},
+	{
+		Reason: PodUnverified, Status: []int{http.StatusForbidden},
+		Cause:   "The kernel has no record of the pod that opened the connection, and `nmi.podVerification` is `required`. The pod runs in a virtual machine of its own (Kata Containers, gVisor with its own network), or its packets were captured by iptables and not by cgroup.",
+		Remedy:  "Set `nmi.podVerification` to `auto` if the address of such pods may identify them, or run the pod with a runtime that uses the kernel of the node.",
+		Command: "kubectl get pod POD -n NAMESPACE -o jsonpath='{.spec.runtimeClassName}'",
+	},
+	{
+		Reason: PodUnconfirmed, Status: []int{http.StatusServiceUnavailable},
+		Cause:   "The cgroup of the caller is unknown, and NMI cannot confirm that the pod that the API server reports with the address still has it. The response names the cause, such as `pod_too_old`. The metric `podidentity_nmi_unconfirmed_addresses_total` counts the causes.",
+		Remedy:  "Let the client retry: the response has `Retry-After`. If it persists, [Causes of an unconfirmed address](#causes-of-an-unconfirmed-address) has the remedy for each cause.",
+		Command: "kubectl get pod POD -n NAMESPACE -o jsonpath='{.status.startTime} {.status.podIPs} {.status.containerStatuses[*].state}'",
 	},
 	{
 		Reason: NotReady, Status: []int{http.StatusServiceUnavailable},

@@ -56,10 +56,10 @@ func startTestNode(t *testing.T, api *fakeAPI, configure func(*Config)) *testNod
 	t.Cleanup(imds.Close)
 	address := netip.MustParseAddrPort(imds.Listener.Addr().String())
 	cfg := DefaultConfig()
-	cfg.Node, cfg.OperationMode, cfg.Events = "node1", "Standard", false
+	cfg.Node, cfg.OperationMode, cfg.Events, cfg.PodVerification = "node1", "Standard", false, "off"
 	cfg.MetadataIP, cfg.MetadataPort = address.Addr().String(), int(address.Port())
 	configure(&cfg)
-	c.agent = &agent{cfg: cfg, logs: telemetry.Loggers{Main: zap.NewNop(), Audit: zap.NewNop()}, metrics: telemetry.NewMetrics(), health: health.New()}
+	c.agent = &agent{cfg: cfg, capture: &capture{}, logs: telemetry.Loggers{Main: zap.NewNop(), Audit: zap.NewNop()}, metrics: telemetry.NewMetrics(), health: health.New(), hostPodsChanged: make(chan struct{}, 1)}
 	c.onAPIFailure = func(operation string) {
 		c.metrics.CountAPIFailure(operation)
 		if operation == telemetry.APIWatch {

@@ -5,11 +5,13 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/podidentity/podidentity/identity"
 	"github.com/podidentity/podidentity/iptables"
+	"github.com/podidentity/podidentity/nmi/links"
 	"github.com/podidentity/podidentity/nmi/request"
 	"github.com/podidentity/podidentity/nmi/server"
 )
@@ -23,16 +25,25 @@ type Config struct {
 	ForceNamespaced bool          // managed mode behaves as if it were true
 	AssignmentWait  time.Duration // how long a request waits for MIC to assign its identity; standard mode only
 
-	ListenAddress    string // link-local, not used by anything else on the node
-	ListenPort       int
-	MetadataIP       string
-	MetadataPort     int
-	Backend          string        // an iptables.Backend
-	SyncInterval     time.Duration // between two checks of the rules
-	ProbePort        int           // for probes, on loopback
-	PrometheusPort   int           // for metrics, on all addresses
-	PodLookupTimeout time.Duration // how long a request waits for the caches to sync, and then once more for its pod
-	ShutdownTimeout  time.Duration // how long requests in flight have to end
+	ListenAddress      string // link-local, not used by anything else on the node
+	ListenPort         int
+	MetadataIP         string
+	MetadataPort       int
+	BPFPort            int           // of ListenAddress, for connections that package bpf redirects
+	CaptureBy          string        // CaptureAuto, CaptureIPTables, CaptureBPF or CaptureBoth
+	PodVerification    string        // a request.PodVerification
+	CaptureHostNetwork string        // which pods in the host network are captured: HostNetworkNone, HostNetworkBound or HostNetworkAll
+	PodUID             string        // of the pod of NMI; used to find the cgroup of all pods
+	CgroupMount        string        // where the cgroups of the node are mounted
+	BPFMount           string        // where the bpffs of the node is mounted
+	PodsCgroup         string        // the cgroup of all pods; empty: NMI searches for it
+	StateDir           string        // where NMI remembers the network links of the node for its next start
+	Backend            string        // an iptables.Backend
+	SyncInterval       time.Duration // between two checks of the capture
+	ProbePort          int           // for probes, on loopback
+	PrometheusPort     int           // for metrics, on all addresses
+	PodLookupTimeout   time.Duration // how long a request waits for the caches to sync, and then once more for its pod
+	ShutdownTimeout    time.Duration // how long requests in flight have to end
 
 	BlockInstanceMetadata  bool
 	MetadataHeaderRequired bool
@@ -58,6 +69,13 @@ func DefaultConfig() Config {
 		AssignmentWait:         25 * time.Second,
 		ListenAddress:          "169.254.25.79",
 		ListenPort:             2579,
+		BPFPort:                2578,
+		CaptureBy:              CaptureAuto,
+		PodVerification:        string(request.VerifyAuto),
+		CaptureHostNetwork:     HostNetworkNone,
+		CgroupMount:            "/sys/fs/cgroup",
+		BPFMount:               "/sys/fs/bpf",
+		StateDir:               "/run/podidentity",
 		MetadataIP:             "169.254.169.254",
 		MetadataPort:           80,
 		Backend:                string(iptables.BackendAuto),
@@ -80,6 +98,21 @@ func DefaultConfig() Config {
 const (
 	ByClientID   = "client-id"
 	ByResourceID = "resource-id"
+)
+
+// Values of CaptureBy.
+const (
+	CaptureAuto     = "auto"     // both if both are possible, otherwise the one that is possible
+	CaptureIPTables = "iptables" // only by package iptables
+	CaptureBPF      = "bpf"      // only by package bpf
+	CaptureBoth     = "both"
+)
+
+// Values of CaptureHostNetwork.
+const (
+	HostNetworkNone  = "none"
+	HostNetworkBound = "bound" // those with the label v1.BindingLabel
+	HostNetworkAll   = "all"   // all except those that an AzurePodIdentityException matches
 )
 
 // Operation modes.
@@ -107,7 +140,7 @@ func (c Config) Validate() error {
 	return errors.Join(append(problems, c.validateCapture(), c.validatePorts(), c.validateDurations())...)
 }
 
-// validateCapture returns an error with all problems of the settings that Capture returns, one sentence each. Capture
+// validateCapture returns an error with all problems of the settings of the capture, one sentence each. The method iptables
 // panics if an address is invalid.
 func (c Config) validateCapture() error {
 	var problems []error
@@ -123,7 +156,44 @@ func (c Config) validateCapture() error {
 	if _, err := iptables.ParseBackend(c.Backend); err != nil {
 		add("--iptables-backend: %w", err)
 	}
-	return errors.Join(append(problems, validatePort("nmi-port", c.ListenPort), validatePort("metadata-port", c.MetadataPort))...)
+	switch c.CaptureBy {
+	case CaptureAuto, CaptureIPTables, CaptureBPF, CaptureBoth:
+	default:
+		add("--capture %q is unknown; give %s, %s, %s or %s", c.CaptureBy, CaptureAuto, CaptureIPTables, CaptureBPF, CaptureBoth)
+	}
+	if !filepath.IsAbs(c.StateDir) {
+		add("--state-dir %q is not an absolute path; give a folder that is kept while NMI restarts, such as /run/podidentity", c.StateDir)
+	}
+	if !filepath.IsAbs(c.BPFMount) {
+		add("--bpf-mount %q is not an absolute path; give the folder in which bpffs is mounted, such as /sys/fs/bpf", c.BPFMount)
+	}
+	switch v := request.PodVerification(c.PodVerification); {
+	case v != request.VerifyAuto && v != request.VerifyRequired && v != request.VerifyOff:
+		add("--pod-verification %q is unknown; give %s, %s or %s", c.PodVerification, request.VerifyAuto, request.VerifyRequired, request.VerifyOff)
+	case v == request.VerifyRequired && c.CaptureBy == CaptureIPTables:
+		add("--pod-verification=%s needs the cgroup of each caller, which --capture=%s does not record; give --capture=%s", v, CaptureIPTables, CaptureBoth)
+	}
+	switch c.CaptureHostNetwork {
+	case HostNetworkNone:
+	case HostNetworkBound, HostNetworkAll:
+		if c.CaptureBy == CaptureIPTables || c.PodVerification == string(request.VerifyOff) {
+			add("--capture-host-network=%s needs the cgroup of each caller, because all pods in the host network have the address of the node; give neither --capture=%s nor --pod-verification=%s with it", c.CaptureHostNetwork, CaptureIPTables, request.VerifyOff)
+		}
+		if c.PodUID == "" {
+			add("--capture-host-network=%s needs --pod-uid: NMI is in the host network itself, and must not capture its own requests", c.CaptureHostNetwork)
+		}
+	default:
+		add("--capture-host-network %q is unknown; give %s, %s or %s", c.CaptureHostNetwork, HostNetworkNone, HostNetworkBound, HostNetworkAll)
+	}
+	return errors.Join(append(problems, c.validateCapturePorts())...)
+}
+
+func (c Config) validateCapturePorts() error {
+	problems := []error{validatePort("nmi-port", c.ListenPort), validatePort("nmi-bpf-port", c.BPFPort), validatePort("metadata-port", c.MetadataPort)}
+	if c.ListenPort == c.BPFPort {
+		problems = append(problems, fmt.Errorf("--nmi-port and --nmi-bpf-port are both %d; choose different ports", c.ListenPort))
+	}
+	return errors.Join(problems...)
 }
 
 func (c Config) validatePorts() error {
@@ -159,11 +229,24 @@ func (c Config) validateDurations() error {
 	return errors.Join(problems...)
 }
 
+// pinDir is where package bpf pins its programs.
+func (c Config) pinDir() string { return filepath.Join(c.BPFMount, "podidentity") }
+
+// linksFile is where package links remembers its table.
+func (c Config) linksFile() string { return filepath.Join(c.StateDir, links.FileName) }
+
+// confirmsAddresses reports whether the address of a caller has to be confirmed if its cgroup is unknown.
+func (c Config) confirmsAddresses() bool {
+	return c.PodVerification == string(request.VerifyAuto)
+}
+
+func (c Config) capturesHostNetwork() bool { return c.CaptureHostNetwork != HostNetworkNone }
+
 func (c Config) standard() bool { return strings.EqualFold(c.OperationMode, ModeStandard) }
 
 // rules returns the settings that the decision needs.
 func (c Config) rules() identity.Rules {
-	r := identity.Rules{Mode: identity.Managed, ForceNamespaced: true, AllowCrossNamespaceSecrets: c.AllowCrossNamespaceSecrets}
+	r := identity.Rules{Mode: identity.Managed, ForceNamespaced: true, AllowCrossNamespaceSecrets: c.AllowCrossNamespaceSecrets, ExceptUnlabelledHostPods: c.CaptureHostNetwork == HostNetworkBound}
 	if c.standard() {
 		r.Mode, r.ForceNamespaced = identity.Standard, c.ForceNamespaced
 	}
@@ -180,8 +263,8 @@ func (c Config) maxAssignmentWait() time.Duration {
 
 // checkKubenet returns an error if the file KubeletConfig says that the node uses kubenet, or if the file exists but
 // cannot be read. It checks nothing if AllowKubenet is set or KubeletConfig is empty. With kubenet a pod with NET_RAW
-// can take the address of another pod by ARP, and would then get the tokens of that pod, because NMI identifies pods by
-// their address.
+// can take the address of another pod by ARP. Where the cgroup of a caller is unknown, NMI identifies pods by their
+// address, so that pod could then get the tokens of the other pod.
 func (c Config) checkKubenet() error {
 	if c.AllowKubenet || c.KubeletConfig == "" {
 		return nil
@@ -203,6 +286,11 @@ func (c Config) listen() netip.AddrPort {
 	return netip.AddrPortFrom(netip.MustParseAddr(c.ListenAddress), uint16(c.ListenPort))
 }
 
+// listenIdentified returns the address for connections that package bpf redirects.
+func (c Config) listenIdentified() netip.AddrPort {
+	return netip.AddrPortFrom(netip.MustParseAddr(c.ListenAddress), uint16(c.BPFPort))
+}
+
 func (c Config) imds() netip.AddrPort {
 	return netip.AddrPortFrom(netip.MustParseAddr(c.MetadataIP), uint16(c.MetadataPort))
 }
@@ -216,12 +304,17 @@ func (c Config) server() server.Config {
 	}
 }
 
-// Capture returns the settings of package iptables. The configuration must be valid: see validateCapture.
-func (c Config) Capture() iptables.Config {
+// iptables returns the settings of package iptables. The configuration must be valid: see validateCapture. withBPF says whether package bpf captures, too.
+func (c Config) iptables(withBPF bool) iptables.Config {
+	var identified uint16
+	if withBPF {
+		identified = uint16(c.BPFPort)
+	}
 	return iptables.Config{
-		MetadataIP:   netip.MustParseAddr(c.MetadataIP),
-		MetadataPort: uint16(c.MetadataPort),
-		Listen:       c.listen(),
-		Backend:      iptables.Backend(c.Backend),
+		IdentifiedPort: identified,
+		MetadataIP:     netip.MustParseAddr(c.MetadataIP),
+		MetadataPort:   uint16(c.MetadataPort),
+		Listen:         c.listen(),
+		Backend:        iptables.Backend(c.Backend),
 	}
 }

@@ -41,6 +41,7 @@ type openWatch struct {
 	resource string
 	selector labels.Selector
 	events   chan []byte
+	ended    chan struct{} // closed when nobody receives events any more
 }
 
 func newFakeAPI(t *testing.T, objects ...object) *fakeAPI {
@@ -104,7 +105,10 @@ func (f *fakeAPI) notify(change, resource string, o object) {
 	o.SetResourceVersion(strconv.Itoa(f.version))
 	for w := range f.watches {
 		if w.resource == resource && w.selector.Matches(labels.Set(o.GetLabels())) {
-			w.events <- event(f.t, change, o)
+			select {
+			case w.events <- event(f.t, change, o):
+			case <-w.ended:
+			}
 		}
 	}
 }
@@ -135,6 +139,9 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = json.NewEncoder(w).Encode(metav1.Status{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}, Status: metav1.StatusFailure,
 			Reason: metav1.StatusReasonForbidden, Code: http.StatusForbidden, Message: f.forbidden + " is forbidden"})
 		return
+	case q.Get("watch") == "" && strings.HasSuffix(r.URL.Path, "/pods"):
+		f.listPods(w)
+		return
 	case q.Get("watch") == "" || q.Get("sendInitialEvents") != "true":
 		f.t.Errorf("unexpected request %s", r.URL)
 		w.WriteHeader(http.StatusBadRequest)
@@ -142,6 +149,7 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	watch := f.open(r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:], q.Get("labelSelector"))
 	defer func() {
+		close(watch.ended) // before the lock: notify may hold it while it sends
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		delete(f.watches, watch)
@@ -159,6 +167,17 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// listPods responds with the list that NMI requests if the watch has not reported the pod of a request.
+func (f *fakeAPI) listPods(w http.ResponseWriter) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	list := corev1.PodList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "PodList"}}
+	for _, o := range f.objects["pods"] {
+		list.Items = append(list.Items, *o.(*corev1.Pod))
+	}
+	_ = json.NewEncoder(w).Encode(list)
+}
+
 func (f *fakeAPI) forbids(r *http.Request) bool {
 	return f.forbidden != "" && strings.HasSuffix(r.URL.Path, "/"+f.forbidden)
 }
@@ -173,7 +192,7 @@ func (f *fakeAPI) open(resource, selector string) *openWatch {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.selectors[resource] = append(f.selectors[resource], selector)
-	w := &openWatch{resource, parsed, make(chan []byte, 1000)}
+	w := &openWatch{resource, parsed, make(chan []byte, 1000), make(chan struct{})}
 	for _, o := range f.objects[resource] {
 		if parsed.Matches(labels.Set(o.GetLabels())) {
 			w.events <- event(f.t, "ADDED", o)

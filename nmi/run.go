@@ -2,16 +2,18 @@ package nmi
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
+	lru "github.com/hashicorp/golang-lru/v2"
 	"go.uber.org/zap"
 	"k8s.io/client-go/rest"
 
 	"github.com/podidentity/podidentity/internal/kube"
-	"github.com/podidentity/podidentity/iptables"
 	"github.com/podidentity/podidentity/nmi/cluster"
 	"github.com/podidentity/podidentity/nmi/credentials"
 	"github.com/podidentity/podidentity/nmi/health"
+	"github.com/podidentity/podidentity/nmi/links"
 	"github.com/podidentity/podidentity/nmi/request"
 	"github.com/podidentity/podidentity/nmi/server"
 	"github.com/podidentity/podidentity/nmi/telemetry"
@@ -24,29 +26,30 @@ type agent struct {
 	logs       telemetry.Loggers
 	metrics    *telemetry.Metrics
 	health     *health.Health
-	capture    *iptables.Capture
+	capture    *capture
 	client     *cluster.Client
 	objects    *cluster.Cache
 	principals *credentials.Principals
 	sources    *token.Sources
 	tokens     *token.Cache
+	pods       *cluster.PodFinder
+	links      *links.Table // nil if addresses do not have to be confirmed
 	requests   *request.Processor
 	events     *telemetry.Events // nil if Events are disabled
+	moved      *lru.Cache[movedAddress, struct{}]
+
+	hostPodsChanged chan struct{} // has a value if exemptHostPods is to update the exempt pods
 
 	onAPIFailure func(operation string) // see cluster.NewClient
 }
 
-// Run serves the pods of this node until ctx ends. The rules that capture their requests stay in place afterwards;
+// Run serves the pods of this node until ctx ends. What captures their requests stays in place afterwards;
 // Uninstall removes them. Run changes nothing on the node until it creates the network link with the listen address.
 func Run(ctx context.Context, cfg Config, logs telemetry.Loggers) error {
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
 	if err := cfg.checkKubenet(); err != nil {
-		return err
-	}
-	capture, err := newCapture(cfg, logs.Main) //nolint:contextcheck // asks the version of iptables, which ends at once
-	if err != nil {
 		return err
 	}
 	if err := disableMemoryDumps(); err != nil {
@@ -56,7 +59,7 @@ func Run(ctx context.Context, cfg Config, logs telemetry.Loggers) error {
 	if err != nil {
 		return err
 	}
-	a := &agent{cfg: cfg, logs: logs, metrics: telemetry.NewMetrics(), health: health.New(), capture: capture}
+	a := &agent{cfg: cfg, logs: logs, metrics: telemetry.NewMetrics(), health: health.New(), hostPodsChanged: make(chan struct{}, 1)}
 	a.onAPIFailure = a.metrics.CountAPIFailure
 	// While NMI stops, requests in flight may still wait for an object. So the watches have a context of their own,
 	// which ends after ctx.
@@ -66,10 +69,34 @@ func Run(ctx context.Context, cfg Config, logs telemetry.Loggers) error {
 		return err
 	}
 	defer a.tokens.Close()
-	if err := a.client.CheckNode(ctx, logs.Main); err != nil {
+	labels, err := a.client.NodeLabels(ctx, logs.Main)
+	if err != nil {
 		return err
 	}
+	if a.capture, err = newCapture(cfg, labels[ebpfHostRoutingLabel] == "true", logs.Main); err != nil { //nolint:contextcheck // asks the version of iptables, which ends at once
+		return err
+	}
+	linksWatched := a.watchLinks(watching)
+	defer func() {
+		stopWatching()
+		<-linksWatched
+	}()
 	return a.run(ctx, watching)
+}
+
+// watchLinks watches the network links of the node until ctx ends. It closes the channel when it has saved what it knows.
+func (a *agent) watchLinks(ctx context.Context) <-chan struct{} {
+	ended := make(chan struct{})
+	if a.links == nil {
+		close(ended)
+		return ended
+	}
+	a.setLinksState(errors.New("not read yet"))
+	go func() {
+		defer close(ended)
+		a.links.Run(ctx)
+	}()
+	return ended
 }
 
 func apiServerConfig(cfg Config) (*rest.Config, error) {
@@ -83,12 +110,12 @@ func apiServerConfig(cfg Config) (*rest.Config, error) {
 	return config, nil
 }
 
-// run opens the ports, then installs the rules, then starts the caches. Once the rules are installed, no pod outside
+// run opens the ports, then installs the capture, then starts the caches. Once the capture is installed, no pod outside
 // the host network can reach the real token endpoint. At that time the ports are already open, and token requests wait
 // for the caches, at most for PodLookupTimeout. The watches stop when the context watching ends, which must be after
 // run has returned.
 func (a *agent) run(ctx, watching context.Context) error {
-	listeners, err := server.Listen(ctx, a.cfg.server(), a.capture.EnsureLink)
+	listeners, err := server.Listen(ctx, a.serverConfig(), a.capture.ensureLink)
 	if err != nil {
 		return err
 	}
@@ -97,11 +124,15 @@ func (a *agent) run(ctx, watching context.Context) error {
 	failed := pods.Start(listeners, a.health.Handler())
 	defer pods.Close()
 	a.health.Set(health.Listener, nil)
-	if err := a.capture.Install(ctx); err != nil {
-		return fmt.Errorf("installing the rules that capture requests to IMDS: %w", err)
+	if err := a.capture.install(ctx); err != nil {
+		return fmt.Errorf("installing the capture of requests to IMDS: %w", err)
 	}
-	a.logs.Main.Info("installed the rules that capture requests to IMDS", zap.Stringer(telemetry.KeyBackend, a.capture.Backend()), zap.String(telemetry.KeyNode, a.cfg.Node))
-	go a.repairRules(ctx)
+	a.metrics.SetCaptures(a.capture.iptables != nil, a.capture.bpf != nil)
+	a.logs.Main.Info("installed the capture of requests to IMDS", append(a.capture.fields(), zap.String(telemetry.KeyNode, a.cfg.Node))...)
+	go a.repairCapture(ctx)
+	if a.cfg.capturesHostNetwork() {
+		go a.exemptHostPods(ctx, a.capture.bpf.SetExemptPods)
+	}
 	go a.objects.Run(watching)
 	go a.releaseDeletedPods(watching)
 	hostTokensEnded := make(chan struct{})
@@ -118,7 +149,7 @@ func (a *agent) run(ctx, watching context.Context) error {
 	case <-ctx.Done():
 	}
 	a.health.ShutDown()
-	a.logs.Main.Info("stopping NMI; its iptables rules stay in place, so that no pod outside the host network reaches the real token endpoint")
+	a.logs.Main.Info("stopping NMI; its iptables rules and eBPF programs stay in place, so that pods do not reach the real token endpoint")
 	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.ShutdownTimeout)
 	defer cancel()
 	err = pods.Shutdown(ending)

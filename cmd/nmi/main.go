@@ -48,9 +48,9 @@ func command() *cobra.Command {
 		Short: "Give the pods of this node the Azure identities that are bound to them",
 		Long: `NMI responds to the requests that pods of this node send to the Azure Instance Metadata Service (IMDS).
 
-It captures them with iptables, finds the pod by its address, checks AzureIdentity and AzureIdentityBinding,
-fetches the token and responds as IMDS would. When NMI stops, the rules stay, so that no pod outside the host network
-reaches the real token endpoint; "nmi uninstall" removes the rules.`,
+It captures them with eBPF and iptables, finds the pod by its cgroup or address, checks AzureIdentity and AzureIdentityBinding,
+fetches the token and responds as IMDS would. When NMI stops, its eBPF programs and iptables rules stay, so that no pod
+outside the host network reaches the real token endpoint; "nmi uninstall" removes them.`,
 		Args:          cobra.NoArgs,
 		Version:       version,
 		SilenceUsage:  true,
@@ -73,7 +73,8 @@ func uninstall(o *options.Options) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "uninstall",
 		Short: "Remove from this node everything that NMI installed there",
-		Long: `Removes NMI's rules, chains and network interface from this node, in whichever iptables back end they are.
+		Long: `Removes NMI's eBPF programs, iptables rules and chains, and network interface from this node, in whichever iptables back end
+the rules are.
 From then on pods reach IMDS directly. The command can be repeated at any time.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -81,7 +82,7 @@ From then on pods reach IMDS directly. The command can be repeated at any time.`
 				if err := nmi.Uninstall(cmd.Context(), o.Config(version), logs.Main); err != nil {
 					return err
 				}
-				logs.Main.Info("this node has no iptables rules and no network link of NMI any more; pods reach IMDS directly, and through it every identity that is attached to the VM")
+				logs.Main.Info("this node has no iptables rules, no eBPF programs and no network link of NMI any more; pods reach IMDS directly, and through it every identity that is attached to the VM")
 				if wait {
 					<-cmd.Context().Done()
 				}

@@ -28,6 +28,8 @@ type Config struct {
 type Callbacks struct {
 	PodGone         func(uid string)            // the pod was deleted, or all of its containers finished
 	IdentityChanged func(old identity.Identity) // the AzureIdentity changed or was deleted; old is its previous state
+	// HostPodsChanged may be nil. It is called after a change of a pod in the host network, or of an exception.
+	HostPodsChanged func()
 }
 
 // Cache has the informers of NMI, except those of Secrets. Objects in its caches are shared: callers must not change
@@ -90,7 +92,21 @@ func (c *Cache) registerCallbacks() error {
 			callbacks.IdentityChanged(old.value)
 		}
 	}))
-	return errors.Join(podsErr, identitiesErr)
+	return errors.Join(podsErr, identitiesErr, registerHostPodsChanged(c.pods, c.exceptions, callbacks.HostPodsChanged))
+}
+
+// registerHostPodsChanged registers event handlers that call changed, unless it is nil. See Callbacks.HostPodsChanged.
+func registerHostPodsChanged(pods, exceptions cache.SharedIndexInformer, changed func()) error {
+	if changed == nil {
+		return nil
+	}
+	_, podsErr := pods.AddEventHandler(kube.TypedHandler(func(old, current *corev1.Pod) {
+		if kube.Newest(old, current).Spec.HostNetwork {
+			changed()
+		}
+	}))
+	_, exceptionsErr := exceptions.AddEventHandler(kube.TypedHandler(func(_, _ *trimmed[identity.Exception]) { changed() }))
+	return errors.Join(podsErr, exceptionsErr)
 }
 
 // informers returns all informers, that of the pods first.

@@ -22,7 +22,7 @@ import (
 	"github.com/podidentity/podidentity/nmi/telemetry"
 )
 
-// checkTimeout bounds the check of the node and each check of the custom resource definitions. NMI installs the rules
+// checkTimeout bounds the request for the node and each check of the custom resource definitions. NMI installs the rules
 // only after the check of the node. So this check must end soon even if the API server does not respond: on a node that
 // has just started, pods reach IMDS directly until the rules are installed.
 const checkTimeout = 5 * time.Second
@@ -124,20 +124,21 @@ func (c *Client) listPods(ctx context.Context) ([]*corev1.Pod, error) {
 
 func onNode(node string) fields.Selector { return fields.OneTermEqualSelector("spec.nodeName", node) }
 
-// CheckNode returns an error if the cluster has no node with the name that NewClient received: NMI would not find any
-// pod. If CheckNode cannot read the node for another reason, it logs a warning and returns nil.
-func (c *Client) CheckNode(ctx context.Context, log *zap.Logger) error {
+// NodeLabels returns the labels of this node. It returns an error if the cluster has no node of the client's name, because
+// NMI would not find any pod. If it cannot read the node for another reason, it logs a warning and returns no labels.
+func (c *Client) NodeLabels(ctx context.Context, log *zap.Logger) (map[string]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
-	err := c.core.Get().Resource("nodes").Name(c.node).Do(ctx).Into(&corev1.Node{})
+	var node corev1.Node
+	err := c.core.Get().Resource("nodes").Name(c.node).Do(ctx).Into(&node)
 	switch {
 	case err == nil:
 	case apierrors.IsNotFound(err):
-		return fmt.Errorf("--node %s: the cluster has no node of this name; give the name that kubectl get nodes shows for this node", c.node)
+		return nil, fmt.Errorf("--node %s: the cluster has no node of this name; give the name that kubectl get nodes shows for this node", c.node)
 	default:
-		log.Warn("could not read this node from the API server, so NMI starts without checking that the cluster has a node of this name", zap.String(telemetry.KeyNode, c.node), zap.Error(err))
+		log.Warn("could not read the Node object of this node, to check that it exists and whether its data path bypasses netfilter", zap.String(telemetry.KeyNode, c.node), zap.Error(err))
 	}
-	return nil
+	return node.Labels, nil
 }
 
 // checkCRDs returns an error if the discovery of the API server does not list all of these custom resources.

@@ -43,7 +43,7 @@ func (n *testFinder) add(p *corev1.Pod)    { _ = n.indexer.Add(p); n.changes.Sen
 func (n *testFinder) remove(p *corev1.Pod) { _ = n.indexer.Delete(p); n.changes.Send() }
 
 func (n *testFinder) findName(ctx context.Context, ip string) (string, error) {
-	p, err := n.FindByAddress(ctx, netip.MustParseAddr(ip))
+	p, err := n.FindByAddress(ctx, netip.MustParseAddr(ip), nil)
 	if err != nil {
 		return "", err
 	}
@@ -175,4 +175,34 @@ func TestATrimmedPodHasOnlyTheFieldsThatNMIReads(t *testing.T) {
 	if p.String() != want.String() {
 		t.Errorf("the trimmed pod is %v, want %v", p, want)
 	}
+}
+
+func TestAPodIsFoundByTheUIDOfItsCgroup(t *testing.T) {
+	// The cgroup of a static pod has the UID in this annotation. "copy" has the UID of another pod there.
+	static := func(name, uid, hash string) *corev1.Pod {
+		return nmitest.With(nmitest.Pod(name, uid), func(p *corev1.Pod) {
+			p.Annotations = map[string]string{configHash: hash, configMirror: hash}
+		})
+	}
+	noMirror := nmitest.With(nmitest.Pod("no mirror", "8"), func(p *corev1.Pod) { p.Annotations = map[string]string{configHash: "claimed"} })
+	done := nmitest.With(nmitest.Pod("done", "3", "10.0.0.3"), func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded })
+	host := nmitest.With(nmitest.Pod("host", "4", "10.0.0.4"), func(p *corev1.Pod) { p.Spec.HostNetwork = true })
+	synctest.Test(t, func(t *testing.T) {
+		n := newTestFinder(nmitest.Pod("ordinary", "1", "10.0.0.1"), static("static", "2", "hash"), done, host,
+			static("copy", "5", "1"), static("one", "6", "twice"), static("two", "7", "twice"), noMirror)
+		for uid, want := range map[string]string{"1": "ordinary", "hash": "static", "2": "static", "4": "host", "5": "copy"} {
+			if got, err := n.FindByUID(t.Context(), uid); err != nil || got.Name != want {
+				t.Errorf("%s: %v, %v; want %s", uid, got, err, want)
+			}
+		}
+		for uid, want := range map[string]error{"3": ErrPodUnknown, "9": ErrPodUnknown, "claimed": ErrPodUnknown, "twice": ErrPodAmbiguous} {
+			if got, err := n.FindByUID(t.Context(), uid); !errors.Is(err, want) {
+				t.Errorf("%s: %v, %v; want %v", uid, got, err, want)
+			}
+		}
+		n.listed = func() ([]*corev1.Pod, error) { return []*corev1.Pod{done, nmitest.Pod("new", "9")}, nil }
+		if got, err := n.FindByUID(t.Context(), "9"); err != nil || got.Name != "new" {
+			t.Errorf("a pod that only the API server knows yet: %v, %v", got, err)
+		}
+	})
 }

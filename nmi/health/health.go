@@ -24,9 +24,10 @@ const (
 	Rules    = "rules"
 	CRDs     = "custom resource definitions"
 	Caches   = "caches"
+	Links    = "network links" // only if NMI sets it
 )
 
-// New returns a Health for which all parts are missing.
+// New returns a Health for which everything but Links is missing.
 func New() *Health {
 	return &Health{missing: map[string]string{Listener: "not open yet", Rules: "not installed yet", CRDs: "not checked yet", Caches: "not synced yet"}}
 }
@@ -69,7 +70,7 @@ func (h *Health) Ready() error {
 		return errors.New("NMI is shutting down")
 	}
 	var missing []string
-	for _, what := range []string{Listener, Rules, CRDs, Caches} {
+	for _, what := range []string{Listener, Rules, CRDs, Caches, Links} {
 		if reason, ok := h.missing[what]; ok {
 			missing = append(missing, what+": "+reason)
 		}

@@ -150,5 +150,5 @@ func (p *Processor) MayRenew(pod *corev1.Pod, principal token.Principal) bool {
 			}
 		}
 	}
-	return identity.IsExcepted(subject, facts) && principal.Source == token.Managed
+	return identity.IsExcepted(p.Rules, subject, facts) && principal.Source == token.Managed
 }

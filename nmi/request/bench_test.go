@@ -74,7 +74,7 @@ func (b *bench) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var tokens []metadata.TokenResponse
 	req, refusal := metadata.Parse(r, metadata.Rules{})
 	if refusal == nil {
-		tokens, refusal = b.processor.ForAddress(r.Context(), &Record{}, netip.MustParseAddrPort(r.RemoteAddr).Addr(), req)
+		tokens, refusal = b.processor.ForCaller(r.Context(), &Record{}, Caller{Address: netip.MustParseAddrPort(r.RemoteAddr).Addr()}, req)
 	}
 	switch {
 	case refusal != nil:

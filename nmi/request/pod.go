@@ -14,15 +14,20 @@ import (
 	"github.com/podidentity/podidentity/nmi/cluster"
 )
 
-// podQuery is what findPod searches for: an address, or a name (namespace/name).
+// podQuery is what findPod searches for: an address, a UID, or a name (namespace/name).
 type podQuery struct {
-	address netip.Addr
-	name    string
+	address   netip.Addr
+	confirmer cluster.Confirmer // of address; may be nil
+	uid       string
+	name      string
 }
 
 func (q podQuery) String() string {
-	if q.name != "" {
+	switch {
+	case q.name != "":
 		return "name " + q.name
+	case q.uid != "":
+		return "UID " + q.uid
 	}
 	return "address " + q.address.String()
 }
@@ -37,16 +42,22 @@ func (p *Processor) findPod(ctx context.Context, query podQuery) (*corev1.Pod, *
 	}
 	var pod *corev1.Pod
 	var err error
-	if query.name != "" {
+	switch {
+	case query.name != "":
 		pod, err = p.Pods.FindByName(ctx, query.name)
-	} else {
-		pod, err = p.Pods.FindByAddress(ctx, query.address)
+	case query.uid != "":
+		pod, err = p.Pods.FindByUID(ctx, query.uid)
+	default:
+		pod, err = p.Pods.FindByAddress(ctx, query.address, query.confirmer)
 	}
+	var notConfirmed *cluster.UnconfirmedError
 	switch {
 	case err == nil:
 		return pod, nil
 	case errors.Is(err, cluster.ErrPodAmbiguous):
-		return nil, metadata.Unavailable(identity.PodAmbiguous, fmt.Sprintf("Several pods of this node have the %s; none of them gets a token until only one has it", query), defaultRetryAfter)
+		return nil, metadata.Unavailable(identity.PodAmbiguous, fmt.Sprintf("The API server reports several pods of this node with the %s; none of them gets a token until it reports only one, or NMI can confirm which of them has it", query), defaultRetryAfter)
+	case errors.As(err, &notConfirmed):
+		return nil, p.unconfirmed(query.address, notConfirmed.Pod, notConfirmed.Reason)
 	default:
 		return nil, metadata.Unavailable(identity.PodUnknown, fmt.Sprintf("NMI knows no live pod of this node with the %s", query), defaultRetryAfter)
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/podidentity/podidentity/metadata"
 	"github.com/podidentity/podidentity/nmi/cluster"
 	"github.com/podidentity/podidentity/nmi/credentials"
+	"github.com/podidentity/podidentity/nmi/limit"
 	"github.com/podidentity/podidentity/nmi/telemetry"
 	"github.com/podidentity/podidentity/nmi/token"
 )
@@ -35,10 +36,16 @@ type Config struct {
 	Cluster          Cluster
 	Pods             *cluster.PodFinder
 	PodLookupTimeout time.Duration // how long a request waits for the caches to sync; Pods has its own timeout
-	Principals       *credentials.Principals
-	Cache            *token.Cache
-	Metrics          *telemetry.Metrics
-	Wait             *WaitConfig // nil in managed mode
+	PodVerification  PodVerification
+	// Confirmer confirms the address of a caller whose cgroup is unknown. It is not used with VerifyOff.
+	Confirmer cluster.Confirmer
+	// OnMoved is called when the cgroup says that the caller is pod, while the API server reports the caller's address as
+	// that of other pods, or of none.
+	OnMoved    func(caller Caller, pod *corev1.Pod)
+	Principals *credentials.Principals
+	Cache      *token.Cache
+	Metrics    *telemetry.Metrics
+	Wait       *WaitConfig // nil in managed mode
 }
 
 // Processor processes token requests. It is safe for concurrent use.
@@ -64,17 +71,26 @@ type Record struct {
 	Identity *identity.Identity
 	Reason   identity.Reason // of a granted request
 	Origin   token.Origin
+	// Verified is how NMI found the pod of a request that the pod sent itself.
+	Verified Verification
 	// TokenID and CorrelationID identify the token, or the refusal, in the logs of Entra ID.
 	TokenID, CorrelationID string
 }
 
-// ForAddress returns the tokens for the pod that has the address.
-func (p *Processor) ForAddress(ctx context.Context, rec *Record, source netip.Addr, req metadata.Request) ([]metadata.TokenResponse, *metadata.Error) {
-	pod, refusal := p.findPod(ctx, podQuery{address: source})
+// ForCaller returns the tokens for the pod that opened the connection.
+func (p *Processor) ForCaller(ctx context.Context, rec *Record, caller Caller, req metadata.Request) ([]metadata.TokenResponse, *metadata.Error) {
+	pod, refusal := p.findCaller(ctx, rec, caller)
 	if refusal != nil {
 		return nil, refusal
 	}
-	return p.forPod(ctx, rec, source, pod, req)
+	tokens, refusal := p.forPod(ctx, rec, caller.Source(), pod, req)
+	if refusal == nil && rec.Verified == VerifiedByAddress {
+		refusal = p.confirmAgain(caller, pod)
+	}
+	if refusal != nil {
+		return nil, refusal
+	}
+	return tokens, nil
 }
 
 // ForPodName returns the tokens for the pod that the request names. The caller must have checked that the client may
@@ -84,7 +100,7 @@ func (p *Processor) ForPodName(ctx context.Context, rec *Record, source netip.Ad
 	if refusal != nil {
 		return nil, refusal
 	}
-	return p.forPod(ctx, rec, source, pod, req)
+	return p.forPod(ctx, rec, limit.Source{Address: source}, pod, req)
 }
 
 // maxRounds is how often a request may fetch its tokens without a usable result before NMI gives up. A result is not
@@ -96,7 +112,7 @@ const maxRounds = 3
 // binding may be deleted or a Secret replaced. So forPod authorizes the request again after a fetch and returns only
 // tokens of the current authorization. In standard mode it waits, for a limited time, for an identity that MIC is
 // assigning, and for IMDS to learn of a new assignment.
-func (p *Processor) forPod(ctx context.Context, rec *Record, source netip.Addr, pod *corev1.Pod, req metadata.Request) ([]metadata.TokenResponse, *metadata.Error) {
+func (p *Processor) forPod(ctx context.Context, rec *Record, source limit.Source, pod *corev1.Pod, req metadata.Request) ([]metadata.TokenResponse, *metadata.Error) {
 	rec.Pod = pod
 	w := requestWait{WaitConfig: p.Wait, source: source}
 	defer w.finish()

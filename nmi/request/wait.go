@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/netip"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -60,7 +59,7 @@ type WaitConfig struct {
 // requestWait is the wait of one request. Only that request uses it.
 type requestWait struct {
 	*WaitConfig // nil in managed mode, in which no request waits
-	source      netip.Addr
+	source      limit.Source
 
 	startedAt  time.Time // zero until the request waits
 	checkedAt  time.Time // when the request last stopped waiting, to be checked again

@@ -354,7 +354,7 @@ func TestAtMostHalfOfTheRequestsOfASourceWait(t *testing.T) {
 	admitted := 0
 	for i := range 200 {
 		for range limit.MaxConnectionsPerSource {
-			if limiter.Acquire(addressOf(i)) {
+			if limiter.Acquire(limit.Source{Address: addressOf(i)}) {
 				admitted++
 			}
 		}

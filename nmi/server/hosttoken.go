@@ -28,12 +28,12 @@ type hostTokenHandler struct{ *Server }
 func (s hostTokenHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.serve(w, r, s.handle) }
 
 func (s hostTokenHandler) handle(c *requestContext, r *http.Request) {
-	if !c.readSource(r) {
+	if !c.readCaller(r) {
 		return
 	}
 	var refusal *metadata.Error
 	c.req, refusal = metadata.ParseHostToken(r)
-	if refusal == nil && !c.source.IsLoopback() {
+	if refusal == nil && !c.caller.Address.IsLoopback() {
 		refusal = metadata.Forbidden(identity.RouteBlocked, "Only programs of this node may request tokens for its pods")
 	}
 	if refusal != nil {
@@ -41,7 +41,7 @@ func (s hostTokenHandler) handle(c *requestContext, r *http.Request) {
 		c.refuse(refusal)
 		return
 	}
-	tokens, refusal := s.requests.ForPodName(r.Context(), &c.Record, c.source, c.req)
+	tokens, refusal := s.requests.ForPodName(r.Context(), &c.Record, c.caller.Address, c.req)
 	if s.finishTokenRequest(c, r, refusal) {
 		tokens[0].WriteHostToken(c, time.Now())
 	}
@@ -89,7 +89,7 @@ func (s *Server) serveHostTokens(ctx context.Context, l net.Listener) error {
 		defer cancel()
 		_ = server.Shutdown(ending) // requests that are still in flight end with the process
 	})
-	err := server.Serve(newLimitedListener(l, s.metrics.RefusedConnections))
+	err := server.Serve(s.limited(l, newConnectionLimiter(), nil))
 	if !stop() {
 		<-ended
 		return nil

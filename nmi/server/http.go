@@ -51,7 +51,7 @@ func newHTTPServer(h http.Handler, maxAssignmentWait time.Duration) *http.Server
 // Start serves the listeners in the background and returns at once. probes handles the requests at the listener for
 // probes. A server that fails sends its error to the channel.
 func (s *Server) Start(l *Listeners, probes http.Handler) <-chan error {
-	failed := make(chan error, 4)
+	failed := make(chan error, 5)
 	serve := func(what string, s *http.Server, l net.Listener) {
 		go func() {
 			if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
@@ -60,7 +60,12 @@ func (s *Server) Start(l *Listeners, probes http.Handler) <-chan error {
 		}()
 	}
 	s.pods = newHTTPServer(s, s.cfg.MaxAssignmentWait)
-	serve("pods", s.pods, newLimitedListener(l.pods, s.metrics.RefusedConnections))
+	s.pods.ConnContext = withCaller
+	limiter := newConnectionLimiter()
+	serve("pods", s.pods, s.limited(l.pods, limiter, nil))
+	if l.identified != nil {
+		serve("identified pods", s.pods, s.limited(l.identified, limiter, s.cfg.IdentifyCaller))
+	}
 	serve("probes", newHTTPServer(probes, 0), l.probes)
 	serve("metrics", newHTTPServer(metricsHandler(s.metrics), 0), l.metrics)
 	if l.profile != nil {

@@ -24,13 +24,19 @@ func (s *Server) logRequest(c *requestContext, took time.Duration) {
 		return
 	}
 	fields := append(c.fields, zap.String(telemetry.KeyRequestID, c.id), zap.String(telemetry.KeyRoute, string(c.req.Route)), zap.Int(telemetry.KeyStatus, c.status),
-		zap.String(telemetry.KeyReason, string(c.reason)), zap.Stringer(telemetry.KeySource, c.source))
+		zap.String(telemetry.KeyReason, string(c.reason)), zap.Stringer(telemetry.KeySource, c.caller.Address))
 	if c.detail != "" {
 		fields = append(fields, zap.String(telemetry.KeyDetail, c.detail))
 	}
 	if c.Pod != nil {
 		fields = append(fields, zap.String(telemetry.KeyNamespace, c.Pod.Namespace), zap.String(telemetry.KeyPod, c.Pod.Name), zap.String(telemetry.KeyPodUID, string(c.Pod.UID)),
 			zap.String(telemetry.KeyServiceAccount, credentials.ServiceAccountOf(c.Pod).Name))
+	}
+	if c.Verified != "" {
+		fields = append(fields, zap.String(telemetry.KeyVerified, string(c.Verified)))
+	}
+	if c.caller.ContainerID != "" {
+		fields = append(fields, zap.String(telemetry.KeyContainer, c.caller.ContainerID))
 	}
 	if c.Identity != nil {
 		fields = append(fields, zap.String(telemetry.KeyIdentity, c.Identity.Key()), zap.String(telemetry.KeyClientID, abbreviateID(c.Identity.ClientID)))

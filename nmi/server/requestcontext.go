@@ -24,7 +24,7 @@ type requestContext struct {
 	http.ResponseWriter
 	id             string
 	start          time.Time
-	source         netip.Addr
+	caller         request.Caller
 	req            metadata.Request
 	request.Record // is filled by a token request
 	status         int
@@ -64,14 +64,19 @@ func (c *requestContext) refuse(e *metadata.Error) {
 	e.Write(c)
 }
 
-// readSource records the address of the client. It refuses the request and returns false if the address is not valid.
-func (c *requestContext) readSource(r *http.Request) bool {
+// readCaller records who opened the connection. It refuses the request and returns false if the address of the client is
+// not valid.
+func (c *requestContext) readCaller(r *http.Request) bool {
+	if caller, ok := r.Context().Value(callerKey{}).(request.Caller); ok {
+		c.caller = caller
+		return true
+	}
 	peer, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
 		c.refuse(metadata.Unavailable(identity.PodUnknown, "The address of the caller is not valid: "+err.Error(), time.Second))
 		return false
 	}
-	c.source = peer.Addr().Unmap()
+	c.caller = request.Caller{Address: peer.Addr().Unmap()}
 	return true
 }
 

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"net"
 	"net/http"
 	"net/netip"
 	"time"
@@ -15,10 +16,13 @@ import (
 
 // Config has the settings of a Server.
 type Config struct {
-	Listen         netip.AddrPort // for requests of pods; the same port on loopback is for programs of the node
-	ProbePort      int            // on loopback
-	PrometheusPort int            // on all addresses
-	Profile        bool           // serve pprof on loopback
+	Listen netip.AddrPort // for requests of pods; the same port on loopback is for programs of the node
+	// Identified is for connections that IdentifyCaller identifies; all others are closed. The zero value means none.
+	Identified     netip.AddrPort
+	IdentifyCaller func(net.Conn) (request.Caller, error)
+	ProbePort      int  // on loopback
+	PrometheusPort int  // on all addresses
+	Profile        bool // serve pprof on loopback
 
 	IMDS                  netip.AddrPort
 	HeaderOptional        bool   // accept requests without a Metadata header
@@ -61,7 +65,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, handle func(*requ
 }
 
 func (s *Server) handle(c *requestContext, r *http.Request) {
-	if !c.readSource(r) {
+	if !c.readCaller(r) {
 		return
 	}
 	var refusal *metadata.Error
@@ -89,7 +93,7 @@ func (s *Server) handle(c *requestContext, r *http.Request) {
 }
 
 func (s *Server) handleToken(c *requestContext, r *http.Request) {
-	tokens, refusal := s.requests.ForAddress(r.Context(), &c.Record, c.source, c.req)
+	tokens, refusal := s.requests.ForCaller(r.Context(), &c.Record, c.caller, c.req)
 	if !s.finishTokenRequest(c, r, refusal) {
 		return
 	}

@@ -47,6 +47,16 @@ var (
 		Help: "Time to find the pod of a request."}
 	refusedConnections = metric.Definition{Name: "podidentity_nmi_connections_refused_total", Type: metric.Counter,
 		Help: "Connections that NMI closed at once because their source, or all sources together, had too many."}
+	unidentifiedConnections = metric.Definition{Name: "podidentity_nmi_connections_unidentified_total", Type: metric.Counter,
+		Help: "Connections to nmi.bpfPort that NMI closed because it could not identify the pod."}
+	movedAddresses = metric.Definition{Name: "podidentity_nmi_moved_addresses_total", Type: metric.Counter,
+		Help: "Token requests of a pod, identified by its cgroup, from an address that the API server does not report as its own."}
+	unconfirmedAddresses = metric.Definition{Name: "podidentity_nmi_unconfirmed_addresses_total", Type: metric.Counter,
+		Help:   "Token requests that NMI refused because it could not confirm the pod behind their address, by cause. [Causes of an unconfirmed address](../troubleshooting.md#causes-of-an-unconfirmed-address) explains them.",
+		Labels: []string{"cause"}, Values: map[string][]string{"cause": {"not_watching", "no_link", "other_link", "shared_link", "claimed", "link_too_old", "pod_too_old", "not_started", "too_recent"}}}
+	captures = metric.Definition{Name: "podidentity_nmi_captures", Type: metric.Gauge,
+		Help: "1 if NMI captures the requests of pods in this way, 0 if it does not: iptables rules, or eBPF programs (bpf). The log says why not, unless it was chosen.", Labels: []string{"kind"},
+		Values: map[string][]string{"kind": {"iptables", "bpf"}}}
 	staleWatches = metric.Definition{Name: "podidentity_nmi_stale_watches", Type: metric.Gauge,
 		Help: "Watches that are disconnected from the API server or have not caught up yet."}
 	assignmentWaits = metric.Definition{Name: "podidentity_nmi_assignment_wait_seconds", Type: metric.Histogram,
@@ -60,6 +70,6 @@ func Definitions() []metric.Definition {
 	return []metric.Definition{
 		requestDuration, imdsDuration, imdsErrors, apiErrors,
 		decisions, inFlight, cacheRequests, cacheEntries, upstreamRequests, upstreamDuration,
-		repairs, syncErrors, podLookups, refusedConnections, staleWatches, assignmentWaits,
+		repairs, syncErrors, podLookups, refusedConnections, unidentifiedConnections, movedAddresses, unconfirmedAddresses, captures, staleWatches, assignmentWaits,
 	}
 }

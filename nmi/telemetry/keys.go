@@ -22,5 +22,9 @@ const (
 	KeyNode           = "node"
 	KeyRepaired       = "repaired"
 	KeyBackend        = "backend"
+	KeyCgroup         = "cgroup"
 	KeyAddress        = "address"
+	KeyContainer      = "container_id"
+	KeyVerified       = "verified"
+	KeyOtherPods      = "reported_pods"
 )

@@ -21,6 +21,8 @@ type Metrics struct {
 	RefusedConnections prometheus.Counter
 	Repairs            *prometheus.CounterVec
 	SyncErrors         prometheus.Counter
+	Unidentified       prometheus.Counter // connections whose pod the kernel did not record
+	MovedAddresses     prometheus.Counter
 
 	requestDuration  *prometheus.HistogramVec
 	imdsDuration     *prometheus.HistogramVec
@@ -29,6 +31,8 @@ type Metrics struct {
 	cacheRequests    *prometheus.CounterVec
 	upstreamRequests *prometheus.CounterVec
 	upstreamDuration *prometheus.HistogramVec
+	captures         *prometheus.GaugeVec
+	unconfirmed      *prometheus.CounterVec
 }
 
 // NewMetrics returns Metrics whose registry has the metrics of the Go runtime, of the process and of NMI, except those
@@ -42,6 +46,8 @@ func NewMetrics() *Metrics {
 		RefusedConnections: refusedConnections.NewCounter(),
 		Repairs:            repairs.NewCounterVec(),
 		SyncErrors:         syncErrors.NewCounter(),
+		Unidentified:       unidentifiedConnections.NewCounter(),
+		MovedAddresses:     movedAddresses.NewCounter(),
 		requestDuration:    requestDuration.NewHistogramVec(),
 		imdsDuration:       imdsDuration.NewHistogramVec(),
 		imdsErrors:         imdsErrors.NewCounterVec(),
@@ -49,12 +55,28 @@ func NewMetrics() *Metrics {
 		cacheRequests:      cacheRequests.NewCounterVec(),
 		upstreamRequests:   upstreamRequests.NewCounterVec(),
 		upstreamDuration:   upstreamDuration.NewHistogramVec(),
+		captures:           captures.NewGaugeVec(),
+		unconfirmed:        unconfirmedAddresses.NewCounterVec(),
 	}
-	m.Registry.MustRegister(m.Decisions, m.InFlight, m.PodLookups, m.RefusedConnections, m.Repairs, m.SyncErrors, m.requestDuration, m.imdsDuration,
-		m.imdsErrors, m.apiErrors, m.cacheRequests, m.upstreamRequests, m.upstreamDuration,
+	m.Registry.MustRegister(m.Decisions, m.InFlight, m.PodLookups, m.RefusedConnections, m.Repairs, m.SyncErrors, m.Unidentified, m.MovedAddresses, m.requestDuration, m.imdsDuration,
+		m.imdsErrors, m.apiErrors, m.cacheRequests, m.upstreamRequests, m.upstreamDuration, m.captures, m.unconfirmed,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
+
+// SetCaptures sets how NMI captures the requests of pods.
+func (m *Metrics) SetCaptures(iptables, bpf bool) {
+	for kind, active := range map[string]bool{"iptables": iptables, "bpf": bpf} {
+		gauge := m.captures.WithLabelValues(kind)
+		gauge.Set(0)
+		if active {
+			gauge.Set(1)
+		}
+	}
+}
+
+// CountUnconfirmed counts a request that was refused because its address is not confirmed.
+func (m *Metrics) CountUnconfirmed(cause string) { m.unconfirmed.WithLabelValues(cause).Inc() }
 
 // AddCacheSize adds the gauge of the token cache's size, which it reads from length.
 func (m *Metrics) AddCacheSize(length func() int) {

@@ -32,6 +32,7 @@ type Options struct {
 func New() *Options {
 	o := &Options{cfg: nmi.DefaultConfig(), logLevel: "info", logFormat: "json", auditLevel: "info"}
 	o.cfg.Node = os.Getenv("NODE_NAME")
+	o.cfg.PodUID = os.Getenv("POD_UID")
 	o.cfg.Kubeconfig = os.Getenv("KUBECONFIG")
 	o.cfg.ForceNamespaced, _ = strconv.ParseBool(os.Getenv("FORCENAMESPACED"))
 	return o
@@ -44,6 +45,9 @@ func (o *Options) AddCaptureFlags(f *pflag.FlagSet) {
 	f.IntVar(&c.ListenPort, "nmi-port", c.ListenPort, "`port` that NMI listens on")
 	f.StringVar(&c.MetadataIP, "metadata-ip", c.MetadataIP, "`address` whose traffic is captured: that of IMDS")
 	f.IntVar(&c.MetadataPort, "metadata-port", c.MetadataPort, "`port` whose traffic is captured: that of IMDS")
+	f.IntVar(&c.BPFPort, "nmi-bpf-port", c.BPFPort, "`port` of the listen address for connections that are captured by cgroup")
+	f.StringVar(&c.BPFMount, "bpf-mount", c.BPFMount, "`folder` in which the bpffs of the node is mounted, where the programs of the capture by cgroup are pinned")
+	f.StringVar(&c.StateDir, "state-dir", c.StateDir, "`folder` in which NMI remembers the network links of the node for its next start; kept until the node reboots")
 	f.StringVar(&c.Backend, "iptables-backend", c.Backend, "`name` of the iptables back end: auto (the one in which the node has rules), nft or legacy")
 	f.StringVar(&o.logLevel, "log-level", o.logLevel, "lowest `level` that is logged: debug, info, warn or error")
 	f.StringVar(&o.logFormat, "log-format", o.logFormat, "`format` of the log: json or text")
@@ -53,13 +57,19 @@ func (o *Options) AddCaptureFlags(f *pflag.FlagSet) {
 func (o *Options) AddFlags(f *pflag.FlagSet) {
 	c := &o.cfg
 	o.AddCaptureFlags(f)
+	f.StringVar(&c.CaptureBy, "capture", c.CaptureBy, "`kind` of capture: iptables, bpf (by cgroup, which also identifies the pod), both, or auto (both where both are possible)")
+	f.StringVar(&c.PodVerification, "pod-verification", c.PodVerification, "`mode` of finding the pod of a request: auto (by cgroup where it is known, otherwise by address), required (by cgroup alone) or off (by address alone)")
+	f.StringVar(&c.CaptureHostNetwork, "capture-host-network", c.CaptureHostNetwork, "`which` pods in the host network are captured: none, bound (those with the label aadpodidbinding; others reach IMDS itself) or all (except those that an AzurePodIdentityException matches)")
+	f.StringVar(&c.PodUID, "pod-uid", c.PodUID, "`UID` of NMI's pod, by which NMI finds the cgroup of all pods; default from POD_UID")
+	f.StringVar(&c.CgroupMount, "cgroup-mount", c.CgroupMount, "`folder` in which the cgroups of the node are mounted")
+	f.StringVar(&c.PodsCgroup, "pods-cgroup", "", "`folder` of the cgroup of all pods; default the one that contains NMI's pod")
 	f.StringVar(&c.Node, "node", c.Node, "`name` of this node; default from NODE_NAME")
 	f.StringVar(&c.Kubeconfig, "kubeconfig", c.Kubeconfig, "`file` with the address of the API server and the credentials; default the pod's service account")
 	f.StringVar(&c.OperationMode, "operation-mode", c.OperationMode, "`mode` of the installation: managed (you attach identities to VMs and scale sets beforehand) or standard (MIC attaches them)")
 	f.BoolVar(&c.ForceNamespaced, "force-namespaced", c.ForceNamespaced, "let a binding match only pods of its own namespace; always so in managed mode; default from FORCENAMESPACED")
 	f.DurationVar(&c.AssignmentWait, "assignment-wait", c.AssignmentWait, "longest `time` that a request waits until MIC has assigned its identity, in standard mode; 0s to 60s, 0s does not wait")
 	f.DurationVar(&c.SyncInterval, "iptables-sync-interval", c.SyncInterval, "`time` between checks of the iptables rules; 1s to 10m")
-	f.DurationVar(&c.PodLookupTimeout, "pod-lookup-timeout", c.PodLookupTimeout, "longest `time` that a request waits for NMI's caches, and then again for the pod with its source address; 100ms to 20s")
+	f.DurationVar(&c.PodLookupTimeout, "pod-lookup-timeout", c.PodLookupTimeout, "longest `time` that a request waits for NMI's caches, and then again for the pod with the UID of its cgroup or with its source address; 100ms to 20s")
 	f.DurationVar(&c.ShutdownTimeout, "shutdown-timeout", c.ShutdownTimeout, "longest `time` that NMI, when it stops, waits for requests in progress to finish; 1s to 5m")
 	f.IntVar(&c.ProbePort, "http-probe-port", c.ProbePort, "`port` of /healthz and /readyz, on loopback")
 	f.IntVar(&c.PrometheusPort, "prometheus-port", c.PrometheusPort, "`port` of /metrics")

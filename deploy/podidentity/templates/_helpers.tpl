@@ -231,9 +231,17 @@ subjects:
 {{- if eq .Values.operationMode "standard" }}
 {{- include "podidentity.mic.checks" . }}
 {{- end }}
-{{- $ports := list (int .Values.nmi.port) (int .Values.nmi.probePort) (int .Values.nmi.prometheusPort) }}
-{{- if ne (len (uniq $ports)) 3 }}
-{{- fail (printf "nmi.port, nmi.probePort and nmi.prometheusPort must differ, and are %v" $ports) }}
+{{- $ports := list (int .Values.nmi.port) (int .Values.nmi.bpfPort) (int .Values.nmi.probePort) (int .Values.nmi.prometheusPort) }}
+{{- if ne (len (uniq $ports)) 4 }}
+{{- fail (printf "nmi.port, nmi.bpfPort, nmi.probePort and nmi.prometheusPort must differ, and are %v" $ports) }}
+{{- end }}
+{{- if and (eq .Values.nmi.capture "iptables") (eq (toString .Values.nmi.podVerification) "required") }}
+{{- fail "nmi.podVerification=required needs the capture by cgroup; set nmi.capture to auto, bpf or both" }}
+{{- end }}
+{{- if ne .Values.nmi.captureHostNetwork "none" }}
+{{- if or (eq .Values.nmi.capture "iptables") (has (toString .Values.nmi.podVerification) (list "off" "false")) }}
+{{- fail (printf "nmi.captureHostNetwork=%s needs the capture by cgroup, which identifies pods in the host network; set nmi.capture to auto, bpf or both, and nmi.podVerification to auto or required" .Values.nmi.captureHostNetwork) }}
+{{- end }}
 {{- end }}
 {{- if contains "PRIVATE KEY" (default "" .Values.nmi.caBundle) }}
 {{- fail "nmi.caBundle holds a private key; set it to certificates only, because they become a ConfigMap" }}
