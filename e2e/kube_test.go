@@ -187,6 +187,7 @@ type logLine struct {
 	Reason         string
 	Detail         string
 	Cache          string
+	Verified       string
 	CorrelationID  string  `json:"correlation_id"`
 	TokenID        string  `json:"token_id"`
 	DurationMS     float64 `json:"duration_ms"`

@@ -33,7 +33,12 @@ var (
 	withoutCRDs withoutCRDsResult // set by prepare, which runs NMI before the chart is installed
 )
 
-func TestMain(m *testing.M) { os.Exit(runTests(m)) }
+func TestMain(m *testing.M) {
+	if command := os.Getenv(podProgram); command != "" {
+		os.Exit(runPodProgram(command))
+	}
+	os.Exit(runTests(m))
+}
 
 func runTests(m *testing.M) int {
 	flag.Parse()

@@ -19,10 +19,10 @@ import (
 // flags are the flags of the nmi program that the chart may set.
 var flags = []string{
 	"allow-cross-namespace-secrets", "allow-network-plugin-kubenet", "assignment-wait", "audit-level", "authority-host",
-	"block-instance-metadata", "ca-bundle", "custom-user-agent", "enable-profile", "events", "force-namespaced",
+	"block-instance-metadata", "bpf-mount", "ca-bundle", "capture", "capture-host-network", "cgroup-mount", "custom-user-agent", "enable-profile", "events", "force-namespaced",
 	"host-token", "http-probe-port", "iptables-backend", "iptables-sync-interval", "kubelet-config", "log-format", "managed-identity-by",
-	"log-level", "metadata-header-required", "metadata-ip", "metadata-port", "nmi-listen-address", "nmi-port", "node",
-	"operation-mode", "pod-lookup-timeout", "prometheus-port", "shutdown-timeout", "tenant-id",
+	"log-level", "metadata-header-required", "metadata-ip", "metadata-port", "nmi-bpf-port", "nmi-listen-address", "nmi-port", "node",
+	"operation-mode", "pod-lookup-timeout", "pod-uid", "pod-verification", "prometheus-port", "shutdown-timeout", "state-dir", "tenant-id",
 }
 
 func TestLintIsClean(t *testing.T) {
@@ -40,7 +40,7 @@ func TestContainerHasOnlyTheNecessaryPrivileges(t *testing.T) {
 		AllowPrivilegeEscalation: new(false),
 		Capabilities: &corev1.Capabilities{
 			Drop: []corev1.Capability{"ALL"},
-			Add:  []corev1.Capability{"NET_ADMIN", "NET_RAW"},
+			Add:  []corev1.Capability{"BPF", "NET_ADMIN", "NET_RAW"},
 		},
 		SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
 	}
@@ -85,23 +85,8 @@ func TestPodsRunOnEveryLinuxNodeInTheHostNetwork(t *testing.T) {
 	}
 }
 
-func TestEveryValueSetsItsFlag(t *testing.T) {
-	_, container := render(t, "").nmi(t)
-	defaults := arguments(t, flags, container.Args)
-	wantDefaults := map[string]string{
-		"node": "$(NODE_NAME)", "operation-mode": "managed", "force-namespaced": "false",
-		"nmi-listen-address": "169.254.25.79", "nmi-port": "2579", "metadata-ip": "169.254.169.254", "metadata-port": "80",
-		"http-probe-port": "8085", "prometheus-port": "9090", "iptables-backend": "auto", "iptables-sync-interval": "10s",
-		"pod-lookup-timeout": "5s", "block-instance-metadata": "false", "metadata-header-required": "true",
-		"allow-network-plugin-kubenet": "false", "kubelet-config": "/etc/default/kubelet", "log-level": "info",
-		"log-format": "json", "enable-profile": "false", "shutdown-timeout": "20s",
-		"allow-cross-namespace-secrets": "false", "audit-level": "info", "events": "true", "host-token": "true", "managed-identity-by": "client-id",
-	}
-	if diff := cmp.Diff(wantDefaults, defaults); diff != "" {
-		t.Errorf("defaults (-want +got):\n%s", diff)
-	}
-
-	_, container = render(t, `
+// otherValues sets each value with a flag of its own to another value than the default.
+const otherValues = `
 forceNamespaced: "true"
 customUserAgent: "team a/1.0: #1"
 nmi:
@@ -128,10 +113,34 @@ nmi:
   events: false
   hostToken: false
   managedIdentityBy: resource-id
+  capture: both
+  podVerification: required
+  captureHostNetwork: bound
+  bpfPort: 2577
   caBundle: |
     -----BEGIN CERTIFICATE-----
     -----END CERTIFICATE-----
-`).nmi(t)
+`
+
+func TestEveryValueSetsItsFlag(t *testing.T) {
+	_, container := render(t, "").nmi(t)
+	defaults := arguments(t, flags, container.Args)
+	wantDefaults := map[string]string{
+		"node": "$(NODE_NAME)", "operation-mode": "managed", "force-namespaced": "false",
+		"nmi-listen-address": "169.254.25.79", "nmi-port": "2579", "metadata-ip": "169.254.169.254", "metadata-port": "80",
+		"http-probe-port": "8085", "prometheus-port": "9090", "iptables-backend": "auto", "iptables-sync-interval": "10s",
+		"pod-lookup-timeout": "5s", "block-instance-metadata": "false", "metadata-header-required": "true",
+		"allow-network-plugin-kubenet": "false", "kubelet-config": "/etc/default/kubelet", "log-level": "info",
+		"log-format": "json", "enable-profile": "false", "shutdown-timeout": "20s",
+		"allow-cross-namespace-secrets": "false", "audit-level": "info", "events": "true", "host-token": "true", "managed-identity-by": "client-id",
+		"pod-uid": "$(POD_UID)", "capture": "auto", "pod-verification": "auto", "capture-host-network": "none", "nmi-bpf-port": "2578",
+		"cgroup-mount": "/node/cgroup", "bpf-mount": "/node/bpf", "state-dir": "/run/podidentity",
+	}
+	if diff := cmp.Diff(wantDefaults, defaults); diff != "" {
+		t.Errorf("defaults (-want +got):\n%s", diff)
+	}
+
+	_, container = render(t, otherValues).nmi(t)
 	wantOthers := map[string]string{
 		"node": "$(NODE_NAME)", "operation-mode": "managed", "force-namespaced": "true", "custom-user-agent": "team a/1.0: #1",
 		"nmi-listen-address": "169.254.25.80", "nmi-port": "2580", "metadata-ip": "169.254.169.253", "metadata-port": "81",
@@ -142,6 +151,8 @@ nmi:
 		"log-format": "text", "enable-profile": "true", "shutdown-timeout": "5s",
 		"allow-cross-namespace-secrets": "true", "audit-level": "warn", "authority-host": "https://login.microsoftonline.us",
 		"ca-bundle": "/ca-bundle/ca.pem", "events": "false", "host-token": "false", "managed-identity-by": "resource-id",
+		"pod-uid": "$(POD_UID)", "capture": "both", "pod-verification": "required", "capture-host-network": "bound", "nmi-bpf-port": "2577",
+		"cgroup-mount": "/node/cgroup", "bpf-mount": "/node/bpf", "state-dir": "/run/podidentity",
 	}
 	if diff := cmp.Diff(wantOthers, arguments(t, flags, container.Args)); diff != "" {
 		t.Errorf("other values (-want +got):\n%s", diff)
@@ -156,13 +167,14 @@ func TestValuesCanAddEnvironmentVariables(t *testing.T) {
 	}
 }
 
-// Without quotes, YAML reads the word off as the boolean false. NMI has no audit level "false", so the chart must write
-// "off" in its place.
-func TestAuditLogCanBeDisabledWithAnyFormOfFalse(t *testing.T) {
-	for _, off := range []string{"off", `"off"`, "false"} {
-		_, container := render(t, "nmi: {auditLevel: "+off+"}").nmi(t)
-		if got := arguments(t, flags, container.Args)["audit-level"]; got != "off" {
-			t.Errorf("auditLevel: %s gives the flag audit-level=%q, want off", off, got)
+// Without quotes, YAML reads the word off as the boolean false. NMI knows only the word, so the chart must write it.
+func TestTheWordOffNeedsNoQuotes(t *testing.T) {
+	for value, flag := range map[string]string{"auditLevel": "audit-level", "podVerification": "pod-verification"} {
+		for _, off := range []string{"off", `"off"`, "false"} {
+			_, container := render(t, "nmi: {"+value+": "+off+"}").nmi(t)
+			if got := arguments(t, flags, container.Args)[flag]; got != "off" {
+				t.Errorf("%s: %s gives the flag %s=%q, want off", value, off, flag, got)
+			}
 		}
 	}
 }
@@ -225,23 +237,30 @@ func TestNodeNameComesFromThePodAndMemoryLimitFromResources(t *testing.T) {
 	}
 }
 
-func TestOnlyTheLockFileIsCreatedOnTheNode(t *testing.T) {
+func TestOnlyTheLockFileAndTheStateFolderAreCreatedOnTheNode(t *testing.T) {
 	file, folder := corev1.HostPathFile, corev1.HostPathDirectory
 	for _, test := range []struct {
 		values, path string
 		kind         *corev1.HostPathType
+		cgroups      bool
 	}{
-		{"", "/etc/default", &folder},
-		{"nmi: {kubeletConfigMustExist: true}", "/etc/default/kubelet", &file},
-		{"nmi: {kubeletConfig: ''}", "", nil},
-		{"nmi: {allowNetworkPluginKubenet: true}", "", nil},
-		{"nmi: {uninstall: true}", "", nil},
+		{"", "/etc/default", &folder, true},
+		{"nmi: {kubeletConfigMustExist: true}", "/etc/default/kubelet", &file, true},
+		{"nmi: {kubeletConfig: ''}", "", nil, true},
+		{"nmi: {allowNetworkPluginKubenet: true, capture: iptables}", "", nil, false},
+		{"nmi: {uninstall: true}", "", nil, false},
 	} {
 		daemonSet, container := render(t, test.values).nmi(t)
 		want := map[string]corev1.HostPathVolumeSource{
 			"xtables-lock": {Path: "/run/xtables.lock", Type: new(corev1.HostPathFileOrCreate)},
+			"bpf":          {Path: "/sys/fs/bpf", Type: &folder},
+			"state":        {Path: "/run/podidentity", Type: new(corev1.HostPathDirectoryOrCreate)},
 		}
-		wantMounts := []corev1.VolumeMount{{Name: "xtables-lock", MountPath: "/run/xtables.lock"}}
+		wantMounts := []corev1.VolumeMount{{Name: "xtables-lock", MountPath: "/run/xtables.lock"}, {Name: "bpf", MountPath: "/node/bpf"}, {Name: "state", MountPath: "/run/podidentity"}}
+		if test.cgroups {
+			want["cgroup"] = corev1.HostPathVolumeSource{Path: "/sys/fs/cgroup", Type: &folder}
+			wantMounts = append(wantMounts, corev1.VolumeMount{Name: "cgroup", MountPath: "/node/cgroup", ReadOnly: true})
+		}
 		if test.path != "" {
 			want["kubelet-config"] = corev1.HostPathVolumeSource{Path: test.path, Type: test.kind}
 			wantMounts = append(wantMounts, corev1.VolumeMount{Name: "kubelet-config", MountPath: test.path, ReadOnly: true})
@@ -303,14 +322,18 @@ nmi:
     -----END CERTIFICATE-----
 `).nmi(t)
 	want := []string{
-		"uninstall", "--wait-for-signal", "--nmi-listen-address=169.254.25.80", "--nmi-port=2579", "--metadata-ip=169.254.169.254",
-		"--metadata-port=80", "--iptables-backend=nft", "--log-level=info", "--log-format=json",
+		"uninstall", "--wait-for-signal", "--bpf-mount=/node/bpf", "--state-dir=/run/podidentity",
+		"--nmi-listen-address=169.254.25.80", "--nmi-port=2579", "--nmi-bpf-port=2578", "--metadata-ip=169.254.169.254", "--metadata-port=80", "--iptables-backend=nft", "--log-level=info", "--log-format=json",
 	}
 	if diff := cmp.Diff(want, container.Args); diff != "" {
 		t.Errorf("arguments (-want +got):\n%s", diff)
 	}
-	if len(container.VolumeMounts) != 1 || len(daemonSet.Spec.Template.Spec.Volumes) != 1 {
-		t.Errorf("want only the mount of the lock file: %+v", container.VolumeMounts)
+	var mounts []string
+	for _, mount := range container.VolumeMounts {
+		mounts = append(mounts, mount.Name)
+	}
+	if want := []string{"xtables-lock", "bpf", "state"}; !slices.Equal(mounts, want) || len(daemonSet.Spec.Template.Spec.Volumes) != len(want) {
+		t.Errorf("mounts %q; want %q", mounts, want)
 	}
 	if container.LivenessProbe != nil || container.ReadinessProbe != nil || container.StartupProbe != nil {
 		t.Error("the container has probes, but `nmi uninstall` does not serve them")
@@ -396,29 +419,34 @@ var inAnyOrder = cmpopts.SortSlices(func(a, b map[string]any) bool {
 
 func TestInvalidValuesAreRefusedWithAReason(t *testing.T) {
 	for values, want := range map[string]string{
-		"color: green":                               "additional properties 'color' not allowed",
-		"nmi: {micNamespace: default}":               "additional properties 'micNamespace' not allowed",
-		"nmi: {iptablesBackend: ebtables}":           "at '/nmi/iptablesBackend': value must be one of 'auto', 'nft', 'legacy'",
-		"nmi: {port: 0}":                             "at '/nmi/port'",
-		"nmi: {port: many}":                          "at '/nmi/port': got string, want integer",
-		"nmi: {iptablesSyncInterval: 10}":            "at '/nmi/iptablesSyncInterval': got number, want string",
-		"nmi: {podLookupTimeout: soon}":              "at '/nmi/podLookupTimeout'",
-		"nmi: {listenAddress: 127.0.0.300}":          "at '/nmi/listenAddress'",
-		"nmi: {kubeletConfig: relative/path}":        "at '/nmi/kubeletConfig'",
-		"nmi: {port: 8085}":                          "nmi.port, nmi.probePort and nmi.prometheusPort must differ",
-		"nmi: {serviceAccount: {create: false}}":     "nmi.serviceAccount.name is required",
-		"operationMode: both":                        "at '/operationMode'",
-		"azureIdentities: {a: {resourceId: x}}":      "additional properties 'resourceId' not allowed",
-		"azureIdentities: {a: {type: 9}}":            "at '/azureIdentities/a/type': value must be one of 0, 1, 2, 3",
-		"azureIdentities: {a: {binding: {name: b}}}": "missing property 'selector'",
-		"nmi: {hostToken: 'no'}":                     "at '/nmi/hostToken': got string, want boolean",
-		"nmi: {events: 1}":                           "at '/nmi/events': got number, want boolean",
-		"nmi: {tokenRequestPolicy: ''}":              "at '/nmi/tokenRequestPolicy': got string, want boolean",
-		"nmi: {allowCrossNamespaceSecrets: [shop]}":  "at '/nmi/allowCrossNamespaceSecrets': got array, want boolean",
-		"nmi: {auditLevel: on}":                      "at '/nmi/auditLevel': value must be one of 'info', 'warn', 'off', false",
-		"nmi: {authorityHost: http://example.com}":   "at '/nmi/authorityHost'",
-		"nmi: {authorityHost: https://a.com/tenant}": "at '/nmi/authorityHost'",
-		"nmi: {caBundle: /etc/ssl/ca.pem}":           "at '/nmi/caBundle'",
+		"color: green":                                           "additional properties 'color' not allowed",
+		"nmi: {micNamespace: default}":                           "additional properties 'micNamespace' not allowed",
+		"nmi: {iptablesBackend: ebtables}":                       "at '/nmi/iptablesBackend': value must be one of 'auto', 'nft', 'legacy'",
+		"nmi: {port: 0}":                                         "at '/nmi/port'",
+		"nmi: {port: many}":                                      "at '/nmi/port': got string, want integer",
+		"nmi: {iptablesSyncInterval: 10}":                        "at '/nmi/iptablesSyncInterval': got number, want string",
+		"nmi: {podLookupTimeout: soon}":                          "at '/nmi/podLookupTimeout'",
+		"nmi: {listenAddress: 127.0.0.300}":                      "at '/nmi/listenAddress'",
+		"nmi: {kubeletConfig: relative/path}":                    "at '/nmi/kubeletConfig'",
+		"nmi: {port: 8085}":                                      "nmi.port, nmi.bpfPort, nmi.probePort and nmi.prometheusPort must differ",
+		"nmi: {bpfPort: 2579}":                                   "nmi.port, nmi.bpfPort, nmi.probePort and nmi.prometheusPort must differ",
+		"nmi: {capture: ebpf}":                                   "at '/nmi/capture': value must be one of 'auto', 'iptables', 'bpf', 'both'",
+		"nmi: {capture: iptables, podVerification: required}":    "nmi.podVerification=required needs the capture by cgroup",
+		"nmi: {capture: iptables, captureHostNetwork: all}":      "nmi.captureHostNetwork=all needs the capture by cgroup",
+		"nmi: {podVerification: off, captureHostNetwork: bound}": "nmi.captureHostNetwork=bound needs the capture by cgroup",
+		"nmi: {serviceAccount: {create: false}}":                 "nmi.serviceAccount.name is required",
+		"operationMode: both":                                    "at '/operationMode'",
+		"azureIdentities: {a: {resourceId: x}}":                  "additional properties 'resourceId' not allowed",
+		"azureIdentities: {a: {type: 9}}":                        "at '/azureIdentities/a/type': value must be one of 0, 1, 2, 3",
+		"azureIdentities: {a: {binding: {name: b}}}":             "missing property 'selector'",
+		"nmi: {hostToken: 'no'}":                                 "at '/nmi/hostToken': got string, want boolean",
+		"nmi: {events: 1}":                                       "at '/nmi/events': got number, want boolean",
+		"nmi: {tokenRequestPolicy: ''}":                          "at '/nmi/tokenRequestPolicy': got string, want boolean",
+		"nmi: {allowCrossNamespaceSecrets: [shop]}":              "at '/nmi/allowCrossNamespaceSecrets': got array, want boolean",
+		"nmi: {auditLevel: on}":                                  "at '/nmi/auditLevel': value must be one of 'info', 'warn', 'off', false",
+		"nmi: {authorityHost: http://example.com}":               "at '/nmi/authorityHost'",
+		"nmi: {authorityHost: https://a.com/tenant}":             "at '/nmi/authorityHost'",
+		"nmi: {caBundle: /etc/ssl/ca.pem}":                       "at '/nmi/caBundle'",
 		caBundle("-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----\n" + certificate): "nmi.caBundle holds a private key",
 	} {
 		if got := refusal(t, values); !strings.Contains(got, want) {

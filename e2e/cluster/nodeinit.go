@@ -96,6 +96,7 @@ func (plan *nodePlan) setUp() error {
 	// A fresh sysfs shows the devices of this network namespace; the cgroup hierarchies are mounted into it.
 	m.mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
 	m.mount("/sys/fs/cgroup", "/sys/fs/cgroup", "", unix.MS_BIND|unix.MS_REC, "")
+	m.mount("podid-bpf", "/sys/fs/bpf", "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700")
 	m.mount("podid-run", "/run", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0755")
 	for _, dir := range plan.KeepDirs {
 		m.bind(dir, dir)

@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -10,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -137,14 +139,63 @@ func openPodNetns(pid int, pod *corev1.Pod) (*os.File, error) {
 	return file, nil
 }
 
-// InPodCommand returns a command that runs a program of the host inside the pod's network namespace. The program has
-// the files, environment and user of the host.
+// InPodCommand returns a command that runs a program of the host inside the pod's network namespace and in the cgroup of
+// its first container, as `kubectl exec` does. The program has the files, environment and user of the host.
 func (n NetworkNamespaces) InPodCommand(ctx context.Context, namespace, name, program string, args ...string) (*exec.Cmd, error) {
 	file, err := n.PodNetns(ctx, namespace, name)
 	if err != nil {
 		return nil, err
 	}
-	return netnsFileCommand(ctx, file, program, args...)
+	cmd, err := netnsFileCommand(ctx, file, program, args...)
+	if err != nil {
+		return nil, err
+	}
+	pod, err := n.pod(ctx, namespace, name)
+	if err != nil {
+		return nil, err
+	}
+	return cmd, joinCgroup(cmd, pod)
+}
+
+// joinCgroup makes the command start in the cgroup v2 of the pod's first container.
+func joinCgroup(cmd *exec.Cmd, pod *corev1.Pod) error {
+	if len(pod.Status.ContainerStatuses) == 0 {
+		return fmt.Errorf("pod %s/%s has no container yet", pod.Namespace, pod.Name)
+	}
+	_, id, _ := strings.Cut(pod.Status.ContainerStatuses[0].ContainerID, "://")
+	root, err := PodsCgroup(pod.Spec.NodeName)
+	if err != nil {
+		return err
+	}
+	// The folder of the quality of service class is missing for guaranteed pods.
+	for _, pattern := range []string{"pod" + string(pod.UID), "*/pod" + string(pod.UID)} {
+		found, err := filepath.Glob(filepath.Join(root, pattern, id))
+		if err != nil || len(found) == 0 {
+			continue
+		}
+		folder, err := os.Open(found[0])
+		if err != nil {
+			return fmt.Errorf("opening the cgroup of pod %s/%s: %w", pod.Namespace, pod.Name, err)
+		}
+		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(folder.Fd())}
+		cmd.ExtraFiles = append(cmd.ExtraFiles, folder) // so that it stays open until the command starts
+		return nil
+	}
+	return fmt.Errorf("pod %s/%s has no cgroup v2 of container %s", pod.Namespace, pod.Name, id)
+}
+
+// PodsCgroup returns the cgroup v2 of all pods of a node.
+func PodsCgroup(node string) (string, error) {
+	mounts, err := cgroupMounts()
+	if err != nil {
+		return "", err
+	}
+	for _, m := range mounts {
+		if m.v2 {
+			return filepath.Join(m.path, namePrefix+node, "kubepods"), nil
+		}
+	}
+	return "", errors.New("this host has no cgroup v2 hierarchy")
 }
 
 // InNodeCommand returns a command that runs a program of the host inside a node's network namespace.

@@ -37,6 +37,7 @@ type environment struct {
 	imdsNetns  string
 	nmi, bare  *simulatedNode
 	azure      *azure.Client
+	podCgroup  string // of the first pod on NMI's node
 	nmiLog     *os.File
 	nmiProcess *child
 	children   children
@@ -186,7 +187,8 @@ func (r *environment) startIMDS(ctx context.Context) error {
 }
 
 // startNMI runs NMI on its node like the DaemonSet, and returns when NMI is ready. Besides the flags that NMI needs
-// outside of a pod, only profiling and the address and the CA of Entra ID differ from the defaults.
+// outside of a pod, only the capture, profiling, the verification of pods, and the address and the CA of Entra ID
+// differ from the defaults.
 func (r *environment) startNMI(ctx context.Context) error {
 	binary, err := buildProgram(ctx, "nmi", r.dir)
 	if err != nil {
@@ -195,7 +197,15 @@ func (r *environment) startNMI(ctx context.Context) error {
 	if r.nmiLog, err = os.Create(filepath.Join(r.dir, "nmi.log")); err != nil {
 		return err
 	}
-	cmd := inNetns(context.WithoutCancel(ctx), r.nmi.node, binary, "--node="+nodeName, "--kubeconfig="+r.cluster.Kubeconfig(), "--enable-profile",
+	all, pod, err := makePodCgroup(ctx, r)
+	if err != nil {
+		return fmt.Errorf("making the cgroup of a pod: %w", err)
+	}
+	r.podCgroup = pod
+	// A bpffs of its own, which ends with NMI.
+	const start = `mount -t bpf bpf /sys/fs/bpf && exec "$0" "$@"`
+	cmd := inNetns(context.WithoutCancel(ctx), r.nmi.node, "unshare", "--mount", "sh", "-c", start, binary, "--node="+nodeName, "--capture=both", "--pods-cgroup="+all, "--kubeconfig="+r.cluster.Kubeconfig(), "--enable-profile",
+		"--pod-verification=off", // all pods are behind one link
 		"--authority-host=https://"+entraHost, "--ca-bundle="+filepath.Join(r.azureDir(), azure.CAFile))
 	cmd.Stderr = r.nmiLog
 	cmd.Env = append(os.Environ(), "GOMEMLIMIT=204MiB") // as in the chart

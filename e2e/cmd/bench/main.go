@@ -32,6 +32,9 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == "bare" {
 		exit(bare(os.Args[2:]))
 	}
+	if len(os.Args) > 1 && os.Args[1] == "connect" {
+		exit(connect(os.Args[2:]))
+	}
 	var p plan
 	out := flag.String("o", "bench.json", "`file` for the figures")
 	seconds := flag.Float64("seconds", 3, "length of one round of NMI or of the bare handler (see -rounds), in `seconds`")
@@ -115,6 +118,9 @@ func measureNMI(ctx context.Context, p plan, figures map[string]float64) error {
 			return err
 		}
 		if err := r.compare(ctx, figures, p.round, p.rounds); err != nil {
+			return err
+		}
+		if err := compareConnections(ctx, r, figures, p.round); err != nil {
 			return err
 		}
 		if p.profiles != "" {

@@ -49,6 +49,11 @@ type figures struct {
 // measure sends requests from all workers for the length of a round, and returns the results. If a request fails, its
 // worker stops, and measure returns the error.
 func (s *simulatedNode) measure(ctx context.Context, round time.Duration) (figures, error) {
+	return measureWorkers(ctx, round, s.client)
+}
+
+// measureWorkers is measure with other clients.
+func measureWorkers(ctx context.Context, round time.Duration, newClient func(i int) *client) (figures, error) {
 	var mu sync.Mutex
 	var all []time.Duration
 	var failed error
@@ -56,7 +61,7 @@ func (s *simulatedNode) measure(ctx context.Context, round time.Duration) (figur
 	start := time.Now()
 	end := start.Add(round)
 	for i := range workers {
-		c := s.client(i)
+		c := newClient(i)
 		wg.Go(func() {
 			defer c.http.CloseIdleConnections()
 			var took []time.Duration

@@ -55,8 +55,8 @@ func nextSteps(instance string, standard bool) string {
 // upOptions are the flags of up.
 type upOptions struct {
 	cluster.Options
-	noChart, standard, vms bool
-	helm                   []string
+	noChart, standard, vms, bypassNetfilter bool
+	helm                                    []string
 }
 
 func upCommand() *cobra.Command {
@@ -81,6 +81,7 @@ If the command fails or is interrupted, it removes the cluster.`,
 	cmd.Flags().BoolVar(&opts.vms, "vms", false, "make each node a virtual machine (default: both are in one scale set)")
 	cmd.Flags().BoolVar(&opts.noChart, "no-chart", false, "neither build the images nor install the chart")
 	cmd.Flags().StringArrayVar(&opts.helm, "helm", nil, "additional `ARGUMENT` for helm, such as --set=KEY=VALUE; may be repeated")
+	cmd.Flags().BoolVar(&opts.bypassNetfilter, "bypass-netfilter", false, "make packets of pods to the metadata address bypass the netfilter rules of the nodes, as with eBPF host routing")
 	cmd.MarkFlagsMutuallyExclusive("standard", "no-chart")
 	cmd.Flags().StringVar(&opts.LogDir, "log-dir", "", "write the logs of all processes to this `FOLDER` (default: in the run folder, which is removed with the cluster)")
 	return cmd
@@ -112,6 +113,13 @@ func up(ctx context.Context, opts upOptions) (err error) {
 			err = errors.Join(err, c.Stop())
 		}
 	}()
+	if opts.bypassNetfilter {
+		for _, node := range c.Nodes() {
+			if _, err := c.BypassNetfilter(ctx, node); err != nil {
+				return err
+			}
+		}
+	}
 	if err := images.Wait(); err != nil {
 		return err
 	}

@@ -118,13 +118,13 @@ func run(ctx context.Context) (err error) {
 		return err
 	}
 	title("Installing the chart")
-	if err := c.InstallChart(ctx); err != nil {
+	if err := c.InstallChart(ctx, "--set", "nmi.captureHostNetwork=bound"); err != nil {
 		return err
 	}
 	if err := d.show("kubectl get pods -n "+cluster.ChartNamespace+" -o wide", d.kubectl("get", "pods", "-n", cluster.ChartNamespace, "-o", "wide"), "Running"); err != nil {
 		return err
 	}
-	for _, part := range []func() error{d.rules, d.binding, d.token, d.refusal, d.federated, d.observability,
+	for _, part := range []func() error{d.rules, d.binding, d.token, d.refusal, d.hostNetwork, d.federated, d.observability,
 		d.standardMode, d.assignment, d.release, d.armCalls} {
 		if err := errors.Join(ctx.Err(), part()); err != nil {
 			return err
@@ -134,7 +134,14 @@ func run(ctx context.Context) (err error) {
 }
 
 func (d *demo) rules() error {
-	title("The rules on a node")
+	title("The capture on a node")
+	say("Programs at the cgroup of all pods redirect connections to the metadata address to NMI, and tell NMI which pod opened\neach. Rules do the same for packets that these programs do not see, such as those of virtual machines.")
+	if err := d.show("node1$ curl -s http://127.0.0.1:9090/metrics | grep captures", func() (string, error) {
+		out, err := d.InNode(d.ctx, "node1", "curl", "-s", "http://127.0.0.1:9090/metrics")
+		return grep(out, "podidentity_nmi_captures{"), err
+	}, `podidentity_nmi_captures{kind="bpf"} 1`, `podidentity_nmi_captures{kind="iptables"} 1`); err != nil {
+		return err
+	}
 	say("Requests of pods to the metadata address are redirected to NMI (nat). A second rule drops packets to the\nmetadata address that would be forwarded nevertheless (filter FORWARD), and a third protects NMI's own address (filter INPUT).")
 	return d.show("node1# iptables-save | grep -i podidentity", func() (string, error) {
 		out, err := d.InNode(d.ctx, "node1", "iptables-save")
@@ -182,6 +189,11 @@ func (d *demo) showToken(pod string, want azure.Identity) error {
 	if err != nil {
 		return err
 	}
+	return d.checkToken(pod, out, want)
+}
+
+// checkToken prints the response to the pod, and checks that its token is for the identity want.
+func (d *demo) checkToken(pod, out string, want azure.Identity) error {
 	var answer map[string]string
 	if err := json.Unmarshal([]byte(out), &answer); err != nil {
 		return fmt.Errorf("the response to pod %s is not JSON: %w\n%s", pod, err, out)
@@ -206,6 +218,39 @@ func (d *demo) refusal() error {
 	title("Pod stranger requests a token, too")
 	say("No binding applies to it, because it has no label. NMI responds with the error of IMDS for an identity that does not\nexist, and adds the reason.")
 	return d.show("stranger$ curl -s -H 'Metadata: true' '"+ask+"'", d.curl("stranger"), `"error":"invalid_request"`, `"error_description":"Identity not found"`, `"reason":"pod_not_labelled"`)
+}
+
+// agent is a pod in the host network, with the same identity as pod web.
+const agent = `apiVersion: v1
+kind: Pod
+metadata: {name: agent, labels: {aadpodidbinding: shop}}
+spec:
+  nodeName: node1
+  hostNetwork: true
+  terminationGracePeriodSeconds: 0
+  containers: [{name: agent, image: %s, imagePullPolicy: Never, args: [token, --resource, %q]}]
+`
+
+func (d *demo) hostNetwork() error {
+	title("Pod agent is in the host network")
+	say("It has the address of the node, as all pods in the host network, but a cgroup of its own. The chart value\nnmi.captureHostNetwork is bound, so a pod in the host network with the label gets its own identity, too.")
+	if err := d.Apply(d.ctx, fmt.Sprintf(agent, cluster.TestImage, vault)); err != nil {
+		return err
+	}
+	var out string
+	if err := cluster.Retry(time.Minute, func() (err error) {
+		if out, err = d.Kubectl(d.ctx, "logs", "agent"); err == nil && out == "" {
+			err = errors.New("pod agent has not printed anything")
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	var outcome struct{ Body string }
+	if err := json.Unmarshal([]byte(out), &outcome); err != nil {
+		return fmt.Errorf("the output of pod agent is not JSON: %w\n%s", err, out)
+	}
+	return d.checkToken("agent", outcome.Body, shop)
 }
 
 func (d *demo) federated() error {
@@ -241,14 +286,14 @@ func (d *demo) observability() error {
 	if err := d.eventually("kubectl logs -n "+cluster.ChartNamespace+" "+pod+" | grep pod_namespace", func() (string, error) {
 		out, err := d.Kubectl(d.ctx, "logs", "-n", cluster.ChartNamespace, pod)
 		return grep(out, "pod_namespace"), err
-	}, `"pod":"web"`, `"reason":"allowed"`, `"pod":"stranger"`, `"reason":"pod_not_labelled"`); err != nil {
+	}, `"pod":"web"`, `"reason":"allowed"`, `"verified":"cgroup"`, `"pod":"agent"`, `"pod":"stranger"`, `"reason":"pod_not_labelled"`); err != nil {
 		return err
 	}
 	say("And in the metrics:")
 	if err := d.show("node1$ curl -s http://127.0.0.1:9090/metrics | grep -E 'decisions|cache_requests|upstream_requests'", func() (string, error) {
 		out, err := d.InNode(d.ctx, "node1", "curl", "-s", "http://127.0.0.1:9090/metrics")
 		return grep(out, "nmi_decisions_total{", "nmi_token_cache_requests_total{", "nmi_upstream_requests_total{"), err
-	}, `podidentity_nmi_decisions_total{reason="allowed"} 1`, `podidentity_nmi_decisions_total{reason="pod_not_labelled"} 1`); err != nil {
+	}, `podidentity_nmi_decisions_total{reason="allowed"} 2`, `podidentity_nmi_decisions_total{reason="pod_not_labelled"} 1`); err != nil {
 		return err
 	}
 	stats, err := d.Azure().Stats(d.ctx)

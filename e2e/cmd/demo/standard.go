@@ -52,7 +52,7 @@ const (
 func (d *demo) standardMode() error {
 	title("Standard mode: MIC attaches identities to the virtual machines")
 	say("Until now, the identity \"shop\" was attached manually: this is managed mode. In standard mode, the chart also installs\nMIC. MIC makes Azure Resource Manager (ARM) attach the identities that pods need. MIC makes ARM detach an identity %s\n(by default, two minutes) after its last pod was deleted, but not in the first 30 s after the start of MIC. The pods of\nthe first part are deleted now.", detachDelay)
-	if _, err := d.Kubectl(d.ctx, "delete", "pod", "web", "stranger", "robot"); err != nil {
+	if _, err := d.Kubectl(d.ctx, "delete", "pod", "web", "stranger", "robot", "agent"); err != nil {
 		return err
 	}
 	if err := d.InstallStandard(d.ctx, "--set", "mic.detachDelay="+detachDelay.String()); err != nil {

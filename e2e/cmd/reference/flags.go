@@ -25,7 +25,7 @@ func setEnvironment() error {
 	return os.Unsetenv("FORCENAMESPACED")
 }
 
-const chartValueParagraph = "The column \"Chart value\" names the [value of the chart](chart-values.md) that sets the flag, if there is one."
+const chartValueParagraph = "The column \"Chart value\" names the [value of the chart](chart-values.md) that sets the flag, or decides whether the chart passes it, if there is one."
 
 func nmiFlags(root string) ([]byte, error) {
 	d := newDocument("Flags of NMI", "cmd/nmi/options and the chart's nmi-daemonset.yaml")

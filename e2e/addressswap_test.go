@@ -1,0 +1,206 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	crclient "sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/podidentity/podidentity/e2e/azure"
+)
+
+var (
+	swapPods = flag.Int("swap-pods", 24, "how many pods get the addresses of each other; make chaos sets it")
+	swapAll  = flag.Bool("swap-all", false, "run all cases of the swap of addresses; make chaos sets it")
+)
+
+// swap has pods on node1, each with an identity of its own, that request a token when they start.
+type swap struct {
+	*testNamespace
+	identities map[string]azure.Identity // by pod
+}
+
+func newSwap(t *testing.T) *swap {
+	w := &swap{newNamespace(t), map[string]azure.Identity{}}
+	yaml := ""
+	for i := range *swapPods {
+		name, id := fmt.Sprintf("p%02d", i), newIdentity(t)
+		w.identities[name] = id
+		w.bind(name, name, id)
+		yaml += w.podYAML(name, name, "node1", "token", "--resource", vault)
+	}
+	w.apply(yaml)
+	w.waitForPods()
+	return w
+}
+
+// runningContainer is a container of a pod: its ID and the address of the pod.
+type runningContainer struct{ container, address string }
+
+// runs returns the running container of each pod.
+func (w *swap) runs() (map[string]runningContainer, error) {
+	var pods corev1.PodList
+	if err := kube.List(w.t.Context(), &pods, crclient.InNamespace(w.name)); err != nil {
+		return nil, err
+	}
+	runs := map[string]runningContainer{}
+	for _, pod := range pods.Items {
+		if len(pod.Status.ContainerStatuses) == 1 && pod.Status.ContainerStatuses[0].State.Running != nil {
+			runs[pod.Name] = runningContainer{pod.Status.ContainerStatuses[0].ContainerID, pod.Status.PodIP}
+		}
+	}
+	return runs, nil
+}
+
+// swapResult is what the first requests of the pods got.
+type swapResult struct {
+	own, foreign, refused int
+	moved                 int // pods with the former address of another pod
+	slowest               time.Duration
+}
+
+// swapAddresses moves the addresses between the pods, calls meanwhile, and returns what the first request of each new
+// container got.
+func (w *swap) swapAddresses(meanwhile func(*swap)) (result swapResult) {
+	w.t.Helper()
+	before, err := w.runs()
+	must(w.t, err)
+	must(w.t, testCluster.LoseSandboxes(w.t.Context(), "node1", w.name))
+	meanwhile(w)
+	var after map[string]runningContainer
+	eventually(w.t, 3*time.Minute, func() error {
+		if after, err = w.runs(); err != nil {
+			return err
+		}
+		for pod, old := range before {
+			if now, ok := after[pod]; !ok || now.container == old.container {
+				return fmt.Errorf("pod %s has not started again", pod)
+			}
+		}
+		return nil
+	})
+	owners := map[string]string{}
+	for pod, r := range before {
+		owners[r.address] = pod
+	}
+	for pod := range w.identities {
+		if former, ok := owners[after[pod].address]; ok && former != pod {
+			result.moved++
+		}
+		w.addOutcome(&result, pod)
+	}
+	return result
+}
+
+// addOutcome adds what the first request of the pod got.
+func (w *swap) addOutcome(result *swapResult, pod string) {
+	w.t.Helper()
+	var got outcome
+	eventually(w.t, time.Minute, func() error {
+		out, err := podOutput(w.t.Context(), w.name, pod, corev1.PodLogOptions{})
+		if err != nil {
+			return err
+		}
+		return json.Unmarshal([]byte(out), &got)
+	})
+	result.slowest = max(result.slowest, time.Duration(got.DurationMS*float64(time.Millisecond)))
+	if got.Status != 200 {
+		result.refused++
+		w.t.Logf("%s was refused: %d %s %s", pod, got.Status, got.Body, got.Error)
+		return
+	}
+	var body struct {
+		AccessToken string `json:"access_token"`
+	}
+	must(w.t, json.Unmarshal([]byte(got.Body), &body))
+	claims, err := fakeAzure.Verify(body.AccessToken)
+	must(w.t, err)
+	if claims.ObjectID == w.identities[pod].ObjectID {
+		result.own++
+		return
+	}
+	result.foreign++
+	w.t.Logf("%s got the token of object ID %s", pod, claims.ObjectID)
+}
+
+// mustAllHaveTokens fails unless each pod gets its own token within 2 s. The kubelet has reported the new address of each.
+func (w *swap) mustAllHaveTokens() {
+	w.t.Helper()
+	slowest := time.Duration(0)
+	for pod, id := range w.identities {
+		start := time.Now()
+		w.mustHaveTokenOf(w.ask(pod, vault), id, vault)
+		slowest = max(slowest, time.Since(start))
+	}
+	w.t.Logf("after the report of the kubelet, the slowest request took %s", slowest)
+	if slowest > 2*time.Second {
+		w.t.Errorf("a pod got its token %s after the kubelet had reported its address; want at most 2 s", slowest)
+	}
+}
+
+// withoutReports stops the API server until NMI has decided about a request of each pod, so that the kubelet cannot report the
+// new addresses before.
+func (w *swap) withoutReports() {
+	w.t.Helper()
+	const decisions = "podidentity_nmi_decisions_total"
+	before := metric(w.t, "node1", decisions)
+	must(w.t, testCluster.StopAPIServer(w.t.Context()))
+	defer func() { must(w.t, testCluster.StartAPIServer(context.WithoutCancel(w.t.Context()))) }()
+	eventually(w.t, 2*time.Minute, func() error {
+		if n := metric(w.t, "node1", decisions) - before; n < float64(*swapPods) {
+			return fmt.Errorf("%.0f requests of %d pods", n, *swapPods)
+		}
+		return nil
+	})
+}
+
+// After a reboot the API server reports for some seconds addresses that other pods have by then.
+func TestPodsThatGetTheAddressesOfOthersGetTheirOwnTokens(t *testing.T) {
+	t.Cleanup(func() { must(t, testCluster.InstallChart(context.Background())) })
+	none, restart := func(*swap) {}, func(*swap) { killNMI(t, "node1") }
+	for _, c := range []struct {
+		name, capture, verification string
+		meanwhile                   func(*swap)
+		always                      bool // not only with -swap-all
+	}{
+		{"by cgroup", "auto", "auto", none, false},
+		{"by cgroup, before the kubelet reports", "auto", "auto", (*swap).withoutReports, true},
+		{"by cgroup, while NMI restarts", "auto", "auto", restart, false},
+		{"by confirmed address", "iptables", "auto", none, false},
+		{"by confirmed address, while NMI restarts", "iptables", "auto", restart, true},
+		{"by address, before the kubelet reports", "iptables", "off", (*swap).withoutReports, true},
+	} {
+		if !c.always && !*swapAll {
+			continue
+		}
+		t.Run(c.name, func(t *testing.T) {
+			must(t, testCluster.InstallChart(t.Context(), "--set", "nmi.capture="+c.capture, "--set-string", "nmi.podVerification="+c.verification))
+			// New pods for each case: the kubelet delays the restart of a container that has already restarted, and then the API
+			// server knows the new address before the container starts.
+			w := newSwap(t)
+			got := w.swapAddresses(c.meanwhile)
+			t.Logf("%+v", got)
+			if got.moved < *swapPods/4 {
+				t.Errorf("only %d pods got the former address of another pod: this test proves nothing", got.moved)
+			}
+			switch {
+			case c.verification == "off":
+				if got.foreign == 0 {
+					t.Error("no pod got the token of another: this test proves nothing")
+				}
+			case c.capture == "iptables":
+				if got.foreign != 0 {
+					t.Errorf("%d pods got the token of another pod; want none", got.foreign)
+				}
+				w.mustAllHaveTokens()
+			case got.own != *swapPods:
+				t.Errorf("%d pods got their own token, %d that of another pod, %d were refused; want %d, 0 and 0", got.own, got.foreign, got.refused, *swapPods)
+			}
+		})
+	}
+}
