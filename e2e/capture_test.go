@@ -258,11 +258,29 @@ func killNMIRepeatedly(s *testNamespace, l *load, node string) {
 		if i%3 < 2 {
 			killNMI(s.t, node)
 		} else {
-			must(s.t, kube.Delete(s.t.Context(), nmiPodOn(s.t, node), crclient.GracePeriodSeconds(0)))
-			eventually(s.t, time.Minute, func() error { return nmiReady(s.t.Context(), node) })
+			old := nmiPodOn(s.t, node)
+			must(s.t, kube.Delete(s.t.Context(), old, crclient.GracePeriodSeconds(0)))
+			eventually(s.t, time.Minute, func() error { return replaced(s.t.Context(), old) })
 		}
 		l.waitForTokens(s.t, 50, 90*time.Second)
 	}
+}
+
+// replaced returns nil if another pod of NMI is ready on the node of the old one, whose processes may still run.
+func replaced(ctx context.Context, old *corev1.Pod) error {
+	var pods corev1.PodList
+	if err := kube.List(ctx, &pods, crclient.InNamespace(old.Namespace), crclient.MatchingLabels{"app.kubernetes.io/component": "nmi"},
+		crclient.MatchingFields{"spec.nodeName": old.Spec.NodeName}); err != nil {
+		return err
+	}
+	for _, pod := range pods.Items {
+		for _, c := range pod.Status.Conditions {
+			if pod.UID != old.UID && c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue {
+				return nil
+			}
+		}
+	}
+	return fmt.Errorf("no new pod of NMI is ready on %s", old.Spec.NodeName)
 }
 
 func TestNoPodReachesIMDSWithOneCaptureWhenNMIIsKilledUnderLoad(t *testing.T) {
