@@ -3,6 +3,7 @@ package e2e
 import (
 	"crypto/elliptic"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -249,6 +250,9 @@ func TestTokensOfAuxiliaryTenantsAreAnArray(t *testing.T) {
 	}
 	eventually(t, 20*time.Second, func() error {
 		lines := s.lines("node1")
+		if len(lines) == 0 {
+			return errors.New("NMI's log has no line about a pod of the namespace")
+		}
 		line := lines[len(lines)-1]
 		if line.Reason != "upstream_refused" || line.CorrelationID == "" || !strings.Contains(refused.raw, line.CorrelationID) {
 			return fmt.Errorf("the last line of NMI's log is %s; want upstream_refused with the correlation ID of the answer", line.raw)

@@ -3,10 +3,13 @@
 # and does nothing if nothing is missing.
 set -eu
 missing=
-need() { # PROGRAM PACKAGE...
-	program=$1
+need() { # PROGRAM or FILE, PACKAGE...
+	wanted=$1
 	shift
-	command -v "$program" >/dev/null && return
+	case $wanted in
+	/*) [ -e "$wanted" ] && return ;;
+	*) command -v "$wanted" >/dev/null && return ;;
+	esac
 	for package in "$@"; do
 		case " $missing " in *" $package "*) ;; *) missing="$missing $package" ;; esac
 	done
@@ -21,8 +24,10 @@ need ping iputils-ping
 need sysctl procps
 need dpkg-deb dpkg
 need openssl openssl
-need clang clang libbpf-dev linux-libc-dev # compiles bpf/capture.c
+need clang clang # compiles bpf/capture.c
 need llvm-strip llvm
+need /usr/include/bpf/bpf_helpers.h libbpf-dev
+need /usr/include/linux/bpf.h linux-libc-dev
 need node nodejs
 need npm npm
 [ -n "$missing" ] || exit 0
