@@ -21,7 +21,7 @@ func (a Admin) Kubeconfig() string { return adminConfig }
 // DialContext connects from inside the control plane's namespace. As rest.Config.Dial it lets a client-go client in the
 // test process reach the API server.
 func (a Admin) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	return DialFrom(netnsPath(controlPlaneNetns), nil)(ctx, network, address)
+	return DialFrom(netnsPath(ControlPlaneNetns), nil)(ctx, network, address)
 }
 
 // KubectlCommand returns a command that runs kubectl as admin.
@@ -35,7 +35,7 @@ func (a Admin) HelmCommand(ctx context.Context, args ...string) (*exec.Cmd, erro
 }
 
 func (a Admin) command(ctx context.Context, program string, args ...string) (*exec.Cmd, error) {
-	cmd, err := inNetns(ctx, controlPlaneNetns, program, args...)
+	cmd, err := inNetns(ctx, ControlPlaneNetns, program, args...)
 	if err != nil {
 		return nil, err
 	}
@@ -80,5 +80,5 @@ func execAdmin(program string, args []string) error {
 			return err
 		}
 	}
-	return execInside(netnsPath(controlPlaneNetns), program, args)
+	return execInside(netnsPath(ControlPlaneNetns), program, args)
 }

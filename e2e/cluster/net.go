@@ -27,10 +27,12 @@ const (
 	apiPort     = "443"
 )
 
+// The network namespaces of the control plane and of the fake Azure, and the bridge in the first of them that connects all
+// namespaces. ip -n takes the names.
 var (
-	controlPlaneNetns = namePrefix + "cp"
-	azureNetns        = namePrefix + "azure"
-	bridgeName        = namePrefix + "br0"
+	ControlPlaneNetns  = namePrefix + "cp"
+	ControlPlaneBridge = namePrefix + "br0"
+	azureNetns         = namePrefix + "azure"
 )
 
 // nodeSpec is the name and the addresses of a node.
@@ -65,7 +67,7 @@ func makeNetwork() error {
 	if err := prepareNetnsDir(); err != nil {
 		return err
 	}
-	names := []string{controlPlaneNetns, azureNetns}
+	names := []string{ControlPlaneNetns, azureNetns}
 	for _, n := range nodeSpecs {
 		names = append(names, n.netns())
 	}
@@ -75,16 +77,16 @@ func makeNetwork() error {
 		}
 	}
 
-	cp, err := openNetns(controlPlaneNetns)
+	cp, err := openNetns(ControlPlaneNetns)
 	if err != nil {
 		return err
 	}
 	defer cp.close()
-	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridgeName}}
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: ControlPlaneBridge}}
 	if err := cp.LinkAdd(bridge); err != nil {
-		return fmt.Errorf("adding bridge %s in %s: %w", bridgeName, cp.name, err)
+		return fmt.Errorf("adding bridge %s in %s: %w", ControlPlaneBridge, cp.name, err)
 	}
-	if err := cp.configure(bridgeName, controlPlaneIP, hostBits); err != nil {
+	if err := cp.configure(ControlPlaneBridge, controlPlaneIP, hostBits); err != nil {
 		return err
 	}
 	if err := cp.configure("lo", serviceIP, 32); err != nil {

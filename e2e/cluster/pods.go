@@ -24,7 +24,7 @@ type NetworkNamespaces struct {
 }
 
 func newNetworkNamespaces() NetworkNamespaces {
-	return NetworkNamespaces{sync.OnceValues(func() (*apiClient, error) { return newAPIClient(pkiDir, netnsPath(controlPlaneNetns)) })}
+	return NetworkNamespaces{sync.OnceValues(func() (*apiClient, error) { return newAPIClient(pkiDir, netnsPath(ControlPlaneNetns)) })}
 }
 
 func (n NetworkNamespaces) pod(ctx context.Context, namespace, name string) (*corev1.Pod, error) {

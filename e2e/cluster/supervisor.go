@@ -154,7 +154,7 @@ func (s *supervisor) prepare(end func()) (*controlServer, error) {
 		return nil, err
 	}
 	spawn := newSpawner()
-	s.cp = &controlPlane{bin: s.cfg.Binaries, netns: netnsPath(controlPlaneNetns), dir: runDir, pki: pkiDir, logDir: s.cfg.LogDir, spawn: spawn, onStart: s.record}
+	s.cp = &controlPlane{bin: s.cfg.Binaries, netns: netnsPath(ControlPlaneNetns), dir: runDir, pki: pkiDir, logDir: s.cfg.LogDir, spawn: spawn, onStart: s.record}
 	for _, spec := range nodeSpecs {
 		s.nodes = append(s.nodes, &node{nodeSpec: spec, bin: s.cfg.Binaries, program: s.cfg.Program, providerID: s.cfg.ProviderIDs[spec.Name],
 			logDir: s.cfg.LogDir, hosts: s.cfg.Hosts, spawn: spawn, onStart: s.record})
@@ -172,7 +172,7 @@ func (s *supervisor) start(ctx context.Context) error {
 	if err := writePKI(pkiDir); err != nil {
 		return err
 	}
-	api, err := newAPIClient(pkiDir, netnsPath(controlPlaneNetns))
+	api, err := newAPIClient(pkiDir, netnsPath(ControlPlaneNetns))
 	if err != nil {
 		return err
 	}

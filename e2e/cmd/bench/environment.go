@@ -25,7 +25,6 @@ import (
 // Only the node of NMI is connected to the fake IMDS and Entra ID.
 const (
 	nmiSubnet, bareSubnet = 1, 2
-	bridge                = "podid-br0"
 	apiService            = "10.10.0.1"
 	entraHost             = "10.246.0.2"
 )
@@ -114,8 +113,8 @@ func (s *simulatedNode) wire(ctx context.Context) error {
 	gateway := fmt.Sprintf("10.245.%d.1", s.subnet)
 	commands := [][]string{
 		// to the control plane
-		{"-n", "podid-cp", "link", "add", "pb" + strconv.Itoa(s.subnet), "type", "veth", "peer", "name", "eth0", "netns", node},
-		{"-n", "podid-cp", "link", "set", "pb" + strconv.Itoa(s.subnet), "master", bridge, "up"},
+		{"-n", cluster.ControlPlaneNetns, "link", "add", "pb" + strconv.Itoa(s.subnet), "type", "veth", "peer", "name", "eth0", "netns", node},
+		{"-n", cluster.ControlPlaneNetns, "link", "set", "pb" + strconv.Itoa(s.subnet), "master", cluster.ControlPlaneBridge, "up"},
 		{"-n", node, "addr", "add", fmt.Sprintf("10.10.0.%d/24", 20+s.subnet), "dev", "eth0"}, {"-n", node, "link", "set", "eth0", "up"},
 		{"-n", node, "route", "add", "10.96.0.0/16", "via", apiService},
 		// to the pods
