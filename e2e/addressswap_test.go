@@ -35,12 +35,12 @@ func newSwap(t *testing.T, pods int) *swap {
 		yaml += w.podYAML(name, name, "node1", "token", "--resource", vault)
 	}
 	w.apply(yaml)
-	w.waitForPods()
+	w.waitForPodsWithin(w.startLimit())
 	return w
 }
 
-// restartLimit is how long all pods may take to start again. They start one after the other.
-func (w *swap) restartLimit() time.Duration {
+// startLimit is how long all pods may take to start. They start one after the other.
+func (w *swap) startLimit() time.Duration {
 	return time.Duration(len(w.identities)) * 10 * time.Second
 }
 
@@ -78,7 +78,7 @@ func (w *swap) swapAddresses(meanwhile func(*swap)) (result swapResult) {
 	must(w.t, testCluster.LoseSandboxes(w.t.Context(), "node1", w.name))
 	meanwhile(w)
 	var after map[string]runningContainer
-	eventually(w.t, w.restartLimit(), func() error {
+	eventually(w.t, w.startLimit(), func() error {
 		if after, err = w.runs(); err != nil {
 			return err
 		}
@@ -156,7 +156,7 @@ func (w *swap) withoutReports() {
 	before := metric(w.t, "node1", decisions)
 	must(w.t, testCluster.StopAPIServer(w.t.Context()))
 	defer func() { must(w.t, testCluster.StartAPIServer(context.WithoutCancel(w.t.Context()))) }()
-	eventually(w.t, w.restartLimit(), func() error {
+	eventually(w.t, w.startLimit(), func() error {
 		if n := metric(w.t, "node1", decisions) - before; n < float64(len(w.identities)) {
 			return fmt.Errorf("%.0f requests of %d pods", n, len(w.identities))
 		}

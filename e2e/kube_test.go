@@ -105,7 +105,12 @@ func getPod(t *testing.T, namespace, name string) *corev1.Pod {
 // waitForPods waits until all pods of the namespace are ready.
 func (s *testNamespace) waitForPods() {
 	s.t.Helper()
-	eventually(s.t, 3*time.Minute, func() error {
+	s.waitForPodsWithin(3 * time.Minute)
+}
+
+func (s *testNamespace) waitForPodsWithin(limit time.Duration) {
+	s.t.Helper()
+	eventually(s.t, limit, func() error {
 		var pods corev1.PodList
 		if err := kube.List(s.t.Context(), &pods, crclient.InNamespace(s.name)); err != nil {
 			return err
