@@ -67,7 +67,7 @@ struct owner {
 struct connecting {
 	struct owner owner; // of the process that called connect
 	__u64 redirected;   // 1 if the process dialed the metadata service
-	__u32 token[2];	    // random, of this connection
+	__u64 token;	    // of this connection
 };
 
 struct {
@@ -77,14 +77,28 @@ struct {
 	__type(value, struct connecting);
 } sockets SEC(".maps");
 
-// connections has the owner of each established connection to NMI, by the token of its SYN. NMI reads and deletes an entry
+// established is the record of a connection.
+struct established {
+	struct owner owner;
+	__u64 time; // in ns of CLOCK_MONOTONIC
+};
+
+// token_key is the secret key of the tokens. Each installation replaces it.
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64[2]);
+} token_key SEC(".maps");
+
+// connections has the record of each established connection to NMI, by the token of its SYN. NMI reads and deletes a record
 // when it accepts the connection. Address and port of the client are no key: a pod can create network namespaces that have
 // the addresses of another pod and of NMI.
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
 	__type(key, __u64);
-	__type(value, struct owner);
+	__type(value, struct established);
 } connections SEC(".maps");
 
 // token_option is the TCP option of a SYN to NMI. It has the form of RFC 6994, for options that are not registered.
@@ -92,7 +106,7 @@ struct token_option {
 	__u8 kind;
 	__u8 length;
 	__u16 experiment;
-	__u32 token[2];
+	__u64 token;
 } __attribute__((packed));
 
 #define TOKEN_KIND 254
@@ -156,6 +170,62 @@ static __always_inline int must_capture(struct bpf_sock_addr *ctx, const struct 
 	return s->capture_host && !caller_is_exempt(s);
 }
 
+static __always_inline __u64 rotate(__u64 x, int bits)
+{
+	return x << bits | x >> (64 - bits);
+}
+
+static __always_inline void sip_rounds(__u64 v[4], int rounds)
+{
+	for (int i = 0; i < rounds; i++) {
+		v[0] += v[1];
+		v[2] += v[3];
+		v[1] = rotate(v[1], 13) ^ v[0];
+		v[3] = rotate(v[3], 16) ^ v[2];
+		v[0] = rotate(v[0], 32);
+		v[2] += v[1];
+		v[0] += v[3];
+		v[1] = rotate(v[1], 17) ^ v[2];
+		v[3] = rotate(v[3], 21) ^ v[0];
+		v[2] = rotate(v[2], 32);
+	}
+}
+
+// siphash returns SipHash-2-4 of two words, see https://www.aumasson.jp/siphash/siphash.pdf.
+static __always_inline __u64 siphash(const __u64 key[2], __u64 first, __u64 second)
+{
+	const __u64 length = 16ULL << 56; // the last block has the length of the input in bytes
+	__u64 v[4] = {
+		key[0] ^ 0x736f6d6570736575ULL,
+		key[1] ^ 0x646f72616e646f6dULL,
+		key[0] ^ 0x6c7967656e657261ULL,
+		key[1] ^ 0x7465646279746573ULL,
+	};
+
+	v[3] ^= first;
+	sip_rounds(v, 2);
+	v[0] ^= first;
+	v[3] ^= second;
+	sip_rounds(v, 2);
+	v[0] ^= second;
+	v[3] ^= length;
+	sip_rounds(v, 2);
+	v[0] ^= length;
+	v[2] ^= 0xff;
+	sip_rounds(v, 4);
+	return v[0] ^ v[1] ^ v[2] ^ v[3];
+}
+
+// make_token returns a token that no pod can predict. The random numbers of the kernel for programs would not do: who knows
+// some of them can compute those of others. The input is different for each call: a socket connects once at a time.
+static __always_inline __u64 make_token(struct bpf_sock_addr *ctx)
+{
+	__u32 zero = 0;
+	__u64 *key = bpf_map_lookup_elem(&token_key, &zero);
+
+	return key ? siphash(key, bpf_get_socket_cookie(ctx), bpf_ktime_get_ns()) : 0;
+}
+
 // store_owner stores the owner of the socket in ctx. It returns 0 if it cannot.
 static __always_inline int store_owner(struct bpf_sock_addr *ctx, const struct capture_settings *s, __u64 redirected)
 {
@@ -169,8 +239,7 @@ static __always_inline int store_owner(struct bpf_sock_addr *ctx, const struct c
 	if (!c)
 		return 0;
 	c->redirected = redirected;
-	c->token[0] = bpf_get_prandom_u32();
-	c->token[1] = bpf_get_prandom_u32();
+	c->token = make_token(ctx);
 	for (int i = 0; i < OWNER_LEVELS; i++)
 		c->owner.cgroups[i] = bpf_get_current_ancestor_cgroup_id(level + 1 + i);
 	return 1;
@@ -290,7 +359,7 @@ static __always_inline void write_token(struct bpf_sock_ops *ctx, const struct c
 		.kind = TOKEN_KIND,
 		.length = sizeof(option),
 		.experiment = bpf_htons(TOKEN_EXPERIMENT),
-		.token = { c->token[0], c->token[1] },
+		.token = c->token,
 	};
 
 	bpf_store_hdr_opt(ctx, &option, sizeof(option), 0);
@@ -301,8 +370,8 @@ static __always_inline void write_token(struct bpf_sock_ops *ctx, const struct c
 SEC("sockops")
 int record_connection(struct bpf_sock_ops *ctx)
 {
+	struct established record = {};
 	struct connecting *c;
-	__u64 token;
 
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
@@ -322,8 +391,9 @@ int record_connection(struct bpf_sock_ops *ctx)
 		c = connects_to_nmi(ctx);
 		if (!c)
 			break;
-		__builtin_memcpy(&token, c->token, sizeof(token));
-		bpf_map_update_elem(&connections, &token, &c->owner, BPF_ANY);
+		record.owner = c->owner;
+		record.time = bpf_ktime_get_ns();
+		bpf_map_update_elem(&connections, &c->token, &record, BPF_ANY);
 		break;
 	}
 	return 1;

@@ -13,7 +13,7 @@
 //   - connect to the metadata address and port is redirected to NMI's listener, for IPv4 sockets and for IPv6 sockets
 //     with an IPv4-mapped address. connect to another port or with another protocol fails with EPERM. getpeername
 //     returns the address that the client dialed.
-//   - The SYN of such a connection gets a random token, in a TCP option. When the connection is established, the token is
+//   - The SYN of such a connection gets a token, in a TCP option. When the connection is established, the token is
 //     recorded with the cgroups of the owner. NMI reads the token from the SYN that it received, and then the record. See
 //     [Capture.Owner].
 //   - All other packets to the metadata address are dropped: datagrams, and packets of raw sockets and of sockets
@@ -26,10 +26,11 @@
 //
 // Only the kernel writes the token, into a SYN of the socket whose owner it records, and NMI receives this SYN. So the record
 // with the token is that of the connection, also if network address translation in the pod has changed its address and port. A
-// pod can send any SYN, but it does not know the token of another pod's connection. Address and port would not be enough: a pod
+// pod can send any SYN, but it does not know the token of another pod's connection: a token is a keyed hash (SipHash), and the key
+// is secret. Address and port would not be enough: a pod
 // can create network namespaces with the addresses of another pod and of NMI, and connect to itself there.
 //
-// A token is read once, and its record is written when the client's kernel receives SYN-ACK, which is before the server can
+// A token is read once, within a minute, and its record is written when the client's kernel receives SYN-ACK, which is before the server can
 // accept the connection.
 //
 // # Limits

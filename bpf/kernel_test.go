@@ -412,7 +412,7 @@ ip -n evil addr add 169.254.25.79/32 dev lo
 func (n *testNode) records() (count int) {
 	n.t.Helper()
 	var key uint64
-	var value programsOwner
+	var value programsEstablished
 	entries := n.capture.loaded.Maps[programsMapConnections].Iterate()
 	for entries.Next(&key, &value) {
 		count++

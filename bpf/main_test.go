@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -71,6 +72,37 @@ var clients = map[string]func() (string, error){
 	"other port of the server": func() (string, error) { return greeting(net.Dial("tcp4", "10.88.0.1:81")) },
 	"other server":             func() (string, error) { return greeting(net.Dial("tcp4", "10.88.0.1:80")) },
 	"wait":                     waitForSignal,
+	"many":                     connectManyTimes,
+}
+
+const manyTimes = 600
+
+// connectManyTimes connects on one CPU.
+func connectManyTimes() (string, error) {
+	runtime.LockOSThread()
+	var cpus, first unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &cpus); err != nil {
+		return "", err
+	}
+	for cpu := range len(cpus) * 64 {
+		if cpus.IsSet(cpu) {
+			first.Set(cpu)
+			break
+		}
+	}
+	if err := unix.SchedSetaffinity(0, &first); err != nil {
+		return "", err
+	}
+	for range manyTimes {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err == nil {
+			err = unix.Connect(fd, metadataAddress())
+		}
+		if err = errors.Join(err, unix.Close(fd)); err != nil {
+			return "", err
+		}
+	}
+	return "", nil
 }
 
 // dialFrom connects to NMI from the address of the pod.

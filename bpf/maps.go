@@ -2,6 +2,7 @@ package bpf
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
@@ -58,9 +60,21 @@ func (c *Capture) load() error {
 	}
 	old := c.loaded
 	c.loaded = collection
+	if err := writeTokenKey(collection.Maps[programsMapTokenKey]); err != nil {
+		return err
+	}
 	c.connections.Store(collection.Maps[programsMapConnections])
 	if old != nil {
 		old.Close()
+	}
+	return nil
+}
+
+func writeTokenKey(tokenKey *ebpf.Map) error {
+	key := make([]byte, tokenKey.ValueSize())
+	_, _ = rand.Read(key) // it never fails
+	if err := tokenKey.Put(uint32(0), key); err != nil {
+		return fmt.Errorf("writing the key of the tokens: %w", err)
 	}
 	return nil
 }
@@ -254,6 +268,10 @@ func (c *Capture) admitOlderHostSockets() error {
 	return nil
 }
 
+// maxRecordAge is well above the time between the SYN-ACK and the call of Owner. The record of a connection that NMI never
+// accepted stays until other records need its place.
+const maxRecordAge = time.Minute
+
 // Owner returns the pod that opened the connection. Call it once for each connection that a listener on Config.Listen
 // accepts. The listener must have the socket option TCP_SAVE_SYN. The error is ErrNoOwner if the kernel has no record of the
 // connection, or the pod has ended.
@@ -266,12 +284,19 @@ func (c *Capture) Owner(conn net.Conn) (Owner, error) {
 	if err != nil {
 		return Owner{}, err
 	}
-	var owner programsOwner
-	if err := connections.LookupAndDelete(token, &owner); err != nil {
+	var record programsEstablished
+	if err := connections.LookupAndDelete(token, &record); err != nil {
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
 			return Owner{}, ErrNoOwner
 		}
 		return Owner{}, fmt.Errorf("reading the owner of a connection: %w", err)
 	}
-	return c.pods.owner(owner.Cgroups)
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return Owner{}, fmt.Errorf("comparing the time of a connection: %w", err)
+	}
+	if age := time.Duration(now.Nano() - int64(record.Time)); age > maxRecordAge {
+		return Owner{}, fmt.Errorf("%w: its record is %s old", ErrNoOwner, age.Round(time.Second))
+	}
+	return c.pods.owner(record.Owner.Cgroups)
 }

@@ -26,7 +26,7 @@ type programsConnecting struct {
 	_          structs.HostLayout
 	Owner      programsOwner
 	Redirected uint64
-	Token      [2]uint32
+	Token      uint64
 }
 
 type programsEndpoint struct {
@@ -34,6 +34,12 @@ type programsEndpoint struct {
 	Ip     uint32
 	Port   uint16
 	Unused uint16
+}
+
+type programsEstablished struct {
+	_     structs.HostLayout
+	Owner programsOwner
+	Time  uint64
 }
 
 type programsOwner struct {
@@ -51,6 +57,7 @@ const (
 	programsMapOlderHostSockets  = "older_host_sockets"
 	programsMapSettings          = "settings"
 	programsMapSockets           = "sockets"
+	programsMapTokenKey          = "token_key"
 	programsProgCaptureConnect4  = "capture_connect4"
 	programsProgCaptureConnect6  = "capture_connect6"
 	programsProgDropMetadata     = "drop_metadata"
@@ -121,6 +128,7 @@ type programsMapSpecs struct {
 	OlderHostSockets *ebpf.MapSpec `ebpf:"older_host_sockets"`
 	Settings         *ebpf.MapSpec `ebpf:"settings"`
 	Sockets          *ebpf.MapSpec `ebpf:"sockets"`
+	TokenKey         *ebpf.MapSpec `ebpf:"token_key"`
 }
 
 // programsVariableSpecs contains global variables before they are loaded into the kernel.
@@ -155,6 +163,7 @@ type programsMaps struct {
 	OlderHostSockets *ebpf.Map `ebpf:"older_host_sockets"`
 	Settings         *ebpf.Map `ebpf:"settings"`
 	Sockets          *ebpf.Map `ebpf:"sockets"`
+	TokenKey         *ebpf.Map `ebpf:"token_key"`
 }
 
 func (m *programsMaps) Close() error {
@@ -165,6 +174,7 @@ func (m *programsMaps) Close() error {
 		m.OlderHostSockets,
 		m.Settings,
 		m.Sockets,
+		m.TokenKey,
 	)
 }
 
