@@ -40,7 +40,8 @@
 //   - A pod that may use AF_PACKET sockets (NET_RAW), or that may configure its own network to forward packets (NET_ADMIN),
 //     can send packets that meet no cgroup hook. The drop in FORWARD of package iptables stops them, except where the data
 //     path bypasses netfilter.
-//   - If a flood of connections makes the kernel use SYN cookies, it keeps no SYN. NMI then closes the connection.
+//   - If a flood of connections makes the kernel use SYN cookies, it keeps no SYN. NMI then closes the connection. One pod can
+//     cause this for all pods of the node.
 //   - Sockets of Multipath TCP in the host network have no mark. Without Config.CaptureHostNetwork their packets to the
 //     metadata service are dropped.
 //   - A privileged pod can evade the capture: it can leave its cgroup, enter the network namespace of the node, and

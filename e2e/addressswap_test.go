@@ -35,7 +35,7 @@ func newSwap(t *testing.T, pods int) *swap {
 		yaml += w.podYAML(name, name, "node1", "token", "--resource", vault)
 	}
 	w.apply(yaml)
-	w.waitForPodsWithin(w.startLimit())
+	eventually(t, w.startLimit(), func() error { return podsReady(t.Context(), w.name) })
 	return w
 }
 

@@ -105,28 +105,26 @@ func getPod(t *testing.T, namespace, name string) *corev1.Pod {
 // waitForPods waits until all pods of the namespace are ready.
 func (s *testNamespace) waitForPods() {
 	s.t.Helper()
-	s.waitForPodsWithin(3 * time.Minute)
+	eventually(s.t, 3*time.Minute, func() error { return podsReady(s.t.Context(), s.name) })
 }
 
-func (s *testNamespace) waitForPodsWithin(limit time.Duration) {
-	s.t.Helper()
-	eventually(s.t, limit, func() error {
-		var pods corev1.PodList
-		if err := kube.List(s.t.Context(), &pods, crclient.InNamespace(s.name)); err != nil {
-			return err
+// podsReady returns nil if the namespace has pods and all are ready.
+func podsReady(ctx context.Context, namespace string) error {
+	var pods corev1.PodList
+	if err := kube.List(ctx, &pods, crclient.InNamespace(namespace)); err != nil {
+		return err
+	}
+	if len(pods.Items) == 0 {
+		return fmt.Errorf("namespace %s has no pods", namespace)
+	}
+	for _, pod := range pods.Items {
+		if !slices.ContainsFunc(pod.Status.Conditions, func(c corev1.PodCondition) bool {
+			return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
+		}) {
+			return fmt.Errorf("pod %s is not ready: %+v", pod.Name, pod.Status)
 		}
-		if len(pods.Items) == 0 {
-			return fmt.Errorf("namespace %s has no pods", s.name)
-		}
-		for _, pod := range pods.Items {
-			if !slices.ContainsFunc(pod.Status.Conditions, func(c corev1.PodCondition) bool {
-				return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
-			}) {
-				return fmt.Errorf("pod %s is not ready: %+v", pod.Name, pod.Status)
-			}
-		}
-		return nil
-	})
+	}
+	return nil
 }
 
 // podOutput returns the log of a pod's container. options.Container may be empty if the pod has only one container.
