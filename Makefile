@@ -42,7 +42,7 @@ demo: bin/cluster ## show the product on a cluster on this computer, with explan
 bench: bin/cluster ## measure; prints the figures and writes bench.json
 	$(GO) -C e2e run ./cmd/bench -o ../bench.json
 
-bench-reuse: ## move an address between two pods 1,000,000 times (50 minutes), and add the result to bench.json
+bench-reuse: ## move an address between two pods 1,000,000 times (20 minutes), and add the result to bench.json
 	PODIDENTITY_REUSE_ROUNDS=1000000 PODIDENTITY_REUSE_RESULT=$(CURDIR)/bench.json \
 	$(GO) test -count=1 -v -timeout 3h -run 'TestAnAddressThatMovesBetweenPods/by_cgroup' ./nmi
 

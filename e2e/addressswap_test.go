@@ -26,6 +26,8 @@ type swap struct {
 }
 
 func newSwap(t *testing.T, pods int) *swap {
+	// The kubelet would end the pods of an earlier case first. While the API server is stopped it cannot finish that.
+	eventually(t, 3*time.Minute, func() error { return noneTerminating(t.Context(), "node1") })
 	w := &swap{newNamespace(t), map[string]azure.Identity{}}
 	yaml := ""
 	for i := range pods {
@@ -37,6 +39,20 @@ func newSwap(t *testing.T, pods int) *swap {
 	w.apply(yaml)
 	eventually(t, w.startLimit(), func() error { return podsReady(t.Context(), w.name) })
 	return w
+}
+
+// noneTerminating returns nil if no pod of the node is being deleted.
+func noneTerminating(ctx context.Context, node string) error {
+	var pods corev1.PodList
+	if err := kube.List(ctx, &pods, crclient.MatchingFields{"spec.nodeName": node}); err != nil {
+		return err
+	}
+	for _, pod := range pods.Items {
+		if pod.DeletionTimestamp != nil {
+			return fmt.Errorf("pod %s/%s is being deleted", pod.Namespace, pod.Name)
+		}
+	}
+	return nil
 }
 
 // startLimit is how long all pods may take to start. They start one after the other.
