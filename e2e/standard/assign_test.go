@@ -90,10 +90,15 @@ func (h *stateHistory) is(want ...string) error {
 func fromFirstToLastPod(t *testing.T, l *testEnvironment) {
 	s, id := l.newNamespace(t), l.newIdentity(t)
 	states := s.recordStates()
+	// The update must take longer than the start of the pod, also on a busy computer. NMI waits 25 s for the identity.
+	must(t, l.cloud.SetDelay(t.Context(), "node1", 20*time.Second))
+	resetDelay := func() error { return l.cloud.SetDelay(context.Background(), "node1", -1) }
+	t.Cleanup(func() { _ = resetDelay() })
 	s.bind("app", "app", managed(id))
 	s.startPod("p", "app", "node1", "token", "--resource", vault)
 
 	first := s.outcome("p")
+	must(t, resetDelay())
 	first.answer().mustBeOf(t, l, id)
 	updates := l.updates(t, id)
 	if len(updates) != 1 || !first.Started.Before(updates[0].End) {
