@@ -138,7 +138,7 @@ programs: bin/cluster # what clusters run
 # version: the committed files are those of Debian 12.
 bin/bpf2go: FORCE
 	$(GO) -C tools build -o ../bin/bpf2go github.com/cilium/ebpf/cmd/bpf2go
-bpf2go = cd bpf && ../bin/bpf2go -go-package bpf -output-dir $(1) -target bpfel -type capture_settings -type owner -type established -type endpoint \
+bpf2go = cd bpf && ../bin/bpf2go -go-package bpf -output-dir $(1) -target bpfel -type capture_settings -type owner -type connection_record -type endpoint \
 	programs capture.c -- -O2 -Wall -Werror -I/usr/include/$$(uname -m)-linux-gnu
 
 CRDS := deploy/podidentity/crds

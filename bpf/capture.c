@@ -77,10 +77,9 @@ struct {
 	__type(value, struct connecting);
 } sockets SEC(".maps");
 
-// established is the record of a connection.
-struct established {
+struct connection_record {
 	struct owner owner;
-	__u64 time; // in ns of CLOCK_MONOTONIC
+	__u64 established; // in ns of CLOCK_MONOTONIC
 };
 
 // token_key is the secret key of the tokens. Each installation replaces it.
@@ -98,7 +97,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
 	__type(key, __u64);
-	__type(value, struct established);
+	__type(value, struct connection_record);
 } connections SEC(".maps");
 
 // token_option is the TCP option of a SYN to NMI. It has the form of RFC 6994, for options that are not registered.
@@ -216,8 +215,8 @@ static __always_inline __u64 siphash(const __u64 key[2], __u64 first, __u64 seco
 	return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
-// make_token returns a token that no pod can predict. The random numbers of the kernel for programs would not do: who knows
-// some of them can compute those of others. The input is different for each call: a socket connects once at a time.
+// make_token returns a token that no pod can predict. bpf_get_prandom_u32 would not do: from some of its numbers the others can
+// be computed. The input of the hash is different for each call, because a socket has one connect at a time.
 static __always_inline __u64 make_token(struct bpf_sock_addr *ctx)
 {
 	__u32 zero = 0;
@@ -370,7 +369,7 @@ static __always_inline void write_token(struct bpf_sock_ops *ctx, const struct c
 SEC("sockops")
 int record_connection(struct bpf_sock_ops *ctx)
 {
-	struct established record = {};
+	struct connection_record record = {};
 	struct connecting *c;
 
 	switch (ctx->op) {
@@ -392,7 +391,7 @@ int record_connection(struct bpf_sock_ops *ctx)
 		if (!c)
 			break;
 		record.owner = c->owner;
-		record.time = bpf_ktime_get_ns();
+		record.established = bpf_ktime_get_ns();
 		bpf_map_update_elem(&connections, &c->token, &record, BPF_ANY);
 		break;
 	}

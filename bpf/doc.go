@@ -25,13 +25,13 @@
 // # Why a record is right
 //
 // Only the kernel writes the token, into a SYN of the socket whose owner it records, and NMI receives this SYN. So the record
-// with the token is that of the connection, also if network address translation in the pod has changed its address and port. A
-// pod can send any SYN, but it does not know the token of another pod's connection: a token is a keyed hash (SipHash), and the key
-// is secret. Address and port would not be enough: a pod
-// can create network namespaces with the addresses of another pod and of NMI, and connect to itself there.
+// with the token is that of the connection, also if network address translation in the pod has changed its address and port.
+// A pod can send any SYN, but it does not know the token of another pod's connection: a token is a keyed hash (SipHash), and
+// the key is secret. Address and port would not be enough: a pod can create network namespaces with the addresses of another
+// pod and of NMI, and connect to itself there.
 //
-// A token is read once, within a minute, and its record is written when the client's kernel receives SYN-ACK, which is before the server can
-// accept the connection.
+// The record is written when the client's kernel receives the SYN-ACK, which is before the server can accept the connection.
+// NMI reads it once. A record older than a minute identifies nobody.
 //
 // # Limits
 //

@@ -213,6 +213,20 @@ func (n *testNode) install(change func(*Config)) {
 	}
 }
 
+// installWithListener installs the capture and returns the listener of NMI, from which the test accepts connections itself.
+func (n *testNode) installWithListener() net.Listener {
+	n.t.Helper()
+	n.capture = n.newCapture(nil)
+	if err := n.capture.Install(context.Background()); err != nil {
+		n.t.Fatal(err)
+	}
+	listener := n.listen(testListen)
+	if listener == nil {
+		n.t.FailNow()
+	}
+	return listener
+}
+
 // client starts a client in a network namespace ("" is the node's) and in a cgroup below that of all pods.
 func (n *testNode) client(namespace, cgroup, action string) *exec.Cmd {
 	n.t.Helper()
@@ -365,10 +379,7 @@ ip netns exec pod iptables-nft -t nat -A POSTROUTING -s 10.55.0.0/24 -j MASQUERA
 // A pod that may configure its own network can connect to itself from the address of another pod to that of NMI.
 func TestAPodCannotForgeTheOwnerOfAnotherPodsConnection(t *testing.T) {
 	onNode(t, func(n *testNode) {
-		n.capture = n.newCapture(nil)
-		if err := n.capture.Install(context.Background()); err != nil {
-			t.Fatal(err)
-		}
+		listener := n.installWithListener()
 		netnstest.Run(t, "sh", "-e", "-c", `
 ip netns add evil
 ip -n evil link set lo up
@@ -377,7 +388,6 @@ ip -n evil addr add 169.254.25.79/32 dev lo
 `)
 		netnstest.OnThreadIn(t, "evil", func() { n.serve(testListen, func(net.Conn) string { return "itself" }) })
 		forge := func(port string) { n.want("evil", "pod"+testStaticUID+"/"+testContainer, "from "+port, "itself") }
-		listener := n.listen(testListen)
 		for port, first := range map[string]bool{"40000": true, "40001": false} {
 			before := n.records()
 			if first {
@@ -412,7 +422,7 @@ ip -n evil addr add 169.254.25.79/32 dev lo
 func (n *testNode) records() (count int) {
 	n.t.Helper()
 	var key uint64
-	var value programsEstablished
+	var value programsConnectionRecord
 	entries := n.capture.loaded.Maps[programsMapConnections].Iterate()
 	for entries.Next(&key, &value) {
 		count++

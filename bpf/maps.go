@@ -284,7 +284,7 @@ func (c *Capture) Owner(conn net.Conn) (Owner, error) {
 	if err != nil {
 		return Owner{}, err
 	}
-	var record programsEstablished
+	var record programsConnectionRecord
 	if err := connections.LookupAndDelete(token, &record); err != nil {
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
 			return Owner{}, ErrNoOwner
@@ -295,7 +295,7 @@ func (c *Capture) Owner(conn net.Conn) (Owner, error) {
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
 		return Owner{}, fmt.Errorf("comparing the time of a connection: %w", err)
 	}
-	if age := time.Duration(now.Nano() - int64(record.Time)); age > maxRecordAge {
+	if age := time.Duration(now.Nano() - int64(record.Established)); age > maxRecordAge {
 		return Owner{}, fmt.Errorf("%w: its record is %s old", ErrNoOwner, age.Round(time.Second))
 	}
 	return c.pods.owner(record.Owner.Cgroups)

@@ -29,17 +29,17 @@ type programsConnecting struct {
 	Token      uint64
 }
 
+type programsConnectionRecord struct {
+	_           structs.HostLayout
+	Owner       programsOwner
+	Established uint64
+}
+
 type programsEndpoint struct {
 	_      structs.HostLayout
 	Ip     uint32
 	Port   uint16
 	Unused uint16
-}
-
-type programsEstablished struct {
-	_     structs.HostLayout
-	Owner programsOwner
-	Time  uint64
 }
 
 type programsOwner struct {

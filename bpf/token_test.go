@@ -1,7 +1,6 @@
 package bpf
 
 import (
-	"context"
 	"net"
 	"testing"
 	"time"
@@ -26,15 +25,11 @@ func (n *testNode) accept(listener net.Listener, action string) net.Conn {
 	return conn
 }
 
-// Who can compute the next token from earlier ones of its own can open a connection with that of another pod. The random
-// numbers of the kernel for programs, for example, are a linear function of 113 bits.
+// A pod that can compute tokens of other pods from its own can open a connection with one of them. The numbers of
+// bpf_get_prandom_u32, for example, are a linear function of 113 bits.
 func TestTokensAreNoLinearFunctionOfEarlierTokens(t *testing.T) {
 	onNode(t, func(n *testNode) {
-		n.capture = n.newCapture(nil)
-		if err := n.capture.Install(context.Background()); err != nil {
-			t.Fatal(err)
-		}
-		listener := n.listen(testListen)
+		listener := n.installWithListener()
 		conn := n.accept(listener, "many")
 		var bits []bool
 		for {
@@ -87,11 +82,7 @@ func linearComplexity(bits []bool) (length int) {
 
 func TestAnOldRecordIdentifiesNobody(t *testing.T) {
 	onNode(t, func(n *testNode) {
-		n.capture = n.newCapture(nil)
-		if err := n.capture.Install(context.Background()); err != nil {
-			t.Fatal(err)
-		}
-		listener := n.listen(testListen)
+		listener := n.installWithListener()
 		for _, c := range []struct {
 			age        time.Duration
 			identified bool
@@ -99,11 +90,11 @@ func TestAnOldRecordIdentifiesNobody(t *testing.T) {
 			conn := n.accept(listener, "connect")
 			connections := n.capture.loaded.Maps[programsMapConnections]
 			var token uint64
-			var record programsEstablished
+			var record programsConnectionRecord
 			if !connections.Iterate().Next(&token, &record) {
 				t.Fatal("there is no record of the connection")
 			}
-			record.Time -= uint64(c.age)
+			record.Established -= uint64(c.age)
 			if err := connections.Put(token, record); err != nil {
 				t.Fatal(err)
 			}
